@@ -1,0 +1,1 @@
+"""Configs: what `launch.py --config=` reads. Plain ml_collections, no framework."""

@@ -1,0 +1,131 @@
+"""Every knob once, with its reason. A config of its own starts from here and changes what it means to."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config():
+    """The default TPAD."""
+    c = ConfigDict()
+    c.name = 'tpad'
+    c.seed = 0  # of parameters, draws and batch order; the planted catalogue has its own
+    c.stages = 'knowledge,transfer,recommend,joint'  # run in this order, comma-separated
+    c.save_every = 50  # steps between checkpoints, at most this many are computed again
+    c.log_every = 10  # steps between log lines
+    c.parallel = 'auto'  # 'auto' (jit on one device, else pmap), 'jit', 'pmap' or 'shard_map'
+    c.devices = 0  # how many devices of this process to use, 0: all
+
+    c.data = data()
+    c.mllm = ConfigDict(dict(
+        base='',  # directory of the shared base; empty: the small default that is committed here
+        image_size=32,  # pixels, both sides: what the default base was pretrained at
+        text_length=32,  # tokens of an item's text
+    ))
+    c.model = model()
+    c.losses = losses()
+    c.stage = ConfigDict(dict(
+        knowledge=stage(batch_size=64, steps=80, learning_rate=5e-4, eval_every=0, fresh='k',
+                        train=r'^(lora/knowledge|knowledge)/'),
+        transfer=stage(batch_size=256, steps=60, learning_rate=2e-3, eval_every=0, fresh='r',
+                       every_prefix=False, copy='lora/knowledge->lora/distil',
+                       train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
+        recommend=stage(batch_size=512, steps=800, learning_rate=4e-3, eval_every=50, patience=5,
+                        train=r'^recommender/', weight_decay=0.1),
+        joint=stage(batch_size=64, steps=16, learning_rate=2e-4, eval_every=8, patience=5,
+                    fresh='k,r', refresh_every=8, weight_decay=0.1,
+                    train=r'^(lora|knowledge|transfer|disentangle|adapter|club|critic|recommender)/'),
+    ))
+    # Recommenders trained beside TPAD with the recommend stage's own care: what they change of model.
+    c.rivals = ConfigDict(dict(
+        id_only=dict(recommend='', use_side=False),
+        knowledge_only=dict(recommend='k'),
+        true_attributes=dict(recommend='true', use_side=False),  # planted catalogue only
+    ))
+    return c
+
+
+def data():
+    """Where items and sessions come from and how they are cut."""
+    return ConfigDict(dict(
+        raw_dir='',  # directory of one category's raw Amazon files; empty: the planted catalogue
+        gap_hours=24.0,  # 2023 files: a longer pause ends a session (2018 files: reviewer and day)
+        core=5,  # k-core, counted on training sessions; 1: off
+        min_length=2,  # events of the shortest session
+        max_length=20,  # longest prefix; a longer one keeps its last items
+        valid=0.1,  # share (or, from 1 on, number) of sessions, the latest but for test
+        test=0.1,  # share or number of the latest sessions
+        seed=0,  # of the order given to events of equal time
+        planted=dict(  # the embedded catalogue; its own constants stand in data/synthetic.py
+            seed=0, items=600, train=6000, valid=400, test=1200, noise=0.12),
+    ))
+
+
+def model():
+    """Widths and shares of everything above the base."""
+    return ConfigDict(dict(
+        features=64,  # width D of k (per modality), t, c, p and r
+        lora_rank=8, lora_alpha=16.0,
+        lora_targets=r'attention/[qkvo]$|(gate|up|down)$',  # kernels of the decoder that are adapted
+        form='compressed',  # how the Transfer-MLLM is fed an item: 'compressed' or 'full'
+        withhold=0.3,  # share of an item's words the reader does not see in knowledge acquisition
+        word_dropout=0.6,  # share of words the writer does not see, or features stay empty
+        critics=dict(align='separable', distil='separable'),
+        width=64,  # of z and h, the recommender
+        recommend='r',  # content features in z, comma-separated catalogue rows: r, k; '': none
+        use_id=True,  # False: content only
+        use_side=True,  # brand, category and price level, where the catalogue has them
+        id_dropout=0.2,  # share of warm items that meet the cold items' shared embedding
+        feature_dropout=0.1,
+        gnn_steps=1,  # rounds of message passing
+        positions=True,  # the readout knows positions
+        dropout=0.2,  # of the session GNN
+    ))
+
+
+def losses():
+    """Every built-in loss: function, keywords, weight (0: off) and the stages that use it.
+
+    `config.losses.<name>.weight=...` changes a weight in all its stages,
+    `config.stage.<stage>.weights.<name>=...` in one.
+    """
+    return ConfigDict(dict(
+        gen_knowledge=dict(fn='generation', weight=1.0, stages='knowledge,joint',
+                           x='describe', tokens='describe.tokens'),
+        gen_transfer=dict(fn='generation', weight=0.3, stages='transfer,joint',
+                          x='foretell', tokens='foretell.tokens'),
+        align=dict(fn='infonce', weight=0.1, stages='transfer,joint',
+                   x='k', y='c', ids='items', critic='critic.align'),
+        align_mine=dict(fn='mine', weight=0.0, stages='transfer,joint',
+                        x='k', y='c', ids='items', critic='critic.align'),
+        disentangle=dict(fn='vclub', weight=0.02, stages='transfer,joint', x='c', y='p'),
+        club_fit=dict(fn='club_fit', weight=1.0, stages='transfer,joint', x='c', y='p'),
+        distil=dict(fn='infonce', weight=1.0, stages='transfer,joint',
+                    x='r_next', y='p', ids='next', critic='critic.distil'),
+        distil_mine=dict(fn='mine', weight=0.0, stages='transfer,joint',
+                         x='r_next', y='p', ids='next', critic='critic.distil'),
+        discrepancy=dict(fn='mmd', weight=0.1, stages='transfer,joint', x='r', y='t'),
+        next_item=dict(fn='next_item', weight=1.0, stages='recommend,joint', temperature=1.0),
+    ))
+
+
+def stage(**changes):
+    """One stage: batches, optimiser, what trains. `weights` overrides config.losses.*.weight."""
+    out = ConfigDict(dict(
+        batch_size=64,  # over all devices
+        steps=100,  # at most
+        every_prefix=True,  # False: a session is one row, its last item the target
+        optimiser='adamw',  # or 'sgd'
+        learning_rate=1e-3,  # peak: warmed up, then a cosine to zero
+        warmup=0.05,  # share of the steps
+        weight_decay=0.01,  # of matrices, not of biases and norms
+        clip=1.0,  # global norm of the gradient
+        eval_every=0,  # steps between validations; 0: none, the last step is kept
+        patience=0,  # validations without a better hit@20 before the stage ends; 0: never
+        fresh='',  # features computed from content with gradient, comma-separated: k, r
+        refresh_every=0,  # steps between re-encodings of the catalogue
+        copy='',  # 'a->b': at the start parameters under b are those under a
+        train='',  # regex over parameter paths: what trains; the rest has no optimiser state
+    ))
+    out.weights = ConfigDict({name: placeholder(float) for name in losses()})
+    out.update(changes)
+    return out

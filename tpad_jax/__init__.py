@@ -1,0 +1,1 @@
+"""TPAD in JAX: transitional patterns distilled into multimodal item representations."""

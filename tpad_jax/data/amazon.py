@@ -1,0 +1,346 @@
+"""Raw Amazon files (UCSD 2018 and 2023, one JSON object per line) -> catalogue and interactions.
+
+A folder holds one category: reviews, metadata and, optionally, `images/<asin>.jpg` or `.png`.
+2018: `X_5.json[.gz]` or `X.json[.gz]`, and `meta_X.json[.gz]`. 2023: `X.jsonl[.gz]` and
+`meta_X.jsonl[.gz]`. The files are read line by line; every line is kept or counted as rejected.
+Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.03952 (2023 form).
+"""
+
+import gzip
+import json
+import re
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from tpad_jax.data.text import clean
+from tpad_jax.errors import InputError
+
+MAX_LINE = 4 * 2**20  # bytes; the longest genuine metadata lines have some hundred thousand
+MAX_PRICE = 1e7  # dollars
+EARLIEST, LATEST = 788_918_400, 4_102_444_800  # seconds: 1995 (Amazon's first year) to 2100
+CATEGORY_LEVELS = 4  # of the path; what 2018 files list beyond are sales arguments
+CATEGORY_LENGTH = 60  # characters; longer "levels" are sales arguments too
+
+_ASIN = re.compile(r'[A-Za-z0-9_-]{1,32}')
+_METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
+_REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
+_PRICE = re.compile(r'(?:from\s)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*\d[\d,.]*)?',
+                    re.IGNORECASE)
+_PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]*:')
+_BYLINE = re.compile(r'\s*by\s*\n\s*')  # "by\n    Microsoft", scraped with its label
+
+
+class _Fields(NamedTuple):
+    """How a form calls its fields."""
+
+    asin: str
+    user: str
+    time: str
+    units: int  # of time in a second
+    brand: str
+    category: str
+    main_category: str
+    features: str
+
+
+_FIELDS = {
+    '2018': _Fields('asin', 'reviewerID', 'unixReviewTime', 1, 'brand', 'category', 'main_cat',
+                    'feature'),
+    '2023': _Fields('parent_asin', 'user_id', 'timestamp', 1000, 'store', 'categories',
+                    'main_category', 'features'),
+}
+
+
+class Found(NamedTuple):
+    """The raw files of a folder."""
+
+    reviews: Path
+    metadata: Path
+    form: str  # '2018' or '2023'
+
+
+class Raw(NamedTuple):
+    """What the raw files hold.
+
+    catalogue: V rows sorted by asin (row k is item id k + 1): asin, title, brand, category,
+      description (str, '' if none), price (f32 dollars, null if none), image (path or null).
+    interactions: user (int64, anonymous number), item (int32 id), time (int64 seconds), sorted.
+    lines: over all lines of both files, 'read' = 'kept' + sum of 'rejected' {reason: count}; and
+      'unused' {what: count}, parts of kept lines (and images) that could not be used.
+    form: '2018' or '2023'. files: reviews, metadata, and every image in use.
+    """
+
+    catalogue: pl.DataFrame
+    interactions: pl.DataFrame
+    lines: dict
+    form: str
+    files: tuple[Path, ...]
+
+
+def find(raw_dir: str | Path) -> Found:
+    """Finds the one category's files in `raw_dir`.
+
+    Raises:
+      InputError: no such folder, no metadata or no reviews, or more than one candidate.
+    """
+    raw_dir = Path(raw_dir)
+    if not raw_dir.is_dir():
+        raise InputError(f'{raw_dir}: no such directory; give the folder that holds X_5.json.gz '
+                         'and meta_X.json.gz (2018) or X.jsonl.gz and meta_X.jsonl.gz (2023)')
+    names = sorted(path.name for path in raw_dir.iterdir() if path.is_file())
+    metadata = [match for match in map(_METADATA.fullmatch, names) if match]
+    if not metadata:
+        raise InputError(f'{raw_dir}: no meta_X.json[.gz] (2018) or meta_X.jsonl[.gz] (2023) file; '
+                         'put the metadata of the category there, beside its reviews')
+    category, extension = metadata[0][1], metadata[0][2]
+    others = {match[1] for match in map(_REVIEWS.fullmatch, names) if match} - {category}
+    others |= {match[1] for match in metadata} - {category}
+    if others:
+        raise InputError(f'{raw_dir}: files of several categories ({category}, '
+                         f'{", ".join(sorted(others))}); give each category a folder of its own')
+    cores = ('', '_5') if extension == 'json' else ('',)
+    wanted = {f'{category}{core}.{extension}{gz}' for core in cores for gz in ('', '.gz')}
+    reviews = [name for name in names if name in wanted]
+    for several in ([match[0] for match in metadata], reviews):
+        if len(several) > 1:
+            raise InputError(f'{raw_dir}: {" and ".join(several)} may be the same data; keep one')
+    if not reviews:
+        raise InputError(f'{raw_dir}: no reviews for {metadata[0][0]}; put one of '
+                         f'{", ".join(sorted(wanted))} there')
+    for name in (metadata[0][0], reviews[0]):
+        _stay_inside(raw_dir / name, raw_dir)
+    return Found(raw_dir / reviews[0], raw_dir / metadata[0][0],
+                 '2018' if extension == 'json' else '2023')
+
+
+def read(raw_dir: str | Path) -> Raw:
+    """Reads a category's reviews, metadata and image names.
+
+    Of several metadata lines with one asin the first usable counts ('duplicate_item'); so of
+    several reviews of one user for one item at one second ('duplicate_review'). A review of an
+    item the metadata do not have is rejected ('item_without_metadata').
+    2023's milliseconds are cut to seconds. An item without reviews stays in the catalogue.
+
+    Raises:
+      InputError: as `find`; a file that is not what its name says, or without a usable line.
+    """
+    found = find(raw_dir)
+    unused = Counter()
+    items, item_lines = _read_items(found.metadata, _FIELDS[found.form], unused)
+    images = _images(Path(raw_dir), unused)
+    unused['image_without_item'] = len(images.keys() - items.keys())
+    asins = sorted(items)
+    catalogue = pl.DataFrame(
+        [(asin, *items[asin], str(images[asin]) if asin in images else None) for asin in asins],
+        schema={'asin': pl.String, 'title': pl.String, 'brand': pl.String, 'category': pl.String,
+                'description': pl.String, 'price': pl.Float32, 'image': pl.String}, orient='row')
+    ids = {asin: number for number, asin in enumerate(asins, start=1)}
+    interactions, review_lines = _read_reviews(found.reviews, _FIELDS[found.form], ids)
+    lines = {'read': item_lines.total() + review_lines.total(),
+             'kept': item_lines.pop('kept') + review_lines.pop('kept'),
+             'rejected': dict(sorted((item_lines + review_lines).items())),
+             'unused': {what: count for what, count in sorted(unused.items()) if count}}
+    files = (found.reviews, found.metadata, *(images[asin] for asin in asins if asin in images))
+    return Raw(catalogue, interactions, lines, found.form, files)
+
+
+def _read_items(path: Path, fields: _Fields, unused: Counter) -> tuple[dict, Counter]:
+    """-> {asin: (title, brand, category, description, price)}, lines by outcome."""
+    items, lines = {}, Counter()
+    for record in _records(path):
+        asin = record if isinstance(record, _Reason) else _asin(record, fields)
+        if isinstance(asin, _Reason):
+            lines[asin] += 1
+        elif asin in items:
+            lines['duplicate_item'] += 1
+        else:
+            items[asin] = _describe(record, fields, unused)
+    if not items:
+        raise _nothing_usable(path, lines, fields.asin)
+    lines['kept'] = len(items)
+    return items, lines
+
+
+def _read_reviews(path: Path, fields: _Fields, ids: dict[str, int]) -> tuple[pl.DataFrame, Counter]:
+    """-> interactions, lines by outcome."""
+    users, lines = {}, Counter()
+    user, item, time = array('q'), array('i'), array('q')
+    for record in _records(path):
+        event = record if isinstance(record, _Reason) else _event(record, fields, ids)
+        if isinstance(event, _Reason):
+            lines[event] += 1
+        else:
+            user.append(users.setdefault(event[0], len(users)))
+            item.append(event[1])
+            time.append(event[2])
+    if not user:
+        raise _nothing_usable(path, lines, f'{fields.asin}, {fields.user} and {fields.time}')
+    # users are numbered by their sorted names, so that no number depends on the order of lines
+    number = np.empty(len(users), np.int64)
+    number[[users[name] for name in sorted(users)]] = np.arange(len(users))
+    events = pl.DataFrame({'user': number[np.frombuffer(user, np.int64)],
+                           'item': np.frombuffer(item, np.int32),
+                           'time': np.frombuffer(time, np.int64)})
+    interactions = events.unique().sort('user', 'time', 'item')
+    lines['kept'] = len(interactions)
+    lines['duplicate_review'] = len(events) - len(interactions)
+    return interactions, lines
+
+
+class _Reason(str):
+    """Why a line is rejected; its own type, so that no text of a file is taken for one."""
+
+    __slots__ = ()
+
+
+def _records(path: Path) -> Iterator[dict | _Reason]:
+    """One object, or the reason there is none, per line; never more than MAX_LINE in memory."""
+    zipped = path.suffix == '.gz'
+    with open(path, 'rb') as file:
+        if zipped and file.read(2) != b'\x1f\x8b':
+            raise InputError(f'{path}: not a gzip file although its name ends in .gz; download it '
+                             'again, or take .gz off the name of a plain file')
+    with gzip.open(path, 'rb') if zipped else open(path, 'rb') as file:
+        bom = b'\xef\xbb\xbf'
+        while True:
+            try:
+                line = file.readline(MAX_LINE)
+                long = len(line) == MAX_LINE
+                while long and line and not line.endswith(b'\n'):
+                    line = file.readline(MAX_LINE)
+            except EOFError:  # the end of the compressed stream is missing
+                yield _Reason('truncated_file')
+                return
+            except (gzip.BadGzipFile, zlib.error):
+                yield _Reason('damaged_file')
+                return
+            if long:
+                yield _Reason('line_too_long')
+            elif line:
+                yield _record(line.removeprefix(bom))
+            else:
+                return
+            bom = b''  # a byte order mark stands at the very beginning or is no such mark
+
+
+def _record(line: bytes) -> dict | _Reason:
+    if not line.strip():
+        return _Reason('blank_line')
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return _Reason('bad_encoding')
+    except (ValueError, RecursionError):  # the latter from brackets nested by the thousand
+        return _Reason('bad_json')
+    return record if isinstance(record, dict) else _Reason('bad_json')
+
+
+def _asin(record: dict, fields: _Fields) -> str:
+    """The item's asin, or the reason it is unusable; an asin becomes part of a path."""
+    asin = record.get(fields.asin)
+    if asin is None:
+        return _Reason(f'missing_{fields.asin}')
+    return asin if isinstance(asin, str) and _ASIN.fullmatch(asin) else _Reason('bad_asin')
+
+
+def _event(record: dict, fields: _Fields, ids: dict[str, int]) -> tuple[str, int, int] | _Reason:
+    """-> (user, item id, seconds), or why not."""
+    asin, user, time = _asin(record, fields), record.get(fields.user), record.get(fields.time)
+    if isinstance(asin, _Reason):
+        return asin
+    if user is None or time is None:
+        return _Reason(f'missing_{fields.user if user is None else fields.time}')
+    if not isinstance(user, str) or not user:
+        return _Reason('bad_user')
+    if isinstance(time, bool) or not isinstance(time, int | float):
+        return _Reason('bad_time')
+    if not EARLIEST <= time // fields.units < LATEST:
+        return _Reason('bad_time')
+    if asin not in ids:
+        return _Reason('item_without_metadata')
+    return user, ids[asin], int(time // fields.units)
+
+
+def _describe(record: dict, fields: _Fields, unused: Counter) -> tuple:
+    """-> (title, brand, category, description, price) of a metadata line."""
+    title = _words(record.get('title'))
+    unused['title'] += bool(record.get('title')) and not title
+    brand = record.get(fields.brand)
+    brand = _words(_BYLINE.sub('', brand, count=1) if isinstance(brand, str) else brand)
+    category = _category(record.get(fields.category)) or _words(record.get(fields.main_category))
+    # many 2023 items have an empty description and say everything in their list of features
+    description = _words(record.get('description')) or _words(record.get(fields.features))
+    price = _price(record.get('price'))
+    unused['price'] += record.get('price') not in (None, '') and price is None
+    return title, brand, category, description, price
+
+
+def _strings(value: object) -> list[str]:
+    """The texts in a field that holds a text, a list of texts, or lists of them."""
+    parts = value if isinstance(value, list) else [value]
+    parts = [text for part in parts for text in (part if isinstance(part, list) else [part])]
+    return [text for text in parts if isinstance(text, str)]
+
+
+def _words(value: object) -> str:
+    """Plain text of a field, without the parts that are a web page's program or style sheet."""
+    parts = (clean(text) for text in _strings(value) if not _PAGE_CODE.search(text))
+    return ' '.join(part for part in parts if part)
+
+
+def _category(value: object) -> str:
+    """The category path "a > b > c", up to the first level that is no name of a category."""
+    path = []
+    for text in _strings(value)[:CATEGORY_LEVELS]:
+        level = clean(text)
+        if not level or len(level) > CATEGORY_LENGTH or level[-1] in '.!':
+            break
+        if level not in path:
+            path.append(level)
+    return ' > '.join(path)
+
+
+def _price(value: object) -> float | None:
+    """Dollars; of a range "$5.00 - $9.00" the lower end; None if there is no price."""
+    if isinstance(value, str):
+        match = _PRICE.fullmatch(value.strip())
+        value = float(match[1].replace(',', '')) if match else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 <= value < MAX_PRICE else None
+
+
+def _images(raw_dir: Path, unused: Counter) -> dict[str, Path]:
+    """-> {asin: image file}; of a JPEG and a PNG the JPEG."""
+    folder = raw_dir / 'images'
+    if not folder.is_dir():
+        return {}
+    _stay_inside(folder, raw_dir)
+    root, images = raw_dir.resolve(), {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in ('.jpg', '.png') or not _ASIN.fullmatch(path.stem):
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            unused['image_link_outside'] += 1
+        elif path.is_file():
+            images.setdefault(path.stem, path)
+    return images
+
+
+def _stay_inside(path: Path, raw_dir: Path) -> None:
+    if not path.resolve().is_relative_to(raw_dir.resolve()):
+        raise InputError(f'{path}: a link that leads out of {raw_dir} is not followed; copy the '
+                         'data there, or give the folder it points to')
+
+
+def _nothing_usable(path: Path, lines: Counter, fields: str) -> InputError:
+    reasons = ', '.join(f'{reason}: {count}' for reason, count in sorted(lines.items()))
+    return InputError(f'{path}: none of its {lines.total()} lines is usable ({reasons}); every '
+                      f'line must be a JSON object with {fields}')

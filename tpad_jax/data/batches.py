@@ -1,0 +1,170 @@
+"""Endless training batches whose order is a pure function of (seed, step).
+
+A resumed run starts at its step with no iterator state to restore, and any number of processes
+cuts the same global batches: process p of n takes every n-th row of a step from the p-th on.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import grain
+import numpy as np
+
+from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.pipeline import Content, Data
+from tpad_jax.errors import InputError
+
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int = 0,
+                    every_prefix: bool = True, max_length: int, content: Content | None = None,
+                    processes: int = 1, process: int = 0, shards: int = 1) -> Iterator[dict]:
+    """Batches of training rows, reshuffled every epoch; a batch may reach over an epoch's end.
+
+    Each batch is this process's part, B = batch_size / processes rows, in `shards` equal
+    consecutive parts (one per local device):
+      items int32 [B, N] prefix, next int32 [B, N] what follows each position, target int32 [B]
+      (all as in `sessions.rows`), valid bool [B] (all True), row int32 [B] the row's number in the
+      data set, the same whichever step, shard or process it falls into.
+    With content, moreover the distinct items of each shard, U = min(B / shards * (N + 1), V) + 1
+    rows: ids int32 [shards * U] (0 first, then ascending, then 0 to fill up), image uint8
+    [shards * U, H, W, 3], has_image bool [shards * U], tokens int32 [shards * U, T], and
+      slots, next_slots int32 [B, N]: where items and next stand among the rows of their shard.
+
+    Args:
+      data: its train split is read.
+      batch_size: rows of a step over all processes.
+      seed: of the order, >= 0.
+      start_step: the step whose batch comes first.
+      every_prefix: False trains on each session's last item only, see `sessions.rows`.
+      max_length: N.
+      content: pixels and tokens to add.
+      processes: number of processes that share a step.
+      process: this one's number, from 0.
+      shards: local devices.
+
+    Returns:
+      An iterator that prefetches in threads; `close()` ends them early.
+
+    Raises:
+      InputError: batch_size cannot be divided evenly, or no training row is there.
+    """
+    size = _check_sizes(batch_size, processes, process, shards)
+    rows = sessions_lib.rows(data.train, max_length, every_prefix)
+    if not len(rows.target):
+        raise InputError('no training session has two items, so there is nothing to train on')
+
+    def batch(step: int) -> dict:
+        row = positions(seed, step, batch_size, len(rows.target))[process::processes]
+        out = dict(items=rows.items[row], next=rows.next[row], target=rows.target[row],
+                   valid=np.ones(size, bool), row=row)
+        return out if content is None else out | _with_content(out, content, shards)
+
+    return _iterate(batch, start_step)
+
+
+def item_batches(data: Data, *, batch_size: int, seed: int, start_step: int = 0, content: Content,
+                 processes: int = 1, process: int = 0, shards: int = 1) -> Iterator[dict]:
+    """Batches of single catalogue items, cold ones included; keys and args of `session_batches`.
+
+    items int32 [B, 1] is the item, next [B, 1] and target [B] are 0 and row is the item id. The
+    content rows of a shard are the padding item and its items in order, U = B / shards + 1.
+
+    Raises:
+      InputError: batch_size cannot be divided evenly.
+    """
+    size = _check_sizes(batch_size, processes, process, shards)
+    slots = np.tile(np.arange(1, size // shards + 1, dtype=np.int32), shards)[:, None]
+
+    def batch(step: int) -> dict:
+        item = positions(seed, step, batch_size, data.num_items)[process::processes] + 1
+        item = item.astype(np.int32)
+        ids = np.pad(item.reshape(shards, -1), ((0, 0), (1, 0)))
+        none = np.zeros((size, 1), np.int32)
+        return dict(items=item[:, None], next=none, target=none[:, 0], valid=np.ones(size, bool),
+                    row=item, slots=slots, next_slots=none, **content_rows(content, ids))
+
+    return _iterate(batch, start_step)
+
+
+def positions(seed: int, step: int, batch_size: int, total: int) -> np.ndarray:
+    """Which of `total` rows step `step` takes: a window of all epochs' orders laid end to end.
+
+    -> int32 [batch_size]. Every row occurs once per epoch of total / batch_size steps.
+    """
+    place = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epochs, where = np.divmod(place, total)
+    out = np.empty(batch_size, np.int32)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        inside = epochs == epoch
+        out[inside] = _epoch_order(seed, epoch, total)[where[inside]]
+    return out
+
+
+def content_rows(content: Content, ids: np.ndarray) -> dict:
+    """-> ids int32 [shards * U] and the image, has_image and tokens of these items.
+
+    Args:
+      content: pixels and tokens of the catalogue.
+      ids: int32 [shards, U]; in every shard 0, then items, then 0 to fill up.
+    """
+    source = np.asarray(content.image)
+    image = np.zeros((*ids.shape, *source.shape[1:]), np.uint8)
+    for shard, out in zip(ids, image, strict=True):
+        used = 1 + np.count_nonzero(shard)  # the filling is never touched, so it costs nothing
+        np.take(source, shard[:used], axis=0, out=out[:used], mode='clip')
+    ids = ids.ravel()
+    return dict(ids=ids, image=image.reshape(-1, *source.shape[1:]),
+                has_image=content.has_image[ids], tokens=content.tokens[ids])
+
+
+@lru_cache(maxsize=4)  # two epochs of two streams
+def _epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(total, dtype=np.int32))
+
+
+def _with_content(batch: dict, content: Content, shards: int) -> dict:
+    """-> slots and next_slots [B, N] and the content rows of every shard."""
+    both = np.stack([batch['items'], batch['next']])  # [2, B, N]
+    size, length = both.shape[1] // shards, both.shape[2]
+    width = min(size * (length + 1), len(content.tokens) - 1) + 1
+    slots = np.empty_like(both)
+    ids = np.zeros((shards, width), np.int32)
+    for shard in range(shards):
+        part = slice(shard * size, (shard + 1) * size)
+        present = np.union1d(both[:, part], 0)
+        ids[shard, :len(present)] = present
+        slots[:, part] = np.searchsorted(present, both[:, part])
+    return dict(slots=slots[0], next_slots=slots[1], **content_rows(content, ids))
+
+
+def _check_sizes(batch_size: int, processes: int, process: int, shards: int) -> int:
+    """-> rows per step of one process."""
+    if not 0 <= process < processes:
+        raise ValueError(f'process {process} is not one of {processes}')
+    if batch_size < 1 or batch_size % (processes * shards):
+        raise InputError(f'batch_size={batch_size} cannot be divided evenly among {processes} '
+                         f'process(es) of {shards} device(s) each; choose a multiple of '
+                         f'{processes * shards}')
+    return batch_size // processes
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """All steps as a source of whole batches: gathering by array beats row-wise reading 10x."""
+
+    batch: Callable[[int], dict]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, step: int) -> dict:
+        return self.batch(step)
+
+
+def _iterate(batch: Callable[[int], dict], start_step: int) -> Iterator[dict]:
+    steps = grain.MapDataset.source(_Steps(batch))[start_step:]
+    return iter(steps.to_iter_dataset(READ))

@@ -1,0 +1,210 @@
+"""Raw Amazon files -> prepared tables on disk: a TFDS builder that needs no TensorFlow.
+
+Three tables in array_record, each one builder config: `items` (what is known of an item in words),
+`images` (the encoded picture, apart so that reading the catalogue reads no picture) and `sessions`
+(train, valid, test). `prepared.json` beside them is written last: without it nothing is finished.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import tensorflow_datasets as tfds
+
+from tpad_jax.data import amazon, audit, text
+from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.sessions import Sessions
+from tpad_jax.errors import InputError
+
+FINISHED = 'prepared.json'
+SESSIONS_PER_RECORD = 1024  # one by one, a million sessions take a minute to read
+WORDS = ('asin', 'title', 'text', 'brand', 'category')  # the columns of `items` that hold a string
+
+
+class Amazon(tfds.core.GeneratorBasedBuilder):
+    """The tables of one category; record k of `items` and of `images` is item id k + 1.
+
+    A record of `sessions` is a block of them: items of all int32 [E], their lengths int32 [S] and
+    the times of their first events int64 [S], in seconds.
+    """
+
+    VERSION = tfds.core.Version('1.0.0')
+    BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads a plain class attribute)
+        tfds.core.BuilderConfig(name='items', description='asin, words, price (NaN: none)'),
+        tfds.core.BuilderConfig(name='images', description="encoded image, b'' for none"),
+        tfds.core.BuilderConfig(name='sessions', description='blocks of SESSIONS_PER_RECORD'),
+    ]
+
+    def __init__(self, *, records: dict[str, Iterable[dict]] | None = None, **kwargs):
+        """`records`: split name -> its records, only needed to write; kwargs are TFDS's own."""
+        super().__init__(**kwargs)
+        self._records = records
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            'items': dict.fromkeys(WORDS, tfds.features.Text())
+                     | {'price': np.float32, 'has_image': np.bool_},
+            'images': {'image': tfds.features.Text()},  # undecoded bytes
+            'sessions': {'items': tfds.features.Tensor(shape=(None,), dtype=np.int32),
+                         'lengths': tfds.features.Tensor(shape=(None,), dtype=np.int32),
+                         'start': tfds.features.Tensor(shape=(None,), dtype=np.int64)},
+        }[self.builder_config.name]
+        # the order of the records is the numbering of items and the time order of sessions
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
+                                     disable_shuffling=True)
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        return {split: self._generate_examples(rows) for split, rows in self._records.items()}
+
+    def _generate_examples(self, rows: Iterable[dict]) -> Iterator[tuple[int, dict]]:
+        yield from enumerate(rows)
+
+
+def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, valid: float,
+            test: float, seed: int) -> None:
+    """Reads raw files, cuts, splits and filters their sessions, and writes the tables to data_dir.
+
+    A finished `data_dir` of the same raw bytes and options is left as it is; an unfinished one is
+    built anew. Let one process of a run do this.
+
+    Args:
+      raw_dir: folder of one category's raw files, see `amazon.read`.
+      data_dir: folder to write to, made if absent; other files in it are not touched.
+      gap_hours: the longest pause inside a session; files of the 2018 form have day-granular
+        times, so there a session is one user's day and the gap is not read.
+      core: items rarer than this in training sessions leave them; 1 is off.
+      min_length: shorter sessions are dropped.
+      valid: share (below 1) or number of sessions for validation.
+      test: the same for the test.
+      seed: of the order among equal times.
+
+    Raises:
+      InputError: unusable raw files or options, or data_dir holds other finished data.
+    """
+    raw_dir, data_dir = Path(raw_dir), Path(data_dir)
+    options = dict(gap_hours=float(gap_hours), core=core, min_length=min_length,
+                   valid=float(valid), test=float(test), seed=seed)  # 2 and 2.0 are one option
+    identity = fingerprint(raw_dir, options)
+    if (data_dir / FINISHED).is_file():
+        _check_same(raw_dir, data_dir, options, identity)
+        return
+    raw = amazon.read(raw_dir)
+    cutting = dict(by_day=raw.form == '2018', gap_seconds=round(gap_hours * 3600))
+    every = sessions_lib.cut(raw.interactions, **cutting, seed=seed, min_length=min_length)
+    train, held, tested = sessions_lib.split(every, valid, test)
+    train = sessions_lib.k_core(train, core, min_length)
+    warm = sessions_lib.warm_items(train, raw.catalogue.height)
+    ties = sessions_lib.time_ties(raw.interactions, **cutting)
+    report = audit.audit(train, held, tested, warm, form=raw.form, ties=ties)
+
+    if (data_dir / Amazon.name).exists():
+        shutil.rmtree(data_dir / Amazon.name)
+    write_table(data_dir, 'items', {'items': _item_records(raw.catalogue)})
+    write_table(data_dir, 'images', {'images': _image_records(raw.catalogue)})
+    write_table(data_dir, 'sessions', {'train': _session_records(train),
+                                       'valid': _session_records(held),
+                                       'test': _session_records(tested)})
+    _write_json(data_dir / FINISHED, dict(version=str(Amazon.VERSION), fingerprint=identity,
+                                          options=options, form=raw.form, lines=raw.lines,
+                                          audit=report))
+
+
+def fingerprint(raw_dir, options: dict) -> str:
+    """sha256 (hex) of the names and bytes of the raw files, images included, and of `options`.
+
+    Raises:
+      InputError: raw_dir does not hold one category's files.
+    """
+    raw_dir, found = Path(raw_dir), amazon.find(raw_dir)
+    inside = raw_dir.resolve()
+    pictures = sorted(path for path in raw_dir.glob('images/*')
+                      if path.is_file() and path.resolve().is_relative_to(inside))
+    paths = [found.metadata, found.reviews, *pictures]
+    whole = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        for path, digest in zip(paths, pool.map(_digest, paths), strict=True):
+            whole.update(f'\n{path.relative_to(raw_dir).as_posix()} {digest}'.encode())
+    return whole.hexdigest()
+
+
+def write_table(data_dir: Path, table: str, records: dict[str, Iterable[dict]]) -> None:
+    """Writes one table, split by split, below `data_dir`."""
+    tfds.disable_progress_bar()
+    builder = Amazon(data_dir=data_dir, config=table, records=records)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download in bold
+        builder.download_and_prepare(file_format='array_record',
+                                     download_dir=data_dir / Amazon.name / 'downloads')
+
+
+def read_table(data_dir, table: str, split: str):
+    """-> random access by record number to one split of a table written by `prepare`."""
+    return Amazon(data_dir=data_dir, config=table).as_data_source(split)
+
+
+def read_finished(data_dir) -> dict:
+    """-> version, fingerprint, options, form, lines and audit of a finished `data_dir`.
+
+    Raises:
+      InputError: nothing finished is there, or it has another layout than this code reads.
+    """
+    path = Path(data_dir) / FINISHED
+    if not path.is_file():
+        raise InputError(f'{path} does not exist, so {data_dir} holds no finished data; '
+                         'prepare it from raw files first')
+    finished = json.loads(path.read_text())
+    if finished['version'] != str(Amazon.VERSION):
+        raise InputError(f'{path}: the tables have version {finished["version"]}, this code reads '
+                         f'{Amazon.VERSION}; delete {data_dir} and prepare it again')
+    return finished
+
+
+def _check_same(raw_dir: Path, data_dir: Path, options: dict, identity: str) -> None:
+    before = read_finished(data_dir)
+    if before['fingerprint'] == identity:
+        return
+    differing = [f'{key} ({before["options"].get(key)} there, {value} now)'
+                 for key, value in options.items() if before['options'].get(key) != value]
+    raise InputError(f'{data_dir} was prepared with '
+                     f'{"another " + ", ".join(differing) if differing else "other raw files"} '
+                     f'than asked for from {raw_dir}; name another data_dir or delete that one')
+
+
+def _item_records(catalogue: pl.DataFrame) -> Iterator[dict]:
+    table = catalogue.select(
+        'asin', 'title', 'brand', 'category',
+        pl.Series('text', text.item_texts(catalogue)[1:], pl.String),
+        pl.col('price').fill_null(float('nan')),
+        has_image=pl.col('image').is_not_null())
+    return table.iter_rows(named=True)
+
+
+def _image_records(catalogue: pl.DataFrame) -> Iterator[dict]:
+    for path in catalogue['image']:
+        yield {'image': b'' if path is None else Path(path).read_bytes()}
+
+
+def _session_records(sessions: Sessions) -> Iterator[dict]:
+    every = np.arange(len(sessions.start))
+    for numbers in np.split(every, every[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
+        part = sessions_lib.take(sessions, numbers)
+        yield {'items': part.items, 'lengths': np.diff(part.offsets).astype(np.int32),
+               'start': part.start}
+
+
+def _digest(path: Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _write_json(path: Path, content: dict) -> None:
+    partial = path.with_suffix('.partial')
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False))
+    os.replace(partial, path)

@@ -1,0 +1,185 @@
+"""Prepared tables -> what a run keeps in memory, and the catalogue's pixels and tokens.
+
+Needs neither TensorFlow nor a tokenizer to be imported; the pixels are decoded once into a file.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from tpad_jax.data import builder, images, text
+from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.sessions import Sessions
+
+READ_CHUNK = 16_384  # records per read
+DECODE_CHUNK = 512  # images held encoded at a time
+
+
+class ImageBytes(Sequence):
+    """The encoded images by item id; b'' for the padding item 0 and where there is none."""
+
+    def __init__(self, data_dir):
+        self._source = builder.read_table(data_dir, 'images', 'images')
+
+    def __len__(self) -> int:
+        return len(self._source) + 1
+
+    def __getitem__(self, item: int) -> bytes:
+        return self.read([item])[0]
+
+    def read(self, items: Sequence[int]) -> list[bytes]:
+        """The encoded images of several item ids at once.
+
+        Raises:
+          IndexError: an id is not in 0..V.
+        """
+        if any(not 0 <= item < len(self) for item in items):
+            raise IndexError(f'item ids are 0..{len(self) - 1}')
+        records = iter(self._source.__getitems__([int(item) - 1 for item in items if item]))
+        return [next(records)['image'] if item else b'' for item in items]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """One prepared catalogue of V items and its sessions; every per-item table has V + 1 rows.
+
+    asins, titles, texts: lists of str, [0] being ''. image_bytes: encoded images by item id.
+    has_image: bool [V + 1], a file was there. side: int32 [V + 1, 3], ids of brand, category and
+    price level, and side_sizes how many of each (see `text.side_features`).
+    train, valid, test: sessions, each split later than the one before.
+    warm: bool [V + 1], the item occurs in a training session.
+    lines: counts of raw lines read, kept and rejected. audit: see `audit.audit`.
+    fingerprint: sha256 of raw files and options. form: '2018' or '2023'.
+    """
+
+    asins: list[str]
+    titles: list[str]
+    texts: list[str]
+    image_bytes: ImageBytes
+    has_image: np.ndarray
+    side: np.ndarray
+    side_sizes: tuple[int, int, int]
+    train: Sessions
+    valid: Sessions
+    test: Sessions
+    warm: np.ndarray
+    lines: dict
+    audit: dict
+    fingerprint: str
+    form: str
+
+    @property
+    def num_items(self) -> int:
+        """V, the padding item not counted."""
+        return len(self.asins) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Content:
+    """Pixels and tokens of the catalogue, by item id.
+
+    image: uint8 [V + 1, H, W, 3], mapped from a file; zeros where there is none.
+    has_image: bool [V + 1], False where there is none or it is broken.
+    tokens: int32 [V + 1, T]. broken: how many images could not be decoded.
+    """
+
+    image: np.ndarray
+    has_image: np.ndarray
+    tokens: np.ndarray
+    broken: int
+
+
+def load(data_dir) -> Data:
+    """Reads what `builder.prepare` wrote, all but the images.
+
+    Raises:
+      InputError: nothing finished is in data_dir.
+    """
+    finished = builder.read_finished(data_dir)
+    items = _items(data_dir)
+    train, valid, test = (_sessions(data_dir, split) for split in ('train', 'valid', 'test'))
+    warm = sessions_lib.warm_items(train, items.height)
+    side, side_sizes = text.side_features(items, warm)
+    return Data(asins=['', *items['asin']], titles=['', *items['title']],
+                texts=['', *items['text']], image_bytes=ImageBytes(data_dir),
+                has_image=np.append(False, items['has_image'].to_numpy()),
+                side=side, side_sizes=side_sizes, train=train, valid=valid, test=test, warm=warm,
+                lines=finished['lines'], audit=finished['audit'],
+                fingerprint=finished['fingerprint'], form=finished['form'])
+
+
+def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length: int) -> Content:
+    """The catalogue's pixels, decoded on the first call into a file of data_dir, and its tokens.
+
+    The file holds (V + 1) * image_size^2 * 3 bytes and is mapped, not read. Processes that share
+    data_dir may call this at once: they write the same bytes, each to a file of its own first.
+
+    Args:
+      data: of `load(data_dir)`.
+      data_dir: as there; must be writable on the first call with this image_size.
+      image_size: height and width in pixels.
+      tokenizer_dir: local directory of a Hugging Face tokenizer.
+      text_length: T, tokens per item.
+
+    Raises:
+      InputError: no usable tokenizer.
+    """
+    tokens = text.tokenize(data.texts, tokenizer_dir, text_length)
+    stem = Path(data_dir) / f'pixels-{image_size}-{data.fingerprint[:16]}'
+    image_file, decoded_file = stem.with_suffix('.npy'), stem.with_suffix('.decoded.npy')
+    if not (image_file.is_file() and decoded_file.is_file()):
+        _decode(data, image_size, image_file, decoded_file)
+    decoded = np.load(decoded_file)
+    return Content(image=np.load(image_file, mmap_mode='r'), has_image=decoded, tokens=tokens,
+                   broken=int((data.has_image & ~decoded).sum()))
+
+
+def _decode(data: Data, size: int, image_file: Path, decoded_file: Path) -> None:
+    """Writes pixels uint8 [V + 1, size, size, 3] and whether there are any, bool [V + 1]."""
+    part_image, part_decoded = (path.with_suffix(f'.{os.getpid()}.partial')
+                                for path in (image_file, decoded_file))
+    # a new file is all zeros and takes no disk space until a row is written
+    pixels = np.lib.format.open_memmap(part_image, mode='w+', dtype=np.uint8,
+                                       shape=(data.num_items + 1, size, size, 3))
+    decoded = np.zeros(data.num_items + 1, bool)
+    there = np.flatnonzero(data.has_image)
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+        for begin in range(0, len(there), DECODE_CHUNK):
+            chunk = there[begin:begin + DECODE_CHUNK]
+            encoded = data.image_bytes.read(chunk)
+            for item, image in zip(chunk, pool.map(lambda data: images.decode(data, size), encoded),
+                                   strict=True):
+                if image is not None:
+                    pixels[item], decoded[item] = image, True
+    pixels.flush()
+    with part_decoded.open('wb') as file:
+        np.save(file, decoded)
+    os.replace(part_image, image_file)
+    os.replace(part_decoded, decoded_file)
+
+
+def _items(data_dir) -> pl.DataFrame:
+    """-> the item table, row k being item id k + 1; price null where there is none."""
+    records = _records(builder.read_table(data_dir, 'items', 'items'))
+    words = [pl.Series(name, [record[name].decode() for record in records], pl.String)
+             for name in builder.WORDS]
+    numbers = [pl.Series(name, [record[name] for record in records])
+               for name in ('price', 'has_image')]
+    return pl.DataFrame(words + numbers).with_columns(pl.col('price').fill_nan(None))
+
+
+def _sessions(data_dir, split: str) -> Sessions:
+    records = _records(builder.read_table(data_dir, 'sessions', split))
+    items, lengths, start = (np.concatenate([record[key] for record in records])
+                             for key in ('items', 'lengths', 'start'))
+    return Sessions(items, np.append(0, np.cumsum(lengths)).astype(np.int64), start)
+
+
+def _records(source) -> list[dict]:
+    return [record for begin in range(0, len(source), READ_CHUNK)
+            for record in source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))]

@@ -1,0 +1,112 @@
+"""Images of the planted catalogue: small product pictograms.
+
+The shape is the category, its colour the colour, the pattern over it the style; brand and material
+cannot be seen. Everything else (place, size, pattern phase, background, noise) says nothing.
+"""
+
+import numpy as np
+
+from tpad_jax.data.silhouettes import GRID, MARGIN, distance_fields
+
+SIDE = 64
+NOISE = 0.12
+# In the order of wording.COLOURS: hues about 45 degrees apart, similar saturation.
+PALETTE = np.array([
+    (0.86, 0.14, 0.16), (0.96, 0.52, 0.08), (0.95, 0.84, 0.12), (0.22, 0.64, 0.22),
+    (0.06, 0.70, 0.72), (0.12, 0.34, 0.86), (0.50, 0.22, 0.74), (0.96, 0.42, 0.68)], np.float32)
+
+_SHAPE_SIDE = 52.0  # pixels of the unit square at scale 1
+_SCALE = (0.90, 1.08)
+_SHIFT = 3.0  # pixels, either way
+_OUTLINE = 1.5  # pixels, inside the edge
+_SHADOW = (1.0, 2.0, 3.0, 0.22)  # right, down, softness in pixels, strength
+_CHUNK = 256
+
+
+def _sample(fields, category, x, y):
+    """Bilinear look-up at x [M, 1, W], y [M, H, 1], category [M, 1, 1] -> [M, H, W]."""
+    column = np.clip((x + MARGIN) / (1 + 2 * MARGIN) * GRID - 0.5, 0, GRID - 1.001)
+    row = np.clip((y + MARGIN) / (1 + 2 * MARGIN) * GRID - 0.5, 0, GRID - 1.001)
+    left, top = column.astype(np.int32), row.astype(np.int32)
+    right, down = column - left, row - top
+    corner = (category * GRID + top) * GRID + left
+    flat = fields.reshape(-1)
+    above = flat[corner] * (1 - right) + flat[corner + 1] * right
+    corner += GRID
+    return above * (1 - down) + (flat[corner] * (1 - right) + flat[corner + 1] * right) * down
+
+
+def _wave(phase):
+    """A soft-edged square wave between 0 and 1, of period 1."""
+    return 0.5 + 0.5 * np.clip(3 * np.sin(2 * np.pi * phase), -1, 1)
+
+
+def _pattern(style, x, y):
+    """How much of the second tone shows, 0..1, at x [M, 1, W], y [M, H, 1] pixels -> [M, H, W].
+
+    The periods of 11 to 14 pixels are what still shows after a halving to 32 x 32 under the noise.
+    """
+    if style == 0:  # plain
+        return np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
+    if style == 1:  # striped
+        return _wave((x + y) / 15.6)
+    if style == 2:  # dotted
+        to_dot = np.hypot(np.mod(x, 13) - 6.5, np.mod(y, 13) - 6.5)
+        return np.clip(3.6 - to_dot + 0.5, 0, 1)
+    if style == 3:  # checked
+        return 0.5 + 0.5 * np.clip(4 * np.sin(np.pi * x / 7.5) * np.sin(np.pi * y / 7.5), -1, 1)
+    return _wave(np.hypot(x, y) / 11.0)  # ringed
+
+
+def _paint(attributes, uniforms, fields):
+    """Noiseless pictograms. int32 [M, 5], float32 [M, 9] in [0, 1) -> float32 [M, 64, 64, 3]."""
+    u = uniforms[:, :, None, None]
+    pixels = np.arange(SIDE, dtype=np.float32) + 0.5
+    size = _SHAPE_SIDE * (_SCALE[0] + (_SCALE[1] - _SCALE[0]) * u[:, 0])
+    x = pixels[None, None, :] - SIDE / 2 - _SHIFT * (2 * u[:, 1] - 1)  # from the shape's centre
+    y = pixels[None, :, None] - SIDE / 2 - _SHIFT * (2 * u[:, 2] - 1)
+    category = attributes[:, 0, None, None]
+    edge = size * _sample(fields, category, x / size + 0.5, y / size + 0.5)
+    right, down, softness, strength = _SHADOW
+    shadow = size * _sample(fields, category, (x - right) / size + 0.5, (y - down) / size + 0.5)
+    shadow = strength * np.clip(0.5 - shadow / (2 * softness), 0, 1)
+
+    second = np.empty_like(edge)
+    for style in np.unique(attributes[:, 2]):
+        rows = np.flatnonzero(attributes[:, 2] == style)
+        # Rings stay about the centre; the other patterns start anywhere.
+        reach = 3.0 if style == 4 else 16.0
+        second[rows] = _pattern(style, x[rows] + reach * (u[rows, 3] - 0.5),
+                                y[rows] + reach * (u[rows, 4] - 0.5))
+
+    base = PALETTE[attributes[:, 3]][:, None, None]
+    light = 1.04 - 0.10 * (y / size + 0.5)  # a touch of light from above
+    tone = base + (1 - base) * 0.86 * second[..., None]
+    outlined = np.clip(0.5 + edge + _OUTLINE, 0, 1)[..., None]
+    shape = tone * light[..., None] * (1 - outlined) + base * 0.5 * outlined
+    background = 0.84 + 0.12 * u[:, 5, ..., None] + 0.05 * (2 * uniforms[:, None, None, 6:9] - 1)
+    inside = np.clip(0.5 - edge, 0, 1)[..., None]
+    return background * (1 - shadow[..., None]) * (1 - inside) + shape * inside
+
+
+def render(attributes, rng, noise=NOISE):
+    """Draws the items' images.
+
+    Args:
+        attributes: int32 [M, 5] category, brand, style, colour, material.
+        rng: numpy generator. The noise is drawn last, so that two levels of it show the same
+            pictograms.
+        noise: standard deviation of the pixel noise, per channel, in the range 0..1.
+
+    Returns:
+        uint8 [M, 64, 64, 3] RGB.
+    """
+    uniforms = rng.random((len(attributes), 9), np.float32)
+    fields = distance_fields()
+    images = np.empty((len(attributes), SIDE, SIDE, 3), np.uint8)
+    for begin in range(0, len(attributes), _CHUNK):
+        part = slice(begin, begin + _CHUNK)
+        painted = _paint(attributes[part], uniforms[part], fields)
+        painted += np.float32(noise) * rng.standard_normal(painted.shape, np.float32)
+        images[part] = np.clip(painted * 255 + 0.5, 0, 255)
+    return images

@@ -1,0 +1,204 @@
+"""Sessions: cut from timed interactions, split by time, filtered, unrolled into prefix rows.
+
+Pure functions on arrays. A session is a run of one user's items in order; the sessions of a split
+lie behind each other in compressed rows (CSR), so a million of them are two flat arrays.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from tpad_jax.errors import InputError
+
+DAY = 86_400  # seconds
+
+
+class Sessions(NamedTuple):
+    """S sessions with E events in all; session k is `items[offsets[k]:offsets[k + 1]]`.
+
+    items: int32 [E], item ids 1..V. offsets: int64 [S + 1].
+    start: int64 [S], time of each session's first event in seconds since 1970 (UTC).
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    start: np.ndarray
+
+
+class Rows(NamedTuple):
+    """R pairs of a prefix and what follows it, one per scored prediction.
+
+    items: int32 [R, N], the prefix, left aligned, 0 pads.
+    next: int32 [R, N], the item that follows position j (the target at the last valid j), 0 pads.
+    target: int32 [R], the item to predict. session: int32 [R], its session's number in the split.
+    """
+
+    items: np.ndarray
+    next: np.ndarray
+    target: np.ndarray
+    session: np.ndarray
+
+
+def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int,
+        min_length: int = 2) -> Sessions:
+    """Cuts each user's events into sessions, sorted by their start.
+
+    Events with equal times carry no order: they are put in a seeded one, which depends on the
+    events alone and not on the order of the file's lines; so are sessions with an equal start.
+
+    Args:
+      interactions: columns user (int), item (int, 1..V) and time (int, seconds), in any order.
+      by_day: a session is one user's events of one UTC day (for day-granular times); otherwise
+        a pause of more than `gap_seconds` begins a new session.
+      gap_seconds: the longest pause inside a session; not read when `by_day`.
+      seed: seed of the order among equal times.
+      min_length: shorter sessions are dropped.
+
+    Raises:
+      InputError: `gap_seconds` is not positive, or no session is long enough.
+    """
+    rng = np.random.default_rng(seed)
+    item, time, first = _grouped(interactions, by_day, gap_seconds, rng)
+    offsets = np.append(np.flatnonzero(first), len(item)).astype(np.int64)
+    sessions = Sessions(item.astype(np.int32), offsets, time[offsets[:-1]])
+    kept = np.flatnonzero(np.diff(offsets) >= min_length)
+    if not len(kept):
+        raise InputError(f'none of the {len(offsets) - 1} sessions of {len(item)} interactions has '
+                         f'min_length={min_length} items or more; give more reviews, '
+                         'a larger gap or a smaller min_length')
+    order = np.lexsort((rng.random(len(kept)), sessions.start[kept]))
+    return take(sessions, kept[order])
+
+
+def time_ties(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int) -> float:
+    """Share of neighbouring events of one session that have the same time, so no known order.
+
+    Args as in `cut`. 0.0 when no session has two events.
+    """
+    _, time, first = _grouped(interactions, by_day, gap_seconds, np.random.default_rng(0))
+    inside = ~first[1:]
+    return float((np.diff(time)[inside] == 0).mean()) if inside.any() else 0.0
+
+
+def split(sessions: Sessions, valid: float, test: float) -> tuple[Sessions, Sessions, Sessions]:
+    """Splits by time into (train, valid, test): every later split starts strictly later.
+
+    `valid` and `test` below 1 are shares of the sessions, from 1 on they are counts. Sessions that
+    start in the same second are never torn apart (with day-granular times: of the same day), so
+    a boundary that falls among such sessions moves to the nearer end of them.
+
+    Raises:
+      InputError: a size is not positive, or a split would stay empty.
+    """
+    total = len(sessions.start)
+    sizes = [size if size >= 1 else size * total for size in (valid, test)]
+    if min(valid, test) <= 0:
+        raise InputError(f'the split sizes valid={valid} and test={test} must be positive: '
+                         'a share below 1 or a number of sessions')
+    last = _boundary(sessions.start, total - round(sizes[1]))
+    middle = _boundary(sessions.start, last - round(sizes[0]))
+    if not 0 < middle < last < total:
+        raise InputError(f'{total} sessions with {len(np.unique(sessions.start))} different start '
+                         f'times cannot be split by time into valid={valid} and test={test} with '
+                         'every part non-empty; give more sessions or other split sizes')
+    parts = np.split(np.arange(total), [middle, last])
+    return tuple(take(sessions, part) for part in parts)
+
+
+def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
+    """Drops items with fewer than `core` events and then short sessions, until nothing changes.
+
+    Item ids stay as they are: a dropped item stays in the catalogue and is merely cold.
+    `core` of 1 or less is off.
+
+    Raises:
+      InputError: nothing is left.
+    """
+    if core <= 1:
+        return train
+    while True:
+        counts = np.bincount(train.items)
+        frequent = counts[train.items] >= core
+        owner = np.repeat(np.arange(len(train.start)), np.diff(train.offsets))
+        lengths = np.bincount(owner[frequent], minlength=len(train.start))
+        if frequent.all() and (lengths >= min_length).all():
+            return train
+        offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
+        shorter = Sessions(train.items[frequent], offsets, train.start)
+        train = take(shorter, np.flatnonzero(lengths >= min_length))
+        if not len(train.start):
+            raise InputError(f'core={core} with min_length={min_length} leaves no training '
+                             'session; lower core')
+
+
+def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows:
+    """Unrolls sessions into (prefix, target) rows, in order of session and prefix length.
+
+    Args:
+      sessions: S sessions; one with a single item gives no row.
+      max_length: N, the width; a longer prefix keeps its last N items.
+      every_prefix: True: a session of n items gives n - 1 rows. False (the last-item-only
+        protocol of some papers): one, its target being the session's last item.
+    """
+    lengths = np.diff(sessions.offsets)
+    if every_prefix:
+        session = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))
+        first_row = np.append(0, np.cumsum(np.maximum(lengths - 1, 0)))[:-1]
+        position = np.arange(len(session)) - first_row[session] + 1
+    else:
+        session = np.flatnonzero(lengths > 1)
+        position = lengths[session] - 1
+    start = sessions.offsets[session]
+    end = start + position  # of the target, in `sessions.items`
+    start = np.maximum(start, end - max_length)
+    where = start[:, None] + np.arange(max_length)
+    valid = where < end[:, None]
+    padded = np.append(sessions.items, np.int32(0)).astype(np.int32)
+    last = len(sessions.items)
+    return Rows(items=padded[np.where(valid, where, last)],
+                next=padded[np.where(valid, where + 1, last)],
+                target=padded[end],
+                session=session.astype(np.int32))
+
+
+def warm_items(train: Sessions, num_items: int) -> np.ndarray:
+    """-> bool [V + 1]: whether an item occurs in a training session; row 0 (padding) is False."""
+    warm = np.zeros(num_items + 1, bool)
+    warm[train.items] = True
+    return warm
+
+
+def take(sessions: Sessions, index: np.ndarray) -> Sessions:
+    """The sessions with the numbers `index` (int [S']), in that order."""
+    lengths = np.diff(sessions.offsets)[index]
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
+    shift = sessions.offsets[:-1][index] - offsets[:-1]
+    events = np.arange(offsets[-1]) + np.repeat(shift, lengths)
+    return Sessions(sessions.items[events], offsets, sessions.start[index])
+
+
+def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
+             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Events by user and time -> items int64 [E], times int64 [E], session begins here bool [E]."""
+    if not by_day and gap_seconds <= 0:
+        raise InputError(f'gap_seconds={gap_seconds} must be positive: the longest pause '
+                         'inside a session')
+    # a canonical order first, so that the seeded order below does not hang on the file's
+    events = interactions.sort('user', 'time', 'item')
+    user, item, time = (events[name].to_numpy().astype(np.int64)
+                        for name in ('user', 'item', 'time'))
+    order = np.lexsort((rng.random(len(item)), time, user))
+    user, item, time = user[order], item[order], time[order]
+    first = np.ones(len(item), bool)
+    apart = np.diff(time // DAY) != 0 if by_day else np.diff(time) > gap_seconds
+    first[1:] = (np.diff(user) != 0) | apart
+    return item, time, first
+
+
+def _boundary(start: np.ndarray, wanted: int) -> int:
+    """The position next to `wanted` at which the sorted `start` changes."""
+    if not 0 < wanted < len(start):
+        return wanted
+    low, high = (int(np.searchsorted(start, start[wanted], side)) for side in ('left', 'right'))
+    return low if wanted - low <= high - wanted else high

@@ -1,0 +1,325 @@
+"""The planted catalogue: items and sessions whose true next-item distribution is known.
+
+`write` leaves raw Amazon files in the 2023 form, which the ordinary pipeline reads. Everything is
+a pure function of the seed; the catalogue, its texts, its images and each split's sessions have
+random streams of their own, so the same seed with fewer training sessions or more noise is the same
+world, tested on the same sessions.
+"""
+
+import io
+import json
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from tpad_jax.data import rendering, wording
+from tpad_jax.errors import InputError
+
+# The definition. None of these is a knob.
+POPULARITY_SIGMA = 0.5
+COLD_SHARE = 0.15
+CATEGORY_WEIGHTS = (0.6, 0.3, 0.1)
+OTHER_CATEGORY = 1e-4
+BRAND_WEIGHT = 20.0
+SUCCESSOR_WEIGHT = 5.0
+UNIFORM_SHARE = 0.05
+POPULARITY_SHARE = 0.05
+LENGTHS = (2, 8)  # both included
+
+_TRANSITIONS, _ITEMS, _TEXTS, _IMAGES, _TRAIN, _VALID, _TEST = range(1, 8)
+_CATEGORY, _BRAND, _STYLE, _COLOUR, _MATERIAL = range(5)
+_SPLIT_STREAMS = (_TRAIN, _VALID, _TEST)
+_START = 1_600_000_000  # seconds; an arbitrary date in 2020
+_EVENT_SECONDS, _SESSION_SECONDS = 60, 600  # eight events end before the next session starts
+
+
+class Planted(NamedTuple):
+    """A drawn world of V items. Row k of a per-item array is planted id k + 1; id 0 is padding."""
+
+    attributes: np.ndarray  # int32 [V, 5] category, brand, style, colour, material
+    popularity: np.ndarray  # float64 [V], sums to 1
+    cold: np.ndarray  # bool [V], in no training session
+    category_weights: np.ndarray  # float64 [12, 12], C[last, next]
+    next_style: np.ndarray  # int32 [5]
+    next_colour: np.ndarray  # int32 [8]
+
+
+def _stream(seed, number):
+    return np.random.default_rng([seed, number])
+
+
+def _cycle(rng, size):
+    """A successor for every value along one random cycle: no value follows itself. int32 [size]."""
+    order = rng.permutation(size)
+    successor = np.empty(size, np.int32)
+    successor[order] = np.roll(order, -1)
+    return successor
+
+
+def draw(seed, items=600):
+    """Draws the world of a seed.
+
+    Attributes are independent and uniform, popularity is log-normal (sigma 0.5), exactly
+    round(0.15 items) items are cold, whichever they are. Each category has its own three other
+    categories, drawn without replacement, with weights 0.6, 0.3, 0.1; all else, itself included,
+    weighs 1e-4. Successors of style and of colour run along one random cycle, so that every value
+    is followed by another one and follows exactly one.
+
+    Raises:
+        InputError: a negative seed or fewer than 2 items.
+    """
+    if seed < 0:
+        raise InputError(f'seed is {seed}, but a seed must be 0 or more.')
+    if items < 2:
+        raise InputError(f'items is {items}, but a planted catalogue needs at least 2 items.')
+    rng = _stream(seed, _TRANSITIONS)
+    categories = len(wording.CATEGORIES)
+    weights = np.full((categories, categories), OTHER_CATEGORY)
+    for row in range(categories):
+        others = np.delete(np.arange(categories), row)
+        weights[row, rng.choice(others, len(CATEGORY_WEIGHTS), replace=False)] = CATEGORY_WEIGHTS
+    next_style = _cycle(rng, len(wording.STYLES))
+    next_colour = _cycle(rng, len(wording.COLOURS))
+    rng = _stream(seed, _ITEMS)
+    attributes = rng.integers(0, wording.SIZES, (items, len(wording.SIZES)), dtype=np.int32)
+    popularity = np.exp(POPULARITY_SIGMA * rng.standard_normal(items))
+    cold = np.zeros(items, bool)
+    cold[rng.permutation(items)[:round(COLD_SHARE * items)]] = True
+    popularity /= popularity.sum()
+    return Planted(attributes, popularity, cold, weights, next_style, next_colour)
+
+
+def probabilities(planted, prefixes, warm_only=False):
+    """The exact distribution of the item that follows each prefix.
+
+    P(i | prefix) = 0.90 P* + 0.05 / V + 0.05 pop(i), where P* is pop(i) C[cat(last), cat(i)]
+    B[brand(first), brand(i)] S[style(last), style(i)] O[colour(last), colour(i)], normalised over
+    all V items. B is 20 where the brands are equal, S and O are 5 at the successor; all are 1
+    elsewhere. Items already in the session may follow again. Validation and test follow P itself.
+    Training follows P cut to warm items and divided by their share of it (the mixture as a whole).
+
+    Args:
+        planted: the world, V items.
+        prefixes: int32 [R, N] planted ids 1..V, left aligned, 0 pads; at least one id per row.
+        warm_only: the distribution of training sessions, zero at cold items.
+
+    Returns:
+        float64 [R, V], column k for planted id k + 1; rows sum to 1.
+
+    Raises:
+        ValueError: a prefix without items.
+    """
+    prefixes = np.asarray(prefixes)
+    if (prefixes[:, 0] == 0).any():
+        raise ValueError('a prefix is empty: what follows depends on its first and last items.')
+    first = planted.attributes[prefixes[:, 0] - 1]
+    lengths = (prefixes > 0).sum(1)
+    last = planted.attributes[prefixes[np.arange(len(prefixes)), lengths - 1] - 1]
+    own = planted.attributes.T
+    weight = planted.category_weights[last[:, _CATEGORY]][:, own[_CATEGORY]]
+    weight *= planted.popularity
+    weight[first[:, _BRAND, None] == own[_BRAND]] *= BRAND_WEIGHT
+    weight[planted.next_style[last[:, _STYLE], None] == own[_STYLE]] *= SUCCESSOR_WEIGHT
+    weight[planted.next_colour[last[:, _COLOUR], None] == own[_COLOUR]] *= SUCCESSOR_WEIGHT
+    weight *= (1 - UNIFORM_SHARE - POPULARITY_SHARE) / weight.sum(1, keepdims=True)
+    weight += UNIFORM_SHARE / len(planted.popularity) + POPULARITY_SHARE * planted.popularity
+    if warm_only:
+        weight[:, planted.cold] = 0
+        weight /= weight.sum(1, keepdims=True)
+    return weight
+
+
+def catalogue_probabilities(planted, asins):
+    """The full distribution in the ids of a catalogue, as evaluation takes it.
+
+    Args:
+        planted: the world, V items.
+        asins: list of V + 1 str, the catalogue's, [0] being padding; all V planted items, in any
+            order.
+
+    Returns:
+        Function of int32 [R, N] (catalogue ids, left aligned, 0 pads) -> float64 [R, V + 1], whose
+        column 0 is 0.
+
+    Raises:
+        InputError: the catalogue is not this planted one, or not all of it.
+    """
+    ids = planted_ids(asins)
+    if not np.array_equal(np.sort(ids), np.arange(len(planted.popularity) + 1)):
+        raise InputError(
+            f'the {len(ids) - 1} items of the catalogue are not the {len(planted.popularity)} of '
+            'the planted one, so its oracle does not apply; set its `items` and turn k-core off.')
+
+    def follow(items):
+        out = np.zeros((len(items), len(ids)))
+        out[:, 1:] = probabilities(planted, ids[items])[:, ids[1:] - 1]
+        return out
+
+    return follow
+
+
+def _sample(probability, uniforms):
+    """Ids 1..V by inverting each row's running sum. float64 [R, V], [R] in [0, 1) -> int32 [R]."""
+    running = np.cumsum(probability, axis=1)
+    # "<=" steps over items of probability 0, whose running sum equals the one before.
+    below = running <= (uniforms * running[:, -1])[:, None]
+    return below.sum(1, dtype=np.int32) + 1
+
+
+def sample_sessions(planted, count, rng, warm_only=False, chunk=2048):
+    """Sessions of uniform length 2..8, the first item by popularity, the others by `probabilities`.
+
+    Each session takes its own nine numbers off the generator: with one seed, the first sessions of
+    a long sample are those of a short one.
+
+    Args:
+        planted: the world, V items.
+        count: how many sessions, S.
+        rng: numpy generator.
+        warm_only: training sessions: the first item, too, by popularity among the warm.
+        chunk: rows at a time, which bounds memory and changes nothing.
+
+    Returns:
+        int32 [S, 8] planted ids, left aligned, 0 pads.
+    """
+    shortest, longest = LENGTHS
+    uniforms = rng.random((count, 1 + longest))
+    lengths = shortest + (uniforms[:, 0] * (longest - shortest + 1)).astype(np.int32)
+    popularity = np.where(planted.cold, 0, planted.popularity) if warm_only else planted.popularity
+    sessions = np.zeros((count, longest), np.int32)
+    for begin in range(0, count, chunk):
+        part, u = sessions[begin:begin + chunk], uniforms[begin:begin + chunk, 1:]
+        part[:, 0] = _sample(np.broadcast_to(popularity, (len(part), len(popularity))), u[:, 0])
+        for position in range(1, longest):
+            going = np.flatnonzero(lengths[begin:begin + chunk] > position)
+            follow = probabilities(planted, part[going, :position], warm_only)
+            part[going, position] = _sample(follow, u[going, position])
+    return sessions
+
+
+def asin(planted_id):
+    """The external id of a planted item: 'P000000001' for 1."""
+    return f'P{planted_id:09d}'
+
+
+def planted_ids(asins):
+    """Planted ids of a catalogue's items: list of V + 1 str, [0] being padding -> int32 [V + 1].
+
+    Raises:
+        InputError: an asin that `write` did not make.
+    """
+    ids = np.zeros(len(asins), np.int32)
+    for row, name in enumerate(asins[1:], 1):
+        if not re.fullmatch('P0*[1-9][0-9]*', name) or len(name) != len(asin(1)):
+            raise InputError(f'asin {name!r} is not of the planted catalogue; its oracle and true '
+                             'attributes go with the raw files that `synthetic.write` makes.')
+        ids[row] = int(name[1:])
+    return ids
+
+
+def _review(user, item, seconds):
+    return {'rating': 5.0, 'title': '', 'text': '', 'images': [], 'asin': asin(item),
+            'parent_asin': asin(item), 'user_id': f'U{user:09d}', 'timestamp': seconds * 1000,
+            'helpful_vote': 0, 'verified_purchase': True}
+
+
+def _metadata(item, title, brand, description):
+    return {'main_category': 'Planted', 'title': title, 'average_rating': 5.0, 'rating_number': 1,
+            'features': [], 'description': [description], 'price': None, 'images': [], 'videos': [],
+            'store': brand or None, 'categories': ['Planted'], 'details': {},
+            'parent_asin': asin(item), 'bought_together': None}
+
+
+def _write_lines(path, records):
+    with open(path, 'w', encoding='ascii', newline='\n') as file:
+        file.writelines(json.dumps(record) + '\n' for record in records)
+
+
+def _jpeg(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, 'JPEG', quality=90)
+    return buffer.getvalue()
+
+
+def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=rendering.NOISE):
+    """Writes the planted catalogue as raw Amazon files of the 2023 form.
+
+    `Planted.jsonl` (events, 60 s apart, each session a user of its own; all training sessions, then
+    validation, then test, one session ending before the next starts), `meta_Planted.jsonl` (brand
+    in `store`, one category for all, no price), `images/<asin>.jpg` (64 x 64, quality 90), and
+    `planted.json` with the options. The directory appears at once or not at all, and one that holds
+    the same options already is left as it is. The same options give the same bytes.
+
+    Args:
+        raw_dir: the directory to make, or an empty one.
+        seed: of the world and of everything in it.
+        items: size of the catalogue.
+        train: number of training sessions; the smaller sample is a part of the larger.
+        valid: number of validation sessions.
+        test: number of test sessions.
+        noise: standard deviation of the pixel noise in the range 0..1.
+
+    Raises:
+        InputError: the directory holds anything else, or an option is unusable.
+    """
+    raw_dir = Path(raw_dir)
+    options = {'seed': int(seed), 'items': int(items), 'train': int(train), 'valid': int(valid),
+               'test': int(test), 'noise': float(noise)}
+    for name in ('train', 'valid', 'test', 'noise'):
+        if options[name] < 0:
+            raise InputError(f'{name} is {options[name]}, but must be 0 or more.')
+    if _already_written(raw_dir, options):
+        return
+    planted = draw(seed, items)
+    building = raw_dir.with_name(f'.{raw_dir.name}.{secrets.token_hex(4)}')
+    (building / 'images').mkdir(parents=True)
+    try:
+        _fill(building, planted, options)
+        try:
+            os.replace(building, raw_dir)
+        except OSError:  # another process was first; its bytes are ours if its options are
+            if not _already_written(raw_dir, options):
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _already_written(raw_dir, options):
+    """Whether the directory holds these very options; InputError where it holds anything else."""
+    if not raw_dir.exists() or (raw_dir.is_dir() and not any(raw_dir.iterdir())):
+        return False
+    file = raw_dir / 'planted.json'
+    if not file.is_file():
+        raise InputError(f'{raw_dir} exists and is no planted catalogue; name a directory that '
+                         'does not exist yet.')
+    found = json.loads(file.read_text())
+    if found != options:
+        raise InputError(f'{raw_dir} holds a planted catalogue of {found}, not {options}; remove '
+                         'it or name another directory.')
+    return True
+
+
+def _fill(directory, planted, options):
+    """Writes every file of `write` into an existing directory."""
+    seed = options['seed']
+    titles, brands, descriptions = wording.texts(planted.attributes, _stream(seed, _TEXTS))
+    _write_lines(directory / 'meta_Planted.jsonl', (
+        _metadata(item, *words)
+        for item, words in enumerate(zip(titles, brands, descriptions, strict=True), 1)))
+    images = rendering.render(planted.attributes, _stream(seed, _IMAGES), options['noise'])
+    for item, image in enumerate(images, 1):
+        (directory / 'images' / f'{asin(item)}.jpg').write_bytes(_jpeg(image))
+    sessions = np.concatenate([
+        sample_sessions(planted, options[split], _stream(seed, stream), warm_only=split == 'train')
+        for split, stream in zip(('train', 'valid', 'test'), _SPLIT_STREAMS, strict=True)])
+    _write_lines(directory / 'Planted.jsonl', (
+        _review(user, item, _START + user * _SESSION_SECONDS + place * _EVENT_SECONDS)
+        for user, session in enumerate(sessions.tolist())
+        for place, item in enumerate(session) if item))
+    (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')

@@ -1,0 +1,111 @@
+"""Item texts and side features: cleaning, tokens, and ids of brand, category and price level."""
+
+import html
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from tpad_jax.errors import InputError
+
+PRICE_LEVELS = 10
+TOKENIZER_CHUNK = 8192  # texts per call, so that Python lists of ids stay small
+
+# each alternative consumes what it scans, so the time is linear in the text's length
+_MARKUP = re.compile(r'<(script|style)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)|</?[a-z][^<>]*>',
+                     re.IGNORECASE | re.DOTALL)
+# control characters and halves of a surrogate pair, which no UTF-8 file can hold
+_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]+')
+_SPACE = re.compile(r'\s+')
+
+
+def clean(text: str) -> str:
+    """Plain text of a web page's fragment: entities resolved, tags removed, white space collapsed.
+
+    Entities are resolved first, because the raw files hold escaped tags as well as plain ones.
+    A lone `<` or `>` ("size < 5") is no tag and stays.
+    """
+    text = _MARKUP.sub(' ', html.unescape(text))
+    return _SPACE.sub(' ', _UNPRINTABLE.sub(' ', text)).strip()
+
+
+def item_texts(catalogue: pl.DataFrame) -> list[str]:
+    """One text per item, "title. brand. category. description" of its non-empty parts.
+
+    -> list of V + 1 str; index 0 (padding) is ''.
+    """
+    columns = catalogue.select('title', 'brand', 'category', 'description')
+    return ['', *('. '.join(part for part in row if part) for row in columns.iter_rows())]
+
+
+def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.ndarray:
+    """Token ids of the texts by the Hugging Face tokenizer in a local directory.
+
+    Special tokens are left to the model; long texts keep their first `length` tokens, short ones
+    are padded on the right with the tokenizer's pad token (0 in the default base).
+
+    -> int32 [V + 1, length]; an empty text is all padding.
+
+    Raises:
+      InputError: the directory holds no usable tokenizer, or one without a pad token.
+    """
+    if not Path(tokenizer_dir).is_dir():
+        raise InputError(f'{tokenizer_dir}: no such directory; give the local directory of a '
+                         'tokenizer (tokenizer.json and tokenizer_config.json)')
+    from transformers import AutoTokenizer  # slow to import, and few callers tokenize
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{tokenizer_dir}: no usable tokenizer ({str(error).splitlines()[0]}); '
+                         'it needs tokenizer.json and tokenizer_config.json') from error
+    if tokenizer.pad_token_id is None:
+        raise InputError(f'{tokenizer_dir}: the tokenizer has no pad token; set "pad_token" in its '
+                         'tokenizer_config.json')
+    tokenizer.padding_side = tokenizer.truncation_side = 'right'
+    tokens = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
+    for begin in range(0, len(texts), TOKENIZER_CHUNK):
+        chunk = texts[begin:begin + TOKENIZER_CHUNK]
+        tokens[begin:begin + len(chunk)] = tokenizer(
+            chunk, add_special_tokens=False, truncation=True, max_length=length,
+            padding='max_length')['input_ids']
+    return tokens
+
+
+def side_features(catalogue: pl.DataFrame,
+                  warm: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Brand, category and price level of every item as ids; 0 is unknown (and padding).
+
+    Vocabularies and price levels come from the warm items alone. A value that fewer than two of
+    them have says nothing that the item's id does not, and is 0. The price levels 1..10 are the
+    tenths of the warm items' prices.
+
+    Args:
+      catalogue: V rows with brand, category (str) and price (float or null).
+      warm: bool [V + 1].
+
+    Returns:
+      ids int32 [V + 1, 3], and how many different ids each column can have, 0 included.
+    """
+    warm = warm[1:]
+    brand, brands = _value_ids(catalogue['brand'].to_list(), warm)
+    category, categories = _value_ids(catalogue['category'].to_list(), warm)
+    price = catalogue['price'].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    known = ~np.isnan(price)
+    level = np.zeros(len(price), np.int32)
+    if (known & warm).any():
+        edges = np.quantile(price[known & warm], np.arange(1, PRICE_LEVELS) / PRICE_LEVELS)
+        level[known] = 1 + np.searchsorted(edges, price[known], side='right')
+    ids = np.zeros((len(price) + 1, 3), np.int32)
+    ids[1:] = np.stack([brand, category, level], axis=1)
+    return ids, (brands, categories, PRICE_LEVELS + 1)
+
+
+def _value_ids(values: list[str], warm: np.ndarray) -> tuple[np.ndarray, int]:
+    """Ids int32 [V] of values at least two warm items have, in their alphabetic order from 1."""
+    counts = Counter(value for value, seen in zip(values, warm, strict=True) if seen and value)
+    ids = {value: number for number, value in
+           enumerate(sorted(value for value, count in counts.items() if count > 1), start=1)}
+    return np.array([ids.get(value, 0) for value in values], np.int32), len(ids) + 1

@@ -1,0 +1,213 @@
+"""One pure function per loss, and `combine`, which masks, averages, weighs and logs them all.
+
+A loss takes `(out, batch, *, axis=None, **keywords)` and returns one value per row, `[B]`, or, where
+its rows are positions or tokens or it keeps a state, `Loss(value, weight, state, metrics)`. It never
+calls an encoder, never averages over rows, never weighs. Every keyword that is a string names one of
+`models.tpad.forward`'s outputs; a stage checks them when it starts. Optional keywords a loss may take:
+`state` (its own, from the last step) and `key` (the step's).
+"""
+
+import importlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+
+from tpad_jax import collectives
+from tpad_jax.errors import InputError
+from tpad_jax.models import alignment
+from tpad_jax.types import Loss
+
+PROVIDED = ('axis', 'state', 'key')  # what `combine` passes by itself
+
+
+def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', temperature=1.0):
+    """Softmax cross entropy of the target over the warm catalogue, logits <h, z>. -> [B]
+
+    Items no training session contains are never negatives: that would teach "never recommend these".
+    [paper] trains its recommender on the next item; [ours] the exclusion of cold items.
+    """
+    h, z, warm = out[h], out[z], out[warm]
+    logits = h @ z.T / temperature
+    logits = jnp.where(warm[None], logits, -jnp.inf)
+    own = (h * z[batch.target]).sum(-1) / temperature
+    return jax.nn.logsumexp(logits, axis=1) - own
+
+
+def generation(out, batch, *, axis=None, x='describe', tokens='describe.tokens',
+               table='vocabulary'):
+    """Next-token cross entropy of a text, per token. -> Loss [B, T]
+
+    [paper] both MLLMs learn by a generation task; [ours] what they are given (see models/).
+    """
+    hidden, tokens = out[x], out[tokens]
+    logits = hidden @ out[table].T
+    own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    weight = ((tokens > 0) & batch.valid[:, None]).astype(jnp.float32)
+    return Loss(jax.nn.logsumexp(logits, axis=-1) - own, weight)
+
+
+def infonce(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align',
+            temperature=1.0):
+    """Minus the InfoNCE lower bound of I(x; y), negatives from every replica. -> Loss [B, N]
+
+    van den Oord et al. 2018. Positions that hold the same item (by `ids`) are not negatives of each
+    other. The bound cannot exceed the log of the candidates' number: the metric `room` is what is
+    left, so a saturated bound shows.
+    """
+    scores, own, negative, weight = _pairs(out, batch, axis, x, y, ids, critic)
+    bound = alignment.infonce(scores / temperature, own, negative)
+    room = jnp.log(negative.sum(axis=1) + 1.0) - bound
+    shape = weight.shape
+    return Loss(-bound.reshape(shape), weight,
+                metrics={'mi': bound.reshape(shape), 'room': room.reshape(shape)})
+
+
+def mine(out, batch, *, axis=None, state=None, x='k', y='c', ids='items', critic='critic.align',
+         decay=0.99):
+    """Minus the Donsker-Varadhan bound of I(x; y) (MINE, Belghazi et al. 2018). -> Loss [B, N]
+
+    The gradient of the log partition is corrected by a moving average of the partition, which is
+    this loss's state: {'log_average': float32 []}.
+    """
+    scores, own, negative, weight = _pairs(out, batch, axis, x, y, ids, critic)
+    partition = alignment.log_partition(scores, negative, axis)
+    past = jnp.float32(-jnp.inf) if state is None else state['log_average']
+    corrected, new = alignment.moving_partition(partition, past, decay)
+    bound = alignment.donsker_varadhan(scores, own, corrected).reshape(weight.shape)
+    return Loss(-bound, weight, {'log_average': new}, {'mi': bound})
+
+
+mine.initial_state = lambda: {'log_average': jnp.float32(-jnp.inf)}
+
+
+def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club'):
+    """vCLUB upper bound of I(x; y) (Cheng et al. 2020), q held fixed. -> Loss [B, N]
+
+    An upper bound only while q(y|x) is good: see `club_fit`'s value beside it. Where the batch's
+    estimate is negative, which no mutual information is, it stops pulling.
+    """
+    frozen = jax.lax.stop_gradient(out[club])
+    scores, own, negative, weight = _pairs({**out, 'q': frozen}, batch, axis, x, y, ids, 'q')
+    rows = jnp.arange(scores.shape[0])
+    count = jnp.maximum(negative.sum(axis=1), 1)
+    value = scores[rows, own] - jnp.where(negative, scores, 0).sum(axis=1) / count
+    value = value.reshape(weight.shape)
+    mean = collectives.total((value * weight).sum(), axis)
+    pulled = jnp.where(jax.lax.stop_gradient(mean) > 0, value, jax.lax.stop_gradient(value))
+    return Loss(pulled, weight, metrics={'mi': value})
+
+
+def club_fit(out, batch, *, axis=None, x='c', y='p', club='club'):
+    """Minus the log-likelihood of q(y|x), fitted on features that get no gradient. -> Loss [B, N]"""
+    c, p = (jax.lax.stop_gradient(out[n]) for n in (x, y))
+    shape = c.shape[:2]
+    c, p = (a.reshape(-1, a.shape[-1]) for a in (c, p))
+    q = jax.vmap(lambda a, b: out[club](a[None], b[None])[0, 0])
+    value = -q(c, p).reshape(shape) / p.shape[-1]
+    return Loss(value, batch.mask.astype(jnp.float32))
+
+
+def mmd(out, batch, *, axis=None, x='r', y='t', widths=(0.25, 0.5, 1.0, 2.0)):
+    """Squared maximum mean discrepancy between two normalised clouds. -> Loss [B, N]
+
+    Gretton et al. 2012, the biased estimate, with a sum of Gaussian kernels of the given widths. One
+    point of each cloud per position, so that the value does not depend on how a batch is divided.
+    """
+    weight = batch.mask.astype(jnp.float32)
+    a, b = (alignment.unit(out[n]).reshape(-1, out[n].shape[-1]) for n in (x, y))
+    all_a, all_b = collectives.gather(a, axis), collectives.gather(b, axis)
+    everyone = collectives.gather(weight.reshape(-1), axis)
+    share = everyone / jnp.maximum(everyone.sum(), 1)
+
+    def kernel(u, v):
+        square = jnp.maximum(2 - 2 * u @ v.T, 0)  # the points have length one
+        return sum(jnp.exp(-square / (2 * w * w)) for w in widths) / len(widths)
+
+    value = (kernel(a, all_a) - kernel(a, all_b) - kernel(b, all_a) + kernel(b, all_b)) @ share
+    return Loss(value.reshape(weight.shape), weight)
+
+
+def _pairs(out, batch, axis, x, y, ids, critic):
+    """Scores of this replica's positions against everyone's.
+
+    Returns:
+      scores [A, G], own int32 [A], negative bool [A, G], weight [B, N], with A = B N.
+    """
+    weight = batch.mask
+    x, y = (out[n].reshape(-1, out[n].shape[-1]) for n in (x, y))
+    ids = jnp.where(weight, out[ids], 0).reshape(-1)
+    everyone = collectives.gather(ids, axis)
+    scores = out[critic](x, collectives.gather(y, axis))
+    own = collectives.offset(x.shape[0], axis) + jnp.arange(x.shape[0])
+    negative = (everyone[None] > 0) & (everyone[None] != ids[:, None]) & (ids[:, None] > 0)
+    return scores, own, negative, weight.astype(jnp.float32)
+
+
+def resolve(name, fn):
+    """The function a config names: one of this module's, or 'package.module:function'.
+
+    Raises:
+      InputError: there is no such function.
+    """
+    module, _, function = fn.rpartition(':')
+    try:
+        found = getattr(importlib.import_module(module or __name__), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f'config.losses.{name}.fn={fn!r} cannot be found ({error}); name a '
+                         'function of tpad_jax/losses.py or package.module:function') from error
+    return found
+
+
+def needs(name, fn, keywords):
+    """Names of the outputs a loss reads: its string keywords, from the config or its defaults.
+
+    Raises:
+      InputError: a keyword the function does not take.
+    """
+    signature = inspect.signature(fn).parameters
+    unknown = sorted(set(keywords) - set(signature))
+    if unknown:
+        raise InputError(f'config.losses.{name}: {fn.__name__} takes no {", ".join(unknown)}; it takes '
+                         + ', '.join(p for p in signature if p not in ('out', 'batch', *PROVIDED)))
+    merged = {**{n: p.default for n, p in signature.items()}, **keywords}
+    return frozenset(v for v in merged.values() if isinstance(v, str))
+
+
+def combine(losses, out, batch, state, *, axis=None, key=None):
+    """Weighted sum of a stage's losses, each the mean of its values over all replicas.
+
+    Args:
+      losses: tuple of (name, function, weight, keywords).
+      out, batch: what the functions read. state: {name: state} of the stateful ones.
+
+    Returns:
+      total (scalar), new state, metrics {name: scalar}: every loss unweighted, 'loss' the total, and
+      each loss's own metrics as '<metric>_<name>'.
+    """
+    total, new_state, logged = 0.0, dict(state), {}
+    for i, (name, fn, weight, keywords) in enumerate(losses):
+        signature = inspect.signature(fn).parameters
+        extra = dict(keywords)
+        if 'state' in signature:
+            extra['state'] = state.get(name)
+        if 'key' in signature:
+            extra['key'] = None if key is None else jax.random.fold_in(key, i)
+        result = fn(out, batch, axis=axis, **extra)
+        if not isinstance(result, Loss):
+            result = Loss(result, jnp.ones_like(result))
+        rows = batch.valid.reshape(-1, *(1,) * (result.value.ndim - 1))
+        w = jnp.where(rows, result.weight, 0)
+        mass = jnp.maximum(collectives.total(w.sum(), axis), jnp.finfo(jnp.float32).tiny)
+
+        def average(value, w=w, mass=mass):
+            return collectives.total(jnp.where(w > 0, value * w, 0).sum(), axis) / mass
+
+        logged[name] = average(jnp.where(w > 0, result.value, 0))
+        total += weight * logged[name]
+        for metric, value in result.metrics.items():
+            logged[f'{metric}_{name}'] = average(jnp.where(w > 0, value, 0))
+        if result.state is not None:
+            new_state[name] = result.state
+    logged['loss'] = total
+    return total, new_state, jax.lax.stop_gradient(logged)

@@ -1,0 +1,60 @@
+"""Multi-head attention with rotary positions, and the dropout every module uses."""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tpad_jax.models.lora import Linear
+
+
+def rotate(x, positions, theta=10_000.0):
+    """Rotary positions (Su et al. 2021). x [B, L, H, D], positions int32 [B, L] -> [B, L, H, D]."""
+    half = x.shape[-1] // 2
+    angle = positions[:, :, None, None] * theta ** -(jnp.arange(half) / half)
+    sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
+    x1, x2 = x[..., :half], x[..., half:]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Self-attention over a padded sequence.
+
+    Attributes:
+      heads: number of heads H; the width must be a multiple.
+      causal: a position attends to itself and what came before it.
+    """
+
+    heads: int
+    causal: bool = True
+
+    @nn.compact
+    def __call__(self, x, mask, positions):
+        """Attend. x [B, L, D], mask bool [B, L] (False: padding, never attended), positions [B, L]."""
+        width = x.shape[-1]
+        split = '... (h d) -> ... h d'
+        q, k, v = (einops.rearrange(Linear(width, name=n)(x), split, h=self.heads) for n in 'qkv')
+        q, k = rotate(q, positions), rotate(k, positions)
+        allowed = mask[:, None, None, :]
+        if self.causal:
+            allowed = allowed & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None, None]
+        # A padded first position sees no key at all: it may see itself, and nobody reads it.
+        allowed = allowed | jnp.eye(x.shape[1], dtype=bool)[None, None]
+        y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
+        return Linear(width, name='o')(einops.rearrange(y, '... h d -> ... (h d)'))
+
+
+def row_keys(key, rows):
+    """One key per row from the row's own number, so that draws do not depend on the device count.
+
+    key: a typed key; rows int32 [B] -> keys [B].
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+def dropout(x, rate, keys):
+    """Inverted dropout keyed by row. x [B, ...], keys [B] (None: off) -> [B, ...]."""
+    if keys is None or rate == 0.0:
+        return x
+    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)

@@ -1,0 +1,68 @@
+"""Item vectors z: id embedding, content features and side features in one [ours]."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tpad_jax.models.attention import row_keys
+
+
+class Fusion(nn.Module):
+    """z = norm(id + W f + side).
+
+    Items that no training session holds have no id embedding: they share a learned one, which warm
+    items meet too, by id dropout, so that it is trained and its use at test is no surprise.
+
+    Attributes:
+      items: V.  width: D of z.
+      use_id: False: content only.
+      side_sizes: vocabulary size of each side feature; () leaves them out.
+      id_dropout: share of warm items, drawn per step, that meet the shared embedding.
+      feature_dropout: dropout on the content features.
+    """
+
+    items: int
+    width: int
+    use_id: bool = True
+    side_sizes: tuple[int, ...] = ()
+    id_dropout: float = 0.0
+    feature_dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, ids, warm, features, side, key=None):
+        """Fuse.
+
+        Args:
+          ids: int32 [..., ]; warm: bool, same shape: has an id embedding of its own.
+          features: list of float [..., F] content features (may be empty).
+          side: int32 [..., S].
+          key: for dropout, drawn per item so that an item looks the same all over a batch; or None.
+
+        Returns:
+          z [..., D].
+        """
+        small = nn.initializers.normal(0.1)
+        parts = []
+        flat = ids.reshape(-1)
+        if self.use_id:
+            table = self.param('id', small, (self.items + 1, self.width))
+            shared = self.param('shared', small, (self.width,))
+            own = warm
+            if key is not None and self.id_dropout:
+                keys = row_keys(jax.random.fold_in(key, 0), flat)
+                draw = jax.vmap(jax.random.uniform)(keys).reshape(ids.shape)
+                own = own & (draw >= self.id_dropout)
+            parts.append(jnp.where(own[..., None], table[ids], shared))
+        for i, feature in enumerate(features):
+            x = nn.LayerNorm(name=f'feature_norm_{i}')(feature)
+            if key is not None and self.feature_dropout:
+                keys = row_keys(jax.random.fold_in(key, i + 1), flat)
+                keep = jax.vmap(lambda k, n=x.shape[-1]: jax.random.bernoulli(
+                    k, 1 - self.feature_dropout, (n,)))(keys).reshape(x.shape)
+                x = jnp.where(keep, x / (1 - self.feature_dropout), 0)
+            parts.append(nn.Dense(self.width, name=f'feature_{i}')(x))
+        for i, size in enumerate(self.side_sizes):
+            table = self.param(f'side_{i}', small, (size, self.width))
+            # value 0 is "unknown": it says nothing
+            parts.append(jnp.where(side[..., i, None] > 0, table[side[..., i]], 0))
+        return sum(parts)

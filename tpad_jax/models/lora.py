@@ -1,0 +1,62 @@
+"""Low-rank adapters (Hu et al. 2021) in a variable collection of their own.
+
+`Linear` is the one place that knows of adapters: where the collection 'lora' holds a pair (a, b) for
+it, it adds x a b to its output. A model therefore runs with or without any adapter by what is passed
+to `apply`, and several adapters share one frozen base.
+"""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+
+class Linear(nn.Module):
+    """y = x W (+ bias) (+ x a b where an adapter is given). [..., I] -> [..., features]."""
+
+    features: int
+    use_bias: bool = False
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        """Apply the layer to x [..., I]."""
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        dtype = self.dtype or x.dtype
+        x = x.astype(dtype)
+        y = x @ kernel.astype(dtype)
+        if self.use_bias:
+            y += self.param('bias', nn.initializers.zeros, (self.features,)).astype(dtype)
+        if self.has_variable('lora', 'a'):
+            a, b = self.get_variable('lora', 'a'), self.get_variable('lora', 'b')
+            y += (x @ a.astype(dtype)) @ b.astype(dtype)
+        return y
+
+
+def init(key, base, *, rank, targets):
+    """A fresh adapter for every kernel of `base` whose path matches the regex `targets`.
+
+    a is normal with deviation I^-1/2, b is zero: the adapter starts as nothing. Kernels stacked over
+    scanned layers, [layers, I, O], get stacked adapters.
+
+    Raises:
+      ValueError: the regex matches no kernel.
+    """
+    flat = {path[:-1]: w for path, w in flatten_dict(base).items()
+            if path[-1] == 'kernel' and re.search(targets, '/'.join(path[:-1]))}
+    if not flat:
+        raise ValueError(f'the adapter targets {targets!r} match no kernel of the base')
+    out = {}
+    for i, (path, w) in enumerate(sorted(flat.items())):
+        *stack, fan_in, fan_out = w.shape
+        a = jax.random.normal(jax.random.fold_in(key, i), (*stack, fan_in, rank)) * fan_in**-0.5
+        out[*path, 'a'], out[*path, 'b'] = a, jnp.zeros((*stack, rank, fan_out))
+    return unflatten_dict(out)
+
+
+def scaled(adapter, scale):
+    """The adapter with its effect multiplied by `scale` (alpha / rank)."""
+    flat = flatten_dict(adapter)
+    return unflatten_dict({p: w * scale if p[-1] == 'b' else w for p, w in flat.items()})

@@ -1,0 +1,286 @@
+"""TPAD composed: a batch and the catalogue's rows in, named outputs out.
+
+    knowledge-MLLM K    item content          -> k   (describe: k -> its description)
+    transfer-MLLM  T    k of a session        -> t   (foretell: t -> the next item's text)
+    disentangle         t                     -> c, p
+    distil              item content, LoRA d  -> r
+    recommend           id, r (or k), side    -> z;  session GNN over z -> h
+
+Only what a stage's losses name is computed. A feature is *fresh* (computed from content, with gradient)
+or read from the catalogue's rows; its name is the same.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from tpad_jax.models import lora
+from tpad_jax.models.alignment import Adapter, Critic, Disentangle, GaussianQ
+from tpad_jax.models.attention import row_keys
+from tpad_jax.models.fusion import Fusion
+from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
+from tpad_jax.models.mllm import MLLM
+from tpad_jax.models.session_gnn import SessionGNN
+from tpad_jax.models.transfer import TransferMLLM
+
+# Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a run.
+PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'gnn')
+
+
+@dataclass(frozen=True)
+class TPAD:
+    """The modules and the few numbers that say how they are composed; hashable, static in a step.
+
+    Attributes:
+      recommend: which features enter z besides id and side: names of catalogue rows ('r', 'k', 'true').
+      form: 'compressed' or 'full', how the Transfer-MLLM is fed an item.
+      withhold: share of an item's words kept from the reader in knowledge acquisition.
+      word_dropout: share of the words kept from the writer, which has to use the features instead.
+      lora_scale: alpha / rank.
+    """
+
+    knowledge: KnowledgeMLLM
+    transfer: TransferMLLM
+    disentangle: Disentangle
+    adapter: Adapter
+    club: GaussianQ
+    critics: tuple[tuple[str, Critic], ...]
+    fusion: Fusion
+    gnn: SessionGNN
+    recommend: tuple[str, ...] = ('r',)
+    form: str = 'compressed'
+    withhold: float = 0.3
+    word_dropout: float = 0.6
+    lora_scale: float = 1.0
+
+
+def build(base: dict, model: Any, *, items: int, max_length: int, side_sizes: tuple) -> TPAD:
+    """Modules from plain numbers: `base` (the MLLM's sizes) and `model` (config.model)."""
+    mllm = MLLM(**base)
+    width = model.features
+    return TPAD(
+        knowledge=KnowledgeMLLM(mllm, width), transfer=TransferMLLM(mllm, width),
+        disentangle=Disentangle(2 * width, width), adapter=Adapter(2 * width, width),
+        club=GaussianQ(2 * width),
+        critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),
+        fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
+                      model.id_dropout, model.feature_dropout),
+        gnn=SessionGNN(model.gnn_steps, max_length, model.positions, model.dropout),
+        recommend=tuple(model.recommend), form=model.form, withhold=model.withhold,
+        word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank)
+
+
+def init(key, spec: TPAD, base_params: dict, catalogue: dict, *, rank: int, targets: str,
+         image_shape, text_length: int) -> dict:
+    """All parameters, nested: base, lora/{knowledge,transfer,distil}, and one entry per head.
+
+    Args:
+      base_params: the shared MLLM's parameters. catalogue: rows (see features.py), for their widths.
+      rank, targets: of the adapters. image_shape: (H, W, 3); text_length: T.
+    """
+    keys = iter(jax.random.split(key, 16))
+    image = jnp.zeros((1, *image_shape), jnp.uint8)
+    tokens = jnp.ones((1, text_length), jnp.int32)
+    seen = jnp.ones((1,), bool)
+    width = spec.knowledge.features
+    k = jnp.ones((1, 1, len(MODALITIES), width))
+    one = jnp.ones((1, width))
+
+    def heads(module, *args, method=None):
+        return nn.unbox(module.init(next(keys), *args, method=method)['params'])
+
+    def without_base(params):
+        return {n: p for n, p in params.items() if n != 'base'}
+
+    knowledge = jax.jit(partial(heads, spec.knowledge, method='everything'))(image, seen, tokens)
+    transfer = jax.jit(partial(heads, spec.transfer, method='everything'))(
+        k, jnp.ones((1, 1), bool), image, seen, tokens)
+    reader = {n: base_params[n] for n in ('decoder',)}
+    params = {
+        'base': base_params,
+        'lora': {n: lora.init(next(keys), reader, rank=rank, targets=targets)
+                 for n in ('knowledge', 'transfer', 'distil')},
+        'knowledge': without_base(knowledge),
+        'transfer': without_base(transfer),
+        'disentangle': heads(spec.disentangle, one),
+        'adapter': heads(spec.adapter, k[0]),
+        'club': heads(spec.club, one, one),
+        'critic': {name: heads(critic, *_critic_inputs(name, k[0], one))
+                   for name, critic in spec.critics},
+        'recommender': recommender_init(next(keys), spec, catalogue),
+    }
+    # the distilling reader starts where the describing one stands: see stages in configs/base.py
+    return params
+
+
+def _critic_inputs(name, k, one):
+    """Example inputs of a critic: align compares k of all modalities with c, others D with D."""
+    return (k.reshape(1, -1), one) if name == 'align' else (one, one)
+
+
+def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
+    """Parameters of fusion and session GNN alone."""
+    a, b = jax.random.split(key)
+    ids = jnp.ones((1, 1), jnp.int32)
+    features = [flat(catalogue[n][ids]) for n in spec.recommend]
+    fusion = spec.fusion.init(a, ids, ids > 0, features, catalogue['side'][ids])['params']
+    z = jnp.zeros((1, spec.gnn.max_length, spec.fusion.width))
+    gnn = spec.gnn.init(b, z, jnp.ones((1, spec.gnn.max_length), jnp.int32))['params']
+    return {'fusion': fusion, 'gnn': gnn}
+
+
+def flat(rows):
+    """Features [..., M, D] -> [..., M D]; features [..., D] stay as they are."""
+    return rows.reshape(*rows.shape[:2], -1)
+
+
+def knowledge_variables(spec, params, adapter):
+    """Variables of the Knowledge-MLLM under the LoRA tree named `adapter`."""
+    return {'params': {**params['knowledge'], 'base': params['base']},
+            'lora': {'base': lora.scaled(params['lora'][adapter], spec.lora_scale)}}
+
+
+def transfer_variables(spec, params):
+    """Variables of the Transfer-MLLM."""
+    return {'params': {**params['transfer'], 'base': params['base']},
+            'lora': {'base': lora.scaled(params['lora']['transfer'], spec.lora_scale)}}
+
+
+def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
+    """Content of U items -> k [U, M, D] under a LoRA tree ('knowledge' or 'distil')."""
+    variables = knowledge_variables(spec, params, adapter)
+    return spec.knowledge.apply(variables, image, has_image, tokens, keep)
+
+
+def distil_items(spec, params, image, has_image, tokens):
+    """Content of U items -> distilled representations r [U, D]."""
+    k = read_items(spec, params, 'distil', image, has_image, tokens)
+    return spec.adapter.apply({'params': params['adapter']}, k)
+
+
+def item_vectors(spec, params, ids, rows, catalogue, key=None):
+    """z [..., D] of items `ids` from their feature rows (one array per name in spec.recommend)."""
+    return spec.fusion.apply({'params': params['recommender']['fusion']}, ids,
+                             catalogue['warm'][ids], rows, catalogue['side'][ids], key)
+
+
+def encode_sessions(spec, params, items, z_table):
+    """h [B, D] of prefixes int32 [B, N] from the items' vectors z_table [V+1, D]; no dropout."""
+    return spec.gnn.apply({'params': params['recommender']['gnn']}, z_table[items], items)
+
+
+def z_table(spec, params, catalogue, key=None):
+    """Vectors of the whole catalogue, [V+1, D]."""
+    ids = jnp.arange(catalogue['warm'].shape[0])
+    rows = [flat(catalogue[n][None])[0] for n in spec.recommend]
+    return item_vectors(spec, params, ids, rows, catalogue, key)
+
+
+def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, fresh: frozenset,
+            key=None) -> dict:
+    """Named outputs of a batch.
+
+    Args:
+      spec, params: from `build` and `init`.
+      batch: types.Batch. catalogue: rows per item, read only.
+      needs: names the losses ask for. fresh: features ('k', 'r') computed from content.
+      key: the step's key, or None for evaluation: then nothing is dropped or withheld.
+
+    Returns:
+      Of these, the ones needed: items, next [B, N]; k [B, N, M D]; t, c, p, r, r_next [B, N, D];
+      describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary [W, width];
+      h [B, D], z [V+1, D], warm [V+1]; critic.*, club: score functions with their parameters bound.
+    """
+    keys = dict(zip(PURPOSES, (None,) * len(PURPOSES) if key is None
+                    else jax.random.split(key, len(PURPOSES)), strict=True))
+    out = {'items': batch.items, 'next': batch.next, 'warm': catalogue['warm']}
+    rows = jnp.arange(batch.items.shape[0])
+    reads_sessions = needs & {'t', 'c', 'p', 'foretell'}
+
+    if 'k' in fresh and (needs & {'k', 'describe'} or reads_sessions):
+        keep = _keep(keys['withhold'], batch.ids, batch.tokens, spec.withhold)
+        k_content = read_items(spec, params, 'knowledge', batch.image, batch.has_image,
+                               batch.tokens, keep)
+        k = k_content[batch.slots]
+    elif 'k' in catalogue:
+        k = catalogue['k'][batch.items]
+    if 'r' in fresh:
+        r_content = distil_items(spec, params, batch.image, batch.has_image, batch.tokens)
+        out['r'], out['r_next'] = r_content[batch.slots], r_content[batch.next_slots]
+    elif 'r' in catalogue:
+        out['r'], out['r_next'] = catalogue['r'][batch.items], catalogue['r'][batch.next]
+
+    if needs & {'k', 'describe'}:
+        out['k'] = flat(k)
+    if 'describe' in needs:
+        tokens = batch.tokens[batch.slots[rows, batch.last]]
+        keep = _keep(keys['describe_words'], batch.row, tokens, spec.word_dropout)
+        variables = knowledge_variables(spec, params, 'knowledge')
+        out['describe'] = spec.knowledge.apply(variables, k[rows, batch.last], tokens, keep,
+                                               method='describe')
+        out['describe.tokens'] = tokens
+    if needs & {'describe', 'foretell'}:
+        out['vocabulary'] = params['base']['embed']['embedding']
+
+    if reads_sessions:
+        variables = transfer_variables(spec, params)
+        read = partial(spec.transfer.apply, variables)
+        if spec.form == 'compressed':
+            x = read(k, method='compress')
+            there = jnp.ones(x.shape[:3], bool)
+        else:
+            x, there = (y[batch.slots] for y in read(batch.image, batch.has_image, batch.tokens,
+                                                     method='unfold'))
+        t = out['t'] = read(x, there, batch.mask)
+        out['c'], out['p'] = spec.disentangle.apply({'params': params['disentangle']}, t)
+        if 'foretell' in needs:
+            at = _pick(keys['pick'], batch)
+            tokens = batch.tokens[batch.next_slots[rows, at]]
+            keep = _keep(keys['foretell_words'], batch.row, tokens, spec.word_dropout)
+            out['foretell'] = read(t[rows, at], tokens, keep, method='foretell')
+            out['foretell.tokens'] = tokens
+
+    if needs & {'h', 'z'}:
+        out['z'] = z_table(spec, params, catalogue, keys['fusion'])
+        fresh_rows = [n for n in spec.recommend if n in fresh]
+        if fresh_rows:
+            features = [out[n] if n in fresh else flat(catalogue[n][batch.items])
+                        for n in spec.recommend]
+            z = item_vectors(spec, params, batch.items, features, catalogue, keys['fusion'])
+        else:
+            z = out['z'][batch.items]
+        row = None if key is None else row_keys(keys['gnn'], batch.row)
+        out['h'] = spec.gnn.apply({'params': params['recommender']['gnn']}, z, batch.items, row)
+
+    for name, critic in spec.critics:
+        if f'critic.{name}' in needs:
+            score = partial(_score, critic)
+            out[f'critic.{name}'] = Partial(score, params['critic'][name])
+    if 'club' in needs:
+        out['club'] = Partial(partial(_score, spec.club), params['club'])
+    return out
+
+
+def _score(module, params, x, y):
+    return module.apply({'params': params}, x, y)
+
+
+def _keep(key, rows, tokens, rate):
+    """Bool like tokens [B, T]: words that stay visible, drawn per row number; None: all of them."""
+    if key is None:
+        return tokens > 0
+    keys = row_keys(key, rows)
+    return jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, tokens.shape[1:]))(keys)
+
+
+def _pick(key, batch):
+    """One position per row, int32 [B]: uniform over the prefix, or its last without a key."""
+    if key is None:
+        return batch.last
+    draw = jax.vmap(jax.random.uniform)(row_keys(key, batch.row))
+    return jnp.minimum((draw * (batch.last + 1)).astype(jnp.int32), batch.last)

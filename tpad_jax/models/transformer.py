@@ -1,0 +1,68 @@
+"""A pre-norm transformer: RMSNorm, attention, SwiGLU; layers scanned so that they compile once."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tpad_jax.models.attention import Attention
+from tpad_jax.models.lora import Linear
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32. [..., D] -> [..., D]."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        """Normalise the last axis of x."""
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer; written as a scan body: carry (x, mask, positions) -> same."""
+
+    heads: int
+    hidden: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, carry, _):
+        """Apply the layer to x [B, L, D]."""
+        x, mask, positions = carry
+        attention = Attention(self.heads, self.causal, name='attention')
+        x = x + attention(RMSNorm(name='attention_norm')(x), mask, positions)
+        y = RMSNorm(name='mlp_norm')(x)
+        gate = nn.silu(Linear(self.hidden, name='gate')(y)) * Linear(self.hidden, name='up')(y)
+        x = x + Linear(x.shape[-1], name='down')(gate)
+        return (x, mask, positions), None
+
+
+class Transformer(nn.Module):
+    """`layers` blocks and a last norm.
+
+    Attributes:
+      layers, heads, hidden: depth, heads per layer, inner width of the SwiGLU.
+      causal: positions see only what came before them.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    layers: int
+    heads: int
+    hidden: int
+    causal: bool = True
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, mask):
+        """Encode x [B, L, D] under mask bool [B, L] -> [B, L, D]. Positions count unmasked tokens."""
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scanned = nn.scan(block, variable_axes={'params': 0, 'lora': 0},
+                          split_rngs={'params': True}, length=self.layers)
+        carry = (x, mask, positions)
+        (x, _, _), _ = scanned(self.heads, self.hidden, self.causal, name='layers')(carry, None)
+        return RMSNorm(name='norm')(x)

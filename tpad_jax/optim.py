@@ -1,0 +1,37 @@
+"""Which parameters a stage trains, and the optimiser they get."""
+
+import re
+
+import optax
+
+
+def split(params: dict, pattern: str) -> tuple[dict, dict]:
+    """Parameters {path: array} whose path matches the regex, and the rest: (trained, frozen).
+
+    Raises:
+      ValueError: nothing matches.
+    """
+    trained = {path: x for path, x in params.items() if re.search(pattern, path)}
+    if not trained:
+        raise ValueError(f'the pattern {pattern!r} matches no parameter')
+    return trained, {path: x for path, x in params.items() if path not in trained}
+
+
+def decays(params: dict) -> dict:
+    """{path: bool}: matrices and tables decay, biases, norms, scales and single vectors do not."""
+    return {path: x.ndim > 1 for path, x in params.items()}
+
+
+def schedule(stage):
+    """Learning rate by step: warmed up linearly, then a cosine to zero. `stage`: config.stage.*."""
+    warmup = max(1, round(stage.warmup * stage.steps))
+    return optax.warmup_cosine_decay_schedule(0, stage.learning_rate, warmup,
+                                              max(stage.steps, warmup + 1))
+
+
+def optimiser(stage) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) or plain SGD behind a clip of the global norm."""
+    if stage.optimiser == 'sgd':
+        return optax.sgd(stage.learning_rate)
+    return optax.chain(optax.clip_by_global_norm(stage.clip),
+                       optax.adamw(schedule(stage), weight_decay=stage.weight_decay, mask=decays))

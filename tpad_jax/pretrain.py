@@ -1,0 +1,141 @@
+"""Pretrain the small default base: `python -m tpad_jax.pretrain --out=DIR`.
+
+An MLLM trained from nothing in minutes is no MLLM. This one is taught once, on single items of the
+planted kind (images, texts, attribute questions) from random streams that no catalogue uses: it knows
+what things are, as a real MLLM does, and nothing of what follows what. A question is a caption whose
+clauses come in random order with most words withheld from the writer, so that each attribute has to be
+read off the features. Words and whole modalities are withheld from the reader.
+"""
+
+import io
+import time
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from tpad_jax.data import images, rendering, text, wording
+from tpad_jax.models import pretrained
+from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllm import MLLM
+
+FLAGS = flags.FLAGS
+STREAM = 2**40  # a seed no catalogue uses: theirs are [seed, 1..7] with small seeds
+SIZES = {'vocab': 768, 'width': 128, 'layers': 3, 'heads': 4, 'hidden': 344,
+         'channels': [32, 64, 128], 'vision_layers': 1}
+IMAGE, TEXT, CAPTION, FEATURES = 32, 32, 12, 64
+
+
+def train_tokenizer(corpus, directory):
+    """A byte-level BPE, so that no text is unknown; the corpus' words become one token each."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=SIZES['vocab'], special_tokens=['<pad>'],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    from transformers import PreTrainedTokenizerFast  # here: it takes seconds to import
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>').save_pretrained(directory)
+
+
+def make_items(count):
+    """`count` random items: attributes, uint8 images [count, 32, 32, 3] as JPEG leaves them, texts."""
+    rng = np.random.default_rng([STREAM, 0])
+    attributes = np.stack([rng.integers(0, n, count) for n in wording.SIZES], 1).astype(np.int32)
+    titles, brands, descriptions = wording.texts(attributes, rng)
+    texts = ['. '.join(p for p in (t, b, d) if p)
+             for t, b, d in zip(titles, brands, descriptions, strict=True)]
+    pictures = np.empty((count, IMAGE, IMAGE, 3), np.uint8)
+    for start in range(0, count, 1024):
+        rendered = rendering.render(attributes[start:start + 1024], rng)
+        for i, picture in enumerate(rendered, start):
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, 'JPEG', quality=90)
+            pictures[i] = images.decode(buffer.getvalue(), IMAGE)
+    return attributes, pictures, texts
+
+
+def shuffled_captions(attributes, rng):
+    """Captions of all attributes, clauses in random order."""
+    out = []
+    for caption in wording.caption(attributes):
+        words = caption.split()
+        clauses = [' '.join(words[i:i + 2]) for i in range(0, len(words), 2)]
+        out.append(' '.join(rng.permutation(clauses)))
+    return out
+
+
+def objective(model, params, key, image, tokens, target, rates):
+    """Mean cross entropy of the target text given the features of a partly withheld item."""
+    no_image, no_text, no_word, no_target = rates
+    keys = jax.random.split(key, 4)
+    rows = image.shape[0]
+    has_image = jax.random.bernoulli(keys[0], 1 - no_image, (rows,))
+    has_text = jax.random.bernoulli(keys[1], 1 - no_text, (rows,)) | ~has_image
+    keep = jax.random.bernoulli(keys[2], 1 - no_word, tokens.shape) & has_text[:, None]
+    words = jax.random.bernoulli(keys[3], 1 - no_target, target.shape)
+    k = model.apply({'params': params}, image, has_image, tokens, keep)
+    hidden = model.apply({'params': params}, k, target, words, method='describe')
+    logits = hidden @ params['base']['embed']['embedding'].T
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    weight = target > 0
+    return (loss * weight).sum() / weight.sum()
+
+
+def main(argv):
+    """Make the items, train the tokenizer and the model, write the directory."""
+    del argv
+    out = Path(FLAGS.out)
+    attributes, pictures, texts = make_items(FLAGS.items)
+    rng = np.random.default_rng([STREAM, 1])
+    questions = shuffled_captions(attributes, rng)
+    train_tokenizer([*texts, *questions], out)
+    tokens = text.tokenize(['', *texts], out, TEXT)[1:]
+    targets = text.tokenize(['', *questions], out, CAPTION)[1:]
+    model = KnowledgeMLLM(MLLM(**{**SIZES, 'channels': tuple(SIZES['channels'])}), FEATURES)
+    params = nn.unbox(jax.jit(partial(model.init, method='everything'))(
+        jax.random.key(0), pictures[:1], np.ones(1, bool), tokens[:1])['params'])
+    schedule = optax.warmup_cosine_decay_schedule(0, FLAGS.lr, FLAGS.steps // 20, FLAGS.steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02))
+    opt_state = tx.init(params)
+
+    @partial(jax.jit, donate_argnums=(0, 1), static_argnames='rates')
+    def step(params, opt_state, number, image, words, target, rates):
+        key = jax.random.fold_in(jax.random.key(1), number)
+        loss, grads = jax.value_and_grad(partial(objective, model))(
+            params, key, image, words, target, rates)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    started = time.time()
+    for number in range(FLAGS.steps):
+        rows = rng.integers(0, FLAGS.items, FLAGS.batch)
+        own_text = number % 4 == 3  # every fourth step writes the item's own text instead
+        target = tokens[rows] if own_text else targets[rows]
+        rates = (0.15, 0.3, 0.2, 0.6)
+        params, opt_state, loss = step(params, opt_state, number, pictures[rows], tokens[rows],
+                                       target, rates)
+        if number % 100 == 98 or number + 1 == FLAGS.steps:
+            print(f'step {number + 1} loss {float(loss):.3f} {time.time() - started:.0f} s', flush=True)
+            base = params['base']
+            rest = {n: p for n, p in params.items() if n != 'base'}
+            sizes = {**SIZES, 'image_size': IMAGE, 'features': FEATURES}
+            pretrained.save(out, sizes, {'base': base, 'knowledge': rest})
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('out', str(pretrained.DEFAULT), 'directory to write')
+    flags.DEFINE_integer('items', 24_000, 'random items to learn from')
+    flags.DEFINE_integer('steps', 1_600, 'training steps')
+    flags.DEFINE_integer('batch', 128, 'items per step')
+    flags.DEFINE_float('lr', 2e-3, 'peak learning rate')
+    app.run(main)

@@ -1,0 +1,245 @@
+"""The train step, and the loop that runs it with delayed metrics, validation, saves and resume."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import unflatten_dict
+
+from tpad_jax import collectives, losses, optim
+from tpad_jax.checkpoint import Checkpoints
+from tpad_jax.errors import InputError
+from tpad_jax.models import tpad
+from tpad_jax.parallel import Devices
+from tpad_jax.types import State
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """A signal asked the run to stop; its state is saved."""
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """What is static in a train step.
+
+    Attributes:
+      model: the modules. losses: (name, function, weight, keywords) of the stage.
+      needs: outputs they read. fresh: features computed from content. seed: of all draws.
+    """
+
+    model: tpad.TPAD
+    losses: tuple
+    needs: frozenset
+    fresh: frozenset
+    tx: optax.GradientTransformation
+    seed: int
+
+
+def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
+    """One update: pure, the same function under jit (axis=None), pmap and shard_map.
+
+    Args:
+      state: donated. batch: this replica's rows. catalogue: rows per item, read only.
+
+    Returns:
+      The new state and {name: scalar}, equal on all replicas.
+    """
+    key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
+
+    def objective(params):
+        tree = unflatten_dict({**state.frozen, **params}, sep='/')
+        out = tpad.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh, key)
+        loss, loss_state, logged = losses.combine(spec.losses, out, batch, state.loss_state,
+                                                  axis=axis, key=key)
+        return loss, (loss_state, logged)
+
+    grads, (loss_state, logged) = jax.grad(objective, has_aux=True)(state.params)
+    # `combine` sums over replicas, so each replica's gradient is that of the whole, for its rows
+    # only, times their number: the mean is the sum over all rows.
+    grads = collectives.mean(grads, axis)
+    logged['grad_norm'] = optax.global_norm(grads)
+    updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return State(state.step + 1, params, state.frozen, opt_state, loss_state), logged
+
+
+def stage_losses(config, stage: str) -> tuple:
+    """(name, function, weight, keywords) of every loss the stage uses with a weight other than 0.
+
+    Raises:
+      InputError: a function that does not exist or a keyword it does not take.
+    """
+    chosen = []
+    for name, entry in config.losses.items():
+        entry = dict(entry)
+        fn, weight, stages = entry.pop('fn'), entry.pop('weight'), entry.pop('stages')
+        own = config.stage[stage].weights.get(name)
+        weight = weight if own is None else own
+        if stage in stages.split(',') and weight:
+            function = losses.resolve(name, fn)
+            losses.needs(name, function, entry)  # refuses unknown keywords
+            chosen.append((name, function, weight, tuple(sorted(entry.items()))))
+    if not chosen:
+        raise InputError(f'stage {stage} has no loss with a weight: give one of config.losses a '
+                         f'weight and {stage!r} among its stages')
+    return tuple((name, fn, weight, dict(keywords)) for name, fn, weight, keywords in chosen)
+
+
+def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
+    """The static part of a stage's step."""
+    chosen = stage_losses(config, stage)
+    needs = frozenset().union(*(losses.needs(name, fn, kw) for name, fn, _, kw in chosen))
+    fresh = frozenset(n for n in config.stage[stage].fresh.split(',') if n)
+    return StepSpec(model, chosen, needs, fresh, optim.optimiser(config.stage[stage]), seed)
+
+
+def start(spec: StepSpec, params: dict, pattern: str) -> State:
+    """A stage's first state from all parameters {path: array}; `pattern`: what trains."""
+    trained, frozen = optim.split(params, pattern)
+    loss_state = {name: fn.initial_state() for name, fn, _, _ in spec.losses
+                  if hasattr(fn, 'initial_state')}
+    # a copy: the state is donated, and the caller keeps its parameters
+    return State(jnp.int32(0), jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, frozen),
+                 spec.tx.init(trained), loss_state)
+
+
+def check_names(spec: StepSpec, state: State, batch, catalogue: dict) -> None:
+    """Trace one step's outputs and refuse a loss that reads a name nothing provides.
+
+    Raises:
+      InputError: with the loss, the name and the names there are.
+    """
+    tree = unflatten_dict({**state.frozen, **state.params}, sep='/')
+    out = jax.eval_shape(lambda t, b, c: tpad.forward(
+        spec.model, t, b, c, spec.needs, spec.fresh, jax.random.key(0)), tree, batch, catalogue)
+    for name, fn, _, keywords in spec.losses:
+        absent = sorted(losses.needs(name, fn, keywords) - out.keys())
+        if absent:
+            raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which this stage does '
+                             f'not compute; there are {", ".join(sorted(out))}')
+
+
+@dataclass
+class Loop:
+    """What a run of steps needs beside the step itself.
+
+    Attributes:
+      name: of the run, in logs and progress.
+      total: steps at most. log_every, save_every, eval_every, refresh_every, patience: see configs.
+      batches: start step -> iterator of host batches.
+      validate: (state, catalogue) -> {name: float} with 'hit@20', or None.
+      refresh: (state, catalogue) -> catalogue with rows encoded anew, or None.
+      stopping: asked after every step; True saves and raises Stopped.
+    """
+
+    name: str
+    total: int
+    devices: Devices
+    batches: Callable[[int], Iterator[dict]]
+    checkpoints: Checkpoints
+    writer: Any
+    progress: Callable
+    log_every: int
+    save_every: int
+    eval_every: int = 0
+    patience: int = 0
+    refresh_every: int = 0
+    validate: Callable | None = None
+    refresh: Callable | None = None
+    stopping: Callable[[], bool] = field(default=lambda: False)
+
+
+def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
+    """Run a stage from its latest checkpoint, or from `state`, to its end.
+
+    Metrics of a step are fetched after the next one is dispatched; nothing else waits for the device
+    between validations and saves.
+
+    Returns:
+      {path: array} of what was trained, at the best validation (the last step without one), the
+      history [{'step', 'hit@20', ...}] and the seconds spent over all sittings.
+
+    Raises:
+      Stopped: a signal came; the state is saved. InputError: a loss reads what is not there.
+    """
+    refreshed = sorted(spec.fresh) if loop.refresh else []
+    held = {'state': state.replace(frozen={}), 'rows': {n: catalogue[n] for n in refreshed}}
+    meta = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
+    found = loop.checkpoints.latest(held)
+    if found is not None:
+        _, held, meta = found
+        state = held['state'].replace(frozen=state.frozen)
+        catalogue = {**catalogue, **held['rows']}
+    begun, before = time.perf_counter(), meta['seconds']
+    number = int(state.step)
+    loop.writer.rewind(loop.name, number)
+    if not meta['done']:
+        state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
+        step = loop.devices.lift(lambda s, b, c, *, axis: train_step(s, b, c, spec=spec, axis=axis))
+        batches = loop.batches(number)
+        batch = next(batches)
+        check_names(spec, state, {k: v for k, v in batch.items()}, catalogue)
+        batch = loop.devices.place(batch)
+        pending = None
+        with loop.progress(loop.name, loop.total, number) as bar:
+            while not meta['done']:
+                state, logged = step(state, batch, catalogue)
+                number += 1
+                batch = loop.devices.place(next(batches))  # transfers while the step computes
+                if pending is not None:
+                    _log(loop, bar, *pending)
+                pending = (number, logged)
+                if loop.refresh_every and number % loop.refresh_every == 0:
+                    catalogue = loop.devices.share(loop.refresh(state, catalogue))
+                last = number >= loop.total
+                metric = None
+                if loop.validate and (last or number % loop.eval_every == 0):
+                    metric = _validate(loop, meta, state, catalogue, number)
+                    last = last or _patience_is_out(meta, loop.patience)
+                meta['done'] = last
+                stopping = loop.stopping()
+                if last or stopping or metric is not None or number % loop.save_every == 0:
+                    _log(loop, bar, *pending)
+                    pending = None
+                    meta['seconds'] = before + time.perf_counter() - begun
+                    rows = {n: catalogue[n] for n in refreshed}
+                    loop.checkpoints.save(number, {'state': state.replace(frozen={}), 'rows': rows},
+                                          meta, metric, wait=last or stopping)
+                if stopping and not last:
+                    raise Stopped(f'stopped in stage {loop.name} after step {number}')
+        batches.close()
+    choose = loop.checkpoints.best if meta['best'] is not None else loop.checkpoints.latest
+    _, chosen, _ = choose(held)
+    return chosen['state'].params, chosen['rows'], meta
+
+
+def _log(loop, bar, number, logged):
+    """Fetch a finished step's metrics; write them where one is due."""
+    if number % loop.log_every and number < loop.total:
+        return
+    values = {name: float(x) for name, x in jax.device_get(logged).items()}
+    bad = sorted(name for name, x in values.items() if not np.isfinite(x))
+    if bad:
+        raise FloatingPointError(f'stage {loop.name}, step {number}: {", ".join(bad)} not finite')
+    loop.writer.scalars(loop.name, number, values)
+    bar(number, values)
+
+
+def _validate(loop, meta, state, catalogue, number):
+    """Score validation, remember it, and return the metric a checkpoint is chosen by."""
+    scores = loop.validate(state, catalogue)
+    meta['history'] = [*meta['history'], {'step': number, **scores}]
+    loop.writer.scalars(loop.name, number, {f'valid/{k}': v for k, v in scores.items()})
+    meta['best'] = max(scores['hit@20'], -1.0 if meta['best'] is None else meta['best'])
+    return scores['hit@20']
+
+
+def _patience_is_out(meta, patience):
+    """Whether the last `patience` validations all failed to beat the best before them."""
+    values = [h['hit@20'] for h in meta['history']]
+    return bool(patience) and len(values) - 1 - int(np.argmax(values)) >= patience
