@@ -30,9 +30,9 @@ class State(NamedTuple):
 def make_state(seed, layers=1, width=16):
     rng = np.random.default_rng(seed)
     params = {
-        f"layer_{i}": {
-            "w": jnp.asarray(rng.normal(size=(width, 2)), jnp.float32),
-            "b": jnp.asarray(rng.normal(size=2), jnp.float32),
+        f'layer_{i}': {
+            'w': jnp.asarray(rng.normal(size=(width, 2)), jnp.float32),
+            'b': jnp.asarray(rng.normal(size=2), jnp.float32),
         }
         for i in range(layers)
     }
@@ -63,20 +63,20 @@ def opened(directory):
 
 
 def largest_file(directory):
-    return max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    return max((f for f in directory.rglob('*') if f.is_file()), key=lambda f: f.stat().st_size)
 
 
 def test_round_trip_is_exact_and_survives_a_restart(tmp_path):
-    state, meta = make_state(7), {"step": 3, "rate": 0.1, "stage": "joint", "order": [1, 2]}
-    with opened(tmp_path / "c") as checkpoints:
+    state, meta = make_state(7), {'step': 3, 'rate': 0.1, 'stage': 'joint', 'order': [1, 2]}
+    with opened(tmp_path / 'c') as checkpoints:
         assert checkpoints.latest(abstract(state)) is None
         assert checkpoints.best(abstract(state)) is None
         checkpoints.save(3, state, meta, metric=0.5)
-    with opened(tmp_path / "c") as checkpoints:
+    with opened(tmp_path / 'c') as checkpoints:
         for found in (checkpoints.latest(abstract(state)), checkpoints.best(abstract(state))):
             assert found[0] == 3
             assert found[2] == meta
-            assert isinstance(found[2]["step"], int)
+            assert isinstance(found[2]['step'], int)
             assert_same(found[1], state)
 
 
@@ -84,13 +84,13 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
     metrics = {1: 0.1, 2: 0.9, 3: None, 4: 0.2, 5: 0.3, 6: None}
     with opened(tmp_path) as checkpoints:
         for step, metric in metrics.items():
-            checkpoints.save(step, make_state(step), {"step": step}, metric)
+            checkpoints.save(step, make_state(step), {'step': step}, metric)
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 5, 6]
     like = abstract(make_state(0))
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest(like)[0] == 6
         step, state, meta = checkpoints.best(like)
-        assert (step, meta) == (2, {"step": 2})
+        assert (step, meta) == (2, {'step': 2})
         assert_same(state, make_state(2))
         checkpoints.save(7, make_state(7), {}, 0.9, wait=True)
         assert checkpoints.best(like)[0] == 7  # the later one of equals
@@ -99,73 +99,77 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
 def test_a_donated_state_is_saved_as_it_was(tmp_path):
     change = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
     with opened(tmp_path) as checkpoints:
-        for state in ({"w": jnp.arange(4.0)}, {"w": jnp.ones(4), "v": jnp.zeros((2, 2))}):
+        for state in ({'w': jnp.arange(4.0)}, {'w': jnp.ones(4), 'v': jnp.zeros((2, 2))}):
             like, wanted = abstract(state), jax.tree.map(np.array, state)
             checkpoints.save(1, state, {})
             change(state)
+            found = checkpoints.latest(like)[1]
+            assert_same(found, wanted)
+            changed = change(found)  # a loaded state may be donated too
+            assert_same(changed, jax.tree.map(lambda leaf: leaf + 1, wanted))
             assert_same(checkpoints.latest(like)[1], wanted)
 
 
 def test_the_same_step_is_replaced(tmp_path):
     with opened(tmp_path) as checkpoints:
-        checkpoints.save(1, make_state(1), {"try": 1}, 0.1)
-        checkpoints.save(1, make_state(2), {"try": 2}, 0.2)
+        checkpoints.save(1, make_state(1), {'try': 1}, 0.1)
+        checkpoints.save(1, make_state(2), {'try': 2}, 0.2)
         _, state, meta = checkpoints.latest(abstract(make_state(0)))
-    assert meta == {"try": 2}
+    assert meta == {'try': 2}
     assert_same(state, make_state(2))
 
 
 def flip(folder):
-    path = largest_file(folder / "state")
+    path = largest_file(folder / 'state')
     octets = bytearray(path.read_bytes())
     octets[len(octets) // 2] ^= 0x10
     path.write_bytes(octets)
 
 
 def cut(folder):
-    path = largest_file(folder / "state")
+    path = largest_file(folder / 'state')
     path.write_bytes(path.read_bytes()[:100])
 
 
 def drop_metadata(folder):
-    (folder / "_CHECKPOINT_METADATA").unlink()
+    (folder / '_CHECKPOINT_METADATA').unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, drop_metadata])
+@pytest.mark.parametrize('damage', [flip, cut, drop_metadata])
 def test_damage_is_reported_and_the_one_before_is_used(tmp_path, capsys, damage):
     with opened(tmp_path) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, make_state(step, width=2000), {"step": step}, float(step))
-    damage(tmp_path / "2")
+            checkpoints.save(step, make_state(step, width=2000), {'step': step}, float(step))
+    damage(tmp_path / '2')
     like = abstract(make_state(0, width=2000))
     with opened(tmp_path) as checkpoints:
         step, state, meta = checkpoints.latest(like)
-        assert (step, meta) == (1, {"step": 1})
+        assert (step, meta) == (1, {'step': 1})
         assert_same(state, make_state(1, width=2000))
         report = capsys.readouterr().err
-        assert "checkpoint 2 is damaged" in report
-        assert "step 1 is used" in report
-        assert (tmp_path / "damaged-2").is_dir()
+        assert 'checkpoint 2 is damaged' in report
+        assert 'step 1 is used' in report
+        assert (tmp_path / 'damaged-2').is_dir()
         assert checkpoints.best(like)[0] == 1
-        checkpoints.save(2, make_state(2, width=2000), {"step": 2}, wait=True)
+        checkpoints.save(2, make_state(2, width=2000), {'step': 2}, wait=True)
         assert checkpoints.latest(like)[0] == 2
 
 
 def test_all_damaged_is_an_error_and_nothing_is_moved(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), {})
-    cut(tmp_path / "1")
-    with opened(tmp_path) as checkpoints, pytest.raises(InputError, match="every checkpoint"):
+    cut(tmp_path / '1')
+    with opened(tmp_path) as checkpoints, pytest.raises(InputError, match='every checkpoint'):
         checkpoints.latest(abstract(make_state(0)))
-    assert (tmp_path / "1").is_dir()
+    assert (tmp_path / '1').is_dir()
 
 
 def test_the_state_of_another_model_is_named(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), {}, wait=True)
-        with pytest.raises(InputError, match=r"layer_0\.w is float32 \[16, 2\] there and .*17, 2"):
+        with pytest.raises(InputError, match=r'layer_0\.w is float32 \[16, 2\] there and .*17, 2'):
             checkpoints.latest(abstract(make_state(1, width=17)))
-        with pytest.raises(InputError, match="absent there"):
+        with pytest.raises(InputError, match='absent there'):
             checkpoints.latest(abstract(make_state(1, layers=2)))
         assert checkpoints.latest(abstract(make_state(1)))[0] == 1
 
@@ -173,45 +177,46 @@ def test_the_state_of_another_model_is_named(tmp_path):
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1), {})
-    (tmp_path / "1").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    (tmp_path / '1').rename(tmp_path / '2.orbax-checkpoint-tmp')
     with opened(tmp_path) as checkpoints:
         assert checkpoints.latest(abstract(make_state(1))) is None
-    assert list(tmp_path.iterdir()) == []
+        checkpoints.save(3, make_state(1), {})
+    assert [path.name for path in tmp_path.iterdir()] == ['3']
 
 
 def test_a_failed_save_is_raised_later_and_a_bad_metric_at_once(tmp_path):
     state = make_state(1)
-    with opened(tmp_path / "c") as checkpoints:
-        with pytest.raises(ValueError, match="step 1 cannot be ranked"):
-            checkpoints.save(1, state, {}, float("nan"))
-        with pytest.raises(TypeError, match="JSON"):
-            checkpoints.save(1, state, {"set": {1, 2}})
-        (tmp_path / "c").rmdir()
-        (tmp_path / "c").write_text("in the way")
+    with opened(tmp_path / 'c') as checkpoints:
+        with pytest.raises(ValueError, match='step 1 cannot be ranked'):
+            checkpoints.save(1, state, {}, float('nan'))
+        with pytest.raises(TypeError, match='JSON'):
+            checkpoints.save(1, state, {'set': {1, 2}})
+        (tmp_path / 'c').rmdir()
+        (tmp_path / 'c').write_text('in the way')
         checkpoints.save(1, state, {})
-        with pytest.raises(OSError, match="Not a directory"):
+        with pytest.raises(OSError, match='Not a directory'):
             checkpoints.save(2, state, {})
 
 
 def test_other_meshes_and_sharded_arrays(tmp_path):
     devices = np.array(jax.devices())
     assert devices.size >= 8
-    values = {"table": np.arange(48.0, dtype=np.float32).reshape(16, 3), "w": np.ones((5,), "f4")}
+    values = {'table': np.arange(48.0, dtype=np.float32).reshape(16, 3), 'w': np.ones((5,), 'f4')}
 
     def placed(count, spec):
-        mesh = Mesh(devices[:count], ("model",))
+        mesh = Mesh(devices[:count], ('model',))
         return {
-            "table": jax.device_put(values["table"], NamedSharding(mesh, spec)),
-            "w": jax.device_put(values["w"], NamedSharding(mesh, PartitionSpec())),
+            'table': jax.device_put(values['table'], NamedSharding(mesh, spec)),
+            'w': jax.device_put(values['w'], NamedSharding(mesh, PartitionSpec())),
         }
 
-    layouts = [placed(8, PartitionSpec("model")), placed(4, PartitionSpec())]
+    layouts = [placed(8, PartitionSpec('model')), placed(4, PartitionSpec())]
     for number, saved in enumerate(layouts):
         with opened(tmp_path / str(number)) as checkpoints:
             checkpoints.save(1, saved, {})
             for wanted in layouts:
                 _, found, _ = checkpoints.latest(abstract(wanted))
-                assert_same(found, values | {"w": values["w"]})
+                assert_same(found, values | {'w': values['w']})
                 for key in values:
                     assert found[key].sharding == wanted[key].sharding
 
@@ -240,36 +245,36 @@ def test_saving_does_not_hold_up_the_loop(tmp_path):
     assert sorted(waits)[0] < 0.03, waits  # the fastest: other processes share the machine
 
 
-CONFIG = {"seed": 1, "mesh": {"data": 1}, "log_every": 10, "raw_dir": "/a", "optim": {"lr": 0.1}}
+CONFIG = {'seed': 1, 'mesh': {'data': 1}, 'log_every': 10, 'raw_dir': '/a', 'optim': {'lr': 0.1}}
 
 
 def test_claim_takes_the_same_run_again_and_free_keys_may_change(tmp_path):
-    claim(tmp_path / "run", CONFIG, None)
-    other = CONFIG | {"mesh": {"data": 8}, "log_every": 1, "raw_dir": "/b", "save_every": 3}
-    claim(tmp_path / "run", other, "abc")
-    claim(tmp_path / "run", CONFIG, None)
-    kept = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert kept == {"config": CONFIG, "fingerprint": "abc"}
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    claim(tmp_path / 'run', CONFIG, None)
+    other = CONFIG | {'mesh': {'data': 8}, 'log_every': 1, 'raw_dir': '/b', 'save_every': 3}
+    claim(tmp_path / 'run', other, 'abc')
+    claim(tmp_path / 'run', CONFIG, None)
+    kept = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert kept == {'config': CONFIG, 'fingerprint': 'abc'}
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['config.json']
 
 
 def test_claim_names_every_difference(tmp_path):
-    claim(tmp_path, CONFIG | {"widths": (1, 2)}, "abc")
-    claim(tmp_path, CONFIG | {"widths": [1, 2]}, "abc")
-    changed = CONFIG | {"seed": 2, "optim": {"lr": 0.2}, "logits": True, "widths": (1, 2)}
+    claim(tmp_path, CONFIG | {'widths': (1, 2)}, 'abc')
+    claim(tmp_path, CONFIG | {'widths': [1, 2]}, 'abc')
+    changed = CONFIG | {'seed': 2, 'optim': {'lr': 0.2}, 'logits': True, 'widths': (1, 2)}
     with pytest.raises(InputError) as caught:
-        claim(tmp_path, changed, "abd")
+        claim(tmp_path, changed, 'abd')
     for words in (
-        "seed was 1 and is now 2",
-        "optim.lr was 0.1 and is now 0.2",
-        "logits was absent and is now true",
+        'seed was 1 and is now 2',
+        'optim.lr was 0.1 and is now 0.2',
+        'logits was absent and is now true',
         'data fingerprint was "abc" and is now "abd"',
     ):
         assert words in str(caught.value)
-    assert "widths" not in str(caught.value)
+    assert 'widths' not in str(caught.value)
 
 
 def test_claim_refuses_a_file_that_is_no_config(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=re.escape(str(tmp_path / "config.json"))):
+    (tmp_path / 'config.json').write_text('{')
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / 'config.json'))):
         claim(tmp_path, CONFIG)

@@ -101,10 +101,9 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
       repeats: whether an item is similar to itself.
     """
     del train
-    # float64 rounded to float32 at the end: items with equal features tie, whatever order BLAS
-    # adds in, and a row's scores do not hang on the rows next to it
+    # rounded at the end: items with equal features tie, whatever order BLAS adds in, and a row's
+    # scores do not hang on the rows next to it
     unit = np.array(features, np.float64)
-    unit[0] = 0
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     own = (unit * unit).sum(axis=1)
 
@@ -113,7 +112,7 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
         scores = (prefix @ unit) @ unit.T
         if not repeats:
             scores -= (prefix * own).toarray()
-        return scores.astype(np.float32)
+        return scores.round(9).astype(np.float32)
 
     return scorer
 

@@ -21,7 +21,7 @@ from tpad_jax import bundle
 from tpad_jax.errors import InputError
 
 # Changing these changes no result: where things lie, how often we look, and on how many devices.
-FREE_KEYS = frozenset({"mesh", "stages", "save_every", "log", "workdir", "raw_dir", "data_dir"})
+FREE_KEYS = frozenset({'mesh', 'stages', 'save_every', 'log', 'workdir', 'raw_dir', 'data_dir'})
 # What orbax and tensorstore raise on a file that is missing, cut short or garbled.
 DAMAGE = (OSError, ValueError, KeyError)
 
@@ -53,7 +53,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(2), best]),
             cleanup_tmp_directories=True,
         )
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if jax.process_count() == 1 else None
+        self._thread = ThreadPoolExecutor(1, 'checkpoint') if jax.process_count() == 1 else None
         self._pending = None
 
     def save(self, step, state, meta, metric=None, wait=False):
@@ -72,18 +72,18 @@ class Checkpoints:
             an earlier save is raised here too.
         """
         if metric is not None and not math.isfinite(metric):
-            raise ValueError(f"step {step} cannot be ranked by the metric {metric}")
+            raise ValueError(f'step {step} cannot be ranked by the metric {metric}')
         meta = json.loads(json.dumps(meta))
         arrays, index = bundle.join(state)
         self._finish()
         replaced = any(saved.step == step for saved in self._checkpointer.checkpoints)
         self._pending = self._start(
             int(step),
-            {"state": arrays},
+            {'state': arrays},
             force=True,
             overwrite=replaced,
-            metrics=None if metric is None else {"metric": float(metric)},
-            custom_metadata={"meta": meta, "index": index},
+            metrics=None if metric is None else {'metric': float(metric)},
+            custom_metadata={'meta': meta, 'index': index},
         )
         if wait:
             self._finish()
@@ -136,7 +136,7 @@ class Checkpoints:
         for saved in found:
             try:
                 about = self._checkpointer.checkpointables_metadata(saved.step).custom_metadata
-                index, meta = about["index"], about["meta"]
+                index, meta = about['index'], about['meta']
             except (*DAMAGE, TypeError) as error:  # TypeError: there is no metadata at all
                 damaged.append((saved.step, error))
                 continue
@@ -150,32 +150,32 @@ class Checkpoints:
             return saved.step, state, meta
         if damaged:
             raise InputError(
-                f"{self._checkpointer.directory}: every checkpoint is damaged (steps "
-                f"{', '.join(str(step) for step, _ in damaged)}: {_brief(damaged[0][1])}); "
-                "restore the folder from a copy, or delete it to start this stage again"
+                f'{self._checkpointer.directory}: every checkpoint is damaged (steps '
+                f'{", ".join(str(step) for step, _ in damaged)}: {_brief(damaged[0][1])}); '
+                'restore the folder from a copy, or delete it to start this stage again'
             )
         return None
 
     def _load(self, step, index, abstract_state):
         like = bundle.abstract_joined(index, abstract_state)
-        joined = self._checkpointer.load_checkpointables(step, {"state": like})["state"]
+        joined = self._checkpointer.load_checkpointables(step, {'state': like})['state']
         return bundle.split(joined, index, abstract_state)
 
     def _put_aside(self, damaged, used):
         root = self._checkpointer.directory
         for step, error in damaged:
             if jax.process_index() == 0:
-                aside = root / f"damaged-{step}"
+                aside = root / f'damaged-{step}'
                 if aside.exists():
                     aside.rmtree()
                 (root / str(step)).rename(aside)
                 print(
-                    f"{root}: checkpoint {step} is damaged ({_brief(error)}) and was moved to "
-                    f"{aside.name}; step {used} is used instead",
+                    f'{root}: checkpoint {step} is damaged ({_brief(error)}) and was moved to '
+                    f'{aside.name}; step {used} is used instead',
                     file=sys.stderr,
                 )
         if damaged:
-            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+            multihost_utils.sync_global_devices('damaged checkpoints put aside')
             self._checkpointer.reload()
 
 
@@ -200,65 +200,65 @@ def claim(workdir, config, fingerprint=None):
     Raises:
       InputError: config or data differ; the sentence names every differing key with both values.
     """
-    path = Path(workdir) / "config.json"
+    path = Path(workdir) / 'config.json'
     now = {
-        "config": json.loads(json.dumps(config, default=str)),
-        "fingerprint": fingerprint,
+        'config': json.loads(json.dumps(config, default=str)),
+        'fingerprint': fingerprint,
     }
     if path.exists():
         try:
             before = json.loads(path.read_text())
-            flat, kept = _flat(before["config"]), before["fingerprint"]
+            flat, kept = _flat(before['config']), before['fingerprint']
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} is not a config this program wrote ({_brief(error)}); choose another "
+                f'{path} is not a config this program wrote ({_brief(error)}); choose another '
                 "workdir or remove the file's run"
             ) from error
-        current = _flat(now["config"])
+        current = _flat(now['config'])
         if fingerprint is not None and kept is not None:
-            flat["data fingerprint"], current["data fingerprint"] = kept, fingerprint
+            flat['data fingerprint'], current['data fingerprint'] = kept, fingerprint
         changes = [
-            f"{key} was {_shown(flat, key)} and is now {_shown(current, key)}"
+            f'{key} was {_shown(flat, key)} and is now {_shown(current, key)}'
             for key in sorted(flat.keys() | current.keys())
             if not _free(key) and _shown(flat, key) != _shown(current, key)
         ]
         if changes:
             raise InputError(
-                f"{path} belongs to another run: {'; '.join(changes)}; set them back or choose "
-                "another workdir"
+                f'{path} belongs to another run: {"; ".join(changes)}; set them back or choose '
+                'another workdir'
             )
-        now = {**before, "fingerprint": fingerprint if kept is None else kept}
+        now = {**before, 'fingerprint': fingerprint if kept is None else kept}
         if now == before:
             return
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(now, indent=1) + "\n")
+        part = path.with_suffix('.part')
+        part.write_text(json.dumps(now, indent=1) + '\n')
         os.replace(part, path)
 
 
 def _metric(metrics):
-    return metrics["metric"]
+    return metrics['metric']
 
 
 def _brief(error):
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+    return f'{type(error).__name__}: {lines[0][:160] if lines else ""}'
 
 
 def _free(key):
-    return any(part in FREE_KEYS or part.startswith("log_") for part in key.split("."))
+    return any(part in FREE_KEYS or part.startswith('log_') for part in key.split('.'))
 
 
-def _flat(tree, prefix=""):
+def _flat(tree, prefix=''):
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= _flat(value, f'{prefix}{key}.')
         else:
             flat[prefix + key] = value
     return flat
 
 
 def _shown(flat, key):
-    return json.dumps(flat[key]) if key in flat else "absent"
+    return json.dumps(flat[key]) if key in flat else 'absent'

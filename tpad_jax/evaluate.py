@@ -64,7 +64,7 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
                                                                chosen.sum())}
         for metric in metrics.GAINS:
             for k in ks:
-                gain = getattr(metrics, metric)(above[chosen], equal[chosen], k)
+                gain = metrics.mean_gain(metric, above[chosen], equal[chosen], k)
                 out[f'{metric}@{k}'] = _ratio(gain.sum(), len(gain))
                 if probabilities is not None:
                     gain = metrics.expected(metric, places, k)
@@ -99,13 +99,12 @@ def oracle(rows: Rows, warm: np.ndarray, probabilities: Callable[[np.ndarray], n
 
 
 def _held(items, width):
-    """int32 [R, N] -> bool [R, width]: the items a prefix holds."""
+    """int32 [R, N] -> bool [R, width]: the items a prefix holds; column 0 means nothing."""
     held = np.zeros((len(items), width), bool)
     held[np.arange(len(items))[:, None], items] = True
-    held[:, 0] = False
     return held
 
 
 def _ratio(value, weight):
-    """value / weight as a plain float, or None over nothing, which JSON can say."""
+    """The value over the weight as a plain float, or None over nothing, which JSON can say."""
     return float(value / weight) if weight > 0 else None

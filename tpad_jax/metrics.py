@@ -87,30 +87,32 @@ def ranks(scorer: Scorer, items: np.ndarray, target: np.ndarray, num_items: int,
 
 
 def hit(above, equal, k):
-    """hit@k (recall@k, "P@k" in session papers): clip((k - above) / equal, 0, 1) in expectation.
-
-    Args:
-      above: int [...], items above the target. equal: int [...], items at its score, itself among
-        them. k: int or int [...]; the three broadcast.
-
-    Returns:
-      float64 [...], the mean over all orders of the equal items.
-    """
-    return _mean_gain('hit', above, equal, k)
+    """hit@k (recall@k, "P@k" in papers): clip((k - above) / equal, 0, 1). See `mean_gain`."""
+    return mean_gain('hit', above, equal, k)
 
 
 def mrr(above, equal, k):
-    """MRR@k: 1 / place, 0 beyond k. Args and result as in `hit`."""
-    return _mean_gain('mrr', above, equal, k)
+    """MRR@k: 1 / place, 0 beyond k. See `mean_gain`."""
+    return mean_gain('mrr', above, equal, k)
 
 
 def ndcg(above, equal, k):
-    """NDCG@k for one relevant item: 1 / log2(place + 1), 0 beyond k. Args as in `hit`."""
-    return _mean_gain('ndcg', above, equal, k)
+    """NDCG@k for one relevant item: 1 / log2(place + 1), 0 beyond k. See `mean_gain`."""
+    return mean_gain('ndcg', above, equal, k)
 
 
-def _mean_gain(name, above, equal, k):
-    """Mean gain over the places above + 1 .. above + equal, those beyond k being worth nothing."""
+def mean_gain(name, above, equal, k):
+    """A metric's mean over all orders of the equal items; what lies beyond place k is worth 0.
+
+    Args:
+      name: 'hit', 'mrr' or 'ndcg'.
+      above: int [...], items above the target.
+      equal: int [...], items at its score, itself among them.
+      k: int or int [...]; the three broadcast.
+
+    Returns:
+      float64 [...], the mean gain over the places above + 1 .. above + equal.
+    """
     gains = GAINS[name](np.arange(1, np.max(k) + 1, dtype=np.float64))
     until = np.append(0, np.cumsum(gains))  # gains of the first 0, 1, .. places together
     return (until[np.minimum(above + equal, k)] - until[np.minimum(above, k)]) / equal
@@ -153,8 +155,9 @@ def expected(name: str, placed: np.ndarray, k: int) -> np.ndarray:
     """A metric's expectation under the true distribution.
 
     Args:
-      name: 'hit', 'mrr' or 'ndcg'. placed: float [..., depth] of `places`, whose weights were the
-        true probabilities. k: int, at most depth.
+      name: 'hit', 'mrr' or 'ndcg'.
+      placed: float [..., depth] of `places`, whose weights were the true probabilities.
+      k: int, at most depth.
 
     Returns:
       float64 [...]: the sum over the first k places of weight times gain.

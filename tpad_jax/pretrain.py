@@ -14,7 +14,6 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
@@ -28,8 +27,8 @@ from tpad_jax.models.mllm import MLLM
 
 FLAGS = flags.FLAGS
 STREAM = 2**40  # a seed no catalogue uses: theirs are [seed, 1..7] with small seeds
-SIZES = {'vocab': 768, 'width': 128, 'layers': 3, 'heads': 4, 'hidden': 344,
-         'channels': [32, 64, 128], 'vision_layers': 1}
+SIZES = {'vocab': 768, 'width': 128, 'layers': 2, 'heads': 4, 'hidden': 256,
+         'channels': [32, 64, 128], 'vision_layers': 2}
 IMAGE, TEXT, CAPTION, FEATURES = 32, 32, 12, 64
 
 
@@ -135,7 +134,7 @@ def main(argv):
 if __name__ == '__main__':
     flags.DEFINE_string('out', str(pretrained.DEFAULT), 'directory to write')
     flags.DEFINE_integer('items', 24_000, 'random items to learn from')
-    flags.DEFINE_integer('steps', 1_600, 'training steps')
+    flags.DEFINE_integer('steps', 1_500, 'training steps')
     flags.DEFINE_integer('batch', 128, 'items per step')
     flags.DEFINE_float('lr', 2e-3, 'peak learning rate')
     app.run(main)

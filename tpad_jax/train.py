@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,14 +13,14 @@ import optax
 from flax.traverse_util import unflatten_dict
 
 from tpad_jax import collectives, losses, optim
-from tpad_jax.checkpoint import Checkpoints
+from tpad_jax.checkpoint import Checkpoints, abstract
 from tpad_jax.errors import InputError
 from tpad_jax.models import tpad
 from tpad_jax.parallel import Devices
 from tpad_jax.types import State
 
 
-class Stopped(Exception):  # noqa: N818 (it is no error)
+class Stopped(Exception):
     """A signal asked the run to stop; its state is saved."""
 
 
@@ -133,8 +134,9 @@ class Loop:
       total: steps at most. log_every, save_every, eval_every, refresh_every, patience: see configs.
       batches: start step -> iterator of host batches.
       validate: (state, catalogue) -> {name: float} with 'hit@20', or None.
-      refresh: (state, catalogue) -> catalogue with rows encoded anew, or None.
+      refresh: state -> {name: rows} of the fresh features, encoded anew, or None.
       stopping: asked after every step; True saves and raises Stopped.
+      shown: losses named beside the progress bar.
     """
 
     name: str
@@ -151,7 +153,8 @@ class Loop:
     refresh_every: int = 0
     validate: Callable | None = None
     refresh: Callable | None = None
-    stopping: Callable[[], bool] = field(default=lambda: False)
+    stopping: Callable[[], bool] = lambda: False
+    shown: tuple[str, ...] = ()
 
 
 def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
@@ -162,30 +165,33 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
 
     Returns:
       {path: array} of what was trained, at the best validation (the last step without one), the
-      history [{'step', 'hit@20', ...}] and the seconds spent over all sittings.
+      catalogue's rows that were encoded with it ({} where none are), and the run's record:
+      'history' [{'step', 'hit@20', ...}] and 'seconds' over all sittings.
 
     Raises:
       Stopped: a signal came; the state is saved. InputError: a loss reads what is not there.
     """
     refreshed = sorted(spec.fresh) if loop.refresh else []
-    held = {'state': state.replace(frozen={}), 'rows': {n: catalogue[n] for n in refreshed}}
+    state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
     meta = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
-    found = loop.checkpoints.latest(held)
+
+    def held():
+        return {'state': state.replace(frozen={}), 'rows': {n: catalogue[n] for n in refreshed}}
+
+    expected = abstract(held())
+    found = loop.checkpoints.latest(expected)
     if found is not None:
-        _, held, meta = found
-        state = held['state'].replace(frozen=state.frozen)
-        catalogue = {**catalogue, **held['rows']}
+        _, saved, meta = found
+        state, catalogue = saved['state'].replace(frozen=state.frozen), {**catalogue, **saved['rows']}
     begun, before = time.perf_counter(), meta['seconds']
     number = int(state.step)
     loop.writer.rewind(loop.name, number)
     if not meta['done']:
-        state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
-        step = loop.devices.lift(lambda s, b, c, *, axis: train_step(s, b, c, spec=spec, axis=axis))
+        step = loop.devices.lift(partial(train_step, spec=spec))
         batches = loop.batches(number)
-        batch = next(batches)
-        check_names(spec, state, {k: v for k, v in batch.items()}, catalogue)
-        batch = loop.devices.place(batch)
-        pending = None
+        host = next(batches)
+        check_names(spec, state, loop.devices.place(host), catalogue)
+        batch, pending = loop.devices.place(host), None
         with loop.progress(loop.name, loop.total, number) as bar:
             while not meta['done']:
                 state, logged = step(state, batch, catalogue)
@@ -195,27 +201,26 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                     _log(loop, bar, *pending)
                 pending = (number, logged)
                 if loop.refresh_every and number % loop.refresh_every == 0:
-                    catalogue = loop.devices.share(loop.refresh(state, catalogue))
-                last = number >= loop.total
+                    catalogue = {**catalogue, **loop.devices.share(loop.refresh(state))}
                 metric = None
-                if loop.validate and (last or number % loop.eval_every == 0):
+                meta['done'] = number >= loop.total
+                if loop.validate and (meta['done'] or number % loop.eval_every == 0):
                     metric = _validate(loop, meta, state, catalogue, number)
-                    last = last or _patience_is_out(meta, loop.patience)
-                meta['done'] = last
-                stopping = loop.stopping()
-                if last or stopping or metric is not None or number % loop.save_every == 0:
+                    meta['done'] = meta['done'] or _patience_is_out(meta, loop.patience)
+                stopping = loop.stopping() and not meta['done']
+                due = number % loop.save_every == 0
+                if due or stopping or meta['done'] or metric is not None:
                     _log(loop, bar, *pending)
                     pending = None
                     meta['seconds'] = before + time.perf_counter() - begun
-                    rows = {n: catalogue[n] for n in refreshed}
-                    loop.checkpoints.save(number, {'state': state.replace(frozen={}), 'rows': rows},
-                                          meta, metric, wait=last or stopping)
-                if stopping and not last:
+                    loop.checkpoints.save(number, held(), meta, metric,
+                                          wait=meta['done'] or stopping)
+                if stopping:
                     raise Stopped(f'stopped in stage {loop.name} after step {number}')
         batches.close()
-    choose = loop.checkpoints.best if meta['best'] is not None else loop.checkpoints.latest
-    _, chosen, _ = choose(held)
-    return chosen['state'].params, chosen['rows'], meta
+    chosen = loop.checkpoints.latest if meta['best'] is None else loop.checkpoints.best
+    _, saved, _ = chosen(expected)
+    return saved['state'].params, saved['rows'], meta
 
 
 def _log(loop, bar, number, logged):
@@ -227,7 +232,7 @@ def _log(loop, bar, number, logged):
     if bad:
         raise FloatingPointError(f'stage {loop.name}, step {number}: {", ".join(bad)} not finite')
     loop.writer.scalars(loop.name, number, values)
-    bar(number, values)
+    bar(number, '  '.join(f'{name} {values[name]:.3f}' for name in ('loss', *loop.shown)))
 
 
 def _validate(loop, meta, state, catalogue, number):

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
@@ -59,7 +58,8 @@ class TPAD:
     lora_scale: float = 1.0
 
 
-def build(base: dict, model: Any, *, items: int, max_length: int, side_sizes: tuple) -> TPAD:
+def build(base: dict, model: Any, *, recommend: tuple, items: int, max_length: int,
+          side_sizes: tuple) -> TPAD:
     """Modules from plain numbers: `base` (the MLLM's sizes) and `model` (config.model)."""
     mllm = MLLM(**base)
     width = model.features
@@ -71,42 +71,40 @@ def build(base: dict, model: Any, *, items: int, max_length: int, side_sizes: tu
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
                       model.id_dropout, model.feature_dropout),
         gnn=SessionGNN(model.gnn_steps, max_length, model.positions, model.dropout),
-        recommend=tuple(model.recommend), form=model.form, withhold=model.withhold,
+        recommend=recommend, form=model.form, withhold=model.withhold,
         word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank)
 
 
-def init(key, spec: TPAD, base_params: dict, catalogue: dict, *, rank: int, targets: str,
-         image_shape, text_length: int) -> dict:
+def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,
+         text_length: int) -> dict:
     """All parameters, nested: base, lora/{knowledge,transfer,distil}, and one entry per head.
 
     Args:
-      base_params: the shared MLLM's parameters. catalogue: rows (see features.py), for their widths.
+      key: of every draw. catalogue: rows per item (see features.py), for their widths.
       rank, targets: of the adapters. image_shape: (H, W, 3); text_length: T.
     """
     keys = iter(jax.random.split(key, 16))
     image = jnp.zeros((1, *image_shape), jnp.uint8)
     tokens = jnp.ones((1, text_length), jnp.int32)
     seen = jnp.ones((1,), bool)
-    width = spec.knowledge.features
-    k = jnp.ones((1, 1, len(MODALITIES), width))
-    one = jnp.ones((1, width))
+    k = jnp.ones((1, 1, len(MODALITIES), spec.knowledge.features))
+    one = jnp.ones((1, spec.knowledge.features))
 
     def heads(module, *args, method=None):
-        return nn.unbox(module.init(next(keys), *args, method=method)['params'])
+        return module.init(next(keys), *args, method=method)['params']
 
-    def without_base(params):
-        return {n: p for n, p in params.items() if n != 'base'}
-
-    knowledge = jax.jit(partial(heads, spec.knowledge, method='everything'))(image, seen, tokens)
-    transfer = jax.jit(partial(heads, spec.transfer, method='everything'))(
-        k, jnp.ones((1, 1), bool), image, seen, tokens)
-    reader = {n: base_params[n] for n in ('decoder',)}
-    params = {
-        'base': base_params,
+    knowledge = heads(spec.knowledge, image, seen, tokens, method='everything')
+    transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), image, seen, tokens,
+                     method='everything')
+    base = knowledge.pop('base')
+    del transfer['base']  # the two share one
+    reader = {'decoder': base['decoder']}
+    return {
+        'base': base,
         'lora': {n: lora.init(next(keys), reader, rank=rank, targets=targets)
                  for n in ('knowledge', 'transfer', 'distil')},
-        'knowledge': without_base(knowledge),
-        'transfer': without_base(transfer),
+        'knowledge': knowledge,
+        'transfer': transfer,
         'disentangle': heads(spec.disentangle, one),
         'adapter': heads(spec.adapter, k[0]),
         'club': heads(spec.club, one, one),
@@ -114,8 +112,6 @@ def init(key, spec: TPAD, base_params: dict, catalogue: dict, *, rank: int, targ
                    for name, critic in spec.critics},
         'recommender': recommender_init(next(keys), spec, catalogue),
     }
-    # the distilling reader starts where the describing one stands: see stages in configs/base.py
-    return params
 
 
 def _critic_inputs(name, k, one):

@@ -1,0 +1,71 @@
+"""Run TPAD: `python launch.py --config=configs/amazon.py [--workdir=DIR] [--config.KEY=VALUE ...]`.
+
+Exit status: 0 done, 2 unusable input or config in one sentence, 75 stopped by SIGINT or SIGTERM with
+its state saved (the same command goes on).
+"""
+
+import os
+import signal
+import sys
+
+from absl import app, flags, logging
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's C++ remarks
+os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, ":variant" behind it.')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
+UNUSABLE, STOPPED = 2, 75
+
+
+def parse(argv):
+    """The flags, or one sentence and status 2; `--help` leaves with 0."""
+    try:
+        rest = flags.FLAGS(argv)
+        if '--help' in argv or '-h' in argv:
+            print(__doc__, flags.FLAGS.main_module_help(), sep='\n')
+            sys.exit(0)
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        refuse(error)
+    if len(rest) > 1:
+        refuse(f'unknown argument {rest[1]!r}; every setting is a flag, --config.KEY=VALUE')
+    if CONFIG.value is None:
+        refuse('name a config, for example --config=configs/amazon.py')
+    return rest
+
+
+def refuse(error):
+    """Say what cannot be used, in one line, and leave with status 2."""
+    print('launch.py: ' + ' '.join(str(error).split()), file=sys.stderr)
+    sys.exit(UNUSABLE)
+
+
+def main(argv):
+    """Run the job; turn signals and refusals into exit statuses."""
+    del argv
+    from tpad_jax import job, train  # here: --help and a wrong flag need no jax
+    from tpad_jax.errors import InputError
+
+    logging.set_verbosity(logging.WARNING)  # jax and tfds narrate at INFO
+    received = []
+
+    def stop(number, frame):
+        del frame
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    try:
+        job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', lambda: bool(received))
+    except InputError as error:
+        refuse(error)
+    except train.Stopped as stopped:
+        print(f'launch.py: {stopped}; the same command goes on from there', file=sys.stderr)
+        sys.exit(STOPPED)
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=parse)

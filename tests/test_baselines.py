@@ -1,0 +1,206 @@
+"""Baselines against plain loops over sessions."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tpad_jax import baselines, metrics
+from tpad_jax.data.sessions import Sessions, rows
+from tpad_jax.errors import InputError
+
+V = 12
+
+
+def sessions(lists):
+    lengths = [len(items) for items in lists]
+    return Sessions(np.concatenate(lists).astype(np.int32),
+                    np.append(0, np.cumsum(lengths)).astype(np.int64), np.arange(len(lists)))
+
+
+def drawn(seed, count, items=V - 2, longest=14):
+    """Random sessions with repeats; items V - 1 and V stay cold."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, items + 1, rng.integers(2, longest)) for _ in range(count)]
+
+
+LISTS = drawn(0, 40)
+TRAIN = sessions(LISTS)
+PREFIXES = np.array([[3, 0, 0, 0, 0], [1, 2, 3, 0, 0], [4, 4, 9, 4, 2], [12, 0, 0, 0, 0],
+                     [5, 11, 7, 10, 0]], np.int32)
+FEATURES = np.random.default_rng(1).normal(size=(V + 1, 4))
+POPULARITY = np.bincount(np.concatenate(LISTS), minlength=V + 1) / sum(map(len, LISTS))
+
+
+def prefix_weights(prefix, decay):
+    """[(item, decay^steps)] of one padded prefix; decay 0 is the last item alone."""
+    items = [item for item in prefix if item]
+    return [(item, decay ** (len(items) - 1 - k)) for k, item in enumerate(items)]
+
+
+def rule_scores(pair_weight, longest, decay, backoff, both=False):
+    """Rules by loops -> [R, V + 1]."""
+    rule = np.zeros((V + 1, V + 1))
+    for session in LISTS:
+        for a in range(len(session)):
+            for b in range(a + 1, min(a + longest + 1, len(session))):
+                rule[session[a], session[b]] += pair_weight(b - a)
+                if both:
+                    rule[session[b], session[a]] += pair_weight(b - a)
+    out = []
+    for prefix in PREFIXES:
+        scores = np.zeros(V + 1)
+        for item, weight in prefix_weights(prefix, decay):
+            if POPULARITY[item]:
+                scores += weight * rule[item] / np.sqrt(POPULARITY[item])
+        if scores.sum():
+            scores *= (1 - backoff) / scores.sum()
+        out.append(scores + backoff * POPULARITY)
+    return np.array(out)
+
+
+def fitted(name, train=TRAIN):
+    fit, _ = baselines.BASELINES[name]
+    return fit(train, V, FEATURES) if name == 'content_knn' else fit(train, V)
+
+
+def test_pop_is_the_share_of_events():
+    scores = fitted('pop')(PREFIXES)
+    np.testing.assert_allclose(scores, np.tile(POPULARITY, (5, 1)), rtol=1e-6)
+
+
+def test_repeat_last_ranks_the_latest_first():
+    scores = fitted('repeat_last')(PREFIXES)[:, 1:]
+    ranked = [[item + 1 for item in np.argsort(-row, kind='stable') if row[item]] for row in scores]
+    assert ranked == [[3], [3, 2, 1], [2, 4, 9], [12], [10, 7, 11, 5]]
+
+
+def test_markov_counts_neighbours():
+    expected = rule_scores(lambda lag: 1, 1, 0, 0.25)
+    np.testing.assert_allclose(baselines.fit_markov(TRAIN, V, 0.25)(PREFIXES), expected, atol=1e-7)
+    seen = np.array([b for s in LISTS for a, b in itertools.pairwise(s) if a == 3])
+    np.testing.assert_allclose(baselines.fit_markov(TRAIN, V, 0)(PREFIXES)[0],
+                               np.bincount(seen, minlength=V + 1) / len(seen), atol=1e-7)
+
+
+@pytest.mark.parametrize('lag_power', [0, 1, 2])
+@pytest.mark.parametrize('decay', [0.0, 0.5, 1.0])
+def test_rules_by_loops(decay, lag_power):
+    for fit, both in ((baselines.fit_sr, False), (baselines.fit_ar, True)):
+        expected = rule_scores(lambda lag: lag ** -float(lag_power), baselines.LONGEST_RULE, decay,
+                               0.1, both)
+        found = fit(TRAIN, V, decay=decay, lag_power=lag_power, backoff=0.1)(PREFIXES)
+        np.testing.assert_allclose(found, expected, atol=1e-7)
+
+
+def test_association_rules_are_blind_to_order_and_sequential_ones_are_not():
+    backwards = sessions([items[::-1] for items in LISTS])
+    np.testing.assert_array_equal(fitted('ar')(PREFIXES), fitted('ar', backwards)(PREFIXES))
+    assert not np.allclose(fitted('sr')(PREFIXES), fitted('sr', backwards)(PREFIXES))
+
+
+@pytest.mark.parametrize('repeats', [False, True])
+@pytest.mark.parametrize('shrink', [0, 20])
+def test_item_knn_is_the_cosine_of_sessions(shrink, repeats):
+    held = [set(items.tolist()) for items in LISTS]
+    n = [sum(item in s for s in held) for item in range(V + 1)]
+    expected = np.zeros((len(PREFIXES), V + 1))
+    for row, prefix in enumerate(PREFIXES):
+        for item, weight in prefix_weights(prefix, 0.5):
+            for other in range(1, V + 1):
+                both = sum(item in s and other in s for s in held)
+                if both and (repeats or item != other):
+                    expected[row, other] += weight * both / np.sqrt(
+                        (n[item] + shrink) * (n[other] + shrink))
+    found = baselines.fit_item_knn(TRAIN, V, decay=0.5, shrink=shrink, repeats=repeats)(PREFIXES)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('repeats', [False, True])
+def test_content_knn_is_the_cosine_of_features(repeats):
+    def cosine(a, b):
+        return FEATURES[a] @ FEATURES[b] / np.linalg.norm(FEATURES[a]) / np.linalg.norm(FEATURES[b])
+
+    expected = [[sum(weight * cosine(item, other) for item, weight in prefix_weights(prefix, 0.5)
+                     if repeats or item != other) for other in range(1, V + 1)]
+                for prefix in PREFIXES]
+    found = baselines.fit_content_knn(TRAIN, V, FEATURES, decay=0.5, repeats=repeats)(PREFIXES)
+    np.testing.assert_allclose(found[:, 1:], expected, atol=1e-6)
+
+
+def test_content_knn_ties_equal_features_exactly_and_survives_missing_ones():
+    rng = np.random.default_rng(3)
+    features = np.tile(rng.normal(size=(1, 37)), (V + 1, 1))
+    features[1:4] = rng.normal(size=(3, 37))
+    features[4] = 0
+    scores = baselines.fit_content_knn(TRAIN, V, features)(np.array([[1, 2], [4, 0]], np.int32))
+    assert len(np.unique(scores[0, 5:])) == 1
+    assert (scores[1] == 0).all()
+
+
+@pytest.mark.parametrize('name', baselines.BASELINES)
+def test_scores_depend_on_their_row_alone(name):
+    scorer = fitted(name)
+    held = rows(sessions(drawn(5, 60, items=V)), 9)
+    together = scorer(held.items)
+    assert together.shape == (len(held.items), V + 1)
+    assert together.dtype == np.float32
+    assert np.isfinite(together).all()
+    order = np.random.default_rng(0).permutation(len(held.items))
+    np.testing.assert_array_equal(scorer(held.items[order]), together[order])
+    for row in (0, 7, 100):
+        np.testing.assert_array_equal(scorer(held.items[row:row + 1])[0], together[row])
+    wider = np.pad(held.items, ((0, 0), (0, 3)))
+    np.testing.assert_array_equal(scorer(wider), together)
+
+
+@pytest.mark.parametrize('name', ['pop', 'markov', 'sr', 'ar', 'item_knn'])
+def test_cold_items_get_nothing(name):
+    assert not fitted(name)(PREFIXES)[:, V - 1:].any()
+
+
+def test_tune_finds_the_best_on_validation():
+    valid = rows(sessions(drawn(9, 30)), 9)
+    seen = {}
+    for backoff in baselines.BASELINES['markov'][1]['backoff']:
+        scorer = baselines.fit_markov(TRAIN, V, backoff)
+        place = [metrics.mrr(*metrics.counts(scorer(valid.items), valid.target), 20).mean()]
+        seen[backoff] = place[0]
+    assert len(set(seen.values())) > 1
+    tuned = baselines.tune('markov', TRAIN, valid, V, chunk=50)
+    assert tuned.mrr == pytest.approx(max(seen.values()))
+    assert seen[tuned.params['backoff']] == max(seen.values())
+
+
+def test_tune_learns_that_only_the_last_item_matters():
+    rng = np.random.default_rng(0)
+    step = rng.permutation(30) + 1  # the successor of each item, among noise that goes before
+
+    def chained(count):
+        noise = rng.integers(1, 31, (count, 6))
+        return sessions([np.append(row, step[row[-1] - 1]) for row in noise])
+
+    valid = rows(chained(100), 8, every_prefix=False)
+    tuned = baselines.tune('sr', chained(400), valid, 30)
+    assert tuned.params['decay'] == 0.0
+    assert tuned.mrr > 0.8
+    assert tuned.mrr > baselines.tune('ar', chained(400), valid, 30).mrr
+
+
+def test_tune_passes_features_on():
+    valid = rows(sessions(drawn(9, 10)), 9)
+    tuned = baselines.tune('content_knn', TRAIN, valid, V, features=FEATURES)
+    expected = baselines.fit_content_knn(TRAIN, V, FEATURES, **tuned.params)(PREFIXES)
+    np.testing.assert_array_equal(tuned.scorer(PREFIXES), expected)
+
+
+def test_tune_refuses_what_it_cannot_use():
+    valid = rows(sessions(drawn(9, 5)), 9)
+    with pytest.raises(InputError, match="unknown baseline 'stan'; choose from pop,"):
+        baselines.tune('stan', TRAIN, valid, V)
+    with pytest.raises(InputError, match='content_knn needs item features'):
+        baselines.tune('content_knn', TRAIN, valid, V)
+    with pytest.raises(InputError, match='sr reads no item features'):
+        baselines.tune('sr', TRAIN, valid, V, features=FEATURES)
+    with pytest.raises(InputError, match='validation split has no rows'):
+        baselines.tune('sr', TRAIN, rows(sessions([np.array([1])]), 9), V)

@@ -1,0 +1,185 @@
+"""Evaluation: slices by hand, independence of chunks, and the planted catalogue's oracle."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpad_jax import baselines, evaluate, metrics
+from tpad_jax.data import synthetic
+from tpad_jax.data.sessions import Rows, Sessions, rows, warm_items
+from tpad_jax.errors import InputError
+
+V = 120
+
+
+def as_sessions(padded):
+    lengths = (padded > 0).sum(1)
+    return Sessions(padded[padded > 0].astype(np.int32),
+                    np.append(0, np.cumsum(lengths)).astype(np.int64), np.arange(len(padded)))
+
+
+def split(planted, count, seed, warm_only=False):
+    rng = np.random.default_rng(seed)
+    return as_sessions(synthetic.sample_sessions(planted, count, rng, warm_only))
+
+
+@pytest.fixture(scope='module')
+def world():
+    """(train, test rows, warm, probabilities) of a small planted catalogue."""
+    planted = synthetic.draw(0, V)
+    train = split(planted, 800, 1, warm_only=True)
+    asins = ['', *(synthetic.asin(item) for item in range(1, V + 1))]
+    probabilities = synthetic.catalogue_probabilities(planted, asins)
+    return train, rows(split(planted, 300, 2), 8), warm_items(train, V), probabilities
+
+
+def noise(items, salt=0):
+    """Scores with many ties that depend on the last item only."""
+    last = np.take_along_axis(items, np.count_nonzero(items, axis=1)[:, None] - 1, axis=1)
+    return ((last * 7919 + np.arange(V + 1) * (104729 + salt)) % 17).astype(np.float32)
+
+
+def by_hand():
+    """Four items, of which 4 is cold; a scorer that always ranks 1, 2, 3, 4."""
+    made = Rows(items=np.array([[1, 0, 0], [1, 2, 0], [3, 1, 2], [2, 0, 0]], np.int32),
+                next=np.zeros((4, 3), np.int32), target=np.array([2, 1, 4, 4], np.int32),
+                session=np.arange(4, dtype=np.int32))
+    warm = np.array([False, True, True, True, False])
+    return made, warm, lambda items: np.tile([0., 4, 3, 2, 1], (len(items), 1))
+
+
+def test_slices_by_hand():
+    made, warm, scorer = by_hand()
+    result, places = evaluate.evaluate(scorer, made, warm, ks=(1, 2), chunk=3)
+    assert places['above'].tolist() == [1, 0, 3, 3]
+    assert places['equal'].tolist() == [1, 1, 1, 1]
+    slices = result['slices']
+    assert {name: part['rows'] for name, part in slices.items()} == {
+        'warm': 2, 'cold': 2, 'repeat': 1, 'new': 3, 'length_1': 2, 'length_2': 1,
+        'length_3-5': 1, 'length_6+': 0}
+    assert (result['rows'], result['tied_share']) == (4, 0)
+    assert result['hit@1'] == 1 / 4
+    assert result['mrr@2'] == pytest.approx((1 / 2 + 1) / 4)
+    assert slices['warm']['hit@1'] == 1 / 2
+    assert slices['warm']['ndcg@2'] == pytest.approx((1 / np.log2(3) + 1) / 2)
+    assert slices['cold']['mrr@2'] == 0
+    assert slices['repeat']['hit@1'] == 1
+    assert slices['length_1']['hit@2'] == 1 / 2
+    assert slices['length_6+']['hit@1'] is None
+    assert not any(key.startswith('expected') for key in result)
+    json.dumps(result, allow_nan=False)
+
+
+def test_expected_hits_by_hand():
+    made, warm, scorer = by_hand()
+    truth = np.array([[0, .1, .2, .3, .4], [0, .7, .1, .1, .1], [0, .25, .25, .25, .25],
+                      [0, 0, .5, .5, 0]])
+
+    def probabilities(items):
+        return truth[[made.items.tolist().index(row) for row in items.tolist()]]
+
+    result, _ = evaluate.evaluate(scorer, made, warm, ks=(2, 4), chunk=3,
+                                  probabilities=probabilities)
+    assert result['expected_hit@2'] == pytest.approx((.3 + .8 + .5 + .5) / 4)
+    assert result['expected_mrr@2'] == pytest.approx((.2 + .75 + .375 + .25) / 4)
+    assert result['expected_hit@4'] == pytest.approx(1)
+    slices = result['slices']
+    # item slices: probability found over probability there, in all four rows
+    assert slices['warm']['expected_hit@2'] == pytest.approx(2.1 / (.6 + .9 + .75 + 1))
+    assert slices['cold']['expected_hit@2'] == 0
+    assert slices['cold']['expected_hit@4'] == pytest.approx(1)
+    # prefixes hold {1}, {1, 2}, {1, 2, 3}, {2}
+    assert slices['repeat']['expected_hit@2'] == pytest.approx((.1 + .8 + .5 + .5) /
+                                                               (.1 + .8 + .75 + .5))
+    assert slices['new']['expected_hit@2'] == pytest.approx((.2 + 0) / (.9 + .2 + .25 + .5))
+    # row slices: the mean over their rows
+    assert slices['length_1']['expected_hit@2'] == pytest.approx((.3 + .5) / 2)
+    assert slices['length_6+']['expected_hit@2'] is None
+
+
+def test_without_cold_items_the_cold_slice_is_empty(world):
+    _, test, _, probabilities = world
+    warm = np.arange(V + 1) > 0
+    result, _ = evaluate.evaluate(noise, test, warm, probabilities=probabilities)
+    assert result['slices']['cold']['rows'] == 0
+    assert result['slices']['cold']['expected_hit@20'] is None
+    assert result['slices']['warm']['expected_hit@20'] == result['expected_hit@20']
+
+
+def test_chunks_change_nothing(world):
+    _, test, warm, probabilities = world
+    whole, places = evaluate.evaluate(noise, test, warm, chunk=4096, probabilities=probabilities)
+    assert whole['tied_share'] > 0.9
+    for chunk in (7, 512):
+        parts, same = evaluate.evaluate(noise, test, warm, chunk=chunk,
+                                        probabilities=probabilities)
+        assert parts == whole
+        np.testing.assert_array_equal(same['above'], places['above'])
+        np.testing.assert_array_equal(same['equal'], places['equal'])
+
+
+def test_slices_partition_the_rows(world):
+    _, test, warm, probabilities = world
+    result, places = evaluate.evaluate(noise, test, warm, probabilities=probabilities)
+    slices = result['slices']
+    for names in (('warm', 'cold'), ('repeat', 'new'), evaluate.LENGTHS):
+        assert sum(slices[name]['rows'] for name in names) == result['rows'] == len(test.target)
+        mean = sum(slices[name]['rows'] * slices[name]['mrr@20'] for name in names)
+        assert mean / result['rows'] == pytest.approx(result['mrr@20'])
+    assert result['hit@10'] == pytest.approx(
+        metrics.hit(places['above'], places['equal'], 10).mean())
+
+
+def test_a_jax_scorer_counts_as_a_numpy_one(world):
+    _, test, warm, _ = world
+    plain, _ = evaluate.evaluate(noise, test, warm)
+    assert evaluate.evaluate(lambda items: jnp.asarray(noise(items)), test, warm)[0] == plain
+
+
+def test_the_oracle_exceeds_every_scorer(world):
+    train, test, warm, probabilities = world
+    best, _ = evaluate.oracle(test, warm, probabilities)
+    scorers = {f'noise {salt}': lambda items, salt=salt: noise(items, salt) for salt in range(3)}
+    for name, (fit, _) in baselines.BASELINES.items():
+        extra = {'features': np.eye(V + 1)} if name == 'content_knn' else {}
+        scorers[name] = fit(train, V, **extra)
+    scorers['blurred'] = lambda items: np.sqrt(probabilities(items)) + noise(items) * 1e-3
+    for name, scorer in scorers.items():
+        result, _ = evaluate.evaluate(scorer, test, warm, probabilities=probabilities, name=name)
+        for key in [key for key in best if key.startswith('expected')]:
+            assert result[key] < best[key], (name, key)
+    # any increasing function of the truth is as good
+    logits, _ = evaluate.evaluate(lambda items: np.log(probabilities(items) + 1e-9), test, warm,
+                                  probabilities=probabilities)
+    assert logits['expected_hit@20'] == pytest.approx(best['expected_hit@20'])
+
+
+def test_expected_and_sampled_hits_agree(world):
+    """On a slice, too: targets are drawn from the distribution the expectation is under."""
+    _, test, warm, probabilities = world
+    result, _ = evaluate.oracle(test, warm, probabilities)
+    for part in (result, *(result['slices'][name] for name in ('warm', 'cold', 'new'))):
+        for metric in ('hit@5', 'hit@20', 'mrr@20', 'ndcg@20'):
+            error = 0.5 / np.sqrt(part['rows'])  # at most: gains lie in 0..1
+            assert abs(part[metric] - part[f'expected_{metric}']) < 3.5 * error, metric
+
+
+def test_a_cold_share_may_exceed_the_oracles(world):
+    _, test, warm, probabilities = world
+    best, _ = evaluate.oracle(test, warm, probabilities)
+    result, _ = evaluate.evaluate(lambda items: probabilities(items) + ~warm, test, warm,
+                                  probabilities=probabilities)
+    assert result['slices']['cold']['expected_hit@20'] > best['slices']['cold']['expected_hit@20']
+    assert result['expected_hit@20'] < best['expected_hit@20']
+
+
+def test_errors_name_the_model(world):
+    _, test, warm, _ = world
+    with pytest.raises(FloatingPointError, match='sr_gnn: the score of item 1 in row 0 is nan'):
+        evaluate.evaluate(lambda items: np.full((len(items), V + 1), np.nan), test, warm,
+                          name='sr_gnn')
+    empty = rows(as_sessions(np.array([[3, 0]])), 8)
+    with pytest.raises(InputError, match='sr_gnn cannot be evaluated'):
+        evaluate.evaluate(noise, empty, warm, name='sr_gnn')

@@ -1,0 +1,506 @@
+"""Every loss function: what its contract promises, and its value against plain numpy formulas."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from tpad_jax import collectives, losses
+from tpad_jax.errors import InputError
+from tpad_jax.models import alignment
+from tpad_jax.types import Batch, Loss
+
+# rows, positions, items, width, modalities, text tokens, vocabulary, devices
+B, N, V, D, M, T, W, DEVICES = 16, 3, 9, 4, 2, 5, 11, 8
+PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
+          if fn.__module__ == losses.__name__ and not name.startswith('_')
+          and list(inspect.signature(fn).parameters)[:2] == ['out', 'batch']]
+
+# Widths of the outputs that `models.tpad.forward` names; one that a new loss reads is added here.
+POSITIONS = {'k': M * D, 't': D, 'c': D, 'p': D, 'r': D, 'r_next': D}
+TEXTS = ('describe', 'foretell')
+CRITICS = {'align': alignment.Critic('separable', 6), 'distil': alignment.Critic('bilinear', 6)}
+CLUB = alignment.GaussianQ(6)
+
+
+def make(seed):
+    """A batch with repeats and padded rows, one replica's all among them, and raw rows for `named`."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, N + 1, B)
+    real = np.arange(N) < length[:, None]
+    valid = np.ones(B, bool)
+    valid[[2, 3, 7]] = False  # rows 2 and 3 are the whole of one replica
+    batch = Batch(items=np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32),
+                  next=np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32),
+                  target=rng.integers(1, V - 1, B).astype(np.int32), valid=valid,
+                  row=np.arange(B, dtype=np.int32))
+    raw = {n: rng.normal(size=(B, N, w)).astype(np.float32) for n, w in POSITIONS.items()}
+    raw['h'] = rng.normal(size=(B, D)).astype(np.float32)
+    for name in TEXTS:
+        raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
+        words = rng.integers(1, W, (B, T)) * (np.arange(T) < rng.integers(1, T + 1, (B, 1)))
+        raw[f'{name}.tokens'] = words.astype(np.int32)
+    return batch, raw
+
+
+def make_params(seed):
+    """One matrix per named output, the tables, critics and q: the replicated parameters."""
+    keys = iter(jax.random.split(jax.random.key(seed), 20))
+    widths = {**POSITIONS, 'h': D, **dict.fromkeys(TEXTS, D)}
+    params = {n: jnp.eye(w) + 0.3 * jax.random.normal(next(keys), (w, w))
+              for n, w in widths.items()}
+    one, two = jnp.ones((1, D)), jnp.ones((1, M * D))
+    params['z'] = jax.random.normal(next(keys), (V + 1, D))
+    params['vocabulary'] = jax.random.normal(next(keys), (W, D))
+    params['critic.align'] = CRITICS['align'].init(next(keys), two, one)
+    params['critic.distil'] = CRITICS['distil'].init(next(keys), one, one)
+    params['club'] = CLUB.init(next(keys), one, one)
+    return params
+
+
+def named(params, raw, batch):
+    """Outputs by name, each a function of replicated parameters and this replica's rows."""
+    out = {n: x @ params[n] if n in params else x for n, x in raw.items()}
+    warm = jnp.arange(V + 1) < V - 1  # the last two items are cold; row 0 is padding
+    out |= {'items': batch.items, 'next': batch.next, 'warm': warm.at[0].set(False),
+            'z': params['z'], 'vocabulary': params['vocabulary']}
+    out |= {f'critic.{n}': Partial(c.apply, params[f'critic.{n}']) for n, c in CRITICS.items()}
+    out['club'] = Partial(CLUB.apply, params['club'])
+    return out
+
+
+def run(fn, params, raw, batch, state, axis):
+    """What a train step does with one loss: ((value, (state, metrics)), gradient of everything)."""
+    def objective(params):
+        value, state_, logged = losses.combine(
+            (('it', fn, 0.7, {}),), named(params, raw, batch), batch, state, axis=axis,
+            key=jax.random.key(3))
+        return value, (state_, logged)
+
+    result, grads = jax.value_and_grad(objective, has_aux=True)(params)
+    return result, collectives.mean(grads, axis)
+
+
+def close(got, expected, tolerance=2e-5):
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), got, expected)
+
+
+def largest(tree):
+    return max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('fn', PUBLIC, ids=lambda fn: fn.__name__)
+def test_contract(fn):
+    """Shape, finite, padding without influence, nothing but padding, 1 device == 8."""
+    batch, raw = make(0)
+    params = make_params(1)
+    state = {'it': fn.initial_state()} if hasattr(fn, 'initial_state') else {}
+    absent = losses.needs('it', fn, {}) - named(params, raw, batch).keys()
+    assert not absent, f'add what `forward` calls {absent} to this test'
+
+    # one value per row, or value, weight and metrics of one shape with rows first
+    extra = {'key': jax.random.key(0)} if 'key' in inspect.signature(fn).parameters else {}
+    result = jax.eval_shape(lambda: fn(named(params, raw, batch), batch, **extra))
+    if isinstance(result, Loss):
+        shapes = {result.value.shape, result.weight.shape, *(m.shape for m in result.metrics.values())}
+        assert len(shapes) == 1
+        assert result.value.shape[0] == B
+        assert (result.state is None) == (not state)
+    else:
+        assert result.shape == (B,)
+
+    # finite, and it trains something; a second step meets the first one's state
+    one = jax.jit(partial(run, fn, axis=None))
+    (_, (state, _)), _ = one(params, *make(5)[::-1], state)
+    expected = one(params, raw, batch, state)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(expected))
+    assert largest(expected[1]) > 1e-4
+
+    # whatever stands in padded rows, positions and tokens does not matter ...
+    rng = np.random.default_rng(9)
+    other = Batch(items=np.where(batch.valid[:, None], batch.items, 4),
+                  next=np.where(batch.valid[:, None], batch.next, 5),
+                  target=np.where(batch.valid, batch.target, 6), valid=batch.valid,
+                  row=np.where(batch.valid, batch.row, 0))
+    mask = np.asarray(batch.mask)
+    garbage = {}
+    for name, x in raw.items():
+        real = {T: raw.get(f'{name}.tokens', raw['describe.tokens']) > 0, N: mask, D: mask[:, :1]}
+        real = real[x.shape[1]] & batch.valid[:, None]
+        if x.dtype == np.int32:  # tokens of a valid row end where they end
+            garbage[name] = np.where(batch.valid[:, None], x, 3)
+        else:
+            real = real if x.ndim == 2 else real[..., None]
+            garbage[name] = np.where(real, x, 20 * rng.normal(size=x.shape)).astype(np.float32)
+    close(one(params, garbage, other, state), expected)
+
+    # ... nor does whether such rows are there
+    keep = batch.valid
+    fewer = jax.tree.map(lambda x: x[keep], (raw, batch))
+    close(one(params, *fewer, state), expected)
+
+    # nothing but padding: zero, no gradient, the state as it was
+    nobody = batch.replace(valid=np.zeros(B, bool))
+    (value, (kept, logged)), grads = one(params, raw, nobody, state)
+    assert float(value) == 0.0
+    assert largest(grads) == 0.0
+    assert all(float(x) == 0.0 for x in logged.values())
+    close(kept, state)
+
+    # the same on eight devices
+    many = jax.pmap(partial(run, fn, axis='data'), axis_name='data', in_axes=(None, 0, 0, None),
+                    out_axes=None)
+    parts = jax.tree.map(lambda x: np.reshape(x, (DEVICES, -1, *x.shape[1:])), (raw, batch))
+    close(many(params, *parts, state), expected)
+
+
+def test_the_contract_is_tested_for_every_loss():
+    assert {fn.__name__ for fn in PUBLIC} >= {'next_item', 'generation', 'infonce', 'mine', 'vclub',
+                                              'club_fit', 'mmd'}
+
+
+# --- plain numpy formulas -----------------------------------------------------------------------
+
+
+def flat_pairs(out, batch, x, y, ids, critic):
+    """Scores of the unpadded positions, loop by loop, and which pairs are negatives."""
+    at = [(b, n) for b in range(B) for n in range(N) if batch.valid[b] and batch.items[b, n] > 0]
+    xs = np.stack([np.asarray(out[x])[p] for p in at])
+    ys = np.stack([np.asarray(out[y])[p] for p in at])
+    item = [int(np.asarray(out[ids])[p]) for p in at]
+    negative = np.array([[i != j for j in item] for i in item])
+    return np.asarray(out[critic](xs, ys), np.float64), negative
+
+
+def np_infonce(out, batch):
+    scores, negative = flat_pairs(out, batch, 'k', 'c', 'items', 'critic.align')
+    bound = []
+    for i, row in enumerate(scores):
+        candidates = [row[i], *row[negative[i]]]
+        bound.append(row[i] - np.log(np.mean(np.exp(candidates))))
+    return -np.mean(bound)
+
+
+def np_mine(out, batch):
+    scores, negative = flat_pairs(out, batch, 'k', 'c', 'items', 'critic.align')
+    return -(np.mean(np.diag(scores)) - np.log(np.mean(np.exp(scores[negative]))))
+
+
+def gaussian_log_q(params, x, y):
+    """log q(y|x) of a GaussianQ's parameters, up to a constant. x [D], y [D]."""
+    p = params['params']['moments']
+    hidden = np.asarray(jax.nn.gelu(x @ p['in']['kernel'] + p['in']['bias']), np.float64)
+    mean, log_var = np.split(hidden @ p['out']['kernel'] + p['out']['bias'], 2)
+    log_var = 4 * np.tanh(log_var / 4)
+    return -0.5 * np.sum((y - mean) ** 2 / np.exp(log_var) + log_var)
+
+
+def np_vclub(out, batch):
+    def q(xs, ys):
+        return [[gaussian_log_q(out['club'].args[0], x, y) for y in ys] for x in xs]
+
+    scores, negative = flat_pairs({**out, 'q': q}, batch, 'c', 'p', 'items', 'q')
+    return np.mean([row[i] - np.mean(row[negative[i]]) for i, row in enumerate(scores)])
+
+
+def np_club_fit(out, batch):
+    mask = np.asarray(batch.mask)
+    return np.mean([-gaussian_log_q(out['club'].args[0], x, y) / D
+                    for x, y in zip(out['c'][mask], out['p'][mask], strict=True)])
+
+
+def np_mmd(out, batch):
+    a, b = (np.asarray(out[n])[np.asarray(batch.mask)] for n in ('r', 't'))
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+
+    def kernel(u, v):
+        square = ((u[:, None] - v[None]) ** 2).sum(-1)
+        return np.mean([np.exp(-square / (2 * w * w)) for w in (0.25, 0.5, 1.0, 2.0)])
+
+    return kernel(a, a) - 2 * kernel(a, b) + kernel(b, b)
+
+
+def np_next_item(out, batch):
+    value = []
+    for h, target in zip(np.asarray(out['h'])[batch.valid], batch.target[batch.valid], strict=True):
+        logits = [h @ out['z'][v] for v in range(1, V - 1)]  # items V - 1 and V are cold
+        value.append(np.log(np.sum(np.exp(logits))) - logits[target - 1])
+    return np.mean(value)
+
+
+def np_generation(out, batch):
+    value = []
+    for b, t in zip(*np.nonzero(out['describe.tokens']), strict=True):
+        if batch.valid[b]:
+            logits = np.asarray(out['vocabulary'] @ out['describe'][b, t], np.float64)
+            value.append(np.log(np.exp(logits).sum()) - logits[out['describe.tokens'][b, t]])
+    return np.mean(value)
+
+
+@pytest.mark.parametrize('reference', [np_infonce, np_mine, np_vclub, np_club_fit, np_mmd,
+                                       np_next_item, np_generation])
+def test_value_against_numpy(reference):
+    fn = getattr(losses, reference.__name__[3:])
+    for seed in (0, 1):
+        batch, raw = make(seed)
+        params = jax.tree.map(lambda x: x * 1.5, make_params(seed + 1))
+        out = named(params, raw, batch)
+        _, _, logged = losses.combine((('it', fn, 1.0, {}),), out, batch, {})
+        np.testing.assert_allclose(logged['it'], reference(out, batch), rtol=1e-5, atol=1e-5)
+
+
+# --- what the bounds are ------------------------------------------------------------------------
+
+
+def pair_batch(x, y, score, ids=None):
+    """Outputs and batch for two clouds of points [A, D], one position per row."""
+    ids = np.arange(1, len(x) + 1) if ids is None else np.asarray(ids)
+    items = ids[:, None].astype(np.int32)
+    batch = Batch(items=items, next=items, target=items[:, 0], valid=np.ones(len(x), bool),
+                  row=np.arange(len(x)))
+    out = {'x': x[:, None], 'y': y[:, None], 'items': items, 'f': score}
+    return out, batch
+
+
+def gaussians(rng, count, rho, width=2):
+    x = rng.normal(size=(count, width)).astype(np.float32)
+    noise = rng.normal(size=x.shape).astype(np.float32)
+    return x, rho * x + np.sqrt(1 - rho**2) * noise
+
+
+def test_bounds_of_correlated_gaussians():
+    """With the best critic DV reaches I, InfoNCE stays below it, vCLUB has its own closed form."""
+    rho, width = 0.7, 2
+    x, y = gaussians(np.random.default_rng(0), 1500, rho, width)
+
+    def log_q(x, y):
+        return -0.5 * ((rho * x[:, None] - y[None]) ** 2).sum(-1) / (1 - rho**2)
+
+    def log_ratio(x, y):
+        return (log_q(x, y) + 0.5 * (y * y).sum(-1) - width / 2 * np.log(1 - rho**2))
+
+    information = -width / 2 * np.log(1 - rho**2)
+    out, batch = pair_batch(x, y, Partial(log_ratio))
+    names = dict(x='x', y='y', critic='f')
+    dv = float(losses.mine(out, batch, **names).metrics['mi'].mean())
+    nce = float(losses.infonce(out, batch, **names).metrics['mi'].mean())
+    club = float(losses.vclub({**out, 'f': Partial(log_q)}, batch, x='x', y='y', club='f').value.mean())
+    assert dv == pytest.approx(information, abs=0.06)
+    assert information - 0.1 < nce < information + 0.06
+    assert club == pytest.approx(width * rho**2 / (1 - rho**2), rel=0.08)
+
+
+def test_infonce_cannot_exceed_the_log_of_its_candidates():
+    x = np.eye(12, dtype=np.float32)
+    ids = [1, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 0]  # the last position is padding
+    out, batch = pair_batch(x, x, Partial(lambda x, y: 50 * x @ y.T), ids)
+    result = losses.infonce(out, batch, x='x', y='y', critic='f')
+    same = np.array([sum(i == j for j in ids) for i in ids[:-1]])
+    limit = np.log(11 - same + 1)  # all real positions but equal items, and the row itself
+    bound = np.asarray(result.metrics['mi'])[:-1, 0]
+    np.testing.assert_allclose(bound, limit, rtol=1e-5)
+    np.testing.assert_allclose(result.metrics['room'][:-1], 0, atol=1e-5)
+    assert result.weight[:, 0].tolist() == [1] * 11 + [0]
+
+
+def test_infonce_temperature_divides_the_scores():
+    rng = np.random.default_rng(0)
+    x, y = gaussians(rng, 6, 0.5)
+    out, batch = pair_batch(x, y, Partial(lambda x, y: x @ y.T))
+    cold = losses.infonce(out, batch, x='x', y='y', critic='f', temperature=0.2)
+    out['f'] = Partial(lambda x, y: 5 * x @ y.T)
+    close(cold.value, losses.infonce(out, batch, x='x', y='y', critic='f').value)
+
+
+def test_equal_items_are_never_negatives():
+    """However high a duplicate's score, nothing changes; another item's score does count."""
+    rng = np.random.default_rng(0)
+    x, y = gaussians(rng, 6, 0.5)
+    ids = [1, 2, 3, 3, 4, 5]
+    scores = rng.normal(size=(6, 6)).astype(np.float32)
+    duplicate, distinct = scores.copy(), scores.copy()
+    duplicate[2, 3], duplicate[3, 2], distinct[2, 1] = 30, 30, 30
+
+    def value(fn, table, **names):
+        out, batch = pair_batch(x, y, Partial(lambda x, y: jnp.asarray(table)), ids)
+        return np.asarray(fn(out, batch, x='x', y='y', **names).value)
+
+    for fn, names in ((losses.infonce, {'critic': 'f'}), (losses.mine, {'critic': 'f'}),
+                      (losses.vclub, {'club': 'f'})):
+        close(value(fn, duplicate, **names), value(fn, scores, **names))
+        assert np.abs(value(fn, distinct, **names) - value(fn, scores, **names)).max() > 1
+
+
+def test_a_position_without_negatives_weighs_nothing():
+    """Bounds of a batch of one item say nothing: no value, no gradient, no step of the average."""
+    x, y = gaussians(np.random.default_rng(0), 4, 0.5)
+    out, batch = pair_batch(x, y, Partial(lambda s, x, y: s * x @ y.T, 1.0), ids=[5, 5, 5, 5])
+    for fn, names in ((losses.infonce, {'critic': 'f'}), (losses.mine, {'critic': 'f'}),
+                      (losses.vclub, {'club': 'f'})):
+        assert not fn(out, batch, x='x', y='y', **names).weight.any()
+    past = {'log_average': jnp.float32(0.3)}
+    assert losses.mine(out, batch, x='x', y='y', critic='f', state=past).state == past
+
+
+def scaled(theta, x, y):
+    return theta * x @ y.T
+
+
+def test_mine_gradient_is_corrected_by_the_moving_average():
+    """For T = theta <x, y>: -mean <x_i, y_i> + mean(<x, y> exp T) / average, the average moved."""
+    x, y = (a.astype(np.float64) for a in gaussians(np.random.default_rng(1), 7, 0.8))
+    theta, decay, past = 0.6, 0.9, 0.25
+    out, batch = pair_batch(x.astype(np.float32), y.astype(np.float32), None)
+
+    def objective(theta, log_average):
+        out['f'] = Partial(scaled, theta)
+        result = losses.mine(out, batch, state={'log_average': log_average}, x='x', y='y', critic='f',
+                             decay=decay)
+        return result.value.mean(), result.state['log_average']
+
+    off = ~np.eye(7, dtype=bool)
+    product = x @ y.T
+    now = np.exp(theta * product[off]).mean()
+    slope = (product[off] * np.exp(theta * product[off])).mean()
+    own = np.diag(product).mean()
+    for start, before in ((np.log(past), past), (-np.inf, now)):  # the first step has no past
+        average = decay * before + (1 - decay) * now
+        (value, new), grad = jax.value_and_grad(objective, has_aux=True)(theta, jnp.float32(start))
+        assert float(value) == pytest.approx(np.log(now) - theta * own, abs=1e-5)
+        assert float(new) == pytest.approx(np.log(average), abs=1e-5)
+        assert float(grad) == pytest.approx(-own + slope / average, rel=1e-5)
+
+
+def test_mine_gradient_is_less_biased_than_the_naive_one():
+    """Over many small batches its mean is far closer to the gradient of one large batch."""
+    theta, size, count = jnp.float32(0.45), 3, 20_000
+    x, y = gaussians(np.random.default_rng(2), size * count, 0.8, width=1)
+    out, batch = pair_batch(x[:size], y[:size], None)
+
+    def grad(x, y, state, decay):
+        def objective(theta):
+            result = losses.mine({**out, 'x': x[:, None], 'y': y[:, None], 'f': Partial(scaled, theta)},
+                                 batch, state=state, x='x', y='y', critic='f', decay=decay)
+            return result.value.mean(), result.state
+        return jax.grad(objective, has_aux=True)(theta)
+
+    def step(state, points):
+        corrected, state = grad(*points, state, 0.99)
+        naive, _ = grad(*points, None, 0.99)  # without a past the correction is none
+        return state, (corrected, naive)
+
+    start = {'log_average': jnp.float32(-jnp.inf)}
+    points = tuple(a.reshape(count, size, 1) for a in (x, y))
+    _, grads = jax.jit(partial(jax.lax.scan, step))(start, points)
+    corrected, naive = (float(g[500:].mean()) for g in grads)
+    # of infinitely many: E[xy] = rho; E exp(theta x y) = (1 - theta^2)^-1/2 for independent x, y
+    large = -0.8 + float(theta / (1 - theta**2))
+    assert abs(corrected - large) < 0.3 * abs(naive - large)
+    assert abs(naive - large) > 0.05
+
+
+def test_vclub_stops_pulling_where_its_estimate_is_negative():
+    x, y = gaussians(np.random.default_rng(3), 8, 0.9)
+
+    def objective(x, scale):
+        out, batch = pair_batch(x, y, Partial(scaled, scale))
+        result = losses.vclub(out, batch, x='x', y='y', club='f')
+        return result.value.mean(), result.metrics['mi'].mean()
+
+    for scale, sign in ((1.0, 1), (-1.0, -1)):
+        (value, mi), (to_x, to_q) = jax.value_and_grad(objective, (0, 1), has_aux=True)(x, scale)
+        assert np.sign(value) == sign
+        assert value == mi  # the number is shown as it is
+        assert (largest(to_x) > 0) == (sign > 0)
+        assert float(to_q) == 0.0  # q is fitted by its own loss, never by the bound
+
+
+def test_club_fit_trains_q_and_no_feature():
+    batch, raw = make(0)
+    params = make_params(0)
+
+    def objective(params):
+        out = named(params, raw, batch)
+        return losses.combine((('q', losses.club_fit, 1.0, {}),), out, batch, {})[0]
+
+    grads = jax.grad(objective)(params)
+    assert largest(grads.pop('club')) > 1e-3
+    assert largest(grads) == 0.0
+
+
+def test_cold_items_are_no_negatives_of_the_next_item():
+    """Cold rows of z get no gradient; warm ones do."""
+    batch, raw = make(0)
+    params = make_params(0)
+
+    def objective(z):
+        out = {**named(params, raw, batch), 'z': z}
+        return losses.combine((('rec', losses.next_item, 1.0, {}),), out, batch, {})[0]
+
+    grads = np.abs(jax.grad(objective)(params['z'])).max(axis=1)
+    assert (grads[[0, V - 1, V]] == 0).all()
+    assert (grads[1:V - 1] > 0).all()
+
+
+# --- combine and the configured names -----------------------------------------------------------
+
+
+def per_row(out, batch, *, axis=None, a='a'):
+    return out[a]
+
+
+def stateful(out, batch, *, axis=None, state=None, key=None, a='a'):
+    weight = jnp.array([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]])
+    value = jnp.array([[4.0, 2.0], [jnp.inf, 1.0], [jnp.nan, 7.0]])  # row 2 is not valid
+    draw = jnp.broadcast_to(jax.random.uniform(key), value.shape)
+    return Loss(value, weight, {'seen': state['seen'] + 1}, {'double': 2 * value, 'draw': draw})
+
+
+def test_combine_averages_weighs_logs_and_carries_state():
+    batch = Batch(items=np.ones((3, 2), np.int32), next=None, target=None,
+                  valid=np.array([True, True, False]), row=np.arange(3))
+    out = {'a': jnp.array([1.0, 3.0, 100.0]), 'b': jnp.array([5.0, 5.0, 0.0])}
+    chosen = (('first', per_row, 0.5, {}), ('again', per_row, 2.0, {'a': 'b'}),
+              ('last', stateful, 3.0, {}), ('lastly', stateful, 0.0, {}))
+    state = {'last': {'seen': 4}, 'lastly': {'seen': 0}, 'other': {'kept': 1}}
+    total, new, logged = losses.combine(chosen, out, batch, state, key=jax.random.key(0))
+    mean = (4 * 1 + 2 * 0.5 + 1 * 2) / 3.5
+    assert logged.keys() == {'first', 'again', 'last', 'lastly', 'double_last', 'double_lastly',
+                             'draw_last', 'draw_lastly', 'loss'}
+    assert float(logged['first']) == pytest.approx(2)
+    assert float(logged['again']) == pytest.approx(5)
+    assert float(logged['last']) == pytest.approx(mean)
+    assert float(logged['double_last']) == pytest.approx(2 * mean)
+    assert float(total) == pytest.approx(0.5 * 2 + 2 * 5 + 3 * mean)
+    assert float(logged['loss']) == float(total)
+    assert logged['draw_last'] != logged['draw_lastly']  # each loss draws for itself
+    assert new == {'last': {'seen': 5}, 'lastly': {'seen': 1}, 'other': {'kept': 1}}
+    assert state['last'] == {'seen': 4}
+
+
+def test_resolve_finds_own_and_foreign_functions():
+    assert losses.resolve('align', 'infonce') is losses.infonce
+    assert losses.resolve('mine_own', 'tpad_jax.models.alignment:unit') is alignment.unit
+
+
+@pytest.mark.parametrize('fn', ['info_nce', 'no_such_package.x:f', 'tpad_jax.losses:nothing', ''])
+def test_resolve_refuses_what_is_not_there(fn):
+    with pytest.raises(InputError, match=r"config\.losses\.align\.fn=.*cannot be found"):
+        losses.resolve('align', fn)
+
+
+def test_needs_names_the_outputs_a_loss_reads():
+    assert losses.needs('align', losses.infonce, {}) == {'k', 'c', 'items', 'critic.align'}
+    named_ = {'x': 'r_next', 'y': 'p', 'ids': 'next', 'critic': 'critic.distil', 'temperature': 0.2}
+    assert losses.needs('distil', losses.infonce, named_) == {'r_next', 'p', 'next', 'critic.distil'}
+    assert losses.needs('rec', losses.next_item, {}) == {'h', 'z', 'warm'}
+
+
+@pytest.mark.parametrize('keyword', ['temperatur', 'axis', 'batch', 'state'])
+def test_needs_refuses_a_keyword_that_is_not_the_configs(keyword):
+    with pytest.raises(InputError, match=rf'config\.losses\.align: mine takes no {keyword}; .*decay'):
+        losses.needs('align', losses.mine, {keyword: 'k'})

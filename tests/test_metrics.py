@@ -1,0 +1,139 @@
+"""Ranking metrics against hand-counted values, all orders of tied items and all targets."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpad_jax import metrics
+
+BY_HAND = {
+    'hit': lambda place, k: float(place <= k),
+    'mrr': lambda place, k: (place <= k) / place,
+    'ndcg': lambda place, k: (place <= k) / np.log2(place + 1),
+}
+# rows without ties, with ties above, around and below the edge, and all alike; column 0 is padding
+SCORES = np.array([[9, 5, 4, 3, 2, 1],
+                   [9, 2, 2, 2, 1, 0],
+                   [9, 3, 1, 1, 1, 0],
+                   [9, 0, 7, 0, 7, 0],
+                   [-9, 1, 1, 1, 1, 1]], np.float32)
+
+
+def orders(row):
+    """All rankings (tuples of ids) of a row of scores that its ties allow, equally likely."""
+    items = range(1, len(row))
+    every = itertools.permutations(items)
+    return [order for order in every if all(row[a] >= row[b] for a, b in itertools.pairwise(order))]
+
+
+def test_counts_by_hand_ignore_the_padding_column():
+    above, equal = metrics.counts(SCORES, np.array([3, 3, 5, 4, 2]))
+    assert above.tolist() == [2, 0, 4, 0, 0]
+    assert equal.tolist() == [1, 3, 1, 2, 5]
+    assert above.dtype == equal.dtype == np.int32
+
+
+def test_counts_over_parts_of_a_catalogue_add_up():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 5, (20, 41)).astype(np.float32)
+    target = rng.integers(1, 11, 20)
+    whole = metrics.counts(scores, target)
+    own = np.take_along_axis(scores, target[:, None], 1)
+    first = metrics.counts(scores[:, :11], target)
+    # the other part, the target's score standing where its own column was
+    rest = metrics.counts(np.concatenate([own, own, scores[:, 11:]], 1), np.ones(20, int))
+    np.testing.assert_array_equal(whole[0], first[0] + rest[0])
+    np.testing.assert_array_equal(whole[1], first[1] + rest[1] - 1)
+
+
+@pytest.mark.parametrize('name', BY_HAND)
+@pytest.mark.parametrize('k', [1, 2, 3, 5, 20])
+def test_a_tied_target_counts_as_the_mean_over_all_orders(name, k):
+    for row in SCORES:
+        for target in range(1, len(row)):
+            mean = np.mean([BY_HAND[name](order.index(target) + 1, k) for order in orders(row)])
+            above, equal = metrics.counts(row[None], np.array([target]))
+            found = getattr(metrics, name)(above, equal, k)
+            np.testing.assert_allclose(found, [mean], atol=1e-12)
+
+
+def test_known_values():
+    assert metrics.mrr(2, 1, 20) == pytest.approx(1 / 3)
+    assert metrics.ndcg(2, 1, 20) == pytest.approx(0.5)
+    assert metrics.mrr(1, 2, 2) == pytest.approx((1 / 2 + 0) / 2)
+    assert metrics.hit(19, 4, 20) == pytest.approx(1 / 4)
+    assert metrics.hit(20, 1, 20) == 0
+
+
+def test_several_k_broadcast():
+    above, equal = np.array([0, 4, 30]), np.array([3, 1, 2])
+    curve = metrics.ndcg(above[:, None], equal[:, None], np.arange(1, 51))
+    assert curve.shape == (3, 50)
+    for k in (1, 5, 31, 50):
+        np.testing.assert_allclose(curve[:, k - 1], metrics.ndcg(above, equal, k))
+
+
+@pytest.mark.parametrize('depth', [1, 2, 3, 4, 7])
+def test_places_are_means_over_all_orders(depth):
+    weights = np.random.default_rng(1).random((2, *SCORES.shape))
+    found = metrics.places(SCORES, weights, depth)
+    assert found.shape == (2, len(SCORES), depth)
+    for table, result in zip(weights, found, strict=True):
+        for row, weight, places in zip(SCORES, table, result, strict=True):
+            mean = np.mean([weight[list(order)] for order in orders(row)], axis=0)
+            np.testing.assert_allclose(places, np.append(mean, np.zeros(7))[:depth], atol=1e-12)
+
+
+@pytest.mark.parametrize('name', BY_HAND)
+def test_expected_is_the_sum_over_all_targets(name):
+    """E[metric] = sum over targets of P(target) metric(target): no place is named there."""
+    rng = np.random.default_rng(2)
+    scores = rng.integers(0, 12, (30, 61)).astype(np.float32)
+    truth = rng.dirichlet(np.full(60, 0.3), 30)
+    truth = np.pad(truth, ((0, 0), (1, 0)))
+    for k in (1, 7, 20):
+        total = 0
+        for target in range(1, 61):
+            above, equal = metrics.counts(scores, np.full(30, target))
+            total += truth[:, target] * metrics.mean_gain(name, above, equal, k)
+        placed = metrics.places(scores, [truth], 20)[0]
+        np.testing.assert_allclose(metrics.expected(name, placed, k), total, atol=1e-12)
+    np.testing.assert_allclose(metrics.expected_hit(scores, truth, 60), 1)
+
+
+def test_every_part_has_one_shape_and_every_row_comes_once():
+    items = np.arange(1, 12)[:, None].astype(np.int32)
+    shapes = []
+
+    def scorer(part):
+        shapes.append(part.shape)
+        return jnp.asarray(part[:, :1] * np.ones((1, 4)), jnp.bfloat16)
+
+    rows = np.zeros(11)
+    for part, scores in metrics.scored(scorer, items, 3, chunk=4):
+        assert scores.dtype == np.float32
+        rows[part] += scores[:, 1]
+    np.testing.assert_array_equal(rows, items[:, 0])
+    assert shapes == [(4, 1)] * 3
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_not_finite_names_the_model(bad):
+    def scorer(items):
+        scores = np.zeros((len(items), 6))
+        scores[:, 0] = np.nan  # padding may hold anything
+        scores[items[:, 0] == 5, 3] = bad
+        return scores
+
+    items = np.arange(1, 9, dtype=np.int32)[:, None]
+    with pytest.raises(FloatingPointError, match='gnn: the score of item 3 in row 4'):
+        metrics.ranks(scorer, items, np.ones(8, int), 5, chunk=3, name='gnn')
+    assert metrics.ranks(scorer, items[:4], np.ones(4, int), 5)[1].tolist() == [5] * 4
+
+
+def test_scores_of_a_wrong_shape_name_the_model():
+    with pytest.raises(ValueError, match=r'gnn: scores of shape \(2, 5\)'):
+        metrics.ranks(lambda items: np.zeros((len(items), 5)), np.ones((2, 3), np.int32),
+                      np.ones(2, int), 5, chunk=2, name='gnn')

@@ -1,0 +1,353 @@
+"""The whole job: raw files in, a trained and evaluated recommender out; every part of it resumes.
+
+    prepare     raw files (or the planted catalogue) -> tables, batches, content
+    stages      knowledge -> rows k, transfer -> rows r, recommend (and its rivals), joint
+    report      baselines, test metrics, results.json, figures
+"""
+
+import json
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from rich.console import Console
+
+from tpad_jax import encode, parallel, probes, results, train, writers
+from tpad_jax.checkpoint import Checkpoints, claim
+from tpad_jax.data import audit, batches, builder, pipeline, sessions, synthetic, wording
+from tpad_jax.errors import InputError
+from tpad_jax.evaluate import evaluate
+from tpad_jax.features import Store
+from tpad_jax.models import pretrained, tpad
+from tpad_jax.recommend import scorer
+
+STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
+MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
+DONE = 'finished'  # a file beside a finished stage's checkpoints
+SELECT = 'hit@20'  # the one metric of validation everything is chosen by
+
+
+def names(text: str) -> tuple[str, ...]:
+    """'a,b' -> ('a', 'b'); '' -> ()."""
+    return tuple(part for part in text.split(',') if part)
+
+
+def check(config) -> tuple[str, ...]:
+    """The stages asked for, after everything that can be refused before any work is.
+
+    Raises:
+      InputError: an unknown stage, loss, keyword, row name or an unusable number.
+    """
+    stages = names(config.stages)
+    for stage in stages:
+        if stage not in STAGES:
+            raise InputError(f'config.stages names {stage!r}; the stages are {",".join(STAGES)}')
+    if not stages or list(stages) != sorted(set(stages), key=STAGES.index):
+        raise InputError(f'config.stages={config.stages!r}: name one or more of {",".join(STAGES)}, '
+                         'each once and in this order')
+    for stage in stages:
+        train.stage_losses(config, stage)
+        for key in ('batch_size', 'steps'):
+            if config.stage[stage][key] < 1:
+                raise InputError(f'config.stage.{stage}.{key} must be 1 or more')
+    for key in ('save_every', 'log_every'):
+        if config[key] < 1:
+            raise InputError(f'config.{key}={config[key]} must be 1 or more')
+    if config.seed < 0:
+        raise InputError(f'config.seed={config.seed} must be 0 or more')
+    if config.model.form not in ('compressed', 'full'):
+        raise InputError(f'config.model.form={config.model.form!r}: choose compressed or full')
+    for row in names(config.model.recommend):
+        if row not in ('k', 'r'):
+            raise InputError(f'config.model.recommend names {row!r}; the rows are k and r')
+    parallel.choose(config.parallel, config.devices)
+    return stages
+
+
+class Job:
+    """One workdir's run: what is read once and handed to every stage.
+
+    Attributes:
+      data, content: see data.pipeline. probabilities: the planted catalogue's, or None.
+      spec: the modules. params: all parameters {path: array}, as the stages so far left them.
+      catalogue: rows per item on the device. seconds: {stage: s}.
+    """
+
+    def __init__(self, config, workdir: Path, stopping):
+        """Prepare data and parameters; `stopping` is asked between and within stages."""
+        self.config, self.workdir, self.stopping = config, workdir, stopping
+        self.devices = parallel.choose(config.parallel, config.devices)
+        self.store = Store(workdir / 'features')
+        self.seconds = {}
+        self.planted = None
+        self.data = self._read()
+        self.base_dir = config.mllm.base or pretrained.DEFAULT
+        self.max_length = config.data.max_length
+        if self.planted is not None:
+            self.max_length = min(self.max_length, synthetic.LENGTHS[1] - 1)
+        split = partial(sessions.rows, max_length=self.max_length)
+        self.valid, self.test = split(self.data.valid), split(self.data.test)
+
+    def _read(self) -> pipeline.Data:
+        """Raw files, or the planted catalogue in their place, through the one pipeline."""
+        c = self.config.data
+        cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed)
+        if c.raw_dir:
+            raw_dir = Path(c.raw_dir)
+            cut.update(core=c.core, valid=c.valid, test=c.test)
+        else:
+            raw_dir, p = self.workdir / 'raw', c.planted
+            synthetic.write(raw_dir, **p)
+            self.planted = synthetic.draw(p.seed, p['items'])
+            cut.update(core=1, valid=p.valid, test=p.test, gap_hours=0.1)  # sessions 2 min apart
+        builder.prepare(raw_dir, self.workdir / 'data', **cut)
+        return pipeline.load(self.workdir / 'data')
+
+    def build(self) -> None:
+        """Read content, the base and the first parameters; the slow part of preparing."""
+        c, data = self.config, self.data
+        self.content = pipeline.content(data, self.workdir / 'data', image_size=c.mllm.image_size,
+                                        tokenizer_dir=self.base_dir,
+                                        text_length=c.mllm.text_length)
+        sizes = pretrained.load_sizes(self.base_dir)
+        image_size, features = sizes.pop('image_size'), sizes.pop('features')
+        for key, have, want in (('mllm.image_size', c.mllm.image_size, image_size),
+                                ('model.features', c.model.features, features)):
+            if have != want:
+                raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
+        sizes['channels'] = tuple(sizes['channels'])
+        self.spec = tpad.build(sizes, c.model, recommend=names(c.model.recommend), items=data.num_items, max_length=self.max_length,
+                               side_sizes=data.side_sizes)
+        self.catalogue = {'warm': jnp.asarray(data.warm), 'side': jnp.asarray(data.side)}
+        self.probabilities = None
+        if self.planted is not None:
+            self.probabilities = synthetic.catalogue_probabilities(self.planted, data.asins)
+            self.attributes = self.planted.attributes[synthetic.planted_ids(data.asins)[1:] - 1]
+            hot = [np.eye(n, dtype=np.float32)[a]
+                   for n, a in zip(wording.SIZES, self.attributes.T, strict=True)]
+            self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
+        blank = {n: jnp.zeros((data.num_items + 1, *s)) for n, s in
+                 (('k', (2, c.model.features)), ('r', (c.model.features,)))}
+        make = partial(tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
+                       rank=c.model.lora_rank, targets=c.model.lora_targets,
+                       image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length)
+        params = jax.jit(make)(jax.random.key(c.seed))
+        loaded = pretrained.load_params(self.base_dir, {n: params[n] for n in ('base', 'knowledge')})
+        self.params = flatten_dict({**params, **loaded}, sep='/')
+
+    def nested(self, trained: dict | None = None) -> dict:
+        """All parameters as a tree, with `trained` {path: array} laid over them."""
+        return unflatten_dict({**self.params, **(trained or {})}, sep='/')
+
+    def run_stage(self, stage: str, writer, progress) -> None:
+        """Train a stage (or take up its finished checkpoint) and leave its rows behind."""
+        c = self.config.stage[stage]
+        spec = train.make_spec(self.config, stage, self.spec, self.config.seed)
+        if c.copy:
+            source, _, target = c.copy.partition('->')
+            copied = {target + path.removeprefix(source): x for path, x in self.params.items()
+                      if path.startswith(source + '/')}
+            self.params = {**self.params, **copied}
+        encoder = None
+        if stage in MAKES:
+            encoder = encode.encoder(self.spec, self.content, MAKES[stage])
+        trained, rows, record = self._fit(stage, stage, spec, writer, progress, encoder)
+        self.params = {**self.params, **trained}
+        (self.workdir / 'stages' / stage / DONE).touch()
+        self.seconds[stage] = record['seconds']
+        if encoder is not None:
+            for name, row in (rows or encoder(self.nested())).items():
+                self.store.write(name, np.asarray(row), {'stage': stage, 'seed': self.config.seed})
+                self.catalogue[name] = jnp.asarray(row)
+
+    def run_rival(self, name: str, writer, progress):
+        """Train a recommender beside TPAD with the recommend stage's own care.
+
+        Returns:
+          (spec, nested params) of it.
+        """
+        changes = self.config.rivals[name].to_dict()
+        rows = names(changes.pop('recommend'))
+        use_side = changes.pop('use_side', self.config.model.use_side)
+        side = self.data.side_sizes if use_side else ()
+        model = replace(self.spec, recommend=rows, fusion=self.spec.fusion.clone(side_sizes=side))
+        spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
+        fresh = tpad.recommender_init(jax.random.key(self.config.seed), model, self.catalogue)
+        params = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
+        params |= flatten_dict({'recommender': fresh}, sep='/')
+        trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
+        self.seconds[name] = record['seconds']
+        return model, unflatten_dict({**params, **trained}, sep='/')
+
+    def _fit(self, name, stage, spec, writer, progress, encoder, params=None):
+        c, params = self.config.stage[stage], self.params if params is None else params
+        shared = dict(batch_size=c.batch_size, seed=self.config.seed, shards=self.devices.shards)
+        content = self.content if spec.fresh else None
+        if stage == 'knowledge':
+            draw = partial(batches.item_batches, self.data, content=content, **shared)
+        else:
+            draw = partial(batches.session_batches, self.data, content=content,
+                           every_prefix=c.every_prefix, max_length=self.max_length, **shared)
+        bind = scorer(spec.model)
+
+        def validate(state, catalogue):
+            tree = unflatten_dict({**params, **state.params}, sep='/')
+            result, _ = evaluate(bind(tree, catalogue), self.valid, self.data.warm, ks=(20,),
+                                 name=name)
+            return {k: result[k] for k in ('hit@20', 'mrr@20', 'ndcg@20')}
+
+        checkpoints = Checkpoints(self.workdir / 'stages' / name)
+        loop = train.Loop(
+            name=name, total=c.steps, devices=self.devices,
+            batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
+            progress=progress, log_every=self.config.log_every, save_every=self.config.save_every,
+            eval_every=c.eval_every, patience=c.patience, refresh_every=c.refresh_every,
+            validate=validate if c.eval_every else None,
+            refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
+            if c.refresh_every else None,
+            stopping=self.stopping, shown=tuple(n for n, _, _, _ in spec.losses))
+        try:
+            return train.fit(loop, spec, train.start(spec, params, c.train), self.catalogue)
+        finally:
+            checkpoints.close()
+
+    def finished(self, stage: str) -> bool:
+        """Whether an earlier run of this workdir took the stage to its end."""
+        checkpoints = self.workdir / 'stages' / stage
+        return (checkpoints / DONE).is_file()
+
+    def require(self, stage: str, stages) -> None:
+        """Refuse a stage whose inputs nobody made.
+
+        Raises:
+          InputError: naming the missing rows and the stage that makes them.
+        """
+        rows = {'transfer': ('k',), 'recommend': names(self.config.model.recommend),
+                'joint': ('k', 'r')}.get(stage, ())
+        for row in rows:
+            if row not in self.catalogue:
+                maker = next(s for s in STAGES if row in MAKES.get(s, ()))
+                raise InputError(f'stage {stage} reads the rows {row!r}, which stage {maker} makes: '
+                                 f'add {maker} to config.stages={",".join(stages)!r}')
+
+    def probe(self) -> dict:
+        """Accuracy of linear probes on cold items, from k: {attribute: share}; planted only."""
+        k = np.asarray(self.catalogue['k'])[1:].reshape(self.data.num_items, -1)
+        return {name: probes.linear_probe(k, self.attributes[:, i], self.data.warm[1:])
+                for i, name in enumerate(wording.ATTRIBUTES)}
+
+    def pause(self) -> None:
+        """Leave, with what is finished kept, where a signal asked for it.
+
+        Raises:
+          train.Stopped: one did.
+        """
+        if self.stopping():
+            raise train.Stopped('stopped between stages')
+
+
+def run(config, workdir, stopping=lambda: False) -> dict:
+    """Run or resume the whole job in `workdir`; a finished one prints its results at once.
+
+    Returns:
+      What results.json holds.
+
+    Raises:
+      InputError: unusable input or config. train.Stopped: `stopping` answered True; state is saved.
+    """
+    workdir, console = Path(workdir), Console()
+    stages = check(config)
+    claim(workdir, config.to_dict())
+    begun = time.perf_counter()
+    job = Job(config, workdir, stopping)
+    claim(workdir, config.to_dict(), job.data.fingerprint)
+    finished = workdir / 'results.json'
+    if finished.is_file():
+        found = json.loads(finished.read_text())
+        if set(stages) <= set(found['provenance']['stages']):
+            console.print(writers.table(found))
+            return found
+    job.build()
+    _introduce(job, console)
+    writer = writers.Writer(workdir)
+    scorers, features = {}, None
+    try:
+        for stage in STAGES:
+            job.pause()
+            if stage not in stages and not job.finished(stage):
+                continue
+            job.require(stage, stages)
+            job.run_stage(stage, writer, writers.progress)
+            if stage == 'knowledge':
+                features = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
+                probed = job.probe() if job.planted is not None else None
+                if probed:
+                    console.print('linear probes on cold items, from k: '
+                                  + '  '.join(f'{n} {x:.2f}' for n, x in probed.items()))
+            if stage in ('recommend', 'joint'):
+                scorers[f'tpad_{stage}'] = scorer(job.spec)(job.nested(), job.catalogue)
+            if stage == 'recommend':
+                for name in config.rivals:
+                    if name == 'true_attributes' and job.planted is None:
+                        continue
+                    job.pause()
+                    model, params = job.run_rival(name, writer, writers.progress)
+                    scorers[name] = scorer(model)(params, job.catalogue)
+    finally:
+        writer.close()
+    return _report(job, stages, scorers, features, probed, begun, console)
+
+
+def _introduce(job, console):
+    """The run's first lines: which data, how it was cut, and what the audit says of it."""
+    data, facts = job.data, results.data_facts(job)
+    source = ('the planted catalogue (config.data.raw_dir is empty), seed '
+              f'{job.config.data.planted.seed}' if job.planted is not None
+              else job.config.data.raw_dir)
+    lines = facts['lines']
+    rejected = ', '.join(f'{n} {why}' for why, n in lines['rejected'].items()) or 'none'
+    writers.print_header(f'TPAD  {job.config.name}', {
+        'data': source,
+        'raw lines': f'{lines["read"]} read, {lines["kept"]} kept, rejected: {rejected}',
+        'items': f'{facts["items"]}, {facts["cold_items"]} cold, '
+                 f'{facts["items_without_image"]} without image',
+        'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
+        'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}',
+        'workdir': job.workdir}, console)
+    for line in audit.describe(data.audit):
+        console.print(line, markup=False, highlight=False)
+
+
+def _report(job, stages, scorers, features, probed, begun, console):
+    """Score everything on the same rows, write results and figures, print the table."""
+    started = time.perf_counter()
+    if features is not None:
+        tuned = results.baseline_scorers(job, features)
+        scorers.update({name: found.scorer for name, found in tuned.items()})
+    models, ranks = results.score_models(job, scorers)
+    ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
+    if ours:
+        best = max(ours, key=lambda name: models[name]['valid'][SELECT])
+        models = {'tpad': {**models[best], 'is': best}, **models}
+        scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
+    truth, truth_ranks = results.oracle_scores(job)
+    job.seconds['report'] = time.perf_counter() - started
+    job.seconds['total'] = time.perf_counter() - begun
+    out = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
+           'provenance': {**results.provenance(job.config), 'stages': list(stages)},
+           'seconds': job.seconds}
+    if truth is not None:
+        out['oracle'] = truth
+    if probed is not None:
+        out['probes'] = probed
+    results.draw_figures(job, scorers, ranks, truth_ranks)
+    results.write(job, out, ranks)
+    console.print(writers.table(out))
+    console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
+                  f'{job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
+    return out

@@ -1,0 +1,145 @@
+"""What a finished run leaves behind: every model on the same rows, results.json and the figures."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tpad_jax import baselines, figures, metrics, writers
+from tpad_jax.evaluate import evaluate, oracle
+from tpad_jax.recommend import top
+
+CURVE = np.arange(1, 51)  # the K of the hit@K figure
+SHOWN = 6  # sessions on the contact sheet
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
+
+
+def score_models(job, scorers: dict) -> tuple[dict, dict]:
+    """Validation and test metrics of every scorer, the test's ranks kept per row.
+
+    Args:
+      job: job.Job. scorers: {model: scorer}.
+
+    Returns:
+      {model: {'valid': {...}, 'test': {...}}} and {model: {'above', 'equal'}} of the test rows.
+    """
+    models, ranks = {}, {}
+    for name, scorer in scorers.items():
+        job.pause()
+        valid, _ = evaluate(scorer, job.valid, job.data.warm, name=name)
+        test, ranks[name] = evaluate(scorer, job.test, job.data.warm, name=name,
+                                     probabilities=job.probabilities)
+        models[name] = {'valid': valid, 'test': test}
+    return models, ranks
+
+
+def baseline_scorers(job, features: np.ndarray) -> dict:
+    """Every baseline, tuned on validation; content_knn reads `features` [V+1, D]."""
+    out = {}
+    for name in baselines.BASELINES:
+        job.pause()
+        given = features if name == 'content_knn' else None
+        out[name] = baselines.tune(name, job.data.train, job.valid, job.data.num_items,
+                                   features=given)
+    return out
+
+
+def data_facts(job) -> dict:
+    """What results.json says under 'data'."""
+    data = job.data
+    return {'lines': data.lines, 'form': data.form, 'items': data.num_items,
+            'items_without_image': int((~job.content.has_image[1:]).sum()),
+            'broken_images': job.content.broken,
+            'cold_items': int((~data.warm[1:]).sum()),
+            'sessions': {split: len(getattr(data, split).start)
+                         for split in ('train', 'valid', 'test')},
+            'planted': job.planted is not None,
+            'fingerprint': data.fingerprint}
+
+
+def provenance(config) -> dict:
+    """Config, code version and machine of a run."""
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
+                            capture_output=True, text=True, check=False).stdout.strip()
+    return {'config': config.to_dict(), 'seed': config.seed, 'commit': commit or 'not a checkout',
+            'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
+            'python': platform.python_version(), 'backend': jax.default_backend(),
+            'devices': len(jax.local_devices()),
+            'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}
+
+
+def oracle_scores(job) -> tuple[dict | None, dict | None]:
+    """The oracle's test metrics and ranks, or (None, None) where the truth is unknown."""
+    if job.probabilities is None:
+        return None, None
+    return oracle(job.test, job.data.warm, job.probabilities)
+
+
+def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> list[Path]:
+    """Learning curves, mutual information, hit@K and the contact sheet in workdir/figures."""
+    out = job.workdir / 'figures'
+    out.mkdir(parents=True, exist_ok=True)
+    log = job.workdir / 'log.jsonl'
+    figures.learning_curves(log, out / 'learning_curves.png')
+    figures.mutual_information(log, out / 'mutual_information.png')
+
+    def curve(rank):
+        return metrics.hit(rank['above'][:, None], rank['equal'][:, None], CURVE).mean(0)
+
+    figures.hit_curves({n: curve(ranks[n]) for n in _curve_names(ranks)},
+                       None if oracle_ranks is None else curve(oracle_ranks), out / 'hit_at_k.png')
+    compared = {n: scorers[n] for n in ('tpad', 'id_only') if n in scorers}
+    figures.contact_sheet(contact_rows(job, compared), out / 'contact_sheet.png')
+    return sorted(out.glob('*.png'))
+
+
+def _curve_names(ranks):
+    """At most eight: TPAD and what it is compared with first."""
+    order = ('tpad', 'knowledge_only', 'true_attributes', 'id_only', 'markov', 'sr', 'item_knn',
+             'content_knn')
+    return [name for name in order if name in ranks]
+
+
+def contact_rows(job, scorers: dict) -> list[dict]:
+    """Test rows for `figures.contact_sheet`: drawn by the run's seed, prefixes of 2 items or more."""
+    rows, data = job.test, job.data
+    long = np.flatnonzero((rows.items > 0).sum(1) >= 2)
+    if not len(long):
+        long = np.arange(len(rows.target))
+    rng = np.random.default_rng(job.config.seed)
+    chosen = np.sort(rng.choice(long, min(SHOWN, len(long)), replace=False))
+
+    def picture(item):
+        return np.asarray(job.content.image[item]) if job.content.has_image[item] else None
+
+    lists = {}
+    for name, scorer in scorers.items():
+        lists[name] = np.concatenate([top(scores, 5) for _, scores in metrics.scored(
+            scorer, rows.items[chosen], data.num_items)])
+    sheet = []
+    for number, row in enumerate(chosen):
+        prefix = [i for i in rows.items[row] if i]
+        target = rows.target[row]
+        best = {name: list(found[number]) for name, found in lists.items()}
+        sheet.append({
+            'prefix': [picture(i) for i in prefix], 'target': picture(target),
+            'models': {name: [picture(i) for i in items] for name, items in best.items()},
+            'hits': {name: items.index(target) if target in items else None
+                     for name, items in best.items()},
+            'titles': {'prefix': [data.titles[i] for i in prefix], 'target': data.titles[target],
+                       'models': {name: [data.titles[i] for i in items]
+                                  for name, items in best.items()}}})
+    return sheet
+
+
+def write(job, results: dict, ranks: dict) -> None:
+    """results.json, and every model's test ranks per row in ranks.npz."""
+    np.savez_compressed(job.workdir / 'ranks.npz', session=job.test.session,
+                        target=job.test.target,
+                        **{f'{name}/{part}': array for name, rank in ranks.items()
+                           for part, array in rank.items()})
+    writers.write_json(job.workdir / 'results.json', results)
