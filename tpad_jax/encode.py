@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.models import tpad
+from tpad_jax.parallel import compiled
 
 CHUNK = 120  # items per compiled call; the last call is filled up
 
@@ -18,7 +19,7 @@ def encoder(spec: tpad.TPAD, content, names: tuple[str, ...]) -> Callable[[dict]
     """
     total = len(content.tokens)
 
-    @jax.jit
+    @compiled
     def read(params, image, has_image, tokens):
         rows = {}
         if 'k' in names:

@@ -136,8 +136,10 @@ class Job:
         make = partial(tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
                        rank=c.model.lora_rank, targets=c.model.lora_targets,
                        image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length)
-        params = jax.jit(make)(jax.random.key(c.seed))
-        loaded = pretrained.load_params(self.base_dir, {n: params[n] for n in ('base', 'knowledge')})
+        shapes = jax.eval_shape(make, jax.random.key(c.seed))
+        loaded = pretrained.load_params(self.base_dir, {n: shapes[n] for n in ('base', 'knowledge')})
+        params = parallel.compiled(lambda key: {n: p for n, p in make(key).items() if n not in loaded}
+                                   )(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
 
     def nested(self, trained: dict | None = None) -> dict:

@@ -74,6 +74,7 @@ def mine(out, batch, *, axis=None, state=None, x='k', y='c', ids='items', critic
     partition = alignment.log_partition(scores, negative, axis)
     past = jnp.float32(-jnp.inf) if state is None else state['log_average']
     corrected, new = alignment.moving_partition(partition, past, decay)
+    new = jnp.where(collectives.total(negative.sum(), axis) > 0, new, past)
     bound = alignment.donsker_varadhan(scores, own, corrected).reshape(weight.shape)
     return Loss(-bound, weight, {'log_average': new}, {'mi': bound})
 
@@ -141,6 +142,7 @@ def _pairs(out, batch, axis, x, y, ids, critic):
     scores = out[critic](x, collectives.gather(y, axis))
     own = collectives.offset(x.shape[0], axis) + jnp.arange(x.shape[0])
     negative = (everyone[None] > 0) & (everyone[None] != ids[:, None]) & (ids[:, None] > 0)
+    weight &= negative.any(axis=1).reshape(weight.shape)  # without one a bound says nothing
     return scores, own, negative, weight.astype(jnp.float32)
 
 
@@ -166,10 +168,11 @@ def needs(name, fn, keywords):
       InputError: a keyword the function does not take.
     """
     signature = inspect.signature(fn).parameters
-    unknown = sorted(set(keywords) - set(signature))
+    known = [p for p in signature if p not in ('out', 'batch', *PROVIDED)]
+    unknown = sorted(set(keywords) - set(known))
     if unknown:
         raise InputError(f'config.losses.{name}: {fn.__name__} takes no {", ".join(unknown)}; it takes '
-                         + ', '.join(p for p in signature if p not in ('out', 'batch', *PROVIDED)))
+                         + ', '.join(known))
     merged = {**{n: p.default for n, p in signature.items()}, **keywords}
     return frozenset(v for v in merged.values() if isinstance(v, str))
 
@@ -184,10 +187,17 @@ def combine(losses, out, batch, state, *, axis=None, key=None):
     Returns:
       total (scalar), new state, metrics {name: scalar}: every loss unweighted, 'loss' the total, and
       each loss's own metrics as '<metric>_<name>'.
+
+    Raises:
+      InputError: a loss reads a name that `out` lacks.
     """
     total, new_state, logged = 0.0, dict(state), {}
     for i, (name, fn, weight, keywords) in enumerate(losses):
         signature = inspect.signature(fn).parameters
+        absent = sorted(needs(name, fn, keywords) - out.keys())
+        if absent:  # while tracing, before the first step
+            raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which this stage does '
+                             f'not compute; it has {", ".join(sorted(out))}')
         extra = dict(keywords)
         if 'state' in signature:
             extra['state'] = state.get(name)

@@ -14,6 +14,12 @@ from tpad_jax.types import Batch
 AXIS = 'data'
 
 
+def compiled(fn: Callable, **options) -> Callable:
+    """jax.jit, which on CPU stops at LLVM's first level: half the compile time, the same speed."""
+    quick = {'xla_backend_optimization_level': 1} if jax.default_backend() == 'cpu' else None
+    return jax.jit(fn, compiler_options=quick, **options)
+
+
 @dataclass(frozen=True)
 class Devices:
     """How a step is spread over this process's devices.
@@ -42,15 +48,15 @@ class Devices:
         State and catalogue have no device axis whichever way, so a checkpoint fits all three.
         """
         if self.how == 'jit':
-            return jax.jit(partial(step, axis=None), donate_argnums=0)
+            return compiled(partial(step, axis=None), donate_argnums=0)
         step = partial(step, axis=AXIS)
         if self.how == 'pmap':
             return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None,
                             donate_argnums=0, devices=self.devices)
         shared, split = PartitionSpec(), PartitionSpec(AXIS)
         # check_vma=False: the step averages gradients itself (with True they come summed already)
-        return jax.jit(jax.shard_map(step, mesh=self.mesh, in_specs=(shared, split, shared),
-                                     out_specs=shared, check_vma=False), donate_argnums=0)
+        return compiled(jax.shard_map(step, mesh=self.mesh, in_specs=(shared, split, shared),
+                                      out_specs=shared, check_vma=False), donate_argnums=0)
 
     def share(self, tree):
         """The same arrays on every device."""

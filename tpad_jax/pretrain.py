@@ -2,9 +2,9 @@
 
 An MLLM trained from nothing in minutes is no MLLM. This one is taught once, on single items of the
 planted kind (images, texts, attribute questions) from random streams that no catalogue uses: it knows
-what things are, as a real MLLM does, and nothing of what follows what. A question is a caption whose
-clauses come in random order with most words withheld from the writer, so that each attribute has to be
-read off the features. Words and whole modalities are withheld from the reader.
+what things are, as a real MLLM does, and nothing of what follows what. Questions come in random order:
+the writer is given the name of an attribute, never a value, and answers from the features alone. Every
+eighth step it writes the item's own text. Words and whole modalities are withheld from the reader.
 """
 
 import io
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
@@ -27,9 +28,10 @@ from tpad_jax.models.mllm import MLLM
 
 FLAGS = flags.FLAGS
 STREAM = 2**40  # a seed no catalogue uses: theirs are [seed, 1..7] with small seeds
-SIZES = {'vocab': 768, 'width': 128, 'layers': 2, 'heads': 4, 'hidden': 256,
+SIZES = {'vocab': 1280, 'width': 128, 'layers': 2, 'heads': 4, 'hidden': 256,
          'channels': [32, 64, 128], 'vision_layers': 2}
-IMAGE, TEXT, CAPTION, FEATURES = 32, 32, 12, 64
+IMAGE, TEXT, FEATURES = 32, 32, 64
+CAPTION = 2 * len(wording.ATTRIBUTES)  # tokens: name, value, name, value, ...
 
 
 def train_tokenizer(corpus, directory):
@@ -73,20 +75,26 @@ def shuffled_captions(attributes, rng):
     return out
 
 
-def objective(model, params, key, image, tokens, target, rates):
-    """Mean cross entropy of the target text given the features of a partly withheld item."""
-    no_image, no_text, no_word, no_target = rates
+def objective(model, params, key, image, tokens, target, questions):
+    """Mean cross entropy of the target text given the features of a partly withheld item.
+
+    questions: the target is (name, value) pairs, of which the names are given and the values asked.
+    """
     keys = jax.random.split(key, 4)
     rows = image.shape[0]
-    has_image = jax.random.bernoulli(keys[0], 1 - no_image, (rows,))
-    has_text = jax.random.bernoulli(keys[1], 1 - no_text, (rows,)) | ~has_image
-    keep = jax.random.bernoulli(keys[2], 1 - no_word, tokens.shape) & has_text[:, None]
-    words = jax.random.bernoulli(keys[3], 1 - no_target, target.shape)
+    has_image = jax.random.bernoulli(keys[0], 0.85, (rows,))
+    has_text = jax.random.bernoulli(keys[1], 0.6, (rows,)) | ~has_image
+    keep = jax.random.bernoulli(keys[2], 0.8, tokens.shape) & has_text[:, None]
+    if questions:
+        given = jnp.broadcast_to(jnp.arange(target.shape[1]) % 2 == 0, target.shape)
+        weight = ~given
+    else:
+        given = jax.random.bernoulli(keys[3], 0.4, target.shape)
+        weight = target > 0
     k = model.apply({'params': params}, image, has_image, tokens, keep)
-    hidden = model.apply({'params': params}, k, target, words, method='describe')
+    hidden = model.apply({'params': params}, k, target, given, method='describe')
     logits = hidden @ params['base']['embed']['embedding'].T
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
-    weight = target > 0
     return (loss * weight).sum() / weight.sum()
 
 
@@ -99,7 +107,9 @@ def main(argv):
     questions = shuffled_captions(attributes, rng)
     train_tokenizer([*texts, *questions], out)
     tokens = text.tokenize(['', *texts], out, TEXT)[1:]
-    targets = text.tokenize(['', *questions], out, CAPTION)[1:]
+    targets = text.tokenize(['', *questions], out, CAPTION + 1)[1:]
+    assert (targets[:, CAPTION] == 0).all() and (targets[:, :CAPTION] > 0).all()  # a word, a token
+    targets = targets[:, :CAPTION]
     model = KnowledgeMLLM(MLLM(**{**SIZES, 'channels': tuple(SIZES['channels'])}), FEATURES)
     params = nn.unbox(jax.jit(partial(model.init, method='everything'))(
         jax.random.key(0), pictures[:1], np.ones(1, bool), tokens[:1])['params'])
@@ -107,22 +117,21 @@ def main(argv):
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02))
     opt_state = tx.init(params)
 
-    @partial(jax.jit, donate_argnums=(0, 1), static_argnames='rates')
-    def step(params, opt_state, number, image, words, target, rates):
+    @partial(jax.jit, donate_argnums=(0, 1), static_argnames='asked')
+    def step(params, opt_state, number, image, words, target, asked):
         key = jax.random.fold_in(jax.random.key(1), number)
         loss, grads = jax.value_and_grad(partial(objective, model))(
-            params, key, image, words, target, rates)
+            params, key, image, words, target, asked)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
     started = time.time()
     for number in range(FLAGS.steps):
         rows = rng.integers(0, FLAGS.items, FLAGS.batch)
-        own_text = number % 4 == 3  # every fourth step writes the item's own text instead
-        target = tokens[rows] if own_text else targets[rows]
-        rates = (0.15, 0.3, 0.2, 0.6)
+        asked = number % 8 != 7
+        target = targets[rows] if asked else tokens[rows]
         params, opt_state, loss = step(params, opt_state, number, pictures[rows], tokens[rows],
-                                       target, rates)
+                                       target, asked)
         if number % 100 == 98 or number + 1 == FLAGS.steps:
             print(f'step {number + 1} loss {float(loss):.3f} {time.time() - started:.0f} s', flush=True)
             base = params['base']

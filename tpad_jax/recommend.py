@@ -1,23 +1,25 @@
 """Scores of the whole catalogue for prefixes: what evaluation ranks and a shop serves."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.models import tpad
+from tpad_jax.parallel import compiled
 
 
+@lru_cache(maxsize=16)  # one compilation however many validations ask
 def scorer(spec: tpad.TPAD) -> Callable[[dict, dict], Callable]:
     """(nested params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]).
 
     No MLLM runs: items are read from the catalogue's rows. Compiled once per chunk size; the item
     vectors are computed once per call of the outer function.
     """
-    table = jax.jit(lambda params, catalogue: tpad.z_table(spec, params, catalogue))
+    table = compiled(lambda params, catalogue: tpad.z_table(spec, params, catalogue))
 
-    @jax.jit
+    @compiled
     def score(params, z, items):
         h = tpad.encode_sessions(spec, params, items, z)
         return (h @ z.T).at[:, 0].set(0)

@@ -73,8 +73,10 @@ def stage_losses(config, stage: str) -> tuple:
     """(name, function, weight, keywords) of every loss the stage uses with a weight other than 0.
 
     Raises:
-      InputError: a function that does not exist or a keyword it does not take.
+      InputError: a function that does not exist, a keyword it does not take or an output that no
+        stage computes.
     """
+    known = tpad.OUTPUTS | {f'critic.{name}' for name in config.model.critics}
     chosen = []
     for name, entry in config.losses.items():
         entry = dict(entry)
@@ -83,7 +85,10 @@ def stage_losses(config, stage: str) -> tuple:
         weight = weight if own is None else own
         if stage in stages.split(',') and weight:
             function = losses.resolve(name, fn)
-            losses.needs(name, function, entry)  # refuses unknown keywords
+            absent = sorted(losses.needs(name, function, entry) - known)
+            if absent:
+                raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which no stage '
+                                 f'computes; there are {", ".join(sorted(known))}')
             chosen.append((name, function, weight, tuple(sorted(entry.items()))))
     if not chosen:
         raise InputError(f'stage {stage} has no loss with a weight: give one of config.losses a '
@@ -107,22 +112,6 @@ def start(spec: StepSpec, params: dict, pattern: str) -> State:
     # a copy: the state is donated, and the caller keeps its parameters
     return State(jnp.int32(0), jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, frozen),
                  spec.tx.init(trained), loss_state)
-
-
-def check_names(spec: StepSpec, state: State, batch, catalogue: dict) -> None:
-    """Trace one step's outputs and refuse a loss that reads a name nothing provides.
-
-    Raises:
-      InputError: with the loss, the name and the names there are.
-    """
-    tree = unflatten_dict({**state.frozen, **state.params}, sep='/')
-    out = jax.eval_shape(lambda t, b, c: tpad.forward(
-        spec.model, t, b, c, spec.needs, spec.fresh, jax.random.key(0)), tree, batch, catalogue)
-    for name, fn, _, keywords in spec.losses:
-        absent = sorted(losses.needs(name, fn, keywords) - out.keys())
-        if absent:
-            raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which this stage does '
-                             f'not compute; there are {", ".join(sorted(out))}')
 
 
 @dataclass
@@ -169,7 +158,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
       'history' [{'step', 'hit@20', ...}] and 'seconds' over all sittings.
 
     Raises:
-      Stopped: a signal came; the state is saved. InputError: a loss reads what is not there.
+      Stopped: a signal came; the state is saved.
     """
     refreshed = sorted(spec.fresh) if loop.refresh else []
     state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
@@ -189,9 +178,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     if not meta['done']:
         step = loop.devices.lift(partial(train_step, spec=spec))
         batches = loop.batches(number)
-        host = next(batches)
-        check_names(spec, state, loop.devices.place(host), catalogue)
-        batch, pending = loop.devices.place(host), None
+        batch, pending = loop.devices.place(next(batches)), None
         with loop.progress(loop.name, loop.total, number) as bar:
             while not meta['done']:
                 state, logged = step(state, batch, catalogue)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.models.attention import row_keys
+from tpad_jax.models.lora import Linear
 
 
 class Fusion(nn.Module):
@@ -41,7 +42,7 @@ class Fusion(nn.Module):
         Returns:
           z [..., D].
         """
-        small = nn.initializers.normal(0.1)
+        small = nn.initializers.uniform(0.2)
         parts = []
         flat = ids.reshape(-1)
         if self.use_id:
@@ -60,7 +61,7 @@ class Fusion(nn.Module):
                 keep = jax.vmap(lambda k, n=x.shape[-1]: jax.random.bernoulli(
                     k, 1 - self.feature_dropout, (n,)))(keys).reshape(x.shape)
                 x = jnp.where(keep, x / (1 - self.feature_dropout), 0)
-            parts.append(nn.Dense(self.width, name=f'feature_{i}')(x))
+            parts.append(Linear(self.width, use_bias=True, name=f'feature_{i}')(x))
         for i, size in enumerate(self.side_sizes):
             table = self.param(f'side_{i}', small, (size, self.width))
             # value 0 is "unknown": it says nothing

@@ -33,7 +33,7 @@ class Writer(nn.Module):
     def __call__(self, base, features, tokens, keep):
         """Write tokens int32 [B, T] from features [B, K, D]; keep bool [B, T]: words it may see."""
         prefix = Linear(base.width, use_bias=True, name='prefix')(features)
-        blank = self.param('blank', nn.initializers.normal(0.02), (base.width,))
+        blank = self.param('blank', nn.initializers.uniform(0.02), (base.width,))
         words = jnp.where(keep[..., None], base.words(tokens), blank)[:, :-1]
         x = jnp.concatenate([prefix, words], axis=1)
         seen = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), tokens[:, :-1] > 0], axis=1)
@@ -53,7 +53,7 @@ class KnowledgeMLLM(nn.Module):
 
     def setup(self):
         """Build the heads."""
-        small = nn.initializers.normal(0.02)
+        small = nn.initializers.uniform(0.02)
         self.prompt = self.param('prompt', small, (1, self.base.width))
         self.summary = self.param('summary', small, (len(MODALITIES), self.base.width))
         self.norm = RMSNorm()

@@ -23,7 +23,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Apply the layer to x [..., I]."""
-        kernel = self.param('kernel', nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = self.param('kernel', nn.initializers.lecun_uniform(), (x.shape[-1], self.features))
         dtype = self.dtype or x.dtype
         lead = x.shape[:-1]
         x = x.astype(dtype).reshape(-1, x.shape[-1])  # one plain matrix product: on CPU twice as fast
@@ -39,7 +39,7 @@ class Linear(nn.Module):
 def init(key, base, *, rank, targets):
     """A fresh adapter for every kernel of `base` whose path matches the regex `targets`.
 
-    a is normal with deviation I^-1/2, b is zero: the adapter starts as nothing. Kernels stacked over
+    a is uniform with variance 1 / I, b is zero: the adapter starts as nothing. Kernels stacked over
     scanned layers, [layers, I, O], get stacked adapters.
 
     Raises:
@@ -52,7 +52,9 @@ def init(key, base, *, rank, targets):
     out = {}
     for i, (path, w) in enumerate(sorted(flat.items())):
         *stack, fan_in, fan_out = w.shape
-        a = jax.random.normal(jax.random.fold_in(key, i), (*stack, fan_in, rank)) * fan_in**-0.5
+        bound = (3 / fan_in) ** 0.5
+        a = jax.random.uniform(jax.random.fold_in(key, i), (*stack, fan_in, rank), minval=-bound,
+                               maxval=bound)
         out[*path, 'a'], out[*path, 'b'] = a, jnp.zeros((*stack, rank, fan_out))
     return unflatten_dict(out)
 

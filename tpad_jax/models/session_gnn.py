@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.models.attention import dropout
+from tpad_jax.models.lora import Linear
 
 
 def session_graph(items):
@@ -72,22 +73,23 @@ class SessionGNN(nn.Module):
         z = dropout(jnp.where(real, z, 0), self.rate, keys[0])
         alias, outgoing, incoming = session_graph(items)
         node = jnp.take_along_axis(z, alias[:, :, None], axis=1)  # repeats share one dropout mask
-        cell = nn.GRUCell(width, name='cell')
+        uniform = nn.initializers.lecun_uniform()  # as SR-GNN: uniform everywhere
+        cell = nn.GRUCell(width, kernel_init=uniform, recurrent_kernel_init=uniform, name='cell')
+        leave, arrive = Linear(width, use_bias=True, name='out'), Linear(width, use_bias=True, name='in')  # one for all rounds
         for _ in range(self.steps):
-            message = jnp.concatenate([outgoing @ nn.Dense(width, name='out')(node),
-                                       incoming @ nn.Dense(width, name='in')(node)], axis=-1)
+            message = jnp.concatenate([outgoing @ leave(node), incoming @ arrive(node)], axis=-1)
             node, _ = cell(node, message)
         s = jnp.take_along_axis(node, alias[:, :, None], axis=1)
         last = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
         s_last = jnp.take_along_axis(s, last[:, None, None], axis=1)[:, 0]
-        mix = nn.Dense(width, name='w1')(s_last)[:, None] + nn.Dense(width, name='w2')(s)
+        mix = Linear(width, use_bias=True, name='w1')(s_last)[:, None] + Linear(width, use_bias=True, name='w2')(s)
         if self.positions:
-            table = nn.initializers.normal(0.02)
+            table = nn.initializers.uniform(0.02)
             from_start = self.param('from_start', table, (self.max_length, width))
             from_end = self.param('from_end', table, (self.max_length, width))
             place = jnp.arange(items.shape[1])
             mix += from_start[place] + from_end[jnp.maximum(last[:, None] - place, 0)]
-        weight = nn.Dense(1, use_bias=False, name='q')(nn.sigmoid(mix))
+        weight = Linear(1, name='q')(nn.sigmoid(mix))
         s_global = jnp.where(real, weight * s, 0).sum(axis=1)
-        h = nn.Dense(width, name='w3')(jnp.concatenate([s_last, s_global], axis=-1))
+        h = Linear(width, use_bias=True, name='w3')(jnp.concatenate([s_last, s_global], axis=-1))
         return dropout(h, self.rate, keys[1])

@@ -31,6 +31,11 @@ from tpad_jax.models.transfer import TransferMLLM
 PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'gnn')
 
 
+OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, one per critic
+    'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
+    'foretell', 'foretell.tokens', 'vocabulary', 'h', 'z', 'club'})
+
+
 @dataclass(frozen=True)
 class TPAD:
     """The modules and the few numbers that say how they are composed; hashable, static in a step.

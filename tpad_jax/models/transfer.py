@@ -29,7 +29,7 @@ class TransferMLLM(nn.Module):
 
     def setup(self):
         """Build the heads."""
-        small = nn.initializers.normal(0.02)
+        small = nn.initializers.uniform(0.02)
         self.prompt = self.param('prompt', small, (1, self.base.width))
         self.summary = self.param('summary', small, (1, self.base.width))
         self.into = [Linear(self.base.width, use_bias=True) for _ in MODALITIES]

@@ -1,0 +1,128 @@
+"""Imports run strictly downward, read from the source: the floors of the house."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the ground up. 'data' and 'models' are packages, which do not know each other.
+FLOORS = (
+    {'errors', 'types', 'collectives'},
+    {'data', 'models'},
+    {'losses', 'metrics', 'optim', 'probes', 'bundle'},
+    {'baselines'},  # of floor 2, on metrics
+    {'parallel', 'checkpoint', 'features', 'writers'},
+    {'figures'},  # of floor 3, on the log that writers keep
+    {'train', 'evaluate', 'encode', 'recommend', 'pretrain'},
+    {'results'},
+    {'job'},
+    {'launch'},
+)
+FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted(p.relative_to(ROOT) for p in
+               (*ROOT.glob('tpad_jax/**/*.py'), *ROOT.glob('configs/*.py'), ROOT / 'launch.py'))
+
+
+def tree(file):
+    return ast.parse((ROOT / file).read_text())
+
+
+def module(file):
+    """tpad_jax/models/lora.py -> tpad_jax.models.lora."""
+    return '.'.join(file.with_suffix('').parts).removesuffix('.__init__')
+
+
+MODULES = {module(file) for file in FILES}
+
+
+def imported(file):
+    """Full names of all a file imports, inside functions too; of ours, the module itself."""
+    found = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f'{file}:{node.lineno} imports relatively'
+            for alias in node.names:
+                whole = f'{node.module}.{alias.name}'
+                found.add(whole if whole in MODULES or node.module == 'tpad_jax' else node.module)
+    return found
+
+
+def room(name):
+    """tpad_jax.models.lora -> models; None for what is not ours."""
+    parts = name.split('.')
+    return parts[1] if parts[0] == 'tpad_jax' and len(parts) > 1 else None
+
+
+def own(file):
+    """The room of a file; None for configs/ and the package's own __init__."""
+    return 'launch' if file.name == 'launch.py' else room(module(file))
+
+
+def used(file):
+    """Every name and attribute of a file's code; strings and comments are not code."""
+    names = {node.id for node in ast.walk(tree(file)) if isinstance(node, ast.Name)}
+    return names | {node.attr for node in ast.walk(tree(file)) if isinstance(node, ast.Attribute)}
+
+
+def roots(file):
+    return {name.split('.')[0] for name in imported(file)}
+
+
+def test_every_file_stands_on_a_floor():
+    assert {own(file) for file in FILES} - {None} == set(FLOOR)
+
+
+@pytest.mark.parametrize('file', FILES, ids=str)
+def test_imports_run_strictly_downward(file):
+    here = own(file)
+    ours = {name: room(name) for name in imported(file) if room(name)}
+    if here is None:
+        assert not ours, f'{file} is below every floor'
+        return
+    for name, there in ours.items():
+        assert there in FLOOR, f'{file} imports {name}, which is not there'
+        assert FLOOR[there] < FLOOR[here] or there == here in ('data', 'models'), f'{file}: {name}'
+
+
+@pytest.mark.parametrize('package', ['data', 'models'])
+def test_no_circle_inside_a_package(package):
+    inside = {module(f): {n for n in imported(f) if room(n) == package} for f in FILES
+              if own(f) == package}
+    while inside:
+        ground = [name for name, below in inside.items() if not below & inside.keys()]
+        assert ground, f'a circle among {sorted(inside)}'
+        for name in ground:
+            del inside[name]
+
+
+def test_data_knows_neither_jax_nor_models():
+    """And so not `types` or `collectives`, which import jax."""
+    for file in FILES:
+        if own(file) == 'data':
+            assert not roots(file) & {'jax', 'jaxlib', 'flax', 'optax', 'orbax'}, file
+            assert {room(n) for n in imported(file)} <= {None, 'data', 'errors'}, file
+
+
+def test_models_know_no_config_and_no_optimiser():
+    for file in FILES:
+        if own(file) == 'models':
+            assert not roots(file) & {'optax', 'orbax', 'ml_collections', 'configs', 'grain'}, file
+
+
+def test_jax_arrives_late():
+    """A wrong flag or --help should not wait for jax: launch.py imports it inside its functions."""
+    top = tree(Path('launch.py')).body
+    names = {n.name for node in top if isinstance(node, ast.Import) for n in node.names}
+    names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+    assert not {n.split('.')[0] for n in names} & {'jax', 'flax', 'tpad_jax'}
+
+
+@pytest.mark.parametrize(('place', 'says'), [
+    ('tpad_jax/checkpoint.py', lambda file: 'orbax' in roots(file)),
+    ('tpad_jax/parallel.py', lambda file: bool(used(file) & {'pmap', 'shard_map'})),
+], ids=['orbax', 'pmap'])
+def test_one_place(place, says):
+    assert [str(file) for file in FILES if says(file)] == [place]
