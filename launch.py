@@ -1,10 +1,11 @@
 """Run TPAD: `python launch.py --config=configs/amazon.py [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
-Exit status: 0 done, 2 unusable input or config in one sentence, 75 stopped by SIGINT or SIGTERM with
-its state saved (the same command goes on).
+Exit status: 0 done, 2 unusable input or config in one sentence, 75 stopped by SIGINT or SIGTERM
+with its state saved (the same command goes on).
 """
 
 import os
+import re
 import signal
 import sys
 
@@ -15,7 +16,7 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
 from ml_collections import config_flags
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'A file in configs/, ":variant" behind it.')
+CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, ":variant" behind it.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
 UNUSABLE, STOPPED = 2, 75
 
@@ -24,21 +25,28 @@ def parse(argv):
     """The flags, or one sentence and status 2; `--help` leaves with 0."""
     try:
         rest = flags.FLAGS(argv)
-        if '--help' in argv or '-h' in argv:
-            print(__doc__, flags.FLAGS.main_module_help(), sep='\n')
-            sys.exit(0)
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        # a file that could not be read says so only when it is looked into
+        name = None if CONFIG.value is None else CONFIG.value.name
+    except SystemExit:  # absl printed the help and left, with 1
+        sys.exit(0)
+    except (AttributeError, KeyError) as error:
+        told = re.sub(r'[\\\'"]', '', str(error.args[0]).replace('\\n', '. '))  # a repr of a repr
+        refuse(f'the config has no such key: {told}')
+    except (flags.Error, ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
         refuse(error)
     if len(rest) > 1:
         refuse(f'unknown argument {rest[1]!r}; every setting is a flag, --config.KEY=VALUE')
-    if CONFIG.value is None:
+    if name is None:
         refuse('name a config, for example --config=configs/amazon.py')
     return rest
 
 
 def refuse(error):
     """Say what cannot be used, in one line, and leave with status 2."""
-    print('launch.py: ' + ' '.join(str(error).split()), file=sys.stderr)
+    lead, traceback, text = str(error).strip().partition('Traceback (most recent call last)')
+    if traceback:  # the config raised it: its last line says why
+        lead, text = '', text.splitlines()[-1]
+    print('launch.py: ' + ' '.join((lead + text).split()), file=sys.stderr)
     sys.exit(UNUSABLE)
 
 

@@ -1,4 +1,5 @@
-"""Raw Amazon files: `--config=configs/amazon.py` or `configs/amazon.py:tiny`, a smoke run of all stages.
+"""Raw Amazon files: `--config=configs/amazon.py` or `configs/amazon.py:tiny`, a smoke run of all
+stages.
 
 Without `--config.data.raw_dir=DIR` the planted catalogue is written and read in its place.
 """

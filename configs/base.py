@@ -1,4 +1,4 @@
-"""Every knob once, with its reason. A config of its own starts from here and changes what it means to."""
+"""Every knob once, with its reason. Other configs start from here and change what they mean to."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -24,18 +24,19 @@ def get_config():
     c.model = model()
     c.losses = losses()
     c.stage = ConfigDict(dict(
-        knowledge=stage(batch_size=64, steps=80, learning_rate=5e-4, eval_every=0, fresh='k',
+        knowledge=stage(batch_size=64, steps=60, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),
-        transfer=stage(batch_size=256, steps=60, learning_rate=2e-3, eval_every=0, fresh='r',
+        transfer=stage(batch_size=192, steps=30, learning_rate=2e-3, eval_every=0, fresh='r',
                        every_prefix=False, copy='lora/knowledge->lora/distil',
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
         recommend=stage(batch_size=512, steps=800, learning_rate=4e-3, eval_every=50, patience=5,
                         train=r'^recommender/', weight_decay=0.1),
-        joint=stage(batch_size=64, steps=16, learning_rate=2e-4, eval_every=8, patience=5,
+        joint=stage(batch_size=64, steps=24, learning_rate=2e-4, eval_every=8, patience=5,
                     fresh='k,r', refresh_every=8, weight_decay=0.1,
                     train=r'^(lora|knowledge|transfer|disentangle|adapter|club|critic|recommender)/'),
     ))
-    # Recommenders trained beside TPAD with the recommend stage's own care: what they change of model.
+    # Recommenders trained beside TPAD with the recommend stage's own care: what they change of
+    # model.
     c.rivals = ConfigDict(dict(
         id_only=dict(recommend='', use_side=False),
         knowledge_only=dict(recommend='k'),
@@ -65,7 +66,7 @@ def model():
     return ConfigDict(dict(
         features=64,  # width D of k (per modality), t, c, p and r
         lora_rank=8, lora_alpha=16.0,
-        lora_targets=r'attention/[qkvo]$|(gate|up|down)$',  # kernels of the decoder that are adapted
+        lora_targets=r'attention/[qkvo]$|(gate|up|down)$',  # of the decoder's kernels
         form='compressed',  # how the Transfer-MLLM is fed an item: 'compressed' or 'full'
         withhold=0.3,  # share of an item's words the reader does not see in knowledge acquisition
         word_dropout=0.6,  # share of words the writer does not see, or features stay empty

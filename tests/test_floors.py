@@ -15,7 +15,7 @@ FLOORS = (
     {'parallel', 'checkpoint', 'features', 'writers'},
     {'figures'},  # of floor 3, on the log that writers keep
     {'train', 'evaluate', 'encode', 'recommend', 'pretrain'},
-    {'results'},
+    {'results', 'check'},
     {'job'},
     {'launch'},
 )

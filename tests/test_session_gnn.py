@@ -37,9 +37,10 @@ def shares(session):
 def network():
     """A network of two steps, its parameters, its jitted function and item vectors [V+1, D]."""
     gnn = SessionGNN(steps=2, max_length=N + 3, positions=True, rate=0.5)
-    params = gnn.init(jax.random.key(0), jnp.ones((1, N, D)), jnp.ones((1, N), jnp.int32))
+    shapes = jax.eval_shape(gnn.init, jax.random.key(0), jnp.ones((1, N, D)),
+                            jnp.ones((1, N), jnp.int32))
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: 0.7 * rng.normal(size=x.shape).astype(np.float32), params)
+    params = jax.tree.map(lambda x: 0.7 * rng.normal(size=x.shape).astype(np.float32), shapes)
     table = rng.normal(size=(V + 1, D)).astype(np.float32)
     return gnn, params, jax.jit(gnn.apply), table
 
@@ -144,7 +145,7 @@ def test_rows_do_not_see_each_other(network):
 def test_order_matters_beyond_the_last_item(network):
     """The same items and the same last one, met in another order, give another session vector."""
     _, params, apply, table = network
-    items = np.array([[1, 2, 3, 4, 0, 0, 0], [2, 1, 3, 4, 0, 0, 0]], np.int32)
+    items = np.tile([[1, 2, 3, 4, 0, 0, 0], [2, 1, 3, 4, 0, 0, 0]], (12, 1)).astype(np.int32)
     h = apply(params, table[items], items)
     assert np.abs(h[0] - h[1]).max() > 0.01
 

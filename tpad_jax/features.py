@@ -20,7 +20,7 @@ class Store:
         self._directory = Path(directory)
 
     def write(self, name: str, rows: np.ndarray, made_by: dict) -> None:
-        """Store rows float32 [V+1, ...] under `name`; `made_by` is JSON-able and identifies them."""
+        """Store rows float32 [V+1, ...] under `name`; `made_by`, JSON-able, says by what."""
         self._directory.mkdir(parents=True, exist_ok=True)
         part = self._directory / f'.{name}.{os.getpid()}.part'
         with part.open('wb') as file:
@@ -46,5 +46,5 @@ class Store:
         """
         file = self._directory / f'{name}.npy'
         if not file.is_file():
-            raise InputError(f'{file} does not exist: run the stage that makes the rows {name!r} first')
+            raise InputError(f'{file} does not exist; run the stage that makes rows {name!r} first')
         return np.array(np.load(file, mmap_mode='r')[begin:end])

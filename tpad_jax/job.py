@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
 from tpad_jax import encode, parallel, probes, results, train, writers
+from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim
 from tpad_jax.data import audit, batches, builder, pipeline, sessions, synthetic, wording
 from tpad_jax.errors import InputError
@@ -26,47 +28,8 @@ from tpad_jax.features import Store
 from tpad_jax.models import pretrained, tpad
 from tpad_jax.recommend import scorer
 
-STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
-MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
 DONE = 'finished'  # a file beside a finished stage's checkpoints
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
-
-
-def names(text: str) -> tuple[str, ...]:
-    """'a,b' -> ('a', 'b'); '' -> ()."""
-    return tuple(part for part in text.split(',') if part)
-
-
-def check(config) -> tuple[str, ...]:
-    """The stages asked for, after everything that can be refused before any work is.
-
-    Raises:
-      InputError: an unknown stage, loss, keyword, row name or an unusable number.
-    """
-    stages = names(config.stages)
-    for stage in stages:
-        if stage not in STAGES:
-            raise InputError(f'config.stages names {stage!r}; the stages are {",".join(STAGES)}')
-    if not stages or list(stages) != sorted(set(stages), key=STAGES.index):
-        raise InputError(f'config.stages={config.stages!r}: name one or more of {",".join(STAGES)}, '
-                         'each once and in this order')
-    for stage in stages:
-        train.stage_losses(config, stage)
-        for key in ('batch_size', 'steps'):
-            if config.stage[stage][key] < 1:
-                raise InputError(f'config.stage.{stage}.{key} must be 1 or more')
-    for key in ('save_every', 'log_every'):
-        if config[key] < 1:
-            raise InputError(f'config.{key}={config[key]} must be 1 or more')
-    if config.seed < 0:
-        raise InputError(f'config.seed={config.seed} must be 0 or more')
-    if config.model.form not in ('compressed', 'full'):
-        raise InputError(f'config.model.form={config.model.form!r}: choose compressed or full')
-    for row in names(config.model.recommend):
-        if row not in ('k', 'r'):
-            raise InputError(f'config.model.recommend names {row!r}; the rows are k and r')
-    parallel.choose(config.parallel, config.devices)
-    return stages
 
 
 class Job:
@@ -115,13 +78,10 @@ class Job:
                                         tokenizer_dir=self.base_dir,
                                         text_length=c.mllm.text_length)
         sizes = pretrained.load_sizes(self.base_dir)
-        image_size, features = sizes.pop('image_size'), sizes.pop('features')
-        for key, have, want in (('mllm.image_size', c.mllm.image_size, image_size),
-                                ('model.features', c.model.features, features)):
-            if have != want:
-                raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
+        del sizes['image_size'], sizes['features']  # `check` compared them with the config
         sizes['channels'] = tuple(sizes['channels'])
-        self.spec = tpad.build(sizes, c.model, recommend=names(c.model.recommend), items=data.num_items, max_length=self.max_length,
+        self.spec = tpad.build(sizes, c.model, recommend=names(c.model.recommend),
+                               items=data.num_items, max_length=self.max_length,
                                side_sizes=data.side_sizes)
         self.catalogue = {'warm': jnp.asarray(data.warm), 'side': jnp.asarray(data.side)}
         self.probabilities = None
@@ -137,9 +97,10 @@ class Job:
                        rank=c.model.lora_rank, targets=c.model.lora_targets,
                        image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length)
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
-        loaded = pretrained.load_params(self.base_dir, {n: shapes[n] for n in ('base', 'knowledge')})
-        params = parallel.compiled(lambda key: {n: p for n, p in make(key).items() if n not in loaded}
-                                   )(jax.random.key(c.seed))
+        given = ('base', 'knowledge')
+        loaded = pretrained.load_params(self.base_dir, {n: shapes[n] for n in given})
+        draw = parallel.compiled(lambda key: {n: p for n, p in make(key).items() if n not in given})
+        params = draw(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
 
     def nested(self, trained: dict | None = None) -> dict:
@@ -179,7 +140,8 @@ class Job:
         side = self.data.side_sizes if use_side else ()
         model = replace(self.spec, recommend=rows, fusion=self.spec.fusion.clone(side_sizes=side))
         spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
-        fresh = tpad.recommender_init(jax.random.key(self.config.seed), model, self.catalogue)
+        make = parallel.compiled(partial(tpad.recommender_init, spec=model))
+        fresh = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
         params = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
         params |= flatten_dict({'recommender': fresh}, sep='/')
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
@@ -194,7 +156,8 @@ class Job:
             draw = partial(batches.item_batches, self.data, content=content, **shared)
         else:
             draw = partial(batches.session_batches, self.data, content=content,
-                           every_prefix=c.every_prefix, max_length=self.max_length, **shared)
+                           every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
+                           **shared)
         bind = scorer(spec.model)
 
         def validate(state, catalogue):
@@ -217,25 +180,6 @@ class Job:
             return train.fit(loop, spec, train.start(spec, params, c.train), self.catalogue)
         finally:
             checkpoints.close()
-
-    def finished(self, stage: str) -> bool:
-        """Whether an earlier run of this workdir took the stage to its end."""
-        checkpoints = self.workdir / 'stages' / stage
-        return (checkpoints / DONE).is_file()
-
-    def require(self, stage: str, stages) -> None:
-        """Refuse a stage whose inputs nobody made.
-
-        Raises:
-          InputError: naming the missing rows and the stage that makes them.
-        """
-        rows = {'transfer': ('k',), 'recommend': names(self.config.model.recommend),
-                'joint': ('k', 'r')}.get(stage, ())
-        for row in rows:
-            if row not in self.catalogue:
-                maker = next(s for s in STAGES if row in MAKES.get(s, ()))
-                raise InputError(f'stage {stage} reads the rows {row!r}, which stage {maker} makes: '
-                                 f'add {maker} to config.stages={",".join(stages)!r}')
 
     def probe(self) -> dict:
         """Accuracy of linear probes on cold items, from k: {attribute: share}; planted only."""
@@ -264,26 +208,27 @@ def run(config, workdir, stopping=lambda: False) -> dict:
     """
     workdir, console = Path(workdir), Console()
     stages = check(config)
-    claim(workdir, config.to_dict())
+    finished = {s for s in STAGES if (workdir / 'stages' / s / DONE).is_file()}
+    check_inputs(config, stages, finished)
+    _enter(workdir, config)
     begun = time.perf_counter()
     job = Job(config, workdir, stopping)
     claim(workdir, config.to_dict(), job.data.fingerprint)
-    finished = workdir / 'results.json'
-    if finished.is_file():
-        found = json.loads(finished.read_text())
+    written = workdir / 'results.json'
+    if written.is_file():
+        found = json.loads(written.read_text())
         if set(stages) <= set(found['provenance']['stages']):
             console.print(writers.table(found))
             return found
     job.build()
     _introduce(job, console)
     writer = writers.Writer(workdir)
-    scorers, features = {}, None
+    scorers, features, probed = {}, None, None
     try:
         for stage in STAGES:
-            job.pause()
-            if stage not in stages and not job.finished(stage):
+            if stage not in stages and stage not in finished:
                 continue
-            job.require(stage, stages)
+            job.pause()
             job.run_stage(stage, writer, writers.progress)
             if stage == 'knowledge':
                 features = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
@@ -302,7 +247,21 @@ def run(config, workdir, stopping=lambda: False) -> dict:
                     scorers[name] = scorer(model)(params, job.catalogue)
     finally:
         writer.close()
+    stages = [stage for stage in STAGES if stage in finished.union(stages)]
     return _report(job, stages, scorers, features, probed, begun, console)
+
+
+def _enter(workdir, config):
+    """Make the workdir, or refuse one that cannot be had or is another config's."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{workdir} cannot be made ({error.strerror}); choose another --workdir'
+                         ) from error
+    if not os.access(workdir, os.W_OK):
+        raise InputError(f'{workdir} cannot be written to; choose another --workdir')
+    if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
+        claim(workdir, config.to_dict())
 
 
 def _introduce(job, console):
@@ -341,7 +300,7 @@ def _report(job, stages, scorers, features, probed, begun, console):
     job.seconds['report'] = time.perf_counter() - started
     job.seconds['total'] = time.perf_counter() - begun
     out = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
-           'provenance': {**results.provenance(job.config), 'stages': list(stages)},
+           'provenance': {**results.provenance(job.config), 'stages': stages},
            'seconds': job.seconds}
     if truth is not None:
         out['oracle'] = truth

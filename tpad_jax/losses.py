@@ -1,10 +1,11 @@
 """One pure function per loss, and `combine`, which masks, averages, weighs and logs them all.
 
-A loss takes `(out, batch, *, axis=None, **keywords)` and returns one value per row, `[B]`, or, where
-its rows are positions or tokens or it keeps a state, `Loss(value, weight, state, metrics)`. It never
-calls an encoder, never averages over rows, never weighs. Every keyword that is a string names one of
-`models.tpad.forward`'s outputs; a stage checks them when it starts. Optional keywords a loss may take:
-`state` (its own, from the last step) and `key` (the step's).
+A loss takes `(out, batch, *, axis=None, **keywords)` and returns one value per row, `[B]`, or,
+where its rows are positions or tokens or it keeps a state, `Loss(value, weight, state, metrics)`.
+It never calls an encoder, never averages over rows, never weighs. Every keyword that is a string
+names one of `models.tpad.forward`'s outputs; a stage checks them when it starts. Optional keywords
+a loss may
+take: `state` (its own, from the last step) and `key` (the step's).
 """
 
 import importlib
@@ -24,8 +25,8 @@ PROVIDED = ('axis', 'state', 'key')  # what `combine` passes by itself
 def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', temperature=1.0):
     """Softmax cross entropy of the target over the warm catalogue, logits <h, z>. -> [B]
 
-    Items no training session contains are never negatives: that would teach "never recommend these".
-    [paper] trains its recommender on the next item; [ours] the exclusion of cold items.
+    Items no training session contains are never negatives: that would teach "never recommend
+    these". [paper] trains its recommender on the next item; [ours] the exclusion of cold items.
     """
     h, z, warm = out[h], out[z], out[warm]
     logits = h @ z.T / temperature
@@ -100,7 +101,7 @@ def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club'):
 
 
 def club_fit(out, batch, *, axis=None, x='c', y='p', club='club'):
-    """Minus the log-likelihood of q(y|x), fitted on features that get no gradient. -> Loss [B, N]"""
+    """Minus the log-likelihood of q(y|x), on features that get no gradient. -> Loss [B, N]"""
     c, p = (jax.lax.stop_gradient(out[n]) for n in (x, y))
     shape = c.shape[:2]
     c, p = (a.reshape(-1, a.shape[-1]) for a in (c, p))
@@ -109,11 +110,12 @@ def club_fit(out, batch, *, axis=None, x='c', y='p', club='club'):
     return Loss(value, batch.mask.astype(jnp.float32))
 
 
-def mmd(out, batch, *, axis=None, x='r', y='t', widths=(0.25, 0.5, 1.0, 2.0)):
+def mmd(out, batch, *, axis=None, x='r', y='t', widths=4):
     """Squared maximum mean discrepancy between two normalised clouds. -> Loss [B, N]
 
-    Gretton et al. 2012, the biased estimate, with a sum of Gaussian kernels of the given widths. One
-    point of each cloud per position, so that the value does not depend on how a batch is divided.
+    Gretton et al. 2012, the biased estimate, with the mean of `widths` Gaussian kernels of
+    deviation 2, 1, 1/2, ... One point of each cloud per position, so that the value does not
+    depend on how a batch is divided.
     """
     weight = batch.mask.astype(jnp.float32)
     a, b = (alignment.unit(out[n]).reshape(-1, out[n].shape[-1]) for n in (x, y))
@@ -123,7 +125,10 @@ def mmd(out, batch, *, axis=None, x='r', y='t', widths=(0.25, 0.5, 1.0, 2.0)):
 
     def kernel(u, v):
         square = jnp.maximum(2 - 2 * u @ v.T, 0)  # the points have length one
-        return sum(jnp.exp(-square / (2 * w * w)) for w in widths) / len(widths)
+        parts = [jnp.exp(-square / 8)]
+        for _ in range(widths - 1):
+            parts.append(parts[-1] ** 4)  # half the deviation, without another exponential
+        return sum(parts) / widths
 
     value = (kernel(a, all_a) - kernel(a, all_b) - kernel(b, all_a) + kernel(b, all_b)) @ share
     return Loss(value.reshape(weight.shape), weight)
@@ -171,8 +176,8 @@ def needs(name, fn, keywords):
     known = [p for p in signature if p not in ('out', 'batch', *PROVIDED)]
     unknown = sorted(set(keywords) - set(known))
     if unknown:
-        raise InputError(f'config.losses.{name}: {fn.__name__} takes no {", ".join(unknown)}; it takes '
-                         + ', '.join(known))
+        raise InputError(f'config.losses.{name}: {fn.__name__} takes no {", ".join(unknown)}; it '
+                         'takes ' + ', '.join(known))
     merged = {**{n: p.default for n, p in signature.items()}, **keywords}
     return frozenset(v for v in merged.values() if isinstance(v, str))
 
@@ -185,8 +190,8 @@ def combine(losses, out, batch, state, *, axis=None, key=None):
       out, batch: what the functions read. state: {name: state} of the stateful ones.
 
     Returns:
-      total (scalar), new state, metrics {name: scalar}: every loss unweighted, 'loss' the total, and
-      each loss's own metrics as '<metric>_<name>'.
+      total (scalar), new state, metrics {name: scalar}: every loss unweighted, 'loss' the total,
+      and each loss's own metrics as '<metric>_<name>'.
 
     Raises:
       InputError: a loss reads a name that `out` lacks.
@@ -196,8 +201,8 @@ def combine(losses, out, batch, state, *, axis=None, key=None):
         signature = inspect.signature(fn).parameters
         absent = sorted(needs(name, fn, keywords) - out.keys())
         if absent:  # while tracing, before the first step
-            raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which this stage does '
-                             f'not compute; it has {", ".join(sorted(out))}')
+            raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which this stage '
+                             f'does not compute; it has {", ".join(sorted(out))}')
         extra = dict(keywords)
         if 'state' in signature:
             extra['state'] = state.get(name)

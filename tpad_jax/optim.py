@@ -4,16 +4,18 @@ import re
 
 import optax
 
+from tpad_jax.errors import InputError
+
 
 def split(params: dict, pattern: str) -> tuple[dict, dict]:
     """Parameters {path: array} whose path matches the regex, and the rest: (trained, frozen).
 
     Raises:
-      ValueError: nothing matches.
+      InputError: nothing matches.
     """
     trained = {path: x for path, x in params.items() if re.search(pattern, path)}
     if not trained:
-        raise ValueError(f'the pattern {pattern!r} matches no parameter')
+        raise InputError(f'the train pattern {pattern!r} of a stage matches no parameter')
     return trained, {path: x for path, x in params.items() if path not in trained}
 
 

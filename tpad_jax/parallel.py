@@ -83,7 +83,7 @@ def choose(parallel: str, count: int) -> Devices:
     """
     ways = ('auto', 'jit', 'pmap', 'shard_map')
     if parallel not in ways:
-        raise InputError(f'config.parallel={parallel!r} is unknown; choose one of {", ".join(ways)}')
+        raise InputError(f'config.parallel={parallel!r} is unknown; choose {", ".join(ways)}')
     local = jax.local_devices()
     if not 0 <= count <= len(local):
         raise InputError(f'config.devices={count}, but this process has {len(local)}; '

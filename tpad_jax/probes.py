@@ -15,7 +15,8 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, fit_on: np.ndarray,
       The share of the scored rows whose label has the highest score.
     """
     mean, scale = features[fit_on].mean(0), features[fit_on].std(0) + 1e-6
-    x = np.concatenate([(features - mean) / scale, np.ones((len(features), 1))], 1).astype(np.float64)
+    x = np.concatenate([(features - mean) / scale, np.ones((len(features), 1))], axis=1)
+    x = x.astype(np.float64)
     y = np.eye(labels.max() + 1)[labels]
     gram = x[fit_on].T @ x[fit_on] + ridge * fit_on.sum() * np.eye(x.shape[1])
     weights = np.linalg.solve(gram, x[fit_on].T @ y[fit_on])

@@ -105,7 +105,7 @@ def _curve_names(ranks):
 
 
 def contact_rows(job, scorers: dict) -> list[dict]:
-    """Test rows for `figures.contact_sheet`: drawn by the run's seed, prefixes of 2 items or more."""
+    """Test rows for `figures.contact_sheet`: drawn by the run's seed, of 2 items or more."""
     rows, data = job.test, job.data
     long = np.flatnonzero((rows.items > 0).sum(1) >= 2)
     if not len(long):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     # `combine` sums over replicas, so each replica's gradient is that of the whole, for its rows
     # only, times their number: the mean is the sum over all rows.
     grads = collectives.mean(grads, axis)
-    logged['grad_norm'] = optax.global_norm(grads)
+    logged['grad_norm'] = optax.tree.norm(grads)
     updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return State(state.step + 1, params, state.frozen, opt_state, loss_state), logged
@@ -149,8 +150,8 @@ class Loop:
 def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     """Run a stage from its latest checkpoint, or from `state`, to its end.
 
-    Metrics of a step are fetched after the next one is dispatched; nothing else waits for the device
-    between validations and saves.
+    Metrics of a step are fetched after the next one is dispatched; nothing else waits for the
+    device between validations and saves.
 
     Returns:
       {path: array} of what was trained, at the best validation (the last step without one), the
@@ -171,15 +172,16 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     found = loop.checkpoints.latest(expected)
     if found is not None:
         _, saved, meta = found
-        state, catalogue = saved['state'].replace(frozen=state.frozen), {**catalogue, **saved['rows']}
+        state = saved['state'].replace(frozen=state.frozen)
+        catalogue = {**catalogue, **saved['rows']}
     begun, before = time.perf_counter(), meta['seconds']
     number = int(state.step)
     loop.writer.rewind(loop.name, number)
     if not meta['done']:
         step = loop.devices.lift(partial(train_step, spec=spec))
-        batches = loop.batches(number)
-        batch, pending = loop.devices.place(next(batches)), None
-        with loop.progress(loop.name, loop.total, number) as bar:
+        with (closing(loop.batches(number)) as batches,
+              loop.progress(loop.name, loop.total, number) as bar):
+            batch, pending = loop.devices.place(next(batches)), None
             while not meta['done']:
                 state, logged = step(state, batch, catalogue)
                 number += 1
@@ -204,7 +206,6 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                                           wait=meta['done'] or stopping)
                 if stopping:
                     raise Stopped(f'stopped in stage {loop.name} after step {number}')
-        batches.close()
     chosen = loop.checkpoints.latest if meta['best'] is None else loop.checkpoints.best
     _, saved, _ = chosen(expected)
     return saved['state'].params, saved['rows'], meta

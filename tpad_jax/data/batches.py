@@ -16,12 +16,14 @@ from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.pipeline import Content, Data
 from tpad_jax.errors import InputError
 
+SCANNED = 10_000  # steps whose batches are looked at beforehand, seconds of work
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
 def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int = 0,
                     every_prefix: bool = True, max_length: int, content: Content | None = None,
-                    processes: int = 1, process: int = 0, shards: int = 1) -> Iterator[dict]:
+                    processes: int = 1, process: int = 0, shards: int = 1,
+                    steps: int = 0) -> Iterator[dict]:
     """Batches of training rows, reshuffled every epoch; a batch may reach over an epoch's end.
 
     Each batch is this process's part, B = batch_size / processes rows, in `shards` equal
@@ -29,9 +31,9 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
       items int32 [B, N] prefix, next int32 [B, N] what follows each position, target int32 [B]
       (all as in `sessions.rows`), valid bool [B] (all True), row int32 [B] the row's number in the
       data set, the same whichever step, shard or process it falls into.
-    With content, moreover the distinct items of each shard, U = min(B / shards * (N + 1), V) + 1
-    rows: ids int32 [shards * U] (0 first, then ascending, then 0 to fill up), image uint8
-    [shards * U, H, W, 3], has_image bool [shards * U], tokens int32 [shards * U, T], and
+    With content, moreover the distinct items of each shard, U rows (see `content_width`): ids
+    int32 [shards * U] (0 first, then ascending, then 0 to fill up), image uint8 [shards * U, H, W,
+    3], has_image bool [shards * U], tokens int32 [shards * U, T], and
       slots, next_slots int32 [B, N]: where items and next stand among the rows of their shard.
 
     Args:
@@ -45,6 +47,7 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
       processes: number of processes that share a step.
       process: this one's number, from 0.
       shards: local devices.
+      steps: how many will be read, for U; 0: unknown.
 
     Returns:
       An iterator that prefetches in threads; `close()` ends them early.
@@ -57,11 +60,15 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
     if not len(rows.target):
         raise InputError('no training session has two items, so there is nothing to train on')
 
+    width = 0 if content is None else content_width(
+        rows, data.num_items, batch_size=batch_size, seed=seed, steps=steps, processes=processes,
+        shards=shards)
+
     def batch(step: int) -> dict:
         row = positions(seed, step, batch_size, len(rows.target))[process::processes]
         out = dict(items=rows.items[row], next=rows.next[row], target=rows.target[row],
                    valid=np.ones(size, bool), row=row)
-        return out if content is None else out | _with_content(out, content, shards)
+        return out if content is None else out | _with_content(out, content, shards, width)
 
     return _iterate(batch, start_step)
 
@@ -104,6 +111,29 @@ def positions(seed: int, step: int, batch_size: int, total: int) -> np.ndarray:
     return out
 
 
+def content_width(rows: sessions_lib.Rows, num_items: int, *, batch_size: int, seed: int,
+                  steps: int, processes: int, shards: int) -> int:
+    """U, content rows of a shard: one static shape that holds the distinct items of any step.
+
+    Encoding the content is what such a stage spends its time on, so the bound is exact: the batches
+    of all `steps` are looked at, which they can be, being a pure function of the step. Without a
+    number of steps, or with more than SCANNED, it is the worst case, min(B / shards * (N + 1), V).
+    Either way one more, the padding item.
+    """
+    part = batch_size // (processes * shards)
+    worst = min(part * (rows.items.shape[1] + 1), num_items) + 1
+    if not 0 < steps <= SCANNED:
+        return worst
+    most = 0
+    for step in range(steps + 1):  # one more: the loop fetches a batch ahead
+        row = positions(seed, step, batch_size, len(rows.target))
+        for process in range(processes):
+            both = np.concatenate([rows.items[row[process::processes]],
+                                   rows.target[row[process::processes]][:, None]], axis=1)
+            most = max(most, *(len(np.union1d(shard, 0)) for shard in np.split(both, shards)))
+    return min(worst, -(-most // 16) * 16)
+
+
 def content_rows(content: Content, ids: np.ndarray) -> dict:
     """-> ids int32 [shards * U] and the image, has_image and tokens of these items.
 
@@ -126,11 +156,10 @@ def _epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(np.arange(total, dtype=np.int32))
 
 
-def _with_content(batch: dict, content: Content, shards: int) -> dict:
+def _with_content(batch: dict, content: Content, shards: int, width: int) -> dict:
     """-> slots and next_slots [B, N] and the content rows of every shard."""
     both = np.stack([batch['items'], batch['next']])  # [2, B, N]
-    size, length = both.shape[1] // shards, both.shape[2]
-    width = min(size * (length + 1), len(content.tokens) - 1) + 1
+    size = both.shape[1] // shards
     slots = np.empty_like(both)
     ids = np.zeros((shards, width), np.int32)
     for shard in range(shards):

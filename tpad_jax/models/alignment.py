@@ -1,9 +1,10 @@
 """Critics, mutual-information bounds and the disentangling heads.
 
-A bound is a pure function of a score matrix: scores [A, G] hold f(x_i, y_j) of this replica's A rows
-against the G gathered ones; `own` [A] is each row's own column, and `negative` bool [A, G] says which
-pairs are draws from the product of the marginals. Poole et al. 2019, "On Variational Bounds of Mutual
-Information", has them all. Units are nats. Each returns one value per row whose mean is the bound.
+A bound is a pure function of a score matrix: scores [A, G] hold f(x_i, y_j) of this replica's A
+rows against the G gathered ones; `own` [A] is each row's own column, and `negative` bool [A, G]
+says which pairs are draws from the product of the marginals. Poole et al. 2019, "On Variational
+Bounds of Mutual Information", has them all. Units are nats. Each returns one value per row whose
+mean is the bound.
 """
 
 import flax.linen as nn
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 
 from tpad_jax import collectives
 from tpad_jax.models.lora import Linear
+
+KINDS = ('dot', 'bilinear', 'separable', 'concatenated')  # of critics
 
 
 class MLP(nn.Module):
@@ -31,7 +34,8 @@ class Critic(nn.Module):
     """Score function f(x, y). x [A, I], y [G, J] -> [A, G].
 
     Attributes:
-      kind: 'dot' (cosine, I = J), 'bilinear', 'separable' (an MLP each, then the scaled dot product)
+      kind: 'dot' (cosine, I = J), 'bilinear', 'separable' (an MLP each, then the scaled dot
+        product)
         or 'concatenated' (one MLP on the pair: A G passes).
       width: width of the MLPs.
     """
@@ -56,7 +60,7 @@ class Critic(nn.Module):
                 pair = jnp.concatenate([jnp.broadcast_to(x[:, None], (*shape, x.shape[-1])),
                                         jnp.broadcast_to(y[None], (*shape, y.shape[-1]))], axis=-1)
                 return MLP(self.width, 1, name='pair')(pair)[..., 0]
-        raise ValueError(f'no critic {self.kind!r}: dot, bilinear, separable or concatenated')
+        raise ValueError(f'no critic {self.kind!r}: {", ".join(KINDS)}')
 
 
 def unit(x):

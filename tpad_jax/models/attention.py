@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, positions):
-        """Attend. x [B, L, D], mask bool [B, L] (False: padding, never attended), positions [B, L]."""
+        """Attend. x [B, L, D], mask bool [B, L] (False: padding), positions int32 [B, L]."""
         width = x.shape[-1]
         split = '... (h d) -> ... h d'
         q, k, v = (einops.rearrange(Linear(width, name=n)(x), split, h=self.heads) for n in 'qkv')

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.models.attention import row_keys
-from tpad_jax.models.lora import Linear
+from tpad_jax.models.lora import Linear, uniform
 
 
 class Fusion(nn.Module):
@@ -42,7 +42,7 @@ class Fusion(nn.Module):
         Returns:
           z [..., D].
         """
-        small = nn.initializers.uniform(0.2)
+        small = uniform(0.2)
         parts = []
         flat = ids.reshape(-1)
         if self.use_id:

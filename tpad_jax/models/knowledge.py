@@ -1,9 +1,9 @@
 """Knowledge-MLLM: reads one item, yields knowledge-aware features, one vector per modality.
 
 [paper] a Knowledge-MLLM reads items by image and text and learns by a generation task.
-[ours] one summary token per modality closes the prompt; a feature is read from its hidden state plus
-the mean over its modality's tokens (without that skip the summary tokens stayed empty); and the
-description is written by a second pass of the decoder that is given the features alone, so that
+[ours] one summary token per modality closes the prompt; a feature is read from its hidden state
+plus the mean over its modality's tokens (without that skip the summary tokens stayed empty); and
+the description is written by a second pass of the decoder that is given the features alone, so that
 whatever the description needs has to pass through them.
 """
 
@@ -26,14 +26,15 @@ def masked_mean(x, mask):
 class Writer(nn.Module):
     """Turns features into the hidden states that predict a text. [B, K, D] -> [B, T, width].
 
-    The decoder sees the K feature tokens and the words before; `keep` withholds some of those words.
+    The decoder sees the K feature tokens and the words before; `keep` withholds some of those
+    words.
     """
 
     @nn.compact
     def __call__(self, base, features, tokens, keep):
         """Write tokens int32 [B, T] from features [B, K, D]; keep bool [B, T]: words it may see."""
         prefix = Linear(base.width, use_bias=True, name='prefix')(features)
-        blank = self.param('blank', nn.initializers.uniform(0.02), (base.width,))
+        blank = self.param('blank', nn.initializers.normal(0.02), (base.width,))
         words = jnp.where(keep[..., None], base.words(tokens), blank)[:, :-1]
         x = jnp.concatenate([prefix, words], axis=1)
         seen = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), tokens[:, :-1] > 0], axis=1)
@@ -53,7 +54,7 @@ class KnowledgeMLLM(nn.Module):
 
     def setup(self):
         """Build the heads."""
-        small = nn.initializers.uniform(0.02)
+        small = nn.initializers.normal(0.02)
         self.prompt = self.param('prompt', small, (1, self.base.width))
         self.summary = self.param('summary', small, (len(MODALITIES), self.base.width))
         self.norm = RMSNorm()

@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021) in a variable collection of their own.
 
-`Linear` is the one place that knows of adapters: where the collection 'lora' holds a pair (a, b) for
-it, it adds x a b to its output. A model therefore runs with or without any adapter by what is passed
-to `apply`, and several adapters share one frozen base.
+`Linear` is the one place that knows of adapters: where the collection 'lora' holds a pair (a, b)
+for it, it adds x a b to its output. A model therefore runs with or without any adapter by what is
+passed to `apply`, and several adapters share one frozen base.
 """
 
 import re
@@ -11,6 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tpad_jax.errors import InputError
+
+
+def uniform(bound):
+    """Initialiser: uniform in -bound..bound, which compiles faster than a normal draw."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+        key, shape, dtype, -bound, bound)
 
 
 class Linear(nn.Module):
@@ -26,7 +34,8 @@ class Linear(nn.Module):
         kernel = self.param('kernel', nn.initializers.lecun_uniform(), (x.shape[-1], self.features))
         dtype = self.dtype or x.dtype
         lead = x.shape[:-1]
-        x = x.astype(dtype).reshape(-1, x.shape[-1])  # one plain matrix product: on CPU twice as fast
+        # one plain matrix product: on CPU twice as fast as one with batch axes
+        x = x.astype(dtype).reshape(-1, x.shape[-1])
         y = x @ kernel.astype(dtype)
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, (self.features,)).astype(dtype)
@@ -43,18 +52,16 @@ def init(key, base, *, rank, targets):
     scanned layers, [layers, I, O], get stacked adapters.
 
     Raises:
-      ValueError: the regex matches no kernel.
+      InputError: the regex matches no kernel.
     """
     flat = {path[:-1]: w for path, w in flatten_dict(base).items()
             if path[-1] == 'kernel' and re.search(targets, '/'.join(path[:-1]))}
     if not flat:
-        raise ValueError(f'the adapter targets {targets!r} match no kernel of the base')
+        raise InputError(f'config.model.lora_targets={targets!r} matches no kernel of the base')
     out = {}
     for i, (path, w) in enumerate(sorted(flat.items())):
         *stack, fan_in, fan_out = w.shape
-        bound = (3 / fan_in) ** 0.5
-        a = jax.random.uniform(jax.random.fold_in(key, i), (*stack, fan_in, rank), minval=-bound,
-                               maxval=bound)
+        a = uniform((3 / fan_in) ** 0.5)(jax.random.fold_in(key, i), (*stack, fan_in, rank))
         out[*path, 'a'], out[*path, 'b'] = a, jnp.zeros((*stack, rank, fan_out))
     return unflatten_dict(out)
 

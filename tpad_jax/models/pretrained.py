@@ -1,9 +1,9 @@
 """The base both MLLMs share, on disk: sizes, parameters and tokenizer in one directory.
 
-`config.json` holds the sizes of `MLLM` and the image side it was trained at, `params.safetensors` the
-parameters by path, 'base/...' the MLLM and 'knowledge/...' heads for the Knowledge-MLLM to start from,
-and the tokenizer is what `transformers.AutoTokenizer` reads. The committed default stands in `base/`
-beside this file; `tpad_jax/pretrain.py` made it.
+`config.json` holds the sizes of `MLLM` and the image side it was trained at, `params.safetensors`
+the parameters by path, 'base/...' the MLLM and 'knowledge/...' heads for the Knowledge-MLLM to
+start from, and the tokenizer is what `transformers.AutoTokenizer` reads. The committed default
+stands in `base/` beside this file; `tpad_jax/pretrain.py` made it.
 """
 
 import json
@@ -19,7 +19,7 @@ DEFAULT = Path(__file__).parent / 'base'
 
 
 def save(directory, sizes: dict, params: dict):
-    """Write sizes and parameters; arrays are stored as float16, half the bytes of what trained them."""
+    """Write sizes and parameters; arrays are stored as float16, half of what trained them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(x, np.float16) for path, x in flatten_dict(params, sep='/').items()}
@@ -35,8 +35,8 @@ def load_sizes(directory=DEFAULT) -> dict:
     """
     file = Path(directory) / 'config.json'
     if not file.is_file():
-        raise InputError(f'{directory} holds no base: there is no config.json; leave config.mllm.base '
-                         'empty for the default or name a directory that tpad_jax.pretrain wrote')
+        raise InputError(f'{directory} holds no base: there is no config.json; leave config.mllm.'
+                         'base empty for the default or name a directory that tpad_jax.pretrain wrote')
     return json.loads(file.read_text())
 
 
@@ -56,8 +56,8 @@ def load_params(directory, expected: dict) -> dict:
     wanted = {path: x.shape for path, x in flatten_dict(expected, sep='/').items()}
     wrong = [f'{p} missing' for p in sorted(wanted.keys() - found.keys())]
     wrong += [f'{p} unexpected' for p in sorted(found.keys() - wanted.keys())]
-    wrong += [f'{p} is {found[p].shape}, not {wanted[p]}' for p in sorted(wanted.keys() & found.keys())
-              if found[p].shape != wanted[p]]
+    wrong += [f'{p} is {found[p].shape}, not {wanted[p]}'
+              for p in sorted(wanted.keys() & found.keys()) if found[p].shape != wanted[p]]
     if wrong:
         raise InputError(f'{file} does not fit its config.json: ' + '; '.join(wrong))
     return unflatten_dict({p: np.asarray(x, np.float32) for p, x in found.items()}, sep='/')

@@ -1,8 +1,9 @@
-"""The session GNN: a gated graph network over a session's items, and a readout of the whole session.
+"""The session GNN: a gated graph network over a session's items, and a readout of the whole
+session.
 
-Source: Wu et al. 2019, "Session-based Recommendation with Graph Neural Networks" (SR-GNN), equations
-1-7. The graph is built on the device from padded ids: nothing but the ids travels. [ours] positions
-counted from both ends enter the readout's attention, and dropout, keyed by row.
+Source: Wu et al. 2019, "Session-based Recommendation with Graph Neural Networks" (SR-GNN),
+equations 1-7. The graph is built on the device from padded ids: nothing but the ids travels.
+[ours] positions counted from both ends enter the readout's attention, and dropout, keyed by row.
 """
 
 import flax.linen as nn
@@ -10,14 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.models.attention import dropout
-from tpad_jax.models.lora import Linear
+from tpad_jax.models.lora import Linear, uniform
 
 
 def session_graph(items):
     """The session graph of each row, from ids alone.
 
     Nodes are the different items of a row; node j stands at the position where its item is first
-    met, so no compaction is needed. A repeated transition counts as often as it occurs, and rows are
+    met, so no compaction is needed. A repeated transition counts as often as it occurs, and rows
+    are
     normalised: entry [b, i, j] of `outgoing` is the share of departures from i that go to j.
 
     Args:
@@ -73,18 +75,20 @@ class SessionGNN(nn.Module):
         z = dropout(jnp.where(real, z, 0), self.rate, keys[0])
         alias, outgoing, incoming = session_graph(items)
         node = jnp.take_along_axis(z, alias[:, :, None], axis=1)  # repeats share one dropout mask
-        uniform = nn.initializers.lecun_uniform()  # as SR-GNN: uniform everywhere
-        cell = nn.GRUCell(width, kernel_init=uniform, recurrent_kernel_init=uniform, name='cell')
-        leave, arrive = Linear(width, use_bias=True, name='out'), Linear(width, use_bias=True, name='in')  # one for all rounds
+        flat = nn.initializers.lecun_uniform()  # SR-GNN, too, draws every weight uniformly
+        cell = nn.GRUCell(width, kernel_init=flat, recurrent_kernel_init=flat, name='cell')
+        leave = Linear(width, use_bias=True, name='out')
+        arrive = Linear(width, use_bias=True, name='in')
         for _ in range(self.steps):
             message = jnp.concatenate([outgoing @ leave(node), incoming @ arrive(node)], axis=-1)
             node, _ = cell(node, message)
         s = jnp.take_along_axis(node, alias[:, :, None], axis=1)
         last = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
         s_last = jnp.take_along_axis(s, last[:, None, None], axis=1)[:, 0]
-        mix = Linear(width, use_bias=True, name='w1')(s_last)[:, None] + Linear(width, use_bias=True, name='w2')(s)
+        mix = Linear(width, use_bias=True, name='w1')(s_last)[:, None]
+        mix += Linear(width, use_bias=True, name='w2')(s)
         if self.positions:
-            table = nn.initializers.uniform(0.02)
+            table = uniform(0.03)
             from_start = self.param('from_start', table, (self.max_length, width))
             from_end = self.param('from_end', table, (self.max_length, width))
             place = jnp.arange(items.shape[1])

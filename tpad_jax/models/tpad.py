@@ -6,8 +6,8 @@
     distil              item content, LoRA d  -> r
     recommend           id, r (or k), side    -> z;  session GNN over z -> h
 
-Only what a stage's losses name is computed. A feature is *fresh* (computed from content, with gradient)
-or read from the catalogue's rows; its name is the same.
+Only what a stage's losses name is computed. A feature is *fresh* (computed from content, with
+gradient) or read from the catalogue's rows; its name is the same.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ from tpad_jax.models.mllm import MLLM
 from tpad_jax.models.session_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
 
-# Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a run.
+# Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
+# run.
 PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'gnn')
 
 
@@ -41,7 +42,8 @@ class TPAD:
     """The modules and the few numbers that say how they are composed; hashable, static in a step.
 
     Attributes:
-      recommend: which features enter z besides id and side: names of catalogue rows ('r', 'k', 'true').
+      recommend: which features enter z besides id and side: names of catalogue rows ('r', 'k',
+        'true').
       form: 'compressed' or 'full', how the Transfer-MLLM is fed an item.
       withhold: share of an item's words kept from the reader in knowledge acquisition.
       word_dropout: share of the words kept from the writer, which has to use the features instead.
@@ -194,16 +196,18 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
 
     Returns:
       Of these, the ones needed: items, next [B, N]; k [B, N, M D]; t, c, p, r, r_next [B, N, D];
-      describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary [W, width];
-      h [B, D], z [V+1, D], warm [V+1]; critic.*, club: score functions with their parameters bound.
+      describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary [W,
+      width]; h [B, D], z [V+1, D], warm [V+1]; critic.*, club: score functions with their
+      parameters bound.
     """
     keys = dict(zip(PURPOSES, (None,) * len(PURPOSES) if key is None
                     else jax.random.split(key, len(PURPOSES)), strict=True))
     out = {'items': batch.items, 'next': batch.next, 'warm': catalogue['warm']}
     rows = jnp.arange(batch.items.shape[0])
     reads_sessions = needs & {'t', 'c', 'p', 'foretell'}
+    reads_k = needs & {'k', 'describe'} or (needs & {'h', 'z'} and 'k' in spec.recommend)
 
-    if 'k' in fresh and (needs & {'k', 'describe'} or reads_sessions):
+    if 'k' in fresh and (reads_k or reads_sessions):
         keep = _keep(keys['withhold'], batch.ids, batch.tokens, spec.withhold)
         k_content = read_items(spec, params, 'knowledge', batch.image, batch.has_image,
                                batch.tokens, keep)
@@ -216,7 +220,7 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     elif 'r' in catalogue:
         out['r'], out['r_next'] = catalogue['r'][batch.items], catalogue['r'][batch.next]
 
-    if needs & {'k', 'describe'}:
+    if reads_k:
         out['k'] = flat(k)
     if 'describe' in needs:
         tokens = batch.tokens[batch.slots[rows, batch.last]]

@@ -1,9 +1,9 @@
 """Transfer-MLLM: reads a session item by item, yields a transition-aware feature at each position.
 
 [paper] a Transfer-MLLM reads sessions beside the Knowledge-MLLM.
-[ours] the two share one frozen base and differ in their adapters; an item is fed as a few tokens made
-from its knowledge features ('compressed') or as its image and text tokens ('full'); a summary token
-after each item has seen i_1..i_j only; the next item's text is written from that token alone.
+[ours] the two share one frozen base and differ in their adapters; an item is fed as a few tokens
+made from its knowledge features ('compressed') or as its image and text tokens ('full'); a summary
+token after each item has seen i_1..i_j only; the next item's text is written from that token alone.
 """
 
 import einops
@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tpad_jax.models.knowledge import MODALITIES, Writer, masked_mean
-from tpad_jax.models.lora import Linear
+from tpad_jax.models.lora import Linear, uniform
 from tpad_jax.models.mllm import MLLM
 from tpad_jax.models.transformer import RMSNorm
 
@@ -29,7 +29,7 @@ class TransferMLLM(nn.Module):
 
     def setup(self):
         """Build the heads."""
-        small = nn.initializers.uniform(0.02)
+        small = uniform(0.03)
         self.prompt = self.param('prompt', small, (1, self.base.width))
         self.summary = self.param('summary', small, (1, self.base.width))
         self.into = [Linear(self.base.width, use_bias=True) for _ in MODALITIES]
@@ -42,7 +42,7 @@ class TransferMLLM(nn.Module):
         return jnp.stack([into(k[..., m, :]) for m, into in enumerate(self.into)], axis=-2)
 
     def unfold(self, image, has_image, tokens):
-        """An item's own image and text tokens and their mask: [U, P + T, width], bool [U, P + T]."""
+        """An item's image and text tokens and their mask: [U, P + T, width], bool [U, P + T]."""
         seen = self.base.see(image)
         image_mask = jnp.broadcast_to(has_image[:, None], seen.shape[:2])
         x = jnp.concatenate([seen, self.base.words(tokens)], axis=1)

@@ -58,7 +58,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):
-        """Encode x [B, L, D] under mask bool [B, L] -> [B, L, D]. Positions count unmasked tokens."""
+        """Encode x [B, L, D] under mask bool [B, L] -> [B, L, D]; positions count tokens."""
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         scanned = nn.scan(block, variable_axes={'params': 0, 'lora': 0},

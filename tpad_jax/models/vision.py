@@ -27,11 +27,10 @@ class VisionTower(nn.Module):
         """Encode image uint8 [B, H, W, 3] -> [B, P, channels[-1]], P = H W / 4^stages."""
         x = image.astype(jnp.float32) / 127.5 - 1
         for i, width in enumerate(self.channels):
-            x = nn.Conv(width, (3, 3), strides=2, kernel_init=nn.initializers.lecun_uniform(),
-                        name=f'conv_{i}')(x)
+            x = nn.Conv(width, (3, 3), strides=2, name=f'conv_{i}')(x)
             x = nn.silu(nn.GroupNorm(num_groups=8, name=f'norm_{i}')(x))
         cells = x.shape[1:3]
-        place = self.param('place', nn.initializers.uniform(0.02), (*cells, self.channels[-1]))
+        place = self.param('place', nn.initializers.normal(0.02), (*cells, self.channels[-1]))
         x = einops.rearrange(x + place, 'b h w d -> b (h w) d')
         width = self.channels[-1]
         encoder = Transformer(self.layers, self.heads, 2 * width, causal=False, name='encoder')

@@ -1,0 +1,399 @@
+"""The whole job on a very small planted catalogue: results, resume bit by bit, refusals."""
+
+import contextlib
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from ml_collections import ConfigDict
+
+from configs import amazon
+from tpad_jax import job, train, writers
+from tpad_jax.data import builder
+from tpad_jax.errors import InputError
+from tpad_jax.models import pretrained
+from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllm import MLLM
+
+STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
+RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
+BASELINES = ('content_knn', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn')
+SIDE, WIDTH = 16, 16
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once(tmp_path_factory):
+    """Runs share what they compile: they are many and the same."""
+    options = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+               'jax_persistent_cache_min_compile_time_secs': 0.1}
+    before = {name: getattr(jax.config, name) for name in options}
+    for chosen in (options, before):
+        for name, value in chosen.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if chosen is options:
+            yield
+
+
+@pytest.fixture(scope='module')
+def base_dir(tmp_path_factory):
+    """A base of random parameters, a sixth of the default's width, with the default's tokenizer."""
+    directory = tmp_path_factory.mktemp('base')
+    for file in pretrained.DEFAULT.glob('tokenizer*.json'):
+        shutil.copy(file, directory)
+    sizes = dict(vocab=pretrained.load_sizes(pretrained.DEFAULT)['vocab'], width=WIDTH, layers=1,
+                 heads=2, hidden=24, channels=(8, 8), vision_layers=1)
+    model = KnowledgeMLLM(MLLM(**sizes), WIDTH)
+    shapes = jax.eval_shape(partial(model.init, method='everything'), jax.random.key(0),
+                            np.zeros((1, SIDE, SIDE, 3), np.uint8), np.ones(1, bool),
+                            np.ones((1, 8), np.int32))['params']
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: np.asarray(
+        rng.normal(size=x.shape) * x.shape[-2] ** -0.5 if x.ndim > 1 else np.ones(x.shape),
+        np.float32), shapes)
+    heads = {name: tree for name, tree in params.items() if name != 'base'}
+    pretrained.save(directory, {**sizes, 'channels': list(sizes['channels']), 'image_size': SIDE,
+                                'features': WIDTH}, {'base': params['base'], 'knowledge': heads})
+    return directory
+
+
+@pytest.fixture(scope='module')
+def config(base_dir):
+    """`amazon.py:tiny`, made smaller still."""
+    c = amazon.get_config('tiny')
+    c.parallel, c.save_every, c.log_every = 'jit', 2, 1
+    c.mllm.update(base=str(base_dir), image_size=SIDE, text_length=8)
+    c.model.update(features=WIDTH, width=WIDTH, lora_rank=2)
+    c.data.planted.update(items=40, train=120, valid=20, test=30)
+    for name, steps in dict(knowledge=5, transfer=5, recommend=8, joint=5).items():
+        c.stage[name].update(steps=steps, batch_size=16)
+    c.stage.recommend.eval_every = 3
+    c.stage.joint.update(eval_every=2, refresh_every=3)
+    return c.lock()
+
+
+def changed(config, **changes):
+    """A copy with some keys set, by dotted name."""
+    c = ConfigDict(config).copy_and_resolve_references()
+    c.update_from_flattened_dict({name.replace('__', '.'): x for name, x in changes.items()})
+    return c
+
+
+class Recorded(dict):
+    """{run of steps: parameters it ended with} of every `fit` that came to its end."""
+
+    def __enter__(self):
+        self._patch = pytest.MonkeyPatch()
+        fit = train.fit
+
+        def recorded(loop, *args):
+            out = fit(loop, *args)
+            self[loop.name] = out[0]
+            return out
+
+        self._patch.setattr(train, 'fit', recorded)
+        return self
+
+    def __exit__(self, *_):
+        self._patch.undo()
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing is saved on its account."""
+
+
+@contextlib.contextmanager
+def stops(when, how):
+    """A `stopping` that answers True, or kills, after step `when[stage]` of a stage it meets."""
+    at, original = [None, 0], writers.progress
+
+    @contextlib.contextmanager
+    def progress(stage, total, start=0, console=None):
+        at[:] = stage, start
+        with original(stage, total, start, console) as bar:
+            yield bar
+        at[0] = None
+
+    def stopping():
+        at[1] += 1
+        if at[0] is None or when.get(at[0]) != at[1]:
+            return False
+        del when[at[0]]
+        if how == 'kill':
+            raise Killed
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writers, 'progress', progress)
+        yield stopping
+
+
+def log_of(workdir):
+    """{(run of steps, step, what): values}, each step once."""
+    found = {}
+    for line in writers.read_log(workdir / 'log.jsonl'):
+        what = 'valid' if any(name.startswith('valid/') for name in line) else 'train'
+        key = line['stage'], line['step'], what
+        assert key not in found, f'{key} stands twice'
+        found[key] = line
+    return found
+
+
+@pytest.fixture(scope='module')
+def whole(config, tmp_path_factory):
+    """An uninterrupted run: its workdir, results and every stage's final parameters."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    with Recorded() as params:
+        results = job.run(config, workdir)
+    return workdir, results, params
+
+
+# --- what a run leaves behind -------------------------------------------------------------------
+
+
+def test_results_hold_what_the_interface_promises(whole, config):
+    workdir, returned, _ = whole
+    results = json.loads((workdir / 'results.json').read_text())
+    assert results.keys() == returned.keys()
+    assert results.keys() >= {'data', 'audit', 'models', 'oracle', 'provenance', 'seconds'}
+    data, lines = results['data'], results['data']['lines']
+    assert lines['read'] == lines['kept'] + sum(lines['rejected'].values()) > 0
+    assert data['items'] == 40
+    assert data['sessions'] == {'train': 120, 'valid': 20, 'test': 30}
+    assert data['items_without_image'] == 0
+    assert 0 < data['cold_items'] < 40
+    assert len(data['fingerprint']) == 64
+    assert set(results['models']) == {'tpad', 'tpad_recommend', 'tpad_joint', *RIVALS, *BASELINES}
+    for scores in [*results['models'].values(), {'test': results['oracle']}]:
+        test = scores['test']
+        for name in ('hit', 'mrr', 'ndcg', 'expected_hit'):
+            assert 0 <= test[f'{name}@5'] <= test[f'{name}@10'] <= test[f'{name}@20'] <= 1
+        assert test['slices'].keys() == {'warm', 'cold', 'length_1', 'length_2', 'length_3-5',
+                                         'length_6+', 'repeat', 'new'}
+        assert {'hit@20', 'mrr@20', 'ndcg@20'} <= test['slices']['cold'].keys()
+        assert test['expected_hit@20'] <= results['oracle']['expected_hit@20'] + 1e-6
+    for scores in results['models'].values():
+        assert {'hit@20', 'mrr@20', 'ndcg@20', 'slices'} <= scores['valid'].keys()
+    assert set(results['seconds']) >= {*STAGES, *RIVALS, 'total'}
+    assert all(seconds > 0 for seconds in results['seconds'].values())
+    assert results['provenance']['stages'] == list(STAGES)
+    assert results['provenance']['seed'] == config.seed
+
+
+def test_tpad_is_the_better_of_both_on_validation(whole):
+    models = whole[1]['models']
+    both = {name: models[name]['valid']['hit@20'] for name in ('tpad_recommend', 'tpad_joint')}
+    assert models['tpad']['valid']['hit@20'] == max(both.values())
+    assert models['tpad']['test'] == models[models['tpad']['is']]['test']
+
+
+def test_files_of_a_run(whole):
+    workdir, results, _ = whole
+    log = log_of(workdir)
+    for stage, steps in dict(knowledge=5, transfer=5, recommend=8, joint=5).items():
+        assert [s for name, s, what in log if (name, what) == (stage, 'train')] == [
+            *range(1, steps + 1)]
+        assert any((workdir / 'events' / stage).iterdir())
+    assert [s for name, s, what in log if (name, what) == ('joint', 'valid')] == [2, 4, 5]
+    assert {f.name for f in (workdir / 'figures').glob('*.png')} == {
+        'learning_curves.png', 'mutual_information.png', 'hit_at_k.png', 'contact_sheet.png'}
+    with np.load(workdir / 'ranks.npz') as ranks:
+        rows = results['models']['tpad']['test']['rows']
+        for name in results['models']:
+            assert ranks[f'{name}/above'].shape == ranks[f'{name}/equal'].shape == (rows,)
+        hits = (ranks['pop/above'] < 20).mean()
+        assert abs(hits - results['models']['pop']['test']['hit@20']) < 0.15  # but for ties
+    for name, width in (('k', (2, WIDTH)), ('r', (WIDTH,))):
+        rows = np.load(workdir / 'features' / f'{name}.npy')
+        assert rows.shape == (41, *width)
+        assert not rows[0].any()
+        assert np.isfinite(rows).all()
+        assert np.unique(rows[1:].reshape(40, -1), axis=0).shape[0] == 40
+
+
+def test_a_finished_run_returns_at_once(whole, config, monkeypatch):
+    workdir, results, _ = whole
+    monkeypatch.setattr(job.Job, 'build', lambda self: pytest.fail('built a model'))
+    before = (workdir / 'results.json').read_bytes()
+    assert job.run(config, workdir)['models'].keys() == results['models'].keys()
+    free = changed(config, save_every=7, log_every=3, stages='recommend', parallel='shard_map')
+    job.run(free, workdir)
+    assert (workdir / 'results.json').read_bytes() == before
+
+
+@pytest.mark.parametrize(('key', 'value'), [
+    ('seed', 1), ('data__planted__seed', 1), ('stage__joint__steps', 6),
+    ('losses__align__stages', 'joint'), ('losses__align__weight', 0.2)])
+def test_another_config_is_refused_by_the_keys_that_differ(whole, config, key, value):
+    before = sorted((path, path.stat().st_mtime_ns) for path in whole[0].rglob('*'))
+    with pytest.raises(InputError, match=key.replace('__', r'\.') + r' was .* and is now') as told:
+        job.run(changed(config, **{key: value}), whole[0])
+    assert str(told.value).count(' was ') == 1
+    assert sorted((path, path.stat().st_mtime_ns) for path in whole[0].rglob('*')) == before
+
+
+def test_other_data_are_refused(whole, config, tmp_path):
+    shutil.copytree(whole[0], tmp_path / 'run')
+    (tmp_path / 'run' / 'raw' / 'images' / 'P000000001.jpg').write_bytes(b'')
+    with pytest.raises(InputError, match='other raw files'):
+        job.run(config, tmp_path / 'run')
+
+
+# --- resume -------------------------------------------------------------------------------------
+
+
+def assert_same_run(whole, workdir, params):
+    """The same parameters bit for bit, the same log, the same rows and metrics."""
+    assert params.keys() == whole[2].keys()
+    for run, final in whole[2].items():
+        assert params[run].keys() == final.keys()
+        for path, x in final.items():
+            np.testing.assert_array_equal(params[run][path], x, err_msg=f'{run}: {path}')
+    assert log_of(workdir) == log_of(whole[0])
+    for name in ('k', 'r'):
+        assert ((workdir / 'features' / f'{name}.npy').read_bytes()
+                == (whole[0] / 'features' / f'{name}.npy').read_bytes())
+    found, expected = (json.loads((d / 'results.json').read_text()) for d in (workdir, whole[0]))
+    assert found['models'] == expected['models']
+
+
+def run_through(config, workdir, when, how):
+    """Run again and again until it ends; -> final parameters and how often it was stopped."""
+    stopped = 0
+    with stops(when, how) as stopping:
+        while True:
+            try:
+                with Recorded() as params:
+                    job.run(config, workdir, stopping)
+                return params, stopped
+            except (train.Stopped, Killed):
+                stopped += 1
+                assert not (workdir / 'results.json').exists()
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(whole, config, tmp_path):
+    when = dict(knowledge=3, transfer=1, recommend=5, knowledge_only=3, joint=3)
+    params, stopped = run_through(config, tmp_path / 'run', when, 'stop')
+    assert stopped == 5
+    assert_same_run(whole, tmp_path / 'run', params)
+
+
+def test_a_killed_run_computes_few_steps_again(whole, config, tmp_path, monkeypatch):
+    done, save = [], train.train_step
+    lift = train.Devices.lift
+
+    def counted(self, step):
+        lifted = lift(self, step)
+
+        def count(state, *args):
+            done.append(1)
+            return lifted(state, *args)
+        return count
+
+    monkeypatch.setattr(train.Devices, 'lift', counted)
+    params, stopped = run_through(config, tmp_path / 'run', dict(transfer=4, joint=3), 'kill')
+    assert stopped == 2
+    assert train.train_step is save
+    needed = 5 + 5 + 4 * 8 + 5
+    assert needed < len(done) <= needed + 2 * 2 * config.save_every
+    assert_same_run(whole, tmp_path / 'run', params)
+
+
+def test_a_stop_between_stages_is_heeded(config, tmp_path):
+    with pytest.raises(train.Stopped, match='between stages'):
+        job.run(config, tmp_path / 'run', lambda: True)
+    assert not (tmp_path / 'run' / 'stages').exists()
+
+
+def test_stages_run_apart_are_stages_run_together(whole, config, tmp_path):
+    workdir = tmp_path / 'run'
+    first = job.run(changed(config, stages='knowledge,transfer'), workdir)
+    assert set(first['models']) == set(BASELINES)
+    with Recorded() as params:
+        last = job.run(changed(config, stages='recommend,joint'), workdir)
+    assert last['provenance']['stages'] == list(STAGES)
+    assert_same_run(whole, workdir, params)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('changes', 'told'), [
+    (dict(stages='transfer'), "stage transfer reads the rows 'k', which stage knowledge makes"),
+    (dict(stages='knowledge,recommend'), "stage recommend reads the rows 'r'"),
+    (dict(stages='knowledge,joint'), "stage joint reads the rows 'r', which stage transfer makes"),
+    (dict(stages='recommend', model__recommend=''), "stage recommend reads the rows 'k'"),
+    (dict(stages='recommend,transfer'), 'each once and in this order'),
+    (dict(stages=''), 'name one or more of'),
+    (dict(stages='knowledge,train'), "config.stages names 'train'"),
+    (dict(losses__align__stages='transfr'), "config.losses.align.stages names 'transfr'"),
+    (dict(losses__align__fn='infonse'), "config.losses.align.fn='infonse' cannot be found"),
+    (dict(losses__align__x='kk'), 'config.losses.align reads kk, which no stage computes'),
+    (dict(stage__transfer__optimiser='adam'), 'choose from adamw, sgd'),
+    (dict(stage__transfer__batch_size=0), 'config.stage.transfer.batch_size=0 must be'),
+    (dict(stage__joint__batch_size=12, parallel='pmap'), 'must be a multiple of 8'),
+    (dict(stage__transfer__train='('), "train='\\(' is no regular expression"),
+    (dict(stage__transfer__fresh='q'), "names 'q'; choose from k, r"),
+    (dict(save_every=0), 'config.save_every=0 must be 1 or more'),
+    (dict(seed=-1), 'config.seed=-1 must be 0 or more'),
+    (dict(model__form='whole'), "config.model.form names 'whole'"),
+    (dict(model__recommend='r,q'), "config.model.recommend names 'q'"),
+    (dict(model__critics__align='cosine'), "config.model.critics.align names 'cosine'"),
+    (dict(parallel='threads'), "config.parallel='threads' is unknown"),
+    (dict(devices=9), 'config.devices=9, but this process has 8'),
+    (dict(data__raw_dir='/no/such/place'), '/no/such/place: no such directory'),
+    (dict(mllm__base='/no/such/base'), '/no/such/base holds no base'),
+    (dict(mllm__image_size=64), f'config.mllm.image_size=64, but the base was made for {SIDE}'),
+])
+def test_refused_before_anything_is_made(config, tmp_path, changes, told):
+    with pytest.raises(InputError, match=told):
+        job.run(changed(config, **changes), tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
+    (tmp_path / 'file').write_text('not a directory')
+    for workdir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        with pytest.raises(InputError, match='cannot be made'):
+            job.run(config, workdir)
+    assert (tmp_path / 'file').read_text() == 'not a directory'
+
+
+def test_unusable_data_leave_the_workdir_free(config, tmp_path):
+    with pytest.raises(InputError, match='the split sizes'):
+        job.run(changed(config, data__planted__valid=0), tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'config.json').exists()
+    assert not (tmp_path / 'run' / 'data' / builder.FINISHED).exists()
+
+
+# --- seeds --------------------------------------------------------------------------------------
+
+
+def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config, tmp_path):
+    results = {}
+    for name, seed in (('same', config.seed), ('other', config.seed + 1)):
+        with Recorded() as params:
+            results[name] = job.run(changed(config, seed=seed, stages='knowledge'),
+                                    tmp_path / name)
+        equal = [np.array_equal(x, whole[2]['knowledge'][path])
+                 for path, x in params['knowledge'].items()]
+        assert all(equal) if name == 'same' else not any(equal)
+    assert results['same']['data'] == results['other']['data'] == whole[1]['data']
+
+
+def test_raw_files_are_read_where_they_lie(config, whole, tmp_path):
+    raw = whole[0] / 'raw'
+    before = sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*'))
+    found = job.run(changed(config, data__raw_dir=str(raw), data__core=1, data__valid=20,
+                            data__test=30, data__gap_hours=0.1, stages='knowledge'),
+                    tmp_path / 'run')
+    assert 'oracle' not in found
+    assert not Path(tmp_path / 'run' / 'raw').exists()
+    assert found['data']['lines'] == whole[1]['data']['lines']
+    assert found['data']['planted'] is False
+    assert sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*')) == before

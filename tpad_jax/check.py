@@ -1,0 +1,117 @@
+"""What can be refused before anything is computed or created, each in one sentence."""
+
+import re
+
+from tpad_jax import parallel, train
+from tpad_jax.data import amazon
+from tpad_jax.errors import InputError
+from tpad_jax.models import alignment, pretrained
+
+STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
+MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
+
+
+def names(text: str) -> tuple[str, ...]:
+    """'a,b' -> ('a', 'b'); '' -> ()."""
+    return tuple(part for part in text.split(',') if part)
+
+
+def check(config) -> tuple[str, ...]:
+    """The stages asked for, once the config is known to be usable.
+
+    Raises:
+      InputError: an unknown stage, loss, keyword, row name or choice, an unusable number, a
+        directory that does not hold what it should.
+    """
+    stages = names(config.stages)
+    for stage in stages:
+        _one_of('stages', stage, STAGES)
+    if not stages or list(stages) != sorted(set(stages), key=STAGES.index):
+        raise InputError(f'config.stages={config.stages!r}: name one or more of '
+                         f'{",".join(STAGES)}, each once and in this order')
+    for name, loss in config.losses.items():
+        for stage in names(loss.stages):
+            _one_of(f'losses.{name}.stages', stage, STAGES)
+    shards = parallel.choose(config.parallel, config.devices).shards
+    for stage in stages:
+        _check_stage(config, stage, shards)
+    for key in ('save_every', 'log_every'):
+        _at_least(1, key, config[key])
+    _at_least(0, 'seed', config.seed)
+    _at_least(1, 'data.max_length', config.data.max_length)
+    _one_of('model.form', config.model.form, ('compressed', 'full'))
+    for name, kind in config.model.critics.items():
+        _one_of(f'model.critics.{name}', kind, alignment.KINDS)
+    for row in names(config.model.recommend):
+        _one_of('model.recommend', row, ('k', 'r'))
+    _pattern('model.lora_targets', config.model.lora_targets)
+    if config.data.raw_dir:
+        amazon.find(config.data.raw_dir)
+    _check_base(config)
+    return stages
+
+
+def check_inputs(config, stages, finished) -> None:
+    """Refuse a stage that reads rows which no stage before it makes.
+
+    Args:
+      stages: to be run. finished: those an earlier run of the workdir took to their end.
+
+    Raises:
+      InputError: naming the rows and the stage that makes them.
+    """
+    own = names(config.model.recommend)
+    rivals = [row for rival in config.rivals.values() for row in names(rival.recommend)]
+    reads = {'transfer': ('k',), 'recommend': (*own, *rivals), 'joint': ('k', 'r')}
+    made = {'true'}  # comes with the planted catalogue
+    for stage in STAGES:
+        if stage not in stages and stage not in finished:
+            continue
+        for row in reads.get(stage, ()):
+            if row not in made:
+                maker = next(s for s in STAGES if row in MAKES.get(s, ()))
+                raise InputError(f'stage {stage} reads the rows {row!r}, which stage {maker} '
+                                 f'makes: add {maker} to config.stages={",".join(stages)}')
+        made |= {*MAKES.get(stage, ())}
+
+
+def _check_stage(config, stage, shards):
+    """Refuse a stage's own settings."""
+    train.stage_losses(config, stage)
+    c, key = config.stage[stage], f'stage.{stage}.'
+    _at_least(1, key + 'steps', c.steps)
+    if c.batch_size < 1 or c.batch_size % shards:
+        raise InputError(f'config.{key}batch_size={c.batch_size} must be a multiple of {shards}, '
+                         'the number of devices')
+    for name in ('eval_every', 'patience', 'refresh_every'):
+        _at_least(0, key + name, c[name])
+    _one_of(key + 'optimiser', c.optimiser, ('adamw', 'sgd'))
+    for name in names(c.fresh):
+        _one_of(key + 'fresh', name, ('k', 'r'))
+    _pattern(key + 'train', c.train)
+
+
+def _check_base(config):
+    """Refuse a base that is none, or that was made for other sizes."""
+    sizes = pretrained.load_sizes(config.mllm.base or pretrained.DEFAULT)
+    for key, have, want in (('mllm.image_size', config.mllm.image_size, sizes['image_size']),
+                            ('model.features', config.model.features, sizes['features'])):
+        if have != want:
+            raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
+
+
+def _at_least(least, key, value):
+    if value < least:
+        raise InputError(f'config.{key}={value} must be {least} or more')
+
+
+def _one_of(key, value, choices):
+    if value not in choices:
+        raise InputError(f'config.{key} names {value!r}; choose from {", ".join(choices)}')
+
+
+def _pattern(key, pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f'config.{key}={pattern!r} is no regular expression: {error}') from error
