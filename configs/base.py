@@ -26,12 +26,12 @@ def get_config():
     c.stage = ConfigDict(dict(
         knowledge=stage(batch_size=64, steps=60, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),
-        transfer=stage(batch_size=192, steps=30, learning_rate=2e-3, eval_every=0, fresh='r',
+        transfer=stage(batch_size=192, steps=24, learning_rate=2e-3, eval_every=0, fresh='r',
                        every_prefix=False, copy='lora/knowledge->lora/distil',
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
-        recommend=stage(batch_size=512, steps=800, learning_rate=4e-3, eval_every=50, patience=5,
+        recommend=stage(batch_size=512, steps=600, learning_rate=4e-3, eval_every=50, patience=5,
                         train=r'^recommender/', weight_decay=0.1),
-        joint=stage(batch_size=64, steps=24, learning_rate=2e-4, eval_every=8, patience=5,
+        joint=stage(batch_size=64, steps=16, learning_rate=2e-4, eval_every=8, patience=5,
                     fresh='k,r', refresh_every=8, weight_decay=0.1,
                     train=r'^(lora|knowledge|transfer|disentangle|adapter|club|critic|recommender)/'),
     ))

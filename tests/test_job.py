@@ -4,7 +4,6 @@ import contextlib
 import json
 import shutil
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import amazon
-from tpad_jax import job, train, writers
+from tpad_jax import job, parallel, train, writers
 from tpad_jax.data import builder
 from tpad_jax.errors import InputError
 from tpad_jax.models import pretrained
@@ -108,8 +107,11 @@ class Killed(Exception):
 
 
 @contextlib.contextmanager
-def stops(when, how):
-    """A `stopping` that answers True, or kills, after step `when[stage]` of a stage it meets."""
+def stops(when):
+    """A `stopping` that answers 'stop' or 'kill' after the given step of a stage, each once.
+
+    when: {run of steps: (step, 'stop' | 'kill')}; what was done is removed.
+    """
     at, original = [None, 0], writers.progress
 
     @contextlib.contextmanager
@@ -121,7 +123,8 @@ def stops(when, how):
 
     def stopping():
         at[1] += 1
-        if at[0] is None or when.get(at[0]) != at[1]:
+        step, how = when.get(at[0], (None, None))
+        if step != at[1]:
             return False
         del when[at[0]]
         if how == 'kill':
@@ -247,8 +250,49 @@ def test_other_data_are_refused(whole, config, tmp_path):
 # --- resume -------------------------------------------------------------------------------------
 
 
-def assert_same_run(whole, workdir, params):
-    """The same parameters bit for bit, the same log, the same rows and metrics."""
+def run_through(config, workdir, when):
+    """Run again and again until it ends.
+
+    Returns:
+      Final parameters, how often the run was stopped, and how many steps it computed.
+    """
+    stopped, steps, lift = 0, 0, parallel.Devices.lift
+
+    def counting(self, step):
+        compiled = lift(self, step)
+
+        def count(*args):
+            nonlocal steps
+            steps += 1
+            return compiled(*args)
+        return count
+
+    with stops(when) as stopping, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.Devices, 'lift', counting)
+        while True:
+            try:
+                with Recorded() as params:
+                    job.run(config, workdir, stopping)
+                return params, stopped, steps
+            except (train.Stopped, Killed):
+                stopped += 1
+
+
+def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
+    """Stopped or killed in every stage, the first two stages run by themselves first."""
+    workdir = tmp_path / 'run'
+    when = dict(knowledge=(3, 'stop'), transfer=(4, 'kill'))
+    _, stopped, steps = run_through(changed(config, stages='knowledge,transfer'), workdir, when)
+    assert (stopped, when) == (2, {})
+    assert 10 < steps <= 10 + 2 * config.save_every
+    found = json.loads((workdir / 'results.json').read_text())
+    assert set(found['models']) == set(BASELINES)
+    when = dict(recommend=(5, 'kill'), knowledge_only=(1, 'stop'), joint=(3, 'stop'))
+    rest = changed(config, stages='recommend,joint')
+    params, stopped, steps = run_through(rest, workdir, when)
+    assert (stopped, when) == (3, {})
+    assert 4 * 8 + 5 < steps <= 4 * 8 + 5 + 2 * config.save_every
+
     assert params.keys() == whole[2].keys()
     for run, final in whole[2].items():
         assert params[run].keys() == final.keys()
@@ -258,66 +302,15 @@ def assert_same_run(whole, workdir, params):
     for name in ('k', 'r'):
         assert ((workdir / 'features' / f'{name}.npy').read_bytes()
                 == (whole[0] / 'features' / f'{name}.npy').read_bytes())
-    found, expected = (json.loads((d / 'results.json').read_text()) for d in (workdir, whole[0]))
-    assert found['models'] == expected['models']
-
-
-def run_through(config, workdir, when, how):
-    """Run again and again until it ends; -> final parameters and how often it was stopped."""
-    stopped = 0
-    with stops(when, how) as stopping:
-        while True:
-            try:
-                with Recorded() as params:
-                    job.run(config, workdir, stopping)
-                return params, stopped
-            except (train.Stopped, Killed):
-                stopped += 1
-                assert not (workdir / 'results.json').exists()
-
-
-def test_a_stopped_run_goes_on_bit_by_bit(whole, config, tmp_path):
-    when = dict(knowledge=3, transfer=1, recommend=5, knowledge_only=3, joint=3)
-    params, stopped = run_through(config, tmp_path / 'run', when, 'stop')
-    assert stopped == 5
-    assert_same_run(whole, tmp_path / 'run', params)
-
-
-def test_a_killed_run_computes_few_steps_again(whole, config, tmp_path, monkeypatch):
-    done, save = [], train.train_step
-    lift = train.Devices.lift
-
-    def counted(self, step):
-        lifted = lift(self, step)
-
-        def count(state, *args):
-            done.append(1)
-            return lifted(state, *args)
-        return count
-
-    monkeypatch.setattr(train.Devices, 'lift', counted)
-    params, stopped = run_through(config, tmp_path / 'run', dict(transfer=4, joint=3), 'kill')
-    assert stopped == 2
-    assert train.train_step is save
-    needed = 5 + 5 + 4 * 8 + 5
-    assert needed < len(done) <= needed + 2 * 2 * config.save_every
-    assert_same_run(whole, tmp_path / 'run', params)
+    found = json.loads((workdir / 'results.json').read_text())
+    assert found['models'] == json.loads((whole[0] / 'results.json').read_text())['models']
+    assert found['provenance']['stages'] == list(STAGES)
 
 
 def test_a_stop_between_stages_is_heeded(config, tmp_path):
     with pytest.raises(train.Stopped, match='between stages'):
         job.run(config, tmp_path / 'run', lambda: True)
     assert not (tmp_path / 'run' / 'stages').exists()
-
-
-def test_stages_run_apart_are_stages_run_together(whole, config, tmp_path):
-    workdir = tmp_path / 'run'
-    first = job.run(changed(config, stages='knowledge,transfer'), workdir)
-    assert set(first['models']) == set(BASELINES)
-    with Recorded() as params:
-        last = job.run(changed(config, stages='recommend,joint'), workdir)
-    assert last['provenance']['stages'] == list(STAGES)
-    assert_same_run(whole, workdir, params)
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -371,29 +364,32 @@ def test_unusable_data_leave_the_workdir_free(config, tmp_path):
     assert not (tmp_path / 'run' / 'data' / builder.FINISHED).exists()
 
 
-# --- seeds --------------------------------------------------------------------------------------
+# --- seeds and raw files ------------------------------------------------------------------------
 
 
 def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config, tmp_path):
-    results = {}
-    for name, seed in (('same', config.seed), ('other', config.seed + 1)):
-        with Recorded() as params:
-            results[name] = job.run(changed(config, seed=seed, stages='knowledge'),
-                                    tmp_path / name)
-        equal = [np.array_equal(x, whole[2]['knowledge'][path])
-                 for path, x in params['knowledge'].items()]
-        assert all(equal) if name == 'same' else not any(equal)
-    assert results['same']['data'] == results['other']['data'] == whole[1]['data']
+    workdir = tmp_path / 'run'
+    with Recorded() as params, pytest.raises(train.Stopped):
+        job.run(changed(config, seed=config.seed + 1), workdir,
+                (workdir / 'stages' / 'knowledge' / job.DONE).is_file)
+    for path, x in params['knowledge'].items():
+        assert not np.array_equal(x, whole[2]['knowledge'][path]), path
+    raw = (directory / 'raw' / 'Planted.jsonl' for directory in (workdir, whole[0]))
+    assert len({file.read_bytes() for file in raw}) == 1
 
 
-def test_raw_files_are_read_where_they_lie(config, whole, tmp_path):
-    raw = whole[0] / 'raw'
+def test_raw_files_without_images_are_read_where_they_lie(whole, config, tmp_path):
+    raw = tmp_path / 'raw'
+    shutil.copytree(whole[0] / 'raw', raw, ignore=shutil.ignore_patterns('images'))
     before = sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*'))
     found = job.run(changed(config, data__raw_dir=str(raw), data__core=1, data__valid=20,
-                            data__test=30, data__gap_hours=0.1, stages='knowledge'),
-                    tmp_path / 'run')
+                            data__test=30, data__gap_hours=0.1, data__max_length=7,
+                            stages='knowledge,transfer,recommend'), tmp_path / 'run')
     assert 'oracle' not in found
-    assert not Path(tmp_path / 'run' / 'raw').exists()
-    assert found['data']['lines'] == whole[1]['data']['lines']
-    assert found['data']['planted'] is False
+    assert set(found['models']) == {'tpad', 'tpad_recommend', 'id_only', 'knowledge_only',
+                                    *BASELINES}
+    assert not any('expected_hit@20' in scores['test'] for scores in found['models'].values())
+    assert found['data'] == {**whole[1]['data'], 'planted': False, 'items_without_image': 40,
+                             'fingerprint': found['data']['fingerprint']}
     assert sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*')) == before
+    assert not (tmp_path / 'run' / 'raw').exists()

@@ -96,12 +96,6 @@ def run(fn, params, raw, batch, state, axis):
     return result, collectives.mean(grads, axis)
 
 
-@partial(jit, static_argnames=('fn', 'x', 'y', 'critic', 'club', 'temperature'))
-def call(fn, out, batch, **keywords):
-    """A loss by itself, as one program (op by op it takes ten times as long)."""
-    return fn(out, batch, **keywords)
-
-
 def close(got, expected, tolerance=2e-5):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance), got, expected)
 
@@ -142,8 +136,8 @@ def test_contract(fn):
     rng = np.random.default_rng(9)
     if fn not in CUT:
         way = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
-        above, below = (float(one(jax.tree.map(lambda x, y, e=e: x + e * y, params, way), raw, batch,
-                                  state)[0][0]) for e in (0.005, -0.005))
+        moved = (jax.tree.map(lambda x, y, e=e: x + e * y, params, way) for e in (0.005, -0.005))
+        above, below = (float(one(there, raw, batch, state)[0][0]) for there in moved)
         slope = sum(float((g * w).sum()) for g, w in zip(*map(jax.tree.leaves, (expected[1], way)),
                                                          strict=True))
         assert slope == pytest.approx((above - below) / 0.01, rel=0.02, abs=0.01)
@@ -280,180 +274,6 @@ def test_value_against_numpy(reference):
         out = outputs(params, raw, batch)
         np.testing.assert_allclose(value(out, batch), reference(jax.device_get(out), batch),
                                    rtol=1e-5, atol=1e-5)
-
-
-# --- what the bounds are ------------------------------------------------------------------------
-
-
-def pair_batch(x, y, score, ids=None):
-    """Outputs and batch for two clouds of points [A, D], one position per row."""
-    ids = np.arange(1, len(x) + 1) if ids is None else np.asarray(ids)
-    items = ids[:, None].astype(np.int32)
-    batch = Batch(items=items, next=items, target=items[:, 0], valid=np.ones(len(x), bool),
-                  row=np.arange(len(x)))
-    out = {'x': x[:, None], 'y': y[:, None], 'items': items, 'f': score}
-    return jax.tree.map(jnp.asarray, (out, batch))
-
-
-def gaussians(rng, count, rho, width=2):
-    x = rng.normal(size=(count, width)).astype(np.float32)
-    noise = rng.normal(size=x.shape).astype(np.float32)
-    return x, rho * x + np.sqrt(1 - rho**2) * noise
-
-
-def test_bounds_of_correlated_gaussians():
-    """With the best critic DV reaches I, InfoNCE stays below it, vCLUB has its own closed form."""
-    rho, width = 0.7, 2
-    x, y = gaussians(np.random.default_rng(0), 1500, rho, width)
-
-    def log_q(x, y):
-        return -0.5 * ((rho * x[:, None] - y[None]) ** 2).sum(-1) / (1 - rho**2)
-
-    def log_ratio(x, y):
-        return (log_q(x, y) + 0.5 * (y * y).sum(-1) - width / 2 * np.log(1 - rho**2))
-
-    information = -width / 2 * np.log(1 - rho**2)
-    out, batch = pair_batch(x, y, Partial(log_ratio))
-    names = dict(x='x', y='y', critic='f')
-    other = {**out, 'f': Partial(log_q)}
-    dv, nce, club = jit(lambda: (
-        losses.mine(out, batch, **names).metrics['mi'].mean(),
-        losses.infonce(out, batch, **names).metrics['mi'].mean(),
-        losses.vclub(other, batch, x='x', y='y', club='f').value.mean()))()
-    assert dv == pytest.approx(information, abs=0.06)
-    assert information - 0.1 < nce < information + 0.06
-    assert club == pytest.approx(width * rho**2 / (1 - rho**2), rel=0.08)
-
-
-def test_infonce_cannot_exceed_the_log_of_its_candidates():
-    x = np.eye(12, dtype=np.float32)
-    ids = [1, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 0]  # the last position is padding
-    out, batch = pair_batch(x, x, Partial(lambda x, y: 50 * x @ y.T), ids)
-    result = call(losses.infonce, out, batch, x='x', y='y', critic='f')
-    same = np.array([sum(i == j for j in ids) for i in ids[:-1]])
-    limit = np.log(11 - same + 1)  # all real positions but equal items, and the row itself
-    bound = np.asarray(result.metrics['mi'])[:-1, 0]
-    np.testing.assert_allclose(bound, limit, rtol=1e-5)
-    np.testing.assert_allclose(result.metrics['room'][:-1], 0, atol=1e-5)
-    assert result.weight[:, 0].tolist() == [1] * 11 + [0]
-
-
-def test_infonce_temperature_divides_the_scores():
-    rng = np.random.default_rng(0)
-    x, y = gaussians(rng, 6, 0.5)
-    out, batch = pair_batch(x, y, Partial(lambda x, y: x @ y.T))
-    cold = call(losses.infonce, out, batch, x='x', y='y', critic='f', temperature=0.2)
-    out['f'] = Partial(lambda x, y: 5 * x @ y.T)
-    close(cold.value, call(losses.infonce, out, batch, x='x', y='y', critic='f').value)
-
-
-def looked_up(table, x, y):
-    return table
-
-
-def test_equal_items_are_never_negatives():
-    """However high a duplicate's score, nothing changes; another item's score does count."""
-    rng = np.random.default_rng(0)
-    x, y = gaussians(rng, 6, 0.5)
-    ids = [1, 2, 3, 3, 4, 5]
-    scores = rng.normal(size=(6, 6)).astype(np.float32)
-    duplicate, distinct = scores.copy(), scores.copy()
-    duplicate[2, 3], duplicate[3, 2], distinct[2, 1] = 30, 30, 30
-
-    def value(fn, table, **names):
-        out, batch = pair_batch(x, y, Partial(looked_up, table), ids)
-        return np.asarray(call(fn, out, batch, x='x', y='y', **names).value)
-
-    for fn, names in ((losses.infonce, {'critic': 'f'}), (losses.mine, {'critic': 'f'}),
-                      (losses.vclub, {'club': 'f'})):
-        close(value(fn, duplicate, **names), value(fn, scores, **names))
-        assert np.abs(value(fn, distinct, **names) - value(fn, scores, **names)).max() > 1
-
-
-def test_a_position_without_negatives_weighs_nothing():
-    """Bounds of a batch of one item say nothing: no value, no gradient, no step of the average."""
-    x, y = gaussians(np.random.default_rng(0), 4, 0.5)
-    out, batch = pair_batch(x, y, Partial(lambda s, x, y: s * x @ y.T, 1.0), ids=[5, 5, 5, 5])
-    for fn, names in ((losses.infonce, {'critic': 'f'}), (losses.mine, {'critic': 'f'}),
-                      (losses.vclub, {'club': 'f'})):
-        assert not call(fn, out, batch, x='x', y='y', **names).weight.any()
-    past = {'log_average': jnp.float32(0.3)}
-    assert call(losses.mine, out, batch, x='x', y='y', critic='f', state=past).state == past
-
-
-def scaled(theta, x, y):
-    return theta * x @ y.T
-
-
-def test_mine_gradient_is_corrected_by_the_moving_average():
-    """For T = theta <x, y>: -mean <x_i, y_i> + mean(<x, y> exp T) / average, the average moved."""
-    x, y = (a.astype(np.float64) for a in gaussians(np.random.default_rng(1), 7, 0.8))
-    theta, decay, past = 0.6, 0.9, 0.25
-    out, batch = pair_batch(x.astype(np.float32), y.astype(np.float32), None)
-
-    def objective(theta, log_average):
-        out['f'] = Partial(scaled, theta)
-        result = losses.mine(out, batch, state={'log_average': log_average}, x='x', y='y',
-                             critic='f', decay=decay)
-        return result.value.mean(), result.state['log_average']
-
-    off = ~np.eye(7, dtype=bool)
-    product = x @ y.T
-    now = np.exp(theta * product[off]).mean()
-    slope = (product[off] * np.exp(theta * product[off])).mean()
-    own = np.diag(product).mean()
-    grad_of = jit(jax.value_and_grad(objective, has_aux=True))
-    for start, before in ((np.log(past), past), (-np.inf, now)):  # the first step has no past
-        average = decay * before + (1 - decay) * now
-        (value, new), grad = grad_of(theta, jnp.float32(start))
-        assert float(value) == pytest.approx(np.log(now) - theta * own, abs=1e-5)
-        assert float(new) == pytest.approx(np.log(average), abs=1e-5)
-        assert float(grad) == pytest.approx(-own + slope / average, rel=1e-5)
-
-
-def test_mine_gradient_is_less_biased_than_the_naive_one():
-    """Over many small batches its mean is far closer to the gradient of one large batch."""
-    theta, size, count = jnp.float32(0.45), 3, 20_000
-    x, y = gaussians(np.random.default_rng(2), size * count, 0.8, width=1)
-    out, batch = pair_batch(x[:size], y[:size], None)
-
-    def grad(x, y, state, decay):
-        def objective(theta):
-            own = {**out, 'x': x[:, None], 'y': y[:, None], 'f': Partial(scaled, theta)}
-            result = losses.mine(own, batch, state=state, x='x', y='y', critic='f', decay=decay)
-            return result.value.mean(), result.state
-        return jax.grad(objective, has_aux=True)(theta)
-
-    def step(state, points):
-        corrected, state = grad(*points, state, 0.99)
-        naive, _ = grad(*points, None, 0.99)  # without a past the correction is none
-        return state, (corrected, naive)
-
-    start = {'log_average': jnp.float32(-jnp.inf)}
-    points = tuple(a.reshape(count, size, 1) for a in (x, y))
-    _, grads = jit(partial(jax.lax.scan, step))(start, points)
-    corrected, naive = (float(g[500:].mean()) for g in grads)
-    # of infinitely many: E[xy] = rho; E exp(theta x y) = (1 - theta^2)^-1/2 for independent x, y
-    large = -0.8 + float(theta / (1 - theta**2))
-    assert abs(corrected - large) < 0.3 * abs(naive - large)
-    assert abs(naive - large) > 0.05
-
-
-def test_vclub_stops_pulling_where_its_estimate_is_negative():
-    x, y = gaussians(np.random.default_rng(3), 8, 0.9)
-
-    def objective(x, scale):
-        out, batch = pair_batch(x, y, Partial(scaled, scale))
-        result = losses.vclub(out, batch, x='x', y='y', club='f')
-        return result.value.mean(), result.metrics['mi'].mean()
-
-    grad_of = jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
-    for scale, sign in ((1.0, 1), (-1.0, -1)):
-        (value, mi), (to_x, to_q) = grad_of(x, scale)
-        assert np.sign(value) == sign
-        assert value == mi  # the number is shown as it is
-        assert (largest(to_x) > 0) == (sign > 0)
-        assert float(to_q) == 0.0  # q is fitted by its own loss, never by the bound
 
 
 def test_club_fit_trains_q_and_no_feature():

@@ -36,7 +36,7 @@ def load_sizes(directory=DEFAULT) -> dict:
     file = Path(directory) / 'config.json'
     if not file.is_file():
         raise InputError(f'{directory} holds no base: there is no config.json; leave config.mllm.'
-                         'base empty for the default or name a directory that tpad_jax.pretrain wrote')
+                         'base empty for the default or name one that tpad_jax.pretrain wrote')
     return json.loads(file.read_text())
 
 
