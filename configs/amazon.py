@@ -18,7 +18,7 @@ def get_config(variant: str = ''):
     if variant == 'tiny':
         c.name = 'amazon_tiny'
         c.save_every = 5
-        c.log_every = 2
+        c.log_every = 1
         c.data.planted.update(items=80, train=300, valid=60, test=80)
         for name, steps in dict(knowledge=8, transfer=8, recommend=40, joint=6).items():
             c.stage[name].update(steps=steps, batch_size=32)

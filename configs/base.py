@@ -11,7 +11,7 @@ def get_config():
     c.seed = 0  # of parameters, draws and batch order; the planted catalogue has its own
     c.stages = 'knowledge,transfer,recommend,joint'  # run in this order, comma-separated
     c.save_every = 50  # steps between checkpoints, at most this many are computed again
-    c.log_every = 10  # steps between log lines
+    c.log_every = 4  # steps between log lines
     c.parallel = 'auto'  # 'auto' (jit on one device, else pmap), 'jit', 'pmap' or 'shard_map'
     c.devices = 0  # how many devices of this process to use, 0: all
 

@@ -324,15 +324,15 @@ def test_combine_averages_weighs_logs_and_carries_state():
     state = {'last': {'seen': 4}, 'lastly': {'seen': 0}, 'other': {'kept': 1}}
     total, new, logged = losses.combine(chosen, out, batch, state, key=jax.random.key(0))
     mean = (4 * 1 + 2 * 0.5 + 1 * 2) / 3.5
-    assert logged.keys() == {'first', 'again', 'last', 'lastly', 'double_last', 'double_lastly',
-                             'draw_last', 'draw_lastly', 'loss'}
+    assert logged.keys() == {'first', 'again', 'last', 'lastly', 'double/last', 'double/lastly',
+                             'draw/last', 'draw/lastly', 'loss'}
     assert float(logged['first']) == pytest.approx(2)
     assert float(logged['again']) == pytest.approx(5)
     assert float(logged['last']) == pytest.approx(mean)
-    assert float(logged['double_last']) == pytest.approx(2 * mean)
+    assert float(logged['double/last']) == pytest.approx(2 * mean)
     assert float(total) == pytest.approx(0.5 * 2 + 2 * 5 + 3 * mean)
     assert float(logged['loss']) == float(total)
-    assert logged['draw_last'] != logged['draw_lastly']  # each loss draws for itself
+    assert logged['draw/last'] != logged['draw/lastly']  # each loss draws for itself
     assert new == {'last': {'seen': 5}, 'lastly': {'seen': 1}, 'other': {'kept': 1}}
     assert state['last'] == {'seen': 4}
 

@@ -81,7 +81,7 @@ def mutual_information(log_path, out_png):
         axes = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
         for axis, (stage, curves) in zip(axes, stages.items(), strict=True):
             _curves(axis, f'{stage}: mutual information', curves)
-        axes[0].set_ylabel('lower bound, nats')
+        axes[0].set_ylabel('bound, nats')
     return True
 
 
@@ -203,8 +203,10 @@ def _curves(axis, title, curves, markers=False):
         axis.plot(steps, values, style, marker='o' if few else None, markersize=3, label=name)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_xlabel('step')
-    if len(curves) > 1 or markers:
-        axis.legend(ncols=1 + (len(curves) > 4), handlelength=1.2, columnspacing=0.8)
+    if len(curves) > 3:  # beside the axis, where it hides no curve
+        axis.legend(handlelength=1.2, loc='center left', bbox_to_anchor=(1, 0.5))
+    elif len(curves) > 1 or markers:
+        axis.legend(handlelength=1.2)
 
 
 def _label_ends(axis, ends):

@@ -163,6 +163,9 @@ def resolve(name, fn):
     except (ImportError, AttributeError) as error:
         raise InputError(f'config.losses.{name}.fn={fn!r} cannot be found ({error}); name a '
                          'function of tpad_jax/losses.py or package.module:function') from error
+    if not callable(found):
+        raise InputError(f'config.losses.{name}.fn={fn!r} is no function but a '
+                         f'{type(found).__name__}; name a function')
     return found
 
 
@@ -191,7 +194,8 @@ def combine(losses, out, batch, state, *, axis=None, key=None):
 
     Returns:
       total (scalar), new state, metrics {name: scalar}: every loss unweighted, 'loss' the total,
-      and each loss's own metrics as '<metric>_<name>'.
+      and each loss's own metrics as '<metric>/<name>', an estimate of mutual information as
+      'mi_<name>'.
 
     Raises:
       InputError: a loss reads a name that `out` lacks.
@@ -221,7 +225,8 @@ def combine(losses, out, batch, state, *, axis=None, key=None):
         logged[name] = average(jnp.where(w > 0, result.value, 0))
         total += weight * logged[name]
         for metric, value in result.metrics.items():
-            logged[f'{metric}_{name}'] = average(jnp.where(w > 0, value, 0))
+            label = f'mi_{name}' if metric == 'mi' else f'{metric}/{name}'
+            logged[label] = average(jnp.where(w > 0, value, 0))
         if result.state is not None:
             new_state[name] = result.state
     logged['loss'] = total

@@ -64,7 +64,7 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     # `combine` sums over replicas, so each replica's gradient is that of the whole, for its rows
     # only, times their number: the mean is the sum over all rows.
     grads = collectives.mean(grads, axis)
-    logged['grad_norm'] = optax.tree.norm(grads)
+    logged['optim/grad_norm'] = optax.tree.norm(grads)
     updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return State(state.step + 1, params, state.frozen, opt_state, loss_state), logged

@@ -9,7 +9,7 @@ from tpad_jax.models.lora import Linear, uniform
 
 
 class Fusion(nn.Module):
-    """z = norm(id + W f + side).
+    """z = id + W f + side.
 
     Items that no training session holds have no id embedding: they share a learned one, which warm
     items meet too, by id dropout, so that it is trained and its use at test is no surprise.

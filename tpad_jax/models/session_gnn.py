@@ -26,7 +26,7 @@ def session_graph(items):
       items: int32 [B, N], 0 pads at the end.
 
     Returns:
-      alias: int32 [B, N], the node of each position (0 for padding, whose edges are dropped).
+      alias: int32 [B, N], the node of each position; padding has one of its own, without edges.
       outgoing, incoming: float32 [B, N, N].
     """
     width = items.shape[1]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from tpad_jax.errors import InputError
 from tpad_jax.models import lora
 from tpad_jax.models.alignment import Adapter, Critic, Disentangle, GaussianQ
 from tpad_jax.models.attention import row_keys
@@ -214,6 +215,9 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
         k = k_content[batch.slots]
     elif 'k' in catalogue:
         k = catalogue['k'][batch.items]
+    elif reads_k or reads_sessions:
+        raise InputError('a loss reads the features k, which are neither fresh '
+                         '(config.stage.*.fresh) nor left behind by stage knowledge')
     if 'r' in fresh:
         r_content = distil_items(spec, params, batch.image, batch.has_image, batch.tokens)
         out['r'], out['r_next'] = r_content[batch.slots], r_content[batch.next_slots]
