@@ -16,6 +16,8 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
 from ml_collections import config_flags
 
+from tpad_jax.errors import InputError, Stopped
+
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, ":variant" behind it.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
 UNUSABLE, STOPPED = 2, 75
@@ -53,9 +55,6 @@ def refuse(error):
 def main(argv):
     """Run the job; turn signals and refusals into exit statuses."""
     del argv
-    from tpad_jax import job, train  # here: --help and a wrong flag need no jax
-    from tpad_jax.errors import InputError
-
     logging.set_verbosity(logging.WARNING)  # jax and tfds narrate at INFO
     received = []
 
@@ -67,10 +66,11 @@ def main(argv):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        from tpad_jax import job  # here: --help and a wrong flag need no jax
         job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', lambda: bool(received))
     except InputError as error:
         refuse(error)
-    except train.Stopped as stopped:
+    except Stopped as stopped:
         print(f'launch.py: {stopped}; the same command goes on from there', file=sys.stderr)
         sys.exit(STOPPED)
 

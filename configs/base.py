@@ -38,7 +38,7 @@ def get_config():
     # Recommenders trained beside TPAD with the recommend stage's own care: what they change of
     # model.
     c.rivals = ConfigDict(dict(
-        id_only=dict(recommend='', use_side=False),
+        id_only=dict(recommend='', use_side=False, use_id=True),
         knowledge_only=dict(recommend='k'),
         true_attributes=dict(recommend='true', use_side=False),  # planted catalogue only
     ))
@@ -56,7 +56,9 @@ def data():
         valid=0.1,  # share (or, from 1 on, number) of sessions, the latest but for test
         test=0.1,  # share or number of the latest sessions
         seed=0,  # of the order given to events of equal time
-        planted=dict(  # the embedded catalogue; its own constants stand in data/synthetic.py
+        # the embedded catalogue, whose constants stand in data/synthetic.py; it has its own split
+        # and no k-core: core, valid and test above are for raw files
+        planted=dict(
             seed=0, items=600, train=6000, valid=400, test=1200, noise=0.12),
     ))
 
@@ -115,7 +117,7 @@ def stage(**changes):
         batch_size=64,  # over all devices
         steps=100,  # at most
         every_prefix=True,  # False: a session is one row, its last item the target
-        optimiser='adamw',  # or 'sgd'
+        optimiser='adamw',  # or 'sgd': the peak rate throughout, no clip, no decay
         learning_rate=1e-3,  # peak: warmed up, then a cosine to zero
         warmup=0.05,  # share of the steps
         weight_decay=0.01,  # of matrices, not of biases and norms

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import time
 from typing import NamedTuple
 
 import jax
@@ -230,19 +229,6 @@ def test_digest_sees_any_one_bit():
         other[bit // 8] ^= 1 << (bit % 8)
         assert int(bundle.digest(jnp.asarray(other.view(np.float32).reshape(6, 5)))) != before
     assert int(bundle.digest(array[::-1])) != before
-
-
-def test_saving_does_not_hold_up_the_loop(tmp_path):
-    state = make_state(0, layers=12, width=17500)  # 77 arrays, 5 MB
-    waits = []
-    with opened(tmp_path) as checkpoints:
-        checkpoints.save(0, state, {}, wait=True)  # compiles
-        for step in range(1, 6):
-            start = time.perf_counter()
-            checkpoints.save(step, state, {})
-            waits.append(time.perf_counter() - start)
-            checkpoints._finish()
-    assert sorted(waits)[0] < 0.03, waits  # the fastest: other processes share the machine
 
 
 CONFIG = {'seed': 1, 'mesh': {'data': 1}, 'log_every': 10, 'raw_dir': '/a', 'optim': {'lr': 0.1}}

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tpad_jax import job, parallel, train, writers
 from tpad_jax.data import builder
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import pretrained
 from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
@@ -274,7 +274,7 @@ def run_through(config, workdir, when):
                 with Recorded() as params:
                     job.run(config, workdir, stopping)
                 return params, stopped, steps
-            except (train.Stopped, Killed):
+            except (Stopped, Killed):
                 stopped += 1
 
 
@@ -308,7 +308,7 @@ def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
 
 
 def test_a_stop_between_stages_is_heeded(config, tmp_path):
-    with pytest.raises(train.Stopped, match='between stages'):
+    with pytest.raises(Stopped, match='between stages'):
         job.run(config, tmp_path / 'run', lambda: True)
     assert not (tmp_path / 'run' / 'stages').exists()
 
@@ -369,7 +369,7 @@ def test_unusable_data_leave_the_workdir_free(config, tmp_path):
 
 def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config, tmp_path):
     workdir = tmp_path / 'run'
-    with Recorded() as params, pytest.raises(train.Stopped):
+    with Recorded() as params, pytest.raises(Stopped):
         job.run(changed(config, seed=config.seed + 1), workdir,
                 (workdir / 'stages' / 'knowledge' / job.DONE).is_file)
     for path, x in params['knowledge'].items():

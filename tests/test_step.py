@@ -25,7 +25,7 @@ WAYS = {'jit': 1, 'pmap': 8, 'shard_map': 8}
 V, N, T, SIDE, STEPS, ROWS = 20, 4, 6, 8, 5, 16
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8, 8), vision_layers=1)
 # Plain SGD, so that a gradient N times too large shows; each moves parameters by 1e-2 and more.
-RATES = dict(knowledge=0.05, transfer=0.05, recommend=0.1, joint=0.05)
+RATES = dict(knowledge=0.02, transfer=0.01, recommend=0.05, joint=0.01)
 
 
 def make_data(seed=0):
@@ -167,8 +167,9 @@ def test_eight_devices_are_one(runs, stage, way):
         np.testing.assert_allclose(many.params[path], value, rtol=0, atol=1e-5, err_msg=path)
         moved = max(moved, float(np.abs(value - model()[1][path]).max()))
     assert moved > 1e-2
-    for name, rows in one.rows.items():
-        np.testing.assert_allclose(many.rows[name], rows, rtol=0, atol=1e-5, err_msg=name)
+    assert many.rows.keys() == one.rows.keys() == ({'k', 'r'} if stage == 'joint' else set())
+    for name, rows in one.rows.items():  # random encoders blow up what little differs
+        np.testing.assert_allclose(many.rows[name], rows, rtol=0, atol=5e-5, err_msg=name)
 
 
 @pytest.mark.parametrize('way', WAYS)

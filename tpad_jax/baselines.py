@@ -21,7 +21,7 @@ from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.errors import InputError
 
 LONGEST_RULE = 10  # steps between the two items of a rule
-TUNED_AT = 20  # K of the mrr@K that `tune` maximises
+TUNED_AT = 20  # K of the hit@K that `tune` maximises, as every model's selection does
 
 
 def fit_pop(train: Sessions, num_items: int) -> metrics.Scorer:
@@ -133,16 +133,16 @@ BASELINES = {
 
 
 class Tuned(NamedTuple):
-    """A fitted baseline, the parameters chosen for it, and their mrr@20 on validation."""
+    """A fitted baseline, the parameters chosen for it, and their hit@20 on validation."""
 
     scorer: metrics.Scorer
     params: dict
-    mrr: float
+    hit: float
 
 
 def tune(name: str, train: Sessions, valid: Rows, num_items: int, *,
          features: np.ndarray | None = None, chunk: int = 512) -> Tuned:
-    """Fits a baseline with the parameters that maximise mrr@20 on the validation rows.
+    """Fits a baseline with the parameters that maximise hit@20 on the validation rows.
 
     One parameter at a time, in the order of `BASELINES`, the others held at the best so far; of
     equal values the one tried first stays.
@@ -171,12 +171,12 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *,
         scorer = fit(train, num_items, **fixed, **params)
         above, equal = metrics.ranks(scorer, valid.items, valid.target, num_items, chunk=chunk,
                                      name=name)
-        return Tuned(scorer, params, float(metrics.mrr(above, equal, TUNED_AT).mean()))
+        return Tuned(scorer, params, float(metrics.hit(above, equal, TUNED_AT).mean()))
 
     best = tried({key: values[0] for key, values in grid.items()})
     for key, values in grid.items():
         best = max([best, *(tried({**best.params, key: value}) for value in values[1:])],
-                   key=lambda candidate: candidate.mrr)
+                   key=lambda candidate: candidate.hit)
     return best
 
 

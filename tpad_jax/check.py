@@ -30,6 +30,9 @@ def check(config) -> tuple[str, ...]:
         raise InputError(f'config.stages={config.stages!r}: name one or more of '
                          f'{",".join(STAGES)}, each once and in this order')
     for name, loss in config.losses.items():
+        for key in ('fn', 'weight', 'stages'):
+            if key not in loss:
+                raise InputError(f'config.losses.{name} has no {key}: it needs fn, weight, stages')
         for stage in names(loss.stages):
             _one_of(f'losses.{name}.stages', stage, STAGES)
     shards = parallel.choose(config.parallel, config.devices).shards
@@ -38,12 +41,28 @@ def check(config) -> tuple[str, ...]:
     for key in ('save_every', 'log_every'):
         _at_least(1, key, config[key])
     _at_least(0, 'seed', config.seed)
-    _at_least(1, 'data.max_length', config.data.max_length)
+    _at_least(0, 'data.seed', config.data.seed)
+    for key in ('max_length', 'core', 'min_length'):
+        _at_least(1, f'data.{key}', config.data[key])
+    for key in ('valid', 'test'):
+        if not config.data[key] > 0:
+            raise InputError(f'config.data.{key}={config.data[key]} must be a share or a number of '
+                             'sessions above 0')
+    for key in ('lora_rank', 'gnn_steps', 'width'):
+        _at_least(1, f'model.{key}', config.model[key])
+    for key in ('withhold', 'word_dropout', 'id_dropout', 'feature_dropout', 'dropout'):
+        if not 0 <= config.model[key] < 1:
+            raise InputError(f'config.model.{key}={config.model[key]} must be in 0..1, below 1')
+    _at_least(1, 'mllm.text_length', config.mllm.text_length)
     _one_of('model.form', config.model.form, ('compressed', 'full'))
     for name, kind in config.model.critics.items():
         _one_of(f'model.critics.{name}', kind, alignment.KINDS)
+        if name == 'align' and kind == 'dot':
+            raise InputError('config.model.critics.align=dot cannot be: k holds a feature per '
+                             'modality and c is one feature; choose bilinear or separable')
     for row in names(config.model.recommend):
         _one_of('model.recommend', row, ('k', 'r'))
+    _check_rivals(config)
     _pattern('model.lora_targets', config.model.lora_targets)
     if config.data.raw_dir:
         amazon.find(config.data.raw_dir)
@@ -85,10 +104,35 @@ def _check_stage(config, stage, shards):
                          'the number of devices')
     for name in ('eval_every', 'patience', 'refresh_every'):
         _at_least(0, key + name, c[name])
+    if c.refresh_every and stage != 'joint':
+        raise InputError(f'config.{key}refresh_every={c.refresh_every}: only the joint stage reads '
+                         'rows that it changes; set it to 0')
+    if stage == 'joint' and c.eval_every and not c.refresh_every:
+        raise InputError(f'config.{key}refresh_every=0 would validate on rows from before the '
+                         'stage; set it to 1 or more')
+    if c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy):
+        raise InputError(f'config.{key}copy={c.copy!r} must read a->b, two parameter paths')
     _one_of(key + 'optimiser', c.optimiser, ('adamw', 'sgd'))
     for name in names(c.fresh):
         _one_of(key + 'fresh', name, ('k', 'r'))
     _pattern(key + 'train', c.train)
+
+
+def _check_rivals(config):
+    """Refuse recommenders without anything to tell items apart by, and keys that mean nothing."""
+    own = {key: config.model[key] for key in ('recommend', 'use_id', 'use_side')}
+    for name, rival in {'model': own, **config.rivals.to_dict()}.items():
+        where = 'model' if name == 'model' else f'rivals.{name}'
+        for key in rival:
+            _one_of(where, key, own)
+        for row in names(rival.get('recommend', '')):
+            _one_of(f'{where}.recommend', row, ('k', 'r', 'true'))
+        if 'recommend' not in rival:
+            raise InputError(f'config.{where} has no recommend: name its rows, or none')
+        whole = {**own, **rival}
+        if not (whole['recommend'] or whole['use_id'] or whole['use_side']):
+            raise InputError(f'config.{where} tells items apart by nothing: give it rows to '
+                             'recommend from, use_id or use_side')
 
 
 def _check_base(config):

@@ -18,13 +18,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax import encode, parallel, probes, results, train, writers
+from tpad_jax import encode, features, parallel, probes, results, train, writers
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim
 from tpad_jax.data import audit, batches, builder, pipeline, sessions, synthetic, wording
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
-from tpad_jax.features import Store
 from tpad_jax.models import pretrained, tpad
 from tpad_jax.recommend import scorer
 
@@ -38,15 +37,15 @@ class Job:
     Attributes:
       data, content: see data.pipeline. probabilities: the planted catalogue's, or None.
       spec: the modules. params: all parameters {path: array}, as the stages so far left them.
-      catalogue: rows per item on the device. seconds: {stage: s}.
+      catalogue: rows per item on the device. seconds: {stage: s} over all sittings; sitting: s
+        spent in stages by this one.
     """
 
     def __init__(self, config, workdir: Path, stopping):
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.devices = parallel.choose(config.parallel, config.devices)
-        self.store = Store(workdir / 'features')
-        self.seconds = {}
+        self.seconds, self.sitting = {}, 0.0
         self.planted = None
         self.data = self._read()
         self.base_dir = config.mllm.base or pretrained.DEFAULT
@@ -67,7 +66,7 @@ class Job:
             raw_dir, p = self.workdir / 'raw', c.planted
             synthetic.write(raw_dir, **p)
             self.planted = synthetic.draw(p.seed, p['items'])
-            cut.update(core=1, valid=p.valid, test=p.test, gap_hours=0.1)  # sessions 2 min apart
+            cut.update(core=1, valid=p.valid, test=p.test)  # every session is a user of its own
         builder.prepare(raw_dir, self.workdir / 'data', **cut)
         return pipeline.load(self.workdir / 'data')
 
@@ -115,6 +114,9 @@ class Job:
             source, _, target = c.copy.partition('->')
             copied = {target + path.removeprefix(source): x for path, x in self.params.items()
                       if path.startswith(source + '/')}
+            if not copied or not copied.keys() <= self.params.keys():
+                raise InputError(f'config.stage.{stage}.copy={c.copy!r} does not lead from '
+                                 'parameters to parameters')
             self.params = {**self.params, **copied}
         encoder = None
         if stage in MAKES:
@@ -125,7 +127,8 @@ class Job:
         self.seconds[stage] = record['seconds']
         if encoder is not None:
             for name, row in (rows or encoder(self.nested())).items():
-                self.store.write(name, np.asarray(row), {'stage': stage, 'seed': self.config.seed})
+                features.write(self.workdir / 'features', name, np.asarray(row),
+                               {'stage': stage, 'seed': self.config.seed})
                 self.catalogue[name] = jnp.asarray(row)
 
     def run_rival(self, name: str, writer, progress):
@@ -135,10 +138,11 @@ class Job:
           (spec, nested params) of it.
         """
         changes = self.config.rivals[name].to_dict()
-        rows = names(changes.pop('recommend'))
-        use_side = changes.pop('use_side', self.config.model.use_side)
-        side = self.data.side_sizes if use_side else ()
-        model = replace(self.spec, recommend=rows, fusion=self.spec.fusion.clone(side_sizes=side))
+        fusion = self.spec.fusion.clone(
+            use_id=changes.get('use_id', self.config.model.use_id),
+            side_sizes=self.data.side_sizes
+            if changes.get('use_side', self.config.model.use_side) else ())
+        model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
         spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
         make = parallel.compiled(partial(tpad.recommender_init, spec=model))
         fresh = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
@@ -151,7 +155,8 @@ class Job:
     def _fit(self, name, stage, spec, writer, progress, encoder, params=None):
         c, params = self.config.stage[stage], self.params if params is None else params
         shared = dict(batch_size=c.batch_size, seed=self.config.seed, shards=self.devices.shards)
-        content = self.content if spec.fresh else None
+        reads = spec.fresh or spec.needs & {'describe', 'foretell'} or spec.model.form == 'full'
+        content = self.content if reads and stage != 'recommend' else None
         if stage == 'knowledge':
             draw = partial(batches.item_batches, self.data, content=content, **shared)
         else:
@@ -174,12 +179,14 @@ class Job:
             eval_every=c.eval_every, patience=c.patience, refresh_every=c.refresh_every,
             validate=validate if c.eval_every else None,
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
-            if c.refresh_every else None,
+            if c.refresh_every else None, refreshed=MAKES.get(stage, ()),
             stopping=self.stopping, shown=tuple(n for n, _, _, _ in spec.losses))
+        begun = time.perf_counter()
         try:
             return train.fit(loop, spec, train.start(spec, params, c.train), self.catalogue)
         finally:
             checkpoints.close()
+            self.sitting += time.perf_counter() - begun
 
     def probe(self) -> dict:
         """Accuracy of linear probes on cold items, from k: {attribute: share}; planted only."""
@@ -191,10 +198,10 @@ class Job:
         """Leave, with what is finished kept, where a signal asked for it.
 
         Raises:
-          train.Stopped: one did.
+          Stopped: one did.
         """
         if self.stopping():
-            raise train.Stopped('stopped between stages')
+            raise Stopped('stopped between stages')
 
 
 def run(config, workdir, stopping=lambda: False) -> dict:
@@ -204,7 +211,7 @@ def run(config, workdir, stopping=lambda: False) -> dict:
       What results.json holds.
 
     Raises:
-      InputError: unusable input or config. train.Stopped: `stopping` answered True; state is saved.
+      InputError: unusable input or config. Stopped: `stopping` answered True; state is saved.
     """
     workdir, console = Path(workdir), Console()
     stages = check(config)
@@ -223,7 +230,7 @@ def run(config, workdir, stopping=lambda: False) -> dict:
     job.build()
     _introduce(job, console)
     writer = writers.Writer(workdir)
-    scorers, features, probed = {}, None, None
+    scorers, knowledge, probed = {}, None, None
     try:
         for stage in STAGES:
             if stage not in stages and stage not in finished:
@@ -231,7 +238,7 @@ def run(config, workdir, stopping=lambda: False) -> dict:
             job.pause()
             job.run_stage(stage, writer, writers.progress)
             if stage == 'knowledge':
-                features = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
+                knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
                 probed = job.probe() if job.planted is not None else None
                 if probed:
                     console.print('linear probes on cold items, from k: '
@@ -239,16 +246,16 @@ def run(config, workdir, stopping=lambda: False) -> dict:
             if stage in ('recommend', 'joint'):
                 scorers[f'tpad_{stage}'] = scorer(job.spec)(job.nested(), job.catalogue)
             if stage == 'recommend':
-                for name in config.rivals:
-                    if name == 'true_attributes' and job.planted is None:
-                        continue
+                for name, rival in config.rivals.items():
+                    if 'true' in names(rival.recommend) and job.planted is None:
+                        continue  # no such rows: only a planted catalogue knows the truth
                     job.pause()
                     model, params = job.run_rival(name, writer, writers.progress)
                     scorers[name] = scorer(model)(params, job.catalogue)
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
-    return _report(job, stages, scorers, features, probed, begun, console)
+    return _report(job, stages, scorers, knowledge, probed, begun, console)
 
 
 def _enter(workdir, config):
@@ -284,12 +291,11 @@ def _introduce(job, console):
         console.print(line, markup=False, highlight=False)
 
 
-def _report(job, stages, scorers, features, probed, begun, console):
+def _report(job, stages, scorers, knowledge, probed, begun, console):
     """Score everything on the same rows, write results and figures, print the table."""
     started = time.perf_counter()
-    if features is not None:
-        tuned = results.baseline_scorers(job, features)
-        scorers.update({name: found.scorer for name, found in tuned.items()})
+    tuned = results.baseline_scorers(job, knowledge)
+    scorers.update({name: found.scorer for name, found in tuned.items()})
     models, ranks = results.score_models(job, scorers)
     ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
     if ours:
@@ -298,9 +304,11 @@ def _report(job, stages, scorers, features, probed, begun, console):
         scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
     truth, truth_ranks = results.oracle_scores(job)
     job.seconds['report'] = time.perf_counter() - started
-    job.seconds['total'] = time.perf_counter() - begun
+    # stages count all their sittings, the rest this one
+    here = time.perf_counter() - begun - job.sitting
+    job.seconds['total'] = sum(job.seconds[name] for name in job.seconds if name != 'report') + here
     out = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
-           'provenance': {**results.provenance(job.config), 'stages': stages},
+           'provenance': {**results.provenance(job), 'stages': stages},
            'seconds': job.seconds}
     if truth is not None:
         out['oracle'] = truth

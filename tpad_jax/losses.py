@@ -53,15 +53,16 @@ def infonce(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.
     """Minus the InfoNCE lower bound of I(x; y), negatives from every replica. -> Loss [B, N]
 
     van den Oord et al. 2018. Positions that hold the same item (by `ids`) are not negatives of each
-    other. The bound cannot exceed the log of the candidates' number: the metric `room` is what is
-    left, so a saturated bound shows.
+    other in the loss; the estimate that is logged keeps them, or it were no bound. It cannot exceed
+    the log of the candidates' number: the metric `room` is what is left.
     """
-    scores, own, negative, weight = _pairs(out, batch, axis, x, y, ids, critic)
+    scores, own, negative, other, weight = _pairs(out, batch, axis, x, y, ids, critic)
     bound = alignment.infonce(scores / temperature, own, negative)
-    room = jnp.log(negative.sum(axis=1) + 1.0) - bound
+    estimate = alignment.infonce(jax.lax.stop_gradient(scores) / temperature, own, other)
+    room = jnp.log(other.sum(axis=1) + 1.0) - estimate
     shape = weight.shape
     return Loss(-bound.reshape(shape), weight,
-                metrics={'mi': bound.reshape(shape), 'room': room.reshape(shape)})
+                metrics={'mi': estimate.reshape(shape), 'room': room.reshape(shape)})
 
 
 def mine(out, batch, *, axis=None, state=None, x='k', y='c', ids='items', critic='critic.align',
@@ -71,13 +72,15 @@ def mine(out, batch, *, axis=None, state=None, x='k', y='c', ids='items', critic
     The gradient of the log partition is corrected by a moving average of the partition, which is
     this loss's state: {'log_average': float32 []}.
     """
-    scores, own, negative, weight = _pairs(out, batch, axis, x, y, ids, critic)
+    scores, own, negative, other, weight = _pairs(out, batch, axis, x, y, ids, critic)
     partition = alignment.log_partition(scores, negative, axis)
     past = jnp.float32(-jnp.inf) if state is None else state['log_average']
     corrected, new = alignment.moving_partition(partition, past, decay)
     new = jnp.where(collectives.total(negative.sum(), axis) > 0, new, past)
     bound = alignment.donsker_varadhan(scores, own, corrected).reshape(weight.shape)
-    return Loss(-bound, weight, {'log_average': new}, {'mi': bound})
+    fixed = jax.lax.stop_gradient(scores)
+    estimate = alignment.donsker_varadhan(fixed, own, alignment.log_partition(fixed, other, axis))
+    return Loss(-bound, weight, {'log_average': new}, {'mi': estimate.reshape(weight.shape)})
 
 
 mine.initial_state = lambda: {'log_average': jnp.float32(-jnp.inf)}
@@ -90,14 +93,17 @@ def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club'):
     estimate is negative, which no mutual information is, it stops pulling.
     """
     frozen = jax.lax.stop_gradient(out[club])
-    scores, own, negative, weight = _pairs({**out, 'q': frozen}, batch, axis, x, y, ids, 'q')
-    rows = jnp.arange(scores.shape[0])
-    count = jnp.maximum(negative.sum(axis=1), 1)
-    value = scores[rows, own] - jnp.where(negative, scores, 0).sum(axis=1) / count
-    value = value.reshape(weight.shape)
+    scores, own, negative, other, weight = _pairs({**out, 'q': frozen}, batch, axis, x, y, ids, 'q')
+
+    def bound(scores, against):
+        count = jnp.maximum(against.sum(axis=1), 1)
+        mean = jnp.where(against, scores, 0).sum(axis=1) / count
+        return (scores[jnp.arange(len(own)), own] - mean).reshape(weight.shape)
+
+    value = bound(scores, negative)
     mean = collectives.total((value * weight).sum(), axis)
     pulled = jnp.where(jax.lax.stop_gradient(mean) > 0, value, jax.lax.stop_gradient(value))
-    return Loss(pulled, weight, metrics={'mi': value})
+    return Loss(pulled, weight, metrics={'mi': bound(jax.lax.stop_gradient(scores), other)})
 
 
 def club_fit(out, batch, *, axis=None, x='c', y='p', club='club'):
@@ -138,7 +144,9 @@ def _pairs(out, batch, axis, x, y, ids, critic):
     """Scores of this replica's positions against everyone's.
 
     Returns:
-      scores [A, G], own int32 [A], negative bool [A, G], weight [B, N], with A = B N.
+      scores [A, G], own int32 [A], weight [B, N], with A = B N; bool [A, G] negative (pairs of
+      different items, for losses) and other (all pairs but a position with itself, for
+      estimates).
     """
     weight = batch.mask
     x, y = (out[n].reshape(-1, out[n].shape[-1]) for n in (x, y))
@@ -148,7 +156,9 @@ def _pairs(out, batch, axis, x, y, ids, critic):
     own = collectives.offset(x.shape[0], axis) + jnp.arange(x.shape[0])
     negative = (everyone[None] > 0) & (everyone[None] != ids[:, None]) & (ids[:, None] > 0)
     weight &= negative.any(axis=1).reshape(weight.shape)  # without one a bound says nothing
-    return scores, own, negative, weight.astype(jnp.float32)
+    other = (everyone[None] > 0) & (ids[:, None] > 0)
+    other &= own[:, None] != jnp.arange(len(everyone))
+    return scores, own, negative, other, weight.astype(jnp.float32)
 
 
 def resolve(name, fn):

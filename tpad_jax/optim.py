@@ -32,7 +32,7 @@ def schedule(stage):
 
 
 def optimiser(stage) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) or plain SGD behind a clip of the global norm."""
+    """AdamW (Loshchilov and Hutter 2019) behind a clip of the global norm, or bare SGD."""
     if stage.optimiser == 'sgd':
         return optax.sgd(stage.learning_rate)
     return optax.chain(optax.clip_by_global_norm(stage.clip),

@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import jax
 import numpy as np
 
 from tpad_jax import baselines, figures, metrics, writers
+from tpad_jax.data import images
 from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.recommend import top
 
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
-SHOWN = 6  # sessions on the contact sheet
+SHOWN, PICTURE = 6, 64  # sessions on the contact sheet, pixels of a picture on it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
 
@@ -42,6 +44,8 @@ def baseline_scorers(job, features: np.ndarray) -> dict:
     out = {}
     for name in baselines.BASELINES:
         job.pause()
+        if name == 'content_knn' and features is None:
+            continue  # no stage has read the items
         given = features if name == 'content_knn' else None
         out[name] = baselines.tune(name, job.data.train, job.valid, job.data.num_items,
                                    features=given)
@@ -61,14 +65,16 @@ def data_facts(job) -> dict:
             'fingerprint': data.fingerprint}
 
 
-def provenance(config) -> dict:
+def provenance(job) -> dict:
     """Config, code version and machine of a run."""
-    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
-                            capture_output=True, text=True, check=False).stdout.strip()
+    config, commit = job.config, ''
+    if (Path(__file__).parents[1] / '.git').exists() and shutil.which('git'):
+        commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=False).stdout.strip()
     return {'config': config.to_dict(), 'seed': config.seed, 'commit': commit or 'not a checkout',
             'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
             'python': platform.python_version(), 'backend': jax.default_backend(),
-            'devices': len(jax.local_devices()),
+            'devices': job.devices.shards,
             'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}
 
 
@@ -114,7 +120,9 @@ def contact_rows(job, scorers: dict) -> list[dict]:
     chosen = np.sort(rng.choice(long, min(SHOWN, len(long)), replace=False))
 
     def picture(item):
-        return np.asarray(job.content.image[item]) if job.content.has_image[item] else None
+        if not job.content.has_image[item]:
+            return None
+        return images.decode(data.image_bytes[item], PICTURE)
 
     lists = {}
     for name, scorer in scorers.items():

@@ -15,14 +15,10 @@ from flax.traverse_util import unflatten_dict
 
 from tpad_jax import collectives, losses, optim
 from tpad_jax.checkpoint import Checkpoints, abstract
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import tpad
 from tpad_jax.parallel import Devices
 from tpad_jax.types import State
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,8 @@ class Loop:
       total: steps at most. log_every, save_every, eval_every, refresh_every, patience: see configs.
       batches: start step -> iterator of host batches.
       validate: (state, catalogue) -> {name: float} with 'hit@20', or None.
-      refresh: state -> {name: rows} of the fresh features, encoded anew, or None.
+      refresh: state -> {name: rows} encoded anew, or None; refreshed: their names. Every
+        validation follows one.
       stopping: asked after every step; True saves and raises Stopped.
       shown: losses named beside the progress bar.
     """
@@ -143,6 +140,7 @@ class Loop:
     refresh_every: int = 0
     validate: Callable | None = None
     refresh: Callable | None = None
+    refreshed: tuple[str, ...] = ()
     stopping: Callable[[], bool] = lambda: False
     shown: tuple[str, ...] = ()
 
@@ -161,7 +159,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     Raises:
       Stopped: a signal came; the state is saved.
     """
-    refreshed = sorted(spec.fresh) if loop.refresh else []
+    refreshed = loop.refreshed if loop.refresh else ()
     state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
     meta = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
 
@@ -189,17 +187,18 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                 if pending is not None:
                     _log(loop, bar, *pending)
                 pending = (number, logged)
-                if loop.refresh_every and number % loop.refresh_every == 0:
+                meta['done'] = number >= loop.total
+                validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
+                if loop.refresh and (validating or number % loop.refresh_every == 0):
                     catalogue = {**catalogue, **loop.devices.share(loop.refresh(state))}
                 metric = None
-                meta['done'] = number >= loop.total
-                if loop.validate and (meta['done'] or number % loop.eval_every == 0):
+                if validating:
                     metric = _validate(loop, meta, state, catalogue, number)
                     meta['done'] = meta['done'] or _patience_is_out(meta, loop.patience)
                 stopping = loop.stopping() and not meta['done']
                 due = number % loop.save_every == 0
                 if due or stopping or meta['done'] or metric is not None:
-                    _log(loop, bar, *pending)
+                    _log(loop, bar, *pending, whatever=True)  # never save what is not finite
                     pending = None
                     meta['seconds'] = before + time.perf_counter() - begun
                     loop.checkpoints.save(number, held(), meta, metric,
@@ -211,9 +210,9 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     return saved['state'].params, saved['rows'], meta
 
 
-def _log(loop, bar, number, logged):
-    """Fetch a finished step's metrics; write them where one is due."""
-    if number % loop.log_every and number < loop.total:
+def _log(loop, bar, number, logged, whatever=False):
+    """Fetch a finished step's metrics and write them, if a line is due or `whatever` the step."""
+    if number % loop.log_every and not whatever:
         return
     values = {name: float(x) for name, x in jax.device_get(logged).items()}
     bad = sorted(name for name, x in values.items() if not np.isfinite(x))

@@ -14,9 +14,6 @@ from typing import Any, NamedTuple
 import flax
 import jax
 
-Outputs = dict[str, Any]  # named tensors, score functions and tables; see models/tpad.py
-Catalogue = dict[str, jax.Array]  # read-only rows per item, each [V+1, ...]; see features.py
-
 
 @flax.struct.dataclass
 class Batch:

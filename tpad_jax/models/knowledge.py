@@ -93,10 +93,6 @@ class KnowledgeMLLM(nn.Module):
         """Hidden states [B, T, width] that predict tokens int32 [B, T] from k [B, M, D] alone."""
         return self.writer(self.base, k, tokens, keep)
 
-    def vocabulary(self):
-        """The output table [vocab, width]."""
-        return self.base.vocabulary()
-
     def everything(self, image, has_image, tokens):
         """Touch every parameter once: what initialisation calls."""
         k = self(image, has_image, tokens)

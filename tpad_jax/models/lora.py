@@ -26,16 +26,15 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = False
-    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x):
         """Apply the layer to x [..., I]."""
         kernel = self.param('kernel', nn.initializers.lecun_uniform(), (x.shape[-1], self.features))
-        dtype = self.dtype or x.dtype
+        dtype = x.dtype
         lead = x.shape[:-1]
         # one plain matrix product: on CPU twice as fast as one with batch axes
-        x = x.astype(dtype).reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
         y = x @ kernel.astype(dtype)
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, (self.features,)).astype(dtype)

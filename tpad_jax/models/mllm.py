@@ -14,7 +14,6 @@ class MLLM(nn.Module):
       vocab: size of the token vocabulary; token 0 is padding.
       width, layers, heads, hidden: the decoder.
       channels, vision_layers: the vision tower (see VisionTower).
-      remat: see Transformer.
     """
 
     vocab: int
@@ -24,7 +23,6 @@ class MLLM(nn.Module):
     hidden: int
     channels: tuple[int, ...]
     vision_layers: int
-    remat: bool = False
 
     def setup(self):
         """Build the parts."""
@@ -32,7 +30,7 @@ class MLLM(nn.Module):
         self.projector = [Linear(self.width, use_bias=True), Linear(self.width, use_bias=True)]
         self.embed = nn.Embed(self.vocab, self.width,
                               embedding_init=nn.initializers.normal(self.width**-0.5))
-        self.decoder = Transformer(self.layers, self.heads, self.hidden, remat=self.remat)
+        self.decoder = Transformer(self.layers, self.heads, self.hidden)
 
     def see(self, image):
         """Image uint8 [B, H, W, 3] -> image tokens [B, P, D]."""
@@ -41,10 +39,6 @@ class MLLM(nn.Module):
     def words(self, tokens):
         """Token ids int32 [B, T] -> embeddings [B, T, D]."""
         return self.embed(tokens)
-
-    def vocabulary(self):
-        """The tied output table [vocab, D]; logits are <hidden, table>."""
-        return self.embed.embedding
 
     def __call__(self, x, mask):
         """Decode embeddings x [B, L, D], mask bool [B, L] -> hidden states [B, L, D]."""

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from tpad_jax.errors import InputError
 
 DEFAULT = Path(__file__).parent / 'base'
+KEYS = ('vocab', 'width', 'layers', 'heads', 'hidden', 'channels', 'vision_layers', 'image_size',
+        'features')  # of config.json
 
 
 def save(directory, sizes: dict, params: dict):
@@ -37,7 +39,14 @@ def load_sizes(directory=DEFAULT) -> dict:
     if not file.is_file():
         raise InputError(f'{directory} holds no base: there is no config.json; leave config.mllm.'
                          'base empty for the default or name one that tpad_jax.pretrain wrote')
-    return json.loads(file.read_text())
+    try:
+        sizes = json.loads(file.read_text())
+        missing = [key for key in KEYS if key not in sizes]
+    except (ValueError, TypeError) as error:
+        raise InputError(f'{file} is no base\'s config: {error}') from error
+    if missing:
+        raise InputError(f'{file} is no base\'s config: it lacks {", ".join(missing)}')
+    return sizes
 
 
 def load_params(directory, expected: dict) -> dict:

@@ -76,10 +76,6 @@ class TransferMLLM(nn.Module):
         """Hidden states [B, T, width] that predict the next item's tokens [B, T] from t [B, D]."""
         return self.writer(self.base, t[:, None], tokens, keep)
 
-    def vocabulary(self):
-        """The output table [vocab, width]."""
-        return self.base.vocabulary()
-
     def everything(self, k, mask, image, has_image, tokens):
         """Touch every parameter once: what initialisation calls."""
         self.unfold(image, has_image, tokens)

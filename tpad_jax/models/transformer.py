@@ -47,21 +47,18 @@ class Transformer(nn.Module):
     Attributes:
       layers, heads, hidden: depth, heads per layer, inner width of the SwiGLU.
       causal: positions see only what came before them.
-      remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
     layers: int
     heads: int
     hidden: int
     causal: bool = True
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x, mask):
         """Encode x [B, L, D] under mask bool [B, L] -> [B, L, D]; positions count tokens."""
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        scanned = nn.scan(block, variable_axes={'params': 0, 'lora': 0},
+        scanned = nn.scan(Block, variable_axes={'params': 0, 'lora': 0},
                           split_rngs={'params': True}, length=self.layers)
         carry = (x, mask, positions)
         (x, _, _), _ = scanned(self.heads, self.hidden, self.causal, name='layers')(carry, None)
