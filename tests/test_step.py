@@ -133,7 +133,7 @@ class Run:
             name=stage, total=STEPS, devices=devices, batches=drawn, checkpoints=checkpoints,
             writer=writer, progress=lambda *_: nullcontext(lambda *_: None), log_every=1,
             save_every=2, eval_every=3, validate=lambda *_: {'hit@20': 0.5},
-            refresh_every=2 if stage == 'joint' else 0,
+            refresh_every=2 if stage == 'joint' else 0, refreshed=('k', 'r'),
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if stage == 'joint' else None)
         with pytest.MonkeyPatch.context() as patch:
@@ -337,9 +337,9 @@ def test_the_loop_fetches_only_metrics_and_those_a_step_late(monkeypatch):
     assert events == [*expected, ('fetched', 6), ('logged', 6), ('saved', 6)]
 
 
-def test_a_step_that_is_not_logged_is_not_fetched(monkeypatch):
+def test_a_step_that_is_neither_logged_nor_saved_is_not_fetched(monkeypatch):
     events = loop_events(monkeypatch, 7, log_every=3, save_every=2)
-    assert [name for what, name in events if what == 'fetched'] == [3, 6, 7]
+    assert [name for what, name in events if what == 'fetched'] == [2, 3, 4, 6, 7]
     assert [name for what, name in events if what == 'saved'] == [2, 4, 6, 7]
     assert events.index(('dispatched', 4)) < events.index(('fetched', 3))
 
