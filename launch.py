@@ -65,6 +65,8 @@ def main(argv):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    chosen = os.environ.get('XLA_FLAGS', ''), CONFIG.value.get('xla_flags', '')
+    os.environ['XLA_FLAGS'] = ' '.join(chosen).strip()
     try:
         from tpad_jax import job  # here: --help and a wrong flag need no jax
         job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', lambda: bool(received))
