@@ -100,7 +100,8 @@ def test_expected_is_the_sum_over_all_targets(name):
             total += truth[:, target] * metrics.mean_gain(name, above, equal, k)
         placed = metrics.places(scores, [truth], 20)[0]
         np.testing.assert_allclose(metrics.expected(name, placed, k), total, atol=1e-12)
-    np.testing.assert_allclose(metrics.expected_hit(scores, truth, 60), 1)
+    whole = metrics.places(scores, [truth], 60)[0]
+    np.testing.assert_allclose(metrics.expected('hit', whole, 60), 1)
 
 
 def test_every_part_has_one_shape_and_every_row_comes_once():

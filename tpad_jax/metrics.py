@@ -163,8 +163,3 @@ def expected(name: str, placed: np.ndarray, k: int) -> np.ndarray:
       float64 [...]: the sum over the first k places of weight times gain.
     """
     return placed[..., :k] @ GAINS[name](np.arange(1, k + 1, dtype=np.float64))
-
-
-def expected_hit(scores: np.ndarray, probabilities: np.ndarray, k: int) -> np.ndarray:
-    """The true probability of a ranking's first k items: two float [R, V + 1] -> float64 [R]."""
-    return expected('hit', places(scores, [probabilities], k)[0], k)
