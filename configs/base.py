@@ -16,6 +16,12 @@ def get_config():
     c.xla_flags = ''  # for the compiler, set before jax starts
     c.devices = 0  # how many devices of this process to use, 0: all
 
+    c.refit = False  # train the chosen recommender anew on training and validation sessions
+    c.search = ConfigDict(dict(
+        trials=8,  # budget of every model's and baseline's search; 1: what the config says
+        space={},  # {config key: axis}, see trials.py; what `python -m tpad_jax.search` varies
+    ))
+
     c.data = data()
     c.mllm = ConfigDict(dict(
         base='',  # directory of the shared base; empty: the small default that is committed here
@@ -50,6 +56,10 @@ def data():
     """Where items and sessions come from and how they are cut."""
     return ConfigDict(dict(
         raw_dir='',  # directory of one category's raw Amazon files; empty: the planted catalogue
+        npz='',  # file of ready-made sessions of item ids (data/npz.py), in place of raw files
+        ordered=True,  # npz: the training sessions stand in the order of time
+        protocol='ours',  # every prefix is scored; 'published': as the papers on these data do
+        published_last_only=False,  # they score a session's last item only
         gap_hours=24.0,  # 2023 files: a longer pause ends a session (2018 files: reviewer and day)
         core=5,  # k-core, counted on training sessions; 1: off
         min_length=2,  # events of the shortest session
@@ -80,9 +90,15 @@ def model():
         use_side=True,  # brand, category and price level, where the catalogue has them
         id_dropout=0.2,  # share of warm items that meet the cold items' shared embedding
         feature_dropout=0.1,
-        gnn_steps=1,  # rounds of message passing
-        positions=True,  # the readout knows positions
-        dropout=0.2,  # of the session GNN
+        encoder='sr_gnn',  # of sessions: 'sr_gnn', 'gce_gnn' or 'attention'
+        normalise=False,  # items and sessions have length one, and a temperature is learned
+        temperature=0.07,  # where it starts
+        gnn_steps=1,  # sr_gnn: rounds of message passing
+        positions=True,  # sr_gnn: the readout knows positions, which the published one does not
+        layers=1, heads=2,  # attention
+        near=12, near_window=3,  # gce_gnn: global neighbours of an item, longest distance counted
+        dropout=0.2,  # inside the encoder
+        item_dropout=0.2,  # on the item vectors it reads
     ))
 
 
@@ -108,7 +124,10 @@ def losses():
         distil_mine=dict(fn='mine', weight=0.0, stages='transfer,joint',
                          x='r_next', y='p', ids='next', critic='critic.distil'),
         discrepancy=dict(fn='mmd', weight=0.1, stages='transfer,joint', x='r', y='t'),
-        next_item=dict(fn='next_item', weight=1.0, stages='recommend,joint', temperature=1.0),
+        next_item=dict(fn='next_item', weight=1.0, stages='recommend,joint', h='h', temperature=1.0,
+                       smoothing=0.0, chunk=0, dtype='float32'),
+        sampled_next_item=dict(fn='sampled_next_item', weight=0.0, stages='recommend,joint', h='h',
+                               samples=8192, power=0.75, temperature=1.0),
     ))
 
 
@@ -118,8 +137,9 @@ def stage(**changes):
         batch_size=64,  # over all devices
         steps=100,  # at most
         every_prefix=True,  # False: a session is one row, its last item the target
-        optimiser='adamw',  # or 'sgd': the peak rate throughout, no clip, no decay
-        learning_rate=1e-3,  # peak: warmed up, then a cosine to zero
+        optimiser='adamw',  # 'adam': L2 instead of decay, no clip; 'sgd': bare, at the peak rate
+        learning_rate=1e-3,  # peak: warmed up, then by schedule
+        schedule='cosine',  # to zero at the last step, or 'constant'
         warmup=0.05,  # share of the steps
         weight_decay=0.01,  # of matrices, not of biases and norms
         clip=1.0,  # global norm of the gradient

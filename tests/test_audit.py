@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tpad_jax.data import audit as lib
+from tpad_jax.data import shuffle
 from tpad_jax.data.sessions import DAY, Sessions, warm_items
 
 
@@ -41,11 +42,15 @@ def test_a_file_order_is_told_from_no_order_and_from_directed_behaviour():
     assert listed['one_way_share'] == 1.0
     assert listed['fixed_order_share'] > 0.95
     assert any('looks like that of a file' in line for line in listed['warnings'])
+    assert "Nothing can be claimed" in listed['verdict']
+    assert "is a file's" in listed['verdict']
 
     free = report(drawn(0, 4000), drawn(1, 500))
     assert free['one_way_share'] == pytest.approx(free['one_way_by_chance'], abs=0.01)
     assert free['fixed_order_share'] == pytest.approx(0.5, abs=0.05)
     assert free['warnings'] == []
+    assert 'Nothing can be claimed' in free['verdict']
+    assert 'no order to model' in free['verdict']
 
     def cycle(seed, count):  # 1-2-3-1, 4-5-6-4 ...: directed, and no order of all items fits
         first = np.random.default_rng(seed).integers(0, 39, count)
@@ -55,6 +60,8 @@ def test_a_file_order_is_told_from_no_order_and_from_directed_behaviour():
     assert directed['one_way_share'] == 1.0
     assert directed['fixed_order_share'] < 0.7  # two of three steps at best
     assert 'strongly directed' in directed['warnings'][0]
+    assert 'Claims about transitions can be made' in directed['verdict']
+    assert 'by direction. But 100.0 % of the frequent pairs go one way' in directed['verdict']
 
 
 def test_shares_by_hand():
@@ -91,15 +98,119 @@ def test_day_granular_times_and_ties_are_warned_of_in_words():
                   sessions._replace(start=np.arange(50, 100) * DAY), ties=1.0, form='2018')
     assert days['day_granular']
     assert 'the times are days, not moments' in days['warnings'][0]
+    assert 'Nothing can be claimed' in days['verdict']
+    assert 'the times are days' in days['verdict']
     tied = report(sessions, sessions, ties=0.25)
     assert not tied['day_granular']
     assert '25.0 % of neighbouring events in a session have equal times' in tied['warnings'][0]
+    assert '75.0 % of neighbouring events' in report(sessions, sessions, ties=0.75)['verdict']
 
 
 def test_report_is_json_and_words_without_nan():
     found = report(csr([[1, 2]]), csr([[1], [2]]), ties=float('nan'))
     json.dumps(found, allow_nan=False)
     words = lib.describe(found)
-    assert 'Equal times among neighbours in a session: unknown.' in words
-    assert words[-1].startswith('Warning: ') == bool(found['warnings'])
+    assert 'Equal times among neighbours in a session: not known.' in words
+    assert words[-1] == f'Verdict: {found["verdict"]}'
+    assert words[-2].startswith('Warning: ') == bool(found['warnings'])
     assert found['repeat_share'] is None
+
+
+def walks(seed, count, items=400, steps=(-1, 1)):
+    """Random walks on a ring: near items follow each other, in either direction by default."""
+    rng = np.random.default_rng(seed)
+    parts = [rng.integers(items) + np.cumsum(rng.choice(steps, rng.integers(6, 10)) *
+                                             rng.integers(1, 6)) for _ in range(count)]
+    return csr([1 + part % items for part in parts])
+
+
+def test_times_that_are_not_known_are_no_all_clear():
+    """Neither as nan nor as one moment for all, which is midnight of no day."""
+    train, test = (part._replace(start=np.zeros(len(part.start), np.int64))
+                   for part in (walks(0, 2500), walks(1, 400)))
+    found = report(train, test, ties=float('nan'), items=400, form='npz')
+    assert found['day_granular'] is None
+    assert found['tie_share'] is None
+    assert not any('midnight' in line for line in found['warnings'])
+    assert found['verdict'].endswith(
+        'But the times are not known, so all of this rests on the sessions alone.')
+    known = report(walks(0, 2500), walks(1, 400), items=400)
+    assert known['day_granular'] is False
+    assert 'not known' not in known['verdict']
+
+
+def test_closeness_is_told_from_direction():
+    near = report(walks(0, 2500), walks(1, 400), items=400)
+    assert 'Claims about transitions can be made' in near['verdict']
+    assert 'more by closeness than by direction' in near['verdict']
+    found = near['shuffle']['markov']['hit@20']
+    assert found['before'] > found['after'] + 0.1
+
+
+def test_too_few_rows_promise_nothing():
+    found = report(walks(0, 2500), walks(1, 3), items=400)
+    assert found['shuffle']['rows'] < 30
+    assert 'Nothing can be claimed' in found['verdict']
+    assert f'nothing that {found["shuffle"]["rows"]} test rows could show' in found['verdict']
+
+
+# --- the shuffle test ---------------------------------------------------------------------------
+
+
+def by_loops(train, test, rule, size):
+    """hit@20 and mrr@20 of a rule of `shuffle.RULES` on every prefix, in plain loops."""
+    longest, decay, both = shuffle.RULES[rule]
+    table = np.zeros((size, size))
+    for session in np.split(train.items, train.offsets[1:-1]):
+        for a in range(len(session)):
+            for b in range(a + 1, min(a + longest, len(session) - 1) + 1):
+                table[session[a], session[b]] += 1 / (b - a)
+                if both:
+                    table[session[b], session[a]] += 1 / (b - a)
+    hits = []
+    for session in np.split(test.items, test.offsets[1:-1]):
+        for end in range(1, len(session)):
+            scores = sum(decay ** d * table[session[end - 1 - d]] for d in range(end)).round(9)[1:]
+            own = scores[session[end] - 1]
+            above, equal = (scores > own).sum(), (scores == own).sum()
+            places = np.arange(above + 1, above + equal + 1)
+            hits.append([np.mean(places <= 20), np.mean((places <= 20) / places)])
+    return np.mean(hits, axis=0)
+
+
+@pytest.mark.parametrize('rule', shuffle.RULES)
+def test_rules_equal_plain_loops(rule):
+    train, test = walks(0, 150, items=60), walks(1, 40, items=60)
+    found = shuffle.shuffle_test(train, test)
+    size = 1 + int(max(train.items.max(), test.items.max()))
+    assert found['rows'] == len(test.items) - len(test.start)
+    assert [found[rule][metric]['before'] for metric in ('hit@20', 'mrr@20')] == pytest.approx(
+        by_loops(train, test, rule, size).tolist())
+
+
+def test_shuffling_keeps_sessions_and_loses_their_order():
+    sessions = walks(0, 300)
+    mixed = shuffle.shuffled(sessions, np.random.default_rng(0))
+    same = 0
+    for begin, end in zip(sessions.offsets, sessions.offsets[1:], strict=False):
+        old, new = sessions.items[begin:end], mixed.items[begin:end]
+        assert sorted(old) == sorted(new)
+        same += np.array_equal(old, new)
+    assert same < 15
+    firsts = [list(mixed.items[b:e]).index(sessions.items[b]) for b, e in
+              zip(sessions.offsets, sessions.offsets[1:], strict=False)
+              if np.count_nonzero(sessions.items[b:e] == sessions.items[b]) == 1 and e - b == 6]
+    assert np.mean(firsts) == pytest.approx(2.5, abs=0.8)  # no place is likelier
+
+
+def test_the_sample_is_seeded_and_bounded(monkeypatch):
+    train, test = walks(0, 400), walks(1, 200)
+    monkeypatch.setattr(shuffle, 'SAMPLE', 70)
+    found = shuffle.shuffle_test(train, test)
+    assert found['rows'] == 70
+    assert found == shuffle.shuffle_test(train, test)
+    assert found != shuffle.shuffle_test(train, test, seed=1)
+    monkeypatch.setattr(shuffle, 'SAMPLE', 280)  # the error of a mean falls as the root of rows
+    errors = [found['markov']['hit@20']['error'] for found in
+              (found, shuffle.shuffle_test(train, test))]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.35)

@@ -1,5 +1,6 @@
 """Baselines against plain loops over sessions."""
 
+import inspect
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from tpad_jax import baselines, metrics
 from tpad_jax.data.sessions import Sessions, rows
 from tpad_jax.errors import InputError
+from tpad_jax.trials import check_space
 
 V = 12
 
@@ -59,9 +61,14 @@ def rule_scores(pair_weight, longest, decay, backoff, both=False):
     return np.array(out)
 
 
+def spread(scorer):
+    """The scorer with its scores as tables."""
+    return lambda items: metrics.dense(scorer(items))
+
+
 def fitted(name, train=TRAIN):
     fit, _ = baselines.BASELINES[name]
-    return fit(train, V, FEATURES) if name == 'content_knn' else fit(train, V)
+    return spread(fit(train, V, FEATURES) if name == 'content_knn' else fit(train, V))
 
 
 def test_pop_is_the_share_of_events():
@@ -77,9 +84,10 @@ def test_repeat_last_ranks_the_latest_first():
 
 def test_markov_counts_neighbours():
     expected = rule_scores(lambda lag: 1, 1, 0, 0.25)
-    np.testing.assert_allclose(baselines.fit_markov(TRAIN, V, 0.25)(PREFIXES), expected, atol=1e-7)
+    found = spread(baselines.fit_markov(TRAIN, V, 0.25))(PREFIXES)
+    np.testing.assert_allclose(found, expected, atol=1e-7)
     seen = np.array([b for s in LISTS for a, b in itertools.pairwise(s) if a == 3])
-    np.testing.assert_allclose(baselines.fit_markov(TRAIN, V, 0)(PREFIXES)[0],
+    np.testing.assert_allclose(spread(baselines.fit_markov(TRAIN, V, 0))(PREFIXES)[0],
                                np.bincount(seen, minlength=V + 1) / len(seen), atol=1e-7)
 
 
@@ -89,7 +97,8 @@ def test_rules_by_loops(decay, lag_power):
     for fit, both in ((baselines.fit_sr, False), (baselines.fit_ar, True)):
         expected = rule_scores(lambda lag: lag ** -float(lag_power), baselines.LONGEST_RULE, decay,
                                0.1, both)
-        found = fit(TRAIN, V, decay=decay, lag_power=lag_power, backoff=0.1)(PREFIXES)
+        fitted = fit(TRAIN, V, decay=decay, lag_power=lag_power, backoff=0.1)
+        found = spread(fitted)(PREFIXES)
         np.testing.assert_allclose(found, expected, atol=1e-7)
 
 
@@ -112,8 +121,8 @@ def test_item_knn_is_the_cosine_of_sessions(shrink, repeats):
                 if both and (repeats or item != other):
                     expected[row, other] += weight * both / np.sqrt(
                         (n[item] + shrink) * (n[other] + shrink))
-    found = baselines.fit_item_knn(TRAIN, V, decay=0.5, shrink=shrink, repeats=repeats)(PREFIXES)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    scorer = baselines.fit_item_knn(TRAIN, V, decay=0.5, shrink=shrink, repeats=repeats)
+    np.testing.assert_allclose(spread(scorer)(PREFIXES), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('repeats', [False, True])
@@ -154,23 +163,81 @@ def test_scores_depend_on_their_row_alone(name):
     np.testing.assert_array_equal(scorer(wider), together)
 
 
-@pytest.mark.parametrize('name', ['pop', 'markov', 'sr', 'ar', 'item_knn'])
+@pytest.mark.parametrize('name', sorted(baselines.BASELINES.keys() - {'content_knn'}))
+def test_all_but_content_is_sparse(name):
+    fit, _ = baselines.BASELINES[name]
+    scores = fit(TRAIN, V)(PREFIXES)
+    assert isinstance(scores, metrics.Sparse)
+    assert (scores.found.dtype, scores.background.dtype) == (np.float32, np.float32)
+    for found, expected in zip(metrics.counts(scores, np.array([3, 4, 9, 12, 1])),
+                               metrics.counts(metrics.dense(scores), np.array([3, 4, 9, 12, 1])),
+                               strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize('name', ['pop', 'markov', 'sr', 'ar', 'item_knn', 'vsknn', 'stan',
+                                  'vstan'])
 def test_cold_items_get_nothing(name):
     assert not fitted(name)(PREFIXES)[:, V - 1:].any()
 
 
-def test_tune_finds_the_best_on_validation(monkeypatch):
+@pytest.mark.parametrize('name', baselines.BASELINES)
+def test_every_space_holds_the_defaults(name):
+    fit, space = baselines.BASELINES[name]
+    keywords = inspect.signature(fit).parameters
+    check_space(space, {key: keywords[key].default for key in space})
+    free = {key for key, keyword in keywords.items() if keyword.default is not keyword.empty}
+    assert free - {'ordered'} == space.keys()  # all there is to choose is searched
+
+
+def test_tune_finds_the_best_it_tries(monkeypatch):
     monkeypatch.setattr(baselines, 'TUNED_AT', 3)  # of so few items 20 are nearly all
     valid = rows(sessions(drawn(9, 30)), 9)
+    tuned = baselines.tune('markov', TRAIN, valid, V, trials=8, chunk=50)
     seen = {}
-    for backoff in baselines.BASELINES['markov'][1]['backoff']:
-        scorer = baselines.fit_markov(TRAIN, V, backoff)
-        place = [metrics.hit(*metrics.counts(scorer(valid.items), valid.target), 3).mean()]
-        seen[backoff] = place[0]
+    for one in tuned.record['tried']:
+        scorer = baselines.fit_markov(TRAIN, V, **one['params'])
+        counted = metrics.counts(scorer(valid.items), valid.target)
+        seen[one['params']['backoff']] = metrics.hit(*counted, 3).mean()
+        assert one['values'] == pytest.approx({'hit@3': seen[one['params']['backoff']],
+                                               'mrr@3': metrics.mrr(*counted, 3).mean()})
     assert len(set(seen.values())) > 1
-    tuned = baselines.tune('markov', TRAIN, valid, V, chunk=50)
+    assert next(iter(seen)) == 0.1  # the default
     assert tuned.hit == pytest.approx(max(seen.values()))
     assert seen[tuned.params['backoff']] == max(seen.values())
+    assert (tuned.record['trials'], tuned.record['rows']) == (8, len(valid.target))
+    found = baselines.fit_markov(TRAIN, V, **tuned.params)
+    np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), spread(found)(PREFIXES))
+
+
+def test_a_budget_of_one_is_the_defaults():
+    valid = rows(sessions(drawn(9, 30)), 9)
+    for name, expected in (('sr', dict(decay=0.6, lag_power=1, backoff=0.1)), ('pop', {})):
+        tuned = baselines.tune(name, TRAIN, valid, V, trials=1)
+        assert tuned.params == expected
+        assert tuned.record['trials'] == 1
+
+
+def test_tune_reads_a_sample_of_many_rows():
+    valid = rows(sessions(drawn(9, 60)), 9)
+    tuned = baselines.tune('ar', TRAIN, valid, V, trials=1, rows=100, seed=3)
+    assert tuned.record['rows'] == 100
+    chosen = np.random.default_rng(3).choice(len(valid.target), 100, replace=False)
+    counted = metrics.ranks(fitted('ar'), valid.items[chosen], valid.target[chosen], V)
+    assert tuned.hit == pytest.approx(metrics.hit(*counted, 20).mean())
+
+
+def test_tune_goes_on_from_its_journal(tmp_path, monkeypatch):
+    valid = rows(sessions(drawn(9, 30)), 9)
+    whole = baselines.tune('markov', TRAIN, valid, V, trials=4)
+    stored = dict(storage=tmp_path / 'search.journal')
+    baselines.tune('markov', TRAIN, valid, V, trials=2, **stored)
+    counted = []
+    ranks = metrics.ranks
+    monkeypatch.setattr(metrics, 'ranks', lambda *a, **b: counted.append(1) or ranks(*a, **b))
+    resumed = baselines.tune('markov', TRAIN, valid, V, trials=4, **stored)
+    assert len(counted) == 2
+    assert resumed.record == whole.record
 
 
 def test_tune_learns_that_only_the_last_item_matters(monkeypatch):
@@ -182,27 +249,47 @@ def test_tune_learns_that_only_the_last_item_matters(monkeypatch):
         noise = rng.integers(1, 31, (count, 6))
         return sessions([np.append(row, step[row[-1] - 1]) for row in noise])
 
-    valid = rows(chained(100), 8, every_prefix=False)
-    tuned = baselines.tune('sr', chained(400), valid, 30)
-    assert tuned.params['decay'] == 0.0
-    assert tuned.hit > 0.8
-    assert tuned.hit > baselines.tune('ar', chained(400), valid, 30).hit
+    train, valid = chained(400), rows(chained(100), 8, every_prefix=False)
+    tuned = baselines.tune('sr', train, valid, 30, trials=12)
+    assert tuned.params['decay'] < 0.3
+    assert tuned.hit > 0.8 > baselines.tune('sr', train, valid, 30, trials=1).hit
+    assert tuned.hit > baselines.tune('ar', train, valid, 30, trials=12).hit
 
 
 def test_tune_passes_features_on():
     valid = rows(sessions(drawn(9, 10)), 9)
-    tuned = baselines.tune('content_knn', TRAIN, valid, V, features=FEATURES)
+    tuned = baselines.tune('content_knn', TRAIN, valid, V, trials=3, features=FEATURES)
     expected = baselines.fit_content_knn(TRAIN, V, FEATURES, **tuned.params)(PREFIXES)
     np.testing.assert_array_equal(tuned.scorer(PREFIXES), expected)
 
 
+def test_tune_fits_the_chosen_parameters_on_the_final_sessions():
+    both = sessions([*LISTS, *drawn(9, 30)])
+    valid = rows(sessions(drawn(9, 30)), 9)
+    tuned = baselines.tune('sr', TRAIN, valid, V, trials=3, final=both)
+    assert tuned.hit == baselines.tune('sr', TRAIN, valid, V, trials=3).hit
+    expected = baselines.fit_sr(both, V, **tuned.params)
+    np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), spread(expected)(PREFIXES))
+
+
+def test_tune_says_whether_the_order_of_sessions_is_known():
+    valid = rows(sessions(drawn(9, 30)), 9)
+    for ordered in (False, True):
+        tuned = baselines.tune('stan', TRAIN, valid, V, trials=1, ordered=ordered)
+        expected = baselines.BASELINES['stan'][0](TRAIN, V, ordered=ordered)
+        np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), spread(expected)(PREFIXES))
+    baselines.tune('sr', TRAIN, valid, V, trials=1, ordered=False)  # which reads no such thing
+
+
 def test_tune_refuses_what_it_cannot_use():
     valid = rows(sessions(drawn(9, 5)), 9)
-    with pytest.raises(InputError, match="unknown baseline 'stan'; choose from pop,"):
-        baselines.tune('stan', TRAIN, valid, V)
+    with pytest.raises(InputError, match="unknown baseline 'fpmc'; choose from pop,"):
+        baselines.tune('fpmc', TRAIN, valid, V, trials=1)
     with pytest.raises(InputError, match='content_knn needs item features'):
-        baselines.tune('content_knn', TRAIN, valid, V)
+        baselines.tune('content_knn', TRAIN, valid, V, trials=1)
     with pytest.raises(InputError, match='sr reads no item features'):
-        baselines.tune('sr', TRAIN, valid, V, features=FEATURES)
+        baselines.tune('sr', TRAIN, valid, V, trials=1, features=FEATURES)
     with pytest.raises(InputError, match='validation split has no rows'):
-        baselines.tune('sr', TRAIN, rows(sessions([np.array([1])]), 9), V)
+        baselines.tune('sr', TRAIN, rows(sessions([np.array([1])]), 9), V, trials=1)
+    with pytest.raises(InputError, match='sr: trials=0 must be 1 or more'):
+        baselines.tune('sr', TRAIN, valid, V, trials=0)

@@ -181,7 +181,7 @@ def test_other_data_is_refused(raw, tmp_path):
 def test_another_layout_is_refused(raw, tmp_path, monkeypatch):
     builder.prepare(raw[0], tmp_path / 'data', **OPTIONS)
     monkeypatch.setattr(builder.Amazon, 'VERSION', '9.0.0')
-    with pytest.raises(InputError, match=r'version 1\.0\.0, this code reads 9\.0\.0'):
+    with pytest.raises(InputError, match=r'version 1\.1\.0, this code reads 9\.0\.0'):
         pipeline.load(tmp_path / 'data')
 
 

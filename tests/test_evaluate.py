@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import baselines, evaluate, metrics
+from tpad_jax import baselines, evaluate, metrics, slices
 from tpad_jax.data import synthetic
 from tpad_jax.data.sessions import Rows, Sessions, rows, warm_items
 from tpad_jax.errors import InputError
@@ -55,19 +55,19 @@ def test_slices_by_hand():
     result, places = evaluate.evaluate(scorer, made, warm, ks=(1, 2), chunk=3)
     assert places['above'].tolist() == [1, 0, 3, 3]
     assert places['equal'].tolist() == [1, 1, 1, 1]
-    slices = result['slices']
-    assert {name: part['rows'] for name, part in slices.items()} == {
+    parts = result['slices']
+    assert {name: part['rows'] for name, part in parts.items()} == {
         'warm': 2, 'cold': 2, 'repeat': 1, 'new': 3, 'length_1': 2, 'length_2': 1,
         'length_3-5': 1, 'length_6+': 0}
     assert (result['rows'], result['tied_share']) == (4, 0)
     assert result['hit@1'] == 1 / 4
     assert result['mrr@2'] == pytest.approx((1 / 2 + 1) / 4)
-    assert slices['warm']['hit@1'] == 1 / 2
-    assert slices['warm']['ndcg@2'] == pytest.approx((1 / np.log2(3) + 1) / 2)
-    assert slices['cold']['mrr@2'] == 0
-    assert slices['repeat']['hit@1'] == 1
-    assert slices['length_1']['hit@2'] == 1 / 2
-    assert slices['length_6+']['hit@1'] is None
+    assert parts['warm']['hit@1'] == 1 / 2
+    assert parts['warm']['ndcg@2'] == pytest.approx((1 / np.log2(3) + 1) / 2)
+    assert parts['cold']['mrr@2'] == 0
+    assert parts['repeat']['hit@1'] == 1
+    assert parts['length_1']['hit@2'] == 1 / 2
+    assert parts['length_6+']['hit@1'] is None
     assert not any(key.startswith('expected') for key in result)
     json.dumps(result, allow_nan=False)
 
@@ -85,18 +85,18 @@ def test_expected_hits_by_hand():
     assert result['expected_hit@2'] == pytest.approx((.3 + .8 + .5 + .5) / 4)
     assert result['expected_mrr@2'] == pytest.approx((.2 + .75 + .375 + .25) / 4)
     assert result['expected_hit@4'] == pytest.approx(1)
-    slices = result['slices']
+    parts = result['slices']
     # item slices: probability found over probability there, in all four rows
-    assert slices['warm']['expected_hit@2'] == pytest.approx(2.1 / (.6 + .9 + .75 + 1))
-    assert slices['cold']['expected_hit@2'] == 0
-    assert slices['cold']['expected_hit@4'] == pytest.approx(1)
+    assert parts['warm']['expected_hit@2'] == pytest.approx(2.1 / (.6 + .9 + .75 + 1))
+    assert parts['cold']['expected_hit@2'] == 0
+    assert parts['cold']['expected_hit@4'] == pytest.approx(1)
     # prefixes hold {1}, {1, 2}, {1, 2, 3}, {2}
-    assert slices['repeat']['expected_hit@2'] == pytest.approx((.1 + .8 + .5 + .5) /
+    assert parts['repeat']['expected_hit@2'] == pytest.approx((.1 + .8 + .5 + .5) /
                                                                (.1 + .8 + .75 + .5))
-    assert slices['new']['expected_hit@2'] == pytest.approx((.2 + 0) / (.9 + .2 + .25 + .5))
+    assert parts['new']['expected_hit@2'] == pytest.approx((.2 + 0) / (.9 + .2 + .25 + .5))
     # row slices: the mean over their rows
-    assert slices['length_1']['expected_hit@2'] == pytest.approx((.3 + .5) / 2)
-    assert slices['length_6+']['expected_hit@2'] is None
+    assert parts['length_1']['expected_hit@2'] == pytest.approx((.3 + .5) / 2)
+    assert parts['length_6+']['expected_hit@2'] is None
 
 
 def test_without_cold_items_the_cold_slice_is_empty(world):
@@ -106,6 +106,49 @@ def test_without_cold_items_the_cold_slice_is_empty(world):
     assert result['slices']['cold']['rows'] == 0
     assert result['slices']['cold']['expected_hit@20'] is None
     assert result['slices']['warm']['expected_hit@20'] == result['expected_hit@20']
+
+
+def test_popularity_quartiles_by_hand():
+    # sorted by count: 1 1 | 2 | 4 | 8 of 16 events; their middles: 1, 3, 6 and 12
+    counts = np.array([0, 8, 0, 1, 4, 1, 2])
+    assert slices.popularity_quartiles(counts).tolist() == [0, 4, 0, 1, 2, 1, 1]
+    made, warm, scorer = by_hand()
+    result, _ = evaluate.evaluate(scorer, made, warm, ks=(1, 2), counts=np.array([0, 1, 2, 9, 0]))
+    parts = {name: result['slices'][name] for name in slices.QUARTILES}
+    # targets 2, 1, 4, 4: item 1 and 2 lie in the first quartile of 12 events, 4 is cold
+    assert [part['rows'] for part in parts.values()] == [2, 0, 0, 0]
+    assert parts['popularity_q1']['hit@1'] == 1 / 2
+    assert parts['popularity_q4']['hit@1'] is None
+
+
+def test_popularity_quartiles_hold_a_quarter_of_the_events_each():
+    counts = np.append(0, np.random.default_rng(0).zipf(1.5, 5000) % 200)
+    quartile = slices.popularity_quartiles(counts)
+    assert ((quartile == 0) == (counts == 0)).all()
+    held = np.bincount(quartile, counts)[1:] / counts.sum()
+    assert abs(held - 1 / 4).max() < 0.02
+    order = np.argsort(counts)
+    assert (np.diff(quartile[order]) >= 0).all()
+    for count in np.unique(counts):
+        assert len(set(quartile[counts == count])) == 1
+
+
+def test_popularity_slices_partition_the_warm_rows_and_their_truth(world):
+    train, test, warm, probabilities = world
+    counts = np.bincount(train.items, minlength=V + 1)
+    result, _ = evaluate.evaluate(noise, test, warm, probabilities=probabilities, counts=counts)
+    plain, _ = evaluate.evaluate(noise, test, warm, probabilities=probabilities)
+    parts = [result['slices'].pop(name) for name in slices.QUARTILES]
+    assert result == plain
+    assert sum(part['rows'] for part in parts) == result['slices']['warm']['rows']
+    assert all(part['rows'] for part in parts)
+    assert sum(part['rows'] * part['hit@20'] for part in parts) == pytest.approx(
+        result['slices']['warm']['hit@20'] * result['slices']['warm']['rows'])
+    # the slice of items: probability found in it over probability there
+    truth, scores = probabilities(test.items), noise(test.items)
+    inside = truth * (slices.popularity_quartiles(counts) == 2)
+    found = metrics.places(scores, [inside], 20)[0].sum() / inside.sum()
+    assert parts[1]['expected_hit@20'] == pytest.approx(found)
 
 
 def test_chunks_change_nothing(world):
@@ -123,10 +166,10 @@ def test_chunks_change_nothing(world):
 def test_slices_partition_the_rows(world):
     _, test, warm, probabilities = world
     result, places = evaluate.evaluate(noise, test, warm, probabilities=probabilities)
-    slices = result['slices']
-    for names in (('warm', 'cold'), ('repeat', 'new'), evaluate.LENGTHS):
-        assert sum(slices[name]['rows'] for name in names) == result['rows'] == len(test.target)
-        mean = sum(slices[name]['rows'] * slices[name]['mrr@20'] for name in names)
+    parts = result['slices']
+    for names in (('warm', 'cold'), ('repeat', 'new'), slices.LENGTHS):
+        assert sum(parts[name]['rows'] for name in names) == result['rows'] == len(test.target)
+        mean = sum(parts[name]['rows'] * parts[name]['mrr@20'] for name in names)
         assert mean / result['rows'] == pytest.approx(result['mrr@20'])
     assert result['hit@10'] == pytest.approx(
         metrics.hit(places['above'], places['equal'], 10).mean())

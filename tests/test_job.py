@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import amazon
-from tpad_jax import job, parallel, train, writers
+from tpad_jax import job, parallel, slices, train, writers
 from tpad_jax.data import builder
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import pretrained
@@ -21,7 +21,8 @@ from tpad_jax.models.mllm import MLLM
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
-BASELINES = ('content_knn', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn')
+BASELINES = ('content_knn', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn', 'vsknn', 'stan',
+             'vstan')
 SIDE, WIDTH = 16, 16
 
 
@@ -177,7 +178,7 @@ def test_results_hold_what_the_interface_promises(whole, config):
         for name in ('hit', 'mrr', 'ndcg', 'expected_hit'):
             assert 0 <= test[f'{name}@5'] <= test[f'{name}@10'] <= test[f'{name}@20'] <= 1
         assert test['slices'].keys() == {'warm', 'cold', 'length_1', 'length_2', 'length_3-5',
-                                         'length_6+', 'repeat', 'new'}
+                                         'length_6+', 'repeat', 'new', *slices.QUARTILES}
         assert {'hit@20', 'mrr@20', 'ndcg@20'} <= test['slices']['cold'].keys()
         assert test['expected_hit@20'] <= results['oracle']['expected_hit@20'] + 1e-6
     for scores in results['models'].values():
@@ -327,7 +328,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(losses__align__stages='transfr'), "config.losses.align.stages names 'transfr'"),
     (dict(losses__align__fn='infonse'), "config.losses.align.fn='infonse' cannot be found"),
     (dict(losses__align__x='kk'), 'config.losses.align reads kk, which no stage computes'),
-    (dict(stage__transfer__optimiser='adam'), 'choose from adamw, sgd'),
+    (dict(stage__transfer__optimiser='adam'), 'choose from adamw, adam, sgd'),
     (dict(stage__transfer__batch_size=0), 'config.stage.transfer.batch_size=0 must be'),
     (dict(stage__joint__batch_size=12, parallel='pmap'), 'must be a multiple of 8'),
     (dict(stage__transfer__train='('), "train='\\(' is no regular expression"),

@@ -73,7 +73,8 @@ def named(params, raw, batch):
     out = {n: x @ params[n] if n in params else x for n, x in raw.items()}
     warm = jnp.arange(V + 1) < V - 1  # the last two items are cold; row 0 is padding
     out |= {'items': batch.items, 'next': batch.next, 'warm': warm.at[0].set(False),
-            'z': params['z'], 'vocabulary': params['vocabulary']}
+            'z': params['z'], 'vocabulary': params['vocabulary'],
+            'popularity': 1.0 + jnp.arange(V + 1) % 3}
     out |= {f'critic.{n}': Partial(c.apply, params[f'critic.{n}']) for n, c in CRITICS.items()}
     out['club'] = Partial(CLUB.apply, params['club'])
     return out
@@ -104,7 +105,12 @@ def largest(tree):
     return max(float(np.abs(x).max()) for x in jax.tree.leaves(jax.device_get(tree)))
 
 
-@pytest.mark.parametrize('fn', PUBLIC, ids=lambda fn: fn.__name__)
+# Keywords that change how a loss is computed and so have to keep the contract too.
+FORMS = {'next_item_in_chunks': partial(losses.next_item, chunk=4, smoothing=0.1)}
+
+
+@pytest.mark.parametrize('fn', [*PUBLIC, *FORMS.values()],
+                         ids=[*(fn.__name__ for fn in PUBLIC), *FORMS])
 def test_contract(fn):
     """Shape, finite, padding without influence, nothing but padding, 1 device == 8."""
     batch, raw = make(0)
@@ -181,7 +187,7 @@ def test_contract(fn):
 
 def test_the_contract_is_tested_for_every_loss():
     assert {fn.__name__ for fn in PUBLIC} >= {'next_item', 'generation', 'infonce', 'mine', 'vclub',
-                                              'club_fit', 'mmd'}
+                                              'club_fit', 'mmd', 'sampled_next_item'}
 
 
 # --- plain numpy formulas -----------------------------------------------------------------------
@@ -301,6 +307,85 @@ def test_cold_items_are_no_negatives_of_the_next_item():
     assert (grads[1:V - 1] > 0).all()
 
 
+def gradients(fn, out, batch):
+    """Value [B] of a loss, and what it pulls h and z to, row by row of the batch."""
+    def objective(h, z):
+        value = fn({**out, 'h': h, 'z': z}, batch)
+        return jnp.where(batch.valid, value * (1 + jnp.arange(B)), 0).sum(), value
+
+    (_, value), grads = jit(jax.value_and_grad(objective, (0, 1), has_aux=True))(out['h'], out['z'])
+    return value, grads
+
+
+def test_next_item_is_the_same_in_chunks():
+    """A cold target (row 0) has no part in the partition either way."""
+    batch, raw = make(1)
+    batch = batch.replace(target=np.where(np.arange(B) == 0, V, batch.target))
+    out = named(make_params(1), raw, batch)
+    for smoothing in (0.0, 0.2):
+        fn = partial(losses.next_item, smoothing=smoothing, temperature=0.5)
+        expected = gradients(fn, out, batch)
+        for chunk in (3, V, 100):
+            close(gradients(partial(fn, chunk=chunk), out, batch), expected, 1e-5)
+        close(gradients(partial(fn, chunk=3, dtype='bfloat16'), out, batch), expected, 0.1)
+
+
+def test_label_smoothing_is_a_soft_target():
+    """Cross entropy of (1 - s) one-hot + s / (number of warm items) against the softmax."""
+    batch, raw = make(1)
+    out = jax.device_get(named(make_params(1), raw, batch))
+    logits = np.float64(out['h'] @ out['z'][1:V - 1].T) / 0.7
+    log_share = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    wanted = 0.7 * (batch.target[:, None] == np.arange(1, V - 1)) + 0.3 / (V - 2)
+    value = losses.next_item(out, batch, smoothing=0.3, temperature=0.7)
+    np.testing.assert_allclose(value, -(wanted * log_share).sum(axis=1), rtol=1e-5)
+
+
+# A skewed proposal: item 1 is drawn in nine cases of ten.
+SKEWED = np.where(np.arange(V + 1) == 1, 9.0 * (V - 3), 1.0).astype(np.float32)
+
+
+@pytest.mark.parametrize(('power', 'counts'), [(0.0, SKEWED), (1.0, SKEWED), (0.5, SKEWED)])
+def test_many_samples_are_the_whole_softmax(power, counts):
+    """Value and gradients, cold and warm targets, whatever the proposal."""
+    batch, raw = make(1)
+    batch = batch.replace(target=np.where(np.arange(B) == 0, V, batch.target))
+    out = {**jit(named)(make_params(1), raw, batch), 'popularity': counts}
+    out['z'] = out['z'].at[V].set(out['h'][0])  # a cold target that scores high
+    sampled = partial(losses.sampled_next_item, power=power, samples=300_000,
+                      key=jax.random.key(1), temperature=1.5)
+    expected = gradients(partial(losses.next_item, temperature=1.5), out, batch)
+    close(gradients(sampled, out, batch), expected, 0.05)
+
+
+def test_without_its_correction_a_skewed_proposal_is_wrong(monkeypatch):
+    batch, raw = make(1)
+    out = {**named(make_params(1), raw, batch), 'popularity': SKEWED}
+    expected = losses.next_item(out, batch)
+    sampled = partial(losses.sampled_next_item, out, batch, key=jax.random.key(1), samples=100_000,
+                      power=1.0)
+    assert np.abs(sampled() - expected).max() < 0.05
+    monkeypatch.setattr(losses.softmax, 'log_probability',
+                        lambda weight, ids: jnp.full(len(ids), -np.log(V - 2)))
+    assert np.abs(sampled() - expected).max() > 0.5
+
+
+def test_the_sampled_partition_is_unbiased():
+    """Even that of two draws, on average."""
+    batch, raw = make(1)
+    out = {**jit(named)(make_params(1), raw, batch), 'popularity': 1.0 + jnp.arange(V + 1)}
+    own = (out['h'] * out['z'][batch.target]).sum(-1)
+    exact = np.exp(losses.next_item(out, batch) + own)
+
+    def partition(key):
+        value = losses.sampled_next_item(out, batch, key=key, samples=2, power=1.0)
+        return jnp.exp(value + own)
+
+    found = np.asarray(jit(jax.vmap(partition))(jax.random.split(jax.random.key(0), 20_000)))
+    error = found.std(axis=0) / np.sqrt(len(found))
+    assert (np.abs(found.mean(axis=0) - exact) < 4 * error + 1e-4 * exact).all()
+
+
 # --- combine and the configured names -----------------------------------------------------------
 
 
@@ -352,10 +437,35 @@ def test_needs_names_the_outputs_a_loss_reads():
     assert losses.needs('align', losses.infonce, {}) == {'k', 'c', 'items', 'critic.align'}
     entry = {'x': 'r_next', 'y': 'p', 'ids': 'next', 'critic': 'critic.distil', 'temperature': 0.2}
     assert losses.needs('distil', losses.infonce, entry) == {'r_next', 'p', 'next', 'critic.distil'}
-    assert losses.needs('rec', losses.next_item, {}) == {'h', 'z', 'warm'}
+    assert losses.needs('rec', losses.next_item, {'dtype': 'bfloat16'}) == {'h', 'z', 'warm'}
 
 
 @pytest.mark.parametrize('keyword', ['temperatur', 'axis', 'batch', 'state'])
 def test_needs_refuses_a_keyword_that_is_not_the_configs(keyword):
     with pytest.raises(InputError, match=rf'losses\.align: mine takes no {keyword}; .*decay'):
         losses.needs('align', losses.mine, {keyword: 'k'})
+
+
+@pytest.mark.parametrize('name', ['next_item', 'sampled_next_item'])
+@pytest.mark.parametrize('room', [None, 9, 12])
+def test_every_position_predicts_as_a_row_of_its_own(name, room):
+    """h_each at the places of items: the loss of each is that of a row with this h and target."""
+    rng = np.random.default_rng(0)
+    items = np.array([[1, 2, 3], [4, 0, 0], [5, 6, 0], [2, 2, 1]], np.int32)
+    following = np.where(items > 0, rng.integers(1, 8, items.shape), 0).astype(np.int32)
+    h = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    shared = {'z': jnp.asarray(rng.normal(size=(8, 5)), jnp.float32), 'warm': jnp.arange(8) > 0,
+              'popularity': jnp.ones(8)}
+    at = np.flatnonzero(items)
+    places = None if room is None else np.pad(at, (0, room - len(at)), constant_values=-1)
+    valid = np.ones(4, bool)
+    batch = Batch(items=jnp.asarray(items), next=jnp.asarray(following), target=None,
+                  valid=jnp.asarray(valid), row=None,
+                  places=None if room is None else jnp.asarray(places))
+    fn, key = getattr(losses, name), jax.random.key(0)
+    keywords = {'key': key, 'samples': 16} if 'sampled' in name else {}
+    found = fn({**shared, 'h': jnp.asarray(h)}, batch, **keywords)
+    rows = batch.replace(target=jnp.asarray(following.ravel()[at]))
+    expected = fn({**shared, 'h': jnp.asarray(h.reshape(-1, 5)[at])}, rows, **keywords)
+    np.testing.assert_allclose(found.value.ravel()[at], expected, rtol=1e-5)
+    np.testing.assert_array_equal(found.weight, items > 0)

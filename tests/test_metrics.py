@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from tpad_jax import metrics
 
@@ -138,3 +139,84 @@ def test_scores_of_a_wrong_shape_name_the_model():
     with pytest.raises(ValueError, match=r'gnn: scores of shape \(2, 5\)'):
         metrics.ranks(lambda items: np.zeros((len(items), 5)), np.ones((2, 3), np.int32),
                       np.ones(2, int), 5, chunk=2, name='gnn')
+
+
+def drawn_sparse(seed, rows=40, items=30, levels=4):
+    """Sparse scores of few different values: ties, explicit zeros, cells of padding."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return (rng.integers(-levels, levels + 1, shape) / 10).astype(np.float32)
+
+    table = draw(rows, items + 1)
+    held = rng.random(table.shape) < rng.random((rows, 1))  # from empty rows to full ones
+    row, item = np.nonzero(held)
+    order = rng.permutation(len(row))  # csr cells stand in any order
+    order = order[np.argsort(row[order], kind='stable')]
+    found = sp.csr_array((table[row, item][order], item[order],
+                          np.append(0, np.cumsum(held.sum(1)))), shape=table.shape)
+    background = draw(items + 1)
+    return metrics.Sparse(found, background), table * held + background
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_sparse_scores_count_as_their_dense_table(seed):
+    scores, table = drawn_sparse(seed)
+    np.testing.assert_array_equal(metrics.dense(scores), table)
+    equals = set()
+    for target in range(1, 31):
+        target = np.full(40, target)
+        for found, expected in zip(metrics.counts(scores, target), metrics.counts(table, target),
+                                   strict=True):
+            np.testing.assert_array_equal(found, expected)
+            assert found.dtype == np.int32
+        equals |= set(expected)
+    assert len(equals) > 5
+
+
+def test_sparse_sums_tie_where_float32_ties_them():
+    """1e8 + 1 is 1e8 in float32: the found cell does not lift its item."""
+    scores = metrics.Sparse(sp.csr_array(np.array([[0, 1, 0, 0]], np.float32)),
+                            np.array([0, 1e8, 1e8, 1], np.float32))
+    assert [int(count[0]) for count in metrics.counts(scores, np.array([2]))] == [0, 2]
+    assert [int(count[0]) for count in metrics.counts(scores, np.array([3]))] == [2, 1]
+
+
+def test_sparse_scores_are_read_and_placed_as_dense_ones():
+    scores, table = drawn_sparse(7, rows=12)
+    items = np.arange(12, dtype=np.int32)[:, None]
+    target = np.random.default_rng(0).integers(1, 31, 12)
+
+    def sparse(part):
+        return metrics.Sparse(scores.found[part[:, 0]].astype(float), scores.background)
+
+    for found, expected in zip(metrics.ranks(sparse, items, target, 30, chunk=5),
+                               metrics.counts(table, target), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for part, read in metrics.scored(sparse, items, 30, chunk=5):
+        assert isinstance(read, metrics.Sparse)
+        np.testing.assert_array_equal(metrics.dense(read), table[part])
+        assert metrics.dense(read).dtype == np.float32
+    weights = np.random.default_rng(1).random((1, *table.shape))
+    np.testing.assert_array_equal(metrics.places(scores, weights, 9),
+                                  metrics.places(table, weights, 9))
+
+
+def test_unusable_sparse_scores_name_the_model():
+    items, target = np.ones((2, 1), np.int32), np.ones(2, int)
+
+    def ranked(found, background):
+        scores = metrics.Sparse(sp.csr_array(np.array(found, float)), np.array(background))
+        return metrics.ranks(lambda _: scores, items, target, 2, chunk=2, name='sr')
+
+    ranked([[np.nan, 1, 0], [0, 0, 0]], [np.inf, 0, 0])  # padding may hold anything
+    with pytest.raises(FloatingPointError, match='sr: the score of item 2 in row 1 is inf'):
+        ranked([[0, 0, 0], [0, 0, np.inf]], [0, 0, 0])
+    with pytest.raises(FloatingPointError, match='sr: the score of item 1 in row 0 is nan'):
+        ranked([[0, 0, 0], [0, 0, 1]], [0, np.nan, 0])
+    with pytest.raises(FloatingPointError, match='sr: the score of item 2 in row 1 is inf'):
+        ranked([[0, 0, 0], [0, 0, 3e38]], [0, 0, 3e38])
+    with pytest.raises(ValueError, match=r'sr: scores of shape \(2, 2\)'):
+        ranked([[0, 0], [0, 1]], [0, 0, 0])
+    with pytest.raises(ValueError, match=r'sr: scores of shape \(2, 2\)'):
+        ranked([[0, 0, 0], [0, 0, 1]], [0, 0])

@@ -21,6 +21,7 @@ BASE = dict(vocab=13, width=16, layers=2, heads=2, hidden=24, channels=(8, 8), v
 MODEL = SimpleNamespace(
     features=D, width=D, critics={'align': 'separable', 'distil': 'bilinear'}, use_id=True,
     use_side=True, id_dropout=0.3, feature_dropout=0.2, gnn_steps=1, positions=True, dropout=0.3,
+    item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
     recommend='r', form='compressed', withhold=0.3, word_dropout=0.6, lora_alpha=4.0, lora_rank=2)
 SPEC = tpad.build(BASE, MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))
 
@@ -344,7 +345,7 @@ def test_evaluation_is_deterministic_and_draws_go_with_the_row(params):
         return {n: np.asarray(out[n]) for n in names}
 
     order = np.array([3, 0, 5, 1, 4, 2])
-    content = {'ids', 'image', 'has_image', 'tokens'}
+    content = {'ids', 'image', 'has_image', 'tokens', 'places'}
     moved = Batch(**{n: x if n in content else x[order] for n, x in vars(batch).items()})
     plain, again = run(batch), run(batch)
     for name in names:

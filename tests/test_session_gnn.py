@@ -1,42 +1,39 @@
-"""The session graph against a dictionary, the network against SR-GNN's equations in numpy."""
+"""The session graph against a dictionary, the network against SR-GNN's equations in torch."""
 
-from collections import Counter
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from tpad_jax.models.attention import row_keys
-from tpad_jax.models.session_gnn import SessionGNN, session_graph
+from tpad_jax.models.session_gnn import PACKED, SessionGNN, session_graph
 
 V, N, D = 6, 7, 5  # few items: sessions return to them
+WIDE = 20  # so much padding that rows are computed without it
 
 
-def draw_sessions(count, seed=0):
-    """Sessions of 1 to N items with repeats, and as int32 [count, N], 0 pads at the end."""
+def draw_sessions(count, seed=0, width=N):
+    """Sessions of 1 to N items with repeats, and as int32 [count, width], 0 pads at the end."""
     rng = np.random.default_rng(seed)
     sessions = [rng.integers(1, V + 1, rng.integers(1, N + 1)).tolist() for _ in range(count - 4)]
     sessions += [[3], [2, 2, 2], [1, 2, 1, 2, 1, 3], [1, 2, 3, 4, 5, 6, 1]]
-    return sessions, np.array([s + [0] * (N - len(s)) for s in sessions], np.int32)
+    return sessions, np.array([s + [0] * (width - len(s)) for s in sessions], np.int32)
 
 
 def shares(session):
-    """Departures of each item, {item: {next item: share}}, and arrivals likewise."""
-    steps = Counter(pairwise(session))
-    out, into = Counter(), Counter()
-    for (a, b), count in steps.items():
-        out[a] += count
-        into[b] += count
-    return ({a: {b: n / out[a] for (c, b), n in steps.items() if c == a} for a in out},
-            {b: {a: n / into[b] for (a, c), n in steps.items() if c == b} for b in into})
+    """{(i, j): 1 / nodes that i goes to}, and {(i, j): 1 / nodes that lead to j}, of all edges."""
+    edges = set(pairwise(session))
+    return ({(i, j): 1 / sum(a == i for a, _ in edges) for i, j in edges},
+            {(i, j): 1 / sum(b == j for _, b in edges) for i, j in edges})
 
 
 @pytest.fixture(scope='module')
 def network():
     """A network of two steps, its parameters, its jitted function and item vectors [V+1, D]."""
-    gnn = SessionGNN(steps=2, max_length=N + 3, positions=True, rate=0.5)
+    gnn = SessionGNN(steps=2, max_length=WIDE, positions=True, rate=0.5, item_rate=0.2)
     shapes = jax.eval_shape(gnn.init, jax.random.key(0), jnp.ones((1, N, D)),
                             jnp.ones((1, N), jnp.int32))
     rng = np.random.default_rng(1)
@@ -47,99 +44,124 @@ def network():
 
 def test_graph_is_that_of_a_dictionary():
     sessions, items = draw_sessions(40)
-    alias, outgoing, incoming = map(np.asarray, jax.jit(session_graph)(items))
+    alias, leaving, arriving = map(np.asarray, jax.jit(session_graph)(items))
     for b, session in enumerate(sessions):
-        place = {item: session.index(item) for item in session}  # a node stands where first met
-        assert alias[b, :len(session)].tolist() == [place[i] for i in session]
-        expected_out, expected_in = np.zeros((2, N, N))
-        leaving, arriving = shares(session)
-        for a, row in leaving.items():
-            for i, share in row.items():
-                expected_out[place[a], place[i]] = share
-        for a, row in arriving.items():
-            for i, share in row.items():
-                expected_in[place[a], place[i]] = share
-        np.testing.assert_allclose(outgoing[b], expected_out, atol=1e-6)
-        np.testing.assert_allclose(incoming[b], expected_in, atol=1e-6)
+        # a node stands where first met
+        assert alias[b, :len(session)].tolist() == [session.index(item) for item in session]
+        for weight, expected in zip((leaving[b], arriving[b]), shares(session), strict=True):
+            steps = {}
+            for edge, w in zip(pairwise(session), weight, strict=False):
+                steps.setdefault(edge, []).append(w)
+            assert {edge: sorted(w)[:-1] for edge, w in steps.items()} == {
+                edge: [0] * (len(w) - 1) for edge, w in steps.items()}  # once, however often taken
+            assert {edge: max(w) for edge, w in steps.items()} == pytest.approx(expected)
+            assert not weight[len(session) - 1:].any()
 
 
 def test_edge_weights_by_hand():
-    """1 -> 2 -> 1 -> 2 -> 3: item 2 leaves once to 1 and once to 3; 1 leaves twice to 2."""
-    _, outgoing, incoming = session_graph(jnp.array([[1, 2, 1, 2, 3, 0]]))
-    assert outgoing[0, 0, 1] == 1
-    assert outgoing[0, 1, 0] == outgoing[0, 1, 4] == 0.5
-    assert incoming[0, 0, 1] == incoming[0, 1, 0] == incoming[0, 4, 1] == 1
-    assert float(outgoing.sum()) == 2
-    assert float(incoming.sum()) == 3
+    """1 -> 2 -> 1 -> 2 -> 3: item 2 leaves to 1 and to 3; 1 -> 2 is one edge, taken twice."""
+    _, leaving, arriving = session_graph(jnp.array([[1, 2, 1, 2, 3, 0]]))
+    assert leaving[0].tolist() == [1, 0.5, 0, 0.5, 0, 0]
+    assert arriving[0].tolist() == [1, 1, 0, 1, 0, 0]
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
+def sr_gnn(p, session, table, steps):
+    """One session by the equations of Wu et al. 2019 in torch, nodes a dictionary of vectors [D].
 
+    Where the paper and its published code differ, as the code has it.
+    """
+    def dense(name, x):
+        return x @ p[f'{name}_kernel'] + p[f'{name}_bias']
 
-def sr_gnn(params, session, table, steps):
-    """One session by the equations of Wu et al. 2019, nodes in a dictionary of vectors [D]."""
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params['params'])
+    def parts(x):
+        return x[:D], x[D:2 * D], x[2 * D:]
 
-    def dense(name, x, tree=p):
-        return x @ tree[name]['kernel'] + tree[name].get('bias', 0)
-
-    nodes = {item: table[item].astype(np.float64) for item in session}
+    nodes = {item: table[item] for item in session}
     leaving, arriving = shares(session)
     for _ in range(steps):
+        product = {item: dense('node', v) for item, v in nodes.items()}
         new = {}
         for item, v in nodes.items():
-            # eq 1: what comes along the outgoing and the incoming edges
-            a = np.concatenate([
-                sum((w * dense(name, nodes[j]) for j, w in near.get(item, {}).items()), np.zeros(D))
-                for name, near in (('out', leaving), ('in', arriving))])
-            cell = p['cell']
-            update = sigmoid(dense('iz', a, cell) + dense('hz', v, cell))  # eq 2
-            reset = sigmoid(dense('ir', a, cell) + dense('hr', v, cell))  # eq 3
-            candidate = np.tanh(dense('in', a, cell) + reset * dense('hn', v, cell))  # eq 4
-            new[item] = (1 - update) * candidate + update * v  # eq 5, as in the authors' code
+            forth = sum((w * product[j][:D] for (i, j), w in leaving.items() if i == item),
+                        torch.zeros(D, dtype=torch.float64))
+            back = sum((w * product[i][D:2 * D] for (i, j), w in arriving.items() if j == item),
+                       torch.zeros(D, dtype=torch.float64))
+            a = torch.cat([back, forth]) + p['edge_bias']  # eq 1
+            reset_a, update_a, new_a = parts(dense('message', a))
+            reset_v, update_v, new_v = parts(product[item][2 * D:])
+            update = torch.sigmoid(update_a + update_v)  # eq 2
+            reset = torch.sigmoid(reset_a + reset_v)  # eq 3
+            candidate = torch.tanh(new_a + reset * new_v)  # eq 4, the gate behind the product
+            new[item] = (1 - update) * candidate + update * v  # eq 5, the gate keeps the old
         nodes = new
     last, length = nodes[session[-1]], len(session)
-    whole = np.zeros(D)
+    whole = torch.zeros(D, dtype=torch.float64)
     for i, item in enumerate(session):
         mix = dense('w1', last) + dense('w2', nodes[item])  # eq 6
         if 'from_start' in p:
             mix = mix + p['from_start'][i] + p['from_end'][length - 1 - i]
-        whole += dense('q', sigmoid(mix)) * nodes[item]
-    return dense('w3', np.concatenate([last, whole]))  # eq 7
+        whole = whole + (torch.sigmoid(mix) @ p['q_kernel']) * nodes[item]
+    return dense('w3', torch.cat([whole, last]))  # eq 7
 
 
-@pytest.mark.parametrize(('steps', 'positions'), [(1, False), (2, True)])
-def test_network_against_the_papers_equations(network, steps, positions):
+@pytest.mark.parametrize(('steps', 'positions', 'width'),
+                         [(1, False, N), (1, False, WIDE), (2, True, WIDE)])
+def test_network_against_the_equations(network, steps, positions, width):
+    """h, and the gradients of a function of h by every parameter and item vector."""
     _, params, _, table = network
-    inner = dict(params['params'])
-    if not positions:
-        inner = {n: x for n, x in inner.items() if not n.startswith('from_')}
-    gnn = SessionGNN(steps=steps, max_length=N + 3, positions=positions)
-    sessions, items = draw_sessions(24, seed=steps)
-    h = jax.jit(gnn.apply)({'params': inner}, table[items], items)
-    expected = [sr_gnn({'params': inner}, s, table, steps) for s in sessions]
-    np.testing.assert_allclose(h, expected, rtol=1e-4, atol=1e-4)
+    inner = {n: x for n, x in params['params'].items() if positions or not n.startswith('from_')}
+    gnn = SessionGNN(steps=steps, max_length=WIDE, positions=positions)
+    sessions, items = draw_sessions(24, seed=steps, width=width)
+    assert ((items > 0).mean() <= PACKED) == (width == WIDE)
+    turn = np.random.default_rng(2).normal(size=(24, D)).astype(np.float32)
+
+    def ours(p, table):
+        h = gnn.apply({'params': p}, table[items], items)
+        return (h * turn).sum(), h
+
+    (_, h), grads = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(inner, table)
+    wide = {n: torch.tensor(np.array(x), dtype=torch.float64, requires_grad=True)
+            for n, x in {**inner, 'table': table}.items()}
+    expected = torch.stack([sr_gnn(wide, s, wide['table'], steps) for s in sessions])
+    (expected * torch.tensor(turn)).sum().backward()
+    np.testing.assert_allclose(h, expected.detach().numpy(), rtol=1e-5, atol=1e-5)
+    for name, grad in {**grads[0], 'table': grads[1]}.items():
+        theirs = wide[name].grad.numpy()
+        assert np.abs(theirs).max() > 1e-3, name
+        np.testing.assert_allclose(grad, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max(),
+                                   err_msg=name)
+
+
+def test_starts_uniform():
+    """Every parameter in +-1 / sqrt(D), biases too, as published."""
+    params = SessionGNN().init(jax.random.key(0), jnp.ones((1, N, 64)), jnp.ones((1, N), jnp.int32))
+    for x in jax.tree.leaves(params):
+        assert 0.85 / 8 < np.abs(x).max() <= 1 / 8
+        assert np.std(x) == pytest.approx(1 / 8 / 3 ** 0.5, rel=0.2)
 
 
 def test_padding_has_no_influence(network):
-    """Neither its number nor what vectors stand there."""
+    """Neither its number nor what vectors stand there, nor whether rows are packed."""
     _, params, apply, table = network
     _, items = draw_sessions(24)
     h = apply(params, table[items], items)
-    longer = np.pad(items, ((0, 0), (0, 3)))
-    z = np.where(longer[:, :, None] > 0, table[longer], 50.0).astype(np.float32)
-    np.testing.assert_allclose(apply(params, z, longer), h, rtol=1e-5, atol=1e-5)
+    for width in (N + 1, WIDE):
+        longer = np.pad(items, ((0, 0), (0, width - N)))
+        z = np.where(longer[:, :, None] > 0, table[longer], 50.0).astype(np.float32)
+        np.testing.assert_allclose(apply(params, z, longer), h, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_do_not_see_each_other(network):
+@pytest.mark.parametrize('width', [N, WIDE])
+def test_rows_do_not_see_each_other(network, width):
     _, params, apply, table = network
-    _, items = draw_sessions(24)
+    _, items = draw_sessions(24, width=width)
     other = items.copy()
     other[1::2] = items[::-1][1::2]
+    other[-1] = 0  # a row without items is nobody's affair either
     assert (other[1::2] != items[1::2]).any()
     h, mixed = apply(params, table[items], items), apply(params, table[other], other)
     np.testing.assert_allclose(mixed[::2], h[::2], rtol=1e-5, atol=1e-5)
+    assert np.isfinite(mixed).all()
 
 
 def test_order_matters_beyond_the_last_item(network):
@@ -161,7 +183,7 @@ def test_dropout_goes_with_the_row_not_its_place(network):
 
     h = dropped(items, rows)
     np.testing.assert_allclose(dropped(items[order], rows[order]), h[order], rtol=1e-5, atol=1e-5)
-    assert 0.3 < (h == 0).mean() < 0.7  # inverted dropout of rate 0.5 on the readout
+    assert 0.3 < (h == 0).mean() < 0.7  # inverted dropout of rate 0.5 on the result
     same = np.tile(items[-1], (24, 1))
     assert len({x.tobytes() for x in dropped(same, rows)}) == 24  # each row draws for itself
     assert np.abs(dropped(items, rows, step=1) - h).max() > 0.01

@@ -25,7 +25,7 @@ WAYS = {'jit': 1, 'pmap': 8, 'shard_map': 8}
 V, N, T, SIDE, STEPS, ROWS = 20, 4, 6, 8, 5, 16
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8, 8), vision_layers=1)
 # Plain SGD, so that a gradient N times too large shows; each moves parameters by 1e-2 and more.
-RATES = dict(knowledge=0.02, transfer=0.01, recommend=0.05, joint=0.01)
+RATES = dict(knowledge=0.02, transfer=0.01, recommend=0.02, joint=0.005)
 
 
 def make_data(seed=0):
@@ -348,3 +348,36 @@ def test_metrics_that_are_not_finite_end_the_run(monkeypatch):
     monkeypatch.setattr(OnDevice, 'fetch', lambda self, *_: float('nan'))
     with pytest.raises(FloatingPointError, match='stage s, step 1: loss not finite'):
         loop_events(monkeypatch, 3, log_every=1, save_every=100)
+
+
+@pytest.mark.parametrize('loss', ['next_item', 'sampled_next_item'])
+def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
+    """Attention's h_each, read at the batch's places: what fills up has no part in it."""
+    config = make_config()
+    config.model.update(encoder='attention', normalise=True, layers=1, heads=2, recommend='',
+                        use_side=False)
+    config.losses.next_item.update(weight=0.0, h='h_each', chunk=4)
+    config.losses.sampled_next_item.update(weight=0.0, h='h_each', samples=64)
+    config.losses[loss].weight = 1.0
+    spec = tpad.build(None, config.model, recommend=(), items=V, max_length=N, side_sizes=())
+    count = np.bincount(DATA.train.items, minlength=V + 1).astype(np.float32)
+    catalogue = {'warm': jnp.asarray(DATA.warm), 'side': jnp.zeros((V + 1, 0), jnp.int32),
+                 'popularity': jnp.asarray(count)}
+    params = tpad.recommender_init(jax.random.key(0), spec, catalogue)
+    params = flatten_dict({'recommender': params}, sep='/')
+    step = train.make_spec(config, 'recommend', spec, seed=5)
+    found = {}
+    for way, shards in (('jit', 1), ('pmap', 8), ('shard_map', 8)):
+        devices = parallel.choose(way, WAYS[way])
+        batch = next(with_fillers(batches.session_batches(
+            DATA, max_length=N, every_prefix=False, batch_size=ROWS, seed=3, shards=shards)))
+        assert (batch['places'] < 0).any()  # there is something to fill up
+        lifted = devices.lift(partial(train.train_step, spec=step))
+        state, logged = lifted(devices.share(train.start(step, params, '')),
+                               devices.place(batch), devices.share(catalogue))
+        found[way] = jax.device_get((state.params, logged))
+    for way in ('pmap', 'shard_map'):
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found['jit'],
+                     found[way])
+    after, _ = found['jit']
+    assert max(np.abs(after[path] - params[path]).max() for path in params) > 1e-3

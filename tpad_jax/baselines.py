@@ -1,9 +1,10 @@
 """The baselines every model is shown next to, each tuned on validation.
 
 `fit_x(train, num_items, ...)` counts on training sessions alone and returns a scorer: int32 [R, N]
-prefixes (left aligned, 0 pads) -> float32 [R, V + 1] scores, column 0 (padding) being worthless. A
-row's scores depend on that row only. Items no training session holds (cold) get what popularity
-gives them, nothing; `content_knn` alone can tell them apart.
+prefixes (left aligned, 0 pads) -> float32 [R, V + 1] scores (`metrics.Sparse` from all but
+`content_knn`), column 0 (padding) being worthless. A row's scores depend on that row only. Items no
+training session holds (cold) get what popularity gives them, nothing; `content_knn` alone can tell
+them apart. The session neighbours (V-SKNN, STAN, VSTAN) are `session_knn`'s.
 
 Rules and neighbours follow Ludewig and Jannach, "Evaluation of session-based recommendation
 algorithms" (2018); popularity as a back-off, and weighing a rule by the square root of its item's
@@ -11,14 +12,16 @@ frequency (between counts and conditional probabilities), are choices of this pr
 """
 
 import inspect
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
-from tpad_jax import metrics
+from tpad_jax import metrics, session_knn
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.errors import InputError
+from tpad_jax.trials import search
 
 LONGEST_RULE = 10  # steps between the two items of a rule
 TUNED_AT = 20  # K of the hit@K that `tune` maximises, as every model's selection does
@@ -27,7 +30,7 @@ TUNED_AT = 20  # K of the hit@K that `tune` maximises, as every model's selectio
 def fit_pop(train: Sessions, num_items: int) -> metrics.Scorer:
     """POP: every prefix is followed by what is frequent in training."""
     share = _popularity(train, num_items).astype(np.float32)
-    return lambda items: np.tile(share, (len(items), 1))
+    return lambda items: _sparse(sp.csr_array((len(items), num_items + 1)), share)
 
 
 def fit_repeat_last(train: Sessions, num_items: int) -> metrics.Scorer:
@@ -35,11 +38,8 @@ def fit_repeat_last(train: Sessions, num_items: int) -> metrics.Scorer:
     del train
 
     def scorer(items):
-        scores = np.zeros((len(items), num_items + 1), np.float32)
-        for position, item in enumerate(items.T, 1):  # in order, so that the latest place stands
-            scores[np.arange(len(items)), item] = position
-        scores[:, 0] = 0
-        return scores
+        row, item, place, _ = session_knn.latest_places(items)
+        return _sparse(sp.csr_array((place, (row, item)), shape=(len(items), num_items + 1)))
 
     return scorer
 
@@ -86,7 +86,7 @@ def fit_item_knn(train: Sessions, num_items: int, decay: float = 0.6, shrink: fl
     cosine = sp.csr_array(scale @ (holds.T @ holds) @ scale)
     if not repeats:
         cosine.setdiag(0)
-    return lambda items: (_prefix(items, decay, num_items) @ cosine).toarray().astype(np.float32)
+    return lambda items: _sparse(_prefix(items, decay, num_items) @ cosine)
 
 
 def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay: float = 0.6,
@@ -117,41 +117,65 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
     return scorer
 
 
-# Every baseline with the values tried; the first is where the search starts.
-_DECAYS = (0.6, 0.0, 0.4, 0.8, 1.0)
-_BACKOFFS = (0.1, 0.0, 0.01, 0.3)
+# Every baseline with what is searched; the search starts from the defaults of its function.
+_DECAY, _BACKOFF = ('float', 0.0, 1.0), ('float', 0.0, 0.5)
+_YES_NO = ('choice', (False, True))
+_RULE = {'decay': _DECAY, 'lag_power': ('float', 0.0, 3.0), 'backoff': _BACKOFF}
+_NEIGHBOURS = {'k': ('choice', (50, 100, 200, 500, 1000)),
+               'sample_size': ('choice', (500, 1000, 2000, 5000)), 'repeats': _YES_NO}
+_LAMBDAS = {'lambda1': ('log', 0.3, 30.0), 'lambda2': ('log', 0.01, 10.0),
+            'lambda3': ('log', 0.3, 30.0)}
+_IDF = ('float', 0.0, 5.0)
 BASELINES = {
     'pop': (fit_pop, {}),
     'repeat_last': (fit_repeat_last, {}),
-    'markov': (fit_markov, {'backoff': _BACKOFFS}),
-    'sr': (fit_sr, {'decay': _DECAYS, 'lag_power': (1, 0, 2), 'backoff': _BACKOFFS}),
-    'ar': (fit_ar, {'decay': _DECAYS, 'lag_power': (1, 0, 2), 'backoff': _BACKOFFS}),
-    'item_knn': (fit_item_knn, {'decay': _DECAYS, 'shrink': (20, 0, 100),
-                                'repeats': (False, True)}),
-    'content_knn': (fit_content_knn, {'decay': _DECAYS, 'repeats': (False, True)}),
+    'markov': (fit_markov, {'backoff': _BACKOFF}),
+    'sr': (fit_sr, _RULE),
+    'ar': (fit_ar, _RULE),
+    'item_knn': (fit_item_knn, {'decay': _DECAY, 'shrink': ('float', 0.0, 100.0),
+                                'repeats': _YES_NO}),
+    'content_knn': (fit_content_knn, {'decay': _DECAY, 'repeats': _YES_NO}),
+    'vsknn': (session_knn.fit_vsknn, {
+        **_NEIGHBOURS, 'position_power': ('float', 0.0, 4.0), 'cosine': _YES_NO,
+        'step_power': ('float', 0.0, 3.0), 'idf_weight': _IDF}),
+    'stan': (session_knn.fit_stan, {**_NEIGHBOURS, **_LAMBDAS}),
+    'vstan': (session_knn.fit_vstan, {
+        **_NEIGHBOURS, **_LAMBDAS, 'lambda4': ('log', 0.3, 30.0), 'idf_weight': _IDF,
+        'after': _YES_NO}),
 }
 
 
 class Tuned(NamedTuple):
-    """A fitted baseline, the parameters chosen for it, and their hit@20 on validation."""
+    """A fitted baseline, the parameters chosen for it, and how they were found.
+
+    hit: their hit@20 on the validation rows read. record: of `trials.search`, with 'rows', how many
+    those were.
+    """
 
     scorer: metrics.Scorer
     params: dict
     hit: float
+    record: dict
 
 
-def tune(name: str, train: Sessions, valid: Rows, num_items: int, *,
-         features: np.ndarray | None = None, chunk: int = 512) -> Tuned:
-    """Fits a baseline with the parameters that maximise hit@20 on the validation rows.
-
-    One parameter at a time, in the order of `BASELINES`, the others held at the best so far; of
-    equal values the one tried first stays.
+def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, trials: int, seed: int = 0,
+         rows: int = 10_000, storage: str | Path | None = None, final: Sessions | None = None,
+         ordered: bool | None = None, features: np.ndarray | None = None,
+         chunk: int = 512) -> Tuned:
+    """Fits a baseline with the parameters that maximise hit@20 on validation, mrr@20 among equals.
 
     Args:
       name: a key of `BASELINES`.
       train: the training sessions.
-      valid: R validation rows, which nothing is counted on.
+      valid: validation rows, which nothing is counted on.
       num_items: V.
+      trials: budget of the search, as many as any model has; 1: the defaults alone.
+      seed: of the search and of the sample of rows.
+      rows: validation rows read; of more, a sample.
+      storage: journal file that keeps the trials.
+      final: sessions that the scorer returned is fitted on, where a refit counts validation
+        sessions in; None: `train`.
+      ordered: of the session neighbours, see `session_knn.fit_vsknn`.
       features: float [V + 1, D], for 'content_knn'.
       chunk: rows scored at a time.
 
@@ -162,22 +186,30 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *,
         raise InputError(f'unknown baseline {name!r}; choose from {", ".join(BASELINES)}')
     if not len(valid.target):
         raise InputError(f'{name} cannot be tuned: the validation split has no rows; enlarge it')
-    fit, grid = BASELINES[name]
-    if ('features' in inspect.signature(fit).parameters) != (features is not None):
+    fit, space = BASELINES[name]
+    keywords = inspect.signature(fit).parameters
+    if ('features' in keywords) != (features is not None):
         raise InputError(f'{name} {"reads no" if features is not None else "needs"} item features')
-    fixed = {} if features is None else {'features': features}
+    given = {'features': features, 'ordered': ordered}
+    fixed = {key: value for key, value in given.items() if key in keywords}
+    if len(valid.target) > rows:
+        drawn = np.random.default_rng(seed).choice(len(valid.target), rows, replace=False)
+        valid = Rows(*(array[np.sort(drawn)] for array in valid))
 
-    def tried(params):
-        scorer = fit(train, num_items, **fixed, **params)
-        above, equal = metrics.ranks(scorer, valid.items, valid.target, num_items, chunk=chunk,
-                                     name=name)
-        return Tuned(scorer, params, float(metrics.hit(above, equal, TUNED_AT).mean()))
+    def measured(params, number):
+        del number
+        above, equal = metrics.ranks(fit(train, num_items, **fixed, **params), valid.items,
+                                     valid.target, num_items, chunk=chunk, name=name)
+        return {f'{metric}@{TUNED_AT}': metrics.mean_gain(metric, above, equal, TUNED_AT).mean()
+                for metric in ('hit', 'mrr')}
 
-    best = tried({key: values[0] for key, values in grid.items()})
-    for key, values in grid.items():
-        best = max([best, *(tried({**best.params, key: value}) for value in values[1:])],
-                   key=lambda candidate: candidate.hit)
-    return best
+    defaults = {key: keywords[key].default for key in space}
+    params, record = search(measured, space, defaults, trials=trials, seed=seed, storage=storage,
+                            name=name)
+    best = next(one for one in record['tried'] if one['trial'] == record['best'])
+    scorer = fit(train if final is None else final, num_items, **fixed, **params)
+    return Tuned(scorer, params, best['values'][f'hit@{TUNED_AT}'],
+                 {**record, 'rows': len(valid.target)})
 
 
 def _popularity(train, num_items):
@@ -204,23 +236,30 @@ def _pairs(train, num_items, longest, lag_power):
 def _prefix(items, decay, num_items):
     """int32 [R, N] -> csr float64 [R, V + 1], decay^d at the item d steps before the end."""
     row, position = np.nonzero(items)
-    steps = np.count_nonzero(items, axis=1)[row] - 1 - position
+    weight = float(decay) ** (np.count_nonzero(items, axis=1)[row] - 1 - position)
+    row, position, weight = (array[weight > 0] for array in (row, position, weight))
     shape = len(items), num_items + 1
-    return sp.csr_array((float(decay) ** steps, (row, items[row, position])), shape=shape)
+    return sp.csr_array((weight, (row, items[row, position])), shape=shape)
 
 
 def _rule_scorer(rules, train, num_items, decay, backoff):
     """(1 - backoff) times the prefix's rules, summing to 1, + backoff times popularity."""
     popularity = _popularity(train, num_items)
     frequency = np.maximum(np.bincount(train.items, minlength=num_items + 1), 1)
-    rules = sp.diags_array(1 / np.sqrt(frequency)) @ rules
+    rules = sp.csr_array(sp.diags_array(1 / np.sqrt(frequency)) @ rules)
 
     def scorer(items):
-        found = sp.csr_array(_prefix(items, decay, num_items) @ rules)
+        found = _prefix(items, decay, num_items) @ rules
         total = found.sum(axis=1)
         share = np.divide(1 - backoff, total, out=np.zeros_like(total), where=total > 0)
-        scores = (sp.diags_array(share) @ found).toarray()
-        scores += backoff * popularity
-        return scores.astype(np.float32)
+        found.data *= np.repeat(share, np.diff(found.indptr))
+        return _sparse(found, backoff * popularity)
 
     return scorer
+
+
+def _sparse(found, background=None):
+    """Scores found + background in float32; None: there is none."""
+    if background is None:
+        background = np.zeros(found.shape[1])
+    return metrics.Sparse(sp.csr_array(found, dtype=np.float32), background.astype(np.float32))

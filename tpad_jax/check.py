@@ -1,11 +1,12 @@
 """What can be refused before anything is computed or created, each in one sentence."""
 
 import re
+from pathlib import Path
 
 from tpad_jax import parallel, train
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
-from tpad_jax.models import alignment, pretrained
+from tpad_jax.models import alignment, pretrained, tpad
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
@@ -35,6 +36,11 @@ def check(config) -> tuple[str, ...]:
                 raise InputError(f'config.losses.{name} has no {key}: it needs fn, weight, stages')
         for stage in names(loss.stages):
             _one_of(f'losses.{name}.stages', stage, STAGES)
+        if 'dtype' in loss:
+            _one_of(f'losses.{name}.dtype', loss.dtype, ('float32', 'bfloat16'))
+        if 'chunk' in loss:
+            _at_least(0, f'losses.{name}.chunk', loss.chunk)
+    _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
     shards = parallel.choose(config.parallel, config.devices).shards
     for stage in stages:
         _check_stage(config, stage, shards)
@@ -48,9 +54,17 @@ def check(config) -> tuple[str, ...]:
         if not config.data[key] > 0:
             raise InputError(f'config.data.{key}={config.data[key]} must be a share or a number of '
                              'sessions above 0')
-    for key in ('lora_rank', 'gnn_steps', 'width'):
+    for key in ('lora_rank', 'gnn_steps', 'width', 'heads', 'near', 'near_window'):
         _at_least(1, f'model.{key}', config.model[key])
-    for key in ('withhold', 'word_dropout', 'id_dropout', 'feature_dropout', 'dropout'):
+    _at_least(0, 'model.layers', config.model.layers)
+    _at_least(1, 'search.trials', config.search.trials)
+    if config.model.encoder == 'attention' and config.model.width % config.model.heads:
+        raise InputError(f'config.model.width={config.model.width} must be a multiple of '
+                         f'config.model.heads={config.model.heads}')
+    if not config.model.temperature > 0:
+        raise InputError(f'config.model.temperature={config.model.temperature} must be above 0')
+    for key in ('withhold', 'word_dropout', 'id_dropout', 'feature_dropout', 'dropout',
+                'item_dropout'):
         if not 0 <= config.model[key] < 1:
             raise InputError(f'config.model.{key}={config.model[key]} must be in 0..1, below 1')
     _at_least(1, 'mllm.text_length', config.mllm.text_length)
@@ -64,6 +78,19 @@ def check(config) -> tuple[str, ...]:
         _one_of('model.recommend', row, ('k', 'r'))
     _check_rivals(config)
     _pattern('model.lora_targets', config.model.lora_targets)
+    _one_of('data.protocol', config.data.protocol, ('ours', 'published'))
+    if config.refit and 'joint' in stages:
+        raise InputError('config.refit=True trains the recommender anew, but its last stage is '
+                         'joint, which also changes what it reads; leave one of the two out')
+    if config.refit and len(config.rivals):
+        raise InputError('config.refit=True trains the recommender on more sessions than '
+                         'config.rivals would have; leave one of the two out')
+    if config.data.npz:
+        _check_ready_made(config, stages)
+        return stages
+    if config.data.protocol == 'published':
+        raise InputError('config.data.protocol=published is said of ready-made sessions alone: '
+                         'give them with --config.data.npz=FILE')
     if config.data.raw_dir:
         amazon.find(config.data.raw_dir)
     _check_base(config)
@@ -112,10 +139,25 @@ def _check_stage(config, stage, shards):
                          'stage; set it to 1 or more')
     if c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy):
         raise InputError(f'config.{key}copy={c.copy!r} must read a->b, two parameter paths')
-    _one_of(key + 'optimiser', c.optimiser, ('adamw', 'sgd'))
+    _one_of(key + 'optimiser', c.optimiser, ('adamw', 'adam', 'sgd'))
+    _one_of(key + 'schedule', c.schedule, ('cosine', 'constant'))
     for name in names(c.fresh):
         _one_of(key + 'fresh', name, ('k', 'r'))
     _pattern(key + 'train', c.train)
+
+
+def _check_ready_made(config, stages):
+    """Refuse what needs content where there are only sessions of ids."""
+    if config.data.raw_dir:
+        raise InputError('config.data.npz and config.data.raw_dir name two sources of sessions; '
+                         'give one')
+    if not Path(config.data.npz).is_file():
+        raise InputError(f'config.data.npz={config.data.npz} is no file; give an .npz of sessions, '
+                         'see tpad_jax/data/npz.py')
+    if stages != ('recommend',) or config.model.recommend or any(
+            names(rival.recommend) for rival in config.rivals.values()):
+        raise InputError('config.data.npz holds item ids without content: set config.stages='
+                         'recommend and leave config.model.recommend and that of every rival empty')
 
 
 def _check_rivals(config):

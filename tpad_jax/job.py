@@ -1,7 +1,7 @@
 """The whole job: raw files in, a trained and evaluated recommender out; every part of it resumes.
 
-    prepare     raw files (or the planted catalogue) -> tables, batches, content
-    stages      knowledge -> rows k, transfer -> rows r, recommend (and its rivals), joint
+    prepare     raw files (or the planted catalogue) -> tables, batches, content; or sessions of ids
+    stages      knowledge -> rows k, transfer -> rows r, recommend (and its rivals), joint, refit
     report      baselines, test metrics, results.json, figures
 """
 
@@ -21,7 +21,17 @@ from rich.console import Console
 from tpad_jax import encode, features, parallel, probes, results, train, writers
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim
-from tpad_jax.data import audit, batches, builder, pipeline, sessions, synthetic, wording
+from tpad_jax.data import (
+    audit,
+    batches,
+    builder,
+    graph,
+    npz,
+    pipeline,
+    sessions,
+    synthetic,
+    wording,
+)
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import pretrained, tpad
@@ -35,7 +45,9 @@ class Job:
     """One workdir's run: what is read once and handed to every stage.
 
     Attributes:
-      data, content: see data.pipeline. probabilities: the planted catalogue's, or None.
+      data, content: see data.pipeline; ready-made sessions have no content (None).
+      final: what the models that are tested were trained on; `data`, but after a refit.
+      probabilities: the planted catalogue's, or None.
       spec: the modules. params: all parameters {path: array}, as the stages so far left them.
       catalogue: rows per item on the device. seconds: {stage: s} over all sittings; sitting: s
         spent in stages by this one.
@@ -46,18 +58,22 @@ class Job:
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.devices = parallel.choose(config.parallel, config.devices)
         self.seconds, self.sitting = {}, 0.0
-        self.planted = None
+        self.planted = self.content = None
         self.data = self._read()
         self.base_dir = config.mllm.base or pretrained.DEFAULT
         self.max_length = config.data.max_length
         if self.planted is not None:
             self.max_length = min(self.max_length, synthetic.LENGTHS[1] - 1)
-        split = partial(sessions.rows, max_length=self.max_length)
+        self.final = self.data
+        last_only = config.data.protocol == 'published' and config.data.published_last_only
+        split = partial(sessions.rows, max_length=self.max_length, every_prefix=not last_only)
         self.valid, self.test = split(self.data.valid), split(self.data.test)
 
     def _read(self) -> pipeline.Data:
-        """Raw files, or the planted catalogue in their place, through the one pipeline."""
+        """Ready-made sessions, raw files, or the planted catalogue in their place."""
         c = self.config.data
+        if c.npz:
+            return npz.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
         cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed)
         if c.raw_dir:
             raw_dir = Path(c.raw_dir)
@@ -73,17 +89,24 @@ class Job:
     def build(self) -> None:
         """Read content, the base and the first parameters; the slow part of preparing."""
         c, data = self.config, self.data
+        self.probabilities = None
+        shared = dict(recommend=names(c.model.recommend), items=data.num_items,
+                      max_length=self.max_length, side_sizes=data.side_sizes)
+        if c.data.npz:
+            self.spec = tpad.build(None, c.model, **shared)
+            self._count()
+            make = parallel.compiled(partial(tpad.recommender_init, spec=self.spec))
+            params = {'recommender': make(jax.random.key(c.seed), catalogue=self.catalogue)}
+            self.params = flatten_dict(params, sep='/')
+            return
         self.content = pipeline.content(data, self.workdir / 'data', image_size=c.mllm.image_size,
                                         tokenizer_dir=self.base_dir,
                                         text_length=c.mllm.text_length)
         sizes = pretrained.load_sizes(self.base_dir)
         del sizes['image_size'], sizes['features']  # `check` compared them with the config
         sizes['channels'] = tuple(sizes['channels'])
-        self.spec = tpad.build(sizes, c.model, recommend=names(c.model.recommend),
-                               items=data.num_items, max_length=self.max_length,
-                               side_sizes=data.side_sizes)
-        self.catalogue = {'warm': jnp.asarray(data.warm), 'side': jnp.asarray(data.side)}
-        self.probabilities = None
+        self.spec = tpad.build(sizes, c.model, **shared)
+        self._count()
         if self.planted is not None:
             self.probabilities = synthetic.catalogue_probabilities(self.planted, data.asins)
             self.attributes = self.planted.attributes[synthetic.planted_ids(data.asins)[1:] - 1]
@@ -101,6 +124,17 @@ class Job:
         draw = parallel.compiled(lambda key: {n: p for n, p in make(key).items() if n not in given})
         params = draw(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
+
+    def _count(self) -> None:
+        """The catalogue's rows that are counted on the training sessions, and on them alone."""
+        c, data = self.config.model, self.final
+        rows = {'warm': data.warm, 'side': data.side,
+                'popularity': np.bincount(data.train.items, minlength=data.num_items + 1)
+                .astype(np.float32)}
+        if c.encoder == 'gce_gnn':
+            rows['near'], rows['near_weight'] = graph.neighbours(
+                data.train, data.num_items, window=c.near_window, most=c.near)
+        self.catalogue = jax.tree.map(jnp.asarray, rows)
 
     def nested(self, trained: dict | None = None) -> dict:
         """All parameters as a tree, with `trained` {path: array} laid over them."""
@@ -121,8 +155,10 @@ class Job:
         encoder = None
         if stage in MAKES:
             encoder = encode.encoder(self.spec, self.content, MAKES[stage])
+        self.first = self.params
         trained, rows, record = self._fit(stage, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
+        self.record = record
         (self.workdir / 'stages' / stage / DONE).touch()
         self.seconds[stage] = record['seconds']
         if encoder is not None:
@@ -130,6 +166,21 @@ class Job:
                 features.write(self.workdir / 'features', name, np.asarray(row),
                                {'stage': stage, 'seed': self.config.seed})
                 self.catalogue[name] = jnp.asarray(row)
+
+    def refit(self, writer, progress) -> None:
+        """Train the recommender anew on training and validation sessions, for the chosen steps.
+
+        Everything that is counted on training sessions is counted on both; nothing is chosen.
+        """
+        both = sessions.join(self.data.train, self.data.valid)
+        warm = sessions.warm_items(both, self.data.num_items)
+        self.final = replace(self.data, train=both, warm=warm)
+        self._count()
+        spec = train.make_spec(self.config, 'recommend', self.spec, self.config.seed)
+        trained, _, record = self._fit('refit', 'recommend', spec, writer, progress, None,
+                                       self.first, self.record['chosen'])
+        self.params = {**self.params, **trained}
+        self.seconds['refit'] = record['seconds']
 
     def run_rival(self, name: str, writer, progress):
         """Train a recommender beside TPAD with the recommend stage's own care.
@@ -152,7 +203,8 @@ class Job:
         self.seconds[name] = record['seconds']
         return model, unflatten_dict({**params, **trained}, sep='/')
 
-    def _fit(self, name, stage, spec, writer, progress, encoder, params=None):
+    def _fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
+        """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
         c, params = self.config.stage[stage], self.params if params is None else params
         shared = dict(batch_size=c.batch_size, seed=self.config.seed, shards=self.devices.shards)
         reads = spec.fresh or spec.needs & {'describe', 'foretell'} or spec.model.form == 'full'
@@ -160,10 +212,11 @@ class Job:
         if stage == 'knowledge':
             draw = partial(batches.item_batches, self.data, content=content, **shared)
         else:
-            draw = partial(batches.session_batches, self.data, content=content,
+            draw = partial(batches.session_batches, self.final, content=content,
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
-        bind = scorer(spec.model)
+        bind = scorer(spec.model, self.devices)
+        validating = c.eval_every and steps is None
 
         def validate(state, catalogue):
             tree = unflatten_dict({**params, **state.params}, sep='/')
@@ -173,11 +226,11 @@ class Job:
 
         checkpoints = Checkpoints(self.workdir / 'stages' / name)
         loop = train.Loop(
-            name=name, total=c.steps, devices=self.devices,
+            name=name, total=steps or c.steps, devices=self.devices,
             batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
             progress=progress, log_every=self.config.log_every, save_every=self.config.save_every,
             eval_every=c.eval_every, patience=c.patience, refresh_every=c.refresh_every,
-            validate=validate if c.eval_every else None,
+            validate=validate if validating else None,
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if c.refresh_every else None, refreshed=MAKES.get(stage, ()),
             stopping=self.stopping, shown=tuple(n for n, _, _, _ in spec.losses))
@@ -204,11 +257,15 @@ class Job:
             raise Stopped('stopped between stages')
 
 
-def run(config, workdir, stopping=lambda: False) -> dict:
+def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     """Run or resume the whole job in `workdir`; a finished one prints its results at once.
 
+    Args:
+      config, workdir: of the run. stopping: asked between and within stages.
+      until: 'validation' leaves once the recommender is trained and never looks at test.
+
     Returns:
-      What results.json holds.
+      What results.json holds; until validation, {'valid': {metric: value}} at the chosen step.
 
     Raises:
       InputError: unusable input or config. Stopped: `stopping` answered True; state is saved.
@@ -230,7 +287,7 @@ def run(config, workdir, stopping=lambda: False) -> dict:
     job.build()
     _introduce(job, console)
     writer = writers.Writer(workdir)
-    scorers, knowledge, probed = {}, None, None
+    scorers, chosen, knowledge, probed = {}, {}, None, None
     try:
         for stage in STAGES:
             if stage not in stages and stage not in finished:
@@ -243,19 +300,26 @@ def run(config, workdir, stopping=lambda: False) -> dict:
                 if probed:
                     console.print('linear probes on cold items, from k: '
                                   + '  '.join(f'{n} {x:.2f}' for n, x in probed.items()))
+            if stage == 'recommend' and until == 'validation':
+                return {'valid': job.record['valid']}
+            if stage == 'recommend' and config.refit:
+                job.pause()
+                job.refit(writer, writers.progress)
             if stage in ('recommend', 'joint'):
-                scorers[f'tpad_{stage}'] = scorer(job.spec)(job.nested(), job.catalogue)
+                own = config.model.encoder if config.data.npz else f'tpad_{stage}'
+                scorers[own] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
+                chosen[own] = job.record['valid']
             if stage == 'recommend':
                 for name, rival in config.rivals.items():
                     if 'true' in names(rival.recommend) and job.planted is None:
                         continue  # no such rows: only a planted catalogue knows the truth
                     job.pause()
                     model, params = job.run_rival(name, writer, writers.progress)
-                    scorers[name] = scorer(model)(params, job.catalogue)
+                    scorers[name] = scorer(model, job.devices)(params, job.catalogue)
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
-    return _report(job, stages, scorers, knowledge, probed, begun, console)
+    return _report(job, stages, scorers, chosen, knowledge, probed, begun, console)
 
 
 def _enter(workdir, config):
@@ -276,14 +340,16 @@ def _introduce(job, console):
     data, facts = job.data, results.data_facts(job)
     source = ('the planted catalogue (config.data.raw_dir is empty), seed '
               f'{job.config.data.planted.seed}' if job.planted is not None
-              else job.config.data.raw_dir)
+              else job.config.data.npz or job.config.data.raw_dir)
     lines = facts['lines']
     rejected = ', '.join(f'{n} {why}' for why, n in lines['rejected'].items()) or 'none'
+    pictures = ('no content' if job.content is None
+                else f'{facts["items_without_image"]} without image')
     writers.print_header(f'TPAD  {job.config.name}', {
         'data': source,
-        'raw lines': f'{lines["read"]} read, {lines["kept"]} kept, rejected: {rejected}',
-        'items': f'{facts["items"]}, {facts["cold_items"]} cold, '
-                 f'{facts["items_without_image"]} without image',
+        'sessions read' if job.content is None else 'raw lines':
+            f'{lines["read"]} read, {lines["kept"]} kept, rejected: {rejected}',
+        'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
         'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
         'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}',
         'workdir': job.workdir}, console)
@@ -291,12 +357,17 @@ def _introduce(job, console):
         console.print(line, markup=False, highlight=False)
 
 
-def _report(job, stages, scorers, knowledge, probed, begun, console):
+def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):
     """Score everything on the same rows, write results and figures, print the table."""
     started = time.perf_counter()
     tuned = results.baseline_scorers(job, knowledge)
     scorers.update({name: found.scorer for name, found in tuned.items()})
-    models, ranks = results.score_models(job, scorers)
+    for name, found in tuned.items():
+        best = next(one for one in found.record['tried'] if one['trial'] == found.record['best'])
+        chosen[name] = best['values']
+    models, ranks = results.score_models(job, scorers, chosen)
+    for name, found in tuned.items():
+        models[name]['search'] = {'params': found.params, **found.record}
     ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
     if ours:
         best = max(ours, key=lambda name: models[name]['valid'][SELECT])

@@ -3,36 +3,68 @@
 A loss takes `(out, batch, *, axis=None, **keywords)` and returns one value per row, `[B]`, or,
 where its rows are positions or tokens or it keeps a state, `Loss(value, weight, state, metrics)`.
 It never calls an encoder, never averages over rows, never weighs. Every keyword that is a string
-names one of `models.tpad.forward`'s outputs; a stage checks them when it starts. Optional keywords
-a loss may
-take: `state` (its own, from the last step) and `key` (the step's).
+(but for those in `PLAIN`) names one of `models.tpad.forward`'s outputs; a stage checks them when it
+starts. Optional keywords a loss may take: `state` (its own, from the last step) and `key` (the
+step's).
 """
 
 import importlib
 import inspect
+import math
 
 import jax
 import jax.numpy as jnp
 
-from tpad_jax import collectives
+from tpad_jax import collectives, softmax
 from tpad_jax.errors import InputError
 from tpad_jax.models import alignment
 from tpad_jax.types import Loss
 
 PROVIDED = ('axis', 'state', 'key')  # what `combine` passes by itself
+PLAIN = ('dtype',)  # keywords that are strings but no names of outputs
 
 
-def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', temperature=1.0):
+def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', temperature=1.0, smoothing=0.0,
+              chunk=0, dtype='float32'):
     """Softmax cross entropy of the target over the warm catalogue, logits <h, z>. -> [B]
 
+    Where `h` is h_each, [B, N, D], every position predicts the item that follows. -> Loss [B, N]
     Items no training session contains are never negatives: that would teach "never recommend
     these". [paper] trains its recommender on the next item; [ours] the exclusion of cold items.
+
+    `smoothing`: share of the target's mass spread evenly over the warm catalogue (Szegedy et al.
+    2016). `chunk`, `dtype`: of `softmax.log_partition`, for a large catalogue.
     """
-    h, z, warm = out[h], out[z], out[warm]
-    logits = h @ z.T / temperature
-    logits = jnp.where(warm[None], logits, -jnp.inf)
-    own = (h * z[batch.target]).sum(-1) / temperature
-    return jax.nn.logsumexp(logits, axis=1) - own
+    z, warm = out[z], out[warm]
+    h, target, back = _predictions(out[h], batch)
+    h, own = _own(h / temperature, z, target, dtype)
+    if smoothing:
+        mean = (warm.astype(z.dtype) @ z) / jnp.maximum(warm.sum(), 1)
+        own = (1 - smoothing) * own + smoothing * (h @ mean)
+    return back(softmax.log_partition(h, z, warm, chunk=chunk, dtype=dtype) - own)
+
+
+def sampled_next_item(out, batch, *, axis=None, key=None, h='h', z='z', warm='warm',
+                      popularity='popularity', samples=8192, power=0.75, temperature=1.0):
+    """`next_item` with its partition estimated from `samples` drawn items. -> [B], or Loss [B, N]
+
+    Bengio and Senecal 2008. The step's key draws them once for all rows and replicas, with
+    replacement, in proportion to popularity ** power over the warm items (0: uniformly). Each is
+    corrected by the log of how often it is expected (Yi et al. 2019); the target stands beside them
+    with its own logit, and draws of it do not count. So the partition is unbiased, and the loss is
+    too low by what the logarithm makes of its variance.
+    """
+    z, warm = out[z], out[warm]
+    h, target, back = _predictions(out[h], batch)
+    h, own = _own(h / temperature, z, target)
+    weight = softmax.weights(warm, out[popularity], power)
+    drawn = softmax.draw(key, weight, samples)
+    expected = softmax.log_probability(weight, drawn) + math.log(samples)
+    logits = h @ z[drawn].T - expected
+    counts = (drawn[None] != target[:, None]) & (drawn[None] > 0)
+    logits = jnp.where(counts, logits, -jnp.inf)
+    beside = jnp.where(warm[target], own, -jnp.inf)  # a cold target is in no partition
+    return back(jax.nn.logsumexp(jnp.concatenate([beside[:, None], logits], axis=1), axis=1) - own)
 
 
 def generation(out, batch, *, axis=None, x='describe', tokens='describe.tokens',
@@ -140,6 +172,40 @@ def mmd(out, batch, *, axis=None, x='r', y='t', widths=4):
     return Loss(value.reshape(weight.shape), weight)
 
 
+def _predictions(h, batch):
+    """What predicts what, without the padding where the batch says which places hold an item.
+
+    Args:
+      h: [B, D], or [B, N, D] for a prediction after every position.
+
+    Returns:
+      h [A, D], target int32 [A], and a function that puts values [A] back as the loss returns them.
+    """
+    if h.ndim == 2:
+        return h, batch.target, lambda value: value
+    shape = h.shape[:2]
+    flat, following = h.reshape(-1, h.shape[-1]), batch.next.reshape(-1)
+    weight = batch.mask.astype(jnp.float32)
+    if batch.places is None:
+        return flat, following, lambda value: Loss(value.reshape(shape), weight)
+    count = len(following)
+    at = jnp.where(batch.places < 0, count, batch.places)  # what fills up is read and thrown away
+
+    def back(value):
+        return Loss(jnp.zeros(count).at[at].set(value, mode='drop').reshape(shape), weight)
+
+    return flat.at[at].get(mode='clip'), following.at[at].get(mode='clip'), back
+
+
+def _own(h, z, target, dtype='float32'):
+    """h and the targets' logits [B], both from operands rounded as the partition's are."""
+    def rounded(x):
+        return x.astype(dtype).astype(x.dtype)
+
+    h = rounded(h)
+    return h, (h * rounded(z[target])).sum(-1)
+
+
 def _pairs(out, batch, axis, x, y, ids, critic):
     """Scores of this replica's positions against everyone's.
 
@@ -180,7 +246,7 @@ def resolve(name, fn):
 
 
 def needs(name, fn, keywords):
-    """Names of the outputs a loss reads: its string keywords, from the config or its defaults.
+    """Names of the outputs a loss reads: its string keywords (but `PLAIN`), by config or default.
 
     Raises:
       InputError: a keyword the function does not take.
@@ -192,7 +258,7 @@ def needs(name, fn, keywords):
         raise InputError(f'config.losses.{name}: {fn.__name__} takes no {", ".join(unknown)}; it '
                          'takes ' + ', '.join(known))
     merged = {**{n: p.default for n, p in signature.items()}, **keywords}
-    return frozenset(v for v in merged.values() if isinstance(v, str))
+    return frozenset(v for n, v in merged.items() if isinstance(v, str) and n not in PLAIN)
 
 
 def combine(losses, out, batch, state, *, axis=None, key=None):

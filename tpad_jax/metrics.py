@@ -5,37 +5,60 @@ it and how many equal it (itself included), which is all hit, MRR and NDCG need;
 a catalogue add up. Against a *known* distribution: `places` says how probable the item at each
 place is, and every expected metric is a weighted sum of that.
 
-V items; column 0 of every [R, V + 1] table is padding and is never ranked.
+V items; column 0 of every [R, V + 1] table is padding and is never ranked. A method that knows only
+a few items of each row says so by `Sparse`, and its rows are ranked without ever being spread out.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse as sp
 
-Scorer = Callable[[np.ndarray], np.ndarray]
-"""int32 [R, N] prefixes, left aligned, 0 pads -> float [R, V + 1] scores."""
+
+class Sparse(NamedTuple):
+    """Scores found + background: some cells of a row, and a back-off that all rows share.
+
+    found: csr float32 [R, V + 1], no cell twice. background: float32 [V + 1], such as popularity.
+    """
+
+    found: sp.csr_array
+    background: np.ndarray
+
+
+Scores = np.ndarray | Sparse
+"""float [R, V + 1]."""
+Scorer = Callable[[np.ndarray], Scores]
+"""int32 [R, N] prefixes, left aligned, 0 pads -> scores [R, V + 1]."""
 
 GAINS = {'hit': np.ones_like, 'mrr': np.reciprocal, 'ndcg': lambda place: 1 / np.log2(place + 1)}
 """What finding the target at a place (1 is the first) is worth; float [...] -> float [...]."""
 
 
+def dense(scores: Scores) -> np.ndarray:
+    """Scores as one table [R, V + 1]; of `Sparse` ones, the float32 sum."""
+    if isinstance(scores, Sparse):
+        return scores.found.toarray() + scores.background
+    return scores
+
+
 def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int = 512,
-           name: str = 'model') -> Iterator[tuple[slice, np.ndarray]]:
+           name: str = 'model') -> Iterator[tuple[slice, Scores]]:
     """Scores prefixes part by part, which bounds memory.
 
     The scorer always gets exactly `chunk` rows, so that a compiled one compiles once; the last part
     is filled up with copies of its last row, whose scores are dropped.
 
     Args:
-      scorer: scores [chunk, V + 1], a numpy or a jax array; anything but float64 is read as
-        float32.
+      scorer: scores [chunk, V + 1], a numpy or a jax array, or `Sparse`; anything but a float64
+        array is read as float32.
       items: int32 [R, N] prefixes.
       num_items: V.
       chunk: rows at a time.
       name: what an error calls the model.
 
     Yields:
-      the rows' slice of `items` and their scores [r, V + 1].
+      the rows' slice of `items` and their scores [r, V + 1], `Sparse` where the scorer's were.
 
     Raises:
       ValueError: the scores have another shape.
@@ -44,37 +67,84 @@ def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int = 51
     for begin in range(0, len(items), chunk):
         part = items[begin:begin + chunk]
         filled = np.pad(part, ((0, chunk - len(part)), (0, 0)), mode='edge')
-        scores = np.asarray(scorer(filled))
-        if scores.shape != (chunk, num_items + 1):
-            raise ValueError(f'{name}: scores of shape {scores.shape} for {chunk} prefixes and '
-                             f'{num_items} items; they must be {(chunk, num_items + 1)}.')
-        scores = scores[:len(part)]
-        if scores.dtype != np.float64:
-            scores = scores.astype(np.float32, copy=False)
-        broken = ~np.isfinite(scores[:, 1:])
-        if broken.any():
-            row, item = np.argwhere(broken)[0]
-            raise FloatingPointError(
-                f'{name}: the score of item {item + 1} in row {begin + row} is '
-                f'{scores[row, item + 1]}, and so are {broken.sum() - 1} others of this part; '
-                'every score must be finite.')
+        scores = _read(scorer(filled), (chunk, num_items + 1), len(part), name)
+        _check_finite(scores, begin, name)
         yield slice(begin, begin + len(part)), scores
 
 
-def counts(scores: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _read(scores, shape, rows, name):
+    """The first `rows` rows of what a scorer returned, float32 (or a float64 array)."""
+    sparse = isinstance(scores, Sparse)
+    if not sparse:
+        scores = np.asarray(scores)
+    shapes = (scores.found.shape, (shape[0], *scores.background.shape)) if sparse else (
+        scores.shape,)
+    for found in shapes:
+        if found != shape:
+            raise ValueError(f'{name}: scores of shape {found} for {shape[0]} prefixes and '
+                             f'{shape[1] - 1} items; they must be {shape}.')
+    if sparse:
+        return Sparse(scores.found[:rows].astype(np.float32, copy=False),
+                      scores.background.astype(np.float32, copy=False))
+    scores = scores[:rows]
+    return scores if scores.dtype == np.float64 else scores.astype(np.float32, copy=False)
+
+
+def _check_finite(scores, begin, name):
+    """Refuse scores one of which is not; column 0 may hold anything."""
+    with np.errstate(over='ignore', invalid='ignore'):
+        if isinstance(scores, Sparse):
+            found, background = scores
+            item = found.indices > 0
+            sums = found.data[item] + background[found.indices[item]]
+            finite = np.isfinite(sums).all() and np.isfinite(background[1:]).all()
+        else:
+            finite = np.isfinite(scores[:, 1:]).all()
+        if finite:
+            return
+        table = dense(scores)
+    broken = ~np.isfinite(table[:, 1:])
+    row, item = np.argwhere(broken)[0]
+    raise FloatingPointError(
+        f'{name}: the score of item {item + 1} in row {begin + row} is {table[row, item + 1]}, '
+        f'and so are {broken.sum() - 1} others of this part; every score must be finite.')
+
+
+def counts(scores: Scores, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Items that score above the target, and items that score the same, the target among them.
 
     Args:
-      scores: float [R, V + 1].
+      scores: float [R, V + 1]; `Sparse` ones give what their `dense` table would, to the last tie.
       target: int [R], ids 1..V.
 
     Returns:
       above int32 [R], 0..V - 1, and equal int32 [R], 1..V.
     """
+    if isinstance(scores, Sparse):
+        return _sparse_counts(scores, target)
     own = np.take_along_axis(scores, target[:, None], axis=1)
     # a view of bytes sums three times as fast as count_nonzero along an axis
     return tuple(mask.view(np.uint8).sum(axis=1, dtype=np.int32)
                  for mask in (scores[:, 1:] > own, scores[:, 1:] == own))
+
+
+def _sparse_counts(scores, target):
+    """`counts` as if all items were the background's, then each found cell put right."""
+    found, background = scores
+    row = np.repeat(np.arange(len(target)), np.diff(found.indptr))
+    item, before = found.indices, background[found.indices]
+    after = found.data + before
+    own = background[target]
+    hits = item == target[row]
+    own[row[hits]] = after[hits]
+    ordered = np.sort(background[1:])
+    until = np.searchsorted(ordered, own, side='right')
+    base = len(ordered) - until, until - np.searchsorted(ordered, own, side='left')
+    row, before, after = (array[item > 0] for array in (row, before, after))
+    own = own[row]
+    change = ((after > own) * 1. - (before > own), (after == own) * 1. - (before == own))
+    return tuple((count + np.bincount(row, by, len(target))).astype(np.int32)
+                 for count, by in zip(base, change, strict=True))
 
 
 def ranks(scorer: Scorer, items: np.ndarray, target: np.ndarray, num_items: int, *,
@@ -118,11 +188,11 @@ def mean_gain(name, above, equal, k):
     return (until[np.minimum(above + equal, k)] - until[np.minimum(above, k)]) / equal
 
 
-def places(scores: np.ndarray, weights: Iterable[np.ndarray], depth: int) -> np.ndarray:
+def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndarray:
     """What stands at the first places of a ranking, in expectation over the orders of tied items.
 
     Args:
-      scores: float [R, V + 1].
+      scores: float [R, V + 1], spread out if `Sparse`.
       weights: M tables float [R, V + 1], a weight of every item: the true probabilities, or those
         of a slice of items and 0 elsewhere.
       depth: number of places; those beyond V hold 0.
@@ -130,7 +200,7 @@ def places(scores: np.ndarray, weights: Iterable[np.ndarray], depth: int) -> np.
     Returns:
       float64 [M, R, depth], the weight expected at place 1, 2, .. depth.
     """
-    scores = scores[:, 1:]
+    scores = dense(scores)[:, 1:]
     first = min(depth, scores.shape[1])
     top = np.argpartition(scores, -first, axis=1)[:, -first:]
     value = np.take_along_axis(scores, top, axis=1)

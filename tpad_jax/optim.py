@@ -25,15 +25,29 @@ def decays(params: dict) -> dict:
 
 
 def schedule(stage):
-    """Learning rate by step: warmed up linearly, then a cosine to zero. `stage`: config.stage.*."""
+    """Learning rate by step: warmed up linearly, then a cosine to zero, or constant.
+
+    Args:
+      stage: config.stage.*.
+    """
     warmup = max(1, round(stage.warmup * stage.steps))
+    if stage.schedule == 'constant':
+        return optax.linear_schedule(0, stage.learning_rate, warmup)
     return optax.warmup_cosine_decay_schedule(0, stage.learning_rate, warmup,
                                               max(stage.steps, warmup + 1))
 
 
 def optimiser(stage) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) behind a clip of the global norm, or bare SGD."""
+    """The optimiser config.stage.*.optimiser names.
+
+    'adamw': Loshchilov and Hutter 2019, behind a clip of the global norm. 'adam': Kingma and Ba
+    2015, weight_decay an L2 penalty in every gradient, no clip; what SR-GNN was published with.
+    'sgd': bare, at the peak rate.
+    """
     if stage.optimiser == 'sgd':
         return optax.sgd(stage.learning_rate)
+    if stage.optimiser == 'adam':
+        return optax.chain(optax.add_decayed_weights(stage.weight_decay),
+                           optax.adam(schedule(stage)))
     return optax.chain(optax.clip_by_global_norm(stage.clip),
                        optax.adamw(schedule(stage), weight_decay=stage.weight_decay, mask=decays))

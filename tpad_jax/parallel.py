@@ -1,18 +1,31 @@
-"""The one place that says jit, pmap or shard_map, and puts batches on devices."""
+"""The one place that says jit, pmap or shard_map, and puts batches and parameters on devices."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tpad_jax.errors import InputError
 from tpad_jax.types import Batch
 
 AXIS = 'data'
+MODEL = 'model'
+ITEMS = r'(^|/)recommender/fusion/id$'  # the table that grows with the catalogue
+
+# How an array of a state lies on the axis 'model': the first rule whose pattern is found in its
+# path and whose parts are whole decides. An optimiser's moments have the path of their parameter at
+# the end of their own. V+1 rows that do not divide leave the table to its columns; one for which
+# neither fits has no rule.
+RULES = (
+    (ITEMS, PartitionSpec(MODEL, None)),
+    (ITEMS, PartitionSpec(None, MODEL)),
+    (rf'^(?!.*{ITEMS})', PartitionSpec()),
+)
 
 
 def compiled(fn: Callable, **options) -> Callable:
@@ -32,20 +45,24 @@ class Devices:
     Attributes:
       how: 'jit' (one device), 'pmap' or 'shard_map'.
       devices: the devices used, in batch order.
+      model: neighbours that share one part of the batch and hold a part of each sharded parameter.
     """
 
     how: str
     devices: tuple
+    model: int = 1
 
     @property
     def shards(self) -> int:
         """Parts a batch is cut in."""
-        return len(self.devices)
+        return len(self.devices) // self.model
 
     @property
     def mesh(self) -> Mesh:
-        """The one-axis mesh of the devices."""
-        return Mesh(np.array(self.devices), (AXIS,))
+        """The mesh of the devices: 'data', and 'model' where parameters are sharded."""
+        if self.model == 1:
+            return Mesh(np.array(self.devices), (AXIS,))
+        return Mesh(np.array(self.devices).reshape(-1, self.model), (AXIS, MODEL))
 
     def lift(self, step: Callable) -> Callable:
         """The step (state, batch, catalogue, *, axis) compiled for these devices; state is donated.
@@ -54,20 +71,45 @@ class Devices:
         """
         if self.how == 'jit':
             return compiled(partial(step, axis=None), donate_argnums=0)
-        step = partial(step, axis=AXIS)
         if self.how == 'pmap':
-            return jax.pmap(step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=None,
-                            donate_argnums=0, devices=self.devices)
-        shared, split = PartitionSpec(), PartitionSpec(AXIS)
-        # check_vma=False: the step averages gradients itself (with True they come summed already)
-        return compiled(jax.shard_map(step, mesh=self.mesh, in_specs=(shared, split, shared),
-                                      out_specs=shared, check_vma=False), donate_argnums=0)
+            return jax.pmap(partial(step, axis=AXIS), axis_name=AXIS, in_axes=(None, 0, None),
+                            out_axes=None, donate_argnums=0, devices=self.devices)
+        if self.shards == 1:  # and nothing to map over
+            step = partial(step, axis=None)
+        else:
+            shared, split = PartitionSpec(), PartitionSpec(AXIS)
+            # Only 'data' is the step's own affair; what 'model' needs, the compiler adds.
+            # check_vma=False: the step averages gradients itself (True would sum them already)
+            step = jax.shard_map(partial(step, axis=AXIS), mesh=self.mesh,
+                                 in_specs=(shared, split, shared), out_specs=shared,
+                                 axis_names={AXIS}, check_vma=False)
+
+        def placed(*args):
+            out = step(*args)
+            return jax.lax.with_sharding_constraint(out, self.shardings(out))
+
+        return compiled(step if self.model == 1 else placed, donate_argnums=0)
+
+    def shardings(self, tree):
+        """Where each array of a tree lies when it is shared: whole everywhere, or by `RULES`.
+
+        Raises:
+          InputError: no rule fits an array.
+        """
+        if self.how == 'jit':
+            return jax.tree.map(lambda _: SingleDeviceSharding(self.devices[0]), tree)
+
+        def sharding(path, x):
+            if self.model == 1:
+                return NamedSharding(self.mesh, PartitionSpec())
+            path = jax.tree_util.keystr(path, simple=True, separator='/')
+            return NamedSharding(self.mesh, _rule(path, np.shape(x), self.model))
+
+        return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def share(self, tree):
-        """The same arrays on every device."""
-        if self.how == 'jit':
-            return jax.device_put(tree, self.devices[0])
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        """The same arrays for every part of the batch, each device with its part of them."""
+        return jax.device_put(tree, self.shardings(tree))
 
     def place(self, batch: dict) -> Batch:
         """A host batch {field: numpy [shards * b, ...]} on the devices; returns at once."""
@@ -80,11 +122,11 @@ class Devices:
         return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
 
 
-def choose(parallel: str, count: int) -> Devices:
-    """Devices for `config.parallel` and `config.devices` (0: all of this process).
+def choose(parallel: str, count: int, model: int = 1) -> Devices:
+    """Devices for `config.parallel`, `config.devices` (0: all here) and `config.model_shards`.
 
     Raises:
-      InputError: no such way, or more devices asked for than there are.
+      InputError: no such way, more devices asked for than there are, or no whole parts of them.
     """
     ways = ('auto', 'jit', 'pmap', 'shard_map')
     if parallel not in ways:
@@ -93,7 +135,23 @@ def choose(parallel: str, count: int) -> Devices:
     if not 0 <= count <= len(local):
         raise InputError(f'config.devices={count}, but this process has {len(local)}; '
                          'choose at most that many, or 0 for all')
+    count = count or len(local)
+    if model < 1 or (model > 1 and count % model):
+        raise InputError(f'config.model_shards={model} does not divide the {count} devices; choose '
+                         'a divisor of their number, or 1 to keep parameters whole')
     how = parallel
     if how == 'auto':
-        how = 'jit' if (count or len(local)) == 1 else 'pmap'
-    return Devices(how, tuple(local[:1] if how == 'jit' else local[:count or None]))
+        how = 'shard_map' if model > 1 else 'jit' if count == 1 else 'pmap'
+    if model > 1 and how != 'shard_map':
+        raise InputError(f'config.model_shards={model} needs shard_map, not {how}; set '
+                         'config.parallel=shard_map or auto')
+    return Devices(how, tuple(local[:1] if how == 'jit' else local[:count]), model)
+
+
+def _rule(path: str, shape: tuple, model: int) -> PartitionSpec:
+    found = [spec for pattern, spec in RULES if re.search(pattern, path)]
+    for spec in found:
+        if all(n % model == 0 for n, axis in zip(shape, spec, strict=False) if axis == MODEL):
+            return spec
+    raise InputError(f'no rule of parallel.RULES fits {path} {list(shape)} in {model} parts; '
+                     'choose config.model_shards to divide its rows or its width')

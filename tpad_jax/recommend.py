@@ -1,33 +1,44 @@
 """Scores of the whole catalogue for prefixes: what evaluation ranks and a shop serves."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.models import tpad
-from tpad_jax.parallel import compiled
+from tpad_jax.parallel import Devices, compiled
+from tpad_jax.ranking import ranker
 
 
 @lru_cache(maxsize=16)  # one compilation however many validations ask
-def scorer(spec: tpad.TPAD) -> Callable[[dict, dict], Callable]:
+def scorer(spec: tpad.TPAD, devices: Devices) -> Callable[[dict, dict], Callable]:
     """(nested params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]).
 
     No MLLM runs: items are read from the catalogue's rows. Compiled once per chunk size; the item
-    vectors are computed once per call of the outer function.
+    vectors are computed once per call of the outer function. What it returns moreover has `ranks`:
+    (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], counted on `devices`,
+    see `ranking.ranker`.
     """
     table = compiled(lambda params, catalogue: tpad.z_table(spec, params, catalogue))
 
-    @compiled
-    def score(params, z, items):
-        h = tpad.encode_sessions(spec, params, items, z)
-        return (h @ z.T).at[:, 0].set(0)
+    def encode(weights, z, items):
+        params, near = weights
+        return tpad.encode_sessions(spec, params, items, z, near)
+
+    score = compiled(lambda weights, z, items: (encode(weights, z, items) @ z.T).at[:, 0].set(0))
+    rank = ranker(encode, devices)
 
     def bind(params, catalogue):
         recommender = {'recommender': params['recommender']}
         z = table(recommender, catalogue)
-        return lambda items: np.asarray(score(recommender, z, jnp.asarray(items)))
+        weights = recommender, {n: catalogue[n] for n in tpad.GRAPH if n in catalogue}
+
+        def scores(items):
+            return np.asarray(score(weights, z, jnp.asarray(items)))
+
+        scores.ranks = partial(rank, weights, z)
+        return scores
 
     return bind
 

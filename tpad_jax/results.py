@@ -10,9 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpad_jax import baselines, figures, metrics, writers
+from tpad_jax import baselines, compare, figures, metrics, resampling, slices, writers
 from tpad_jax.data import images
 from tpad_jax.evaluate import evaluate, oracle
+from tpad_jax.models import tpad
 from tpad_jax.recommend import top
 
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
@@ -20,48 +21,88 @@ SHOWN, PICTURE = 6, 64  # sessions on the contact sheet, pixels of a picture on 
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
 
-def score_models(job, scorers: dict) -> tuple[dict, dict]:
+def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
     """Validation and test metrics of every scorer, the test's ranks kept per row.
 
     Args:
       job: job.Job. scorers: {model: scorer}.
+      chosen: {model: validation metrics} as they were when it was chosen; after a refit, which has
+        trained on these rows, they are all that can be said of validation.
 
     Returns:
-      {model: {'valid': {...}, 'test': {...}}} and {model: {'above', 'equal'}} of the test rows.
+      {model: {'valid': {...}, 'test': {...}}} and {model: {'above', 'equal'}} of the test rows; the
+      test metrics with their intervals, see `add_intervals`.
     """
     models, ranks = {}, {}
+    seen, warm = training_counts(job), job.final.warm
     for name, scorer in scorers.items():
         job.pause()
-        valid, _ = evaluate(scorer, job.valid, job.data.warm, name=name)
-        test, ranks[name] = evaluate(scorer, job.test, job.data.warm, name=name,
+        if job.final is job.data:
+            valid, _ = evaluate(scorer, job.valid, warm, counts=seen, name=name)
+        else:
+            valid = chosen[name]
+        test, ranks[name] = evaluate(scorer, job.test, warm, counts=seen, name=name,
                                      probabilities=job.probabilities)
+        add_intervals(test, job.test, warm, ranks[name])
         models[name] = {'valid': valid, 'test': test}
     return models, ranks
 
 
+def training_counts(job) -> np.ndarray:
+    """Training events of every item, validation's too after a refit: int64 [V + 1]."""
+    return np.bincount(job.final.train.items, minlength=job.final.num_items + 1)
+
+
+def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict) -> None:
+    """Puts 'interval' into a result and its slices 'warm' and 'cold', in place.
+
+    {metric: [low, high]}: 95 % by bootstrap over sessions, of hit, MRR and NDCG at 20; None where
+    fewer than two sessions have rows.
+
+    Args:
+      result: of `evaluate`. rows: its R rows. warm: bool [V + 1]. rank: its {'above', 'equal'}.
+    """
+    earned = compare.gains(rank['above'], rank['equal'])
+    known = warm[rows.target]
+    session = np.unique(rows.session, return_inverse=True)[1]
+    edges = resampling.intervals(*resampling.sliced(
+        earned, (np.ones(len(earned), bool), known, ~known), session))
+    for part, found in zip((result, result['slices']['warm'], result['slices']['cold']), edges,
+                           strict=True):
+        part['interval'] = dict(zip(compare.METRICS, map(compare.pair, found), strict=True))
+
+
 def baseline_scorers(job, features: np.ndarray) -> dict:
-    """Every baseline, tuned on validation; content_knn reads `features` [V+1, D]."""
-    out = {}
+    """Every baseline, tuned on validation; content_knn reads `features` [V+1, D].
+
+    Where the recommender was refitted, they are, too, on the same sessions.
+    """
+    data, out = job.config.data, {}
+    ordered = data.ordered if data.npz else None  # ready-made sessions carry no time to tell from
     for name in baselines.BASELINES:
         job.pause()
         if name == 'content_knn' and features is None:
             continue  # no stage has read the items
         given = features if name == 'content_knn' else None
         out[name] = baselines.tune(name, job.data.train, job.valid, job.data.num_items,
-                                   features=given)
+                                   trials=job.config.search.trials, seed=job.config.seed,
+                                   storage=job.workdir / 'search.journal', features=given,
+                                   final=job.final.train, ordered=ordered)
     return out
 
 
 def data_facts(job) -> dict:
     """What results.json says under 'data'."""
-    data = job.data
-    return {'lines': data.lines, 'form': data.form, 'items': data.num_items,
-            'items_without_image': int((~job.content.has_image[1:]).sum()),
-            'broken_images': job.content.broken,
+    data, content = job.data, {}
+    if job.content is not None:
+        content = {'items_without_image': int((~job.content.has_image[1:]).sum()),
+                   'broken_images': job.content.broken}
+    return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
             'cold_items': int((~data.warm[1:]).sum()),
             'sessions': {split: len(getattr(data, split).start)
                          for split in ('train', 'valid', 'test')},
-            'planted': job.planted is not None,
+            'planted': job.planted is not None, 'protocol': job.config.data.protocol,
+            'refit': job.final is not job.data,
             'fingerprint': data.fingerprint}
 
 
@@ -82,7 +123,7 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
     """The oracle's test metrics and ranks, or (None, None) where the truth is unknown."""
     if job.probabilities is None:
         return None, None
-    return oracle(job.test, job.data.warm, job.probabilities)
+    return oracle(job.test, job.final.warm, job.probabilities, counts=training_counts(job))
 
 
 def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> list[Path]:
@@ -98,16 +139,17 @@ def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> 
 
     figures.hit_curves({n: curve(ranks[n]) for n in _curve_names(ranks)},
                        None if oracle_ranks is None else curve(oracle_ranks), out / 'hit_at_k.png')
-    compared = {n: scorers[n] for n in ('tpad', 'id_only') if n in scorers}
-    figures.contact_sheet(contact_rows(job, compared), out / 'contact_sheet.png')
+    if job.content is not None:
+        compared = {n: scorers[n] for n in ('tpad', 'id_only') if n in scorers}
+        figures.contact_sheet(contact_rows(job, compared), out / 'contact_sheet.png')
     return sorted(out.glob('*.png'))
 
 
 def _curve_names(ranks):
     """At most eight: TPAD and what it is compared with first."""
-    order = ('tpad', 'knowledge_only', 'true_attributes', 'id_only', 'markov', 'sr', 'item_knn',
-             'content_knn')
-    return [name for name in order if name in ranks]
+    order = ('tpad', *tpad.ENCODERS, 'knowledge_only', 'true_attributes', 'id_only', 'markov',
+             'item_knn', 'stan', 'vstan', 'content_knn')
+    return [name for name in order if name in ranks][:8]
 
 
 def contact_rows(job, scorers: dict) -> list[dict]:
@@ -145,9 +187,10 @@ def contact_rows(job, scorers: dict) -> list[dict]:
 
 
 def write(job, results: dict, ranks: dict) -> None:
-    """results.json, and every model's test ranks per row in ranks.npz."""
-    np.savez_compressed(job.workdir / 'ranks.npz', session=job.test.session,
-                        target=job.test.target,
-                        **{f'{name}/{part}': array for name, rank in ranks.items()
-                           for part, array in rank.items()})
+    """results.json, and every model's test ranks per row in ranks.npz for `compare`."""
+    rows, data = job.test, job.final
+    features = slices.features(rows, data.warm, training_counts(job))
+    stored = compare.contents(rows.session, rows.target, data.fingerprint, data.num_items, features,
+                              ranks)
+    np.savez_compressed(job.workdir / compare.FILE, **stored)
     writers.write_json(job.workdir / 'results.json', results)

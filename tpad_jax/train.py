@@ -74,6 +74,8 @@ def stage_losses(config, stage: str) -> tuple:
         stage computes.
     """
     known = tpad.OUTPUTS | {f'critic.{name}' for name in config.model.critics}
+    if config.model.encoder != 'attention':
+        known -= {'h_each'}  # the others read a session anew for each prefix
     chosen = []
     for name, entry in config.losses.items():
         entry = dict(entry)
@@ -154,7 +156,8 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     Returns:
       {path: array} of what was trained, at the best validation (the last step without one), the
       catalogue's rows that were encoded with it ({} where none are), and the run's record:
-      'history' [{'step', 'hit@20', ...}] and 'seconds' over all sittings.
+      'history' [{'step', 'hit@20', ...}], 'chosen' the step they are of, 'valid' what it scored
+      (None without validation), and 'seconds' over all sittings.
 
     Raises:
       Stopped: a signal came; the state is saved.
@@ -206,8 +209,9 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                 if stopping:
                     raise Stopped(f'stopped in stage {loop.name} after step {number}')
     chosen = loop.checkpoints.latest if meta['best'] is None else loop.checkpoints.best
-    _, saved, _ = chosen(expected)
-    return saved['state'].params, saved['rows'], meta
+    step, saved, _ = chosen(expected)
+    valid = next((h for h in meta['history'] if h['step'] == step), None)
+    return saved['state'].params, saved['rows'], {**meta, 'chosen': step, 'valid': valid}
 
 
 def _log(loop, bar, number, logged, whatever=False):

@@ -5,7 +5,7 @@
     V  items of the catalogue; ids are 1..V, every per-item table has V+1 rows, row 0 is padding
     U  different items of a batch (of one device's part of it), row 0 being padding
     M  modalities of an item: image, text
-    P  image tokens         T  text tokens         L  tokens of a sequence
+    P  image tokens; places T  text tokens         L  tokens of a sequence
     D  feature width        S  side features       R  rows of an evaluation
 """
 
@@ -28,6 +28,7 @@ class Batch:
     target: jax.Array  # int32 [B] the item that follows the prefix
     valid: jax.Array  # bool [B] False: a row that only fills the batch
     row: jax.Array  # int32 [B] the row's number in the data set: keys every draw made for it
+    places: jax.Array | None = None  # int32 [P] b N + j of every position that holds an item, -1s
     slots: jax.Array | None = None  # int32 [B, N] content row of items
     next_slots: jax.Array | None = None  # int32 [B, N] content row of next
     ids: jax.Array | None = None  # int32 [U] item of a content row

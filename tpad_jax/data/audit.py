@@ -10,6 +10,7 @@ import numpy as np
 from scipy.special import expit
 
 from tpad_jax.data.sessions import DAY, Sessions
+from tpad_jax.data.shuffle import GAINS, shuffle_test
 
 MIN_SEEN = 6  # times a pair of items must be adjacent to say something about direction
 MIN_PAIRS = 30  # such pairs, below which the order test says nothing
@@ -21,10 +22,12 @@ _EDGES = (3, 4, 5, 6, 11)  # first length of the next bin
 ONE_WAY = 0.5
 FIXED_ORDER = 0.7
 TIES = 0.05
+MOST_TIES = 0.5  # above it the order inside sessions is as good as unknown
 OVERLAP = 0.05
 DUPLICATES = 0.2
 REPEATS = 0.3
 COLD = 0.3
+SURE = 3  # standard errors that a loss by shuffling has to exceed
 
 
 def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *, form: str,
@@ -36,13 +39,16 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
       valid: validation sessions as they are scored.
       test: test sessions as they are scored.
       warm: bool [V + 1], the items of the training sessions.
-      form: what the data come from, '2018' or '2023'.
+      form: what the data come from, '2018' or '2023', say.
       ties: share of neighbouring events of one session with equal times (`sessions.time_ties`);
         nan if the data have no times.
 
     Returns:
       A JSON-able dict of numbers (shares in 0..1, None where nothing could be counted) with
-      `lengths` {bin: sessions} of the training sessions and `warnings`, a list of sentences.
+      `lengths` {bin: sessions} of the training sessions, `shuffle` (`shuffle.shuffle_test`),
+      `warnings`, a list of sentences, and `verdict`, whether claims about transitions can be made.
+      `tie_share` and `day_granular` are None where times are not known, which sessions that all
+      start at the same moment say as well.
     """
     seen = set(_keys(train))
     starts = np.concatenate([train.start, valid.start, test.start])
@@ -60,9 +66,10 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         'duplicate_share': 1 - len(seen) / len(train.start) if len(train.start) else None,
         'cold_target_share': _mean(~warm[_targets(test)]),
         'tie_share': None if np.isnan(ties) else float(ties),
-        'day_granular': bool(len(starts) > 1 and (starts % DAY == 0).all()),
+        'day_granular': bool((starts % DAY == 0).all()) if len(np.unique(starts)) > 1 else None,
+        'shuffle': shuffle_test(train, test),
     }
-    return {**report, 'warnings': _warnings(report)}
+    return {**report, 'warnings': _warnings(report), 'verdict': verdict(report)}
 
 
 def order_artefact(train: Sessions, test: Sessions) -> dict:
@@ -113,7 +120,7 @@ def repeat_share(sessions: Sessions) -> float | None:
 
 
 def describe(report: dict) -> list[str]:
-    """The audit in words, one line per finding, the warnings last; for printing."""
+    """The audit in words, one line per finding, then the warnings, then the verdict."""
     sessions = report['sessions']
     lengths = ', '.join(f'{name}: {count}' for name, count in report['lengths'].items())
     lines = [
@@ -131,9 +138,58 @@ def describe(report: dict) -> list[str]:
         f'({_percent(report["one_way_by_chance"])} by a coin); one fixed order of the items '
         f'predicts {_percent(report["fixed_order_share"])} of the test pairs (50 % if there is '
         'none).',
-        f'Equal times among neighbours in a session: {_percent(report["tie_share"])}.',
+        f'Shuffling every session, hit@20 on {report["shuffle"]["rows"]} test rows: '
+        f'{_lost(report, "markov", "one step")}, {_lost(report, "sr", "ten steps")}, '
+        f'{_lost(report, "symmetric", "ten steps either way")}.',
+        'Equal times among neighbours in a session: '
+        + ('not known.' if report['tie_share'] is None else f'{_percent(report["tie_share"])}.'),
     ]
-    return lines + [f'Warning: {sentence}' for sentence in report['warnings']]
+    return [*lines, *(f'Warning: {sentence}' for sentence in report['warnings']),
+            f'Verdict: {report["verdict"]}']
+
+
+def verdict(report: dict) -> str:
+    """One or two sentences: can claims about transitions be made on these data, and why.
+
+    They cannot where the order inside sessions is a file's, where it is not known, or where
+    shuffling the sessions costs the rules of direction nothing.
+    """
+    never = 'Nothing can be claimed about transitions on these data: '
+    shuffled = report['shuffle']
+    felt = [(rule, metric) for rule in ('sr', 'markov') for metric in GAINS
+            if _loss(shuffled, rule, metric) > SURE * (shuffled[rule][metric]['error'] or 0)]
+    if _is_a_files(report):
+        return (f'{never}the order inside sessions is a file\'s, not the customers\' '
+                f'({_percent(report["one_way_share"])} of the frequent pairs go one way only, one '
+                f'fixed order of the items predicts {_percent(report["fixed_order_share"])} of the '
+                'test pairs). A directed model that wins here may have learnt that order alone.')
+    if report['day_granular']:
+        return f'{never}the times are days, so the order inside sessions is not known.'
+    if (report['tie_share'] or 0) > MOST_TIES:
+        return (f'{never}{_percent(report["tie_share"])} of neighbouring events have equal times, '
+                'so the order inside sessions is not known.')
+    if not felt:
+        return (f'{never}shuffling the sessions costs rules of direction nothing that '
+                f'{report["shuffle"]["rows"]} test rows could show, so there is no order to model.')
+    rule, metric = felt[0]
+    close = _loss(shuffled, 'symmetric', metric) > _loss(shuffled, rule, metric) / 2
+    figures = ' and '.join(_lost(report, *names, metric) for names in
+                           ((rule, 'a directed rule'), ('symmetric', 'a symmetric one')))
+    reserves = []
+    if report['tie_share'] is None:
+        reserves.append('the times are not known, so all of this rests on the sessions alone')
+    elif report['tie_share'] > TIES:
+        reserves.append(f'{_percent(report["tie_share"])} of neighbouring events have equal times')
+    if report['order_pairs'] < MIN_PAIRS:
+        reserves.append(f'{report["order_pairs"]} frequent pairs are too few to tell a file\'s '
+                        'order from the customers\'')
+    elif _one_way(report):
+        reserves.append(f'{_percent(report["one_way_share"])} of the frequent pairs go one way '
+                        'only, which the times must bear out')
+    reserve = f' But {", and ".join(reserves)}.' if reserves else ''
+    return ('Claims about transitions can be made on these data: no fixed order shows, and '
+            f'shuffling costs {metric} ({figures}), '
+            + ('more by closeness than by direction.' if close else 'by direction.') + reserve)
 
 
 def _warnings(report: dict) -> list[str]:
@@ -147,11 +203,11 @@ def _warnings(report: dict) -> list[str]:
         sentences.append(
             f'{_percent(report["tie_share"])} of neighbouring events in a session have equal '
             'times: their order is not known and was drawn at random with the seed.')
-    if report['order_pairs'] >= MIN_PAIRS and report['one_way_share'] > ONE_WAY:
+    if _one_way(report):
         facts = (f'Of {report["order_pairs"]} item pairs adjacent {MIN_SEEN} times or more '
                  f'{_percent(report["one_way_share"])} occur in one direction only '
                  f'({_percent(report["one_way_by_chance"])} by a coin)')
-        if (report['fixed_order_share'] or 0) > FIXED_ORDER:
+        if _is_a_files(report):
             sentences.append(
                 f'{facts}, and one fixed order of the items predicts '
                 f'{_percent(report["fixed_order_share"])} of the test pairs: the order inside '
@@ -174,6 +230,25 @@ def _warnings(report: dict) -> list[str]:
         sentences.append(f'{_percent(report["cold_target_share"])} of the test targets occur in no '
                          'training session; models of item ids cannot predict them.')
     return sentences
+
+
+def _one_way(report: dict) -> bool:
+    return report['order_pairs'] >= MIN_PAIRS and report['one_way_share'] > ONE_WAY
+
+
+def _is_a_files(report: dict) -> bool:
+    return _one_way(report) and (report['fixed_order_share'] or 0) > FIXED_ORDER
+
+
+def _loss(shuffled: dict, rule: str, metric: str) -> float:
+    found = shuffled[rule][metric]
+    return (found['before'] or 0) - (found['after'] or 0)
+
+
+def _lost(report: dict, rule: str, name: str, metric: str = 'hit@20') -> str:
+    """'one step 24.0 % -> 16.7 %', before and after shuffling."""
+    found = report['shuffle'][rule][metric]
+    return f'{name} {_percent(found["before"])} -> {_percent(found["after"])}'
 
 
 def _fixed_order(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray:

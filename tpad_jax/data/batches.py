@@ -31,6 +31,8 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
       items int32 [B, N] prefix, next int32 [B, N] what follows each position, target int32 [B]
       (all as in `sessions.rows`), valid bool [B] (all True), row int32 [B] the row's number in the
       data set, the same whichever step, shard or process it falls into.
+    With every_prefix=False, moreover `places` int32 [shards * P]: the flat positions b N + j of
+    each shard that hold an item, then -1; P is the most any of `steps` steps needs.
     With content, moreover the distinct items of each shard, U rows (see `content_width`): ids
     int32 [shards * U] (0 first, then ascending, then 0 to fill up), image uint8 [shards * U, H, W,
     3], has_image bool [shards * U], tokens int32 [shards * U, T], and
@@ -47,7 +49,7 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
       processes: number of processes that share a step.
       process: this one's number, from 0.
       shards: local devices.
-      steps: how many will be read, for U; 0: unknown.
+      steps: how many will be read, for U and P; 0: unknown.
 
     Returns:
       An iterator that prefetches in threads; `close()` ends them early.
@@ -64,10 +66,17 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
         rows, data.num_items, batch_size=batch_size, seed=seed, steps=steps, processes=processes,
         shards=shards)
 
+    length = np.count_nonzero(rows.items, axis=1)
+    room = 0 if every_prefix else places_width(
+        length, max_length, batch_size=batch_size, seed=seed, steps=steps, processes=processes,
+        shards=shards)
+
     def batch(step: int) -> dict:
         row = positions(seed, step, batch_size, len(rows.target))[process::processes]
         out = dict(items=rows.items[row], next=rows.next[row], target=rows.target[row],
                    valid=np.ones(size, bool), row=row)
+        if room:
+            out['places'] = _places(out['items'], shards, room)
         return out if content is None else out | _with_content(out, content, shards, width)
 
     return _iterate(batch, start_step)
@@ -97,14 +106,15 @@ def item_batches(data: Data, *, batch_size: int, seed: int, start_step: int = 0,
     return _iterate(batch, start_step)
 
 
-def positions(seed: int, step: int, batch_size: int, total: int) -> np.ndarray:
-    """Which of `total` rows step `step` takes: a window of all epochs' orders laid end to end.
+def positions(seed: int, step: int, batch_size: int, total: int, steps: int = 1) -> np.ndarray:
+    """Which of `total` rows a step takes: a window of all epochs' orders laid end to end.
 
-    -> int32 [batch_size]. Every row occurs once per epoch of total / batch_size steps.
+    -> int32 [steps * batch_size], of `steps` steps from `step` on. Every row occurs once per epoch
+    of total / batch_size steps.
     """
-    place = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    place = step * batch_size + np.arange(steps * batch_size, dtype=np.int64)
     epochs, where = np.divmod(place, total)
-    out = np.empty(batch_size, np.int32)
+    out = np.empty(len(place), np.int32)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         inside = epochs == epoch
         out[inside] = _epoch_order(seed, epoch, total)[where[inside]]
@@ -132,6 +142,35 @@ def content_width(rows: sessions_lib.Rows, num_items: int, *, batch_size: int, s
                                    rows.target[row[process::processes]][:, None]], axis=1)
             most = max(most, *(len(np.union1d(shard, 0)) for shard in np.split(both, shards)))
     return min(worst, -(-most // 16) * 16)
+
+
+def places_width(length: np.ndarray, max_length: int, *, batch_size: int, seed: int, steps: int,
+                 processes: int, shards: int) -> int:
+    """P, places of a shard: one static shape that holds the positions of any step's items.
+
+    Exact over the batches of `steps` steps, like `content_width`, but counted for all at once;
+    without a number of steps the worst case. `length` int [R]: items of each row.
+    """
+    part = batch_size // (processes * shards)
+    if steps <= 0:
+        return part * max_length
+    most = 0
+    for begin in range(0, steps + 1, SCANNED):  # one step more: the loop fetches a batch ahead
+        count = min(SCANNED, steps + 1 - begin)
+        row = positions(seed, begin, batch_size, len(length), count)
+        per_process = length[row].reshape(count, batch_size // processes, processes)
+        shares = per_process.swapaxes(1, 2).reshape(count, processes, shards, part)
+        most = max(most, int(shares.sum(axis=-1).max()))
+    return min(part * max_length, -(-most // 32) * 32)
+
+
+def _places(items: np.ndarray, shards: int, room: int) -> np.ndarray:
+    """-> int32 [shards * room], the flat positions of each shard's items, then -1."""
+    out = np.full((shards, room), -1, np.int32)
+    for shard, part in zip(out, np.split(items, shards), strict=True):
+        found = np.flatnonzero(part)
+        shard[:len(found)] = found
+    return out.ravel()
 
 
 def content_rows(content: Content, ids: np.ndarray) -> dict:

@@ -36,7 +36,7 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
     the times of their first events int64 [S], in seconds.
     """
 
-    VERSION = tfds.core.Version('1.0.0')
+    VERSION = tfds.core.Version('1.1.0')
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads a plain class attribute)
         tfds.core.BuilderConfig(name='items', description='asin, words, price (NaN: none)'),
         tfds.core.BuilderConfig(name='images', description="encoded image, b'' for none"),

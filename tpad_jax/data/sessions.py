@@ -178,6 +178,13 @@ def take(sessions: Sessions, index: np.ndarray) -> Sessions:
     return Sessions(sessions.items[events], offsets, sessions.start[index])
 
 
+def join(first: Sessions, second: Sessions) -> Sessions:
+    """The sessions of both, the first ones first."""
+    return Sessions(np.concatenate([first.items, second.items]),
+                    np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
+                    np.concatenate([first.start, second.start]))
+
+
 def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
              rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Events by user and time -> items int64 [E], times int64 [E], session begins here bool [E]."""

@@ -42,7 +42,7 @@ class Fusion(nn.Module):
         Returns:
           z [..., D].
         """
-        small = uniform(0.2)
+        small = uniform(self.width ** -0.5)  # as SR-GNN draws its items
         parts = []
         flat = ids.reshape(-1)
         if self.use_id:

@@ -2,8 +2,13 @@
 session.
 
 Source: Wu et al. 2019, "Session-based Recommendation with Graph Neural Networks" (SR-GNN),
-equations 1-7. The graph is built on the device from padded ids: nothing but the ids travels.
-[ours] positions counted from both ends enter the readout's attention, and dropout, keyed by row.
+equations 1-7, as the authors' published code computes them where the two differ: an edge counts
+once however often it is taken, the reset gate applies behind its product, the update gate keeps
+the old state, the edges' products have one bias inside the sum over neighbours and one outside,
+and every parameter starts uniform in +-1 / sqrt(D). The graph is built on the device from padded
+ids: nothing but the ids travels.
+[ours] Optional: positions counted from both ends enter the readout's attention; dropout, keyed by
+row.
 """
 
 import flax.linen as nn
@@ -11,33 +16,40 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.models.attention import dropout
-from tpad_jax.models.lora import Linear, uniform
+from tpad_jax.models.lora import uniform
+
+# Prefixes are short and N is the longest: a batch whose positions fill no more than this share of
+# [B, N] is computed at that size (four items of twenty is the mean of public click data).
+PACKED = 0.3
 
 
 def session_graph(items):
-    """The session graph of each row, from ids alone.
+    """The session graph of each row as a list of edges, one per step from a position to the next.
 
     Nodes are the different items of a row; node j stands at the position where its item is first
-    met, so no compaction is needed. A repeated transition counts as often as it occurs, and rows
-    are
-    normalised: entry [b, i, j] of `outgoing` is the share of departures from i that go to j.
+    met, so no compaction is needed. Steps that repeat an edge carry no weight.
 
     Args:
       items: int32 [B, N], 0 pads at the end.
 
     Returns:
-      alias: int32 [B, N], the node of each position; padding has one of its own, without edges.
-      outgoing, incoming: float32 [B, N, N].
+      alias: int32 [B, N], the node of each position; padding has one of its own.
+      leaving: float32 [B, N], weight of the step from position j to j + 1 at the node it leaves,
+        1 / the different nodes that one goes to; 0 where there is no such step.
+      arriving: float32 [B, N], likewise at the node it reaches, 1 / the nodes that lead there.
     """
-    width = items.shape[1]
-    alias = jnp.argmax(items[:, :, None] == items[:, None, :], axis=-1)
-    real = (items > 0).astype(jnp.float32)
-    node = jax.nn.one_hot(alias, width) * real[:, :, None]
-    edges = jnp.einsum('bji,bjk->bik', node[:, :-1], node[:, 1:])
-    outgoing = edges / jnp.maximum(edges.sum(axis=2, keepdims=True), 1)
-    backward = edges.swapaxes(1, 2)
-    incoming = backward / jnp.maximum(backward.sum(axis=2, keepdims=True), 1)
-    return alias.astype(jnp.int32), outgoing, incoming
+    same = items[:, :, None] == items[:, None, :]
+    after = jnp.pad(items[:, 1:], ((0, 0), (0, 1)))
+    goes = after > 0
+    same_after = after[:, :, None] == after[:, None, :]
+    earlier = jnp.tri(items.shape[1], k=-1, dtype=bool)
+    new = goes & ~(same & same_after & earlier).any(axis=2)
+
+    def share(alike):
+        count = (alike & new[:, None, :]).sum(axis=2)
+        return jnp.where(new, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
+
+    return jnp.argmax(same, axis=2).astype(jnp.int32), share(same), share(same_after)
 
 
 class SessionGNN(nn.Module):
@@ -47,13 +59,14 @@ class SessionGNN(nn.Module):
       steps: rounds of message passing.
       max_length: longest prefix N, for the positions' table.
       positions: whether the readout knows positions [ours]; SR-GNN itself does not.
-      rate: dropout on item vectors and on the readout.
+      rate: dropout on the result [ours]. item_rate: dropout on the item vectors [ours].
     """
 
     steps: int = 1
     max_length: int = 20
-    positions: bool = True
+    positions: bool = False
     rate: float = 0.0
+    item_rate: float = 0.0
 
     @nn.compact
     def __call__(self, z, items, keys=None):
@@ -67,33 +80,93 @@ class SessionGNN(nn.Module):
         Returns:
           h [B, D].
         """
-        width = z.shape[-1]
-        keys = (None, None) if keys is None else (
-            jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys),
-            jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys))
-        real = (items > 0)[:, :, None]
-        z = dropout(jnp.where(real, z, 0), self.rate, keys[0])
-        alias, outgoing, incoming = session_graph(items)
-        node = jnp.take_along_axis(z, alias[:, :, None], axis=1)  # repeats share one dropout mask
-        flat = nn.initializers.lecun_uniform()  # SR-GNN, too, draws every weight uniformly
-        cell = nn.GRUCell(width, kernel_init=flat, recurrent_kernel_init=flat, name='cell')
-        leave = Linear(width, use_bias=True, name='out')
-        arrive = Linear(width, use_bias=True, name='in')
-        for _ in range(self.steps):
-            message = jnp.concatenate([outgoing @ leave(node), incoming @ arrive(node)], axis=-1)
-            node, _ = cell(node, message)
-        s = jnp.take_along_axis(node, alias[:, :, None], axis=1)
-        last = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
-        s_last = jnp.take_along_axis(s, last[:, None, None], axis=1)[:, 0]
-        mix = Linear(width, use_bias=True, name='w1')(s_last)[:, None]
-        mix += Linear(width, use_bias=True, name='w2')(s)
+        size, length, width = z.shape
+
+        flat = uniform(width ** -0.5)
+
+        def layer(name, fan_in, fan_out):
+            return (self.param(f'{name}_kernel', flat, (fan_in, fan_out)),
+                    self.param(f'{name}_bias', flat, (fan_out,)))
+
+        def draw(number):
+            return None if keys is None else jax.vmap(
+                lambda key: jax.random.fold_in(key, number))(keys)
+
+        params = {
+            # products that read the same vectors are one: edges out, edges in, the three gates
+            'node': layer('node', width, 5 * width),
+            'message': layer('message', 2 * width, 3 * width),
+            'edge': self.param('edge_bias', flat, (2 * width,)),
+            'w1': layer('w1', width, width), 'w2': layer('w2', width, width),
+            'q': self.param('q_kernel', flat, (width, 1)), 'w3': layer('w3', 2 * width, width)}
         if self.positions:
-            table = uniform(0.03)
-            from_start = self.param('from_start', table, (self.max_length, width))
-            from_end = self.param('from_end', table, (self.max_length, width))
-            place = jnp.arange(items.shape[1])
-            mix += from_start[place] + from_end[jnp.maximum(last[:, None] - place, 0)]
-        weight = Linear(1, name='q')(nn.sigmoid(mix))
-        s_global = jnp.where(real, weight * s, 0).sum(axis=1)
-        h = Linear(width, use_bias=True, name='w3')(jnp.concatenate([s_last, s_global], axis=-1))
-        return dropout(h, self.rate, keys[1])
+            for name in ('from_start', 'from_end'):
+                params[name] = self.param(name, uniform(0.03), (self.max_length, width))
+        z = dropout(z, self.item_rate, draw(0))
+        graph = session_graph(items)
+        count = max(1, int(PACKED * size * length))
+
+        def encode(room):
+            # computed again in the backward pass: cheaper than room for either branch's values
+            return jax.checkpoint(lambda *a: _encode(*a, steps=self.steps, room=room))
+
+        h = jax.lax.cond((items > 0).sum() <= count, encode(count), encode(size * length),
+                         params, z, items, graph)
+        return dropout(h, self.rate, draw(1))
+
+
+def _encode(params, z, items, graph, *, steps, room):
+    """h [B, D] from vectors z [B, N, D], over the first `room` positions that hold an item.
+
+    Rows stand one behind the other without their padding, K = room positions in all, each with its
+    node's state, which all positions of an item share.
+    """
+    size, length, width = z.shape
+    held = items > 0
+    lengths = held.sum(axis=1)
+    begin = jnp.cumsum(lengths) - lengths  # where each row starts among the K
+    place = jnp.flatnonzero(held, size=room)  # where each of the K stands in [B, N]; then zeros
+    real = jnp.arange(room) < lengths.sum()
+    row = place // length
+    alias, leaving, arriving = (x.reshape(-1)[place] for x in graph)
+    node = begin[row] + alias
+    leaving, arriving = (jnp.where(real, x, 0)[:, None] for x in (leaving, arriving))
+    state = jnp.where(real[:, None], z.reshape(-1, width)[row * length + alias], 0)
+
+    def gathered(values, at):
+        """Sum values [K, D] per node and hand it to every position of the node."""
+        return jnp.zeros_like(values).at[at].add(values)[node]
+
+    def dense(name, x):
+        kernel, bias = params[name]
+        return x @ kernel + bias
+
+    for _ in range(steps):
+        leave, arrive, gates = jnp.split(dense('node', state), (width, 2 * width), axis=1)
+        # eq 1; the last position's step has weight zero, wherever it leads
+        forth = gathered(leaving * jnp.roll(leave, -1, axis=0), node)
+        back = gathered(arriving * arrive, jnp.roll(node, -1))
+        message = jnp.concatenate([back, forth], axis=1) + params['edge']
+        state = gated(dense('message', message), gates, state)
+
+    last = jnp.where((lengths > 0)[:, None], state[begin + jnp.maximum(lengths - 1, 0)], 0)
+    mix = dense('w1', last)[row] + dense('w2', state)  # eq 6
+    if 'from_start' in params:
+        at = place % length
+        mix += params['from_start'][at] + params['from_end'][lengths[row] - 1 - at]
+    weight = jnp.where(real[:, None], nn.sigmoid(mix) @ params['q'], 0)
+    whole = jnp.zeros((size, width)).at[row].add(weight * state)
+    return dense('w3', jnp.concatenate([whole, last], axis=1))  # eq 7
+
+
+def gated(message, old, state):
+    """A gated recurrent unit's new state (equations 2-5), from both products with its gates.
+
+    Args:
+      message, old: float [K, 3 D], of the input and of the state: reset, update, candidate.
+      state: float [K, D].
+    """
+    reset, update, new = jnp.split(message, 3, axis=1)
+    reset_old, update_old, new_old = jnp.split(old, 3, axis=1)
+    new = jnp.tanh(new + nn.sigmoid(reset + reset_old) * new_old)
+    return new + nn.sigmoid(update + update_old) * (state - new)

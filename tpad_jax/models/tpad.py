@@ -20,22 +20,26 @@ from jax.tree_util import Partial
 
 from tpad_jax.errors import InputError
 from tpad_jax.models import lora
-from tpad_jax.models.alignment import Adapter, Critic, Disentangle, GaussianQ
+from tpad_jax.models.alignment import Adapter, Critic, Disentangle, GaussianQ, unit
 from tpad_jax.models.attention import row_keys
 from tpad_jax.models.fusion import Fusion
+from tpad_jax.models.global_graph import GlobalGraphGNN
 from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
+from tpad_jax.models.session_attention import SessionAttention
 from tpad_jax.models.session_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
 
 # Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
 # run.
-PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'gnn')
+PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'encoder')
 
 
+ENCODERS = 'attention', 'sr_gnn', 'gce_gnn'  # what config.model.encoder may name
+GRAPH = 'near', 'near_weight'  # catalogue rows of the global item graph, see data/graph.py
 OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, one per critic
     'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
-    'foretell', 'foretell.tokens', 'vocabulary', 'h', 'z', 'club'})
+    'foretell', 'foretell.tokens', 'vocabulary', 'h', 'h_each', 'z', 'popularity', 'club'})
 
 
 @dataclass(frozen=True)
@@ -49,38 +53,56 @@ class TPAD:
       withhold: share of an item's words kept from the reader in knowledge acquisition.
       word_dropout: share of the words kept from the writer, which has to use the features instead.
       lora_scale: alpha / rank.
+      normalise: z and h have length one, and their products are divided by a learned temperature.
+      temperature: where that starts.
     """
 
-    knowledge: KnowledgeMLLM
-    transfer: TransferMLLM
+    knowledge: KnowledgeMLLM | None
+    transfer: TransferMLLM | None
     disentangle: Disentangle
     adapter: Adapter
     club: GaussianQ
     critics: tuple[tuple[str, Critic], ...]
     fusion: Fusion
-    gnn: SessionGNN
+    encoder: SessionGNN | GlobalGraphGNN | SessionAttention
     recommend: tuple[str, ...] = ('r',)
     form: str = 'compressed'
     withhold: float = 0.3
     word_dropout: float = 0.6
     lora_scale: float = 1.0
+    normalise: bool = False
+    temperature: float = 0.07
 
 
 def build(base: dict, model: Any, *, recommend: tuple, items: int, max_length: int,
           side_sizes: tuple) -> TPAD:
-    """Modules from plain numbers: `base` (the MLLM's sizes) and `model` (config.model)."""
-    mllm = MLLM(**base)
+    """Modules from plain numbers: `base` (the MLLM's sizes) and `model` (config.model).
+
+    Without a base (None) there are no MLLMs, and only the recommender can be asked for anything.
+    """
+    mllm = base and MLLM(**base)
     width = model.features
     return TPAD(
-        knowledge=KnowledgeMLLM(mllm, width), transfer=TransferMLLM(mllm, width),
+        knowledge=mllm and KnowledgeMLLM(mllm, width), transfer=mllm and TransferMLLM(mllm, width),
         disentangle=Disentangle(2 * width, width), adapter=Adapter(2 * width, width),
         club=GaussianQ(2 * width),
         critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
                       model.id_dropout, model.feature_dropout),
-        gnn=SessionGNN(model.gnn_steps, max_length, model.positions, model.dropout),
+        encoder=build_encoder(model, max_length),
         recommend=recommend, form=model.form, withhold=model.withhold,
-        word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank)
+        word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank,
+        normalise=model.normalise, temperature=model.temperature)
+
+
+def build_encoder(model: Any, max_length: int):
+    """The session encoder config.model.encoder names: prefix in, h [B, D] out."""
+    shared = dict(max_length=max_length, rate=model.dropout, item_rate=model.item_dropout)
+    if model.encoder == 'sr_gnn':
+        return SessionGNN(model.gnn_steps, positions=model.positions, **shared)
+    if model.encoder == 'gce_gnn':
+        return GlobalGraphGNN(**shared)
+    return SessionAttention(model.layers, model.heads, **shared)
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,
@@ -128,14 +150,18 @@ def _critic_inputs(name, k, one):
 
 
 def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
-    """Parameters of fusion and session GNN alone."""
+    """Parameters of fusion and session encoder alone."""
     a, b = jax.random.split(key)
     ids = jnp.ones((1, 1), jnp.int32)
     features = [flat(catalogue[n][ids]) for n in spec.recommend]
     fusion = spec.fusion.init(a, ids, ids > 0, features, catalogue['side'][ids])['params']
-    z = jnp.zeros((1, spec.gnn.max_length, spec.fusion.width))
-    gnn = spec.gnn.init(b, z, jnp.ones((1, spec.gnn.max_length), jnp.int32))['params']
-    return {'fusion': fusion, 'gnn': gnn}
+    z = jnp.zeros((1, spec.encoder.max_length, spec.fusion.width))
+    items = jnp.ones((1, spec.encoder.max_length), jnp.int32)
+    out = {'fusion': fusion, 'encoder': spec.encoder.init(
+        b, z, items, **_near(spec, catalogue, items, z[0]))['params']}
+    if spec.normalise:
+        out['log_temperature'] = jnp.log(jnp.float32(spec.temperature))
+    return out
 
 
 def flat(rows):
@@ -169,13 +195,9 @@ def distil_items(spec, params, image, has_image, tokens):
 
 def item_vectors(spec, params, ids, rows, catalogue, key=None):
     """z [..., D] of items `ids` from their feature rows (one array per name in spec.recommend)."""
-    return spec.fusion.apply({'params': params['recommender']['fusion']}, ids,
-                             catalogue['warm'][ids], rows, catalogue['side'][ids], key)
-
-
-def encode_sessions(spec, params, items, z_table):
-    """h [B, D] of prefixes int32 [B, N] from the items' vectors z_table [V+1, D]; no dropout."""
-    return spec.gnn.apply({'params': params['recommender']['gnn']}, z_table[items], items)
+    z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids,
+                          catalogue['warm'][ids], rows, catalogue['side'][ids], key)
+    return unit(z) if spec.normalise else z
 
 
 def z_table(spec, params, catalogue, key=None):
@@ -183,6 +205,33 @@ def z_table(spec, params, catalogue, key=None):
     ids = jnp.arange(catalogue['warm'].shape[0])
     rows = [flat(catalogue[n][None])[0] for n in spec.recommend]
     return item_vectors(spec, params, ids, rows, catalogue, key)
+
+
+def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, each=False):
+    """h of prefixes, such that <h, z> scores an item.
+
+    Args:
+      items: int32 [B, N], 0 pads at the end.
+      z_table: [V+1, D]. catalogue: rows per item, for the global graph where the encoder reads one.
+      keys: a key per row [B] for dropout, or None.
+      z: vectors of `items` [B, N, D] where they are not z_table's (fresh features).
+      each: h after every position, [B, N, D], instead of after the last, [B, D].
+    """
+    z = z_table[items] if z is None else z
+    h = spec.encoder.apply({'params': params['recommender']['encoder']}, z, items, keys,
+                           **_near(spec, catalogue, items, z_table),
+                           method='positions' if each else None)
+    if not spec.normalise:
+        return h
+    return unit(h) * jnp.exp(-params['recommender']['log_temperature'])
+
+
+def _near(spec, catalogue, items, z_table):
+    """The global neighbours of every position, where the encoder reads them."""
+    if not isinstance(spec.encoder, GlobalGraphGNN):
+        return {}
+    near, weight = (catalogue[name] for name in GRAPH)
+    return {'near': (z_table[near[items]], weight[items])}
 
 
 def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, fresh: frozenset,
@@ -198,15 +247,17 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     Returns:
       Of these, the ones needed: items, next [B, N]; k [B, N, M D]; t, c, p, r, r_next [B, N, D];
       describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary [W,
-      width]; h [B, D], z [V+1, D], warm [V+1]; critic.*, club: score functions with their
-      parameters bound.
+      width]; h [B, D], h_each [B, N, D] (h after every position), z [V+1, D], warm and popularity
+      [V+1]; critic.*, club: score functions with their parameters bound.
     """
     keys = dict(zip(PURPOSES, (None,) * len(PURPOSES) if key is None
                     else jax.random.split(key, len(PURPOSES)), strict=True))
     out = {'items': batch.items, 'next': batch.next, 'warm': catalogue['warm']}
+    if 'popularity' in catalogue:
+        out['popularity'] = catalogue['popularity']
     rows = jnp.arange(batch.items.shape[0])
     reads_sessions = needs & {'t', 'c', 'p', 'foretell'}
-    reads_k = needs & {'k', 'describe'} or (needs & {'h', 'z'} and 'k' in spec.recommend)
+    reads_k = needs & {'k', 'describe'} or (needs & {'h', 'h_each', 'z'} and 'k' in spec.recommend)
 
     if 'k' in fresh and (reads_k or reads_sessions):
         keep = _keep(keys['withhold'], batch.ids, batch.tokens, spec.withhold)
@@ -254,17 +305,17 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
             out['foretell'] = read(t[rows, at], tokens, keep, method='foretell')
             out['foretell.tokens'] = tokens
 
-    if needs & {'h', 'z'}:
+    if needs & {'h', 'h_each', 'z'}:
         out['z'] = z_table(spec, params, catalogue, keys['fusion'])
-        fresh_rows = [n for n in spec.recommend if n in fresh]
-        if fresh_rows:
+        z = None
+        if any(n in fresh for n in spec.recommend):
             features = [out[n] if n in fresh else flat(catalogue[n][batch.items])
                         for n in spec.recommend]
             z = item_vectors(spec, params, batch.items, features, catalogue, keys['fusion'])
-        else:
-            z = out['z'][batch.items]
-        row = None if key is None else row_keys(keys['gnn'], batch.row)
-        out['h'] = spec.gnn.apply({'params': params['recommender']['gnn']}, z, batch.items, row)
+        row = None if key is None else row_keys(keys['encoder'], batch.row)
+        for name in sorted(needs & {'h', 'h_each'}):
+            out[name] = encode_sessions(spec, params, batch.items, out['z'], catalogue, row, z,
+                                        each=name == 'h_each')
 
     for name, critic in spec.critics:
         if f'critic.{name}' in needs:

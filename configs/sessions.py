@@ -1,0 +1,57 @@
+"""Ready-made sessions of item ids, without content: the recommender alone, on public benchmarks.
+
+    python launch.py --config=configs/sessions.py:diginetica --config.data.npz=FILE
+    python launch.py --config=configs/sessions.py:diginetica,sr_gnn --config.data.npz=FILE \
+        --config.data.protocol=published
+
+The first word is the data set, the second (may be left out) the session encoder.
+"""
+
+from configs import base
+
+ENCODERS = ('attention', 'sr_gnn', 'gce_gnn')
+DATA = {  # training sessions and training rows, a tenth of the sessions being held out
+    'diginetica': dict(sessions=168_003, rows=649_944),
+    'cellphones': dict(sessions=63_234, rows=95_935),
+    'grocery': dict(sessions=38_943, rows=95_512),
+}
+EPOCHS = {'diginetica': 4, 'cellphones': 8, 'grocery': 8}
+
+
+def get_config(variant: str = 'diginetica'):
+    """`variant`: 'data' or 'data,encoder', see DATA and ENCODERS.
+
+    Raises:
+      ValueError: another variant.
+    """
+    data, _, encoder = variant.partition(',')
+    encoder = encoder or ENCODERS[0]
+    if data not in DATA or encoder not in ENCODERS:
+        raise ValueError(f'configs/sessions.py has no variant {variant!r}: name one of '
+                         f'{", ".join(DATA)}, then maybe a comma and one of {", ".join(ENCODERS)}')
+    c = base.get_config()
+    c.name = f'{data}_{encoder}'
+    c.stages = 'recommend'
+    c.refit = True  # the latest sessions say most about the next ones
+    c.log_every, c.save_every = 50, 400
+    c.rivals = {}
+    # only Diginetica's sessions stand in the order of time
+    c.data.update(ordered=data == 'diginetica', published_last_only=data != 'diginetica')
+    c.losses.next_item.update(chunk=2048, dtype='bfloat16')  # the whole softmax, in its fast form
+    c.model.update(encoder=encoder, width=100, recommend='', use_side=False, id_dropout=0.0)
+    stage = c.stage.recommend
+    if encoder == 'attention':
+        # one reading of a session predicts after every position
+        c.losses.next_item.h = 'h_each'
+        c.model.update(width=160, normalise=True, temperature=0.08, layers=1, heads=2,
+                       dropout=0.2, item_dropout=0.2)
+        stage.update(batch_size=128, every_prefix=False, learning_rate=2e-3, weight_decay=0.0)
+        epoch = DATA[data]['sessions'] // stage.batch_size
+    else:
+        stage.update(batch_size=512, optimiser='adam', learning_rate=2e-3, weight_decay=1e-5)
+        c.model.update(positions=False, dropout=0.0, item_dropout=0.0)  # as it was published
+        epoch = DATA[data]['rows'] // stage.batch_size
+        if encoder == 'gce_gnn':
+            c.model.update(dropout=0.2, near=12, near_window=3)
+    stage.update(steps=EPOCHS[data] * epoch, eval_every=epoch, patience=0)
+    return c

@@ -1,0 +1,167 @@
+"""Every session encoder by one interface, attention's prefixes, and GCE-GNN against plain loops."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpad_jax.models import tpad
+from tpad_jax.models.global_graph import NEVER, relations
+
+V, D, N = 9, 8, 5
+ITEMS = np.array([[3, 0, 0, 0, 0], [2, 5, 2, 0, 0], [1, 2, 3, 4, 5], [7, 7, 8, 7, 0],
+                  [4, 1, 4, 1, 6]], np.int32)
+jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def model(encoder, **changes):
+    return SimpleNamespace(**{**dict(
+        features=D, width=D, critics={}, use_id=True, use_side=False, id_dropout=0.0,
+        feature_dropout=0.0, encoder=encoder, gnn_steps=1, positions=False, layers=2, heads=2,
+        dropout=0.3, item_dropout=0.3, normalise=True, temperature=0.1, form='compressed',
+        withhold=0.0, word_dropout=0.0, lora_alpha=1.0, lora_rank=1), **changes})
+
+
+def catalogue(seed=0):
+    rng = np.random.default_rng(seed)
+    near = rng.integers(0, V + 1, (V + 1, 3)).astype(np.int32)
+    weight = np.where(near > 0, rng.uniform(0.1, 1, near.shape), 0).astype(np.float32)
+    return {'warm': jnp.arange(V + 1) > 0, 'side': jnp.zeros((V + 1, 0), jnp.int32),
+            'near': jnp.asarray(near), 'near_weight': jnp.asarray(weight)}
+
+
+def built(encoder, seed=1, **changes):
+    """(spec, params with every array random, catalogue)."""
+    spec = tpad.build(None, model(encoder, **changes), recommend=(), items=V, max_length=N,
+                      side_sizes=())
+    shapes = jax.eval_shape(partial(tpad.recommender_init, spec=spec), jax.random.key(0),
+                            catalogue=catalogue())
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.5, jnp.float32),
+                          shapes)
+    return spec, {'recommender': params}, catalogue()
+
+
+def encode(parts, items, keys=None, each=False):
+    spec, params, rows = parts
+
+    @jit
+    def run(params, items):
+        return tpad.encode_sessions(spec, params, items, tpad.z_table(spec, params, rows), rows,
+                                    keys, each=each)
+
+    return np.asarray(run(params, items))
+
+
+@pytest.mark.parametrize('encoder', tpad.ENCODERS)
+def test_one_row_is_encoded_alike_alone_in_company_and_with_more_padding(encoder):
+    parts = built(encoder)
+    together = encode(parts, ITEMS)
+    assert together.shape == (5, D)
+    for row, items in enumerate(ITEMS):
+        np.testing.assert_allclose(encode(parts, items[None])[0], together[row], atol=1e-5)
+        short = items[None, :max(1, np.count_nonzero(items))]
+        np.testing.assert_allclose(encode(parts, short)[0], together[row], atol=1e-5)
+    gaps = np.abs(together[:, None] - together[None]).max(axis=2) + np.eye(5)
+    assert gaps.min() > 1e-2  # and different sessions do not look the same
+
+
+@pytest.mark.parametrize('encoder', tpad.ENCODERS)
+def test_what_stands_in_the_vector_of_padding_changes_nothing(encoder):
+    spec, params, rows = built(encoder)
+    z = jnp.asarray(np.random.default_rng(2).normal(size=(V + 1, D)), jnp.float32)
+    run = jit(lambda z: tpad.encode_sessions(spec, params, ITEMS, z, rows))
+    np.testing.assert_allclose(run(z), run(z.at[0].set(1e3)), atol=1e-5)
+
+
+@pytest.mark.parametrize('encoder', tpad.ENCODERS)
+def test_dropout_acts_with_keys_alone_and_by_row(encoder):
+    parts = built(encoder)
+    keys = jax.random.split(jax.random.key(3), len(ITEMS))
+    np.testing.assert_array_equal(encode(parts, ITEMS), encode(parts, ITEMS))
+    dropped = encode(parts, ITEMS, keys)
+    assert (np.abs(dropped - encode(parts, ITEMS)).max(axis=1) > 1e-3).all()
+    np.testing.assert_allclose(encode(parts, ITEMS[2:3], keys[2:3])[0], dropped[2], atol=1e-5)
+
+
+def test_normalised_scores_are_cosines_over_the_temperature():
+    spec, params, rows = built('attention')
+    z = tpad.z_table(spec, params, rows)
+    np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
+    h = encode((spec, params, rows), ITEMS)
+    heat = np.exp(params['recommender']['log_temperature'])
+    np.testing.assert_allclose(np.linalg.norm(h, axis=1), 1 / heat, rtol=1e-5)
+
+
+def test_attention_reads_every_prefix_at_once():
+    parts = built('attention')
+    each = encode(parts, ITEMS, each=True)
+    for j in range(N):
+        cut = np.where(np.arange(N) <= j, ITEMS, 0)
+        there = ITEMS[:, j] > 0
+        np.testing.assert_allclose(each[there, j], encode(parts, cut)[there], atol=1e-5)
+    assert np.isfinite(each).all()
+
+
+def test_attention_answers_in_the_space_of_the_items():
+    """h is a weighted mean of the session's item vectors: weights from 0 to 1 that sum to 1."""
+    spec, params, rows = built('attention', normalise=False)
+    z = tpad.z_table(spec, params, rows)
+    h = encode((spec, params, rows), ITEMS)
+    for items, out in zip(ITEMS, h, strict=True):
+        vectors = np.asarray(z)[np.unique(items[items > 0])]
+        system = np.vstack([vectors.T, np.ones(len(vectors))])
+        weight = np.linalg.lstsq(system, np.append(out, 1), rcond=None)[0]
+        np.testing.assert_allclose(system @ weight, np.append(out, 1), atol=1e-4)
+        assert (weight > 0).all()
+
+
+def test_relations_by_hand():
+    same, to, fro, both = 1, 2, 3, 4
+    np.testing.assert_array_equal(relations(np.array([[1, 2, 1, 3, 0]]))[0], [
+        [same, both, same, to, 0], [both, same, both, 0, 0], [same, both, same, to, 0],
+        [fro, 0, fro, same, 0], [0, 0, 0, 0, 0]])
+
+
+def test_gce_gnn_is_its_equations():
+    spec, params, rows = built('gce_gnn', normalise=False)
+    p = jax.tree.map(np.asarray, params['recommender']['encoder'])
+    table = np.asarray(tpad.z_table(spec, params, rows))
+    near, weight = np.asarray(rows['near']), np.asarray(rows['near_weight'])
+
+    def leaky(x):
+        return np.where(x > 0, x, 0.2 * x)
+
+    def softmax(x):
+        e = np.exp(x - x.max())
+        return e / e.sum()
+
+    def linear(name, x):
+        return x @ p[name]['kernel'] + p[name].get('bias', 0)
+
+    for row, items in enumerate(ITEMS):
+        items = items[items > 0]
+        z, n = table[items], len(items)
+        tie = np.asarray(relations(items[None]))[0]
+        x = np.zeros_like(z)
+        for i in range(n):
+            e = np.array([leaky((z[i] * z[j]) @ p['relations'][tie[i, j] - 1]) if tie[i, j]
+                          else NEVER for j in range(n)])
+            x[i] = softmax(e) @ z
+            around = np.zeros(D)
+            others = [s for s in range(3) if weight[items[i], s] > 0]
+            if others:
+                e = np.array([linear('q1', leaky(linear('w1', np.append(
+                    z.mean(0) * table[near[items[i], s]], weight[items[i], s]))))[0]
+                    for s in others])
+                around = softmax(e) @ table[near[items[i], others]]
+            x[i] += np.maximum(linear('w2', np.append(z[i], around)), 0)
+        h = np.zeros(D)
+        for i in range(n):
+            y = np.tanh(linear('w3', np.append(x[i], p['position'][n - 1 - i])))
+            y = linear('w4', y) + linear('w5', x.mean(0))
+            h += linear('q2', 1 / (1 + np.exp(-y)))[0] * x[i]
+        np.testing.assert_allclose(encode((spec, params, rows), ITEMS)[row], h, atol=1e-4)

@@ -1,0 +1,112 @@
+"""Ready-made sessions of item ids, the form most public benchmarks come in: one .npz, no content.
+
+    train_items, test_items      int, ids 1..V, all sessions behind each other
+    train_offsets, test_offsets  int, session k is items[offsets[k]:offsets[k + 1]]
+
+There is no validation part and there are no times. Where the training sessions stand in the order
+they happened (`ordered`), validation is the last of them and a session's place stands for its
+time; where they do not, it is a seeded draw and nothing can be said about time.
+"""
+
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.audit import audit
+from tpad_jax.data.pipeline import Data
+from tpad_jax.data.sessions import Sessions
+from tpad_jax.errors import InputError
+
+PARTS = 'train', 'test'
+
+
+def load(path, *, ordered: bool, valid: float, seed: int) -> Data:
+    """Reads a file and holds out validation; the catalogue is every id up to the largest.
+
+    Args:
+      path: the .npz. No pickle in it is ever read.
+      ordered: the training sessions stand in the order of time.
+      valid: share (or, from 1 on, number) of the training sessions held out for validation.
+      seed: of the draw where `ordered` is False.
+
+    Returns:
+      pipeline.Data without content: titles and texts are empty, item k is called str(k).
+
+    Raises:
+      InputError: naming the file, the array in it and what is wrong.
+    """
+    arrays, digest = read(path)
+    train, test = (_sessions(path, name, arrays) for name in PARTS)
+    num_items = int(max(train.items.max(), test.items.max()))
+    train, held = hold_out(train, ordered=ordered, valid=valid, seed=seed)
+    warm = sessions_lib.warm_items(train, num_items)
+    options = f'{ordered} {valid} {seed}'
+    names = ['', *map(str, range(1, num_items + 1))]
+    return Data(asins=names, titles=[''] * len(names), texts=[''] * len(names), image_bytes=None,
+                has_image=np.zeros(len(names), bool), side=np.zeros((len(names), 0), np.int32),
+                side_sizes=(), train=train, valid=held, test=test, warm=warm,
+                lines={'read': len(train.start) + len(held.start) + len(test.start),
+                       'kept': len(train.start) + len(held.start) + len(test.start),
+                       'rejected': {}},
+                audit=audit(train, held, test, warm, form='npz', ties=float('nan')),
+                fingerprint=hashlib.sha256(f'{digest} {options}'.encode()).hexdigest(), form='npz')
+
+
+def read(path) -> tuple[dict, str]:
+    """-> the four arrays by name, and the sha256 of the file."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {name: file[name] for part in PARTS
+                      for name in (f'{part}_items', f'{part}_offsets')}
+    except OSError as error:
+        raise InputError(f'{path} cannot be read ({error.strerror}); give an .npz of sessions with '
+                         '--config.data.npz=FILE') from error
+    except KeyError as error:
+        raise InputError(f'{path} has no array {error.args[0].split()[0]}; it must hold '
+                         'train_items, train_offsets, test_items and test_offsets') from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f'{path} is no usable .npz ({error}); save it with numpy.savez, without '
+                         'pickled objects') from error
+    return arrays, hashlib.sha256(content).hexdigest()
+
+
+def hold_out(train: Sessions, *, ordered: bool, valid: float, seed: int
+             ) -> tuple[Sessions, Sessions]:
+    """Training sessions -> (what stays, validation): the last ones, or a seeded draw.
+
+    Raises:
+      InputError: one of the two would be empty.
+    """
+    total = len(train.start)
+    held = round(valid if valid >= 1 else valid * total)
+    if not 0 < held < total:
+        raise InputError(f'config.data.valid={valid} of {total} training sessions leaves '
+                         'validation or training empty; choose another share or number')
+    order = np.arange(total) if ordered else np.random.default_rng(seed).permutation(total)
+    kept = np.sort(order[:-held])
+    return sessions_lib.take(train, kept), sessions_lib.take(train, np.sort(order[-held:]))
+
+
+def _sessions(path, name: str, arrays: dict) -> Sessions:
+    """Checks and wraps one part."""
+    items, offsets = arrays[f'{name}_items'], arrays[f'{name}_offsets']
+    for key, array in ((f'{name}_items', items), (f'{name}_offsets', offsets)):
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f'{path}: {key} is {array.dtype} {list(array.shape)}; it must be one '
+                             'row of integers')
+    steps = np.diff(offsets.astype(np.int64))
+    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(items) or (steps < 0).any():
+        raise InputError(f'{path}: {name}_offsets must rise from 0 to {len(items)}, the length of '
+                         f'{name}_items')
+    if not len(items) or items.min() < 1 or items.max() >= 2 ** 31 - 1:
+        where = int(np.argmax((items < 1) | (items >= 2 ** 31 - 1))) if len(items) else 0
+        raise InputError(f'{path}: {name}_items[{where}] is no item id; ids are 1..V and there '
+                         'must be some')
+    return Sessions(items.astype(np.int32), offsets.astype(np.int64),
+                    np.zeros(len(steps), np.int64))

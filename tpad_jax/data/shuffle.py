@@ -1,0 +1,104 @@
+"""The shuffle test: what the order inside sessions is worth to the simplest rules.
+
+The items of every session are put in a random order, in training and in test, and rules counted
+before and after are compared on test targets. A rule of direction loses what the order told it; a
+symmetric one loses what closeness told it. Where neither loses, there is no order to model.
+"""
+
+import numpy as np
+import scipy.sparse as sp
+
+from tpad_jax.data.sessions import Rows, Sessions, rows
+
+AT = 20  # K of the metrics
+# what finding the target at place 1, 2, .. AT earns
+GAINS = {'hit@20': np.ones(AT), 'mrr@20': 1 / np.arange(1, AT + 1)}
+SAMPLE = 5_000  # test rows at most
+LONGEST, DECAY = 10, 0.6  # steps between the items of a rule; weight per step from the prefix's end
+PREFIX = 20  # items of a prefix that rules look at
+# rule: steps of its pairs, weight per step from the prefix's end, counted in both directions
+RULES = {'markov': (1, 0.0, False), 'sr': (LONGEST, DECAY, False),
+         'symmetric': (LONGEST, DECAY, True)}
+
+
+def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
+    """hit@20 and mrr@20 of three rules as the sessions are and after shuffling each of them.
+
+    'markov' follows the last item by one step. 'sr' follows all items of the prefix by up to 10
+    steps, worth 1 / steps and 0.6 for each step from the prefix's end; 'symmetric' is the same
+    counted in both directions. The same rows (session and place) are scored before and after.
+
+    Args:
+      train: what rules are counted on.
+      test: every prefix of its sessions is a row; at most SAMPLE of them, drawn by the seed.
+      seed: of the sample and of the orders.
+
+    Returns:
+      'rows', and {rule: {metric: {'before', 'after', 'error'}}}: 'error' is the standard error of
+      their difference; None without rows.
+    """
+    rng = np.random.default_rng(seed)
+    size = 1 + max((int(part.items.max()) for part in (train, test) if len(part.items)), default=0)
+    found = {name: [] for name in RULES}
+    picked = None
+    for one, other in ((train, test), (shuffled(train, rng), shuffled(test, rng))):
+        scored = rows(other, PREFIX)
+        if picked is None:
+            total = len(scored.target)
+            picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
+        for name, (steps, decay, both) in RULES.items():
+            table = _pairs(one, size, steps)
+            table = sp.csr_array(table + table.T) if both else table
+            found[name].append(_places(table, scored, picked, decay) if len(picked) else None)
+    return {'rows': len(picked),
+            **{name: {metric: _summary(gain, *places) for metric, gain in GAINS.items()}
+               for name, places in found.items()}}
+
+
+def shuffled(sessions: Sessions, rng: np.random.Generator) -> Sessions:
+    """The same sessions, the items of each in a random order."""
+    owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
+    return sessions._replace(items=sessions.items[np.lexsort((rng.random(len(owner)), owner))])
+
+
+def _pairs(sessions: Sessions, size: int, longest: int) -> sp.csr_array:
+    """Sum of 1 / steps over (item, an item up to `longest` steps later): csr f64 [size, size]."""
+    owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
+    out = sp.csr_array((size, size))
+    for steps in range(1, min(longest, len(owner) - 1) + 1):
+        same = owner[steps:] == owner[:-steps]
+        cells = sessions.items[:-steps][same], sessions.items[steps:][same]
+        out = out + sp.csr_array((np.full(same.sum(), 1 / steps), cells), shape=(size, size))
+    return out
+
+
+def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Items above each picked row's target, and those at its score with it: int [r] each."""
+    items, target = scored.items[picked], scored.target[picked]
+    row, place = np.nonzero(items)
+    steps = np.count_nonzero(items, axis=1)[row] - 1 - place
+    prefix = sp.csr_array((decay ** steps, (row, items[row, place])),
+                          shape=(len(items), table.shape[0]))
+    prefix.eliminate_zeros()
+    scores = sp.csr_array(prefix @ table)
+    scores.data = scores.data.round(9)  # sums in another order tie all the same
+    scores.eliminate_zeros()
+    own = scores[np.arange(len(items)), target]
+    listed = np.diff(scores.indptr)
+    of = np.repeat(np.arange(len(items)), listed)
+    above, equal = (np.bincount(of[mask], minlength=len(items)) for mask in
+                    (scores.data > own[of], scores.data == own[of]))
+    return above, np.where(own == 0, table.shape[0] - 1 - listed, equal)  # 0: no rule leads there
+
+
+def _summary(gain: np.ndarray, before: tuple | None, after: tuple | None) -> dict:
+    """A metric before and after; ties earn the mean over their orders."""
+    if before is None:
+        return {'before': None, 'after': None, 'error': None}
+    until = np.append(0, np.cumsum(gain))
+    earned = [(until[np.minimum(above + equal, AT)] - until[np.minimum(above, AT)]) / equal
+              for above, equal in (before, after)]
+    error = (earned[0] - earned[1]).std() / len(earned[0]) ** 0.5
+    return {'before': float(earned[0].mean()), 'after': float(earned[1].mean()),
+            'error': float(error)}

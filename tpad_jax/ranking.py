@@ -1,0 +1,142 @@
+"""Exact ranks on the device: the scores of a whole catalogue are counted where they are made.
+
+What travels to the host is two numbers per row, not V. Scores exist for one chunk of the catalogue
+at a time, small enough to stay in a processor's cache, and every item takes part: nothing is
+sampled and nothing is approximated.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpad_jax import collectives
+from tpad_jax.parallel import Devices
+
+MOST = 2**15 - 1  # items of a chunk: two counts share one int32
+
+
+def ranker(encode: Callable, devices: Devices, *, chunk: int = 0) -> Callable:
+    """Ranks of targets in the whole catalogue, equal to `metrics.counts` of the same scores.
+
+    Args:
+      encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
+      devices: rows are spread over them; encode is compiled once per size of a part.
+      chunk: items at a time, at most 32,767; 0: 1,024 on CPU, as many as can be elsewhere.
+
+    Returns:
+      rank(weights, z, items, target, *, rows=512, name='model') -> (above, equal) int32 [R]: items
+      that score above the target and items that score the same, the target among them. `weights`:
+      any tree. z: float32 [V+1, D], row 0 being padding. items: int32 [R, N], target: int32 [R],
+      ids 1..V; `rows` of them at a time. It raises FloatingPointError, by `name`, where a score is
+      not finite.
+    """
+    chunk = chunk or (1024 if jax.default_backend() == 'cpu' else MOST)
+
+    def part(_, batch, shared, *, axis):
+        h = encode(shared['weights'], shared['z'], batch.items)
+        found = (*count(h, shared['z'], batch.target, chunk=chunk), bounded(h, shared['largest']))
+        return tuple(collectives.gather(x, axis) for x in found)
+
+    lifted = devices.lift(part)
+
+    def rank(weights, z, items, target, *, rows=512, name='model'):
+        rows = -(-rows // devices.shards) * devices.shards
+        shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
+        found = []
+        for begin in range(0, len(items), rows):
+            these = slice(begin, begin + rows)
+            # parts are queued one behind the other; nothing waits for a result before the end
+            batch = devices.place(_part(items[these], target[these], rows))
+            found.append(lifted({}, batch, shared))
+        above, equal, finite = (np.concatenate(x)[:len(items)] for x in
+                                zip(*jax.device_get(found), strict=True))
+        for row in np.flatnonzero(~finite):
+            _check(np.asarray(encode(weights, z, items[row:row + 1])), z, row, name)
+        return above, equal
+
+    return rank
+
+
+def count(h, z, target, *, chunk: int):
+    """Items that score above and equal to each row's target, scores being <h, z>. Pure.
+
+    The target's own score has to be the very number that stands in its row, which may differ in
+    the last bit from the same product computed by itself. So it is guessed by such a product, all
+    is counted against the guess, the target's score is picked up where it is met, and if the guess
+    was off, in any row, all is counted once more.
+
+    Args:
+      h: float32 [B, D]. z: float32 [V+1, D]; row 0 is not ranked. target: int32 [B].
+      chunk: items at a time, at most MOST.
+
+    Returns:
+      above, equal: int32 [B]. A row with a score that is not finite means nothing.
+    """
+    total = len(z)
+    chunk = min(max(chunk, len(h)), total, MOST)
+    place, nothing = jnp.arange(chunk), jnp.zeros(len(h), jnp.int32)
+
+    def body(k, carry):
+        own, seen, above, level = carry
+        start = jnp.minimum(k * chunk, total - chunk)
+        s = _scores(h, jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])))
+        at = target - start
+        value = jnp.take_along_axis(s, jnp.clip(at, 0, chunk - 1)[:, None], axis=1)[:, 0]
+        seen = jnp.where((at >= 0) & (at < chunk), value, seen)
+        # the last chunk reaches back over items that were counted before; item 0 never counts
+        new = jnp.where(start + place >= jnp.maximum(k * chunk, 1), -1, 0)
+        # both counts in one sum: half the time of two
+        code = (s > own[:, None]) + (s >= own[:, None]) * jnp.int32(2**16)
+        code = (code & new).sum(axis=1)
+        return own, seen, above + code % 2**16, level + code // 2**16
+
+    def again(carry):
+        number, own, seen, _, _ = carry
+        return (number < 2) & (own != seen).any()
+
+    def once(carry):
+        number, _, own, _, _ = carry
+        first = own, own, nothing, nothing
+        return number + 1, *jax.lax.fori_loop(0, -(-total // chunk), body, first)
+
+    guess = jnp.diagonal(_scores(h, z[jnp.resize(target, chunk)]))
+    guess = jnp.resize(guess, len(h))
+    _, _, _, above, level = jax.lax.while_loop(
+        again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
+    return above, level - above
+
+
+def _scores(h, z):
+    return h @ z.T
+
+
+@jax.jit
+def largest(z):
+    """The longest item vector's norm, not finite if any vector is not. z [V+1, D] -> []"""
+    return jnp.sqrt((z[1:] ** 2).sum(axis=1).max())
+
+
+def bounded(h, longest):
+    """Bool [B]: whether every score of a row is finite for certain, by its vectors' norms."""
+    return jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * longest)
+
+
+def _part(items, target, rows) -> dict:
+    """A batch of `rows` rows, filled up with copies of the last one."""
+    items, target = (np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode='edge')
+                     for x in (items, target))
+    return dict(items=items, next=np.zeros_like(items), target=target,
+                valid=np.ones(rows, bool), row=np.zeros(rows, np.int32))
+
+
+def _check(h, z, row, name):
+    """Refuse a row one of whose scores is not finite; h [1, D]."""
+    with np.errstate(over='ignore', invalid='ignore'):
+        scores = (h @ np.asarray(z).T)[0]
+    broken = np.flatnonzero(~np.isfinite(scores[1:])) + 1
+    if len(broken):
+        raise FloatingPointError(
+            f'{name}: the score of item {broken[0]} in row {row} is {scores[broken[0]]}, and so '
+            f'are {len(broken) - 1} others of this row; every score must be finite.')

@@ -1,0 +1,64 @@
+"""What a test row is like, and the slices of rows (and of items) that results are split by."""
+
+import numpy as np
+
+from tpad_jax.data.sessions import Rows
+
+# Slices of rows by prefix length, both ends included.
+LENGTHS = {'length_1': (1, 1), 'length_2': (2, 2), 'length_3-5': (3, 5), 'length_6+': (6, np.inf)}
+QUARTILES = ('popularity_q1', 'popularity_q2', 'popularity_q3', 'popularity_q4')
+
+
+def popularity_quartiles(counts: np.ndarray) -> np.ndarray:
+    """Quartile 1 (rare) to 4 (frequent) of every warm item; 0 is an item without training events.
+
+    The quartiles are those of training *events*: ordered by how frequent their item is, each holds
+    a quarter of them, so q4 is few items and q1 many. Items of equal counts share a quartile, the
+    one their middle event falls into. Nothing but training counts enters.
+
+    Args:
+      counts: int [V + 1], training events of every item; row 0 is padding.
+
+    Returns:
+      int8 [V + 1].
+    """
+    level, item, items = np.unique(counts, return_inverse=True, return_counts=True)
+    events = level * items
+    middle = (np.cumsum(events) - events / 2) / max(events.sum(), 1)
+    quartile = np.minimum(1 + np.floor(4 * middle), 4)
+    return np.where(level > 0, quartile, 0).astype(np.int8)[item]
+
+
+def features(rows: Rows, warm: np.ndarray, counts: np.ndarray | None = None
+             ) -> dict[str, np.ndarray]:
+    """What the slices go by, per row.
+
+    Args:
+      rows: R rows.
+      warm: bool [V + 1].
+      counts: int [V + 1] training events; without them there is no 'popularity'.
+
+    Returns:
+      'length' int32 [R] of the prefix, 'repeat' bool [R] (the prefix holds the target), 'warm'
+      bool [R] of the target, 'popularity' int8 [R], the target's quartile (0: cold).
+    """
+    out = {'length': np.count_nonzero(rows.items, axis=1).astype(np.int32),
+           'repeat': (rows.items == rows.target[:, None]).any(axis=1),
+           'warm': warm[rows.target]}
+    if counts is not None:
+        out['popularity'] = popularity_quartiles(counts)[rows.target]
+    return out
+
+
+def chosen(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The slices that the given `features` tell apart: {slice: bool [R]}."""
+    out = {}
+    for name, (inside, outside) in {'warm': ('warm', 'cold'), 'repeat': ('repeat', 'new')}.items():
+        if name in found:
+            out |= {inside: found[name], outside: ~found[name]}
+    if 'length' in found:
+        out |= {label: (found['length'] >= low) & (found['length'] <= high)
+                for label, (low, high) in LENGTHS.items()}
+    if 'popularity' in found:
+        out |= {label: found['popularity'] == number for number, label in enumerate(QUARTILES, 1)}
+    return out
