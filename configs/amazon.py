@@ -21,6 +21,7 @@ def get_config(variant: str = ''):
         # compile quickly rather than well: so few steps never earn it back
         c.xla_flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
         c.log_every = 1
+        c.search.trials = 1  # baselines as they are
         c.data.planted.update(items=80, train=300, valid=60, test=80)
         for name, steps in dict(knowledge=8, transfer=8, recommend=40, joint=6).items():
             c.stage[name].update(steps=steps, batch_size=32)

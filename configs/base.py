@@ -15,11 +15,12 @@ def get_config():
     c.parallel = 'auto'  # 'auto' (jit on one device, else pmap), 'jit', 'pmap' or 'shard_map'
     c.xla_flags = ''  # for the compiler, set before jax starts
     c.devices = 0  # how many devices of this process to use, 0: all
+    c.model_shards = 1  # devices that share one part of a batch and hold a part of the table each
 
     c.refit = False  # train the chosen recommender anew on training and validation sessions
     c.search = ConfigDict(dict(
         trials=8,  # budget of every model's and baseline's search; 1: what the config says
-        space={},  # {config key: axis}, see trials.py; what `python -m tpad_jax.search` varies
+        space={},  # what `python -m tpad_jax.search` varies: nested keys, axes as in trials.py
     ))
 
     c.data = data()

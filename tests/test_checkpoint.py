@@ -193,7 +193,8 @@ def test_a_failed_save_is_raised_later_and_a_bad_metric_at_once(tmp_path):
         (tmp_path / 'c').rmdir()
         (tmp_path / 'c').write_text('in the way')
         checkpoints.save(1, state, {})
-        with pytest.raises(OSError, match='Not a directory'):
+        # which of the two depends on what the writer meets first
+        with pytest.raises(OSError, match=r'Not a directory|No such file'):
             checkpoints.save(2, state, {})
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up. 'data' and 'models' are packages, which do not know each other.
 FLOORS = (
-    {'errors', 'types', 'collectives', 'softmax'},
+    {'errors', 'types', 'collectives', 'memory', 'softmax'},
     {'data', 'models'},
     {'losses', 'metrics', 'optim', 'probes', 'bundle', 'trials', 'resampling', 'slices'},
     {'session_knn'},  # of floor 2, on metrics

@@ -328,7 +328,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(losses__align__stages='transfr'), "config.losses.align.stages names 'transfr'"),
     (dict(losses__align__fn='infonse'), "config.losses.align.fn='infonse' cannot be found"),
     (dict(losses__align__x='kk'), 'config.losses.align reads kk, which no stage computes'),
-    (dict(stage__transfer__optimiser='adam'), 'choose from adamw, adam, sgd'),
+    (dict(stage__transfer__optimiser='rmsprop'), 'choose from adamw, adam, sgd'),
     (dict(stage__transfer__batch_size=0), 'config.stage.transfer.batch_size=0 must be'),
     (dict(stage__joint__batch_size=12, parallel='pmap'), 'must be a multiple of 8'),
     (dict(stage__transfer__train='('), "train='\\(' is no regular expression"),

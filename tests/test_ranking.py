@@ -83,12 +83,12 @@ def test_refuses_scores_that_are_not_finite(value):
 
 
 def test_large_scores_are_finite_too():
-    """Vectors whose squared length overflows, and whose scores do not."""
+    """Sessions whose squared length overflows, and whose scores do not."""
     weights, z, items, target = draw()
-    huge = z * np.float32(2.0**59)
+    huge = {'turn': weights['turn'] * np.float32(2.0**64)}
     with np.errstate(over='ignore'):
-        assert np.isinf((np.asarray(last(weights, huge, items)) ** 2).sum(axis=1)).any()
-    above, equal = ranking.ranker(last, ONE)(weights, huge, items, target)
+        assert np.isinf((np.asarray(last(huge, z, items)) ** 2).sum(axis=1)).any()
+    above, equal = ranking.ranker(last, ONE)(huge, z, items, target)
     expected = counted(weights, z, items, target)
     np.testing.assert_array_equal(above, expected[0])
     np.testing.assert_array_equal(equal, expected[1])

@@ -41,7 +41,8 @@ def check(config) -> tuple[str, ...]:
         if 'chunk' in loss:
             _at_least(0, f'losses.{name}.chunk', loss.chunk)
     _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
-    shards = parallel.choose(config.parallel, config.devices).shards
+    _at_least(1, 'model_shards', config.model_shards)
+    shards = parallel.choose(config.parallel, config.devices, config.model_shards).shards
     for stage in stages:
         _check_stage(config, stage, shards)
     for key in ('save_every', 'log_every'):

@@ -56,7 +56,7 @@ class Job:
     def __init__(self, config, workdir: Path, stopping):
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
-        self.devices = parallel.choose(config.parallel, config.devices)
+        self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
         self.seconds, self.sitting = {}, 0.0
         self.planted = self.content = None
         self.data = self._read()
