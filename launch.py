@@ -17,6 +17,7 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 from ml_collections import config_flags
 
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.memory import keep
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, ":variant" behind it.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
@@ -67,6 +68,7 @@ def main(argv):
         signal.signal(number, stop)
     chosen = os.environ.get('XLA_FLAGS', ''), CONFIG.value.get('xla_flags', '')
     os.environ['XLA_FLAGS'] = ' '.join(chosen).strip()
+    keep()
     try:
         from tpad_jax import job  # here: --help and a wrong flag need no jax
         job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', lambda: bool(received))

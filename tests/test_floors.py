@@ -119,7 +119,7 @@ def test_jax_arrives_late():
     names = {n.name for node in top if isinstance(node, ast.Import) for n in node.names}
     names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
     assert not {n.split('.')[0] for n in names} & {'jax', 'flax'}
-    assert {n for n in names if n.startswith('tpad_jax')} == {'tpad_jax.errors'}
+    assert {n for n in names if n.startswith('tpad_jax')} == {'tpad_jax.errors', 'tpad_jax.memory'}
 
 
 @pytest.mark.parametrize(('place', 'says'), [

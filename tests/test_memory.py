@@ -1,0 +1,39 @@
+"""Page faults of large blocks that come and go, counted by the system."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys, threading
+from tpad_jax import memory
+
+if sys.argv[1] == 'keep':
+    assert memory.keep()
+
+def touch():
+    return len(b'x' * (80 << 20))  # above what a thread's own arena holds
+
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    touch()
+    thread = threading.Thread(target=touch)
+    thread.start()
+    thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='tunes glibc')
+def test_blocks_are_not_mapped_anew():
+    def faults(how):
+        done = subprocess.run([sys.executable, '-c', PROGRAM, how], capture_output=True, text=True,
+                              check=True)
+        return int(done.stdout)
+
+    kept, usual = faults('keep'), faults('leave')
+    assert usual > 1000
+    assert kept < 0.1 * usual
