@@ -37,7 +37,7 @@ def get_config(variant: str = 'diginetica'):
     c.rivals = {}
     # only Diginetica's sessions stand in the order of time
     c.data.update(ordered=data == 'diginetica', published_last_only=data != 'diginetica')
-    c.losses.next_item.update(chunk=1024, dtype='bfloat16')  # the whole softmax, in its fast form
+    c.losses.next_item.update(chunk=2048, dtype='bfloat16')  # the whole softmax, in its fast form
     c.model.update(encoder=encoder, width=100, recommend='', use_side=False, id_dropout=0.0)
     stage = c.stage.recommend
     if encoder == 'attention':

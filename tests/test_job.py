@@ -379,6 +379,7 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
     assert len({file.read_bytes() for file in raw}) == 1
 
 
+@pytest.mark.slow
 def test_raw_files_without_images_are_read_where_they_lie(whole, config, tmp_path):
     raw = tmp_path / 'raw'
     shutil.copytree(whole[0] / 'raw', raw, ignore=shutil.ignore_patterns('images'))

@@ -64,6 +64,7 @@ def test_until_validation_never_looks_at_test(tmp_path, file, monkeypatch):
     assert not (tmp_path / 'results.json').exists()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_its_refit_ends_as_if_it_had_not_been(tmp_path, file):
     whole = job.run(config(file), tmp_path / 'whole')
     chosen = whole['models']['attention']['valid']['step']
@@ -79,6 +80,7 @@ def test_a_run_stopped_in_its_refit_ends_as_if_it_had_not_been(tmp_path, file):
     assert cut['models'] == whole['models']
 
 
+@pytest.mark.slow
 def test_the_published_protocol_may_score_last_items_only(tmp_path, file):
     changes = {'data.published_last_only': True, 'refit': False}
     ours = job.run(config(file, **changes), tmp_path / 'ours')

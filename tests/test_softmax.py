@@ -132,6 +132,7 @@ def test_draws_follow_their_weights():
     assert ((count - expected)[some] ** 2 / expected[some]).sum() < 22.5  # 99.9 % of 6 degrees
 
 
+@pytest.mark.slow
 def test_ten_million_items_can_all_be_drawn():
     """A float32 uniform would reach 8.4 of them, so that fewer draws were different."""
     items, draws = 10_000_000, 1_000_000
