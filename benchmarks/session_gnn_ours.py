@@ -1,0 +1,262 @@
+"""Our side of `benchmarks.session_gnn`: the library's batches, train step and ranks."""
+
+import os
+import time
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from benchmarks.session_gnn_peer import fastest
+from tpad_jax.data import npz, sessions
+
+BATCH, WIDTH = 100, 100  # as published
+STEPS = 5000  # more than a cell runs: the static sizes of its batches hold for so many
+
+
+def published(c):
+    """config -> the same with the published SR-GNN: no dropout, no positions, plain products."""
+    c.model.update(encoder='sr_gnn', width=WIDTH, positions=False, dropout=0.0, item_dropout=0.0,
+                   id_dropout=0.0, normalise=False)
+    c.losses.next_item.update(h='h', temperature=1.0, smoothing=0.0, chunk=0, dtype='float32')
+    c.stage.recommend.update(every_prefix=True)
+    return c
+
+
+def narrow(c):
+    """The published SR-GNN with its softmax in bfloat16, sums in float32."""
+    published(c).losses.next_item.update(chunk=2048, dtype='bfloat16')
+    return c
+
+
+def default(c):
+    """configs/sessions.py as it comes: the encoder, batch and softmax one would use."""
+    return c
+
+
+# name: config, rows of a step (0: the config's) and rows that are ranked at a time
+CELLS = {
+    'SR-GNN': (published, BATCH, BATCH),  # what the peer does
+    'SR-GNN, batch 512': (published, 512, 512),
+    'SR-GNN, bfloat16': (narrow, 512, 512),
+    'default encoder': (default, 0, 512),
+}
+
+
+def read(path, max_length):
+    """V, and every prefix of the training and of the test sessions as rows."""
+    train, test = read_sessions(path)
+    return (int(max(train.items.max(), test.items.max())),
+            *(sessions.rows(part, max_length) for part in (train, test)))
+
+
+def read_sessions(path):
+    """Training and test sessions of the file, without times."""
+    arrays, _ = npz.read(path)
+    return tuple(sessions.Sessions(arrays[f'{part}_items'].astype(np.int32),
+                                   arrays[f'{part}_offsets'].astype(np.int64),
+                                   np.zeros(len(arrays[f'{part}_offsets']) - 1, np.int64))
+                 for part in npz.PARTS)
+
+
+def training_operations(items, width, batch, positions, again) -> float:
+    """Multiplications and additions of the matrix products of a train step, per pair.
+
+    Args:
+      items: V+1. width: D. batch: B. positions: node vectors computed, over all rows.
+      again: products of the nodes that the backward pass computes once more.
+
+    The three products of the softmax (scores, and both gradients) are 2 B V D each; a node's
+    (edges out and in, gates, readout) are 2 D (5 D + 6 D + D) forward and twice that backward, a
+    row's 2 D (D + 2 D).
+    """
+    softmax = 6 * batch * items * width
+    network = (3 + again) * (24 * positions + 6 * batch) * width**2
+    return (softmax + network) / batch
+
+
+def training_bytes(items, width, batch) -> float:
+    """Bytes that a train step has to move through memory, per pair; caches hold less than these.
+
+    The item table is read for each of three products, its gradient written and read, Adam reads
+    table and both moments and writes them (11 tables in all); the scores [B, V] are written,
+    read for the partition, read again and overwritten by their gradient, which is read twice
+    (6 times). The rest is small.
+    """
+    return 4 * (11 * items * width + 6 * batch * items) / batch
+
+
+class Ours:
+    """Our side with its data read, ready to be asked."""
+
+    def __init__(self, path, max_length, threads):
+        """Read, build and start every cell; jax is imported in this process only."""
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        # what configs/sessions.py says for a long run: compile with care
+        os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=3')
+        import jax
+        import jax.numpy as jnp
+
+        from tpad_jax.data.pipeline import Data
+
+        self.jax, self.max_length = jax, max_length
+        train, test = read_sessions(path)
+        self.num_items = int(max(train.items.max(), test.items.max()))
+        names = [''] * (self.num_items + 1)
+        self.data = Data(asins=names, titles=names, texts=names, image_bytes=None,
+                         has_image=np.zeros(len(names), bool),
+                         side=np.zeros((len(names), 0), np.int32), side_sizes=(), train=train,
+                         valid=test, test=test, warm=sessions.warm_items(train, self.num_items),
+                         lines={}, audit={}, fingerprint='', form='npz')
+        self.train_rows = sessions.rows(train, max_length)
+        self.test_rows = sessions.rows(test, max_length)
+        counts = np.bincount(train.items, minlength=len(names)).astype(np.float32)
+        self.catalogue = {'warm': jnp.asarray(self.data.warm), 'side': jnp.asarray(self.data.side),
+                          'popularity': jnp.asarray(counts)}
+        self.cells = {name: self._build(*cell) for name, cell in CELLS.items()}
+
+    def _build(self, change, batch, ranked):
+        import jax
+        import optax
+        from flax.traverse_util import flatten_dict
+
+        from configs import sessions as configs
+        from tpad_jax import parallel, recommend, train
+        from tpad_jax.data import batches
+        from tpad_jax.models import tpad
+
+        config = change(configs.get_config())
+        batch = batch or config.stage.recommend.batch_size
+        devices = parallel.choose('auto', 0)
+        model = tpad.build(None, config.model, recommend=(), items=self.num_items,
+                           max_length=self.max_length, side_sizes=())
+        spec = train.make_spec(config, 'recommend', model, config.seed)
+        if change is not default:  # the published optimiser from the first step on: no warm-up
+            spec = replace(spec, tx=optax.chain(optax.add_decayed_weights(1e-5), optax.adam(1e-3)))
+        make = parallel.compiled(partial(tpad.recommender_init, spec=model))
+        params = {'recommender': make(jax.random.key(0), catalogue=self.catalogue)}
+        params = flatten_dict(params, sep='/')
+        every = config.stage.recommend.every_prefix
+        draw = batches.session_batches(self.data, batch_size=batch, seed=0, every_prefix=every,
+                                       max_length=self.max_length, shards=devices.shards,
+                                       steps=STEPS)
+        return {'devices': devices, 'spec': spec, 'params': params, 'draw': draw, 'batch': batch,
+                'ranked': ranked, 'every': every, 'encoder': config.model.encoder,
+                'width': config.model.width, 'softmax': config.losses.next_item.dtype,
+                'state': devices.share(train.start(spec, params, '^recommender/')),
+                'step': devices.lift(partial(train.train_step, spec=spec)),
+                'bind': recommend.scorer(model, devices)}
+
+    def facts(self) -> dict:
+        """Per cell: what it is; for the published network operations and bytes per pair."""
+        from tpad_jax.models.session_gnn import PACKED
+
+        out = {}
+        for name, cell in self.cells.items():
+            out[name] = {n: cell[n] for n in ('batch', 'ranked', 'encoder', 'width', 'softmax')}
+            if CELLS[name][0] is not published:
+                continue
+            size, batch = (self.num_items + 1, cell['width']), cell['batch']
+            padded = batch * self.max_length
+            packed = int(PACKED * padded)
+            compiled = cell['step'].lower(cell['state'], self._next(cell)[0],
+                                          self.catalogue).compile()
+            cost = compiled.cost_analysis()
+            out[name] |= {
+                'operations': training_operations(*size, batch, packed, again=1),
+                'bytes': training_bytes(*size, batch),
+                # the compiler counts both branches, the packed rows and the padded ones, and every
+                # operand of every operation, in a cache or not
+                'operations_of_both_branches': training_operations(
+                    *size, batch, packed + padded, again=1),
+                'compiler_operations': cost['flops'] / batch,
+                'compiler_bytes': cost['bytes accessed'] / batch}
+        return out
+
+    def scores(self, weights, count) -> np.ndarray:
+        """[count, V] of the first test rows, by the peer's weights."""
+        from flax.traverse_util import unflatten_dict
+
+        cell = next(iter(self.cells.values()))
+        tree = unflatten_dict(self._taken(cell, weights), sep='/')
+        return cell['bind'](tree, self.catalogue)(self.test_rows.items[:count])[:, 1:]
+
+    def losses(self, weights, steps) -> list:
+        """Of the first steps on the first training rows, by the peer's weights."""
+        from tpad_jax import train
+
+        cell = next(iter(self.cells.values()))
+        state = cell['devices'].share(train.start(cell['spec'], self._taken(cell, weights),
+                                                  '^recommender/'))
+        found, rows, batch = [], self.train_rows, cell['batch']
+        for number in range(steps):
+            part = slice(number * batch, (number + 1) * batch)
+            given = dict(items=rows.items[part], next=rows.next[part], target=rows.target[part],
+                         valid=np.ones(batch, bool), row=np.arange(batch, dtype=np.int32))
+            state, logged = cell['step'](state, cell['devices'].place(given), self.catalogue)
+            found.append(float(logged['loss']))
+        return found
+
+    def train(self, name, seconds):
+        """(pairs, wall, processor seconds) of training, as `train.fit` drives the step."""
+        cell, pending, pairs = self.cells[name], None, 0
+        state, (batch, count) = cell['state'], self._next(cell)
+        self.jax.block_until_ready((state, batch))
+        begun, cpu = time.perf_counter(), time.process_time()
+        while time.perf_counter() - begun < seconds:
+            state, logged = cell['step'](state, batch, self.catalogue)
+            pairs += count
+            batch, count = self._next(cell)  # is made while the step computes
+            if pending is not None:
+                float(pending['loss'])
+            pending = logged
+        cell['state'] = self.jax.block_until_ready(state)
+        return pairs, time.perf_counter() - begun, time.process_time() - cpu
+
+    def score(self, name, seconds):
+        """The same of ranking test rows exactly."""
+        from flax.traverse_util import unflatten_dict
+
+        cell, rows, pairs, at = self.cells[name], self.test_rows, 0, 0
+        tree = unflatten_dict(cell['state'].params, sep='/')
+        count = 20 * cell['ranked']
+        begun, cpu = time.perf_counter(), time.process_time()
+        scorer = cell['bind'](tree, self.catalogue)
+        while time.perf_counter() - begun < seconds:
+            part = slice(at, at + count)
+            above, _ = scorer.ranks(rows.items[part], rows.target[part], rows=cell['ranked'])
+            pairs += len(above)
+            at = at + count if at + count < len(rows.target) else 0
+        return pairs, time.perf_counter() - begun, time.process_time() - cpu
+
+    def product(self) -> float:
+        """GF/s of a plain float32 matrix product."""
+        x = self.jax.numpy.ones((2048, 2048))
+        product = self.jax.jit(lambda x: x @ x)
+        return fastest(lambda: product(x).block_until_ready())
+
+    def _next(self, cell):
+        """The next batch, placed, and its pairs: one per row, or one per item of a session."""
+        batch = next(cell['draw'])
+        pairs = len(batch['row']) if cell['every'] else int((batch['items'] > 0).sum())
+        return cell['devices'].place(batch), pairs
+
+    def _taken(self, cell, weights) -> dict:
+        """The parameters {path: array} with the peer's weights in them."""
+        def joined(*names):
+            return np.concatenate([weights[n].T for n in names], axis=-1)
+
+        taken = {
+            'node_kernel': joined('gnn.linear_edge_out.weight', 'gnn.linear_edge_in.weight',
+                                  'gnn.w_hh'),
+            'node_bias': joined('gnn.linear_edge_out.bias', 'gnn.linear_edge_in.bias', 'gnn.b_hh'),
+            'edge_bias': joined('gnn.b_iah', 'gnn.b_oah'),
+            'message_kernel': joined('gnn.w_ih'), 'message_bias': joined('gnn.b_ih'),
+            'w1_kernel': joined('linear_one.weight'), 'w1_bias': joined('linear_one.bias'),
+            'w2_kernel': joined('linear_two.weight'), 'w2_bias': joined('linear_two.bias'),
+            'q_kernel': joined('linear_three.weight'),
+            'w3_kernel': joined('linear_transform.weight'),
+            'w3_bias': joined('linear_transform.bias')}
+        taken = {f'recommender/encoder/{n}': x for n, x in taken.items()}
+        taken['recommender/fusion/id'] = weights['embedding.weight']
+        return {**cell['params'], **{n: self.jax.numpy.asarray(x) for n, x in taken.items()}}
