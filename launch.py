@@ -6,10 +6,9 @@ with its state saved (the same command goes on).
 
 import os
 import re
-import signal
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's C++ remarks
 os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
@@ -17,11 +16,10 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 from ml_collections import config_flags
 
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.memory import keep
+from tpad_jax.process import STOPPED, UNUSABLE, begin
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, ":variant" behind it.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
-UNUSABLE, STOPPED = 2, 75
 
 
 def parse(argv):
@@ -56,22 +54,10 @@ def refuse(error):
 def main(argv):
     """Run the job; turn signals and refusals into exit statuses."""
     del argv
-    logging.set_verbosity(logging.WARNING)  # jax and tfds narrate at INFO
-    received = []
-
-    def stop(number, frame):
-        del frame
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    chosen = os.environ.get('XLA_FLAGS', ''), CONFIG.value.get('xla_flags', '')
-    os.environ['XLA_FLAGS'] = ' '.join(chosen).strip()
-    keep()
+    stopping = begin(CONFIG.value.get('xla_flags', ''))
     try:
         from tpad_jax import job  # here: --help and a wrong flag need no jax
-        job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', lambda: bool(received))
+        job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', stopping)
     except InputError as error:
         refuse(error)
     except Stopped as stopped:

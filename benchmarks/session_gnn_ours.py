@@ -2,7 +2,6 @@
 
 import os
 import time
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,7 +18,8 @@ def published(c):
     c.model.update(encoder='sr_gnn', width=WIDTH, positions=False, dropout=0.0, item_dropout=0.0,
                    id_dropout=0.0, normalise=False)
     c.losses.next_item.update(h='h', temperature=1.0, smoothing=0.0, chunk=0, dtype='float32')
-    c.stage.recommend.update(every_prefix=True)
+    c.stage.recommend.update(every_prefix=True, optimiser='adam', learning_rate=1e-3,
+                             weight_decay=1e-5, schedule='constant', warmup=0.0)
     return c
 
 
@@ -45,18 +45,9 @@ CELLS = {
 
 def read(path, max_length):
     """V, and every prefix of the training and of the test sessions as rows."""
-    train, test = read_sessions(path)
+    train, test, _ = npz.read(path)
     return (int(max(train.items.max(), test.items.max())),
             *(sessions.rows(part, max_length) for part in (train, test)))
-
-
-def read_sessions(path):
-    """Training and test sessions of the file, without times."""
-    arrays, _ = npz.read(path)
-    return tuple(sessions.Sessions(arrays[f'{part}_items'].astype(np.int32),
-                                   arrays[f'{part}_offsets'].astype(np.int64),
-                                   np.zeros(len(arrays[f'{part}_offsets']) - 1, np.int64))
-                 for part in npz.PARTS)
 
 
 def training_operations(items, width, batch, positions, again) -> float:
@@ -92,32 +83,25 @@ class Ours:
     def __init__(self, path, max_length, threads):
         """Read, build and start every cell; jax is imported in this process only."""
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-        # what configs/sessions.py says for a long run: compile with care
-        os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=3')
+        from configs import sessions as configs
+
+        os.environ['XLA_FLAGS'] = configs.get_config().xla_flags
         import jax
         import jax.numpy as jnp
 
-        from tpad_jax.data.pipeline import Data
-
         self.jax, self.max_length = jax, max_length
-        train, test = read_sessions(path)
-        self.num_items = int(max(train.items.max(), test.items.max()))
-        names = [''] * (self.num_items + 1)
-        self.data = Data(asins=names, titles=names, texts=names, image_bytes=None,
-                         has_image=np.zeros(len(names), bool),
-                         side=np.zeros((len(names), 0), np.int32), side_sizes=(), train=train,
-                         valid=test, test=test, warm=sessions.warm_items(train, self.num_items),
-                         lines={}, audit={}, fingerprint='', form='npz')
+        train, test, _ = npz.read(path)
+        self.data = npz.data(train, test, test)
+        self.num_items = self.data.num_items
         self.train_rows = sessions.rows(train, max_length)
         self.test_rows = sessions.rows(test, max_length)
-        counts = np.bincount(train.items, minlength=len(names)).astype(np.float32)
+        counts = sessions.counts(train, self.num_items).astype(np.float32)
         self.catalogue = {'warm': jnp.asarray(self.data.warm), 'side': jnp.asarray(self.data.side),
                           'popularity': jnp.asarray(counts)}
         self.cells = {name: self._build(*cell) for name, cell in CELLS.items()}
 
     def _build(self, change, batch, ranked):
         import jax
-        import optax
         from flax.traverse_util import flatten_dict
 
         from configs import sessions as configs
@@ -131,8 +115,6 @@ class Ours:
         model = tpad.build(None, config.model, recommend=(), items=self.num_items,
                            max_length=self.max_length, side_sizes=())
         spec = train.make_spec(config, 'recommend', model, config.seed)
-        if change is not default:  # the published optimiser from the first step on: no warm-up
-            spec = replace(spec, tx=optax.chain(optax.add_decayed_weights(1e-5), optax.adam(1e-3)))
         make = parallel.compiled(partial(tpad.recommender_init, spec=model))
         params = {'recommender': make(jax.random.key(0), catalogue=self.catalogue)}
         params = flatten_dict(params, sep='/')

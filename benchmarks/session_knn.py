@@ -22,7 +22,7 @@ from rich.table import Table
 
 from tpad_jax import baselines, metrics, writers
 from tpad_jax.data import npz
-from tpad_jax.data.sessions import Sessions, rows
+from tpad_jax.data.sessions import rows
 
 FLAGS = flags.FLAGS
 METHODS = [name for name in baselines.BASELINES if name != 'content_knn']  # there is no content
@@ -31,8 +31,7 @@ BAR = {'vsknn': 180, 'stan': 180}  # seconds
 
 def measure(name: str, path: str, ordered: bool, trials: int) -> dict:
     """Fits (tunes first, with `trials` above 1) and ranks every test row."""
-    arrays, _ = npz.read(path)
-    train, test = (sessions(arrays, part) for part in npz.PARTS)
+    train, test, _ = npz.read(path)
     num_items = int(max(train.items.max(), test.items.max()))
     held = rows(test, max_length=int(np.diff(test.offsets).max()))
     kept, valid = npz.hold_out(train, ordered=ordered, valid=0.1, seed=0)
@@ -53,19 +52,13 @@ def measure(name: str, path: str, ordered: bool, trials: int) -> dict:
                for metric in metrics.GAINS},
             'tied_share': float((equal > 1).mean()),
             'peak_gib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            'valid_hit@20': tuned.hit,
+            'valid_hit@20': tuned.valid['hit@20'],
             'trials': tuned.record['trials'], 'params': tuned.params}
 
 
 def clock() -> np.ndarray:
     """Seconds since some moment: [on the wall, on this process's processors]."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-def sessions(arrays: dict, part: str) -> Sessions:
-    """One part of the file; its sessions carry no time."""
-    offsets = arrays[f'{part}_offsets'].astype(np.int64)
-    return Sessions(arrays[f'{part}_items'].astype(np.int32), offsets, np.zeros(len(offsets) - 1))
 
 
 def main(argv):

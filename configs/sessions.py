@@ -33,6 +33,7 @@ def get_config(variant: str = 'diginetica'):
     c.name = f'{data}_{encoder}'
     c.stages = 'recommend'
     c.refit = True  # the latest sessions say most about the next ones
+    c.xla_flags = '--xla_backend_optimization_level=3'  # a long run: compile with care
     c.log_every, c.save_every = 50, 400
     c.rivals = {}
     # only Diginetica's sessions stand in the order of time
@@ -43,8 +44,7 @@ def get_config(variant: str = 'diginetica'):
     if encoder == 'attention':
         # one reading of a session predicts after every position
         c.losses.next_item.h = 'h_each'
-        c.model.update(width=160, normalise=True, temperature=0.08, layers=1, heads=2,
-                       dropout=0.2, item_dropout=0.2)
+        c.model.update(width=160, normalise=True, temperature=0.08)
         stage.update(batch_size=128, every_prefix=False, learning_rate=2e-3, weight_decay=0.0)
         epoch = DATA[data]['sessions'] // stage.batch_size
     else:
@@ -52,6 +52,6 @@ def get_config(variant: str = 'diginetica'):
         c.model.update(positions=False, dropout=0.0, item_dropout=0.0)  # as it was published
         epoch = DATA[data]['rows'] // stage.batch_size
         if encoder == 'gce_gnn':
-            c.model.update(dropout=0.2, near=12, near_window=3)
+            c.model.dropout = 0.2
     stage.update(steps=EPOCHS[data] * epoch, eval_every=epoch, patience=0)
     return c

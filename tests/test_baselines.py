@@ -203,7 +203,7 @@ def test_tune_finds_the_best_it_tries(monkeypatch):
                                                'mrr@3': metrics.mrr(*counted, 3).mean()})
     assert len(set(seen.values())) > 1
     assert next(iter(seen)) == 0.1  # the default
-    assert tuned.hit == pytest.approx(max(seen.values()))
+    assert tuned.valid['hit@3'] == pytest.approx(max(seen.values()))
     assert seen[tuned.params['backoff']] == max(seen.values())
     assert (tuned.record['trials'], tuned.record['rows']) == (8, len(valid.target))
     found = baselines.fit_markov(TRAIN, V, **tuned.params)
@@ -224,7 +224,7 @@ def test_tune_reads_a_sample_of_many_rows():
     assert tuned.record['rows'] == 100
     chosen = np.random.default_rng(3).choice(len(valid.target), 100, replace=False)
     counted = metrics.ranks(fitted('ar'), valid.items[chosen], valid.target[chosen], V)
-    assert tuned.hit == pytest.approx(metrics.hit(*counted, 20).mean())
+    assert tuned.valid['hit@20'] == pytest.approx(metrics.hit(*counted, 20).mean())
 
 
 def test_tune_goes_on_from_its_journal(tmp_path, monkeypatch):
@@ -252,8 +252,10 @@ def test_tune_learns_that_only_the_last_item_matters(monkeypatch):
     train, valid = chained(400), rows(chained(100), 8, every_prefix=False)
     tuned = baselines.tune('sr', train, valid, 30, trials=12)
     assert tuned.params['decay'] < 0.3
-    assert tuned.hit > 0.8 > baselines.tune('sr', train, valid, 30, trials=1).hit
-    assert tuned.hit > baselines.tune('ar', train, valid, 30, trials=12).hit
+    usual = baselines.tune('sr', train, valid, 30, trials=1)
+    both_ways = baselines.tune('ar', train, valid, 30, trials=12)
+    assert tuned.valid['hit@1'] > 0.8 > usual.valid['hit@1']
+    assert tuned.valid['hit@1'] > both_ways.valid['hit@1']
 
 
 def test_tune_passes_features_on():
@@ -267,7 +269,7 @@ def test_tune_fits_the_chosen_parameters_on_the_final_sessions():
     both = sessions([*LISTS, *drawn(9, 30)])
     valid = rows(sessions(drawn(9, 30)), 9)
     tuned = baselines.tune('sr', TRAIN, valid, V, trials=3, final=both)
-    assert tuned.hit == baselines.tune('sr', TRAIN, valid, V, trials=3).hit
+    assert tuned.valid['hit@20'] == baselines.tune('sr', TRAIN, valid, V, trials=3).valid['hit@20']
     expected = baselines.fit_sr(both, V, **tuned.params)
     np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), spread(expected)(PREFIXES))
 

@@ -8,9 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up. 'data' and 'models' are packages, which do not know each other.
 FLOORS = (
-    {'errors', 'types', 'collectives', 'memory', 'softmax'},
+    {'errors', 'types', 'collectives', 'memory', 'softmax', 'table'},
     {'data', 'models'},
-    {'losses', 'metrics', 'optim', 'probes', 'bundle', 'trials', 'resampling', 'slices'},
+    {'losses', 'metrics', 'optim', 'probes', 'bundle', 'trials', 'resampling', 'slices',
+     'process'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
     {'parallel', 'checkpoint', 'features', 'writers'},
@@ -119,7 +120,7 @@ def test_jax_arrives_late():
     names = {n.name for node in top if isinstance(node, ast.Import) for n in node.names}
     names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
     assert not {n.split('.')[0] for n in names} & {'jax', 'flax'}
-    assert {n for n in names if n.startswith('tpad_jax')} == {'tpad_jax.errors', 'tpad_jax.memory'}
+    assert {n for n in names if n.startswith('tpad_jax')} == {'tpad_jax.errors', 'tpad_jax.process'}
 
 
 @pytest.mark.parametrize(('place', 'says'), [

@@ -36,7 +36,8 @@ def test_the_defaults_come_first_and_the_best_wins():
     assert np.median(values[15:]) > np.median(values[:5]) + 1
     for one in tried:
         params = one['params']
-        assert -2 <= params['x'] <= 2 and 1e-4 <= params['rate'] <= 1  # noqa: PT018
+        assert -2 <= params['x'] <= 2
+        assert 1e-4 <= params['rate'] <= 1
         assert params['n'] in range(1, 6)
         assert params['kind'] in 'ab'
     assert {one['params']['n'] for one in tried} == set(range(1, 6))

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from tpad_jax import metrics, session_knn
-from tpad_jax.data.sessions import Rows, Sessions
+from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import InputError
 from tpad_jax.trials import search
 
@@ -148,13 +148,13 @@ BASELINES = {
 class Tuned(NamedTuple):
     """A fitted baseline, the parameters chosen for it, and how they were found.
 
-    hit: their hit@20 on the validation rows read. record: of `trials.search`, with 'rows', how many
-    those were.
+    valid: {'hit@20', 'mrr@20'} of them on the validation rows read. record: of `trials.search`,
+    with 'rows', how many those were.
     """
 
     scorer: metrics.Scorer
     params: dict
-    hit: float
+    valid: dict
     record: dict
 
 
@@ -208,13 +208,12 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, trials: int
                             name=name)
     best = next(one for one in record['tried'] if one['trial'] == record['best'])
     scorer = fit(train if final is None else final, num_items, **fixed, **params)
-    return Tuned(scorer, params, best['values'][f'hit@{TUNED_AT}'],
-                 {**record, 'rows': len(valid.target)})
+    return Tuned(scorer, params, best['values'], {**record, 'rows': len(valid.target)})
 
 
 def _popularity(train, num_items):
     """Share of each item among the training events: float64 [V + 1]."""
-    return np.bincount(train.items, minlength=num_items + 1) / max(len(train.items), 1)
+    return counts(train, num_items) / max(len(train.items), 1)
 
 
 def _pairs(train, num_items, longest, lag_power):
@@ -245,7 +244,7 @@ def _prefix(items, decay, num_items):
 def _rule_scorer(rules, train, num_items, decay, backoff):
     """(1 - backoff) times the prefix's rules, summing to 1, + backoff times popularity."""
     popularity = _popularity(train, num_items)
-    frequency = np.maximum(np.bincount(train.items, minlength=num_items + 1), 1)
+    frequency = np.maximum(counts(train, num_items), 1)
     rules = sp.csr_array(sp.diags_array(1 / np.sqrt(frequency)) @ rules)
 
     def scorer(items):

@@ -95,9 +95,7 @@ class Job:
         if c.data.npz:
             self.spec = tpad.build(None, c.model, **shared)
             self._count()
-            make = parallel.compiled(partial(tpad.recommender_init, spec=self.spec))
-            params = {'recommender': make(jax.random.key(c.seed), catalogue=self.catalogue)}
-            self.params = flatten_dict(params, sep='/')
+            self.params = self._fresh(self.spec)
             return
         self.content = pipeline.content(data, self.workdir / 'data', image_size=c.mllm.image_size,
                                         tokenizer_dir=self.base_dir,
@@ -129,12 +127,17 @@ class Job:
         """The catalogue's rows that are counted on the training sessions, and on them alone."""
         c, data = self.config.model, self.final
         rows = {'warm': data.warm, 'side': data.side,
-                'popularity': np.bincount(data.train.items, minlength=data.num_items + 1)
-                .astype(np.float32)}
+                'popularity': sessions.counts(data.train, data.num_items).astype(np.float32)}
         if c.encoder == 'gce_gnn':
             rows['near'], rows['near_weight'] = graph.neighbours(
                 data.train, data.num_items, window=c.near_window, most=c.near)
         self.catalogue = jax.tree.map(jnp.asarray, rows)
+
+    def _fresh(self, spec) -> dict:
+        """A recommender's first parameters {path: array}, for the catalogue as it is counted."""
+        make = parallel.compiled(partial(tpad.recommender_init, spec=spec))
+        params = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
+        return flatten_dict({'recommender': params}, sep='/')
 
     def nested(self, trained: dict | None = None) -> dict:
         """All parameters as a tree, with `trained` {path: array} laid over them."""
@@ -177,8 +180,9 @@ class Job:
         self.final = replace(self.data, train=both, warm=warm)
         self._count()
         spec = train.make_spec(self.config, 'recommend', self.spec, self.config.seed)
+        fresh = self._fresh(self.spec)  # the same draws, with rows for items new to training
         trained, _, record = self._fit('refit', 'recommend', spec, writer, progress, None,
-                                       self.first, self.record['chosen'])
+                                       {**self.first, **fresh}, self.record['chosen'])
         self.params = {**self.params, **trained}
         self.seconds['refit'] = record['seconds']
 
@@ -195,10 +199,8 @@ class Job:
             if changes.get('use_side', self.config.model.use_side) else ())
         model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
         spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
-        make = parallel.compiled(partial(tpad.recommender_init, spec=model))
-        fresh = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
         params = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
-        params |= flatten_dict({'recommender': fresh}, sep='/')
+        params |= self._fresh(model)
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
         self.seconds[name] = record['seconds']
         return model, unflatten_dict({**params, **trained}, sep='/')
@@ -362,9 +364,7 @@ def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):
     started = time.perf_counter()
     tuned = results.baseline_scorers(job, knowledge)
     scorers.update({name: found.scorer for name, found in tuned.items()})
-    for name, found in tuned.items():
-        best = next(one for one in found.record['tried'] if one['trial'] == found.record['best'])
-        chosen[name] = best['values']
+    chosen |= {name: found.valid for name, found in tuned.items()}
     models, ranks = results.score_models(job, scorers, chosen)
     for name, found in tuned.items():
         models[name]['search'] = {'params': found.params, **found.record}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from tpad_jax import collectives, softmax
 from tpad_jax.errors import InputError
 from tpad_jax.models import alignment
+from tpad_jax.table import take
 from tpad_jax.types import Loss
 
 PROVIDED = ('axis', 'state', 'key')  # what `combine` passes by itself
@@ -37,7 +38,8 @@ def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', temperature=1
     """
     z, warm = out[z], out[warm]
     h, target, back = _predictions(out[h], batch)
-    h, own = _own(h / temperature, z, target, dtype)
+    z, theirs = take(z, target)
+    h, own = _own(h / temperature, theirs, dtype)
     if smoothing:
         mean = (warm.astype(z.dtype) @ z) / jnp.maximum(warm.sum(), 1)
         own = (1 - smoothing) * own + smoothing * (h @ mean)
@@ -56,7 +58,7 @@ def sampled_next_item(out, batch, *, axis=None, key=None, h='h', z='z', warm='wa
     """
     z, warm = out[z], out[warm]
     h, target, back = _predictions(out[h], batch)
-    h, own = _own(h / temperature, z, target)
+    h, own = _own(h / temperature, z[target])
     weight = softmax.weights(warm, out[popularity], power)
     drawn = softmax.draw(key, weight, samples)
     expected = softmax.log_probability(weight, drawn) + math.log(samples)
@@ -197,13 +199,16 @@ def _predictions(h, batch):
     return flat.at[at].get(mode='clip'), following.at[at].get(mode='clip'), back
 
 
-def _own(h, z, target, dtype='float32'):
-    """h and the targets' logits [B], both from operands rounded as the partition's are."""
+def _own(h, theirs, dtype='float32'):
+    """h and the targets' logits [B], both from operands rounded as the partition's are.
+
+    h: [B, D]. theirs: [B, D], the targets' vectors.
+    """
     def rounded(x):
         return x.astype(dtype).astype(x.dtype)
 
     h = rounded(h)
-    return h, (h * rounded(z[target])).sum(-1)
+    return h, (h * rounded(theirs)).sum(-1)
 
 
 def _pairs(out, batch, axis, x, y, ids, critic):

@@ -30,9 +30,11 @@ def schedule(stage):
     Args:
       stage: config.stage.*.
     """
-    warmup = max(1, round(stage.warmup * stage.steps))
+    warmup = round(stage.warmup * stage.steps)
     if stage.schedule == 'constant':
-        return optax.linear_schedule(0, stage.learning_rate, warmup)
+        return (optax.linear_schedule(0, stage.learning_rate, warmup) if warmup
+                else optax.constant_schedule(stage.learning_rate))
+    warmup = max(1, warmup)
     return optax.warmup_cosine_decay_schedule(0, stage.learning_rate, warmup,
                                               max(stage.steps, warmup + 1))
 

@@ -23,7 +23,8 @@ def ranker(encode: Callable, devices: Devices, *, chunk: int = 0) -> Callable:
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
       devices: rows are spread over them; encode is compiled once per size of a part.
-      chunk: items at a time, at most 32,767; 0: 1,024 on CPU, as many as can be elsewhere.
+      chunk: items at a time, at most 32,767; 0: on CPU 2 ** 18 over a part's rows but at least
+        1,024, elsewhere as many as can be.
 
     Returns:
       rank(weights, z, items, target, *, rows=512, name='model') -> (above, equal) int32 [R]: items
@@ -32,11 +33,12 @@ def ranker(encode: Callable, devices: Devices, *, chunk: int = 0) -> Callable:
       ids 1..V; `rows` of them at a time. It raises FloatingPointError, by `name`, where a score is
       not finite.
     """
-    chunk = chunk or (1024 if jax.default_backend() == 'cpu' else MOST)
 
     def part(_, batch, shared, *, axis):
         h = encode(shared['weights'], shared['z'], batch.items)
-        found = (*count(h, shared['z'], batch.target, chunk=chunk), bounded(h, shared['largest']))
+        fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
+        counted = count(h, shared['z'], batch.target, chunk=chunk or fits)
+        found = *counted, bounded(h, shared['largest'])
         return tuple(collectives.gather(x, axis) for x in found)
 
     lifted = devices.lift(part)

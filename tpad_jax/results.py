@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tpad_jax import baselines, compare, figures, metrics, resampling, slices, writers
-from tpad_jax.data import images
+from tpad_jax.data import images, sessions
 from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.models import tpad
 from tpad_jax.recommend import top
@@ -50,7 +50,7 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
 
 def training_counts(job) -> np.ndarray:
     """Training events of every item, validation's too after a refit: int64 [V + 1]."""
-    return np.bincount(job.final.train.items, minlength=job.final.num_items + 1)
+    return sessions.counts(job.final.train, job.final.num_items)
 
 
 def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict) -> None:

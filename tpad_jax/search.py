@@ -13,11 +13,10 @@ two. A larger --trials adds to a finished search. DIR/best.json holds the overri
 import copy
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's C++ remarks
 
@@ -26,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.trials import search
+from tpad_jax.process import STOPPED, UNUSABLE, begin
 
 METRICS = ('hit@20', 'mrr@20')  # the one that decides, and the one that decides among its equals
-UNUSABLE, STOPPED = 2, 75
 
 
 def search_config(config, workdir, *, trials: int, stopping=lambda: False) -> dict:
@@ -59,7 +57,9 @@ def search_config(config, workdir, *, trials: int, stopping=lambda: False) -> di
         if key not in current:
             raise InputError(f'config.search.space names {key}, which the config has not')
     defaults = {key: current[key] for key in space}
-    from tpad_jax import checkpoint, job  # here: --help and a wrong space need no jax
+    # here: --help and a wrong space need no jax, and memory is prepared before numpy comes
+    from tpad_jax import checkpoint, job
+    from tpad_jax.trials import search
     checkpoint.claim(workdir, config.to_dict())
 
     def objective(params, number):
@@ -118,22 +118,11 @@ def table(found: dict) -> Table:
 def main(argv):
     """Search; turn signals and refusals into exit statuses, as launch.py does."""
     del argv
-    logging.set_verbosity(logging.WARNING)  # jax and tfds narrate at INFO
-    config, received = flags.FLAGS.config, []
-
-    def stop(number, frame):
-        del frame
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one does not wait
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    chosen = os.environ.get('XLA_FLAGS', ''), config.get('xla_flags', '')
-    os.environ['XLA_FLAGS'] = ' '.join(chosen).strip()  # read when jax first asks for devices
+    config = flags.FLAGS.config
+    stopping = begin(config.get('xla_flags', ''))
     workdir = flags.FLAGS.workdir or f'runs/{config.name}_search'
     try:
-        found = search_config(config, workdir, trials=flags.FLAGS.trials,
-                              stopping=lambda: bool(received))
+        found = search_config(config, workdir, trials=flags.FLAGS.trials, stopping=stopping)
     except InputError as error:
         print(f'tpad_jax.search: {error}', file=sys.stderr)
         sys.exit(UNUSABLE)

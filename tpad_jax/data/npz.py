@@ -11,6 +11,7 @@ time; where they do not, it is a seeded draw and nothing can be said about time.
 import hashlib
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,25 +40,30 @@ def load(path, *, ordered: bool, valid: float, seed: int) -> Data:
     Raises:
       InputError: naming the file, the array in it and what is wrong.
     """
-    arrays, digest = read(path)
-    train, test = (_sessions(path, name, arrays) for name in PARTS)
-    num_items = int(max(train.items.max(), test.items.max()))
+    train, test, digest = read(path)
     train, held = hold_out(train, ordered=ordered, valid=valid, seed=seed)
-    warm = sessions_lib.warm_items(train, num_items)
+    found = data(train, held, test)
     options = f'{ordered} {valid} {seed}'
+    return replace(found, audit=audit(train, held, test, found.warm, form='npz',
+                                      ties=float('nan')),
+                   fingerprint=hashlib.sha256(f'{digest} {options}'.encode()).hexdigest())
+
+
+def data(train: Sessions, valid: Sessions, test: Sessions) -> Data:
+    """-> pipeline.Data of the sessions, as `load` returns it but for the audit."""
+    num_items = int(max(part.items.max() for part in (train, valid, test)))
     names = ['', *map(str, range(1, num_items + 1))]
+    count = sum(len(part.start) for part in (train, valid, test))
     return Data(asins=names, titles=[''] * len(names), texts=[''] * len(names), image_bytes=None,
                 has_image=np.zeros(len(names), bool), side=np.zeros((len(names), 0), np.int32),
-                side_sizes=(), train=train, valid=held, test=test, warm=warm,
-                lines={'read': len(train.start) + len(held.start) + len(test.start),
-                       'kept': len(train.start) + len(held.start) + len(test.start),
-                       'rejected': {}},
-                audit=audit(train, held, test, warm, form='npz', ties=float('nan')),
-                fingerprint=hashlib.sha256(f'{digest} {options}'.encode()).hexdigest(), form='npz')
+                side_sizes=(), train=train, valid=valid, test=test,
+                warm=sessions_lib.warm_items(train, num_items),
+                lines={'read': count, 'kept': count, 'rejected': {}}, audit={}, fingerprint='',
+                form='npz')
 
 
-def read(path) -> tuple[dict, str]:
-    """-> the four arrays by name, and the sha256 of the file."""
+def read(path) -> tuple[Sessions, Sessions, str]:
+    """-> training sessions, test sessions and the sha256 of the file. Raises as `load` does."""
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -73,7 +79,8 @@ def read(path) -> tuple[dict, str]:
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f'{path} is no usable .npz ({error}); save it with numpy.savez, without '
                          'pickled objects') from error
-    return arrays, hashlib.sha256(content).hexdigest()
+    parts = (_sessions(path, name, arrays) for name in PARTS)
+    return *parts, hashlib.sha256(content).hexdigest()
 
 
 def hold_out(train: Sessions, *, ordered: bool, valid: float, seed: int

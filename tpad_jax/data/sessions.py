@@ -169,6 +169,11 @@ def warm_items(train: Sessions, num_items: int) -> np.ndarray:
     return warm
 
 
+def counts(train: Sessions, num_items: int) -> np.ndarray:
+    """-> int64 [V + 1]: events of every item."""
+    return np.bincount(train.items, minlength=num_items + 1)
+
+
 def take(sessions: Sessions, index: np.ndarray) -> Sessions:
     """The sessions with the numbers `index` (int [S']), in that order."""
     lengths = np.diff(sessions.offsets)[index]

@@ -12,7 +12,9 @@ class Fusion(nn.Module):
     """z = id + W f + side.
 
     Items that no training session holds have no id embedding: they share a learned one, which warm
-    items meet too, by id dropout, so that it is trained and its use at test is no surprise.
+    items meet too, by id dropout, so that it is trained and its use at test is no surprise. Without
+    id dropout nothing would train it; then their rows are zero (`blank` makes them so), and a step
+    neither copies the table nor masks its gradient.
 
     Attributes:
       items: V.  width: D of z.
@@ -34,7 +36,8 @@ class Fusion(nn.Module):
         """Fuse.
 
         Args:
-          ids: int32 [..., ]; warm: bool, same shape: has an id embedding of its own.
+          ids: int32 [..., ]; None: the whole catalogue, [V+1], whose table is then not copied.
+          warm: bool, same shape: has an id embedding of its own.
           features: list of float [..., F] content features (may be empty).
           side: int32 [..., S].
           key: for dropout, drawn per item so that an item looks the same all over a batch; or None.
@@ -44,16 +47,18 @@ class Fusion(nn.Module):
         """
         small = uniform(self.width ** -0.5)  # as SR-GNN draws its items
         parts = []
-        flat = ids.reshape(-1)
+        flat = jnp.arange(self.items + 1) if ids is None else ids.reshape(-1)
         if self.use_id:
             table = self.param('id', small, (self.items + 1, self.width))
-            shared = self.param('shared', small, (self.width,))
-            own = warm
-            if key is not None and self.id_dropout:
-                keys = row_keys(jax.random.fold_in(key, 0), flat)
-                draw = jax.vmap(jax.random.uniform)(keys).reshape(ids.shape)
-                own = own & (draw >= self.id_dropout)
-            parts.append(jnp.where(own[..., None], table[ids], shared))
+            rows = table if ids is None else table[ids]
+            if self.id_dropout:
+                shared, own = self.param('shared', small, (self.width,)), warm
+                if key is not None:
+                    keys = row_keys(jax.random.fold_in(key, 0), flat)
+                    draw = jax.vmap(jax.random.uniform)(keys).reshape(warm.shape)
+                    own = own & (draw >= self.id_dropout)
+                rows = jnp.where(own[..., None], rows, shared)
+            parts.append(rows)
         for i, feature in enumerate(features):
             x = nn.LayerNorm(name=f'feature_norm_{i}')(feature)
             if key is not None and self.feature_dropout:
@@ -67,3 +72,16 @@ class Fusion(nn.Module):
             # value 0 is "unknown": it says nothing
             parts.append(jnp.where(side[..., i, None] > 0, table[side[..., i]], 0))
         return sum(parts)
+
+
+def blank(params, warm):
+    """A fusion's first parameters with the id rows of cold items, and of padding, at zero.
+
+    There they stay without id dropout: no session holds these items, and they are no negatives.
+
+    Args:
+      params: of `Fusion.init`. warm: bool [V+1].
+    """
+    if 'id' not in params:
+        return params
+    return {**params, 'id': jnp.where(warm[:, None], params['id'], 0)}

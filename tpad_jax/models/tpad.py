@@ -22,13 +22,14 @@ from tpad_jax.errors import InputError
 from tpad_jax.models import lora
 from tpad_jax.models.alignment import Adapter, Critic, Disentangle, GaussianQ, unit
 from tpad_jax.models.attention import row_keys
-from tpad_jax.models.fusion import Fusion
+from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.global_graph import GlobalGraphGNN
 from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
 from tpad_jax.models.session_attention import SessionAttention
 from tpad_jax.models.session_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
+from tpad_jax.table import take
 
 # Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
 # run.
@@ -155,6 +156,7 @@ def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
     ids = jnp.ones((1, 1), jnp.int32)
     features = [flat(catalogue[n][ids]) for n in spec.recommend]
     fusion = spec.fusion.init(a, ids, ids > 0, features, catalogue['side'][ids])['params']
+    fusion = blank(fusion, catalogue['warm'])
     z = jnp.zeros((1, spec.encoder.max_length, spec.fusion.width))
     items = jnp.ones((1, spec.encoder.max_length), jnp.int32)
     out = {'fusion': fusion, 'encoder': spec.encoder.init(
@@ -194,17 +196,19 @@ def distil_items(spec, params, image, has_image, tokens):
 
 
 def item_vectors(spec, params, ids, rows, catalogue, key=None):
-    """z [..., D] of items `ids` from their feature rows (one array per name in spec.recommend)."""
-    z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids,
-                          catalogue['warm'][ids], rows, catalogue['side'][ids], key)
+    """z [..., D] of items `ids` from their feature rows (one array per name in spec.recommend).
+
+    ids None: of the whole catalogue, [V+1, D].
+    """
+    warm, side = (catalogue[n] if ids is None else catalogue[n][ids] for n in ('warm', 'side'))
+    z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids, warm, rows, side, key)
     return unit(z) if spec.normalise else z
 
 
 def z_table(spec, params, catalogue, key=None):
     """Vectors of the whole catalogue, [V+1, D]."""
-    ids = jnp.arange(catalogue['warm'].shape[0])
     rows = [flat(catalogue[n][None])[0] for n in spec.recommend]
-    return item_vectors(spec, params, ids, rows, catalogue, key)
+    return item_vectors(spec, params, None, rows, catalogue, key)
 
 
 def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, each=False):
@@ -214,7 +218,7 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
       items: int32 [B, N], 0 pads at the end.
       z_table: [V+1, D]. catalogue: rows per item, for the global graph where the encoder reads one.
       keys: a key per row [B] for dropout, or None.
-      z: vectors of `items` [B, N, D] where they are not z_table's (fresh features).
+      z: vectors of `items` [B, N, D] where they were read before, or are not z_table's.
       each: h after every position, [B, N, D], instead of after the last, [B, D].
     """
     z = z_table[items] if z is None else z
@@ -306,8 +310,8 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
             out['foretell.tokens'] = tokens
 
     if needs & {'h', 'h_each', 'z'}:
-        out['z'] = z_table(spec, params, catalogue, keys['fusion'])
-        z = None
+        table = z_table(spec, params, catalogue, keys['fusion'])
+        out['z'], z = take(table, batch.items)
         if any(n in fresh for n in spec.recommend):
             features = [out[n] if n in fresh else flat(catalogue[n][batch.items])
                         for n in spec.recommend]
