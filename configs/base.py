@@ -94,6 +94,7 @@ def model():
         encoder='sr_gnn',  # of sessions: 'sr_gnn', 'gce_gnn' or 'attention'
         normalise=False,  # items and sessions have length one, and a temperature is learned
         temperature=0.07,  # where it starts
+        repeats=False,  # items of the prefix get a learned shift of their scores
         gnn_steps=1,  # sr_gnn: rounds of message passing
         positions=True,  # sr_gnn: the readout knows positions, which the published one does not
         layers=1, heads=2,  # attention

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from tpad_jax import collectives, softmax
 from tpad_jax.errors import InputError
-from tpad_jax.models import alignment
+from tpad_jax.models import alignment, repeats
 from tpad_jax.table import take
 from tpad_jax.types import Loss
 
@@ -25,25 +25,41 @@ PROVIDED = ('axis', 'state', 'key')  # what `combine` passes by itself
 PLAIN = ('dtype',)  # keywords that are strings but no names of outputs
 
 
-def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', temperature=1.0, smoothing=0.0,
-              chunk=0, dtype='float32'):
+def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', repeat='repeat', temperature=1.0,
+              smoothing=0.0, chunk=0, dtype='float32'):
     """Softmax cross entropy of the target over the warm catalogue, logits <h, z>. -> [B]
 
     Where `h` is h_each, [B, N, D], every position predicts the item that follows. -> Loss [B, N]
     Items no training session contains are never negatives: that would teach "never recommend
     these". [paper] trains its recommender on the next item; [ours] the exclusion of cold items.
 
+    `repeat`: what is added to the logits of the prefix's own items, [B, N, N], or None.
     `smoothing`: share of the target's mass spread evenly over the warm catalogue (Szegedy et al.
     2016). `chunk`, `dtype`: of `softmax.log_partition`, for a large catalogue.
     """
-    z, warm = out[z], out[warm]
-    h, target, back = _predictions(out[h], batch)
+    z, warm, repeat, every = out[z], out[warm], out[repeat], out[h] / temperature
+    h, target, pick, back = _predictions(every, batch)
     z, theirs = take(z, target)
-    h, own = _own(h / temperature, theirs, dtype)
+    h, own = _own(h, theirs, dtype)
+    count = jnp.maximum(warm.sum(), 1)
+    mean = h @ ((warm.astype(z.dtype) @ z) / count) if smoothing else 0.0
+    if repeat is not None:
+        z, rows = take(z, batch.items)
+        scores = pick(jnp.einsum('b...d,bjd->b...j', _rounded(every, dtype), _rounded(rows, dtype)))
+        shift = pick(repeats.last(repeat, batch.items) if every.ndim == 2 else repeat)
+        items = pick(jnp.broadcast_to(
+            batch.items if every.ndim == 2 else batch.items[:, None], repeat.shape[:every.ndim]))
+        own += jnp.where(items == target[:, None], shift, 0).sum(axis=1)
+        shift = jnp.where(warm[items], shift, 0)
+        mean += shift.sum(axis=1) / count
     if smoothing:
-        mean = (warm.astype(z.dtype) @ z) / jnp.maximum(warm.sum(), 1)
-        own = (1 - smoothing) * own + smoothing * (h @ mean)
-    return back(softmax.log_partition(h, z, warm, chunk=chunk, dtype=dtype) - own)
+        own = (1 - smoothing) * own + smoothing * mean
+    whole = softmax.log_partition(h, z, warm, chunk=chunk, dtype=dtype)
+    if repeat is not None:
+        # of the whole the prefix's items have these shares, which grow by exp(shift)
+        more = (jnp.exp(scores - whole[:, None]) * jnp.expm1(shift)).sum(axis=1)
+        whole += jnp.log(jnp.maximum(1 + more, 1e-6))
+    return back(whole - own)
 
 
 def sampled_next_item(out, batch, *, axis=None, key=None, h='h', z='z', warm='warm',
@@ -54,10 +70,10 @@ def sampled_next_item(out, batch, *, axis=None, key=None, h='h', z='z', warm='wa
     replacement, in proportion to popularity ** power over the warm items (0: uniformly). Each is
     corrected by the log of how often it is expected (Yi et al. 2019); the target stands beside them
     with its own logit, and draws of it do not count. So the partition is unbiased, and the loss is
-    too low by what the logarithm makes of its variance.
+    too low by what the logarithm makes of its variance. It does not train `model.repeats`.
     """
     z, warm = out[z], out[warm]
-    h, target, back = _predictions(out[h], batch)
+    h, target, _, back = _predictions(out[h], batch)
     h, own = _own(h / temperature, z[target])
     weight = softmax.weights(warm, out[popularity], power)
     drawn = softmax.draw(key, weight, samples)
@@ -181,22 +197,32 @@ def _predictions(h, batch):
       h: [B, D], or [B, N, D] for a prediction after every position.
 
     Returns:
-      h [A, D], target int32 [A], and a function that puts values [A] back as the loss returns them.
+      h [A, D], target int32 [A], a function that picks [A, ...] of what has a row or position for
+      each h, and one that puts values [A] back as the loss returns them.
     """
     if h.ndim == 2:
-        return h, batch.target, lambda value: value
+        return h, batch.target, lambda x: x, lambda value: value
     shape = h.shape[:2]
-    flat, following = h.reshape(-1, h.shape[-1]), batch.next.reshape(-1)
     weight = batch.mask.astype(jnp.float32)
-    if batch.places is None:
-        return flat, following, lambda value: Loss(value.reshape(shape), weight)
-    count = len(following)
-    at = jnp.where(batch.places < 0, count, batch.places)  # what fills up is read and thrown away
+    count = math.prod(shape)
+    at = batch.places
+    if at is not None:
+        at = jnp.where(at < 0, count, at)  # what fills up is read and thrown away
+
+    def pick(x):
+        x = x.reshape(count, *x.shape[2:])
+        return x if at is None else x.at[at].get(mode='clip')
 
     def back(value):
-        return Loss(jnp.zeros(count).at[at].set(value, mode='drop').reshape(shape), weight)
+        if at is not None:
+            value = jnp.zeros(count).at[at].set(value, mode='drop')
+        return Loss(value.reshape(shape), weight)
 
-    return flat.at[at].get(mode='clip'), following.at[at].get(mode='clip'), back
+    return pick(h), pick(batch.next), pick, back
+
+
+def _rounded(x, dtype):
+    return x.astype(dtype).astype(x.dtype)
 
 
 def _own(h, theirs, dtype='float32'):
@@ -204,11 +230,8 @@ def _own(h, theirs, dtype='float32'):
 
     h: [B, D]. theirs: [B, D], the targets' vectors.
     """
-    def rounded(x):
-        return x.astype(dtype).astype(x.dtype)
-
-    h = rounded(h)
-    return h, (h * rounded(theirs)).sum(-1)
+    h = _rounded(h, dtype)
+    return h, (h * _rounded(theirs, dtype)).sum(-1)
 
 
 def _pairs(out, batch, axis, x, y, ids, critic):

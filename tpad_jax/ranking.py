@@ -17,11 +17,14 @@ from tpad_jax.parallel import Devices
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
 
 
-def ranker(encode: Callable, devices: Devices, *, chunk: int = 0) -> Callable:
+def ranker(encode: Callable, devices: Devices, *, repeat: Callable | None = None,
+           chunk: int = 0) -> Callable:
     """Ranks of targets in the whole catalogue, equal to `metrics.counts` of the same scores.
 
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
+      repeat: (weights, items) -> float32 [B, N], added to the scores of a prefix's own items; one
+        that stands there twice has a 0 but once. None: nothing is.
       devices: rows are spread over them; encode is compiled once per size of a part.
       chunk: items at a time, at most 32,767; 0: on CPU 2 ** 18 over a part's rows but at least
         1,024, elsewhere as many as can be.
@@ -37,7 +40,8 @@ def ranker(encode: Callable, devices: Devices, *, chunk: int = 0) -> Callable:
     def part(_, batch, shared, *, axis):
         h = encode(shared['weights'], shared['z'], batch.items)
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
-        counted = count(h, shared['z'], batch.target, chunk=chunk or fits)
+        moved = (batch.items, repeat(shared['weights'], batch.items)) if repeat else None
+        counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
         found = *counted, bounded(h, shared['largest'])
         return tuple(collectives.gather(x, axis) for x in found)
 
@@ -61,7 +65,7 @@ def ranker(encode: Callable, devices: Devices, *, chunk: int = 0) -> Callable:
     return rank
 
 
-def count(h, z, target, *, chunk: int):
+def count(h, z, target, *, chunk: int, moved=None):
     """Items that score above and equal to each row's target, scores being <h, z>. Pure.
 
     The target's own score has to be the very number that stands in its row, which may differ in
@@ -72,6 +76,7 @@ def count(h, z, target, *, chunk: int):
     Args:
       h: float32 [B, D]. z: float32 [V+1, D]; row 0 is not ranked. target: int32 [B].
       chunk: items at a time, at most MOST.
+      moved: (items int32 [B, N], what is added to their scores [B, N]), or None.
 
     Returns:
       above, equal: int32 [B]. A row with a score that is not finite means nothing.
@@ -79,34 +84,45 @@ def count(h, z, target, *, chunk: int):
     total = len(z)
     chunk = min(max(chunk, len(h)), total, MOST)
     place, nothing = jnp.arange(chunk), jnp.zeros(len(h), jnp.int32)
+    wanted, lift = target[:, None], 0.0
+    if moved is not None:
+        items, shift = moved
+        wanted = jnp.concatenate([wanted, items], axis=1)
+        lift = jnp.where(items == target[:, None], shift, 0).sum(axis=1)
 
     def body(k, carry):
         own, seen, above, level = carry
         start = jnp.minimum(k * chunk, total - chunk)
         s = _scores(h, jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])))
-        at = target - start
-        value = jnp.take_along_axis(s, jnp.clip(at, 0, chunk - 1)[:, None], axis=1)[:, 0]
+        at = wanted - start
+        value = jnp.take_along_axis(s, jnp.clip(at, 0, chunk - 1), axis=1)
         seen = jnp.where((at >= 0) & (at < chunk), value, seen)
         # the last chunk reaches back over items that were counted before; item 0 never counts
         new = jnp.where(start + place >= jnp.maximum(k * chunk, 1), -1, 0)
         # both counts in one sum: half the time of two
-        code = (s > own[:, None]) + (s >= own[:, None]) * jnp.int32(2**16)
+        bar = (own + lift)[:, None]
+        code = (s > bar) + (s >= bar) * jnp.int32(2**16)
         code = (code & new).sum(axis=1)
         return own, seen, above + code % 2**16, level + code // 2**16
 
     def again(carry):
         number, own, seen, _, _ = carry
-        return (number < 2) & (own != seen).any()
+        return (number < 2) & (own != seen[:, 0]).any()
 
     def once(carry):
-        number, _, own, _, _ = carry
-        first = own, own, nothing, nothing
+        number, _, seen, _, _ = carry
+        first = seen[:, 0], seen, nothing, nothing
         return number + 1, *jax.lax.fori_loop(0, -(-total // chunk), body, first)
 
     guess = jnp.diagonal(_scores(h, z[jnp.resize(target, chunk)]))
-    guess = jnp.resize(guess, len(h))
-    _, _, _, above, level = jax.lax.while_loop(
+    guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
+    _, own, seen, above, level = jax.lax.while_loop(
         again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
+    if moved is not None:  # the prefix's own items were counted where their vectors put them
+        was, bar = seen[:, 1:], (own + lift)[:, None]
+        now, real = was + shift, items > 0
+        above += (real & (now > bar)).sum(axis=1) - (real & (was > bar)).sum(axis=1)
+        level += (real & (now >= bar)).sum(axis=1) - (real & (was >= bar)).sum(axis=1)
     return above, level - above
 
 

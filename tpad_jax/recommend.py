@@ -26,8 +26,17 @@ def scorer(spec: tpad.TPAD, devices: Devices) -> Callable[[dict, dict], Callable
         params, near = weights
         return tpad.encode_sessions(spec, params, items, z, near)
 
-    score = compiled(lambda weights, z, items: (encode(weights, z, items) @ z.T).at[:, 0].set(0))
-    rank = ranker(encode, devices)
+    def repeat(weights, items):
+        return tpad.repeat_shift(spec, weights[0], items)
+
+    @compiled
+    def score(weights, z, items):
+        scores = encode(weights, z, items) @ z.T
+        if spec.repeats:
+            scores = scores.at[jnp.arange(len(items))[:, None], items].add(repeat(weights, items))
+        return scores.at[:, 0].set(0)
+
+    rank = ranker(encode, devices, repeat=repeat if spec.repeats else None)
 
     def bind(params, catalogue):
         recommender = {'recommender': params['recommender']}

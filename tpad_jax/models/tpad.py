@@ -26,6 +26,7 @@ from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.global_graph import GlobalGraphGNN
 from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
+from tpad_jax.models.repeats import last, shifts
 from tpad_jax.models.session_attention import SessionAttention
 from tpad_jax.models.session_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
@@ -40,7 +41,8 @@ ENCODERS = 'attention', 'sr_gnn', 'gce_gnn'  # what config.model.encoder may nam
 GRAPH = 'near', 'near_weight'  # catalogue rows of the global item graph, see data/graph.py
 OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, one per critic
     'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
-    'foretell', 'foretell.tokens', 'vocabulary', 'h', 'h_each', 'z', 'popularity', 'club'})
+    'foretell', 'foretell.tokens', 'vocabulary', 'h', 'h_each', 'z', 'repeat', 'popularity',
+    'club'})
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class TPAD:
       lora_scale: alpha / rank.
       normalise: z and h have length one, and their products are divided by a learned temperature.
       temperature: where that starts.
+      repeats: the items of a prefix get a learned shift of their scores, see repeats.py.
     """
 
     knowledge: KnowledgeMLLM | None
@@ -73,6 +76,7 @@ class TPAD:
     lora_scale: float = 1.0
     normalise: bool = False
     temperature: float = 0.07
+    repeats: bool = False
 
 
 def build(base: dict, model: Any, *, recommend: tuple, items: int, max_length: int,
@@ -93,7 +97,7 @@ def build(base: dict, model: Any, *, recommend: tuple, items: int, max_length: i
         encoder=build_encoder(model, max_length),
         recommend=recommend, form=model.form, withhold=model.withhold,
         word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank,
-        normalise=model.normalise, temperature=model.temperature)
+        normalise=model.normalise, temperature=model.temperature, repeats=model.repeats)
 
 
 def build_encoder(model: Any, max_length: int):
@@ -163,6 +167,8 @@ def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
         b, z, items, **_near(spec, catalogue, items, z[0]))['params']}
     if spec.normalise:
         out['log_temperature'] = jnp.log(jnp.float32(spec.temperature))
+    if spec.repeats:
+        out['repeat'] = jnp.zeros(spec.encoder.max_length)
     return out
 
 
@@ -230,6 +236,11 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
     return unit(h) * jnp.exp(-params['recommender']['log_temperature'])
 
 
+def repeat_shift(spec, params, items):
+    """Added to the scores of a prefix's items int32 [B, N], where they stand: float32 [B, N]."""
+    return last(shifts(params['recommender']['repeat'], items), items)
+
+
 def _near(spec, catalogue, items, z_table):
     """The global neighbours of every position, where the encoder reads them."""
     if not isinstance(spec.encoder, GlobalGraphGNN):
@@ -251,8 +262,9 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     Returns:
       Of these, the ones needed: items, next [B, N]; k [B, N, M D]; t, c, p, r, r_next [B, N, D];
       describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary [W,
-      width]; h [B, D], h_each [B, N, D] (h after every position), z [V+1, D], warm and popularity
-      [V+1]; critic.*, club: score functions with their parameters bound.
+      width]; h [B, D], h_each [B, N, D] (h after every position), z [V+1, D], repeat [B, N, N] or
+      None (see repeats.py), warm and popularity [V+1]; critic.*, club: score functions with their
+      parameters bound.
     """
     keys = dict(zip(PURPOSES, (None,) * len(PURPOSES) if key is None
                     else jax.random.split(key, len(PURPOSES)), strict=True))
@@ -320,6 +332,9 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
         for name in sorted(needs & {'h', 'h_each'}):
             out[name] = encode_sessions(spec, params, batch.items, out['z'], catalogue, row, z,
                                         each=name == 'h_each')
+    if 'repeat' in needs:
+        table = params['recommender'].get('repeat')
+        out['repeat'] = None if table is None else shifts(table, batch.items)
 
     for name, critic in spec.critics:
         if f'critic.{name}' in needs:
