@@ -59,7 +59,8 @@ def test_needs_names_the_outputs_a_loss_reads():
     assert losses.needs('align', losses.infonce, {}) == {'k', 'c', 'items', 'critic.align'}
     entry = {'x': 'r_next', 'y': 'p', 'ids': 'next', 'critic': 'critic.distil', 'temperature': 0.2}
     assert losses.needs('distil', losses.infonce, entry) == {'r_next', 'p', 'next', 'critic.distil'}
-    assert losses.needs('rec', losses.next_item, {'dtype': 'bfloat16'}) == {'h', 'z', 'warm'}
+    assert losses.needs('rec', losses.next_item, {'dtype': 'bfloat16'}) == {
+        'h', 'z', 'warm', 'repeat'}
 
 
 @pytest.mark.parametrize('keyword', ['temperatur', 'axis', 'batch', 'state'])
@@ -77,7 +78,7 @@ def test_every_position_predicts_as_a_row_of_its_own(name, room):
     following = np.where(items > 0, rng.integers(1, 8, items.shape), 0).astype(np.int32)
     h = rng.normal(size=(4, 3, 5)).astype(np.float32)
     shared = {'z': jnp.asarray(rng.normal(size=(8, 5)), jnp.float32), 'warm': jnp.arange(8) > 0,
-              'popularity': jnp.ones(8)}
+              'popularity': jnp.ones(8), 'repeat': None}
     at = np.flatnonzero(items)
     places = None if room is None else np.pad(at, (0, room - len(at)), constant_values=-1)
     valid = np.ones(4, bool)

@@ -21,8 +21,8 @@ def model(encoder, **changes):
     return SimpleNamespace(**{**dict(
         features=D, width=D, critics={}, use_id=True, use_side=False, id_dropout=0.0,
         feature_dropout=0.0, encoder=encoder, gnn_steps=1, positions=False, layers=2, heads=2,
-        dropout=0.3, item_dropout=0.3, normalise=True, temperature=0.1, form='compressed',
-        withhold=0.0, word_dropout=0.0, lora_alpha=1.0, lora_rank=1), **changes})
+        dropout=0.3, item_dropout=0.3, normalise=True, temperature=0.1, repeats=False,
+        form='compressed', withhold=0.0, word_dropout=0.0, lora_alpha=1.0, lora_rank=1), **changes})
 
 
 def catalogue(seed=0):

@@ -10,7 +10,7 @@ import pytest
 from jax.tree_util import Partial
 
 from tpad_jax import collectives, losses
-from tpad_jax.models import alignment
+from tpad_jax.models import alignment, repeats
 from tpad_jax.types import Batch, Loss
 
 # rows, positions, items, width, modalities, text tokens, vocabulary, devices
@@ -46,6 +46,7 @@ def make(seed):
                   row=np.arange(B, dtype=np.int32))
     raw = {n: rng.normal(size=(B, N, w)).astype(np.float32) for n, w in POSITIONS.items()}
     raw['h'] = rng.normal(size=(B, D)).astype(np.float32)
+    raw['repeat'] = np.asarray(repeats.shifts(rng.normal(size=N), batch.items), np.float32)
     for name in TEXTS:
         raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
         words = rng.integers(1, W, (B, T)) * (np.arange(T) < rng.integers(1, T + 1, (B, 1)))
@@ -253,9 +254,12 @@ def np_mmd(out, batch):
 
 def np_next_item(out, batch):
     value = []
-    for h, target in zip(np.asarray(out['h'])[batch.valid], batch.target[batch.valid], strict=True):
-        logits = [h @ out['z'][v] for v in range(1, V - 1)]  # items V - 1 and V are cold
-        value.append(np.log(np.sum(np.exp(logits))) - logits[target - 1])
+    for row in np.flatnonzero(batch.valid):
+        logits = [out['h'][row] @ out['z'][v] for v in range(1, V - 1)]  # V - 1 and V are cold
+        for item, shift in zip(batch.items[row], out['repeat'][row, batch.last[row]], strict=True):
+            if 0 < item < V - 1:
+                logits[item - 1] += shift
+        value.append(np.log(np.sum(np.exp(logits))) - logits[batch.target[row] - 1])
     return np.mean(value)
 
 
@@ -332,7 +336,7 @@ def test_next_item_is_the_same_in_chunks():
 def test_label_smoothing_is_a_soft_target():
     """Cross entropy of (1 - s) one-hot + s / (number of warm items) against the softmax."""
     batch, raw = make(1)
-    out = jax.device_get(named(make_params(1), raw, batch))
+    out = {**jax.device_get(named(make_params(1), raw, batch)), 'repeat': None}
     logits = np.float64(out['h'] @ out['z'][1:V - 1].T) / 0.7
     log_share = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     wanted = 0.7 * (batch.target[:, None] == np.arange(1, V - 1)) + 0.3 / (V - 2)
@@ -349,7 +353,7 @@ def test_many_samples_are_the_whole_softmax(power, counts):
     """Value and gradients, cold and warm targets, whatever the proposal."""
     batch, raw = make(1)
     batch = batch.replace(target=np.where(np.arange(B) == 0, V, batch.target))
-    out = {**jit(named)(make_params(1), raw, batch), 'popularity': counts}
+    out = {**jit(named)(make_params(1), raw, batch), 'popularity': counts, 'repeat': None}
     out['z'] = out['z'].at[V].set(out['h'][0])  # a cold target that scores high
     sampled = partial(losses.sampled_next_item, power=power, samples=300_000,
                       key=jax.random.key(1), temperature=1.5)
@@ -359,7 +363,7 @@ def test_many_samples_are_the_whole_softmax(power, counts):
 
 def test_without_its_correction_a_skewed_proposal_is_wrong(monkeypatch):
     batch, raw = make(1)
-    out = {**named(make_params(1), raw, batch), 'popularity': SKEWED}
+    out = {**named(make_params(1), raw, batch), 'popularity': SKEWED, 'repeat': None}
     expected = losses.next_item(out, batch)
     sampled = partial(losses.sampled_next_item, out, batch, key=jax.random.key(1), samples=100_000,
                       power=1.0)
@@ -372,7 +376,8 @@ def test_without_its_correction_a_skewed_proposal_is_wrong(monkeypatch):
 def test_the_sampled_partition_is_unbiased():
     """Even that of two draws, on average."""
     batch, raw = make(1)
-    out = {**jit(named)(make_params(1), raw, batch), 'popularity': 1.0 + jnp.arange(V + 1)}
+    out = {**jit(named)(make_params(1), raw, batch), 'popularity': 1.0 + jnp.arange(V + 1),
+           'repeat': None}
     own = (out['h'] * out['z'][batch.target]).sum(-1)
     exact = np.exp(losses.next_item(out, batch) + own)
 

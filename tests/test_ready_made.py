@@ -41,6 +41,7 @@ def config(file, encoder='attention', **changes):
 @pytest.mark.parametrize('encoder', configs.ENCODERS)
 def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
     results = job.run(config(file, encoder), tmp_path)
+    encoder = config(file, encoder).model.encoder
     model = results['models'][encoder]
     history = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
     scores = {line['step']: line['valid/hit@20'] for line in history if 'valid/hit@20' in line}

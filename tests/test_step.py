@@ -355,7 +355,7 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
     """Attention's h_each, read at the batch's places: what fills up has no part in it."""
     config = make_config()
     config.model.update(encoder='attention', normalise=True, layers=1, heads=2, recommend='',
-                        use_side=False)
+                        use_side=False, repeats=True)
     config.losses.next_item.update(weight=0.0, h='h_each', chunk=4)
     config.losses.sampled_next_item.update(weight=0.0, h='h_each', samples=64)
     config.losses[loss].weight = 1.0

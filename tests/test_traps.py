@@ -66,7 +66,8 @@ def neural(encoder, **rates):
 
 
 SCORERS = {**{name: partial(baseline, name) for name in baselines.BASELINES},
-           **{name: partial(neural, name) for name in tpad.ENCODERS}}
+           **{name: partial(neural, name) for name in tpad.ENCODERS},
+           'repeats': partial(neural, 'attention', repeats=True)}
 
 
 def table(score, items, chunk):
@@ -118,7 +119,8 @@ def test_nothing_is_dropped_at_test(encoder, monkeypatch):
 
     monkeypatch.setattr(tpad, 'encode_sessions', spied)
     rates = dict.fromkeys(('dropout', 'item_dropout', 'id_dropout', 'feature_dropout'), 0.6)
-    dropping, whole = neural(encoder, **rates), neural(encoder, **dict.fromkeys(rates, 0.0))
+    none = {**dict.fromkeys(rates, 0.0), 'id_dropout': 1e-9}  # with 0 there are other parameters
+    dropping, whole = neural(encoder, **rates), neural(encoder, **none)
     np.testing.assert_array_equal(dropping(ROWS.items[:64]), whole(ROWS.items[:64]))
     assert repeatable(dropping)
     assert seen
