@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from benchmarks import sessions as table
 from configs import sessions as configs
 from tpad_jax import job
 from tpad_jax.errors import InputError, Stopped
@@ -55,6 +56,9 @@ def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
     ranks = np.load(tmp_path / 'ranks.npz', allow_pickle=False)
     hit = np.clip((20 - ranks[f'{encoder}/above']) / ranks[f'{encoder}/equal'], 0, 1).mean()
     np.testing.assert_allclose(model['test']['hit@20'], hit, atol=1e-6)
+    gap = table.cell(tmp_path)['difference']['hit@20']
+    best = max(m['test']['hit@20'] for name, m in results['models'].items() if name != encoder)
+    np.testing.assert_allclose(gap['difference'], model['test']['hit@20'] - best, atol=1e-5)
 
 
 def test_until_validation_never_looks_at_test(tmp_path, file, monkeypatch):
