@@ -7,6 +7,8 @@
 The first word is the data set, the second (may be left out: what validation chose) the encoder.
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 # 'sr_gnn' is the published one; 'gnn' the same with vectors of length one and dropout
@@ -60,6 +62,12 @@ def get_config(variant: str = 'diginetica'):
         c.model.update(positions=False, dropout=0.0, item_dropout=0.0)  # as it was published
         if encoder == 'gce_gnn':
             c.model.dropout = 0.2
+    if c.model.normalise:  # what `python -m tpad_jax.search` tries
+        c.search.space = ConfigDict(dict(
+            model=dict(temperature=('log', 0.04, 0.16), item_dropout=('float', 0.0, 0.6),
+                       dropout=('float', 0.0, 0.5)),
+            losses=dict(next_item=dict(smoothing=('float', 0.0, 0.2))),
+            stage=dict(recommend=dict(learning_rate=('log', 5e-4, 5e-3)))))
     epoch = DATA[data]['sessions' if encoder == 'attention' else 'rows'] // stage.batch_size
     stage.update(steps=EPOCHS * epoch, eval_every=epoch, patience=0)
     return c
