@@ -51,6 +51,7 @@ def cell(items: int, form: str, steps: int) -> dict:
     import optax
 
     from tpad_jax import losses, parallel
+    from tpad_jax.table import take
 
     name, keywords = FORMS[form]
     loss = partial(getattr(losses, name), **keywords)
@@ -60,7 +61,8 @@ def cell(items: int, form: str, steps: int) -> dict:
         extra = {'key': jax.random.fold_in(jax.random.key(0), number)} if 'sampled' in form else {}
 
         def objective(table):
-            out = {'h': table[prefix].mean(axis=1), 'z': table, **catalogue}
+            whole, rows = take(table, prefix)
+            out = {'h': rows.mean(axis=1), 'z': whole, 'repeat': None, **catalogue}
             return loss(out, SimpleNamespace(target=target), **extra).mean()
 
         value, slope = jax.value_and_grad(objective)(table)

@@ -39,7 +39,7 @@ def config(file, encoder='attention', **changes):
     return c
 
 
-@pytest.mark.parametrize('encoder', configs.ENCODERS)
+@pytest.mark.parametrize('encoder', configs.EPOCHS)
 def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
     results = job.run(config(file, encoder), tmp_path)
     encoder = config(file, encoder).model.encoder
