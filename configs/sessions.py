@@ -21,7 +21,7 @@ EPOCHS = {'attention': 4, 'gnn': 5, 'sr_gnn': 4, 'gce_gnn': 4}
 
 
 def get_config(variant: str = 'diginetica'):
-    """`variant`: 'data' or 'data,encoder', see DATA and ENCODERS.
+    """`variant`: 'data' or 'data,encoder', see DATA and EPOCHS.
 
     Raises:
       ValueError: another variant.
