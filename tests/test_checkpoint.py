@@ -16,6 +16,12 @@ from tpad_jax import bundle
 from tpad_jax.checkpoint import Checkpoints, abstract, claim
 from tpad_jax.errors import InputError
 
+# Orbax leaves the other reads of a damaged checkpoint to the garbage collector, which says so
+# whenever it comes by.
+pytestmark = pytest.mark.filterwarnings(
+    'ignore:Exception ignored in. <coroutine object _read_array:'
+    'pytest.PytestUnraisableExceptionWarning')
+
 
 class State(NamedTuple):
     params: dict
