@@ -23,8 +23,8 @@ def ranker(encode: Callable, devices: Devices, *, repeat: Callable | None = None
 
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
-      repeat: (weights, items) -> float32 [B, N], added to the scores of a prefix's own items; one
-        that stands there twice has a 0 but once. None: nothing is.
+      repeat: (weights, items) -> float32 [B, N], added to the scores of a prefix's own items; 0 on
+        padding, and on all but one place of an item. None: nothing is.
       devices: rows are spread over them; encode is compiled once per size of a part.
       chunk: items at a time, at most 32,767; 0: on CPU 2 ** 18 over a part's rows but at least
         1,024, elsewhere as many as can be.
@@ -120,9 +120,9 @@ def count(h, z, target, *, chunk: int, moved=None):
         again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
     if moved is not None:  # the prefix's own items were counted where their vectors put them
         was, bar = seen[:, 1:], (own + lift)[:, None]
-        now, real = was + shift, items > 0
-        above += (real & (now > bar)).sum(axis=1) - (real & (was > bar)).sum(axis=1)
-        level += (real & (now >= bar)).sum(axis=1) - (real & (was >= bar)).sum(axis=1)
+        now = was + shift
+        above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)
+        level += (now >= bar).sum(axis=1) - (was >= bar).sum(axis=1)
     return above, level - above
 
 
