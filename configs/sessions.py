@@ -14,10 +14,12 @@ from configs import base
 DATA = {  # training sessions and rows, a tenth of the sessions being held out; the encoder chosen
     'diginetica': dict(sessions=168_003, rows=649_944, encoder='attention'),
     'cellphones': dict(sessions=63_234, rows=95_935, encoder='gnn'),
-    'grocery': dict(sessions=38_943, rows=95_512, encoder='attention'),
+    'grocery': dict(sessions=38_943, rows=95_512, encoder='mixture'),
 }
-# 'sr_gnn' is the published one; 'gnn' the same with vectors of length one and dropout
-EPOCHS = {'attention': 4, 'gnn': 5, 'sr_gnn': 4, 'gce_gnn': 4}
+# 'sr_gnn' is the published one; 'gnn' the same with vectors of length one and dropout; 'mixture'
+# adds the scores of 'attention' and 'gnn', each trained by itself
+EPOCHS = {'attention': 4, 'mixture': 4, 'gnn': 5, 'sr_gnn': 4, 'gce_gnn': 4}
+ENCODER = {'mixture': 'attention', 'gnn': 'sr_gnn'}  # config.model.encoder, where it differs
 
 
 def get_config(variant: str = 'diginetica'):
@@ -42,9 +44,10 @@ def get_config(variant: str = 'diginetica'):
     # only Diginetica's sessions stand in the order of time
     c.data.update(ordered=data == 'diginetica', published_last_only=data != 'diginetica')
     c.losses.next_item.update(chunk=2048, dtype='bfloat16')  # the whole softmax, in its fast form
-    c.model.update(encoder=encoder, width=100, recommend='', use_side=False, id_dropout=0.0)
+    c.model.update(encoder=ENCODER.get(encoder, encoder), width=100, recommend='', use_side=False,
+                   id_dropout=0.0)
     stage = c.stage.recommend
-    if encoder == 'attention':
+    if encoder in ('attention', 'mixture'):
         # one reading of a session predicts after every position
         c.losses.next_item.h = 'h_each'
         c.model.update(width=160, normalise=True, temperature=0.08)
@@ -54,7 +57,7 @@ def get_config(variant: str = 'diginetica'):
             c.losses.next_item.smoothing = 0.1
             stage.weight_decay = 0.5
     elif encoder == 'gnn':
-        c.model.update(encoder='sr_gnn', width=200, normalise=True, temperature=0.08,
+        c.model.update(width=200, normalise=True, temperature=0.08,
                        positions=False, item_dropout=0.55)
         c.losses.next_item.smoothing = 0.1
         stage.update(batch_size=128, learning_rate=3e-3, optimiser='adam', weight_decay=0.0)
@@ -69,6 +72,12 @@ def get_config(variant: str = 'diginetica'):
                        dropout=('float', 0.0, 0.5)),
             losses=dict(next_item=dict(smoothing=('float', 0.0, 0.2))),
             stage=dict(recommend=dict(learning_rate=('log', 5e-4, 5e-3)))))
-    epoch = DATA[data]['sessions' if encoder == 'attention' else 'rows'] // stage.batch_size
+    rows = 'rows' if stage.every_prefix else 'sessions'
+    epoch = DATA[data][rows] // stage.batch_size
     stage.update(steps=EPOCHS[encoder] * epoch, eval_every=epoch, patience=0)
+    if encoder == 'mixture':
+        other = get_config(f'{data},gnn')
+        c.partner = ConfigDict(dict(
+            model=other.model, losses=dict(next_item=other.losses.next_item),
+            stage=dict(recommend=other.stage.recommend)))
     return c

@@ -35,6 +35,9 @@ def config(file, encoder='attention', **changes):
     c.losses.next_item.chunk = 8
     c.stage.recommend.update(steps=12, eval_every=4, batch_size=16, learning_rate=1e-2)
     c.save_every, c.log_every = 5, 1
+    if c.partner:
+        c.partner.model.update(width=6, features=8)
+        c.partner.stage.recommend.update(steps=8, eval_every=4, batch_size=16)
     c.update_from_flattened_dict(changes)
     return c
 
@@ -42,17 +45,20 @@ def config(file, encoder='attention', **changes):
 @pytest.mark.parametrize('encoder', configs.EPOCHS)
 def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
     results = job.run(config(file, encoder), tmp_path)
-    encoder = config(file, encoder).model.encoder
-    model = results['models'][encoder]
+    own = config(file, encoder).model.encoder
+    model = results['models'][own]
     history = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    scores = {line['step']: line['valid/hit@20'] for line in history if 'valid/hit@20' in line}
+    scores = {line['step']: line['valid/hit@20'] for line in history
+              if 'valid/hit@20' in line and line['stage'] == 'recommend'}
     assert sorted(scores) == [4, 8, 12]
     best = model['valid']['step']
     assert scores[best] == max(scores.values())
     assert max(line['step'] for line in history if line['stage'] == 'refit') == best
     assert results['data']['refit']
     assert results['data']['protocol'] == 'ours'
-    assert results['models'].keys() >= {encoder, 'pop', 'vsknn', 'stan', 'vstan', 'sr'}
+    encoder = 'mixture' if encoder == 'mixture' else own
+    model = results['models'][encoder]
+    assert results['models'].keys() >= {own, encoder, 'pop', 'vsknn', 'stan', 'vstan', 'sr'}
     ranks = np.load(tmp_path / 'ranks.npz', allow_pickle=False)
     hit = np.clip((20 - ranks[f'{encoder}/above']) / ranks[f'{encoder}/equal'], 0, 1).mean()
     np.testing.assert_allclose(model['test']['hit@20'], hit, atol=1e-6)

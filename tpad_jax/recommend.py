@@ -12,36 +12,58 @@ from tpad_jax.ranking import ranker
 
 
 @lru_cache(maxsize=16)  # one compilation however many validations ask
-def scorer(spec: tpad.TPAD, devices: Devices) -> Callable[[dict, dict], Callable]:
-    """(nested params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]).
+def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callable:
+    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]).
 
     No MLLM runs: items are read from the catalogue's rows. Compiled once per chunk size; the item
     vectors are computed once per call of the outer function. What it returns moreover has `ranks`:
     (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], counted on `devices`,
     see `ranking.ranker`.
+
+    Args:
+      specs: of one recommender, or of several whose scores are added; then the function returned
+        takes as many nested params and catalogues, in tuples.
     """
-    table = compiled(lambda params, catalogue: tpad.z_table(spec, params, catalogue))
+    several = isinstance(specs, tuple)
+    if not several:
+        specs = (specs,)
+
+    @compiled
+    def table(params, catalogues):
+        return jnp.concatenate([tpad.z_table(spec, *own) for spec, *own in
+                                zip(specs, params, catalogues, strict=True)], axis=1)
 
     def encode(weights, z, items):
-        params, near = weights
-        return tpad.encode_sessions(spec, params, items, z, near)
+        """The sum of scores is the product of vectors laid end to end."""
+        own, begin, here = [], 0, z[items]
+        for spec, (params, near) in zip(specs, weights, strict=True):
+            cut = slice(begin, begin + spec.fusion.width)
+            begin = cut.stop
+            rows = z[:, cut] if near else None  # only the global graph reads the others' vectors
+            own.append(tpad.encode_sessions(spec, params, items, rows, near, z=here[..., cut]))
+        return jnp.concatenate(own, axis=1)
 
     def repeat(weights, items):
-        return tpad.repeat_shift(spec, weights[0], items)
+        return sum(tpad.repeat_shift(spec, params, items) for spec, (params, _) in
+                   zip(specs, weights, strict=True) if spec.repeats)
+
+    repeats = any(spec.repeats for spec in specs)
 
     @compiled
     def score(weights, z, items):
         scores = encode(weights, z, items) @ z.T
-        if spec.repeats:
+        if repeats:
             scores = scores.at[jnp.arange(len(items))[:, None], items].add(repeat(weights, items))
         return scores.at[:, 0].set(0)
 
-    rank = ranker(encode, devices, repeat=repeat if spec.repeats else None)
+    rank = ranker(encode, devices, repeat=repeat if repeats else None)
 
     def bind(params, catalogue):
-        recommender = {'recommender': params['recommender']}
-        z = table(recommender, catalogue)
-        weights = recommender, {n: catalogue[n] for n in tpad.GRAPH if n in catalogue}
+        given = (params, catalogue) if several else ((params,), (catalogue,))
+        recommenders = tuple({'recommender': own['recommender']} for own in given[0])
+        z = table(recommenders, given[1])
+        near = ({n: rows[n] for n in tpad.GRAPH if n in rows} for rows in given[1])
+        weights = tuple(zip(recommenders, near, strict=True))
 
         def scores(items):
             return np.asarray(score(weights, z, jnp.asarray(items)))
