@@ -18,6 +18,9 @@ def get_config():
     c.model_shards = 1  # devices that share one part of a batch and hold a part of the table each
 
     c.refit = False  # train the chosen recommender anew on training and validation sessions
+    # what a second recommender, trained beside the first, changes of this config (nested); both
+    # scores are added, see tpad_jax/mixture.py. Empty: there is none. Ready-made sessions only.
+    c.partner = ConfigDict()
     c.search = ConfigDict(dict(
         trials=8,  # budget of every model's and baseline's search; 1: what the config says
         space={},  # what `python -m tpad_jax.search` varies: nested keys, axes as in trials.py
@@ -25,9 +28,18 @@ def get_config():
 
     c.data = data()
     c.mllm = ConfigDict(dict(
-        base='',  # directory of the shared base; empty: the small default that is committed here
-        image_size=32,  # pixels, both sides: what the default base was pretrained at
+        base='',  # directory of the small base; empty: the default that is committed here
+        checkpoint='',  # directory of a Hugging Face checkpoint, in place of the small base
+        image_size=0,  # pixels, both sides; 0: what the base reads (a model of any size: near 256)
         text_length=32,  # tokens of an item's text
+        # the rest is for checkpoints
+        param_dtype='float32',  # of the parameters in memory; 'bfloat16' halves a frozen base
+        dtype='float32',  # of the computation; norms, softmax and losses are float32 anyway
+        attention='xla',  # or 'cudnn', fused, on NVIDIA GPUs in bfloat16
+        remat='none',  # what a backward pass computes again: 'none', 'dots' or 'full' layers
+        chunk=0,  # items a step reads at a time, 0: all; saves memory and costs a second reading
+        pooling='summary',  # or 'last' token, or 'mean': how an item's features are read
+        before='', between='', end='',  # texts around the content; empty: the family's own
     ))
     c.model = model()
     c.losses = losses()
@@ -80,7 +92,7 @@ def model():
     return ConfigDict(dict(
         features=64,  # width D of k (per modality), t, c, p and r
         lora_rank=8, lora_alpha=16.0,
-        lora_targets=r'attention/[qkvo]$|(gate|up|down)$',  # of the decoder's kernels
+        lora_targets=r'^decoder/.*(attention/[qkvo]|gate|up|down)$',  # of the base's kernels
         form='compressed',  # how the Transfer-MLLM is fed an item: 'compressed' or 'full'
         withhold=0.3,  # share of an item's words the reader does not see in knowledge acquisition
         word_dropout=0.6,  # share of words the writer does not see, or features stay empty
@@ -112,9 +124,9 @@ def losses():
     """
     return ConfigDict(dict(
         gen_knowledge=dict(fn='generation', weight=1.0, stages='knowledge,joint',
-                           x='describe', tokens='describe.tokens'),
+                           x='describe', tokens='describe.tokens', by_row=False),
         gen_transfer=dict(fn='generation', weight=0.3, stages='transfer,joint',
-                          x='foretell', tokens='foretell.tokens'),
+                          x='foretell', tokens='foretell.tokens', by_row=False),
         align=dict(fn='infonce', weight=0.1, stages='transfer,joint',
                    x='k', y='c', ids='items', critic='critic.align'),
         align_mine=dict(fn='mine', weight=0.0, stages='transfer,joint',

@@ -14,10 +14,11 @@ FLOORS = (
      'process'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
-    {'parallel', 'checkpoint', 'features', 'writers'},
+    {'parallel', 'checkpoint', 'features', 'writers', 'bases'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
     {'train', 'evaluate', 'encode', 'recommend', 'pretrain'},
-    {'results', 'check'},
+    {'results', 'plan', 'mixture'},  # of floor 4, on evaluate and recommend
+    {'check'},
     {'job'},
     {'launch', 'search'},
 )

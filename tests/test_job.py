@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import amazon
-from tpad_jax import job, parallel, slices, train, writers
+from tpad_jax import features, job, parallel, slices, train, writers
 from tpad_jax.data import builder
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import pretrained
@@ -213,7 +213,7 @@ def test_files_of_a_run(whole):
         hits = (ranks['pop/above'] < 20).mean()
         assert abs(hits - results['models']['pop']['test']['hit@20']) < 0.15  # but for ties
     for name, width in (('k', (2, WIDTH)), ('r', (WIDTH,))):
-        rows = np.load(workdir / 'features' / f'{name}.npy')
+        rows = features.read(workdir / 'features' / 'joint', name)
         assert rows.shape == (41, *width)
         assert not rows[0].any()
         assert np.isfinite(rows).all()
@@ -300,9 +300,11 @@ def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
         for path, x in final.items():
             np.testing.assert_array_equal(params[run][path], x, err_msg=f'{run}: {path}')
     assert log_of(workdir) == log_of(whole[0])
-    for name in ('k', 'r'):
-        assert ((workdir / 'features' / f'{name}.npy').read_bytes()
-                == (whole[0] / 'features' / f'{name}.npy').read_bytes())
+    stored, expected = ({path.relative_to(root): path.read_bytes()
+                         for path in (root / 'features').glob('*/*')}
+                        for root in (workdir, whole[0]))
+    assert stored == expected
+    assert len(stored) == 8  # k of knowledge, r of transfer, both of joint, their manifests
     found = json.loads((workdir / 'results.json').read_text())
     assert found['models'] == json.loads((whole[0] / 'results.json').read_text())['models']
     assert found['provenance']['stages'] == list(STAGES)

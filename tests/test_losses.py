@@ -49,7 +49,8 @@ def make(seed):
     raw['repeat'] = np.asarray(repeats.shifts(rng.normal(size=N), batch.items), np.float32)
     for name in TEXTS:
         raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
-        words = rng.integers(1, W, (B, T)) * (np.arange(T) < rng.integers(1, T + 1, (B, 1)))
+        words = rng.integers(0, W, (B, T))
+        words[np.arange(T) >= rng.integers(1, T + 1, (B, 1))] = -1
         raw[f'{name}.tokens'] = words.astype(np.int32)
     return batch, raw
 
@@ -156,7 +157,7 @@ def test_contract(fn):
     mask = np.asarray(batch.mask)
     garbage = {}
     for name, x in raw.items():
-        real = {T: raw.get(f'{name}.tokens', raw['describe.tokens']) > 0, N: mask, D: mask[:, :1]}
+        real = {T: raw.get(f'{name}.tokens', raw['describe.tokens']) >= 0, N: mask, D: mask[:, :1]}
         real = real[x.shape[1]] & batch.valid[:, None]
         if x.dtype == np.int32:  # tokens of a valid row end where they end
             garbage[name] = np.where(batch.valid[:, None], x, 3)
@@ -265,7 +266,7 @@ def np_next_item(out, batch):
 
 def np_generation(out, batch):
     value = []
-    for b, t in zip(*np.nonzero(out['describe.tokens']), strict=True):
+    for b, t in zip(*np.nonzero(np.asarray(out['describe.tokens']) >= 0), strict=True):
         if batch.valid[b]:
             logits = np.asarray(out['vocabulary'] @ out['describe'][b, t], np.float64)
             value.append(np.log(np.exp(logits).sum()) - logits[out['describe.tokens'][b, t]])

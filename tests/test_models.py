@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tpad_jax.models import lora, tpad
+from tpad_jax.models import lora, stream, tpad
 from tpad_jax.models.attention import rotate
+from tpad_jax.models.mllm import MLLM
 from tpad_jax.models.transformer import Transformer
 from tpad_jax.models.vision import VisionTower
 from tpad_jax.types import Batch
@@ -24,7 +25,8 @@ MODEL = SimpleNamespace(
     item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
     repeats=True, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
     lora_alpha=4.0, lora_rank=2)
-SPEC = tpad.build(BASE, MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))
+TARGETS = r'^decoder/.*(attention/[qkvo]|down)$'
+SPEC = tpad.build(MLLM(**BASE), MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))
 
 
 # Programs of this size run in no time: compiling them is what takes it.
@@ -52,7 +54,7 @@ def make_catalogue(seed=0):
 
 def make_content(rng, count):
     words = rng.integers(1, BASE['vocab'], (count, T))
-    words *= np.arange(T) < rng.integers(2, T + 1, (count, 1))
+    words[np.arange(T) >= rng.integers(2, T + 1, (count, 1))] = -1
     return {'image': rng.integers(0, 256, (count, SIDE, SIDE, 3)).astype(np.uint8),
             'has_image': np.arange(count) % 4 != 3, 'tokens': words.astype(np.int32)}
 
@@ -65,7 +67,7 @@ def make_batch(seed=0):
     items = np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32)
     following = np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32)
     content = make_content(rng, V + 1)
-    content['has_image'][0], content['tokens'][0] = False, 0
+    content['has_image'][0], content['tokens'][0] = False, -1
     return Batch(items=items, next=following, target=following[np.arange(B), length - 1],
                  valid=np.arange(B) < B - 1, row=np.arange(50, 50 + B, dtype=np.int32), slots=items,
                  next_slots=following, ids=np.arange(V + 1, dtype=np.int32), **content)
@@ -74,7 +76,7 @@ def make_batch(seed=0):
 @pytest.fixture(scope='module')
 def params():
     shapes = jax.eval_shape(partial(tpad.init, spec=SPEC, catalogue=make_catalogue(), rank=2,
-                                    targets=r'attention/[qkvo]$|down$', image_shape=(SIDE, SIDE, 3),
+                                    targets=TARGETS, image_shape=(SIDE, SIDE, 3),
                                     text_length=T), jax.random.key(0))
     return filled(shapes, 1)
 
@@ -163,24 +165,24 @@ def test_knowledge_reads_what_is_given_and_nothing_else(params):
 
     other_image = np.where(has[:, None, None, None], image, 255 - image)
     other_words = np.where(keep, tokens, np.maximum(tokens, 1) % 12 + 1)
-    other_words = np.where(tokens > 0, other_words, 0)
+    other_words = np.where(tokens >= 0, other_words, -1)
     assert (other_image != image).any()
     assert (other_words != tokens).any()
     same(read(other_image, has, other_words, keep), k)  # absent image, withheld words
 
     assert differs(read(255 - image, has, tokens, keep)[has], k[has])
     assert differs(read(image, ~has, tokens, keep), k)
-    assert differs(read(image, has, np.where(tokens > 0, tokens % 12 + 1, 0), keep), k)
+    assert differs(read(image, has, np.where(tokens >= 0, tokens % 12 + 1, -1), keep), k)
     everything = read(image, has, tokens, np.ones_like(keep))
     assert differs(everything, k)
 
-    longer = np.pad(tokens, ((0, 0), (0, 2)))
+    longer = np.pad(tokens, ((0, 0), (0, 2)), constant_values=-1)
     same(read(image, has, longer, np.pad(keep, ((0, 0), (0, 2)), constant_values=True)), k)
 
 
 def test_transfer_features_do_not_see_later_items(params):
     variables = tpad.transfer_variables(SPEC, params)
-    read = jit(partial(SPEC.transfer.apply, variables))
+    read = jit(lambda x, there, mask: SPEC.transfer.apply(variables, stream.plain(x, there), mask))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 3, 2, BASE['width'])).astype(np.float32)
     there, mask = np.ones((4, 3, 2), bool), np.ones((4, 3), bool)
@@ -254,7 +256,7 @@ def reading(params, adapter):
 
 
 def test_a_fresh_adapter_is_nothing_and_a_trained_one_is_a_change_of_the_kernels(params):
-    targets = r'attention/[qkvo]$|down$'
+    targets = TARGETS
     fresh = lora.init(jax.random.key(1), {'decoder': params['base']['decoder']}, rank=2,
                       targets=targets)
     trained = params['lora']['knowledge']
@@ -325,7 +327,8 @@ def test_every_stage_gets_what_it_needs(params, stage, form):
 @pytest.mark.parametrize('recommend', [('k',), ('k', 'r'), ()])
 def test_item_vectors_of_any_feature_fresh_or_stored(params, recommend):
     """Whatever enters z, a stage that asks for h alone finds it, fresh or not."""
-    spec = tpad.build(BASE, MODEL, recommend=recommend, items=V, max_length=N, side_sizes=())
+    spec = tpad.build(MLLM(**BASE), MODEL, recommend=recommend, items=V, max_length=N,
+                      side_sizes=())
 
     def outputs(params, batch, catalogue, fresh):
         own = {'recommender': tpad.recommender_init(jax.random.key(0), spec, catalogue)}

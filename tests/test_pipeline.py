@@ -258,8 +258,9 @@ def test_content_is_decoded_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(first.image, pixels)
     assert first.has_image.tolist() == [False, True, False, False, True]
     assert first.broken == 1
-    assert first.tokens.tolist() == [[0] * 3, [2, 3, 0], [3] * 3, [1, 0, 0], [0] * 3]
-    assert not list(tmp_path.glob('*.partial'))
+    assert first.tokens.tolist() == [[-1] * 3, [2, 3, -1], [3] * 3, [1, -1, -1], [-1] * 3]
+    assert (tmp_path / 'bad_images.txt').read_text() == 'c\n'
+    assert not list(tmp_path.glob('*.partial')) + list(tmp_path.glob('*.list'))
 
     assert content(size=4).image.shape == (5, 4, 4, 3)
 

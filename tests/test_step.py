@@ -18,6 +18,7 @@ from tpad_jax.data import batches
 from tpad_jax.data.pipeline import Content, Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.models import tpad
+from tpad_jax.models.mllm import MLLM
 from tpad_jax.types import Batch, State
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
@@ -35,11 +36,11 @@ def make_data(seed=0):
     items = rng.integers(1, V * 4 // 5 + 1, lengths.sum()).astype(np.int32)
     sessions = Sessions(items, np.append(0, np.cumsum(lengths)), np.arange(len(lengths)))
     words = rng.integers(1, SIZES['vocab'], (V + 1, T))
-    words *= np.arange(T) < rng.integers(2, T + 1, (V + 1, 1))
+    words[np.arange(T) >= rng.integers(2, T + 1, (V + 1, 1))] = -1
     content = Content(image=rng.integers(0, 256, (V + 1, SIDE, SIDE, 3)).astype(np.uint8),
                       has_image=np.arange(V + 1) % 4 > 0, tokens=words.astype(np.int32), broken=0)
-    for rows in (content.image, content.has_image, content.tokens):
-        rows[0] = 0
+    for rows, nothing in (content.image, 0), (content.has_image, 0), (content.tokens, -1):
+        rows[0] = nothing
     words = [''] * (V + 1)
     data = Data(asins=words, titles=words, texts=words, image_bytes=[], has_image=content.has_image,
                 side=rng.integers(0, 3, (V + 1, 3)).astype(np.int32), side_sizes=(3, 3, 3),
@@ -68,7 +69,7 @@ def model():
     """The smallest TPAD, all parameters random (adapters too), and a catalogue of random rows."""
     rng = np.random.default_rng(1)
     config, width = make_config().model, make_config().model.features
-    spec = tpad.build(SIZES, config, recommend=('r',), items=V, max_length=N,
+    spec = tpad.build(MLLM(**SIZES), config, recommend=('r',), items=V, max_length=N,
                       side_sizes=DATA.side_sizes)
     catalogue = jax.tree.map(jnp.asarray, {
         'warm': DATA.warm, 'side': DATA.side,
@@ -222,15 +223,20 @@ def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
-def test_frozen_parameters_come_out_as_they_went_in():
+def test_frozen_parameters_are_neither_copied_nor_given_away():
     spec, params, catalogue = model()
     full = train.make_spec(make_config(), 'recommend', spec, seed=5)
+    params = jax.tree.map(jnp.asarray, params)
     state = train.start(full, params, make_config().stage.recommend.train)
+    assert all(x is params[path] for path, x in state.frozen.items())
     devices = parallel.choose('jit', 1)
     batch = devices.place(next(draw('recommend')))
-    new, _ = devices.lift(partial(train.train_step, spec=full))(state, batch, catalogue)
-    for path, value in new.frozen.items():
-        np.testing.assert_array_equal(value, params[path])
+    lean = state.replace(frozen={})
+    shared = {'catalogue': catalogue, 'frozen': state.frozen}
+    new, _ = devices.lift(partial(train._lean_step, spec=full))(lean, batch, shared)
+    assert new.frozen == {}
+    assert not any(x.is_deleted() for x in params.values())
+    assert all(x.is_deleted() for x in lean.params.values())
     with pytest.raises(ValueError, match='matches no parameter'):
         optim.split(params, '^nothing/')
 

@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
-from tpad_jax import parallel, train
+from tpad_jax import bases, mixture, parallel, train
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
-from tpad_jax.models import alignment, pretrained, tpad
+from tpad_jax.models import alignment, tpad
+from tpad_jax.models.hf import layers
+from tpad_jax.models.knowledge import POOLING
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
@@ -69,6 +71,12 @@ def check(config) -> tuple[str, ...]:
         if not 0 <= config.model[key] < 1:
             raise InputError(f'config.model.{key}={config.model[key]} must be in 0..1, below 1')
     _at_least(1, 'mllm.text_length', config.mllm.text_length)
+    _at_least(0, 'mllm.image_size', config.mllm.image_size)
+    _at_least(0, 'mllm.chunk', config.mllm.chunk)
+    for key, choices in (('param_dtype', ('float32', 'bfloat16')),
+                         ('dtype', ('float32', 'bfloat16')), ('attention', layers.ATTENTION),
+                         ('remat', layers.REMAT), ('pooling', POOLING)):
+        _one_of(f'mllm.{key}', config.mllm[key], choices)
     _one_of('model.form', config.model.form, ('compressed', 'full'))
     for name, kind in config.model.critics.items():
         _one_of(f'model.critics.{name}', kind, alignment.KINDS)
@@ -88,13 +96,21 @@ def check(config) -> tuple[str, ...]:
                          'config.rivals would have; leave one of the two out')
     if config.data.npz:
         _check_ready_made(config, stages)
+        if config.partner:
+            if len(config.rivals):
+                raise InputError('config.partner and config.rivals both train recommenders beside '
+                                 'the first; leave one of the two out')
+            check(mixture.partnered(config))
         return stages
+    if config.partner:
+        raise InputError('config.partner is for ready-made sessions, config.data.npz; leave it '
+                         'empty')
     if config.data.protocol == 'published':
         raise InputError('config.data.protocol=published is said of ready-made sessions alone: '
                          'give them with --config.data.npz=FILE')
     if config.data.raw_dir:
         amazon.find(config.data.raw_dir)
-    _check_base(config)
+    bases.read(config)
     return stages
 
 
@@ -176,15 +192,6 @@ def _check_rivals(config):
         if not (whole['recommend'] or whole['use_id'] or whole['use_side']):
             raise InputError(f'config.{where} tells items apart by nothing: give it rows to '
                              'recommend from, use_id or use_side')
-
-
-def _check_base(config):
-    """Refuse a base that is none, or that was made for other sizes."""
-    sizes = pretrained.load_sizes(config.mllm.base or pretrained.DEFAULT)
-    for key, have, want in (('mllm.image_size', config.mllm.image_size, sizes['image_size']),
-                            ('model.features', config.model.features, sizes['features'])):
-        if have != want:
-            raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
 
 
 def _at_least(least, key, value):

@@ -18,11 +18,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax import encode, features, parallel, probes, results, train, writers
+from tpad_jax import bases, encode, mixture, parallel, plan, probes, results, train, writers
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim
 from tpad_jax.data import (
-    audit,
     batches,
     builder,
     graph,
@@ -34,7 +33,7 @@ from tpad_jax.data import (
 )
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
-from tpad_jax.models import pretrained, tpad
+from tpad_jax.models import tpad
 from tpad_jax.recommend import scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
@@ -60,7 +59,6 @@ class Job:
         self.seconds, self.sitting = {}, 0.0
         self.planted = self.content = None
         self.data = self._read()
-        self.base_dir = config.mllm.base or pretrained.DEFAULT
         self.max_length = config.data.max_length
         if self.planted is not None:
             self.max_length = min(self.max_length, synthetic.LENGTHS[1] - 1)
@@ -86,7 +84,7 @@ class Job:
         builder.prepare(raw_dir, self.workdir / 'data', **cut)
         return pipeline.load(self.workdir / 'data')
 
-    def build(self) -> None:
+    def build(self, stages, console) -> None:
         """Read content, the base and the first parameters; the slow part of preparing."""
         c, data = self.config, self.data
         self.probabilities = None
@@ -97,13 +95,12 @@ class Job:
             self._count()
             self.params = self._fresh(self.spec)
             return
-        self.content = pipeline.content(data, self.workdir / 'data', image_size=c.mllm.image_size,
-                                        tokenizer_dir=self.base_dir,
+        base = self.base = bases.read(c)
+        self.content = pipeline.content(data, self.workdir / 'data', image_size=base.image_size,
+                                        tokenizer_dir=base.directory,
                                         text_length=c.mllm.text_length)
-        sizes = pretrained.load_sizes(self.base_dir)
-        del sizes['image_size'], sizes['features']  # `check` compared them with the config
-        sizes['channels'] = tuple(sizes['channels'])
-        self.spec = tpad.build(sizes, c.model, **shared)
+        self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling,
+                               chunk=c.mllm.chunk, **shared)
         self._count()
         if self.planted is not None:
             self.probabilities = synthetic.catalogue_probabilities(self.planted, data.asins)
@@ -117,9 +114,14 @@ class Job:
                        rank=c.model.lora_rank, targets=c.model.lora_targets,
                        image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length)
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
-        given = ('base', 'knowledge')
-        loaded = pretrained.load_params(self.base_dir, {n: shapes[n] for n in given})
-        draw = parallel.compiled(lambda key: {n: p for n, p in make(key).items() if n not in given})
+        if c.mllm.checkpoint:  # said before gigabytes are read
+            for line in plan.of_run(c, base.module, shapes, self.devices, stages=stages,
+                                    positions=self.max_length):
+                console.print(line, markup=False, highlight=False)
+        held = {n: shapes[n] for n in base.given}
+        loaded = base.load(held, self.devices.shardings(held) if self.devices.model > 1 else None)
+        draw = parallel.compiled(
+            lambda key: {n: p for n, p in make(key).items() if n not in base.given})
         params = draw(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
 
@@ -143,8 +145,12 @@ class Job:
         """All parameters as a tree, with `trained` {path: array} laid over them."""
         return unflatten_dict({**self.params, **(trained or {})}, sep='/')
 
-    def run_stage(self, stage: str, writer, progress) -> None:
-        """Train a stage (or take up its finished checkpoint) and leave its rows behind."""
+    def run_stage(self, stage: str, writer, progress, name: str = '') -> None:
+        """Train a stage (or take up its finished checkpoint) and leave its rows behind.
+
+        `name`: of its folder, where that is not the stage's.
+        """
+        name = name or stage
         c = self.config.stage[stage]
         spec = train.make_spec(self.config, stage, self.spec, self.config.seed)
         if c.copy:
@@ -157,20 +163,20 @@ class Job:
             self.params = {**self.params, **copied}
         encoder = None
         if stage in MAKES:
-            encoder = encode.encoder(self.spec, self.content, MAKES[stage])
+            encoder = encode.encoder(self.spec, self.content, MAKES[stage], devices=self.devices)
         self.first = self.params
-        trained, rows, record = self._fit(stage, stage, spec, writer, progress, encoder)
+        trained, rows, record = self._fit(name, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
         self.record = record
-        (self.workdir / 'stages' / stage / DONE).touch()
-        self.seconds[stage] = record['seconds']
+        (self.workdir / 'stages' / name / DONE).touch()
+        self.seconds[name] = record['seconds']
         if encoder is not None:
-            for name, row in (rows or encoder(self.nested())).items():
-                features.write(self.workdir / 'features', name, np.asarray(row),
-                               {'stage': stage, 'seed': self.config.seed})
-                self.catalogue[name] = jnp.asarray(row)
+            self.catalogue |= encoder.leave(
+                self.nested(), self.workdir / 'features' / name, progress, self.stopping, rows,
+                stage=stage, seed=self.config.seed, data=self.data.fingerprint,
+                checkpoint=self.base.fingerprint)
 
-    def refit(self, writer, progress) -> None:
+    def refit(self, writer, progress, name: str = 'refit') -> None:
         """Train the recommender anew on training and validation sessions, for the chosen steps.
 
         Everything that is counted on training sessions is counted on both; nothing is chosen.
@@ -181,10 +187,10 @@ class Job:
         self._count()
         spec = train.make_spec(self.config, 'recommend', self.spec, self.config.seed)
         fresh = self._fresh(self.spec)  # the same draws, with rows for items new to training
-        trained, _, record = self._fit('refit', 'recommend', spec, writer, progress, None,
+        trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None,
                                        {**self.first, **fresh}, self.record['chosen'])
         self.params = {**self.params, **trained}
-        self.seconds['refit'] = record['seconds']
+        self.seconds[name] = record['seconds']
 
     def run_rival(self, name: str, writer, progress):
         """Train a recommender beside TPAD with the recommend stage's own care.
@@ -286,8 +292,8 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
         if set(stages) <= set(found['provenance']['stages']):
             console.print(writers.table(found))
             return found
-    job.build()
-    _introduce(job, console)
+    job.build(stages, console)
+    results.introduce(job, console)
     writer = writers.Writer(workdir)
     scorers, chosen, knowledge, probed = {}, {}, None, None
     try:
@@ -304,6 +310,10 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
                                   + '  '.join(f'{n} {x:.2f}' for n, x in probed.items()))
             if stage == 'recommend' and until == 'validation':
                 return {'valid': job.record['valid']}
+            if stage == 'recommend' and config.partner:
+                job.pause()
+                scorers, chosen = mixture.run(job, writer, writers.progress)
+                continue
             if stage == 'recommend' and config.refit:
                 job.pause()
                 job.refit(writer, writers.progress)
@@ -335,28 +345,6 @@ def _enter(workdir, config):
         raise InputError(f'{workdir} cannot be written to; choose another --workdir')
     if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
         claim(workdir, config.to_dict())
-
-
-def _introduce(job, console):
-    """The run's first lines: which data, how it was cut, and what the audit says of it."""
-    data, facts = job.data, results.data_facts(job)
-    source = ('the planted catalogue (config.data.raw_dir is empty), seed '
-              f'{job.config.data.planted.seed}' if job.planted is not None
-              else job.config.data.npz or job.config.data.raw_dir)
-    lines = facts['lines']
-    rejected = ', '.join(f'{n} {why}' for why, n in lines['rejected'].items()) or 'none'
-    pictures = ('no content' if job.content is None
-                else f'{facts["items_without_image"]} without image')
-    writers.print_header(f'TPAD  {job.config.name}', {
-        'data': source,
-        'sessions read' if job.content is None else 'raw lines':
-            f'{lines["read"]} read, {lines["kept"]} kept, rejected: {rejected}',
-        'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
-        'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
-        'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}',
-        'workdir': job.workdir}, console)
-    for line in audit.describe(data.audit):
-        console.print(line, markup=False, highlight=False)
 
 
 def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):

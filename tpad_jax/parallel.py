@@ -21,9 +21,14 @@ ITEMS = r'(^|/)recommender/fusion/id$'  # the table that grows with the catalogu
 # path and whose parts are whole decides. An optimiser's moments have the path of their parameter at
 # the end of their own. V+1 rows that do not divide leave the table to its columns; one for which
 # neither fits has no rule.
+# A checkpoint's decoder is cut so that a layer needs one sum over 'model' behind its attention and
+# one behind its MLP; kernels are stacked over layers, [layers, in, out].
+LAYERS = r'(^|/)base/decoder/layers/'
 RULES = (
     (ITEMS, PartitionSpec(MODEL, None)),
     (ITEMS, PartitionSpec(None, MODEL)),
+    (LAYERS + r'(attention/[qkv]|gate|up)/kernel$', PartitionSpec(None, None, MODEL)),
+    (LAYERS + r'(attention/o|down)/kernel$', PartitionSpec(None, MODEL, None)),
     (rf'^(?!.*{ITEMS})', PartitionSpec()),
 )
 

@@ -93,7 +93,7 @@ def objective(model, params, key, image, tokens, target, questions):
         weight = ~given
     else:
         given = jax.random.bernoulli(keys[3], 0.4, target.shape)
-        weight = target > 0
+        weight = target >= 0
     k = model.apply({'params': params}, image, has_image, tokens, keep)
     hidden = model.apply({'params': params}, k, target, given, method='describe')
     logits = hidden @ params['base']['embed']['embedding'].T
@@ -111,7 +111,7 @@ def main(argv):
     train_tokenizer([*texts, *questions], out)
     tokens = text.tokenize(['', *texts], out, TEXT)[1:]
     targets = text.tokenize(['', *questions], out, CAPTION + 1)[1:]
-    assert ((targets > 0).sum(1) == CAPTION).all()  # every word is one token
+    assert ((targets >= 0).sum(1) == CAPTION).all()  # every word is one token
     targets = targets[:, :CAPTION]
     model = KnowledgeMLLM(MLLM(**{**SIZES, 'channels': tuple(SIZES['channels'])}), FEATURES)
     params = nn.unbox(jax.jit(partial(model.init, method='everything'))(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from tpad_jax import baselines, compare, figures, metrics, resampling, slices, writers
-from tpad_jax.data import images, sessions
+from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.models import tpad
 from tpad_jax.recommend import top
@@ -104,6 +104,28 @@ def data_facts(job) -> dict:
             'planted': job.planted is not None, 'protocol': job.config.data.protocol,
             'refit': job.final is not job.data,
             'fingerprint': data.fingerprint}
+
+
+def introduce(job, console):
+    """The run's first lines: which data, how it was cut, and what the audit says of it."""
+    data, facts = job.data, data_facts(job)
+    source = ('the planted catalogue (config.data.raw_dir is empty), seed '
+              f'{job.config.data.planted.seed}' if job.planted is not None
+              else job.config.data.npz or job.config.data.raw_dir)
+    lines = facts['lines']
+    rejected = ', '.join(f'{n} {why}' for why, n in lines['rejected'].items()) or 'none'
+    pictures = ('no content' if job.content is None
+                else f'{facts["items_without_image"]} without image')
+    writers.print_header(f'TPAD  {job.config.name}', {
+        'data': source,
+        'sessions read' if job.content is None else 'raw lines':
+            f'{lines["read"]} read, {lines["kept"]} kept, rejected: {rejected}',
+        'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
+        'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
+        'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}',
+        'workdir': job.workdir}, console)
+    for line in audit.describe(data.audit):
+        console.print(line, markup=False, highlight=False)
 
 
 def provenance(job) -> dict:

@@ -108,9 +108,18 @@ def start(spec: StepSpec, params: dict, pattern: str) -> State:
     trained, frozen = optim.split(params, pattern)
     loss_state = {name: fn.initial_state() for name, fn, _, _ in spec.losses
                   if hasattr(fn, 'initial_state')}
-    # a copy: the state is donated, and the caller keeps its parameters
-    return State(jnp.int32(0), jax.tree.map(jnp.copy, trained), jax.tree.map(jnp.copy, frozen),
-                 spec.tx.init(trained), loss_state)
+    # a copy: what trains is donated, and the caller keeps its parameters
+    return State(jnp.int32(0), jax.tree.map(jnp.copy, trained), frozen, spec.tx.init(trained),
+                 loss_state)
+
+
+def _lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | None):
+    """`train_step` with the frozen parameters beside the state, which is donated: the base of a
+    large model is never copied, and never goes through a step.
+    """
+    state, logged = train_step(state.replace(frozen=shared['frozen']), batch, shared['catalogue'],
+                               spec=spec, axis=axis)
+    return state.replace(frozen={}), logged
 
 
 @dataclass
@@ -164,27 +173,29 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     """
     refreshed = loop.refreshed if loop.refresh else ()
     state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
+    state, frozen = state.replace(frozen={}), state.frozen
     meta = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
 
     def held():
-        return {'state': state.replace(frozen={}), 'rows': {n: catalogue[n] for n in refreshed}}
+        return {'state': state, 'rows': {n: catalogue[n] for n in refreshed}}
 
     expected = abstract(held())
     found = loop.checkpoints.latest(expected)
     if found is not None:
         _, saved, meta = found
-        state = saved['state'].replace(frozen=state.frozen)
+        state = saved['state']
         catalogue = {**catalogue, **saved['rows']}
     begun, before = time.perf_counter(), meta['seconds']
     number = int(state.step)
     loop.writer.rewind(loop.name, number)
     if not meta['done']:
-        step = loop.devices.lift(partial(train_step, spec=spec))
+        step = loop.devices.lift(partial(_lean_step, spec=spec))
         with (closing(loop.batches(number)) as batches,
               loop.progress(loop.name, loop.total, number) as bar):
             batch, pending = loop.devices.place(next(batches)), None
             while not meta['done']:
-                state, logged = step(state, batch, catalogue)
+                shared = {'catalogue': catalogue, 'frozen': frozen}
+                state, logged = step(state, batch, shared)
                 number += 1
                 batch = loop.devices.place(next(batches))  # transfers while the step computes
                 if pending is not None:

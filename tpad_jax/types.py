@@ -34,7 +34,7 @@ class Batch:
     ids: jax.Array | None = None  # int32 [U] item of a content row
     image: jax.Array | None = None  # uint8 [U, H, W, 3]
     has_image: jax.Array | None = None  # bool [U]
-    tokens: jax.Array | None = None  # int32 [U, T], 0 pads at the end
+    tokens: jax.Array | None = None  # int32 [U, T], -1 pads at the end
 
     @property
     def mask(self):

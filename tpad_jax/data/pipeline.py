@@ -17,7 +17,8 @@ from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
 
 READ_CHUNK = 16_384  # records per read
-DECODE_CHUNK = 512  # images held encoded at a time
+DECODE_CHUNK = 512  # images held encoded at a time, twice
+BAD_IMAGES = 'bad_images.txt'  # the items whose images could not be decoded
 
 
 class ImageBytes(Sequence):
@@ -118,6 +119,7 @@ def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length
 
     The file holds (V + 1) * image_size^2 * 3 bytes and is mapped, not read. Processes that share
     data_dir may call this at once: they write the same bytes, each to a file of its own first.
+    bad_images.txt beside it lists the items whose images could not be decoded, a line for each.
 
     Args:
       data: of `load(data_dir)`.
@@ -148,15 +150,22 @@ def _decode(data: Data, size: int, image_file: Path, decoded_file: Path) -> None
                                        shape=(data.num_items + 1, size, size, 3))
     decoded = np.zeros(data.num_items + 1, bool)
     there = np.flatnonzero(data.has_image)
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-        for begin in range(0, len(there), DECODE_CHUNK):
-            chunk = there[begin:begin + DECODE_CHUNK]
-            encoded = data.image_bytes.read(chunk)
+    chunks = [there[begin:begin + DECODE_CHUNK] for begin in range(0, len(there), DECODE_CHUNK)]
+    # decoding releases the interpreter's lock; a chunk is read while the one before is decoded
+    with ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(data.image_bytes.read, chunks[0]) if chunks else None
+        for number, chunk in enumerate(chunks, 1):
+            encoded = ahead.result()
+            if number < len(chunks):
+                ahead = reader.submit(data.image_bytes.read, chunks[number])
             for item, image in zip(chunk, pool.map(lambda data: images.decode(data, size), encoded),
                                    strict=True):
                 if image is not None:
                     pixels[item], decoded[item] = image, True
     pixels.flush()
+    part_list, bad = part_image.with_suffix('.list'), np.flatnonzero(data.has_image & ~decoded)
+    part_list.write_text(''.join(f'{data.asins[item]}\n' for item in bad))
+    os.replace(part_list, image_file.with_name(BAD_IMAGES))
     with part_decoded.open('wb') as file:
         np.save(file, decoded)
     os.replace(part_image, image_file)

@@ -43,35 +43,43 @@ def item_texts(catalogue: pl.DataFrame) -> list[str]:
 def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.ndarray:
     """Token ids of the texts by the Hugging Face tokenizer in a local directory.
 
-    Special tokens are left to the model; long texts keep their first `length` tokens, short ones
-    are padded on the right with the tokenizer's pad token (0 in the default base).
+    Special tokens are left to the prompt, and a text that spells one out does not become it; long
+    texts keep their first `length` tokens, short ones are padded on the right with -1.
 
     -> int32 [V + 1, length]; an empty text is all padding.
 
     Raises:
-      InputError: the directory holds no usable tokenizer, or one without a pad token.
+      InputError: the directory holds no usable tokenizer.
     """
-    if not Path(tokenizer_dir).is_dir():
-        raise InputError(f'{tokenizer_dir}: no such directory; give the local directory of a '
+    tokenizer = read_tokenizer(tokenizer_dir)
+    tokens = np.full((len(texts), length), -1, np.int32)
+    for begin in range(0, len(texts), TOKENIZER_CHUNK):
+        chunk = tokenizer(texts[begin:begin + TOKENIZER_CHUNK], add_special_tokens=False,
+                          truncation=True, max_length=length, split_special_tokens=True)
+        for row, ids in zip(tokens[begin:begin + TOKENIZER_CHUNK], chunk['input_ids'],
+                            strict=True):
+            row[:len(ids)] = ids
+    return tokens
+
+
+def read_tokenizer(directory: str | Path):
+    """The tokenizer in a local directory.
+
+    Raises:
+      InputError: it holds no usable one.
+    """
+    if not Path(directory).is_dir():
+        raise InputError(f'{directory}: no such directory; give the local directory of a '
                          'tokenizer (tokenizer.json and tokenizer_config.json)')
     from transformers import AutoTokenizer  # slow to import, and few callers tokenize
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f'{tokenizer_dir}: no usable tokenizer ({str(error).splitlines()[0]}); '
+        raise InputError(f'{directory}: no usable tokenizer ({str(error).splitlines()[0]}); '
                          'it needs tokenizer.json and tokenizer_config.json') from error
-    if tokenizer.pad_token_id is None:
-        raise InputError(f'{tokenizer_dir}: the tokenizer has no pad token; set "pad_token" in its '
-                         'tokenizer_config.json')
     tokenizer.padding_side = tokenizer.truncation_side = 'right'
-    tokens = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
-    for begin in range(0, len(texts), TOKENIZER_CHUNK):
-        chunk = texts[begin:begin + TOKENIZER_CHUNK]
-        tokens[begin:begin + len(chunk)] = tokenizer(
-            chunk, add_special_tokens=False, truncation=True, max_length=length,
-            padding='max_length')['input_ids']
-    return tokens
+    return tokenizer
 
 
 def side_features(catalogue: pl.DataFrame,

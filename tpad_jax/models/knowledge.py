@@ -4,17 +4,21 @@
 [ours] one summary token per modality closes the prompt; a feature is read from its hidden state
 plus the mean over its modality's tokens (without that skip the summary tokens stayed empty); and
 the description is written by a second pass of the decoder that is given the features alone, so that
-whatever the description needs has to pass through them.
+whatever the description needs has to pass through them. A real checkpoint may instead be read as
+such models are elsewhere: at the prompt's last token, or by the mean over its tokens.
 """
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from tpad_jax.models import stream as streams
+from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.lora import Linear
 from tpad_jax.models.mllm import MLLM
 from tpad_jax.models.transformer import RMSNorm
 
 MODALITIES = ('image', 'text')
+POOLING = ('summary', 'last', 'mean')  # how an item's features are read off its states
 
 
 def masked_mean(x, mask):
@@ -32,13 +36,25 @@ class Writer(nn.Module):
 
     @nn.compact
     def __call__(self, base, features, tokens, keep):
-        """Write tokens int32 [B, T] from features [B, K, D]; keep bool [B, T]: words it may see."""
+        """Write tokens int32 [B, T] (-1 pads) from features [B, K, D]; keep bool [B, T]: words it
+        may see.
+        """
         prefix = Linear(base.width, use_bias=True, name='prefix')(features)
         blank = self.param('blank', nn.initializers.normal(0.02), (base.width,))
-        words = jnp.where(keep[..., None], base.words(tokens), blank)[:, :-1]
-        x = jnp.concatenate([prefix, words], axis=1)
-        seen = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), tokens[:, :-1] > 0], axis=1)
-        return base(x, seen)[:, prefix.shape[1] - 1:]
+        words = jnp.where(keep[..., None], base.words(jnp.maximum(tokens, 0)), blank)[:, :-1]
+        given = streams.plain(prefix, jnp.ones(prefix.shape[:2], bool))
+        written = streams.plain(words, tokens[:, :-1] >= 0)
+        return base(streams.join(given, written))[:, prefix.shape[1] - 1:]
+
+
+def opening(module, rows):
+    """How a prompt of `rows` rows begins: the checkpoint's own tokens, else a learned vector."""
+    base = module.base
+    if base.before:
+        ids = jnp.broadcast_to(jnp.array(base.before, jnp.int32), (rows, len(base.before)))
+        return base.say(ids, jnp.ones(ids.shape, bool))
+    start = jnp.broadcast_to(module.prompt, (rows, *module.prompt.shape))
+    return streams.plain(start, jnp.ones(start.shape[:2], bool))
 
 
 class KnowledgeMLLM(nn.Module):
@@ -47,16 +63,22 @@ class KnowledgeMLLM(nn.Module):
     Attributes:
       base: the shared MLLM (its parameters stand under 'base').
       features: width D of a modality's feature.
+      pooling: see POOLING. 'summary': a learned token per modality at the end, beside the mean over
+        the modality's tokens; 'last': the last token's state, the same for both; 'mean': the means
+        alone.
     """
 
-    base: MLLM
+    base: MLLM | VLM
     features: int
+    pooling: str = 'summary'
 
     def setup(self):
         """Build the heads."""
         small = nn.initializers.normal(0.02)
-        self.prompt = self.param('prompt', small, (1, self.base.width))
-        self.summary = self.param('summary', small, (len(MODALITIES), self.base.width))
+        if not self.base.before:
+            self.prompt = self.param('prompt', small, (1, self.base.width))
+        if self.pooling == 'summary':
+            self.summary = self.param('summary', small, (len(MODALITIES), self.base.width))
         self.norm = RMSNorm()
         self.head = [Linear(self.features, use_bias=True) for _ in MODALITIES]
         self.writer = Writer()
@@ -66,28 +88,39 @@ class KnowledgeMLLM(nn.Module):
 
         Args:
           image: uint8 [U, H, W, 3]; has_image: bool [U], False: the image is not looked at.
-          tokens: int32 [U, T], 0 pads.
+          tokens: int32 [U, T], -1 pads.
           keep: bool [U, T], False: the word is withheld; None: the whole text is given.
 
         Returns:
-          k [U, M, D].
+          k float32 [U, M, D].
         """
-        seen, words = self.base.see(image), self.base.words(tokens)
-        rows = image.shape[0]
-        image_mask = jnp.broadcast_to(has_image[:, None], seen.shape[:2])
-        text_mask = tokens > 0 if keep is None else (tokens > 0) & keep
-        ends = (rows, len(MODALITIES), self.base.width)
-        start = jnp.broadcast_to(self.prompt, (rows, *self.prompt.shape))
-        x = jnp.concatenate([start, seen, words, jnp.broadcast_to(self.summary, ends)], axis=1)
-        mask = jnp.concatenate([jnp.ones((rows, 1), bool), image_mask, text_mask,
-                                jnp.ones(ends[:2], bool)], axis=1)
-        h = self.base(x, mask)
-        split = 1 + seen.shape[1]
-        pooled = (masked_mean(h[:, 1:split], image_mask),
-                  masked_mean(h[:, split:-len(MODALITIES)], text_mask))
-        ends = h[:, -len(MODALITIES):]
-        return jnp.stack([head(self.norm(ends[:, m] + pooled[m]))
-                          for m, head in enumerate(self.head)], axis=1)
+        seen = self.base.frame(image, has_image)
+        text_mask = tokens >= 0 if keep is None else (tokens >= 0) & keep
+        said = self.base.say(jnp.maximum(tokens, 0), text_mask)
+        start = opening(self, len(tokens))
+        parts = [start, seen, said]
+        if self.base.end:
+            ids = jnp.broadcast_to(jnp.array(self.base.end, jnp.int32),
+                                   (len(tokens), len(self.base.end)))
+            parts.append(self.base.say(ids, jnp.ones(ids.shape, bool)))
+        if self.pooling == 'summary':
+            ends = jnp.broadcast_to(self.summary, (len(tokens), *self.summary.shape))
+            parts.append(streams.plain(ends, jnp.ones(ends.shape[:2], bool)))
+        stream = streams.join(*parts)
+        h = self.base(stream).astype(jnp.float32)
+        if self.pooling == 'last':
+            last = h.shape[1] - 1 - jnp.argmax(stream.mask[:, ::-1], axis=1)
+            states = (h[jnp.arange(len(h)), last],) * len(MODALITIES)
+        else:
+            begin = start.x.shape[1]
+            split = begin + seen.x.shape[1]
+            states = (masked_mean(h[:, begin:split], seen.mask),
+                      masked_mean(h[:, split:split + tokens.shape[1]], text_mask))
+        if self.pooling == 'summary':
+            ends = h[:, -len(MODALITIES):]
+            states = tuple(ends[:, m] + pooled for m, pooled in enumerate(states))
+        return jnp.stack([head(self.norm(state))
+                          for head, state in zip(self.head, states, strict=True)], axis=1)
 
     def describe(self, k, tokens, keep):
         """Hidden states [B, T, width] that predict tokens int32 [B, T] from k [B, M, D] alone."""
@@ -96,4 +129,4 @@ class KnowledgeMLLM(nn.Module):
     def everything(self, image, has_image, tokens):
         """Touch every parameter once: what initialisation calls."""
         k = self(image, has_image, tokens)
-        return self.describe(k, tokens, tokens > 0)
+        return self.describe(k, tokens, tokens >= 0)

@@ -1,8 +1,14 @@
-"""The multimodal language model both encoders share: vision tower, projector, decoder."""
+"""The small multimodal language model of the default base: vision tower, projector, decoder.
+
+It has the same few methods as `hf.vlm.VLM`, which stands in its place with a real checkpoint: both
+readers are written against these.
+"""
 
 import flax.linen as nn
 
+from tpad_jax.models import stream as streams
 from tpad_jax.models.lora import Linear
+from tpad_jax.models.stream import Stream
 from tpad_jax.models.transformer import Transformer
 from tpad_jax.models.vision import VisionTower
 
@@ -11,9 +17,10 @@ class MLLM(nn.Module):
     """Image and text tokens in one causal decoder; the output embedding is the input's, tied.
 
     Attributes:
-      vocab: size of the token vocabulary; token 0 is padding.
+      vocab: size of the token vocabulary.
       width, layers, heads, hidden: the decoder.
       channels, vision_layers: the vision tower (see VisionTower).
+      before, between, end: token ids around an item's or a session's content: none.
     """
 
     vocab: int
@@ -23,6 +30,9 @@ class MLLM(nn.Module):
     hidden: int
     channels: tuple[int, ...]
     vision_layers: int
+    before: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
 
     def setup(self):
         """Build the parts."""
@@ -32,14 +42,19 @@ class MLLM(nn.Module):
                               embedding_init=nn.initializers.normal(self.width**-0.5))
         self.decoder = Transformer(self.layers, self.heads, self.hidden)
 
-    def see(self, image):
-        """Image uint8 [B, H, W, 3] -> image tokens [B, P, D]."""
-        return self.projector[1](nn.gelu(self.projector[0](self.vision(image))))
+    def frame(self, image, there) -> Stream:
+        """Images uint8 [B, H, W, 3], there bool [B] -> their tokens [B, P, D]."""
+        x = self.projector[1](nn.gelu(self.projector[0](self.vision(image))))
+        return streams.plain(x, there[:, None])
 
     def words(self, tokens):
-        """Token ids int32 [B, T] -> embeddings [B, T, D]."""
+        """Token ids int32 [...] -> embeddings [..., D]."""
         return self.embed(tokens)
 
-    def __call__(self, x, mask):
-        """Decode embeddings x [B, L, D], mask bool [B, L] -> hidden states [B, L, D]."""
-        return self.decoder(x, mask)
+    def say(self, tokens, mask) -> Stream:
+        """Token ids int32 [..., T], mask bool [..., T] -> their part of a stream."""
+        return streams.plain(self.words(tokens), mask)
+
+    def __call__(self, stream: Stream):
+        """Read a stream [B, L] -> hidden states [B, L, D] after the last norm."""
+        return self.decoder(stream.x, stream.mask)

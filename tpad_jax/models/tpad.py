@@ -20,10 +20,12 @@ from jax.tree_util import Partial
 
 from tpad_jax.errors import InputError
 from tpad_jax.models import lora
+from tpad_jax.models import stream as streams
 from tpad_jax.models.alignment import Adapter, Critic, Disentangle, GaussianQ, unit
 from tpad_jax.models.attention import row_keys
 from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.global_graph import GlobalGraphGNN
+from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
 from tpad_jax.models.repeats import last, shifts
@@ -59,6 +61,8 @@ class TPAD:
       normalise: z and h have length one, and their products are divided by a learned temperature.
       temperature: where that starts.
       repeats: the items of a prefix get a learned shift of their scores, see repeats.py.
+      chunk: items an MLLM reads at a time in a step, 0: all; a backward pass then reads them again,
+        chunk by chunk, and keeps the activations of one.
     """
 
     knowledge: KnowledgeMLLM | None
@@ -77,18 +81,19 @@ class TPAD:
     normalise: bool = False
     temperature: float = 0.07
     repeats: bool = False
+    chunk: int = 0
 
 
-def build(base: dict, model: Any, *, recommend: tuple, items: int, max_length: int,
-          side_sizes: tuple) -> TPAD:
-    """Modules from plain numbers: `base` (the MLLM's sizes) and `model` (config.model).
+def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, max_length: int,
+          side_sizes: tuple, pooling: str = 'summary', chunk: int = 0) -> TPAD:
+    """Modules from the shared MLLM `base` and plain numbers, `model` (config.model).
 
     Without a base (None) there are no MLLMs, and only the recommender can be asked for anything.
     """
-    mllm = base and MLLM(**base)
     width = model.features
     return TPAD(
-        knowledge=mllm and KnowledgeMLLM(mllm, width), transfer=mllm and TransferMLLM(mllm, width),
+        knowledge=base and KnowledgeMLLM(base, width, pooling),
+        transfer=base and TransferMLLM(base, width),
         disentangle=Disentangle(2 * width, width), adapter=Adapter(2 * width, width),
         club=GaussianQ(2 * width),
         critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),
@@ -97,7 +102,8 @@ def build(base: dict, model: Any, *, recommend: tuple, items: int, max_length: i
         encoder=build_encoder(model, max_length),
         recommend=recommend, form=model.form, withhold=model.withhold,
         word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank,
-        normalise=model.normalise, temperature=model.temperature, repeats=model.repeats)
+        normalise=model.normalise, temperature=model.temperature, repeats=model.repeats,
+        chunk=chunk)
 
 
 def build_encoder(model: Any, max_length: int):
@@ -133,10 +139,9 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
                      method='everything')
     base = knowledge.pop('base')
     del transfer['base']  # the two share one
-    reader = {'decoder': base['decoder']}
     return {
         'base': base,
-        'lora': {n: lora.init(next(keys), reader, rank=rank, targets=targets)
+        'lora': {n: lora.init(next(keys), base, rank=rank, targets=targets)
                  for n in ('knowledge', 'transfer', 'distil')},
         'knowledge': knowledge,
         'transfer': transfer,
@@ -192,7 +197,21 @@ def transfer_variables(spec, params):
 def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
     """Content of U items -> k [U, M, D] under a LoRA tree ('knowledge' or 'distil')."""
     variables = knowledge_variables(spec, params, adapter)
-    return spec.knowledge.apply(variables, image, has_image, tokens, keep)
+    given = (image, has_image, tokens, tokens >= 0 if keep is None else keep)
+    total = len(tokens)
+    if not spec.chunk or total <= spec.chunk:
+        return spec.knowledge.apply(variables, *given)
+
+    @jax.checkpoint
+    def read(part):
+        return spec.knowledge.apply(variables, *part)
+
+    parts = -(-total // spec.chunk)
+    given = jax.tree.map(lambda x: jnp.pad(
+        x, ((0, parts * spec.chunk - total), *((0, 0),) * (x.ndim - 1))
+    ).reshape(parts, spec.chunk, *x.shape[1:]), given)
+    k = jax.lax.map(read, given)
+    return k.reshape(-1, *k.shape[2:])[:total]
 
 
 def distil_items(spec, params, image, has_image, tokens):
@@ -301,18 +320,18 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
                                                method='describe')
         out['describe.tokens'] = tokens
     if needs & {'describe', 'foretell'}:
-        out['vocabulary'] = params['base']['embed']['embedding']
+        out['vocabulary'] = (params['base']['head']['kernel'].T if 'head' in params['base']
+                             else params['base']['embed']['embedding'])
 
     if reads_sessions:
         variables = transfer_variables(spec, params)
         read = partial(spec.transfer.apply, variables)
         if spec.form == 'compressed':
             x = read(k, method='compress')
-            there = jnp.ones(x.shape[:3], bool)
         else:
-            x, there = (y[batch.slots] for y in read(batch.image, batch.has_image, batch.tokens,
-                                                     method='unfold'))
-        t = out['t'] = read(x, there, batch.mask)
+            x = streams.rows(read(batch.image, batch.has_image, batch.tokens, method='unfold'),
+                             batch.slots)
+        t = out['t'] = read(x, batch.mask)
         out['c'], out['p'] = spec.disentangle.apply({'params': params['disentangle']}, t)
         if 'foretell' in needs:
             at = _pick(keys['pick'], batch)
@@ -352,7 +371,7 @@ def _score(module, params, x, y):
 def _keep(key, rows, tokens, rate):
     """Bool like tokens [B, T]: words that stay visible, drawn per row number; None: all of them."""
     if key is None:
-        return tokens > 0
+        return tokens >= 0
     keys = row_keys(key, rows)
     return jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, tokens.shape[1:]))(keys)
 

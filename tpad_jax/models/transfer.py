@@ -10,9 +10,12 @@ import einops
 import flax.linen as nn
 import jax.numpy as jnp
 
-from tpad_jax.models.knowledge import MODALITIES, Writer, masked_mean
+from tpad_jax.models import stream as streams
+from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.models.knowledge import MODALITIES, Writer, masked_mean, opening
 from tpad_jax.models.lora import Linear, uniform
 from tpad_jax.models.mllm import MLLM
+from tpad_jax.models.stream import Stream
 from tpad_jax.models.transformer import RMSNorm
 
 
@@ -24,52 +27,53 @@ class TransferMLLM(nn.Module):
       features: width D of t.
     """
 
-    base: MLLM
+    base: MLLM | VLM
     features: int
 
     def setup(self):
         """Build the heads."""
         small = uniform(0.03)
-        self.prompt = self.param('prompt', small, (1, self.base.width))
+        if not self.base.before:
+            self.prompt = self.param('prompt', small, (1, self.base.width))
         self.summary = self.param('summary', small, (1, self.base.width))
         self.into = [Linear(self.base.width, use_bias=True) for _ in MODALITIES]
         self.norm = RMSNorm()
         self.head = Linear(self.features, use_bias=True)
         self.writer = Writer()
 
-    def compress(self, k):
+    def compress(self, k) -> Stream:
         """Knowledge features k [..., M, D] -> item tokens [..., M, width]."""
-        return jnp.stack([into(k[..., m, :]) for m, into in enumerate(self.into)], axis=-2)
+        x = jnp.stack([into(k[..., m, :]) for m, into in enumerate(self.into)], axis=-2)
+        return streams.plain(x, jnp.ones(x.shape[:-1], bool))
 
-    def unfold(self, image, has_image, tokens):
-        """An item's image and text tokens and their mask: [U, P + T, width], bool [U, P + T]."""
-        seen = self.base.see(image)
-        image_mask = jnp.broadcast_to(has_image[:, None], seen.shape[:2])
-        x = jnp.concatenate([seen, self.base.words(tokens)], axis=1)
-        return x, jnp.concatenate([image_mask, tokens > 0], axis=1)
+    def unfold(self, image, has_image, tokens) -> Stream:
+        """An item's image and text tokens, [U, P + T, width]."""
+        parts = [self.base.frame(image, has_image),
+                 self.base.say(jnp.maximum(tokens, 0), tokens >= 0)]
+        if self.base.between:
+            ids = jnp.broadcast_to(jnp.array(self.base.between, jnp.int32),
+                                   (len(tokens), len(self.base.between)))
+            parts.append(self.base.say(ids, jnp.ones(ids.shape, bool)))
+        return streams.join(*parts)
 
-    def __call__(self, x, token_mask, mask):
+    def __call__(self, items: Stream, mask):
         """Read sessions.
 
         Args:
-          x: item tokens [B, N, L, width] from `compress` or `unfold`.
-          token_mask: bool [B, N, L], tokens that exist; mask: bool [B, N], positions that do.
+          items: tokens [B, N, L, width] from `compress` or `unfold`.
+          mask: bool [B, N], positions that hold an item.
 
         Returns:
-          t [B, N, D]; t[:, j] depends on positions up to j alone.
+          t float32 [B, N, D]; t[:, j] depends on positions up to j alone.
         """
         rows, positions = mask.shape
         summary = jnp.broadcast_to(self.summary, (rows, positions, 1, self.base.width))
-        x = jnp.concatenate([x, summary], axis=2)
-        token_mask = jnp.concatenate([token_mask, jnp.ones((rows, positions, 1), bool)], axis=2)
-        token_mask = token_mask & mask[:, :, None]
-        prompt = jnp.broadcast_to(self.prompt, (rows, *self.prompt.shape))
-        flat = jnp.concatenate([prompt, einops.rearrange(x, 'b n l d -> b (n l) d')], axis=1)
-        flat_mask = jnp.concatenate([jnp.ones((rows, 1), bool),
-                                     einops.rearrange(token_mask, 'b n l -> b (n l)')], axis=1)
-        h = self.base(flat, flat_mask)[:, 1:]
-        h = einops.rearrange(h, 'b (n l) d -> b n l d', n=positions)
-        skip = masked_mean(h[:, :, :-1], token_mask[:, :, :-1])
+        x = streams.join(items, streams.plain(summary, jnp.ones(summary.shape[:-1], bool)))
+        x = x.replace(mask=x.mask & mask[:, :, None])
+        start = opening(self, rows)
+        h = self.base(streams.join(start, streams.flatten(x)))[:, start.x.shape[1]:]
+        h = einops.rearrange(h.astype(jnp.float32), 'b (n l) d -> b n l d', n=positions)
+        skip = masked_mean(h[:, :, :-1], x.mask[:, :, :-1])
         return self.head(self.norm(h[:, :, -1] + skip))
 
     def foretell(self, t, tokens, keep):
@@ -79,6 +83,5 @@ class TransferMLLM(nn.Module):
     def everything(self, k, mask, image, has_image, tokens):
         """Touch every parameter once: what initialisation calls."""
         self.unfold(image, has_image, tokens)
-        x = self.compress(k)
-        t = self(x, jnp.ones(x.shape[:3], bool), mask)
-        return self.foretell(t[:, 0], tokens, tokens > 0)
+        t = self(self.compress(k), mask)
+        return self.foretell(t[:, 0], tokens, tokens >= 0)

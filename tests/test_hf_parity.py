@@ -1,0 +1,93 @@
+"""Tiny random models of every family against torch, as benchmarks/parity.py compares them."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip('torch')
+
+from benchmarks import parity, parity_torch
+from tests import tiny_hf
+from tpad_jax.models.hf import spec as specs
+
+ROOT = Path(__file__).parent.parent
+
+
+def compared(name, directory, *, seed=0, side=None, steps=0, with_gradients=False):
+    tiny_hf.save(name, directory, seed=seed)
+    found = parity.judged(directory, side or tiny_hf.side(name), name, dtype='float32',
+                          steps=steps, with_gradients=with_gradients)
+    wrong = [f for f in found if not f['good']]
+    assert not wrong, wrong
+    return {f['what'] for f in found}
+
+
+@pytest.mark.parametrize('name', [n for n in tiny_hf.NAMES if n not in parity.FAMILIES])
+def test_what_no_golden_checkpoint_shows(name, tmp_path):
+    found = compared(name, tmp_path)
+    assert found == {'inputs', 'layer 1', 'layer 2', 'last', 'logits'}
+
+
+def test_greedy_tokens_and_gradients(tmp_path):
+    found = compared('qwen3_vl_tied', tmp_path, steps=6, with_gradients=True)
+    assert 'tokens' in found
+    assert sum(f.startswith('gradient of') for f in found) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', tiny_hf.NAMES)
+def test_everything(name, tmp_path):
+    compared(name, tmp_path, seed=1, steps=32, with_gradients=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('side', [16, 64, 80])
+@pytest.mark.parametrize('name', ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'])
+def test_other_sizes_of_images(name, side, tmp_path):
+    compared(name, tmp_path, seed=2, side=side)
+
+
+def test_rows_differ_in_images_and_length(tmp_path):
+    tiny_hf.save('llava', tmp_path)
+    spec = specs.read(tmp_path)
+    words, images = parity_torch.words(tmp_path, spec), tiny_hf.images(3, 32)
+    left, right = (parity_torch.prompt(spec, 32, left=x, words=words, images=images)
+                   for x in (True, False))
+    held = (right.tokens == spec.image_id).sum(1)
+    np.testing.assert_array_equal(held, [0, 16, 32])
+    assert not left.mask[:2, 0].any()
+    assert not right.mask[:2, -1].any()
+    assert left.mask[:, -1].all()
+    assert right.mask[:, 0].all()
+    np.testing.assert_array_equal(left.tokens[left.mask], right.tokens[right.mask])
+
+
+def test_a_difference_is_above_the_bar(tmp_path, monkeypatch):
+    tiny_hf.save('llava', tmp_path)
+    read = specs.read
+
+    def other(directory):
+        spec = read(directory)
+        return replace(spec, decoder=replace(spec.decoder, theta=1e4))
+
+    monkeypatch.setattr(specs, 'read', other)
+    found = parity.judged(tmp_path, 32, 'llava', dtype='float32', steps=0, with_gradients=False)
+    assert {f['what'] for f in found if f['good']} == {'inputs'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('bar', 'status'), [(1e-2, 0), (1e-9, 1)])
+def test_command(tmp_path, bar, status):
+    tiny_hf.save('qwen2_vl', tmp_path)
+    out = tmp_path / 'parity.json'
+    done = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.parity', f'--checkpoint={tmp_path}', '--side=48',
+         f'--bar={bar}', '--steps=2', f'--out={out}'], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=600)
+    assert done.returncode == status, done.stderr
+    assert 'max_abs_diff=' in done.stdout
+    assert out.is_file()

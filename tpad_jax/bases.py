@@ -1,0 +1,112 @@
+"""Which MLLM a run stands on: the small default, or a Hugging Face checkpoint."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from tpad_jax.data import prompts
+from tpad_jax.errors import InputError
+from tpad_jax.models import pretrained
+from tpad_jax.models.hf import load, spec
+from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.models.mllm import MLLM
+
+SIDE = 256  # pixels, near which a model of any resolution reads an image unless told otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What the rest of a run has to know of its base.
+
+    Attributes:
+      module: MLLM or VLM. directory: of the tokenizer. image_size: pixels of a side.
+      given: top-level parameters the directory holds ('base', and 'knowledge' with the default).
+      load: (shapes of `given`, shardings or None) -> these parameters, nested.
+      fingerprint: of the files the parameters come from.
+    """
+
+    module: MLLM | VLM
+    directory: Path
+    image_size: int
+    given: tuple[str, ...]
+    load: Callable
+    fingerprint: str
+
+
+def read(config) -> Base:
+    """The base that config.mllm names; nothing but sizes, tokenizer and headers is read yet.
+
+    Raises:
+      InputError: a directory that holds none, an unknown architecture, or sizes that do not fit.
+    """
+    c = config.mllm
+    if c.checkpoint and c.base:
+        raise InputError('config.mllm.checkpoint and config.mllm.base name two bases; give one')
+    return _checkpoint(c) if c.checkpoint else _default(config)
+
+
+def _default(config):
+    directory = Path(config.mllm.base or pretrained.DEFAULT)
+    sizes = pretrained.load_sizes(directory)
+    side, features = sizes.pop('image_size'), sizes.pop('features')
+    for key, have, want in (('mllm.image_size', config.mllm.image_size or side, side),
+                            ('model.features', config.model.features, features)):
+        if have != want:
+            raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
+    if config.mllm.pooling != 'summary':
+        raise InputError(f'config.mllm.pooling={config.mllm.pooling} is for checkpoints: the '
+                         'default base was made with summary tokens; set it to summary')
+    sizes['channels'] = tuple(sizes['channels'])
+
+    def parameters(shapes, shardings=None):
+        del shardings  # a million parameters lie whole on every device
+        return pretrained.load_params(directory, shapes)
+
+    return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters,
+                _digest(directory, ('config.json', 'params.safetensors')))
+
+
+def _checkpoint(c):
+    directory = Path(c.checkpoint)
+    found = spec.read(directory)
+    side = c.image_size or _side(found)
+    found.cells(side)  # refuses a side the tower cannot read
+    before, between, end = prompts.frame(directory, found.family, found.decoder.vocab,
+                                         before=c.before, between=c.between, end=c.end)
+    module = VLM(found, side, c.attention, c.remat, c.dtype, before, between, end)
+
+    def parameters(shapes, shardings=None):
+        del shapes  # the spec says them
+        return {'base': load.load(directory, found, dtype=c.param_dtype,
+                                  sharding=shardings and shardings['base'])}
+
+    files = sorted(p.name for p in directory.iterdir()
+                   if p.suffix in ('.json', '.safetensors') and p.is_file())
+    return Base(module, directory, side, ('base',), parameters, _digest(directory, files))
+
+
+def _side(found):
+    """The native side of a tower; of a grid, the multiple of its unit nearest to SIDE."""
+    if isinstance(found.vision, spec.Tower):
+        return found.vision.image
+    unit = found.vision.patch * found.vision.merge
+    return max(1, round(SIDE / unit)) * unit
+
+
+def _digest(directory, names):
+    """Of the small files all bytes, of large ones size and both ends: reading 16 GB is no check."""
+    end, out = 1 << 20, hashlib.sha256()
+    for name in names:
+        file = Path(directory) / name
+        if not file.is_file():
+            continue  # the one who reads it says so
+        size = file.stat().st_size
+        out.update(f'{name} {size} '.encode())
+        with file.open('rb') as opened:
+            out.update(opened.read(end))
+            if size > end:
+                opened.seek(max(end, size - end), os.SEEK_SET)
+                out.update(opened.read(end))
+    return out.hexdigest()[:16]

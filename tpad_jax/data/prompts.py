@@ -1,0 +1,63 @@
+"""The words around an item's or a session's content, as the chat models were taught them.
+
+A prompt is made of pieces that are tokenised apart: what stands before the content, what stands
+between items, what stands at the end. So a long text is cut without ever cutting the frame, and a
+text that spells out a special token does not become one.
+"""
+
+from pathlib import Path
+
+from tpad_jax.data.text import read_tokenizer
+from tpad_jax.errors import InputError
+
+QWEN = ('<|im_start|>user\n', '\n', '<|im_end|>\n<|im_start|>assistant\n')
+FRAMES = {  # before, between, end
+    'qwen2_vl': QWEN, 'qwen2_5_vl': QWEN, 'qwen3_vl': QWEN,
+    'llava': ('USER: ', '\n', ' ASSISTANT:'),
+    'llava_onevision': ('<|im_start|>user ', '\n', '<|im_end|><|im_start|>assistant\n'),
+}
+
+
+def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', between: str = '',
+          end: str = '') -> tuple[tuple[int, ...], ...]:
+    """Token ids of the three pieces: before the content, between items, at the end.
+
+    Args:
+      directory: of the tokenizer. family: see FRAMES. vocab: rows of the model's embedding.
+      before, between, end: texts in place of the family's own, where not empty.
+
+    Raises:
+      InputError: no usable tokenizer, or one that is not the model's.
+    """
+    tokenizer = read_tokenizer(directory)
+    own = FRAMES[family]
+    pieces = [tuple(tokenizer(given or default, add_special_tokens=False)['input_ids'])
+              for given, default in zip((before, between, end), own, strict=True)]
+    if family == 'llava' and tokenizer.bos_token_id is not None:  # Llama's sentences begin with it
+        pieces[0] = (tokenizer.bos_token_id, *pieces[0])
+    largest = max(i for piece in pieces for i in piece)
+    if largest >= vocab:
+        raise InputError(f'{directory}: the tokenizer has ids up to {largest} and more, the model '
+                         f'{vocab} embeddings; put the tokenizer of this very checkpoint there')
+    return tuple(pieces)
+
+
+def check_placeholders(tokens, image_id: int, per_image: int, images) -> None:
+    """Refuse prompts whose placeholders do not fit their images.
+
+    Args:
+      tokens: int [B, S]. per_image: placeholders an image takes. images: int [B], of each row.
+
+    Raises:
+      InputError: naming the first row that does not fit, with both numbers.
+    """
+    found = (tokens == image_id).sum(axis=1)
+    for row, (have, count) in enumerate(zip(found, images, strict=True)):
+        if have != count * per_image:
+            raise InputError(f'prompt {row} has {have} image placeholders, but its {count} '
+                             f'image(s) take {count * per_image}; expand each to {per_image}')
+
+
+def expand(tokens: list[int], image_id: int, per_image: int) -> list[int]:
+    """Every placeholder repeated as often as its image has tokens."""
+    return [t for token in tokens for t in (token,) * (per_image if token == image_id else 1)]

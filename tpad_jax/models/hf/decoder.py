@@ -1,0 +1,129 @@
+"""One causal decoder for Llama, Qwen2, Qwen3 and the Qwen-VL families; layers are scanned.
+
+RMSNorm, grouped-query attention with rotary positions in one coordinate or three, SwiGLU. What a
+family adds is a field of spec.Decoder. Parameters may be stored in any dtype; the dtype of the
+embeddings is that of the computation, norms and softmax being float32.
+"""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf.layers import attend, rematerialised, rotate
+from tpad_jax.models.lora import Linear
+from tpad_jax.models.transformer import RMSNorm
+
+
+def coordinates(spec: specs.Decoder) -> np.ndarray:
+    """Which position coordinate turns each rotary frequency, int [hd / 2].
+
+    Blocks of `sections` (Qwen2-VL, arXiv 2409.12191), or alternating t h w t h w ... for as long as
+    rows and columns have frequencies left (Qwen3-VL); 0 without M-RoPE.
+    """
+    half = spec.head_dim // 2
+    if not spec.sections:
+        return np.zeros(half, int)
+    if not spec.interleaved:
+        return np.repeat(np.arange(3), spec.sections)
+    out = np.zeros(half, int)
+    for axis in (1, 2):
+        out[axis:3 * spec.sections[axis]:3] = axis
+    return out
+
+
+def angles(spec: specs.Decoder, positions):
+    """cos and sin [B, L, 1, hd / 2] float32 of positions int32 [B, L, 3]."""
+    half = spec.head_dim // 2
+    frequency = spec.theta ** -(np.arange(half) / half)
+    turned = positions[..., coordinates(spec)].astype(jnp.float32) * frequency.astype(np.float32)
+    return jnp.cos(turned)[:, :, None], jnp.sin(turned)[:, :, None]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; with a cache, over what was read before as well."""
+
+    spec: specs.Decoder
+    how: str
+
+    @nn.compact
+    def __call__(self, x, cos, sin, allowed, cache, index):
+        """x [B, L, D], allowed bool [B, 1, L, S]; cache (k, v) [B, S, KV, hd] or None."""
+        s = self.spec
+
+        def heads(name, count):
+            y = Linear(count * s.head_dim, s.qkv_bias, name=name)(x)
+            return einops.rearrange(y, 'b l (h d) -> b l h d', h=count)
+
+        q, k, v = heads('q', s.heads), heads('k', s.kv_heads), heads('v', s.kv_heads)
+        if s.qk_norm:
+            q, k = RMSNorm(s.eps, name='q_norm')(q), RMSNorm(s.eps, name='k_norm')(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache = tuple(
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+                for old, new in zip(cache, (k, v), strict=True))
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), allowed, self.how)
+        return Linear(s.width, name='o')(einops.rearrange(y, 'b l h d -> b l (h d)')), cache
+
+
+class Block(nn.Module):
+    """One layer, written as a scan body: carry (x, number), per-layer cache in and out."""
+
+    spec: specs.Decoder
+    how: str
+    every: bool
+
+    @nn.compact
+    def __call__(self, carry, cache, cos, sin, allowed, deep, index):
+        """-> (x, number + 1), (states before the deep features or None, cache or None)."""
+        (x, number), s = carry, self.spec
+        attention = Attention(s, self.how, name='attention')
+        y, cache = attention(RMSNorm(s.eps, name='attention_norm')(x), cos, sin, allowed, cache,
+                             index)
+        x = x + y
+        y = RMSNorm(s.eps, name='mlp_norm')(x)
+        y = nn.silu(Linear(s.hidden, name='gate')(y)) * Linear(s.hidden, name='up')(y)
+        x = x + Linear(s.width, name='down')(y)
+        state = x if self.every else None
+        if deep is not None:
+            depth = deep.shape[2]
+            own = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(number, depth - 1), 2, False)
+            x = x + jnp.where(number < depth, own, 0).astype(x.dtype)
+        return (x, number + 1), (state, cache)
+
+
+class Decoder(nn.Module):
+    """All layers and the last norm.
+
+    Attributes:
+      spec: sizes. how: attention, see layers.ATTENTION. remat: see layers.REMAT.
+    """
+
+    spec: specs.Decoder
+    how: str = 'xla'
+    remat: str = 'none'
+
+    @nn.compact
+    def __call__(self, x, positions, allowed, deep=None, cache=None, index=0, every=False):
+        """Decode.
+
+        Args:
+          x: [B, L, D]. positions: int32 [B, L, 3]. allowed: bool [B, 1, L, S], what a token sees.
+          deep: [B, L, n, D], added to the states behind the first n layers, or None.
+          cache: (k, v), each [layers, B, S, KV, hd], written at `index`, or None: then S = L.
+          every: also return the states behind each layer.
+
+        Returns:
+          states [B, L, D] after the last norm, states behind each layer [layers, B, L, D] or None
+          (before deep features are added, as transformers counts them), the cache.
+        """
+        cos, sin = angles(self.spec, positions)
+        block = nn.scan(rematerialised(Block, self.remat), length=self.spec.layers,
+                        variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
+                        in_axes=(0, *(nn.broadcast,) * 5))
+        (x, _), (states, cache) = block(self.spec, self.how, every, name='layers')(
+            (x, jnp.int32(0)), cache, cos, sin, allowed, deep, index)
+        return RMSNorm(self.spec.eps, name='norm')(x), states, cache

@@ -1,0 +1,64 @@
+"""Norm, activations and attention that all the families share; statistics in float32."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ATTENTION = ('xla', 'cudnn')  # what config.mllm.attention may name
+REMAT = ('none', 'dots', 'full')  # what config.mllm.remat may name: what a backward pass recomputes
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias over the last axis, in float32. [..., D] -> [..., D]."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        """Normalise the last axis of x."""
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return (y * scale + bias).astype(x.dtype)
+
+
+def activation(name: str):
+    """The function a config.json names; 'gelu' is the exact one."""
+    return {'silu': nn.silu, 'gelu': lambda x: nn.gelu(x, approximate=False),
+            'gelu_pytorch_tanh': nn.gelu, 'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x)}[name]
+
+
+def attend(q, k, v, mask, how: str):
+    """Scaled dot-product attention; query head h reads key head h // (H / KV).
+
+    Args:
+      q: [B, L, H, hd]. k, v: [B, S, KV, hd]. mask: bool [B or 1, 1, L, S] or None: all to all.
+      how: 'xla', anywhere; 'cudnn', fused, on NVIDIA GPUs in 16 bits.
+
+    Returns:
+      [B, L, H, hd].
+    """
+    if how == 'cudnn':
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='xla')
+
+
+def rematerialised(block, how: str):
+    """The scan body `block` (a module class) as config.mllm.remat says; the values are the same.
+
+    'none' keeps every intermediate of the forward pass, 'dots' the matrix products' results, 'full'
+    only a layer's input.
+    """
+    if how == 'none':
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if how == 'dots' else None
+    return nn.remat(block, policy=policy, prevent_cse=False)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions by half heads. x [B, L, H, hd]; cos, sin [B or 1, L, 1, hd / 2] float32."""
+    half = x.shape[-1] // 2
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

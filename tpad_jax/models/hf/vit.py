@@ -1,0 +1,76 @@
+"""CLIP's and SigLIP's vision transformer, up to the states a projector reads."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from tpad_jax.models.hf import spec
+from tpad_jax.models.hf.layers import LayerNorm, activation, attend, rematerialised
+from tpad_jax.models.lora import Linear, uniform
+
+
+class Attention(nn.Module):
+    """Every token attends to all. [B, P, W] -> [B, P, W]."""
+
+    heads: int
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        """Attend among x [B, P, W]."""
+        width = x.shape[-1]
+        q, k, v = (Linear(width, use_bias=True, name=n)(x).reshape(*x.shape[:2], self.heads, -1)
+                   for n in 'qkv')
+        y = attend(q, k, v, None, self.how).reshape(x.shape)
+        return Linear(width, use_bias=True, name='o')(y)
+
+
+class Block(nn.Module):
+    """One pre-norm layer; a scan body with carry x [B, P, W]."""
+
+    tower: spec.Tower
+    how: str
+
+    @nn.compact
+    def __call__(self, x, _):
+        """Apply the layer to x."""
+        tower = self.tower
+        y = LayerNorm(tower.eps, name='norm1')(x)
+        x = x + Attention(tower.heads, self.how, name='attention')(y)
+        y = Linear(tower.hidden, use_bias=True, name='fc1')(LayerNorm(tower.eps, name='norm2')(x))
+        y = activation(tower.activation)(y)
+        return x + Linear(tower.width, use_bias=True, name='fc2')(y), None
+
+
+class VisionTransformer(nn.Module):
+    """The tower's first `tower.layers` blocks; its last norm and its pooling are not read.
+
+    Attributes:
+      how: of attention, one of layers.ATTENTION. remat: one of layers.REMAT.
+    """
+
+    tower: spec.Tower
+    how: str = 'xla'
+    remat: str = 'none'
+
+    @nn.compact
+    def __call__(self, patches):
+        """Encode patches [B, P, 3 p p] of normalised pixels, in whose dtype the tower runs.
+
+        Returns:
+          [B, P, W], or [B, 1 + P, W] with tower.keep_class: the class token stands first.
+        """
+        tower = self.tower
+        x = Linear(tower.width, use_bias=tower.kind == 'siglip', name='patch')(patches)
+        if tower.has_class:
+            first = self.param('class', uniform(0.02), (tower.width,)).astype(x.dtype)
+            first = jnp.broadcast_to(first, (x.shape[0], 1, tower.width))
+            x = jnp.concatenate([first, x], axis=1)
+        # the native size's positions: one of another size has no place here and fails to broadcast
+        count = (tower.image // tower.patch) ** 2 + tower.has_class
+        x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
+        if tower.pre_norm:
+            x = LayerNorm(tower.eps, name='pre_norm')(x)
+        scanned = nn.scan(rematerialised(Block, self.remat), length=tower.layers,
+                          variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
+        x, _ = scanned(tower, self.how, name='layers')(x, None)
+        return x[:, 1:] if tower.has_class and not tower.keep_class else x

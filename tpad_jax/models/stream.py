@@ -1,0 +1,81 @@
+"""What a decoder reads: tokens of every kind, laid end to end.
+
+Text tokens, image tokens and learned vectors become parts of one `Stream`; whatever builds a prompt
+joins parts and never counts positions. A position moves on by `advance` behind every token that
+is there, so padding and missing images may stand anywhere: a row of an item without an image has
+the positions it would have had if the image had never been mentioned.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Stream:
+    """Tokens [..., L] of width D, in the order the decoder sees them.
+
+    An image token's position has three coordinates, (time, row, column), counted from where its
+    image begins (Qwen2-VL, arXiv 2409.12191, M-RoPE); any other token's three are equal.
+    """
+
+    x: jax.Array  # [..., L, D] embeddings
+    mask: jax.Array  # bool [..., L], False: not there
+    advance: jax.Array  # int32 [..., L], how far the position moves behind the token
+    offset: jax.Array  # int32 [..., L, 3], of the token's position from where its image begins
+    deep: jax.Array | None = None  # [..., L, n, D] added behind the first n layers (DeepStack)
+
+
+def plain(x, mask):
+    """Tokens or vectors x [..., L, D] that each take one position; mask bool [..., L]."""
+    mask = jnp.broadcast_to(mask, x.shape[:-1])
+    return Stream(x, mask, jnp.ones(mask.shape, jnp.int32),
+                  jnp.zeros((*mask.shape, 3), jnp.int32))
+
+
+def grid(x, mask, rows: int, columns: int, deep=None):
+    """An image's tokens x [..., rows columns, D], row by row, as one block of M-RoPE positions.
+
+    The block moves the position on by its longer side, whatever the number of its tokens.
+    """
+    mask = jnp.broadcast_to(mask, x.shape[:-1])
+    place = jnp.arange(rows * columns)
+    last = place == rows * columns - 1
+    offset = jnp.stack([place * 0, place // columns, place % columns], axis=-1)
+    return Stream(x, mask,
+                  jnp.broadcast_to(jnp.where(last, max(rows, columns), 0), mask.shape),
+                  jnp.broadcast_to(offset, (*mask.shape, 3)), deep)
+
+
+def join(*parts: Stream) -> Stream:
+    """The parts end to end, leading axes being equal; without deep features a part has zeros."""
+    depth = max((p.deep.shape[-2] for p in parts if p.deep is not None), default=0)
+
+    def deep(part):
+        if part.deep is not None:
+            return part.deep
+        return jnp.zeros((*part.x.shape[:-1], depth, part.x.shape[-1]), part.x.dtype)
+
+    def lay(arrays, axis):
+        return jnp.concatenate(arrays, axis=axis)
+
+    return Stream(lay([p.x for p in parts], -2), lay([p.mask for p in parts], -1),
+                  lay([p.advance for p in parts], -1), lay([p.offset for p in parts], -2),
+                  lay([deep(p) for p in parts], -3) if depth else None)
+
+
+def rows(stream: Stream, which) -> Stream:
+    """Rows `which` int32 [...] of a stream [U, L, ...] -> [..., L, ...]."""
+    return jax.tree.map(lambda a: a[which], stream)
+
+
+def flatten(stream: Stream) -> Stream:
+    """[B, N, L, ...] -> [B, N L, ...]."""
+    return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, *a.shape[3:]), stream)
+
+
+def positions(stream: Stream):
+    """M-RoPE positions int32 [..., L, 3]; where no image is, all three count tokens from 0."""
+    moved = stream.advance * stream.mask
+    start = jnp.cumsum(moved, axis=-1) - moved
+    return start[..., None] + stream.offset
