@@ -39,6 +39,8 @@ def get_config():
         remat='none',  # what a backward pass computes again: 'none', 'dots' or 'full' layers
         chunk=0,  # items a step reads at a time, 0: all; saves memory and costs a second reading
         pooling='summary',  # or 'last' token, or 'mean': how an item's features are read
+        encode_rows=120,  # items of a compiled call when the whole catalogue is read
+        encode_part=1920,  # items of a file of an unfinished feature store: what a kill can cost
         before='', between='', end='',  # texts around the content; empty: the family's own
     ))
     c.model = model()
@@ -69,6 +71,7 @@ def data():
     """Where items and sessions come from and how they are cut."""
     return ConfigDict(dict(
         raw_dir='',  # directory of one category's raw Amazon files; empty: the planted catalogue
+        features='',  # file of item features computed elsewhere (data/given.py): the rows 'given'
         npz='',  # file of ready-made sessions of item ids (data/npz.py), in place of raw files
         ordered=True,  # npz: the training sessions stand in the order of time
         protocol='ours',  # every prefix is scored; 'published': as the papers on these data do
@@ -98,7 +101,7 @@ def model():
         word_dropout=0.6,  # share of words the writer does not see, or features stay empty
         critics=dict(align='separable', distil='separable'),
         width=64,  # of z and h, the recommender
-        recommend='r',  # content features in z, comma-separated catalogue rows: r, k; '': none
+        recommend='r',  # content features in z, comma-separated rows: r, k, given; '': none
         use_id=True,  # False: content only
         use_side=True,  # brand, category and price level, where the catalogue has them
         id_dropout=0.2,  # share of warm items that meet the cold items' shared embedding

@@ -14,7 +14,7 @@ FLOORS = (
      'process'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
-    {'parallel', 'checkpoint', 'features', 'writers', 'bases'},
+    {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
     {'train', 'evaluate', 'encode', 'recommend', 'pretrain'},
     {'results', 'plan', 'mixture'},  # of floor 4, on evaluate and recommend

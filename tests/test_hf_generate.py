@@ -57,7 +57,9 @@ def laid(given, holes):
     random = np.random.default_rng(3)
     for b in range(rows):
         count = given.mask[b].sum()
-        at = np.sort(random.permutation(length - 2)[:count]) if holes else slice(length - count, None)
+        at = slice(length - count, None)
+        if holes:
+            at = np.sort(random.permutation(length - 2)[:count])
         tokens[b, at], mask[b, at] = given.tokens[b][given.mask[b]], True
     return tokens, mask, given.image
 

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from flax.traverse_util import unflatten_dict
+
 from tpad_jax.data import prompts
 from tpad_jax.errors import InputError
 from tpad_jax.models import pretrained
-from tpad_jax.models.hf import load, spec
+from tpad_jax.models.hf import load, peft, spec
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllm import MLLM
 
@@ -45,6 +47,20 @@ def read(config) -> Base:
     if c.checkpoint and c.base:
         raise InputError('config.mllm.checkpoint and config.mllm.base name two bases; give one')
     return _checkpoint(c) if c.checkpoint else _default(config)
+
+
+def save_adapters(directory, config, base: Base, params: dict) -> None:
+    """Leave a checkpoint's trained adapters as directories that `peft` loads.
+
+    Args:
+      directory: gets one directory per adapter. params: {path: array} that a stage trained.
+    """
+    if not config.mllm.checkpoint:
+        return  # the small base is no model that others load
+    trees = unflatten_dict(params, sep='/').get('lora', {})
+    for name, tree in trees.items():
+        peft.save_adapter(Path(directory) / name, tree, base.module.spec, config.model.lora_rank,
+                          config.model.lora_alpha, config.mllm.checkpoint)
 
 
 def _default(config):

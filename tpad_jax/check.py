@@ -73,6 +73,8 @@ def check(config) -> tuple[str, ...]:
     _at_least(1, 'mllm.text_length', config.mllm.text_length)
     _at_least(0, 'mllm.image_size', config.mllm.image_size)
     _at_least(0, 'mllm.chunk', config.mllm.chunk)
+    for key in ('encode_rows', 'encode_part'):
+        _at_least(1, f'mllm.{key}', config.mllm[key])
     for key, choices in (('param_dtype', ('float32', 'bfloat16')),
                          ('dtype', ('float32', 'bfloat16')), ('attention', layers.ATTENTION),
                          ('remat', layers.REMAT), ('pooling', POOLING)):
@@ -84,7 +86,7 @@ def check(config) -> tuple[str, ...]:
             raise InputError('config.model.critics.align=dot cannot be: k holds a feature per '
                              'modality and c is one feature; choose bilinear or separable')
     for row in names(config.model.recommend):
-        _one_of('model.recommend', row, ('k', 'r'))
+        _one_of('model.recommend', row, ('k', 'r', 'given'))
     _check_rivals(config)
     _pattern('model.lora_targets', config.model.lora_targets)
     _one_of('data.protocol', config.data.protocol, ('ours', 'published'))
@@ -127,6 +129,11 @@ def check_inputs(config, stages, finished) -> None:
     rivals = [row for rival in config.rivals.values() for row in names(rival.recommend)]
     reads = {'transfer': ('k',), 'recommend': (*own, *rivals), 'joint': ('k', 'r')}
     made = {'true'}  # comes with the planted catalogue
+    if config.data.features:
+        made.add('given')
+    elif 'given' in (*own, *rivals):
+        raise InputError("the rows 'given' are read from config.data.features, which is empty; "
+                         'give a file of item features')
     for stage in STAGES:
         if stage not in stages and stage not in finished:
             continue
@@ -165,6 +172,9 @@ def _check_stage(config, stage, shards):
 
 def _check_ready_made(config, stages):
     """Refuse what needs content where there are only sessions of ids."""
+    if config.data.features:
+        raise InputError('config.data.features is keyed by item ids as shops have them, and '
+                         'config.data.npz holds numbers alone; leave one of the two empty')
     if config.data.raw_dir:
         raise InputError('config.data.npz and config.data.raw_dir name two sources of sessions; '
                          'give one')
@@ -185,7 +195,7 @@ def _check_rivals(config):
         for key in rival:
             _one_of(where, key, own)
         for row in names(rival.get('recommend', '')):
-            _one_of(f'{where}.recommend', row, ('k', 'r', 'true'))
+            _one_of(f'{where}.recommend', row, ('k', 'r', 'given', 'true'))
         if 'recommend' not in rival:
             raise InputError(f'config.{where} has no recommend: name its rows, or none')
         whole = {**own, **rival}

@@ -18,7 +18,18 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax import bases, encode, mixture, parallel, plan, probes, results, train, writers
+from tpad_jax import (
+    bases,
+    encode,
+    features,
+    mixture,
+    parallel,
+    plan,
+    probes,
+    results,
+    train,
+    writers,
+)
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim
 from tpad_jax.data import (
@@ -102,6 +113,11 @@ class Job:
         self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling,
                                chunk=c.mllm.chunk, **shared)
         self._count()
+        if c.data.features:
+            given = features.read_external(c.data.features, data.asins)
+            console.print(f'{c.data.features}: {given.unknown} unknown ids, {given.repeated} rows '
+                          'said twice', markup=False, highlight=False)
+            self.catalogue['given'] = jnp.asarray(given.rows)
         if self.planted is not None:
             self.probabilities = synthetic.catalogue_probabilities(self.planted, data.asins)
             self.attributes = self.planted.attributes[synthetic.planted_ids(data.asins)[1:] - 1]
@@ -163,7 +179,9 @@ class Job:
             self.params = {**self.params, **copied}
         encoder = None
         if stage in MAKES:
-            encoder = encode.encoder(self.spec, self.content, MAKES[stage], devices=self.devices)
+            m = self.config.mllm
+            encoder = encode.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
+                                     part=m.encode_part, devices=self.devices)
         self.first = self.params
         trained, rows, record = self._fit(name, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
@@ -175,6 +193,7 @@ class Job:
                 self.nested(), self.workdir / 'features' / name, progress, self.stopping, rows,
                 stage=stage, seed=self.config.seed, data=self.data.fingerprint,
                 checkpoint=self.base.fingerprint)
+            bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
 
     def refit(self, writer, progress, name: str = 'refit') -> None:
         """Train the recommender anew on training and validation sessions, for the chosen steps.

@@ -49,8 +49,10 @@ class Attention(nn.Module):
     how: str
 
     @nn.compact
-    def __call__(self, x, cos, sin, allowed, cache, index):
-        """x [B, L, D], allowed bool [B, 1, L, S]; cache (k, v) [B, S, KV, hd] or None."""
+    def __call__(self, x, cos, sin, allowed, cache, number, index):
+        """x [B, L, D], allowed bool [B, 1, L, S]; cache (k, v) of all layers, of which this is
+        layer `number`, or None.
+        """
         s = self.spec
 
         def heads(name, count):
@@ -62,27 +64,32 @@ class Attention(nn.Module):
             q, k = RMSNorm(s.eps, name='q_norm')(q), RMSNorm(s.eps, name='k_norm')(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
+            cache = tuple(
+                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype),
+                                             (number, 0, index, 0, 0))
                 for old, new in zip(cache, (k, v), strict=True))
+            k, v = (jax.lax.dynamic_index_in_dim(c, number, keepdims=False) for c in cache)
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), allowed, self.how)
         return Linear(s.width, name='o')(einops.rearrange(y, 'b l h d -> b l (h d)')), cache
 
 
 class Block(nn.Module):
-    """One layer, written as a scan body: carry (x, number), per-layer cache in and out."""
+    """One layer, written as a scan body: carry (x, cache of all layers, number).
+
+    The cache is carried, not scanned over: so a step writes one token into it in place.
+    """
 
     spec: specs.Decoder
     how: str
     every: bool
 
     @nn.compact
-    def __call__(self, carry, cache, cos, sin, allowed, deep, index):
-        """-> (x, number + 1), (states before the deep features or None, cache or None)."""
-        (x, number), s = carry, self.spec
+    def __call__(self, carry, cos, sin, allowed, deep, index):
+        """-> (x, cache, number + 1), states before the deep features or None."""
+        (x, cache, number), s = carry, self.spec
         attention = Attention(s, self.how, name='attention')
         y, cache = attention(RMSNorm(s.eps, name='attention_norm')(x), cos, sin, allowed, cache,
-                             index)
+                             number, index)
         x = x + y
         y = RMSNorm(s.eps, name='mlp_norm')(x)
         y = nn.silu(Linear(s.hidden, name='gate')(y)) * Linear(s.hidden, name='up')(y)
@@ -92,7 +99,7 @@ class Block(nn.Module):
             depth = deep.shape[2]
             own = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(number, depth - 1), 2, False)
             x = x + jnp.where(number < depth, own, 0).astype(x.dtype)
-        return (x, number + 1), (state, cache)
+        return (x, cache, number + 1), state
 
 
 class Decoder(nn.Module):
@@ -123,7 +130,7 @@ class Decoder(nn.Module):
         cos, sin = angles(self.spec, positions)
         block = nn.scan(rematerialised(Block, self.remat), length=self.spec.layers,
                         variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
-                        in_axes=(0, *(nn.broadcast,) * 5))
-        (x, _), (states, cache) = block(self.spec, self.how, every, name='layers')(
-            (x, jnp.int32(0)), cache, cos, sin, allowed, deep, index)
+                        in_axes=nn.broadcast)
+        (x, cache, _), states = block(self.spec, self.how, every, name='layers')(
+            (x, cache, jnp.int32(0)), cos, sin, allowed, deep, index)
         return RMSNorm(self.spec.eps, name='norm')(x), states, cache

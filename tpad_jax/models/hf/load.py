@@ -1,7 +1,7 @@
 """Parameters from a checkpoint directory, straight into their dtype and onto their devices.
 
 Everything that can be wrong is said from names and headers, in one error, before a byte of data is
-read. Files are then read by pieces of a megabyte into the array a device needs (its layers and
+read. Files are then read by small pieces into the array a device needs (its layers and
 its rows of them), never mapped and never whole: a process holds little more than its parameters.
 """
 
@@ -25,7 +25,7 @@ from tpad_jax.models.hf.spec import Spec
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 PICKLES = ('*.bin', '*.pt', '*.pth')
 FLOATS = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
-PIECE = 1 << 20  # bytes a thread reads at once; what its cache holds
+PIECE = 256 << 10  # bytes a thread reads at once: what its cache holds
 THREADS = 8  # that read layers of one stack
 ALIGNED = 64  # where an array must begin for jax on CPU to take it without a copy
 

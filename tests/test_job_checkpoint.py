@@ -1,0 +1,90 @@
+"""The whole job on tiny Hugging Face checkpoints, kill -9 while the catalogue is encoded."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import amazon
+from tests import tiny_hf
+from tpad_jax import job
+from tpad_jax.models.hf import peft, spec
+
+ROOT = Path(__file__).parents[1]
+SMALL = {'parallel': 'jit', 'save_every': 4, 'rivals': {}, 'mllm.text_length': 12,
+         'mllm.encode_rows': 4, 'mllm.encode_part': 8, 'model.features': 16, 'model.width': 16,
+         'model.lora_rank': 2, 'data.planted.items': 40, 'data.planted.train': 120,
+         'data.planted.valid': 20, 'data.planted.test': 30}
+STEPS = dict(knowledge=3, transfer=3, recommend=6, joint=2)
+
+
+def config(directory, side, stages):
+    c = amazon.get_config('tiny')
+    for name, steps in STEPS.items():
+        c.stage[name].update(steps=steps, batch_size=8)
+    c.stage.joint.update(eval_every=2, refresh_every=2)
+    c.rivals = {}
+    c.update_from_flattened_dict({k: v for k, v in SMALL.items() if k != 'rivals'})
+    c.mllm.update(checkpoint=str(directory), image_size=side)
+    c.stages = stages
+    return c
+
+
+def killed(directory, side, workdir):
+    """The knowledge stage by launch.py's means, killed once two parts of its rows are there."""
+    program = f'''
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from tests.test_job_checkpoint import config
+from tpad_jax import features, job
+from pathlib import Path
+import time
+save = features._save
+def slow(*args):
+    save(*args)
+    time.sleep(0.5)  # or it were over before the signal comes
+features._save = slow
+job.run(config({str(directory)!r}, {side}, 'knowledge'), {str(workdir)!r})
+'''
+    running = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], cwd=ROOT,
+                               env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store = workdir / 'features/knowledge'
+    while running.poll() is None and not (store / 'k.00001.npy').exists():
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    parts = sorted(p.name for p in store.iterdir())
+    assert 'k.npy' not in parts
+    assert 2 <= sum(name.startswith('k.0') for name in parts) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'side', 'stages'), [
+    ('qwen3_vl', 64, 'knowledge,transfer,recommend,joint'),
+    ('llava', 32, 'knowledge,transfer,recommend')])
+def test_all_stages_and_again_after_a_kill(tmp_path, name, side, stages):
+    directory = tiny_hf.save(name, tmp_path / 'checkpoint')
+    c = config(directory, side, stages)
+    whole = job.run(c, tmp_path / 'whole')
+    assert np.isfinite(whole['models']['tpad']['test']['mrr@20'])
+    killed(directory, side, tmp_path / 'killed')
+    again = job.run(c, tmp_path / 'killed')
+    assert again['models']['tpad'] == whole['models']['tpad']
+    stored = sorted(p.relative_to(tmp_path / 'whole') for p in
+                    (tmp_path / 'whole/features').rglob('*') if p.is_file())
+    assert len(stored) >= 4
+    for file in stored:
+        same = (tmp_path / 'whole' / file).read_bytes() == (tmp_path / 'killed' / file).read_bytes()
+        assert same, file
+
+    adapters = tmp_path / 'whole/adapters'
+    assert {p.name for p in adapters.iterdir()} == {'knowledge', 'transfer', 'distil'}
+    tree, scale = peft.load_adapter(adapters / 'knowledge', spec.read(directory))
+    assert scale == c.model.lora_alpha / c.model.lora_rank
+    assert np.abs(tree['decoder']['layers']['attention']['q']['b']).max() > 0
