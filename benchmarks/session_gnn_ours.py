@@ -89,6 +89,8 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
+        # to rank, a core is a device and has rows of its own; a training step uses all as one
+        jax.config.update('jax_num_cpu_devices', threads)
         self.jax, self.max_length = jax, max_length
         train, test, _ = npz.read(path)
         self.data = npz.data(train, test, test)
@@ -111,7 +113,7 @@ class Ours:
 
         config = change(configs.get_config())
         batch = batch or config.stage.recommend.batch_size
-        devices = parallel.choose('auto', 0)
+        devices = parallel.choose('auto', 1 if jax.default_backend() == 'cpu' else 0)
         model = tpad.build(None, config.model, recommend=(), items=self.num_items,
                            max_length=self.max_length, side_sizes=())
         spec = train.make_spec(config, 'recommend', model, config.seed)
@@ -127,7 +129,7 @@ class Ours:
                 'width': config.model.width, 'softmax': config.losses.next_item.dtype,
                 'state': devices.share(train.start(spec, params, '^recommender/')),
                 'step': devices.lift(partial(train.train_step, spec=spec)),
-                'bind': recommend.scorer(model, devices)}
+                'bind': recommend.scorer(model, parallel.choose('auto', 0))}
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""

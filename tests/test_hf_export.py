@@ -173,7 +173,8 @@ def case(name, tmp=None):
     return directory, spec, params, pair, given
 
 
-@pytest.fixture(params=list(TARGETS))
+@pytest.fixture(params=[name if name in ('llava', 'qwen3_vl') else
+                        pytest.param(name, marks=pytest.mark.slow) for name in TARGETS])
 def made(request, tmp_path_factory):
     root = tmp_path_factory.getbasetemp() / f'case_{request.param}'
     return case(request.param, root)

@@ -26,12 +26,6 @@ def compared(name, directory, *, seed=0, side=None, steps=0, with_gradients=Fals
     return {f['what'] for f in found}
 
 
-@pytest.mark.parametrize('name', [n for n in tiny_hf.NAMES if n not in parity.FAMILIES])
-def test_what_no_golden_checkpoint_shows(name, tmp_path):
-    found = compared(name, tmp_path)
-    assert found == {'inputs', 'layer 1', 'layer 2', 'last', 'logits'}
-
-
 def test_greedy_tokens_and_gradients(tmp_path):
     found = compared('qwen3_vl_tied', tmp_path, steps=6, with_gradients=True)
     assert 'tokens' in found
@@ -45,7 +39,7 @@ def test_everything(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('side', [16, 64, 80])
+@pytest.mark.parametrize('side', [16, 80])
 @pytest.mark.parametrize('name', ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'])
 def test_other_sizes_of_images(name, side, tmp_path):
     compared(name, tmp_path, seed=2, side=side)

@@ -269,6 +269,7 @@ def test_places_are_resampled_corner_upon_corner():
     np.testing.assert_allclose(resampled(jnp.asarray(table), (5, 2)), more, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_adapter_reaches_every_layer_and_merger():
     side, params = 4, grid_params(grid_model('qwen3'), QWEN3)
     rng = np.random.default_rng(3)
@@ -291,6 +292,7 @@ def test_an_adapter_reaches_every_layer_and_merger():
         module.apply({'params': params, 'lora': adapter}, patches)
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_changes_no_gradient():
     side, params = 4, grid_params(grid_model('qwen3'), QWEN3)
     patches = pixels.patches(normalised(photos(side * P)), P)

@@ -279,6 +279,7 @@ def run_through(config, workdir, when):
                 stopped += 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
     """Stopped or killed in every stage, the first two stages run by themselves first."""
     workdir = tmp_path / 'run'

@@ -12,8 +12,8 @@ import pytest
 
 from configs import amazon
 from tests import tiny_hf
-from tpad_jax import job
-from tpad_jax.models.hf import peft, spec
+from tpad_jax import job, merge
+from tpad_jax.models.hf import load, peft, spec
 
 ROOT = Path(__file__).parents[1]
 SMALL = {'parallel': 'jit', 'save_every': 4, 'rivals': {}, 'mllm.text_length': 12,
@@ -65,26 +65,38 @@ job.run(config({str(directory)!r}, {side}, 'knowledge'), {str(workdir)!r})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('name', 'side', 'stages'), [
-    ('qwen3_vl', 64, 'knowledge,transfer,recommend,joint'),
-    ('llava', 32, 'knowledge,transfer,recommend')])
-def test_all_stages_and_again_after_a_kill(tmp_path, name, side, stages):
-    directory = tiny_hf.save(name, tmp_path / 'checkpoint')
-    c = config(directory, side, stages)
+def test_all_stages_and_again_after_a_kill(tmp_path):
+    directory = tiny_hf.save('qwen3_vl', tmp_path / 'checkpoint')
+    c = config(directory, 64, 'knowledge,transfer,recommend,joint')
     whole = job.run(c, tmp_path / 'whole')
     assert np.isfinite(whole['models']['tpad']['test']['mrr@20'])
-    killed(directory, side, tmp_path / 'killed')
-    again = job.run(c, tmp_path / 'killed')
-    assert again['models']['tpad'] == whole['models']['tpad']
-    stored = sorted(p.relative_to(tmp_path / 'whole') for p in
-                    (tmp_path / 'whole/features').rglob('*') if p.is_file())
-    assert len(stored) >= 4
-    for file in stored:
-        same = (tmp_path / 'whole' / file).read_bytes() == (tmp_path / 'killed' / file).read_bytes()
-        assert same, file
+    killed(directory, 64, tmp_path / 'killed')
+    job.run(config(directory, 64, 'knowledge'), tmp_path / 'killed')
+    stored = sorted(p.name for p in (tmp_path / 'killed/features/knowledge').iterdir())
+    assert stored == ['k.manifest.json', 'k.npy']
+    for name in stored:
+        one, two = (tmp_path / run / 'features/knowledge' / name for run in ('whole', 'killed'))
+        assert one.read_bytes() == two.read_bytes(), name
 
-    adapters = tmp_path / 'whole/adapters'
+
+@pytest.mark.slow
+def test_a_llava_leaves_adapters_that_change_it(tmp_path):
+    directory = tiny_hf.save('llava', tmp_path / 'checkpoint')
+    c = config(directory, 32, 'knowledge,transfer,recommend')
+    c.mllm.pooling, c.model.form = 'last', 'full'
+    c.losses.gen_transfer.by_row = True
+    done = job.run(c, tmp_path / 'run')
+    assert np.isfinite(done['models']['tpad']['test']['mrr@20'])
+    adapters = tmp_path / 'run/adapters'
     assert {p.name for p in adapters.iterdir()} == {'knowledge', 'transfer', 'distil'}
     tree, scale = peft.load_adapter(adapters / 'knowledge', spec.read(directory))
     assert scale == c.model.lora_alpha / c.model.lora_rank
     assert np.abs(tree['decoder']['layers']['attention']['q']['b']).max() > 0
+    out = tmp_path / 'merged'
+    assert merge.main([str(directory), str(adapters / 'knowledge'), str(out)]) == 0
+    found = spec.read(directory)
+    before, after = (load.load(d, found, dtype='float32') for d in (directory, out))
+    kernel, b = before['decoder']['layers']['down']['kernel'], tree['decoder']['layers']['down']
+    np.testing.assert_allclose(after['decoder']['layers']['down']['kernel'],
+                               kernel + scale * b['a'] @ b['b'], atol=1e-6)
+    assert merge.main([str(directory)]) == 2

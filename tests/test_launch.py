@@ -48,7 +48,7 @@ def test_help_explains_and_is_no_failure(tmp_path):
     (['--configs=x'], "Unknown command line flag 'configs'"),
     (['--config=configs/nowhere.py'], 'configs/nowhere.py'),
     (['--config='], 'empty'),
-    ([CONFIG + ':huge'], "no variant 'huge': leave it out or name tiny"),
+    ([CONFIG + ':huge'], "no variant 'huge': leave it out or name one of tiny"),
     ([CONFIG, '--config.sed=1'], 'the config has no such key: sed. Did you mean seed'),
     ([CONFIG, '--config.losses.align.temprature=1'], 'no such key: temprature'),
     ([CONFIG, '--config.seed=one'], "flag --config.seed=one: invalid literal for int()"),

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,16 +23,16 @@ def part(encoder, width, seed, repeats):
     c.update(encoder=encoder, width=width, normalise=True, repeats=repeats, near=3)
     spec = tpad.build(None, c, recommend=(), items=V, max_length=N, side_sizes=())
     rng = np.random.default_rng(seed)
-    rows = {'warm': np.ones(V + 1, bool), 'side': np.zeros((V + 1, 0), np.int32),
-            'near': rng.integers(0, V + 1, (V + 1, 3)).astype(np.int32),
-            'near_weight': rng.random((V + 1, 3), np.float32)}
-    params = tpad.recommender_init(jax.random.key(seed), spec, rows)
+    rows = {'warm': jnp.ones(V + 1, bool), 'side': jnp.zeros((V + 1, 0), jnp.int32),
+            'near': jnp.asarray(rng.integers(0, V + 1, (V + 1, 3)), jnp.int32),
+            'near_weight': jnp.asarray(rng.random((V + 1, 3)), jnp.float32)}
+    params = jax.jit(lambda key: tpad.recommender_init(key, spec, rows))(jax.random.key(seed))
     if repeats:
         params['repeat'] = rng.normal(size=N).astype(np.float32)
     return spec, {'recommender': params}, rows
 
 
-@pytest.mark.parametrize('kinds', [('attention', 'sr_gnn'), ('gce_gnn', 'attention', 'sr_gnn')])
+@pytest.mark.parametrize('kinds', [('gce_gnn', 'attention', 'sr_gnn')])
 def test_scores_and_ranks_are_those_of_the_sum(kinds):
     parts = [part(kind, 4 + 2 * i, i, repeats=i % 2 == 0) for i, kind in enumerate(kinds)]
     devices = parallel.choose('jit', 1)
@@ -90,7 +91,6 @@ def test_a_partner_keeps_what_it_does_not_change():
     assert not other.partner
     assert (other.seed, other.data.to_dict()) == (c.seed, c.data.to_dict())
     assert c.model.encoder == 'attention'
-    c.rivals = dict(id_only=dict(recommend=''))
-    c.data.npz = __file__
+    c.rivals, c.refit, c.data.npz = dict(id_only=dict(recommend='')), False, __file__
     with pytest.raises(InputError, match=r'config\.partner and config\.rivals'):
         job.run(c, 'nowhere')

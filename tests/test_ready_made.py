@@ -42,7 +42,9 @@ def config(file, encoder='attention', **changes):
     return c
 
 
-@pytest.mark.parametrize('encoder', configs.EPOCHS)
+@pytest.mark.parametrize('encoder', [
+    name if name in ('attention', 'mixture') else pytest.param(name, marks=pytest.mark.slow)
+    for name in configs.EPOCHS])
 def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
     results = job.run(config(file, encoder), tmp_path)
     own = config(file, encoder).model.encoder

@@ -152,8 +152,9 @@ def runs(tmp_path_factory):
     return lru_cache(lambda stage, way: Run(stage, way, tmp_path_factory.mktemp(f'{stage}-{way}')))
 
 
-@pytest.mark.parametrize('way', ['pmap', 'shard_map'])
-@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize(('stage', 'way'), [
+    pytest.param(stage, way, marks=[pytest.mark.slow] if (stage, way) == ('joint', 'pmap') else [])
+    for stage in STAGES for way in ('pmap', 'shard_map')])
 def test_eight_devices_are_one(runs, stage, way):
     one, many = runs(stage, 'jit'), runs(stage, way)
     assert one.metrics.keys() == many.metrics.keys() == set(range(1, STEPS + 1))
@@ -173,8 +174,9 @@ def test_eight_devices_are_one(runs, stage, way):
         np.testing.assert_allclose(many.rows[name], rows, rtol=0, atol=5e-5, err_msg=name)
 
 
-@pytest.mark.parametrize('way', WAYS)
-@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize(('stage', 'way'), [
+    pytest.param(stage, way, marks=[pytest.mark.slow] if (stage, way) == ('joint', 'pmap') else [])
+    for stage in STAGES for way in WAYS])
 def test_nothing_retraces_after_the_first_step(runs, stage, way):
     traces = runs(stage, way).traces
     assert len(traces) == STEPS + 1

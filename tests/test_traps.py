@@ -378,7 +378,7 @@ def chosen(directory, test, spoil=lambda made: None):
     c.parallel = 'jit'
     made = job.Job(c, directory / 'run', lambda: False)
     spoil(made)
-    made.build()
+    made.build(('recommend',), None)
     writer = writers.Writer(directory / 'run')
     made.run_stage('recommend', writer, writers.progress)
     writer.close()

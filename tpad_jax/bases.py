@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,10 @@ from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllm import MLLM
 
 SIDE = 256  # pixels, near which a model of any resolution reads an image unless told otherwise
+SMALL = dict(param_dtype='float32', dtype='float32', attention='xla', remat='none',
+             pooling='summary', before='', between='', end='')  # the small base knows no other
+FILES = ('.json', '.safetensors', '.txt', '.model')  # of parameters, sizes and tokenizer
+BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the samples of a large file's fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,11 @@ def save_adapters(directory, config, base: Base, params: dict) -> None:
 
 
 def _default(config):
+    for key, only in SMALL.items():
+        if config.mllm[key] != only:
+            raise InputError(f'config.mllm.{key}={config.mllm[key]} is for checkpoints, and the '
+                             f'small base knows {only!r} only: set it so, or name a checkpoint '
+                             'with config.mllm.checkpoint=DIR')
     directory = Path(config.mllm.base or pretrained.DEFAULT)
     sizes = pretrained.load_sizes(directory)
     side, features = sizes.pop('image_size'), sizes.pop('features')
@@ -71,9 +79,6 @@ def _default(config):
                             ('model.features', config.model.features, features)):
         if have != want:
             raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
-    if config.mllm.pooling != 'summary':
-        raise InputError(f'config.mllm.pooling={config.mllm.pooling} is for checkpoints: the '
-                         'default base was made with summary tokens; set it to summary')
     sizes['channels'] = tuple(sizes['channels'])
 
     def parameters(shapes, shardings=None):
@@ -86,6 +91,9 @@ def _default(config):
 
 def _checkpoint(c):
     directory = Path(c.checkpoint)
+    if not (directory / 'config.json').is_file():
+        raise InputError(f'config.mllm.checkpoint={c.checkpoint} holds no config.json; give the '
+                         'local directory of a Hugging Face model')
     found = spec.read(directory)
     side = c.image_size or _side(found)
     found.cells(side)  # refuses a side the tower cannot read
@@ -99,7 +107,7 @@ def _checkpoint(c):
                                   sharding=shardings and shardings['base'])}
 
     files = sorted(p.name for p in directory.iterdir()
-                   if p.suffix in ('.json', '.safetensors') and p.is_file())
+                   if p.suffix in FILES and p.is_file())
     return Base(module, directory, side, ('base',), parameters, _digest(directory, files))
 
 
@@ -112,8 +120,11 @@ def _side(found):
 
 
 def _digest(directory, names):
-    """Of the small files all bytes, of large ones size and both ends: reading 16 GB is no check."""
-    end, out = 1 << 20, hashlib.sha256()
+    """Of small files all bytes; of large ones the size and samples from end to end.
+
+    Reading 16 GB is no check; one changed layer is more than the gap between samples.
+    """
+    out = hashlib.sha256()
     for name in names:
         file = Path(directory) / name
         if not file.is_file():
@@ -121,8 +132,10 @@ def _digest(directory, names):
         size = file.stat().st_size
         out.update(f'{name} {size} '.encode())
         with file.open('rb') as opened:
-            out.update(opened.read(end))
-            if size > end:
-                opened.seek(max(end, size - end), os.SEEK_SET)
-                out.update(opened.read(end))
+            if size <= BLOCK * BLOCKS:
+                out.update(opened.read())
+                continue
+            for i in range(BLOCKS):
+                opened.seek((size - BLOCK) * i // (BLOCKS - 1))
+                out.update(opened.read(BLOCK))
     return out.hexdigest()[:16]

@@ -1,18 +1,22 @@
 """What a stage will ask of a device's memory, worked out before anything is computed.
 
-Parameters, gradients and moments are counted exactly, from the shapes; activations are estimated
-from what each layer keeps for the backward pass (see `layer_bytes`), to within a factor of two of
-what the compiler reports (tests/test_plan.py). All figures are bytes per device.
+Parameters, gradients and moments are counted exactly, from the shapes. Activations and logits are
+estimated: what each layer keeps for its backward pass (`layer_bytes`) and the most that any part of
+a step needs beside it (`peak`); tests/test_plan.py holds them to a factor of two of the compiler's
+own figure. Not counted: the catalogue's rows, the recommender's activations, and the second copy of
+parameters that are held in another dtype than the computation's. Activations are counted as if
+whole on each device, also where a layer's kernels are not.
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tpad_jax import optim
+from tpad_jax import optim, parallel
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.vlm import VLM
 
@@ -25,20 +29,23 @@ class Stage:
 
     Attributes:
       frozen, trained: parameters. moments: gradients and the optimiser's state.
-      activations: what the backward pass needs of the MLLMs' layers. logits: of generation losses.
+      batches: pixels and tokens of this step and the next.
+      activations: what the backward pass needs of the MLLM's layers. logits: of generation losses.
     """
 
     name: str
     frozen: int
     trained: int
     moments: int
+    batches: int
     activations: int
     logits: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.frozen + self.trained + self.moments + self.activations + self.logits
+        return (self.frozen + self.trained + self.moments + self.batches + self.activations
+                + self.logits)
 
 
 def layer_bytes(width, inner, queries, keys, length, size, heads, remat) -> float:
@@ -48,51 +55,78 @@ def layer_bytes(width, inner, queries, keys, length, size, heads, remat) -> floa
       width: D. inner: of the MLP, gate and up counted apart. queries, keys: widths of q and k.
       length: tokens attended to. size: bytes of a number. heads: H. remat: see layers.REMAT.
     """
-    products = size * (queries + 2 * keys + 2 * width + inner)
     if remat == 'full':
         return size * width
-    if remat == 'dots':
-        return size * width + products
-    # norms keep float32 copies, softmax its float32 probabilities
-    return products + 4 * 4 * width + size * (2 * inner + 2 * queries) + 4 * 2 * heads * length
+    products = queries + 2 * keys + width + inner
+    if remat == 'dots':  # an adapter's product is kept beside the one it is added to
+        return size * (width + 2 * products)
+    # norms keep float32 copies, softmax its float32 exponentials beside the probabilities
+    return (size * (products + width + 2 * inner + 2 * queries) + 4 * 4 * width
+            + (4 + size) * heads * length)
 
 
-def read_bytes(base, rows: int, length: int, images: int) -> float:
-    """Activations of `rows` streams of `length` tokens, and of `images` images seen for them.
+def passing_bytes(width, inner, queries, keys, length, size, heads) -> float:
+    """Bytes per token of a layer that only passes: its state, and the larger of its two halves."""
+    attention = 4 * 2 * heads * length + size * (queries + 2 * keys)
+    return size * 2 * width + max(attention, size * 2 * inner)
 
-    A frozen tower without adapters keeps nothing: one layer's worth stands for it.
+
+def read_bytes(base: VLM, rows: int, length: int, images: int,
+               tower: bool = False) -> tuple[float, float]:
+    """What `rows` streams of `length` tokens, and `images` images seen for them, ask for.
+
+    `tower`: the vision tower trains too; one that does not keeps nothing.
+
+    Returns:
+      Bytes kept until the backward pass is through, and needed beside these while it runs.
     """
-    if not isinstance(base, VLM):
-        size, remat = 4, 'none'
-        d = dict(width=base.width, inner=2 * base.hidden, queries=base.width, keys=base.width,
-                 heads=base.heads)
-        return rows * length * base.layers * layer_bytes(**d, length=length, size=size, remat=remat)
-    s, size = base.spec.decoder, jnp.dtype(base.dtype).itemsize
-    d = dict(width=s.width, inner=2 * s.hidden, queries=s.heads * s.head_dim,
-             keys=s.kv_heads * s.head_dim, heads=s.heads, length=length, size=size)
-    kept = s.layers * layer_bytes(**d, remat=base.remat)
+    s, v, size = base.spec.decoder, base.spec.vision, jnp.dtype(base.dtype).itemsize
+    fused = base.how == 'cudnn'  # which writes no scores
+    layer = dict(width=s.width, inner=2 * s.hidden, queries=s.heads * s.head_dim,
+                 keys=s.kv_heads * s.head_dim, heads=0 if fused else s.heads, length=length,
+                 size=size)
+    kept = rows * length * s.layers * layer_bytes(**layer, remat=base.remat)
+    beside = rows * length * passing_bytes(**layer)  # of the gradients
     if base.remat != 'none':  # one layer at a time is computed again, in full
-        kept += layer_bytes(**d, remat='none')
-    v = base.spec.vision
-    merge = v.merge ** 2 if isinstance(v, specs.Grid) else 1
-    patches = base.spec.image_tokens(base.side) * merge
-    seen = layer_bytes(width=v.width, inner=v.hidden, queries=v.width, keys=v.width, heads=v.heads,
-                       length=patches, size=size, remat='none')
-    return rows * length * kept + images * patches * seen
+        beside += rows * length * layer_bytes(**layer, remat='none')
+    patches = base.spec.image_tokens(base.side)
+    if isinstance(v, specs.Grid):
+        patches *= v.merge ** 2
+    block = dict(width=v.width, inner=v.hidden, queries=v.width, keys=v.width,
+                 heads=0 if fused else v.heads, length=patches, size=size)
+    seen = images * patches * passing_bytes(**block)
+    if tower:
+        kept += images * patches * v.layers * layer_bytes(**block, remat=base.remat)
+        seen = images * patches * layer_bytes(**block, remat='none')
+    return kept, max(beside, seen)
 
 
-def lengths(base, text: int, positions: int) -> tuple[int, int]:
-    """Tokens of an item's prompt and of a compressed session's."""
-    if isinstance(base, VLM):
-        s = base.spec
-        image = s.image_tokens(base.side) + len(s.start_ids) + len(s.end_ids)
-    else:
-        image = 16
+def peak(reads: list[tuple[float, float]]) -> float:
+    """The most that is held at once, if reads follow each other and their backward passes come in
+    reverse order, each freeing what its read kept. `reads`: (kept, needed beside) of each.
+    """
+    kept = most = 0.0
+    for own, beside in reads:
+        kept += own
+        most = max(most, kept + beside)
+    return most
+
+
+def lengths(base: VLM, text: int, positions: int, form: str, pooling: str) -> tuple[int, int]:
+    """Tokens of an item's prompt and of a session's.
+
+    Args:
+      base: the MLLM. text: tokens of an item's. positions: N. form, pooling: see configs/base.py.
+    """
+    s = base.spec
+    image = s.image_tokens(base.side) + len(s.start_ids) + len(s.end_ids)
     frame = max(1, len(base.before))
-    return frame + image + text + len(base.end) + 2, frame + 3 * positions
+    item = frame + image + text + len(base.end) + 2 * (pooling == 'summary')
+    place = 2 if form == 'compressed' else image + text + len(base.between)
+    return item, frame + positions * (place + 1)
 
 
-def stage_plan(config, name: str, base, shapes: dict, *, shards: int, model: int,
+def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model: int,
                positions: int) -> Stage:
     """The memory of stage `name`.
 
@@ -104,39 +138,48 @@ def stage_plan(config, name: str, base, shapes: dict, *, shards: int, model: int
     trained, frozen = optim.split(shapes, c.train)
 
     def bytes_of(tree):
-        return sum(math.prod(x.shape) * x.dtype.itemsize // (model if _split(p) else 1)
-                   for p, x in tree.items())
+        return sum(math.prod(x.shape) * x.dtype.itemsize // _parts(path, x.shape, model)
+                   for path, x in tree.items())
 
     rows, text = c.batch_size // shards, config.mllm.text_length
-    item, session = lengths(base, text, positions)
-    vocab = base.spec.decoder.vocab if isinstance(base, VLM) else base.vocab
-    fresh = [n for n in c.fresh.split(',') if n]
+    full, fresh = config.model.form == 'full', [n for n in c.fresh.split(',') if n]
+    tower = any('/vision/' in path for path in trained)
+    item, session = lengths(base, text, positions, config.model.form, config.mllm.pooling)
+    # at most, with the padding item: one that occurs twice in a batch is read once
+    items = 1 + rows * (1 if name == 'knowledge' else positions + 1)
+    pixels = items * (3 * base.side ** 2 + 4 * text)
 
-    def generation(loss):  # scores, their softmax and its gradient
-        return 3 * 4 * (1 if config.losses[loss].by_row else rows) * text * vocab
+    def content():
+        at_once = min(items, config.mllm.chunk or items)
+        kept, beside = read_bytes(base, at_once, item, at_once, tower)
+        # chunk by chunk, from a padded copy of the batch
+        return (kept, beside) if at_once == items else (0, kept + beside + pixels)
 
-    def content(items):  # with chunks, one is in memory at a time
-        items = min(items, config.mllm.chunk or items)
-        return read_bytes(base, items, item, items)
+    def generation(loss):  # float32 scores and their gradient
+        at_once = 1 if config.losses[loss].by_row else rows
+        return 2 * 4 * at_once * text * base.spec.decoder.vocab
 
-    activations = logits = 0
+    writer = read_bytes(base, rows, text + 2, 0)
     if name == 'knowledge':
-        activations = content(rows) + read_bytes(base, rows, 2 + text, 0)
-        logits = generation('gen_knowledge')
-    elif name in ('transfer', 'joint'):
-        full = config.model.form == 'full'
-        # at most: an item that occurs twice is read once
-        activations = len(fresh) * content(rows * (positions + 1) + 1)
-        activations += read_bytes(base, rows, positions * item if full else session, 0)
-        activations += (1 + ('k' in fresh)) * read_bytes(base, rows, 2 + text, 0)
-        logits = generation('gen_transfer') + ('k' in fresh) * generation('gen_knowledge')
+        reads, logits = [content(), writer], generation('gen_knowledge')
+    else:
+        reads = [*(content() for _ in fresh),
+                 read_bytes(base, rows, session, items if full else 0, tower), writer]
+        logits = generation('gen_transfer')
+        if 'k' in fresh:
+            reads, logits = [*reads, writer], max(logits, generation('gen_knowledge'))
     return Stage(name, bytes_of(frozen), bytes_of(trained),
-                 bytes_of(trained) * (1 + MOMENTS[c.optimiser]), int(activations), int(logits))
+                 bytes_of(trained) * (1 + MOMENTS[c.optimiser]), 2 * pixels, int(peak(reads)),
+                 logits)
 
 
-def _split(path):
-    """Whether the axis 'model' cuts this parameter (see parallel.RULES)."""
-    return path.startswith('base/decoder/layers/') and path.endswith('/kernel')
+def _parts(path, shape, model):
+    """How many devices of the axis 'model' share an array (see parallel.RULES)."""
+    for pattern, spec in parallel.RULES:
+        cut = [n for n, axis in zip(shape, spec, strict=False) if axis == parallel.MODEL]
+        if re.search(pattern, path) and all(n % model == 0 for n in cut):
+            return model if cut else 1
+    return 1  # refused where it is placed
 
 
 def limit() -> int | None:
@@ -151,8 +194,8 @@ def lines(stages: list[Stage], available: int | None) -> list[str]:
         return f'{n / 2**30:.2f}'
 
     out = [f'Memory of {s.name}, GiB per device: {gib(s.total)} = frozen {gib(s.frozen)} + trained '
-           f'{gib(s.trained)} + gradients and moments {gib(s.moments)} + activations '
-           f'{gib(s.activations)} + logits {gib(s.logits)}.' for s in stages]
+           f'{gib(s.trained)} + gradients and moments {gib(s.moments)} + batches {gib(s.batches)} '
+           f'+ activations {gib(s.activations)} + logits {gib(s.logits)}.' for s in stages]
     over = [s.name for s in stages if available and s.total > available]
     if over:
         out.append(f'Warning: {", ".join(over)} may not fit into {gib(available)} GiB: lower '
@@ -160,7 +203,7 @@ def lines(stages: list[Stage], available: int | None) -> list[str]:
     return out
 
 
-def of_run(config, base, shapes: dict, devices, *, stages, positions: int) -> list[str]:
+def of_run(config, base: VLM, shapes: dict, devices, *, stages, positions: int) -> list[str]:
     """`lines` of the stages that read with an MLLM.
 
     Args:

@@ -2,7 +2,9 @@
 
 A prompt is made of pieces that are tokenised apart: what stands before the content, what stands
 between items, what stands at the end. So a long text is cut without ever cutting the frame, and a
-text that spells out a special token does not become one.
+text that spells out a special token does not become one. It is the model's own chat template, but
+for a line break that LLaVA's have behind an image and a system's turn that Qwen2-VL's and
+Qwen2.5-VL's begin with; `before` can say the latter.
 """
 
 from pathlib import Path
@@ -35,10 +37,12 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
               for given, default in zip((before, between, end), own, strict=True)]
     if family == 'llava' and tokenizer.bos_token_id is not None:  # Llama's sentences begin with it
         pieces[0] = (tokenizer.bos_token_id, *pieces[0])
-    largest = max(i for piece in pieces for i in piece)
+    # special tokens that no prompt uses may lie beyond; what a text can become may not
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    largest = max((set(tokenizer.get_vocab().values()) - special).union(*pieces))
     if largest >= vocab:
-        raise InputError(f'{directory}: the tokenizer has ids up to {largest} and more, the model '
-                         f'{vocab} embeddings; put the tokenizer of this very checkpoint there')
+        raise InputError(f'{directory}: the tokenizer has ids up to {largest}, the model {vocab} '
+                         'embeddings; put the tokenizer of this very checkpoint there')
     return tuple(pieces)
 
 

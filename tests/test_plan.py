@@ -1,0 +1,413 @@
+"""The plan of a stage's memory against the compiler's own, and what lowers it changes no value."""
+
+import re
+from dataclasses import replace
+from functools import cache, partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from configs import amazon, base
+from tpad_jax import losses, parallel, plan, train
+from tpad_jax.models import lora, tpad
+from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import vlm
+from tpad_jax.models.hf.decoder import Decoder
+from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllm import MLLM
+from tpad_jax.types import Batch
+
+D, ITEMS = 16, 50
+HALF = (0.5,) * 3
+FRAME = dict(before=(1, 2, 3), between=(4,), end=(5, 6, 7))
+# the sizes of Qwen3-VL-2B and LLaVA-1.5-7B
+QWEN = specs.Spec(
+    'qwen3_vl', specs.Decoder(151936, 2048, 28, 16, 8, 128, 6144, 1e-6, 5e6, False, True,
+                              (24, 20, 20), True, True),
+    specs.Grid('qwen3', 1024, 24, 16, 4096, 16, 2, 2048, 'gelu_pytorch_tanh', 1e-6, 48, 0, (),
+               (5, 11, 17)), '', True, False, 151655, (151652,), (151653,), HALF, HALF)
+LLAVA = specs.Spec(
+    'llava', specs.Decoder(32064, 4096, 32, 32, 32, 128, 11008, 1e-5, 1e4, False, False, (), False,
+                           False),
+    specs.Tower('clip', 1024, 23, 24, 16, 4096, 336, 14, 'quick_gelu', 1e-5, True, False, True),
+    'gelu', True, False, 32000, (), (), HALF, HALF)
+REAL = {'qwen3vl_2b': (QWEN, 256), 'llava_7b': (LLAVA, 336)}
+
+
+def small(spec, width=96, layers=4, vocab=256):
+    """The same family in sizes of which a program is compiled in seconds; and its images' side."""
+    d = replace(spec.decoder, vocab=vocab, width=width, layers=layers, heads=4,
+                kv_heads=2 if spec is QWEN else 4, head_dim=24, hidden=3 * width,
+                sections=(4, 4, 4) if spec is QWEN else ())
+    v = replace(spec.vision, width=48, layers=3, heads=4, hidden=192, patch=8)
+    v = (replace(v, out=width, places=8, deep=(0, 1)) if spec is QWEN
+         else replace(v, stored=4, image=64))
+    return replace(spec, decoder=d, vision=v, image_id=vocab - 1,
+                   start_ids=(vocab - 2,) if spec is QWEN else (),
+                   end_ids=(vocab - 3,) if spec is QWEN else ()), 64
+
+
+@cache
+def shapes_of(spec, side, variant):
+    """(config, all parameters, the catalogue's rows), which neither remat nor form changes."""
+    c = amazon.get_config(variant) if variant else base.get_config()
+    if not variant:
+        c.model.update(features=D, width=D, lora_rank=4)
+        c.mllm.text_length = 48
+        for stage in ('knowledge', 'transfer', 'joint'):
+            c.stage[stage].batch_size = 12
+    rows, width = partial(jax.ShapeDtypeStruct, dtype=jnp.float32), c.model.features
+    catalogue = {'k': rows((ITEMS + 1, 2, width)), 'r': rows((ITEMS + 1, width)),
+                 'side': jax.ShapeDtypeStruct((ITEMS + 1, 3), jnp.int32),
+                 'warm': jax.ShapeDtypeStruct((ITEMS + 1,), bool)}
+    model = modules(c, VLM(spec, side, **FRAME))
+    shapes = jax.eval_shape(
+        lambda key, catalogue: tpad.init(
+            key, model, catalogue, rank=c.model.lora_rank, targets=c.model.lora_targets,
+            image_shape=(side, side, 3), text_length=c.mllm.text_length),
+        jax.random.key(0), catalogue)
+    return c, shapes, catalogue
+
+
+def modules(c, module):
+    return tpad.build(module, c.model, recommend=('r',), items=ITEMS, max_length=4,
+                      side_sizes=(3, 3, 3), chunk=c.mllm.chunk)
+
+
+def made(spec, side, remat='none', form='compressed', variant='', **more):
+    """(config, the base, all parameters' shapes, TPAD, the catalogue's rows as shapes)."""
+    c, shapes, catalogue = shapes_of(spec, side, variant)
+    c = c.copy_and_resolve_references()
+    if not variant:
+        c.model.form = form
+        c.mllm.update(remat=remat, **more)
+    module = VLM(spec, side, 'xla', c.mllm.remat, c.mllm.dtype, **FRAME)
+    return c, module, shapes, modules(c, module), catalogue
+
+
+def planned(parts, stage='knowledge', shards=1, model=1, positions=4, **changes):
+    c, module, shapes, *_ = parts
+    c = c.copy_and_resolve_references()
+    c.update_from_flattened_dict(changes)
+    return plan.stage_plan(c, stage, module, flatten_dict(shapes, sep='/'), shards=shards,
+                           model=model, positions=positions)
+
+
+def first_state(parts, stage):
+    c, _, shapes, model, _ = parts
+    spec = train.make_spec(c, stage, model, 0)
+    return spec, jax.eval_shape(partial(train.start, spec, pattern=c.stage[stage].train),
+                                flatten_dict(shapes, sep='/'))
+
+
+def size(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(('stage', 'optimiser'), [
+    ('knowledge', 'adamw'), ('transfer', 'adam'), ('transfer', 'sgd'), ('joint', 'adamw')])
+def test_parameters_gradients_and_moments_are_exact(stage, optimiser):
+    parts = made(*small(QWEN))
+    config = parts[0].copy_and_resolve_references()
+    config.stage[stage].optimiser = optimiser
+    found = planned((config, *parts[1:]), stage)
+    _, state = first_state((config, *parts[1:]), stage)
+    assert found.frozen == size(state.frozen)
+    assert found.trained == size(state.params)
+    counters = sum(x.size * 4 for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.int32)
+    # a gradient is as large as its parameter
+    assert found.moments == size(state.params) + size(state.opt_state) - counters
+
+
+def kept_by_scan(spec, remat, dtype):
+    """Bytes per token and layer that jax itself stores of a decoder for its backward pass."""
+    rows, length = 3, 40
+    decoder = Decoder(spec, 'xla', remat)
+    given = (jax.ShapeDtypeStruct((rows, length, spec.width), dtype),
+             jax.ShapeDtypeStruct((rows, length, 3), jnp.int32),
+             jax.ShapeDtypeStruct((rows, 1, length, length), bool))
+    params = jax.eval_shape(decoder.init, jax.random.key(0), *given)['params']
+    adapter = jax.eval_shape(
+        partial(lora.init, rank=2, targets=r'(attention/[qkvo]|gate|up|down)$'),
+        jax.random.key(0), params)
+    # held in the computation's dtype; any other's cast copies would be kept as well
+    params, adapter = jax.tree.map(lambda x: x.update(dtype=dtype), (params, adapter))
+
+    def total(adapter, params, *given):
+        return decoder.apply({'params': params, 'lora': adapter}, *given)[0].sum()
+
+    traced = jax.make_jaxpr(jax.grad(total))(adapter, params, *given)
+    forward = next(e for e in traced.jaxpr.eqns if e.primitive.name == 'scan')
+    stacked = forward.outvars[forward.params['num_carry']:]
+    return sum(x.aval.size * x.aval.dtype.itemsize for x in stacked) / spec.layers / rows / length
+
+
+@pytest.mark.parametrize('family', [QWEN, LLAVA], ids=lambda spec: spec.family)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_what_a_layer_keeps_is_what_jax_stores(family, dtype, remat):
+    spec = small(family)[0].decoder
+    said = plan.layer_bytes(
+        width=spec.width, inner=2 * spec.hidden, queries=spec.heads * spec.head_dim,
+        keys=spec.kv_heads * spec.head_dim, length=40, size=jnp.dtype(dtype).itemsize,
+        heads=spec.heads, remat=remat)
+    assert said == pytest.approx(kept_by_scan(spec, remat, dtype), rel=0.08)
+
+
+def compiled_bytes(parts, stage='knowledge', positions=4):
+    """What the compiler sets aside for a train step beside what goes in and comes out."""
+    c, module, _, _, catalogue = parts
+    spec, state = first_state(parts, stage)
+    rows, text, side = c.stage[stage].batch_size, c.mllm.text_length, module.side
+    n = 1 if stage == 'knowledge' else positions
+    u = 1 + rows * (1 if stage == 'knowledge' else n + 1)
+    shapes = dict(items=(rows, n), next=(rows, n), target=(rows,), row=(rows,), slots=(rows, n),
+                  next_slots=(rows, n), ids=(u,), tokens=(u, text))
+    batch = Batch(valid=jax.ShapeDtypeStruct((rows,), bool),
+                  has_image=jax.ShapeDtypeStruct((u,), bool),
+                  image=jax.ShapeDtypeStruct((u, side, side, 3), jnp.uint8),
+                  **{k: jax.ShapeDtypeStruct(s, jnp.int32) for k, s in shapes.items()})
+    step = jax.jit(partial(train.train_step, spec=spec, axis=None), donate_argnums=0)
+    found = step.lower(state, batch, catalogue).compile().memory_analysis()
+    return found.temp_size_in_bytes
+
+
+def check_estimate(parts, stage='knowledge'):
+    found = planned(parts, stage)
+    ratio = (found.activations + found.logits) / compiled_bytes(parts, stage)
+    assert 0.7 < ratio < 1.5, ratio
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_activations_and_logits_are_near_the_compilers(remat):
+    check_estimate(made(*small(QWEN), remat))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('family', 'stage', 'remat', 'more'), [
+    (QWEN, 'knowledge', 'dots', {}), (QWEN, 'knowledge', 'none', {'chunk': 4}),
+    (LLAVA, 'knowledge', 'none', {}), (LLAVA, 'knowledge', 'dots', {'chunk': 4}),
+    (LLAVA, 'knowledge', 'full', {'chunk': 4}), (QWEN, 'transfer', 'none', {}),
+    (LLAVA, 'transfer', 'full', {'chunk': 4}), (QWEN, 'transfer', 'none', {'form': 'full'}),
+    (QWEN, 'joint', 'full', {'chunk': 4}), (LLAVA, 'joint', 'none', {'chunk': 4})],
+    ids=lambda x: getattr(x, 'family', None))
+def test_activations_and_logits_are_near_the_compilers_elsewhere(family, stage, remat, more):
+    check_estimate(made(*small(family), remat, **more), stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('spec', [QWEN, LLAVA], ids=lambda spec: spec.family)
+def test_activations_and_logits_are_near_the_compilers_in_real_sizes(spec):
+    # in float32: a CPU's compiler turns bfloat16 into that
+    parts = made(spec, 256 if spec is QWEN else 336, 'full', chunk=8)
+    check_estimate(parts)
+
+
+def test_what_lowers_the_estimate():
+    parts = made(*small(QWEN, vocab=4096))
+    whole = planned(parts)
+    chunked = planned(parts, **{'mllm.chunk': 3})
+    assert chunked.activations < 0.5 * whole.activations
+    assert (chunked.logits, chunked.frozen) == (whole.logits, whole.frozen)
+    by_row = planned(parts, **{'losses.gen_knowledge.by_row': True})
+    assert by_row.logits * 12 == whole.logits
+    assert by_row.activations == whole.activations
+    half = planned(parts, shards=2)
+    assert half.activations < 0.6 * whole.activations
+    assert half.logits * 2 == whole.logits
+    kept = [planned(made(*small(QWEN), remat)).activations for remat in ('none', 'dots', 'full')]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[2] < 0.5 * kept[0]
+    config, module, *rest = made(*small(QWEN))
+    fused = planned((config, module.clone(how='cudnn'), *rest))
+    assert fused.activations < kept[0]
+
+
+def test_a_tower_that_trains_keeps_its_layers():
+    parts = made(*small(QWEN))
+    whole = planned(parts)
+    more = planned(parts, **{'stage.knowledge.train': r'^(lora/knowledge|base/vision)/'})
+    assert more.activations > 1.15 * whole.activations
+
+
+def test_full_sessions_are_longer_than_compressed_ones():
+    compressed, full = (planned(made(*small(QWEN), form=form), 'transfer', **{'mllm.chunk': 2})
+                        for form in ('compressed', 'full'))
+    assert full.activations > 2 * compressed.activations
+
+
+def totals(variant, shards, model):
+    spec, side = REAL[variant]
+    c, module, shapes, *_ = made(spec, side, variant=variant)
+    found = plan.of_run(c, module, shapes, SimpleNamespace(shards=shards, model=model),
+                        stages=('knowledge', 'transfer', 'recommend'), positions=20)
+    assert [line.split()[2] for line in found] == ['knowledge,', 'transfer,']
+    return [float(re.search(r'per device: ([\d.]+) =', line)[1]) for line in found]
+
+
+@pytest.mark.parametrize(('variant', 'shards', 'model', 'room'), [
+    ('qwen3vl_2b', 1, 1, 16), ('qwen3vl_2b', 8, 1, 16), ('llava_7b', 1, 1, 24),
+    ('llava_7b', 1, 8, 16)])
+def test_the_variants_fit_where_they_are_said_to(variant, shards, model, room):
+    found = totals(variant, shards, model)
+    spec, side = REAL[variant]
+    held = 2 * vlm.size(vlm.shapes(spec, side)) / 2**30  # bfloat16
+    assert max(found) < room
+    if model == 1:
+        assert min(found) > held
+    else:
+        assert max(found) < held
+
+
+def test_a_sum_and_a_warning_where_it_does_not_fit(monkeypatch):
+    c, module, shapes, *_ = made(*small(QWEN))
+    found = planned(made(*small(QWEN)))
+    assert found.total == (found.frozen + found.trained + found.moments + found.batches
+                           + found.activations + found.logits)
+    devices = SimpleNamespace(shards=1, model=1)
+
+    def said(room):
+        monkeypatch.setattr(plan, 'limit', lambda: room)
+        return plan.of_run(c, module, shapes, devices, stages=('knowledge', 'transfer'),
+                           positions=4)
+
+    assert len(said(None)) == len(said(2**40)) == 2
+    *_, warning = said(found.total)  # the knowledge stage fits, the larger transfer does not
+    assert warning.startswith('Warning: transfer may not fit into ')
+    for remedy in ('batch_size', 'config.mllm.remat=full', 'config.model_shards'):
+        assert remedy in warning
+    assert said(found.total - 1)[-1].startswith('Warning: knowledge, transfer may')
+
+
+def test_a_cpu_has_no_limit_to_warn_of():
+    assert plan.limit() is None
+
+
+@pytest.mark.parametrize('model', [2, 4])
+def test_a_device_holds_the_part_that_is_placed_there(model):
+    parts = made(*small(QWEN))
+    flat = flatten_dict(parts[2], sep='/')
+    placed = parallel.choose('shard_map', 8, model).shardings(flat)
+    held = sum(np.prod(placed[path].shard_shape(x.shape)) * 4 for path, x in flat.items())
+    found = planned(parts, 'joint', model=model)
+    assert found.frozen + found.trained == held
+    assert held < 0.95 * size(flat)
+
+
+# What lowers the memory changes no value.
+
+SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8, 8), vision_layers=1)
+quick = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def randomly(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def fill(x):
+        if x.ndim < 2:
+            return 1 + 0.1 * rng.normal(size=x.shape)
+        return rng.normal(size=x.shape) * x.shape[-2] ** -0.5
+
+    return jax.tree.map(lambda x: jnp.asarray(fill(x), jnp.float32), shapes)
+
+
+def test_items_read_in_chunks_are_the_same_items():
+    knowledge = KnowledgeMLLM(MLLM(**SIZES), 8)
+    model = SimpleNamespace(knowledge=knowledge, lora_scale=2.0)
+    params = randomly(jax.eval_shape(
+        partial(knowledge.init, method='everything'), jax.random.key(0),
+        jnp.zeros((1, 8, 8, 3), jnp.uint8), jnp.ones(1, bool), jnp.ones((1, 5), jnp.int32)))
+    params = {'base': params['params'].pop('base'), 'knowledge': params['params']}
+    params['lora'] = {'distil': randomly(lora.init(
+        jax.random.key(0), params['base'], rank=2, targets=base.get_config().model.lora_targets))}
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 23, (8, 5))
+    tokens[:, 3:][rng.random((8, 2)) < 0.5] = -1
+    given = (rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8), np.arange(8) % 3 > 0,
+             tokens.astype(np.int32), rng.random((8, 5)) < 0.7)
+    weight = rng.normal(size=(8, 2, 8)).astype(np.float32)
+
+    def run(chunk):
+        def total(trained):
+            model.chunk = chunk
+            k = tpad.read_items(model, {**params, **trained}, 'distil', *given)
+            return (k * weight).sum(), k
+
+        (_, k), grads = quick(jax.value_and_grad(total, has_aux=True))(
+            {name: params[name] for name in ('lora', 'knowledge')})
+        return k, grads
+
+    (whole, grads), (parts, again) = run(0), run(3)
+    assert whole.shape == (8, 2, 8)
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(grads['lora']['distil'])) > 0.1
+    most = max(np.abs(x).max() for x in jax.tree.leaves(grads))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5 * most), again, grads)
+
+
+def test_generation_by_row_is_the_same_loss():
+    rng = np.random.default_rng(2)
+    hidden = jnp.asarray(rng.normal(size=(5, 4, 8)), jnp.float32)
+    table = jnp.asarray(rng.normal(size=(19, 8)), jnp.float32)
+    tokens = jnp.asarray(np.where(np.arange(4) < [[4], [2], [3], [4], [4]],
+                                  rng.integers(0, 19, (5, 4)), -1), jnp.int32)
+    batch = SimpleNamespace(valid=jnp.arange(5) < 4)
+
+    def run(by_row):
+        def total(hidden, table):
+            out = {'describe': hidden, 'describe.tokens': tokens, 'vocabulary': table}
+            loss = losses.generation(out, batch, by_row=by_row)
+            return (loss.value * loss.weight).sum(), loss
+
+        return quick(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(hidden, table)
+
+    ((_, whole), grads), ((_, rows), again) = run(False), run(True)
+    assert whole.value.shape == whole.weight.shape == (5, 4)
+    assert whole.weight.sum() == 13
+    np.testing.assert_allclose(rows.value, whole.value, rtol=1e-5)
+    np.testing.assert_array_equal(rows.weight, whole.weight)
+    assert all(np.abs(g).max() > 0.1 for g in grads)
+    for one, other in zip(grads, again, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_decoder_in_parts_reads_the_same():
+    spec, side = small(QWEN, width=32, layers=2, vocab=64)
+    module = VLM(spec, side, **FRAME)
+    params = {'base': randomly(vlm.shapes(spec, side))}
+    devices = parallel.choose('shard_map', 8, 2)
+    where = flatten_dict(devices.shardings(params), sep='/')
+    for path, sharding in where.items():
+        name = path.removeprefix('base/decoder/layers/')
+        cut = {'attention/q/kernel': 2, 'attention/k/kernel': 2, 'attention/v/kernel': 2,
+               'gate/kernel': 2, 'up/kernel': 2, 'attention/o/kernel': 1, 'down/kernel': 1}.get(
+                   name if name != path else '')
+        expected = [None] * (cut + 1) if cut else []
+        if cut:
+            expected[cut] = 'model'
+        assert list(sharding.spec) + [None] * (len(expected) - len(sharding.spec)) in (
+            expected, expected + [None] * (3 - len(expected))), path
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 60, (4, 6)))
+
+    @quick
+    def read(params, image):
+        def both(model):
+            seen = model.frame(image, jnp.ones(4, bool))
+            said = model.say(tokens, jnp.ones(tokens.shape, bool))
+            return model.logits(model(tpad.streams.join(seen, said)))
+
+        return module.apply({'params': params['base']}, method=both)
+
+    image = np.random.default_rng(4).integers(0, 256, (4, side, side, 3)).astype(np.uint8)
+    placed = devices.share(params)
+    kernel = placed['base']['decoder']['layers']['attention']['o']['kernel']
+    assert kernel.addressable_shards[0].data.shape == (2, 48, 32)
+    whole = read(params, image)
+    assert np.abs(whole).max() > 0.1
+    np.testing.assert_allclose(read(placed, image), whole, atol=1e-5)
