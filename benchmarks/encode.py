@@ -100,7 +100,8 @@ def parameters(spec: specs.Spec, dtype):
 
 def ours(spec, params, tokens, image, dtype, how):
     """A function that reads the rows once and waits."""
-    model, devices = VLM(spec, SIDE, how, dtype=dtype), parallel.choose('auto', 0)
+    model = VLM(spec, SIDE, how, dtype=dtype)
+    devices = parallel.readers(parallel.choose('auto', 0))
 
     def last(module, tokens, image):
         return module(module.prompt(tokens, jnp.ones(tokens.shape, bool), image))[:, -1]
@@ -205,8 +206,7 @@ def decoding(count=60) -> float:
 def main(argv):
     """Time both sides in turns, print a table, write JSON."""
     del argv
-    # A core is a device, as the encoder spreads a call's items over devices: each then reads its own
-    # items, and none waits for the other within a product.
+    # a core is a device with items of its own, and none waits for the other within a product
     jax.config.update('jax_num_cpu_devices', CORES)
     threads = CORES
     with tempfile.TemporaryDirectory() as folder:

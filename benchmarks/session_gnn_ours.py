@@ -113,7 +113,7 @@ class Ours:
 
         config = change(configs.get_config())
         batch = batch or config.stage.recommend.batch_size
-        devices = parallel.choose('auto', 1 if jax.default_backend() == 'cpu' else 0)
+        devices = parallel.choose('auto', 0)
         model = tpad.build(None, config.model, recommend=(), items=self.num_items,
                            max_length=self.max_length, side_sizes=())
         spec = train.make_spec(config, 'recommend', model, config.seed)
@@ -129,7 +129,7 @@ class Ours:
                 'width': config.model.width, 'softmax': config.losses.next_item.dtype,
                 'state': devices.share(train.start(spec, params, '^recommender/')),
                 'step': devices.lift(partial(train.train_step, spec=spec)),
-                'bind': recommend.scorer(model, parallel.choose('auto', 0))}
+                'bind': recommend.scorer(model, parallel.readers(devices))}
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""
