@@ -101,7 +101,7 @@ def parameters(spec: specs.Spec, dtype):
 def ours(spec, params, tokens, image, dtype, how):
     """A function that reads the rows once and waits."""
     model = VLM(spec, SIDE, how, dtype=dtype)
-    devices = parallel.readers(parallel.choose('auto', 0))
+    devices = parallel.choose('auto', 0)
 
     def last(module, tokens, image):
         return module(module.prompt(tokens, jnp.ones(tokens.shape, bool), image))[:, -1]

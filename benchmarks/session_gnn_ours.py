@@ -89,8 +89,6 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        # to rank, a core is a device and has rows of its own; a training step uses all as one
-        jax.config.update('jax_num_cpu_devices', threads)
         self.jax, self.max_length = jax, max_length
         train, test, _ = npz.read(path)
         self.data = npz.data(train, test, test)
@@ -129,7 +127,7 @@ class Ours:
                 'width': config.model.width, 'softmax': config.losses.next_item.dtype,
                 'state': devices.share(train.start(spec, params, '^recommender/')),
                 'step': devices.lift(partial(train.train_step, spec=spec)),
-                'bind': recommend.scorer(model, parallel.readers(devices))}
+                'bind': recommend.scorer(model, devices)}
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""

@@ -55,7 +55,7 @@ def large(c, text_length):
 
 
 def qwen3vl_2b(c):
-    """On 8 devices under 7 GiB each, on one under 12: a TPU v5e has 16."""
+    """About 7 GiB on each of 8 devices, 8 on one: a TPU v5e has 16."""
     large(c, text_length=128)
     c.mllm.image_size = 256  # 64 tokens
     c.mllm.chunk = 32

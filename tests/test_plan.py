@@ -191,11 +191,8 @@ def test_activations_and_logits_are_near_the_compilers(remat):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('family', 'stage', 'remat', 'more'), [
-    (QWEN, 'knowledge', 'dots', {}), (QWEN, 'knowledge', 'none', {'chunk': 4}),
-    (LLAVA, 'knowledge', 'none', {}), (LLAVA, 'knowledge', 'dots', {'chunk': 4}),
-    (LLAVA, 'knowledge', 'full', {'chunk': 4}), (QWEN, 'transfer', 'none', {}),
-    (LLAVA, 'transfer', 'full', {'chunk': 4}), (QWEN, 'transfer', 'none', {'form': 'full'}),
-    (QWEN, 'joint', 'full', {'chunk': 4}), (LLAVA, 'joint', 'none', {'chunk': 4})],
+    (QWEN, 'knowledge', 'dots', {}), (LLAVA, 'knowledge', 'full', {'chunk': 4}),
+    (QWEN, 'transfer', 'none', {'form': 'full'}), (LLAVA, 'joint', 'none', {'chunk': 4})],
     ids=lambda x: getattr(x, 'family', None))
 def test_activations_and_logits_are_near_the_compilers_elsewhere(family, stage, remat, more):
     check_estimate(made(*small(family), remat, **more), stage)

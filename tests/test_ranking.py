@@ -92,16 +92,3 @@ def test_large_scores_are_finite_too():
     expected = counted(weights, z, items, target)
     np.testing.assert_array_equal(above, expected[0])
     np.testing.assert_array_equal(equal, expected[1])
-
-
-def test_each_core_reads_rows_of_its_own(monkeypatch):
-    """But where devices are more than cores, or training is spread, nothing changes."""
-    one = parallel.choose('auto', 0)  # a CPU's cores train as one
-    assert (one.how, one.shards) == ('jit', 1)
-    monkeypatch.setattr(parallel.os, 'cpu_count', lambda: 8)
-    spread = parallel.readers(one)
-    assert (spread.how, spread.shards) == ('pmap', 8)
-    several = parallel.choose('pmap', 2)
-    assert parallel.readers(several) is several
-    monkeypatch.setattr(parallel.os, 'cpu_count', lambda: 4)
-    assert parallel.readers(one) is one

@@ -58,7 +58,6 @@ class Job:
       data, content: see data.pipeline; ready-made sessions have no content (None).
       final: what the models that are tested were trained on; `data`, but after a refit.
       probabilities: the planted catalogue's, or None.
-      devices, readers: what trains, and what ranks.
       spec: the modules. params: all parameters {path: array}, as the stages so far left them.
       catalogue: rows per item on the device. seconds: {stage: s} over all sittings; sitting: s
         spent in stages by this one.
@@ -68,7 +67,6 @@ class Job:
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
-        self.readers = parallel.readers(self.devices)
         self.seconds, self.sitting = {}, 0.0
         self.planted = self.content = None
         self.data = self._read()
@@ -244,7 +242,7 @@ class Job:
             draw = partial(batches.session_batches, self.final, content=content,
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
-        bind = scorer(spec.model, self.readers)
+        bind = scorer(spec.model, self.devices)
         validating = c.eval_every and steps is None
 
         def validate(state, catalogue):
@@ -340,7 +338,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
                 job.refit(writer, writers.progress)
             if stage in ('recommend', 'joint'):
                 own = config.model.encoder if config.data.npz else f'tpad_{stage}'
-                scorers[own] = scorer(job.spec, job.readers)(job.nested(), job.catalogue)
+                scorers[own] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
                 chosen[own] = job.record['valid']
             if stage == 'recommend':
                 for name, rival in config.rivals.items():
@@ -348,7 +346,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
                         continue  # no such rows: only a planted catalogue knows the truth
                     job.pause()
                     model, params = job.run_rival(name, writer, writers.progress)
-                    scorers[name] = scorer(model, job.readers)(params, job.catalogue)
+                    scorers[name] = scorer(model, job.devices)(params, job.catalogue)
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]

@@ -130,9 +130,6 @@ class Devices:
 def choose(parallel: str, count: int, model: int = 1) -> Devices:
     """Devices for `config.parallel`, `config.devices` (0: all here) and `config.model_shards`.
 
-    The cores of a CPU may be devices of their own (see process.begin), but 'auto' trains on all of
-    them as one: a step over a large item table gains nothing from being cut.
-
     Raises:
       InputError: no such way, more devices asked for than there are, or no whole parts of them.
     """
@@ -143,8 +140,6 @@ def choose(parallel: str, count: int, model: int = 1) -> Devices:
     if not 0 <= count <= len(local):
         raise InputError(f'config.devices={count}, but this process has {len(local)}; '
                          'choose at most that many, or 0 for all')
-    if parallel == 'auto' and not count and model == 1 and jax.default_backend() == 'cpu':
-        count = 1
     count = count or len(local)
     if model < 1 or (model > 1 and count % model):
         raise InputError(f'config.model_shards={model} does not divide the {count} devices; choose '
@@ -156,18 +151,6 @@ def choose(parallel: str, count: int, model: int = 1) -> Devices:
         raise InputError(f'config.model_shards={model} needs shard_map, not {how}; set '
                          'config.parallel=shard_map or auto')
     return Devices(how, tuple(local[:1] if how == 'jit' else local[:count]), model)
-
-
-def readers(devices: Devices) -> Devices:
-    """Devices for what only reads: where one device stands for all cores of a CPU, each core.
-
-    Every core then has rows of its own, and none waits for the others within a product.
-    """
-    local = jax.local_devices()
-    alone = devices.how == 'jit' and jax.default_backend() == 'cpu'
-    if alone and 1 < len(local) <= (os.cpu_count() or 1):
-        return Devices('pmap', tuple(local))
-    return devices
 
 
 def _rule(path: str, shape: tuple, model: int) -> PartitionSpec:

@@ -31,7 +31,5 @@ def begin(xla_flags: str) -> Callable[[], bool]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
-    if 'host_platform_device_count' not in os.environ['XLA_FLAGS']:  # see parallel.readers
-        os.environ.setdefault('JAX_NUM_CPU_DEVICES', str(len(os.sched_getaffinity(0))))
     keep()
     return lambda: bool(received)
