@@ -113,8 +113,8 @@ def check(config) -> tuple[str, ...]:
     if config.data.raw_dir:
         amazon.find(config.data.raw_dir)
     if config.data.features and not Path(config.data.features).is_file():
-        raise InputError(f'config.data.features={config.data.features} is no file; give item features '
-                         'as data/given.py says')
+        raise InputError(f'config.data.features={config.data.features} is no file; give item '
+                         'features as data/given.py says')
     bases.read(config)
     return stages
 
