@@ -200,6 +200,7 @@ def shortened(p, top_k, top_p):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('top_k', 'top_p'), [(0, 1.0), (12, 0.8)])
 def test_draws_are_as_frequent_as_likely(small, top_k, top_p):
     model, params, tokens = small
@@ -314,6 +315,7 @@ def test_greedy_takes_the_likeliest_child(small, catalogue):
     assert logits[0, 0].argmax() not in children(titles, [])  # the model had other plans
 
 
+@pytest.mark.slow
 def test_samples_are_titles_as_often_as_likely(small, catalogue):
     model, params, tokens = small
     titles, trie = catalogue

@@ -26,6 +26,7 @@ def compared(name, directory, *, seed=0, side=None, steps=0, with_gradients=Fals
     return {f['what'] for f in found}
 
 
+@pytest.mark.slow
 def test_greedy_tokens_and_gradients(tmp_path):
     found = compared('qwen3_vl_tied', tmp_path, steps=6, with_gradients=True)
     assert 'tokens' in found

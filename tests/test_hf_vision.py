@@ -211,6 +211,7 @@ def test_tower_is_torchs(tower):
     assert apart(run(module, params, patches), want) < BAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tower', [
     replace(CLIP, activation='gelu'), replace(CLIP, eps=1e-6), replace(SIGLIP, eps=1e-5),
     replace(SIGLIP, activation='gelu')])
@@ -241,6 +242,7 @@ def test_grid_is_torchs(kind, side):
         assert deep is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'wrong'), [
     ('qwen2', {'activation': 'gelu'}), ('qwen2', {'eps': 1e-5}), ('qwen2_5', {'eps': 1e-5}),
     ('qwen2_5', {'activation': 'gelu'}), ('qwen2_5', {'window': 0}), ('qwen2_5', {'full': (0,)}),

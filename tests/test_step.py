@@ -153,7 +153,8 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(('stage', 'way'), [
-    pytest.param(stage, way, marks=[pytest.mark.slow] if (stage, way) == ('joint', 'pmap') else [])
+    pytest.param(stage, way,
+                 marks=[pytest.mark.slow] if way == 'pmap' and stage != 'knowledge' else [])
     for stage in STAGES for way in ('pmap', 'shard_map')])
 def test_eight_devices_are_one(runs, stage, way):
     one, many = runs(stage, 'jit'), runs(stage, way)
@@ -175,7 +176,8 @@ def test_eight_devices_are_one(runs, stage, way):
 
 
 @pytest.mark.parametrize(('stage', 'way'), [
-    pytest.param(stage, way, marks=[pytest.mark.slow] if (stage, way) == ('joint', 'pmap') else [])
+    pytest.param(stage, way,
+                 marks=[pytest.mark.slow] if way == 'pmap' and stage != 'knowledge' else [])
     for stage in STAGES for way in WAYS])
 def test_nothing_retraces_after_the_first_step(runs, stage, way):
     traces = runs(stage, way).traces
