@@ -254,7 +254,7 @@ if __name__ == '__main__':
     flags.DEFINE_enum('shape', '100m', list(SIZES), 'sizes of the model')
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of both sides')
     flags.DEFINE_string('attention', 'xla', 'ours, see models/hf/layers.py')
-    flags.DEFINE_integer('rows', 8, 'items of a call')
+    flags.DEFINE_integer('rows', 16, 'items of a call')
     flags.DEFINE_integer('turns', 5, 'turns of each side')
     flags.DEFINE_string('out', '', 'JSON file to write')
     app.run(main)
