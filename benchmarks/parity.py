@@ -4,7 +4,8 @@ Builds the tiny random models of tests/tiny_hf.py, or takes `--checkpoint=DIR` o
 implemented, gives both sides the same rows with no, one and two images, padded on the left and on
 the right, and compares over the tokens that are there: every hidden state, the logits, tokens
 written greedily with a cache and, of tiny models or with --gradients, gradients. Prints a line per
-comparison and leaves with status 1 if one is above its bar.
+comparison, closes with the largest differences of hidden states and logits, and leaves with status
+1 if anything is above its bar.
 
 `--write_golden` writes what tests/test_hf_golden.py reads: a tiny bfloat16 checkpoint per family,
 and torch's float32 outputs on it. Torch runs first and is gone when ours is loaded.
@@ -203,6 +204,9 @@ def main(argv):
                             with_gradients=FLAGS.gradients is not False, **options)
     wrong = sum(not f['good'] for f in found)
     print(f'{len(found)} comparisons, {wrong} above the bar')
+    states = [f for f in found if 'equal' not in f and 'norm_rel_diff' not in f]
+    print(' '.join(f'{key}={max((f[key] for f in states), default=float("nan")):.2e}'
+                   for key in ('max_abs_diff', 'max_rel_diff')))
     if FLAGS.out:
         facts = dict(dtype=FLAGS.dtype, device=jax.devices()[0].device_kind, comparisons=found)
         Path(FLAGS.out).write_text(json.dumps(facts, indent=1) + '\n')

@@ -80,7 +80,10 @@ def test_its_parameters(saved):
 
 def test_the_fingerprint_is_of_every_file(copied):
     _, directory = copied
-    read = lambda: bases.read(config(checkpoint=directory)).fingerprint  # noqa: E731
+
+    def read():
+        return bases.read(config(checkpoint=directory)).fingerprint
+
     first = read()
     assert read() == first
     (directory / 'README.md').write_text('of no consequence')

@@ -120,8 +120,7 @@ def test_a_store_holds_every_row_by_item_id(whole):
     assert about['fingerprint'] == MADE_BY['k']
     assert about['counts'] == {'broken_images': 3}
     assert (about['shape'], about['parts']) == ([V + 1, 2, 3], len(PARTS))
-    assert features.complete(whole, ('k', 'r'))
-    assert not features.complete(whole, ('k', 't'))
+    assert {'k.npy', 'r.npy'} <= {p.name for p in whole.iterdir()}
 
 
 @pytest.mark.parametrize(('how', 'count'), [('name', 40), ('half', 8)])
@@ -210,7 +209,7 @@ def test_processes_share_the_parts(whole, tmp_path):
     one, two, called = Fake(), Fake(), []
     filled(tmp_path, two, process=1, processes=2, barrier=called.append)
     assert called == ['features claimed', 'features filled', 'features joined']
-    assert not features.complete(tmp_path, ('k',))
+    assert not (tmp_path / 'k.npy').exists()
     filled(tmp_path, one, process=0, processes=2)
     assert (one.asked, two.asked) == ([0, 2], [1, 3])
     assert contents(tmp_path) == contents(whole)

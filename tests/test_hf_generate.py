@@ -379,3 +379,15 @@ def test_refused_options(small, catalogue, options, says):
     headless = {k: v for k, v in params.items() if k != 'head'}
     with pytest.raises(InputError, match='no output embedding'):
         generate(model, headless, *text(tokens), steps=3, stop=STOP)
+
+
+@pytest.mark.parametrize(('row', 'change', 'most'), [(2, 1, 2), (1, -1, 2), (2, 0, 1)])
+def test_placeholders_that_fit_no_whole_images_are_refused(case, row, change, most):
+    model, params, given, _ = case('qwen3_vl')
+    tokens, count = given.tokens.copy(), model.spec.image_tokens(model.side)
+    if change < 0:
+        tokens[row, np.flatnonzero(tokens[row] == model.spec.image_id)[0]] = 5
+    elif change:
+        tokens[row, -1] = model.spec.image_id
+    with pytest.raises(InputError, match=f'prompt {row} has {row * count + change} image place'):
+        generate(model, params, tokens, given.mask, given.image[:, :most], steps=2, stop=STOP)

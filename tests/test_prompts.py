@@ -178,15 +178,8 @@ def test_words_beyond_the_embeddings_are_refused(tmp_path):
         prompts.frame(tmp_path, 'llava', 40)
 
 
-def test_placeholders_are_counted_by_row():
+def test_each_placeholder_becomes_its_images_tokens():
     assert prompts.expand([1, 7, 2, 7], 7, 3) == [1, 7, 7, 7, 2, 7, 7, 7]
-    tokens = np.array([[7, 7, 1, 2], [1, 2, 3, 4], [7, 7, 7, 7], [7, 2, 2, 2]])
-    prompts.check_placeholders(tokens[:3], 7, 2, [1, 0, 2])
-    with pytest.raises(InputError, match=r'^prompt 3 has 1 image placeholders, but its 1 '
-                                         r'image\(s\) take 2; expand each to 2$'):
-        prompts.check_placeholders(tokens, 7, 2, [1, 0, 2, 1])
-    with pytest.raises(InputError, match='prompt 1 has 0'):
-        prompts.check_placeholders(tokens, 7, 2, [1, 1, 2, 1])
 
 
 # Rows 0 to 2 differ from the second and third position on; row 3 ends behind the first.

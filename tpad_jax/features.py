@@ -81,11 +81,6 @@ def write(directory, name: str, rows: np.ndarray, made_by: dict, counts: dict | 
     _save(directory / f'{name}.npy', rows)
 
 
-def complete(directory, names: Iterable[str]) -> bool:
-    """Whether the rows of every name are there and joined."""
-    return all((Path(directory) / f'{name}.npy').is_file() for name in names)
-
-
 def manifest(directory, name: str) -> dict:
     """What <name>.manifest.json holds: shape, dtype, parts, layout, fingerprint, counts.
 

@@ -115,8 +115,8 @@ class Job:
         self._count()
         if c.data.features:
             given = features.read_external(c.data.features, data.asins)
-            console.print(f'{c.data.features}: {given.unknown} unknown ids, {given.repeated} rows '
-                          'said twice', markup=False, highlight=False)
+            console.print(f'{c.data.features}: {given.unknown} ids of no item {list(given.some)}, '
+                          f'{given.repeated} rows said twice', markup=False, highlight=False)
             self.catalogue['given'] = jnp.asarray(given.rows)
         if self.planted is not None:
             self.probabilities = synthetic.catalogue_probabilities(self.planted, data.asins)

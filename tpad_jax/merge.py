@@ -19,7 +19,9 @@ def merge(checkpoint, adapter, out):
     """
     found = spec.read(checkpoint)
     pairs, scale = peft.load_adapter(adapter, found)
-    params = load.load(checkpoint, found, dtype='float32')
+    kinds = {t.dtype for t in load.stored(checkpoint) if t.dtype is not None}
+    # sums are float32 whatever this is; it is what the result will have, where there is one
+    params = load.load(checkpoint, found, dtype=kinds.pop() if len(kinds) == 1 else 'float32')
     return export.export(export.merge(params, pairs, scale), checkpoint, out)
 
 

@@ -12,11 +12,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes  # before safetensors, which cannot read bfloat16 without it
 import numpy as np
+import polars as pl
+from safetensors import SafetensorError, safe_open
 
 from tpad_jax.errors import InputError
 
 SHOWN = 5  # ids an error names
+DAMAGE = OSError, ValueError, EOFError, KeyError, TypeError  # what numpy and json raise on one
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def read(file, asins: list[str]) -> Given:
         ids, found = readers[file.suffix](file)
     except InputError:
         raise
-    except Exception as error:  # three libraries, each with errors of its own
+    except (*DAMAGE, pl.exceptions.PolarsError, SafetensorError) as error:
         raise InputError(f'{file} cannot be read as {file.suffix[1:]} of item features: '
                          f'{str(error).splitlines()[0]}; see tpad_jax/data/given.py') from error
     if found.ndim != 2 or not found.shape[1] or found.dtype.kind not in 'fiu':
@@ -109,9 +113,6 @@ def _npy(file):
 
 
 def _safetensors(file):
-    import ml_dtypes  # before safetensors, which cannot read bfloat16 without it
-    from safetensors import safe_open
-
     with safe_open(file, framework='np') as tensors:
         names, about = tensors.keys(), tensors.metadata() or {}
         if 'features' not in names or not ('ids' in names or 'ids' in about):
@@ -127,8 +128,6 @@ def _safetensors(file):
 
 
 def _parquet(file):
-    import polars as pl
-
     table = pl.read_parquet(file)
     absent = [name for name in ('item_id', 'features') if name not in table.columns]
     if absent:

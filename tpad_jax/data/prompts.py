@@ -46,22 +46,6 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
     return tuple(pieces)
 
 
-def check_placeholders(tokens, image_id: int, per_image: int, images) -> None:
-    """Refuse prompts whose placeholders do not fit their images.
-
-    Args:
-      tokens: int [B, S]. per_image: placeholders an image takes. images: int [B], of each row.
-
-    Raises:
-      InputError: naming the first row that does not fit, with both numbers.
-    """
-    found = (tokens == image_id).sum(axis=1)
-    for row, (have, count) in enumerate(zip(found, images, strict=True)):
-        if have != count * per_image:
-            raise InputError(f'prompt {row} has {have} image placeholders, but its {count} '
-                             f'image(s) take {count * per_image}; expand each to {per_image}')
-
-
 def expand(tokens: list[int], image_id: int, per_image: int) -> list[int]:
     """Every placeholder repeated as often as its image has tokens."""
     return [t for token in tokens for t in (token,) * (per_image if token == image_id else 1)]

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tpad_jax.errors import InputError
 
@@ -39,16 +40,27 @@ def generate(model, params, tokens, mask, image, *, steps, stop, key=None, tempe
       probabilities of all titles sum to 1.
 
     Raises:
-      InputError: parameters without an output embedding, numbers out of range, or a trie of another
-        vocabulary, with other stop tokens or with titles longer than `steps`.
+      InputError: a prompt whose placeholders fit no whole images, parameters without an output
+        embedding, numbers out of range, or a trie of another vocabulary, with other stop tokens or
+        with titles longer than `steps`.
     """
     stop = tuple(int(t) for t in stop)
     variables = params if 'params' in params else {'params': params}
+    _check_images(model, np.asarray(tokens), np.asarray(mask, bool), image)
     _check(model, variables, steps, stop, temperature, top_k, top_p, allowed)
     if key is None:
         temperature, top_k, top_p = 1.0, 0, 1.0  # so that they compile nothing anew
     return _run(model, variables, jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool), image,
                 key, temperature, allowed, steps=steps, stop=stop, top_k=top_k, top_p=top_p)
+
+
+def _check_images(model, tokens, mask, image):
+    """Too many placeholders would repeat an image's last token, too few would cut it."""
+    each, most = model.spec.image_tokens(model.side), image.shape[1]
+    found = ((tokens == model.spec.image_id) & mask).sum(axis=1)
+    for row in np.flatnonzero((found % each > 0) | (found > each * most))[:1]:
+        raise InputError(f'prompt {row} has {found[row]} image placeholders; give {each} for each '
+                         f'of at most {most} image(s), see data.prompts.expand')
 
 
 def _check(model, variables, steps, stop, temperature, top_k, top_p, allowed):

@@ -23,6 +23,7 @@ from tpad_jax.models.hf import keys
 from tpad_jax.models.hf.spec import Spec
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
+EMBED = 'model.language_model.embed_tokens.weight'
 PICKLES = ('*.bin', '*.pt', '*.pth')
 FLOATS = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 PIECE = 256 << 10  # bytes a thread reads at once: what its cache holds
@@ -58,7 +59,8 @@ def load(directory, spec: Spec, *, dtype, sharding=None) -> dict:
 
     Raises:
       InputError: no safetensors, a file that is missing or damaged, or tensors that are missing,
-        unexpected or of another shape; all of these are listed.
+        unexpected or of another shape; all of these are listed. An output embedding that differs
+        from the one it is tied to.
     """
     found = bind(directory, spec)
     dtype = np.dtype(dtype)
@@ -144,6 +146,20 @@ def read_into(array, tensor, file, skip=0):
         view, at = view[count:], at + count
 
 
+def equal(one, two):
+    """Whether two tensors hold the same bytes, read row by row."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    with open(one.file, 'rb', buffering=0) as f, open(two.file, 'rb', buffering=0) as g:
+        row = np.empty(one.shape[1:], one.dtype), np.empty(one.shape[1:], one.dtype)
+        for i in range(one.shape[0]):
+            for array, tensor, file in zip(row, (one, two), (f, g), strict=True):
+                read_into(array, tensor, file, i * array.nbytes)
+            if row[0].tobytes() != row[1].tobytes():
+                return False
+    return True
+
+
 def _empty(shape, dtype):
     size = math.prod(shape) * dtype.itemsize
     room = np.empty(size + ALIGNED, np.uint8)
@@ -181,6 +197,10 @@ def bind(directory, spec: Spec) -> dict[str, Tensor]:
     if faults:
         raise InputError(f'{directory}: its tensors are not those its config.json asks for: '
                          f'{"; ".join(faults)}; use the config.json they were saved with')
+    head, embed = found.get('lm_head.weight'), found[EMBED]
+    if spec.decoder.tied and head is not None and not equal(head, embed):
+        raise InputError(f'{directory}: {head.name} differs from {embed.name}, which config.json '
+                         'ties it to (tie_word_embeddings); set that to false where it stands')
     return {name: t for name, t in found.items() if name in want or keys.needless(name, spec)}
 
 

@@ -111,9 +111,8 @@ class VLM(nn.Module):
             ids = jnp.broadcast_to(jnp.array(ids, jnp.int32), (*there.shape, len(ids)))
             return self.say(ids, there[..., None])
 
-        parts = [say(ids) for ids in (self.spec.start_ids, self.spec.end_ids) if ids]
-        seen = self.see(image, there)
-        return streams.join(parts[0], seen, parts[1]) if parts else seen
+        return streams.join(say(self.spec.start_ids), self.see(image, there),
+                            say(self.spec.end_ids))
 
     def prompt(self, tokens, mask, image) -> Stream:
         """Tokens with placeholders and the images these stand for.
