@@ -10,14 +10,13 @@ import pytest
 from jax.tree_util import Partial
 
 from tpad_jax import collectives, losses
-from tpad_jax.models import alignment, repeats
+from tpad_jax.models import critics, repeats
 from tpad_jax.types import Batch, Loss
 
 # rows, positions, items, width, modalities, text tokens, vocabulary, devices
 B, N, V, D, M, T, W, DEVICES = 16, 3, 9, 4, 2, 5, 11, 8
 PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
-          if fn.__module__ == losses.__name__ and not name.startswith('_')
-          and list(inspect.signature(fn).parameters)[:2] == ['out', 'batch']]
+          if list(inspect.signature(fn).parameters)[:2] == ['out', 'batch']]
 
 # Losses that cut or correct their gradient on purpose, which their own tests below are about.
 CUT = {losses.mine, losses.vclub, losses.club_fit}
@@ -25,8 +24,8 @@ CUT = {losses.mine, losses.vclub, losses.club_fit}
 # Widths of the outputs that `models.tpad.forward` names; one that a new loss reads is added here.
 POSITIONS = {'k': M * D, 't': D, 'c': D, 'p': D, 'r': D, 'r_next': D}
 TEXTS = ('describe', 'foretell')
-CRITICS = {'align': alignment.Critic('separable', 6), 'distil': alignment.Critic('bilinear', 6)}
-CLUB = alignment.GaussianQ(6)
+CRITICS = {'align': critics.Critic('separable', 6), 'distil': critics.Critic('bilinear', 6)}
+CLUB = critics.GaussianQ(6)
 
 
 # Programs of this size run in no time: compiling them is what takes it.
@@ -369,7 +368,7 @@ def test_without_its_correction_a_skewed_proposal_is_wrong(monkeypatch):
     sampled = partial(losses.sampled_next_item, out, batch, key=jax.random.key(1), samples=100_000,
                       power=1.0)
     assert np.abs(sampled() - expected).max() < 0.05
-    monkeypatch.setattr(losses.softmax, 'log_probability',
+    monkeypatch.setattr(losses.recommendation.softmax, 'log_probability',
                         lambda weight, ids: jnp.full(len(ids), -np.log(V - 2)))
     assert np.abs(sampled() - expected).max() > 0.5
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tpad_jax import bases, mixture, parallel, train
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
-from tpad_jax.models import alignment, tpad
+from tpad_jax.models import critics, tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
 
@@ -81,7 +81,7 @@ def check(config) -> tuple[str, ...]:
         _one_of(f'mllm.{key}', config.mllm[key], choices)
     _one_of('model.form', config.model.form, ('compressed', 'full'))
     for name, kind in config.model.critics.items():
-        _one_of(f'model.critics.{name}', kind, alignment.KINDS)
+        _one_of(f'model.critics.{name}', kind, critics.KINDS)
         if name == 'align' and kind == 'dot':
             raise InputError('config.model.critics.align=dot cannot be: k holds a feature per '
                              'modality and c is one feature; choose bilinear or separable')

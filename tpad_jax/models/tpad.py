@@ -21,8 +21,9 @@ from jax.tree_util import Partial
 from tpad_jax.errors import InputError
 from tpad_jax.models import lora
 from tpad_jax.models import stream as streams
-from tpad_jax.models.alignment import Adapter, Critic, Disentangle, GaussianQ, unit
+from tpad_jax.models.alignment import Adapter, Disentangle
 from tpad_jax.models.attention import row_keys
+from tpad_jax.models.critics import Critic, GaussianQ, unit
 from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.global_graph import GlobalGraphGNN
 from tpad_jax.models.hf.vlm import VLM

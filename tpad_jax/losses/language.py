@@ -1,0 +1,32 @@
+"""What an MLLM learns from text: the generation task."""
+
+import jax
+import jax.numpy as jnp
+
+from tpad_jax.types import Loss
+
+
+def generation(out, batch, *, axis=None, x='describe', tokens='describe.tokens',
+               table='vocabulary', by_row=False):
+    """Next-token cross entropy of a text, per token. -> Loss [B, T]
+
+    [paper] both MLLMs learn by a generation task; [ours] what they are given (see models/).
+    by_row: one row's scores exist at a time, in both passes: B times less memory where the
+    vocabulary is large.
+    """
+    hidden, tokens = out[x], out[tokens]
+    words = out[table].astype(hidden.dtype)
+
+    def surprise(hidden, tokens):
+        # bfloat16 states stay so in the product, whose results are float32
+        logits = jnp.matmul(hidden, words.T, preferred_element_type=jnp.float32)
+        own = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - own
+
+    if by_row:
+        again = jax.checkpoint(surprise)
+        value = jax.lax.map(lambda row: again(*row), (hidden, tokens))
+    else:
+        value = surprise(hidden, tokens)
+    weight = ((tokens >= 0) & batch.valid[:, None]).astype(jnp.float32)
+    return Loss(value, weight)

@@ -1,0 +1,115 @@
+"""What trains a recommender: softmax cross entropy over the catalogue, whole or sampled."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from tpad_jax import softmax
+from tpad_jax.models import repeats
+from tpad_jax.table import take
+from tpad_jax.types import Loss
+
+
+def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', repeat='repeat', temperature=1.0,
+              smoothing=0.0, chunk=0, dtype='float32'):
+    """Softmax cross entropy of the target over the warm catalogue, logits <h, z>. -> [B]
+
+    Where `h` is h_each, [B, N, D], every position predicts the item that follows. -> Loss [B, N]
+    Items no training session contains are never negatives: that would teach "never recommend
+    these". [paper] trains its recommender on the next item; [ours] the exclusion of cold items.
+
+    `repeat`: what is added to the logits of the prefix's own items, [B, N, N], or None.
+    `smoothing`: share of the target's mass spread evenly over the warm catalogue (Szegedy et al.
+    2016). `chunk`, `dtype`: of `softmax.log_partition`, for a large catalogue.
+    """
+    z, warm, repeat, every = out[z], out[warm], out[repeat], out[h] / temperature
+    h, target, pick, back = _predictions(every, batch)
+    z, theirs = take(z, target)
+    h, own = _own(h, theirs, dtype)
+    count = jnp.maximum(warm.sum(), 1)
+    mean = h @ ((warm.astype(z.dtype) @ z) / count) if smoothing else 0.0
+    if repeat is not None:
+        z, rows = take(z, batch.items)
+        scores = pick(jnp.einsum('b...d,bjd->b...j', _rounded(every, dtype), _rounded(rows, dtype)))
+        shift = pick(repeats.last(repeat, batch.items) if every.ndim == 2 else repeat)
+        items = pick(jnp.broadcast_to(
+            batch.items if every.ndim == 2 else batch.items[:, None], repeat.shape[:every.ndim]))
+        own += jnp.where(items == target[:, None], shift, 0).sum(axis=1)
+        shift = jnp.where(warm[items], shift, 0)
+        mean += shift.sum(axis=1) / count
+    if smoothing:
+        own = (1 - smoothing) * own + smoothing * mean
+    whole = softmax.log_partition(h, z, warm, chunk=chunk, dtype=dtype)
+    if repeat is not None:
+        # of the whole the prefix's items have these shares, which grow by exp(shift)
+        more = (jnp.exp(scores - whole[:, None]) * jnp.expm1(shift)).sum(axis=1)
+        whole += jnp.log(jnp.maximum(1 + more, 1e-6))
+    return back(whole - own)
+
+
+def sampled_next_item(out, batch, *, axis=None, key=None, h='h', z='z', warm='warm',
+                      popularity='popularity', samples=8192, power=0.75, temperature=1.0):
+    """`next_item` with its partition estimated from `samples` drawn items. -> [B], or Loss [B, N]
+
+    Bengio and Senecal 2008. The step's key draws them once for all rows and replicas, with
+    replacement, in proportion to popularity ** power over the warm items (0: uniformly). Each is
+    corrected by the log of how often it is expected (Yi et al. 2019); the target stands beside them
+    with its own logit, and draws of it do not count. So the partition is unbiased, and the loss is
+    too low by what the logarithm makes of its variance. It does not train `model.repeats`.
+    """
+    z, warm = out[z], out[warm]
+    h, target, _, back = _predictions(out[h], batch)
+    h, own = _own(h / temperature, z[target])
+    weight = softmax.weights(warm, out[popularity], power)
+    drawn = softmax.draw(key, weight, samples)
+    expected = softmax.log_probability(weight, drawn) + math.log(samples)
+    logits = h @ z[drawn].T - expected
+    counts = (drawn[None] != target[:, None]) & (drawn[None] > 0)
+    logits = jnp.where(counts, logits, -jnp.inf)
+    beside = jnp.where(warm[target], own, -jnp.inf)  # a cold target is in no partition
+    return back(jax.nn.logsumexp(jnp.concatenate([beside[:, None], logits], axis=1), axis=1) - own)
+
+
+def _predictions(h, batch):
+    """What predicts what, without the padding where the batch says which places hold an item.
+
+    Args:
+      h: [B, D], or [B, N, D] for a prediction after every position.
+
+    Returns:
+      h [A, D], target int32 [A], a function that picks [A, ...] of what has a row or position for
+      each h, and one that puts values [A] back as the loss returns them.
+    """
+    if h.ndim == 2:
+        return h, batch.target, lambda x: x, lambda value: value
+    shape = h.shape[:2]
+    weight = batch.mask.astype(jnp.float32)
+    count = math.prod(shape)
+    at = batch.places
+    if at is not None:
+        at = jnp.where(at < 0, count, at)  # what fills up is read and thrown away
+
+    def pick(x):
+        x = x.reshape(count, *x.shape[2:])
+        return x if at is None else x.at[at].get(mode='clip')
+
+    def back(value):
+        if at is not None:
+            value = jnp.zeros(count).at[at].set(value, mode='drop')
+        return Loss(value.reshape(shape), weight)
+
+    return pick(h), pick(batch.next), pick, back
+
+
+def _rounded(x, dtype):
+    return x.astype(dtype).astype(x.dtype)
+
+
+def _own(h, theirs, dtype='float32'):
+    """h and the targets' logits [B], both from operands rounded as the partition's are.
+
+    h: [B, D]. theirs: [B, D], the targets' vectors.
+    """
+    h = _rounded(h, dtype)
+    return h, (h * _rounded(theirs, dtype)).sum(-1)
