@@ -52,7 +52,7 @@ def get_config():
                        every_prefix=False, copy='lora/knowledge->lora/distil',
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
         recommend=stage(batch_size=512, steps=600, learning_rate=4e-3, eval_every=50, patience=5,
-                        train=r'^recommender/', weight_decay=0.1),
+                        train=r'^recommender/', weight_decay=1.0),
         joint=stage(batch_size=64, steps=16, learning_rate=2e-4, eval_every=8, patience=5,
                     fresh='k,r', refresh_every=8, weight_decay=0.1,
                     train=r'^(lora|knowledge|transfer|disentangle|adapter|club|critic|recommender)/'),
@@ -93,21 +93,21 @@ def data():
 def model():
     """Widths and shares of everything above the base."""
     return ConfigDict(dict(
-        features=64,  # width D of k (per modality), t, c, p and r
+        features=64,  # width D of k per modality; t, c, p and r have M D
         lora_rank=8, lora_alpha=16.0,
         lora_targets=r'^decoder/.*(attention/[qkvo]|gate|up|down)$',  # of the base's kernels
         form='compressed',  # how the Transfer-MLLM is fed an item: 'compressed' or 'full'
         withhold=0.3,  # share of an item's words the reader does not see in knowledge acquisition
         word_dropout=0.6,  # share of words the writer does not see, or features stay empty
         critics=dict(align='separable', distil='separable'),
-        width=64,  # of z and h, the recommender
+        width=128,  # of z and h, the recommender
         recommend='r',  # content features in z, comma-separated rows: r, k, given; '': none
         use_id=True,  # False: content only
         use_side=True,  # brand, category and price level, where the catalogue has them
         id_dropout=0.2,  # share of warm items that meet the cold items' shared embedding
-        feature_dropout=0.1,
+        feature_dropout=0.0,  # on the content features
         encoder='sr_gnn',  # of sessions: 'sr_gnn', 'gce_gnn' or 'attention'
-        normalise=False,  # items and sessions have length one, and a temperature is learned
+        normalise=True,  # items and sessions have length one, and a temperature is learned
         temperature=0.07,  # where it starts
         repeats=False,  # items of the prefix get a learned shift of their scores
         gnn_steps=1,  # sr_gnn: rounds of message passing

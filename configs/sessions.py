@@ -63,7 +63,8 @@ def get_config(variant: str = 'diginetica'):
         stage.update(batch_size=128, learning_rate=3e-3, optimiser='adam', weight_decay=0.0)
     else:
         stage.update(batch_size=512, optimiser='adam', learning_rate=2e-3, weight_decay=1e-5)
-        c.model.update(positions=False, dropout=0.0, item_dropout=0.0)  # as it was published
+        # as it was published
+        c.model.update(positions=False, dropout=0.0, item_dropout=0.0, normalise=False)
         if encoder == 'gce_gnn':
             c.model.dropout = 0.2
     if c.model.normalise:  # what `python -m tpad_jax.search` tries

@@ -46,7 +46,7 @@ def filled(shapes, seed, scale=1.0):
 
 def make_catalogue(seed=0):
     rng = np.random.default_rng(seed)
-    k, r = rng.normal(size=(V + 1, M, D)), rng.normal(size=(V + 1, D))
+    k, r = rng.normal(size=(V + 1, M, D)), rng.normal(size=(V + 1, M * D))
     rows = {'k': k.astype(np.float32), 'r': r.astype(np.float32),
             'warm': np.arange(V + 1) % 7 > 0, 'side': rng.integers(0, 3, (V + 1, 2))}
     return jax.tree.map(jnp.asarray, rows)
@@ -217,7 +217,7 @@ def test_session_features_from_ids_to_t(params, form, stage):
     items[~batch.valid] = 1
     other = read(batch.replace(items=items, slots=items))
     for name in ('t', 'c', 'p'):
-        assert out[name].shape == (B, N, D)
+        assert out[name].shape == (B, N, M * D)
         same(other[name][batch.valid, :2][batch.mask[batch.valid, :2]],
              out[name][batch.valid, :2][batch.mask[batch.valid, :2]])
         assert differs(other[name][three, 2], out[name][three, 2])
@@ -230,7 +230,7 @@ def test_the_writer_sees_the_words_before_only(params):
     variables = tpad.transfer_variables(SPEC, params)
     write = jit(partial(SPEC.transfer.apply, variables, method='foretell'))
     rng = np.random.default_rng(0)
-    t = rng.normal(size=(3, D)).astype(np.float32)
+    t = rng.normal(size=(3, M * D)).astype(np.float32)
     tokens, keep = rng.integers(1, 13, (3, T)), np.ones((3, T), bool)
     y = write(t, tokens, keep)
     assert y.shape == (3, T, BASE['width'])
@@ -296,8 +296,8 @@ def test_adapter_targets_that_match_nothing_are_refused(params):
 
 # --- forward ------------------------------------------------------------------------------------
 
-SHAPES = {'items': (B, N), 'next': (B, N), 'warm': (V + 1,), 'k': (B, N, M * D), 't': (B, N, D),
-          'c': (B, N, D), 'p': (B, N, D), 'r': (B, N, D), 'r_next': (B, N, D), 'h': (B, D),
+SHAPES = {'items': (B, N), 'next': (B, N), 'warm': (V + 1,), 'h': (B, D),
+          **dict.fromkeys(('k', 't', 'c', 'p', 'r', 'r_next'), (B, N, M * D)),
           'describe': (B, T, 16), 'foretell': (B, T, 16), 'describe.tokens': (B, T),
           'foretell.tokens': (B, T), 'vocabulary': (13, 16), 'z': (V + 1, D)}
 TRANSFER = {'k', 'c', 'p', 't', 'r', 'r_next', 'foretell', 'foretell.tokens', 'vocabulary', 'items',

@@ -62,7 +62,7 @@ def shapes_of(spec, side, variant):
         for stage in ('knowledge', 'transfer', 'joint'):
             c.stage[stage].batch_size = 12
     rows, width = partial(jax.ShapeDtypeStruct, dtype=jnp.float32), c.model.features
-    catalogue = {'k': rows((ITEMS + 1, 2, width)), 'r': rows((ITEMS + 1, width)),
+    catalogue = {'k': rows((ITEMS + 1, 2, width)), 'r': rows((ITEMS + 1, 2 * width)),
                  'side': jax.ShapeDtypeStruct((ITEMS + 1, 3), jnp.int32),
                  'warm': jax.ShapeDtypeStruct((ITEMS + 1,), bool)}
     model = modules(c, VLM(spec, side, **FRAME))

@@ -74,7 +74,7 @@ def model():
     catalogue = jax.tree.map(jnp.asarray, {
         'warm': DATA.warm, 'side': DATA.side,
         'k': rng.normal(size=(V + 1, 2, width)).astype(np.float32),
-        'r': rng.normal(size=(V + 1, width)).astype(np.float32)})
+        'r': rng.normal(size=(V + 1, 2 * width)).astype(np.float32)})
     shapes = jax.eval_shape(
         partial(tpad.init, spec=spec, catalogue=catalogue, rank=2, targets=config.lora_targets,
                 image_shape=(SIDE, SIDE, 3), text_length=T), jax.random.key(0))

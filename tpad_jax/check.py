@@ -82,9 +82,6 @@ def check(config) -> tuple[str, ...]:
     _one_of('model.form', config.model.form, ('compressed', 'full'))
     for name, kind in config.model.critics.items():
         _one_of(f'model.critics.{name}', kind, critics.KINDS)
-        if name == 'align' and kind == 'dot':
-            raise InputError('config.model.critics.align=dot cannot be: k holds a feature per '
-                             'modality and c is one feature; choose bilinear or separable')
     for row in names(config.model.recommend):
         _one_of('model.recommend', row, ('k', 'r', 'given'))
     _check_rivals(config)

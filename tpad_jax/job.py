@@ -125,7 +125,7 @@ class Job:
                    for n, a in zip(wording.SIZES, self.attributes.T, strict=True)]
             self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
         blank = {n: jnp.zeros((data.num_items + 1, *s)) for n, s in
-                 (('k', (2, c.model.features)), ('r', (c.model.features,)))}
+                 (('k', (2, c.model.features)), ('r', (2 * c.model.features,)))}
         make = partial(tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
                        rank=c.model.lora_rank, targets=c.model.lora_targets,
                        image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length)

@@ -20,14 +20,18 @@ class Disentangle(nn.Module):
 
 
 class Adapter(nn.Module):
-    """r = A(k): one vector over the modalities, of mean square one. [..., M, D] -> [..., D]."""
+    """r = A(k): one vector over the modalities, of mean square one. [..., M, D] -> [..., M D].
+
+    [ours] It starts as k itself and learns what to add: r never has to find again what k says.
+    """
 
     hidden: int
-    features: int
 
     @nn.compact
     def __call__(self, k):
-        """Apply to k [..., M, D]; a linear path beside the MLP keeps what k says."""
-        x = k.reshape(*k.shape[:-2], -1)
-        y = Linear(self.features, name='skip')(x) + MLP(self.hidden, self.features, name='mlp')(x)
-        return unit(y) * self.features**0.5
+        """Apply to k [..., M, D]."""
+        x, zeros = k.reshape(*k.shape[:-2], -1), nn.initializers.zeros
+        wide = x.shape[-1]
+        y = (x + Linear(wide, kernel=zeros, name='linear')(x)
+             + MLP(self.hidden, wide, out=zeros, name='mlp')(x))
+        return unit(y) * wide**0.5

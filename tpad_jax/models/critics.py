@@ -1,5 +1,7 @@
 """Critics: score functions of pairs, and vCLUB's variational family."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,13 @@ class MLP(nn.Module):
 
     hidden: int
     features: int
+    out: Callable = nn.initializers.lecun_uniform()  # of the second layer's kernel
 
     @nn.compact
     def __call__(self, x):
         """Apply to the last axis of x."""
         x = nn.gelu(Linear(self.hidden, use_bias=True, name='in')(x))
-        return Linear(self.features, use_bias=True, name='out')(x)
+        return Linear(self.features, use_bias=True, kernel=self.out, name='out')(x)
 
 
 class Critic(nn.Module):

@@ -6,6 +6,7 @@ passed to `apply`, and several adapters share one frozen base.
 """
 
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -26,11 +27,12 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = False
+    kernel: Callable = nn.initializers.lecun_uniform()
 
     @nn.compact
     def __call__(self, x):
         """Apply the layer to x [..., I]."""
-        kernel = self.param('kernel', nn.initializers.lecun_uniform(), (x.shape[-1], self.features))
+        kernel = self.param('kernel', self.kernel, (x.shape[-1], self.features))
         dtype = x.dtype
         lead = x.shape[:-1]
         # one plain matrix product: on CPU twice as fast as one with batch axes

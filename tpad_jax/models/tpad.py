@@ -92,11 +92,11 @@ def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, 
     Without a base (None) there are no MLLMs, and only the recommender can be asked for anything.
     """
     width = model.features
+    wide = len(MODALITIES) * width  # of k over its modalities, and so of t, c, p and r
     return TPAD(
         knowledge=base and KnowledgeMLLM(base, width, pooling),
-        transfer=base and TransferMLLM(base, width),
-        disentangle=Disentangle(2 * width, width), adapter=Adapter(2 * width, width),
-        club=GaussianQ(2 * width),
+        transfer=base and TransferMLLM(base, wide),
+        disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
                       model.id_dropout, model.feature_dropout),
@@ -130,7 +130,7 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
     tokens = jnp.ones((1, text_length), jnp.int32)
     seen = jnp.ones((1,), bool)
     k = jnp.ones((1, 1, len(MODALITIES), spec.knowledge.features))
-    one = jnp.ones((1, spec.knowledge.features))
+    one = k.reshape(1, -1)
 
     def heads(module, *args, method=None):
         return module.init(next(keys), *args, method=method)['params']
@@ -149,15 +149,9 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
         'disentangle': heads(spec.disentangle, one),
         'adapter': heads(spec.adapter, k[0]),
         'club': heads(spec.club, one, one),
-        'critic': {name: heads(critic, *_critic_inputs(name, k[0], one))
-                   for name, critic in spec.critics},
+        'critic': {name: heads(critic, one, one) for name, critic in spec.critics},
         'recommender': recommender_init(next(keys), spec, catalogue),
     }
-
-
-def _critic_inputs(name, k, one):
-    """Example inputs of a critic: align compares k of all modalities with c, others D with D."""
-    return (k.reshape(1, -1), one) if name == 'align' else (one, one)
 
 
 def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
@@ -216,7 +210,7 @@ def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
 
 
 def distil_items(spec, params, image, has_image, tokens):
-    """Content of U items -> distilled representations r [U, D]."""
+    """Content of U items -> distilled representations r [U, M D]."""
     k = read_items(spec, params, 'distil', image, has_image, tokens)
     return spec.adapter.apply({'params': params['adapter']}, k)
 
@@ -280,7 +274,7 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
       key: the step's key, or None for evaluation: then nothing is dropped or withheld.
 
     Returns:
-      Of these, the ones needed: items, next [B, N]; k [B, N, M D]; t, c, p, r, r_next [B, N, D];
+      Of these, the ones needed: items, next [B, N]; k, t, c, p, r, r_next [B, N, M D];
       describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary [W,
       width]; h [B, D], h_each [B, N, D] (h after every position), z [V+1, D], repeat [B, N, N] or
       None (see repeats.py), warm and popularity [V+1]; critic.*, club: score functions with their
