@@ -212,7 +212,9 @@ def of_run(config, base: VLM, shapes: dict, devices, *, stages, positions: int) 
     """
     flat = flatten_dict(shapes, sep='/')
     held = jnp.dtype(config.mllm.param_dtype)
-    flat = {path: jax.ShapeDtypeStruct(x.shape, held) if path.startswith('base/') else x
+    taught = jnp.dtype(config.mllm.teacher_dtype)
+    flat = {path: jax.ShapeDtypeStruct(x.shape, held if path.startswith('base/') else taught
+                                       if path.startswith('teacher/') else x.dtype)
             for path, x in flat.items()}
     reads = [name for name in stages if name != 'recommend']
     return lines([stage_plan(config, name, base, flat, shards=devices.shards, model=devices.model,
