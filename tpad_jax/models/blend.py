@@ -29,7 +29,8 @@ def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), k
       rank: the nearest adapter of this rank instead (by SVD, for each kernel); 0: exactly.
 
     Returns:
-      The adapter, likewise and float32, and the share of the deltas' norm that `rank` left out (0.0 if exact).
+      The adapter, likewise and float32, and the share of the deltas' norm that `rank` left out
+      (0.0: nothing).
 
     Raises:
       ValueError: another kind, or adapters of different kernels.

@@ -256,9 +256,9 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
       Of these, the ones needed: items, next [B, N]; k [B, N, M D]; t, c, p, r, r_next [B, N, D];
       describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary,
       teacher.vocabulary [W, width]; readings.STATES and THERE, see there; interest [B, C], logits
-      over the clusters of a session's items, and cluster int32 [V+1]; h [B, D], h_each [B, N, D] (h after every position), z [V+1, D], repeat [B, N, N] or
-      None (see repeats.py), warm and popularity [V+1]; critic.*, club: score functions with their
-      parameters bound.
+      over the clusters of a session's items, and cluster int32 [V+1]; h [B, D], h_each [B, N, D] (h
+      after every position), z [V+1, D], repeat [B, N, N] or None (see repeats.py), warm and
+      popularity [V+1]; critic.*, club: score functions with their parameters bound.
     """
     keys = dict(zip(PURPOSES, (None,) * len(PURPOSES) if key is None
                     else jax.random.split(key, len(PURPOSES)), strict=True))

@@ -85,7 +85,7 @@ class TransferMLLM(nn.Module):
         return self.writer(self.base, t[:, None], tokens, keep)
 
     def interest(self, t):
-        """Logits [..., C] of how a session's items are distributed over clusters, from t [..., D]."""
+        """Logits [..., C] of a session's distribution over item clusters, from t [..., D]."""
         return self.to_clusters(t)
 
     def everything(self, k, mask, image, has_image, tokens):
