@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from scipy.special import log_softmax
 
-from tests.test_step import CONTENT, DATA, SIDE, SIZES, T, V, N, draw, make_config, model
+from tests.test_step import CONTENT, DATA, SIDE, SIZES, N, T, V, draw, make_config, model
 from tpad_jax import handover, kmeans, losses, parallel, train
 from tpad_jax.data.batches import content_rows
 from tpad_jax.errors import InputError
@@ -162,9 +162,8 @@ def taught():
     config.model.clusters = C
     spec = tpad.build(MLLM(**SIZES), config.model, recommend=('r',), items=V, max_length=N,
                       side_sizes=DATA.side_sizes, teacher=TEACHER)
-    _, flat, catalogue = model()
-    k = catalogue['k']
-    catalogue = {**catalogue, 'cluster': handover.clustered(k, C, 0)}
+    catalogue = model()[2]
+    catalogue = {**catalogue, 'cluster': handover.clustered(catalogue['k'], C, 0)}
     rng = np.random.default_rng(2)
     shapes = jax.eval_shape(
         partial(tpad.init, spec=spec, catalogue=catalogue, rank=2,
@@ -248,7 +247,7 @@ def test_eight_devices_are_one(taught, stage):
     config, spec, params, catalogue = taught
     config = config.copy_and_resolve_references()
     config.mllm.teacher = 'said'
-    for name, loss in config.losses.items():
+    for loss in config.losses.values():
         if loss.fn in ('mdist', 'rdist', 'clusters'):
             loss.update(weight=1.0, stages='transfer' if loss.fn == 'clusters' else loss.stages)
         else:

@@ -46,6 +46,7 @@ def check(config) -> tuple[str, ...]:
         if loss.fn == 'mdist':
             _check_divergence(name, loss)
     _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
+    _check_blend(config.model.blend)
     _at_least(1, 'model_shards', config.model_shards)
     shards = parallel.choose(config.parallel, config.devices, config.model_shards).shards
     for stage in stages:
@@ -92,7 +93,6 @@ def check(config) -> tuple[str, ...]:
     for row in names(config.model.recommend):
         _one_of('model.recommend', row, ('k', 'r', 'given'))
     _check_rivals(config)
-    _check_blend(config.model.blend)
     _at_least(0, 'model.clusters', config.model.clusters)
     _pattern('model.lora_targets', config.model.lora_targets)
     _one_of('data.protocol', config.data.protocol, ('ours', 'published'))

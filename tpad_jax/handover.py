@@ -38,8 +38,7 @@ def clustered(k, count: int, seed: int):
 
 
 def blended(params: dict, config) -> dict:
-    """Parameters {path: array} with lora/distil, of a rank of its own, as config.model.blend says.
-    """
+    """Parameters {path: array} with lora/distil as config.model.blend says, of its own rank."""
     c = config.model.blend
     of, weights = parts(c)
     trees = [{tuple(path.split('/')[2:]): x for path, x in params.items()

@@ -107,8 +107,8 @@ def _missing(config, stage):
     if not config.model.clusters:
         out |= dict.fromkeys(('interest', 'cluster'), 'config.model.clusters is 0')
     if config.model.blend.kind:
-        out |= dict.fromkeys(('r', 'r_next', 'r.image', 'r.text'),
-                             'config.model.blend makes r, and no loss distils it')
+        why = 'config.model.blend makes r, which no loss trains; set its weight to 0'
+        out |= dict.fromkeys(('r', 'r_next', 'r.image', 'r.text'), why)
     if stage == 'recommend':
         out |= dict.fromkeys(states, 'stage recommend reads no content')
     return out
