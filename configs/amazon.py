@@ -51,7 +51,9 @@ def large(c, text_length):
     c.stage.transfer.update(steps=1000, learning_rate=2e-4)
     c.stage.recommend.update(steps=20_000, eval_every=500, patience=8, learning_rate=2e-3)
     c.losses.next_item.update(chunk=8192, dtype='bfloat16')
-    c.losses.gen_knowledge.by_row = c.losses.gen_transfer.by_row = True
+    for loss in c.losses.values():
+        if 'by_row' in loss:
+            loss.by_row = True
 
 
 def qwen3vl_2b(c):

@@ -30,6 +30,10 @@ def get_config():
     c.mllm = ConfigDict(dict(
         base='',  # directory of the small base; empty: the default that is committed here
         checkpoint='',  # directory of a Hugging Face checkpoint, in place of the small base
+        # directory of another base or checkpoint with the same tokenizer, which reads items beside
+        # the student for the losses that read its outputs 'teacher...'; never trained; '': none
+        teacher='',
+        teacher_dtype='float32',  # of its parameters and computation
         image_size=0,  # pixels, both sides; 0: what the base reads (a model of any size: near 256)
         text_length=32,  # tokens of an item's text
         # the rest is for checkpoints
@@ -100,6 +104,14 @@ def model():
         withhold=0.3,  # share of an item's words the reader does not see in knowledge acquisition
         word_dropout=0.6,  # share of words the writer does not see, or features stay empty
         critics=dict(align='separable', distil='separable'),
+        # instead of distilling: the adapter r is read under is a blend of others, made when stage
+        # transfer ends; r is then K's features, one per modality as in k (see models/blend.py)
+        blend=dict(
+            kind='',  # 'sum', 'mean' or 'ties'; '': r is distilled
+            of='knowledge,transfer', weights='1,1',  # adapters, and the weight of each one's delta
+            keep=0.2,  # ties: share of an adapter's entries that count
+            rank=0),  # of the nearest adapter to the blend; 0: the blend itself
+        clusters=0,  # of items by their k, for the loss 'clusters', which needs some; 0: none
         width=128,  # of z and h, the recommender
         recommend='r',  # content features in z, comma-separated rows: r, k, given; '': none
         use_id=True,  # False: content only
@@ -141,6 +153,27 @@ def losses():
         distil_mine=dict(fn='mine', weight=0.0, stages='transfer,joint',
                          x='r_next', y='p', ids='next', critic='critic.distil'),
         discrepancy=dict(fn='mmd', weight=0.1, stages='transfer,joint', x='r', y='t'),
+        # K under 'distil' (r.*) is held to K under 'knowledge' (k.*) on the same items ...
+        mdist_text=dict(fn='mdist', weight=0.0, stages='transfer,joint', x='r.text',
+                        teacher='k.text', there='text.there', teacher_table='vocabulary',
+                        kind='forward', temperature=1.0, skew=0.1, by_row=False),
+        mdist_image=dict(fn='mdist', weight=0.0, stages='transfer,joint', x='r.image',
+                         teacher='k.image', there='image.there', teacher_table='vocabulary',
+                         kind='forward', temperature=1.0, skew=0.1, by_row=False),
+        rdist=dict(fn='rdist', weight=0.0, stages='transfer,joint', x='r.image',
+                   teacher='k.image'),
+        # ... and K to the larger MLLM config.mllm.teacher (in stage transfer: x='r.text')
+        teach_text=dict(fn='mdist', weight=0.0, stages='knowledge', x='k.text',
+                        teacher='teacher.text', there='text.there',
+                        teacher_table='teacher.vocabulary', kind='forward', temperature=1.0,
+                        skew=0.1, by_row=False),
+        teach_image=dict(fn='mdist', weight=0.0, stages='knowledge', x='k.image',
+                         teacher='teacher.image', there='image.there',
+                         teacher_table='teacher.vocabulary', kind='forward', temperature=1.0,
+                         skew=0.1, by_row=False),
+        teach_relations=dict(fn='rdist', weight=0.0, stages='knowledge', x='k.image',
+                             teacher='teacher.image'),
+        clusters=dict(fn='clusters', weight=0.0, stages='transfer,joint'),  # see model.clusters
         next_item=dict(fn='next_item', weight=1.0, stages='recommend,joint', h='h', temperature=1.0,
                        smoothing=0.0, chunk=0, dtype='float32'),
         sampled_next_item=dict(fn='sampled_next_item', weight=0.0, stages='recommend,joint', h='h',

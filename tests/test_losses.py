@@ -19,11 +19,12 @@ PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
           if list(inspect.signature(fn).parameters)[:2] == ['out', 'batch']]
 
 # Losses that cut or correct their gradient on purpose, which their own tests below are about.
-CUT = {losses.mine, losses.vclub, losses.club_fit}
+CUT = {losses.mine, losses.vclub, losses.club_fit, losses.mdist, losses.rdist}
 
 # Widths of the outputs that `models.tpad.forward` names; one that a new loss reads is added here.
 POSITIONS = {'k': M * D, 't': D, 'c': D, 'p': D, 'r': D, 'r_next': D}
 TEXTS = ('describe', 'foretell')
+STATES = ('k.text', 'r.text', 'k.image', 'r.image')  # with as many tokens as the texts
 CRITICS = {'align': critics.Critic('separable', 6), 'distil': critics.Critic('bilinear', 6)}
 CLUB = critics.GaussianQ(6)
 
@@ -46,6 +47,9 @@ def make(seed):
     raw = {n: rng.normal(size=(B, N, w)).astype(np.float32) for n, w in POSITIONS.items()}
     raw['h'] = rng.normal(size=(B, D)).astype(np.float32)
     raw['repeat'] = np.asarray(repeats.shifts(rng.normal(size=N), batch.items), np.float32)
+    raw['interest'] = rng.normal(size=(B, D)).astype(np.float32)
+    for name in STATES:
+        raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
     for name in TEXTS:
         raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
         words = rng.integers(0, W, (B, T))
@@ -63,7 +67,7 @@ def make_params(seed):
     shapes = {n: jax.eval_shape(m.init, jax.random.key(0), *x) for n, (m, *x) in modules.items()}
     shapes |= {'z': jnp.ones((V + 1, D)), 'vocabulary': jnp.ones((W, D))}
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.7, shapes)
-    widths = {**POSITIONS, 'h': D, **dict.fromkeys(TEXTS, D)}
+    widths = {**POSITIONS, 'h': D, 'interest': D, **dict.fromkeys((*TEXTS, *STATES), D)}
     mixing = {n: np.eye(w) + 0.3 * rng.normal(size=(w, w)) for n, w in widths.items()}
     return params | {n: x.astype(np.float32) for n, x in mixing.items()}
 
@@ -74,7 +78,10 @@ def named(params, raw, batch):
     warm = jnp.arange(V + 1) < V - 1  # the last two items are cold; row 0 is padding
     out |= {'items': batch.items, 'next': batch.next, 'warm': warm.at[0].set(False),
             'z': params['z'], 'vocabulary': params['vocabulary'],
-            'popularity': 1.0 + jnp.arange(V + 1) % 3}
+            'popularity': 1.0 + jnp.arange(V + 1) % 3, 'cluster': jnp.arange(V + 1) % D}
+    # which tokens are there: of an image all or none, in one row of three
+    out['text.there'] = raw['describe.tokens'] >= 0
+    out['image.there'] = out['text.there'] & (batch.row % 3 > 0)[:, None]
     out |= {f'critic.{n}': Partial(c.apply, params[f'critic.{n}']) for n, c in CRITICS.items()}
     out['club'] = Partial(CLUB.apply, params['club'])
     return out

@@ -1,17 +1,23 @@
 """Which MLLM a run stands on: the small default, or a Hugging Face checkpoint."""
 
+import copy
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from tpad_jax.data import prompts
+from tpad_jax.data import prompts, text
 from tpad_jax.errors import InputError
 from tpad_jax.models import pretrained
-from tpad_jax.models.hf import load, peft, spec
+from tpad_jax.models.hf import load, peft, spec, vlm
 from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
 
 SIDE = 256  # pixels, near which a model of any resolution reads an image unless told otherwise
@@ -52,6 +58,79 @@ def read(config) -> Base:
     return _checkpoint(c) if c.checkpoint else _default(config)
 
 
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """Another MLLM that reads the items a student reads.
+
+    Attributes:
+      reader: its module. shapes: of its parameters, nested: 'base', and 'knowledge' (whose prompt
+        it begins with) where it is a small base.
+      load: (shardings of `shapes` or None) -> the parameters.
+    """
+
+    reader: KnowledgeMLLM
+    shapes: dict
+    load: Callable
+
+
+def teacher(config, student: Base) -> Teacher | None:
+    """The MLLM that config.mllm.teacher names, None without one; no parameters are read yet.
+
+    It has to know the student's tokens by the same numbers, and reads images of the student's size:
+    they lie on the devices once. Sizes and numbers of image tokens are its own.
+
+    Raises:
+      InputError: no base and no checkpoint, another tokenizer, or other images.
+    """
+    directory = Path(config.mllm.teacher)
+    if not config.mllm.teacher:
+        return None
+    where = f'config.mllm.teacher={config.mllm.teacher}'
+    if not (directory / 'config.json').is_file():
+        raise InputError(f'{where} holds no config.json; give the directory of a base or of a '
+                         'Hugging Face model')
+    c, dtype = copy.deepcopy(config.mllm), config.mllm.teacher_dtype
+    try:
+        if 'model_type' in json.loads((directory / 'config.json').read_text()):
+            # its own frame, and nothing kept for a backward pass
+            c.update(checkpoint=str(directory), image_size=student.image_size, dtype=dtype,
+                     param_dtype=dtype, remat='none', before='', between='', end='')
+            found = _checkpoint(c)
+            reader = KnowledgeMLLM(found.module, config.model.features, 'mean')
+            shapes = {'base': vlm.shapes(found.module.spec, found.image_size)}
+        else:
+            found, features = _small(directory)
+            reader = KnowledgeMLLM(found.module, features)
+            shapes = _shapes(reader, found.image_size)
+            if found.image_size != student.image_size:
+                raise InputError(f'it was made for images of {found.image_size} pixels, and '
+                                 f'config.mllm.image_size is {student.image_size}; choose one made '
+                                 'for these')
+            if dtype != 'float32':
+                raise InputError('a small base is float32; set config.mllm.teacher_dtype so')
+    except (ValueError, TypeError, InputError) as error:
+        raise InputError(f'{where}: {error}') from error
+    if _words(found.directory) != _words(student.directory):
+        raise InputError(f'{where} has another tokenizer than {student.directory}: distributions '
+                         'over different words cannot be compared; choose a teacher of the '
+                         "student's family")
+    return Teacher(reader, shapes, partial(found.load, shapes))
+
+
+def _shapes(reader, side):
+    found = dict(jax.eval_shape(
+        partial(reader.init, method='everything'), jax.random.key(0),
+        jnp.zeros((1, side, side, 3), jnp.uint8), jnp.ones(1, bool),
+        jnp.ones((1, 2), jnp.int32))['params'])
+    return {'base': found.pop('base'), 'knowledge': found}
+
+
+def _words(directory):
+    """What decides which numbers a text becomes; special tokens and padding aside."""
+    found = json.loads(text.read_tokenizer(directory).backend_tokenizer.to_str())
+    return [found[part] for part in ('normalizer', 'pre_tokenizer', 'model')]
+
+
 def save_adapters(directory, config, base: Base, params: dict) -> None:
     """Leave a checkpoint's trained adapters as directories that `peft` loads.
 
@@ -72,13 +151,19 @@ def _default(config):
             raise InputError(f'config.mllm.{key}={config.mllm[key]} is for checkpoints, and the '
                              f'small base knows {only!r} only: set it so, or name a checkpoint '
                              'with config.mllm.checkpoint=DIR')
-    directory = Path(config.mllm.base or pretrained.DEFAULT)
-    sizes = pretrained.load_sizes(directory)
-    side, features = sizes.pop('image_size'), sizes.pop('features')
+    found, features = _small(Path(config.mllm.base or pretrained.DEFAULT))
+    side = found.image_size
     for key, have, want in (('mllm.image_size', config.mllm.image_size or side, side),
                             ('model.features', config.model.features, features)):
         if have != want:
             raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
+    return found
+
+
+def _small(directory):
+    """A small base, and the width of the features its heads were made for."""
+    sizes = pretrained.load_sizes(directory)
+    side, features = sizes.pop('image_size'), sizes.pop('features')
     sizes['channels'] = tuple(sizes['channels'])
 
     def parameters(shapes, shardings=None):
@@ -86,7 +171,7 @@ def _default(config):
         return pretrained.load_params(directory, shapes)
 
     return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters,
-                _digest(directory, ('config.json', 'params.safetensors')))
+                _digest(directory, ('config.json', 'params.safetensors'))), features
 
 
 def _checkpoint(c):

@@ -3,10 +3,11 @@
 import re
 from pathlib import Path
 
-from tpad_jax import bases, mixture, parallel, train
+from tpad_jax import bases, handover, mixture, parallel, train
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
-from tpad_jax.models import critics, tpad
+from tpad_jax.losses import distillation
+from tpad_jax.models import blend, critics, tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
 
@@ -42,7 +43,10 @@ def check(config) -> tuple[str, ...]:
             _one_of(f'losses.{name}.dtype', loss.dtype, ('float32', 'bfloat16'))
         if 'chunk' in loss:
             _at_least(0, f'losses.{name}.chunk', loss.chunk)
+        if loss.fn == 'mdist':
+            _check_divergence(name, loss)
     _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
+    _check_blend(config.model.blend)
     _at_least(1, 'model_shards', config.model_shards)
     shards = parallel.choose(config.parallel, config.devices, config.model_shards).shards
     for stage in stages:
@@ -77,6 +81,7 @@ def check(config) -> tuple[str, ...]:
         _at_least(1, f'mllm.{key}', config.mllm[key])
     for key, choices in (('param_dtype', ('float32', 'bfloat16')),
                          ('dtype', ('float32', 'bfloat16')), ('attention', layers.ATTENTION),
+                         ('teacher_dtype', ('float32', 'bfloat16')),
                          ('remat', layers.REMAT), ('pooling', POOLING)):
         _one_of(f'mllm.{key}', config.mllm[key], choices)
     _one_of('model.form', config.model.form, ('compressed', 'full'))
@@ -85,6 +90,7 @@ def check(config) -> tuple[str, ...]:
     for row in names(config.model.recommend):
         _one_of('model.recommend', row, ('k', 'r', 'given'))
     _check_rivals(config)
+    _at_least(0, 'model.clusters', config.model.clusters)
     _pattern('model.lora_targets', config.model.lora_targets)
     _one_of('data.protocol', config.data.protocol, ('ours', 'published'))
     if config.refit and 'joint' in stages:
@@ -112,7 +118,7 @@ def check(config) -> tuple[str, ...]:
     if config.data.features and not Path(config.data.features).is_file():
         raise InputError(f'config.data.features={config.data.features} is no file; give item '
                          'features as data/given.py says')
-    bases.read(config)
+    bases.teacher(config, bases.read(config))
     return stages
 
 
@@ -168,6 +174,25 @@ def _check_stage(config, stage, shards):
     for name in names(c.fresh):
         _one_of(key + 'fresh', name, ('k', 'r'))
     _pattern(key + 'train', c.train)
+
+
+def _check_divergence(name, loss):
+    """Refuse settings of an mdist that are none."""
+    _one_of(f'losses.{name}.kind', loss.get('kind', 'forward'), distillation.KINDS)
+    if not loss.get('temperature', 1.0) > 0:
+        raise InputError(f'config.losses.{name}.temperature={loss.temperature} must be above 0')
+    if not 0 <= loss.get('skew', 0.0) < 1:
+        raise InputError(f'config.losses.{name}.skew={loss.skew} must be in 0..1, below 1')
+
+
+def _check_blend(c):
+    """Refuse a blend of adapters that cannot be made."""
+    if c.kind:
+        _one_of('model.blend.kind', c.kind, blend.KINDS)
+        handover.parts(c)
+    if not 0 < c.keep <= 1:
+        raise InputError(f'config.model.blend.keep={c.keep} must be above 0 and at most 1')
+    _at_least(0, 'model.blend.rank', c.rank)
 
 
 def _check_ready_made(config, stages):

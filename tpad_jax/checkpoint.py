@@ -238,6 +238,23 @@ def claim(workdir, config, fingerprint=None):
         os.replace(part, path)
 
 
+def enter(workdir: Path, config) -> None:
+    """Make the workdir.
+
+    Raises:
+      InputError: it cannot be had, or is another config's.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{workdir} cannot be made ({error.strerror}); choose another --workdir'
+                         ) from error
+    if not os.access(workdir, os.W_OK):
+        raise InputError(f'{workdir} cannot be written to; choose another --workdir')
+    if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
+        claim(workdir, config.to_dict())
+
+
 def _metric(metrics):
     return metrics['metric']
 

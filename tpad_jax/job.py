@@ -6,7 +6,6 @@
 """
 
 import json
-import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from tpad_jax import (
     bases,
     encode,
     features,
+    handover,
     mixture,
     parallel,
     plan,
@@ -31,7 +31,7 @@ from tpad_jax import (
     writers,
 )
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
-from tpad_jax.checkpoint import Checkpoints, claim
+from tpad_jax.checkpoint import Checkpoints, claim, enter
 from tpad_jax.data import (
     batches,
     builder,
@@ -42,9 +42,9 @@ from tpad_jax.data import (
     synthetic,
     wording,
 )
-from tpad_jax.errors import InputError, Stopped
+from tpad_jax.errors import Stopped
 from tpad_jax.evaluate import evaluate
-from tpad_jax.models import tpad
+from tpad_jax.models import readings, tpad
 from tpad_jax.recommend import scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
@@ -110,8 +110,9 @@ class Job:
         self.content = pipeline.content(data, self.workdir / 'data', image_size=base.image_size,
                                         tokenizer_dir=base.directory,
                                         text_length=c.mllm.text_length)
-        self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling,
-                               chunk=c.mllm.chunk, **shared)
+        teacher = bases.teacher(c, base)
+        self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling, chunk=c.mllm.chunk,
+                               teacher=teacher and teacher.reader, **shared)
         self._count()
         if c.data.features:
             given = features.read_external(c.data.features, data.asins)
@@ -125,17 +126,22 @@ class Job:
                    for n, a in zip(wording.SIZES, self.attributes.T, strict=True)]
             self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
         blank = {n: jnp.zeros((data.num_items + 1, *s)) for n, s in
-                 (('k', (2, c.model.features)), ('r', (2 * c.model.features,)))}
+                 (('k', (2, c.model.features)),
+                  ('r', (2, c.model.features) if self.spec.blended else (2 * c.model.features,)))}
         make = partial(tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
                        rank=c.model.lora_rank, targets=c.model.lora_targets,
                        image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length)
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
+        taught = {'teacher': teacher.shapes} if teacher else {}
         if c.mllm.checkpoint:  # said before gigabytes are read
-            for line in plan.of_run(c, base.module, shapes, self.devices, stages=stages,
+            for line in plan.of_run(c, base.module, shapes | taught, self.devices, stages=stages,
                                     positions=self.max_length):
                 console.print(line, markup=False, highlight=False)
-        held = {n: shapes[n] for n in base.given}
-        loaded = base.load(held, self.devices.shardings(held) if self.devices.model > 1 else None)
+        held, cut = {n: shapes[n] for n in base.given}, self.devices.model > 1
+        loaded = base.load(held, self.devices.shardings(held) if cut else None)
+        if teacher:
+            where = self.devices.shardings(teacher.shapes) if cut else None
+            loaded = loaded | {'teacher': teacher.load(where)}
         draw = parallel.compiled(
             lambda key: {n: p for n, p in make(key).items() if n not in base.given})
         params = draw(jax.random.key(c.seed))
@@ -169,14 +175,10 @@ class Job:
         name = name or stage
         c = self.config.stage[stage]
         spec = train.make_spec(self.config, stage, self.spec, self.config.seed)
-        if c.copy:
-            source, _, target = c.copy.partition('->')
-            copied = {target + path.removeprefix(source): x for path, x in self.params.items()
-                      if path.startswith(source + '/')}
-            if not copied or not copied.keys() <= self.params.keys():
-                raise InputError(f'config.stage.{stage}.copy={c.copy!r} does not lead from '
-                                 'parameters to parameters')
-            self.params = {**self.params, **copied}
+        self.params = handover.copied(self.params, stage, c.copy)
+        if 'cluster' in spec.needs:
+            self.catalogue['cluster'] = handover.clustered(
+                self.catalogue['k'], self.config.model.clusters, self.config.seed)
         encoder = None
         if stage in MAKES:
             m = self.config.mllm
@@ -185,6 +187,9 @@ class Job:
         self.first = self.params
         trained, rows, record = self._fit(name, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
+        if stage == 'transfer' and self.config.model.blend.kind:
+            self.params = handover.blended(self.params, self.config)
+            trained = {p: x for p, x in trained.items() if not p.startswith('lora/distil/')}
         self.record = record
         (self.workdir / 'stages' / name / DONE).touch()
         self.seconds[name] = record['seconds']
@@ -234,7 +239,8 @@ class Job:
         """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
         c, params = self.config.stage[stage], self.params if params is None else params
         shared = dict(batch_size=c.batch_size, seed=self.config.seed, shards=self.devices.shards)
-        reads = spec.fresh or spec.needs & {'describe', 'foretell'} or spec.model.form == 'full'
+        reads = (spec.fresh or spec.model.form == 'full' or spec.needs
+                 & ({'describe', 'foretell'} | readings.STATES | readings.THERE))
         content = self.content if reads and stage != 'recommend' else None
         if stage == 'knowledge':
             draw = partial(batches.item_batches, self.data, content=content, **shared)
@@ -301,7 +307,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     stages = check(config)
     finished = {s for s in STAGES if (workdir / 'stages' / s / DONE).is_file()}
     check_inputs(config, stages, finished)
-    _enter(workdir, config)
+    enter(workdir, config)
     begun = time.perf_counter()
     job = Job(config, workdir, stopping)
     claim(workdir, config.to_dict(), job.data.fingerprint)
@@ -351,19 +357,6 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
     return _report(job, stages, scorers, chosen, knowledge, probed, begun, console)
-
-
-def _enter(workdir, config):
-    """Make the workdir, or refuse one that cannot be had or is another config's."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f'{workdir} cannot be made ({error.strerror}); choose another --workdir'
-                         ) from error
-    if not os.access(workdir, os.W_OK):
-        raise InputError(f'{workdir} cannot be written to; choose another --workdir')
-    if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
-        claim(workdir, config.to_dict())
 
 
 def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):

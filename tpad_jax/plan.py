@@ -3,9 +3,10 @@
 Parameters, gradients and moments are counted exactly, from the shapes. Activations and logits are
 estimated: what each layer keeps for its backward pass (`layer_bytes`) and the most that any part of
 a step needs beside it (`peak`); tests/test_plan.py holds them to a factor of two of the compiler's
-own figure. Not counted: the catalogue's rows, the recommender's activations, and the second copy of
-parameters that are held in another dtype than the computation's. Activations are counted as if
-whole on each device, also where a layer's kernels are not.
+own figure. Not counted: the catalogue's rows, the recommender's activations, what a teacher's pass
+needs for a moment, and the second copy of parameters that are held in another dtype than the
+computation's. Activations are counted as if whole on each device, also where a layer's kernels are
+not.
 """
 
 import math
@@ -168,6 +169,14 @@ def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model
         logits = generation('gen_transfer')
         if 'k' in fresh:
             reads, logits = [*reads, writer], max(logits, generation('gen_knowledge'))
+    for key, loss in config.losses.items():
+        weight = loss.weight if c.weights[key] is None else c.weights[key]
+        if loss.fn in ('mdist', 'rdist') and weight and name in loss.stages.split(','):
+            reads.append(read_bytes(base, rows, item, rows, tower))
+            if loss.fn == 'mdist':  # of both models, each with its gradient's like
+                length = text if loss.x.endswith('.text') else base.spec.image_tokens(base.side)
+                at_once = 1 if loss.by_row else rows
+                logits = max(logits, 4 * 4 * at_once * length * base.spec.decoder.vocab)
     return Stage(name, bytes_of(frozen), bytes_of(trained),
                  bytes_of(trained) * (1 + MOMENTS[c.optimiser]), 2 * pixels, int(peak(reads)),
                  logits)
@@ -212,7 +221,9 @@ def of_run(config, base: VLM, shapes: dict, devices, *, stages, positions: int) 
     """
     flat = flatten_dict(shapes, sep='/')
     held = jnp.dtype(config.mllm.param_dtype)
-    flat = {path: jax.ShapeDtypeStruct(x.shape, held) if path.startswith('base/') else x
+    taught = jnp.dtype(config.mllm.teacher_dtype)
+    flat = {path: jax.ShapeDtypeStruct(x.shape, held if path.startswith('base/') else taught
+                                       if path.startswith('teacher/') else x.dtype)
             for path, x in flat.items()}
     reads = [name for name in stages if name != 'recommend']
     return lines([stage_plan(config, name, base, flat, shards=devices.shards, model=devices.model,

@@ -16,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 from tpad_jax import collectives, losses, optim
 from tpad_jax.checkpoint import Checkpoints, abstract
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.models import tpad
+from tpad_jax.models import readings, tpad
 from tpad_jax.parallel import Devices
 from tpad_jax.types import State
 
@@ -73,9 +73,8 @@ def stage_losses(config, stage: str) -> tuple:
       InputError: a function that does not exist, a keyword it does not take or an output that no
         stage computes.
     """
-    known = tpad.OUTPUTS | {f'critic.{name}' for name in config.model.critics}
-    if config.model.encoder != 'attention':
-        known -= {'h_each'}  # the others read a session anew for each prefix
+    missing = _missing(config, stage)
+    known = (tpad.OUTPUTS | {f'critic.{name}' for name in config.model.critics}) - missing.keys()
     chosen = []
     for name, entry in config.losses.items():
         entry = dict(entry)
@@ -86,13 +85,33 @@ def stage_losses(config, stage: str) -> tuple:
             function = losses.resolve(name, fn)
             absent = sorted(losses.needs(name, function, entry) - known)
             if absent:
+                why = sorted({missing[n] for n in absent if n in missing})
                 raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which no stage '
-                                 f'computes; there are {", ".join(sorted(known))}')
+                                 f'computes' + f' ({"; ".join(why)})' * bool(why)
+                                 + f'; there are {", ".join(sorted(known))}')
             chosen.append((name, function, weight, tuple(sorted(entry.items()))))
     if not chosen:
         raise InputError(f'stage {stage} has no loss with a weight: give one of config.losses a '
                          f'weight and {stage!r} among its stages')
     return tuple((name, fn, weight, dict(keywords)) for name, fn, weight, keywords in chosen)
+
+
+def _missing(config, stage):
+    """{output: why} of those that a stage of this config cannot compute."""
+    states, out = readings.STATES | readings.THERE | {'teacher.vocabulary'}, {}
+    if config.model.encoder != 'attention':
+        out['h_each'] = 'only config.model.encoder=attention reads a session once for all prefixes'
+    if not config.mllm.teacher:
+        out |= {name: 'config.mllm.teacher names no teacher' for name in states
+                if name.startswith('teacher')}
+    if not config.model.clusters:
+        out |= dict.fromkeys(('interest', 'cluster'), 'config.model.clusters is 0')
+    if config.model.blend.kind:
+        why = 'config.model.blend makes r, which no loss trains; set its weight to 0'
+        out |= dict.fromkeys(('r', 'r_next', 'r.image', 'r.text'), why)
+    if stage == 'recommend':
+        out |= dict.fromkeys(states, 'stage recommend reads no content')
+    return out
 
 
 def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:

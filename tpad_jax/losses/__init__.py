@@ -9,9 +9,11 @@ them when it starts. Optional keywords a loss may take: `state` (its own, from t
 """
 
 from tpad_jax.losses.contract import combine, needs, resolve
+from tpad_jax.losses.distillation import mdist, rdist
 from tpad_jax.losses.information import club_fit, infonce, mine, mmd, vclub
 from tpad_jax.losses.language import generation
 from tpad_jax.losses.recommendation import next_item, sampled_next_item
+from tpad_jax.losses.sessions import clusters
 
-__all__ = ['club_fit', 'combine', 'generation', 'infonce', 'mine', 'mmd', 'needs', 'next_item',
-           'resolve', 'sampled_next_item', 'vclub']
+__all__ = ['club_fit', 'clusters', 'combine', 'generation', 'infonce', 'mdist', 'mine', 'mmd',
+           'needs', 'next_item', 'rdist', 'resolve', 'sampled_next_item', 'vclub']

@@ -11,7 +11,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.types import Loss
 
 PROVIDED = ('axis', 'state', 'key')  # what `combine` passes by itself
-PLAIN = ('dtype',)  # keywords that are strings but no names of outputs
+PLAIN = ('dtype', 'kind')  # keywords that are strings but no names of outputs
 HOME = 'tpad_jax.losses'  # where a name without a module is looked up
 
 

@@ -122,6 +122,26 @@ class KnowledgeMLLM(nn.Module):
         return jnp.stack([head(self.norm(state))
                           for head, state in zip(self.head, states, strict=True)], axis=1)
 
+    def states(self, image, has_image, tokens):
+        """Hidden states of an item's prompt, for what they say comes next; all words are given.
+
+        Args:
+          image, has_image, tokens: see above.
+
+        Returns:
+          [U, P, width] at the image's P cells, row by row; [U, T, width] that predict each token,
+          each from what stands before it, the first from the image or, without one, the opening.
+        """
+        start, seen = opening(self, len(tokens)), self.base.frame(image, has_image)
+        said = self.base.say(jnp.maximum(tokens, 0), tokens >= 0)
+        h = self.base(streams.join(start, seen, said))
+        first, rows, columns = self.base.grid(image.shape[1])
+        begin = start.x.shape[1]
+        split = begin + seen.x.shape[1]
+        before = jnp.where(has_image[:, None], h[:, split - 1], h[:, begin - 1])
+        words = jnp.concatenate([before[:, None], h[:, split:split + tokens.shape[1] - 1]], axis=1)
+        return h[:, begin + first:begin + first + rows * columns], words
+
     def describe(self, k, tokens, keep):
         """Hidden states [B, T, width] that predict tokens int32 [B, T] from k [B, M, D] alone."""
         return self.writer(self.base, k, tokens, keep)

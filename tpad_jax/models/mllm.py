@@ -47,6 +47,11 @@ class MLLM(nn.Module):
         x = self.projector[1](nn.gelu(self.projector[0](self.vision(image))))
         return streams.plain(x, there[:, None])
 
+    def grid(self, side: int) -> tuple[int, int, int]:
+        """Where in `frame` an image's cells begin, and how many rows and columns they have."""
+        cells = -(-side // 2 ** len(self.channels))
+        return 0, cells, cells
+
     def words(self, tokens):
         """Token ids int32 [...] -> embeddings [..., D]."""
         return self.embed(tokens)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from tpad_jax.errors import InputError
-from tpad_jax.models import lora
+from tpad_jax.models import lora, readings
 from tpad_jax.models import stream as streams
 from tpad_jax.models.alignment import Adapter, Disentangle
 from tpad_jax.models.attention import row_keys
@@ -29,6 +29,12 @@ from tpad_jax.models.global_graph import GlobalGraphGNN
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
+from tpad_jax.models.readings import (
+    distil_items,
+    knowledge_variables,
+    read_items,
+    transfer_variables,
+)
 from tpad_jax.models.repeats import last, shifts
 from tpad_jax.models.session_attention import SessionAttention
 from tpad_jax.models.session_gnn import SessionGNN
@@ -45,7 +51,7 @@ GRAPH = 'near', 'near_weight'  # catalogue rows of the global item graph, see da
 OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, one per critic
     'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
     'foretell', 'foretell.tokens', 'vocabulary', 'h', 'h_each', 'z', 'repeat', 'popularity',
-    'club'})
+    'club', 'teacher.vocabulary', 'interest', 'cluster'}) | readings.STATES | readings.THERE
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class TPAD:
       repeats: the items of a prefix get a learned shift of their scores, see repeats.py.
       chunk: items an MLLM reads at a time in a step, 0: all; a backward pass then reads them again,
         chunk by chunk, and keeps the activations of one.
+      teacher: another MLLM, which reads items for a distillation, or None.
+      blended: r is what K reads under a blend of adapters (blend.py), one feature per modality.
     """
 
     knowledge: KnowledgeMLLM | None
@@ -83,10 +91,13 @@ class TPAD:
     temperature: float = 0.07
     repeats: bool = False
     chunk: int = 0
+    teacher: KnowledgeMLLM | None = None
+    blended: bool = False
 
 
 def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, max_length: int,
-          side_sizes: tuple, pooling: str = 'summary', chunk: int = 0) -> TPAD:
+          side_sizes: tuple, pooling: str = 'summary', chunk: int = 0,
+          teacher: KnowledgeMLLM | None = None) -> TPAD:
     """Modules from the shared MLLM `base` and plain numbers, `model` (config.model).
 
     Without a base (None) there are no MLLMs, and only the recommender can be asked for anything.
@@ -95,7 +106,7 @@ def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, 
     wide = len(MODALITIES) * width  # of k over its modalities, and so of t, c, p and r
     return TPAD(
         knowledge=base and KnowledgeMLLM(base, width, pooling),
-        transfer=base and TransferMLLM(base, wide),
+        transfer=base and TransferMLLM(base, wide, model.clusters),
         disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
@@ -104,7 +115,7 @@ def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, 
         recommend=recommend, form=model.form, withhold=model.withhold,
         word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank,
         normalise=model.normalise, temperature=model.temperature, repeats=model.repeats,
-        chunk=chunk)
+        chunk=chunk, teacher=teacher, blended=bool(model.blend.kind))
 
 
 def build_encoder(model: Any, max_length: int):
@@ -177,44 +188,6 @@ def flat(rows):
     return rows.reshape(*rows.shape[:2], -1)
 
 
-def knowledge_variables(spec, params, adapter):
-    """Variables of the Knowledge-MLLM under the LoRA tree named `adapter`."""
-    return {'params': {**params['knowledge'], 'base': params['base']},
-            'lora': {'base': lora.scaled(params['lora'][adapter], spec.lora_scale)}}
-
-
-def transfer_variables(spec, params):
-    """Variables of the Transfer-MLLM."""
-    return {'params': {**params['transfer'], 'base': params['base']},
-            'lora': {'base': lora.scaled(params['lora']['transfer'], spec.lora_scale)}}
-
-
-def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
-    """Content of U items -> k [U, M, D] under a LoRA tree ('knowledge' or 'distil')."""
-    variables = knowledge_variables(spec, params, adapter)
-    given = (image, has_image, tokens, tokens >= 0 if keep is None else keep)
-    total = len(tokens)
-    if not spec.chunk or total <= spec.chunk:
-        return spec.knowledge.apply(variables, *given)
-
-    @jax.checkpoint
-    def read(part):
-        return spec.knowledge.apply(variables, *part)
-
-    parts = -(-total // spec.chunk)
-    given = jax.tree.map(lambda x: jnp.pad(
-        x, ((0, parts * spec.chunk - total), *((0, 0),) * (x.ndim - 1))
-    ).reshape(parts, spec.chunk, *x.shape[1:]), given)
-    k = jax.lax.map(read, given)
-    return k.reshape(-1, *k.shape[2:])[:total]
-
-
-def distil_items(spec, params, image, has_image, tokens):
-    """Content of U items -> distilled representations r [U, M D]."""
-    k = read_items(spec, params, 'distil', image, has_image, tokens)
-    return spec.adapter.apply({'params': params['adapter']}, k)
-
-
 def item_vectors(spec, params, ids, rows, catalogue, key=None):
     """z [..., D] of items `ids` from their feature rows (one array per name in spec.recommend).
 
@@ -275,10 +248,11 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
 
     Returns:
       Of these, the ones needed: items, next [B, N]; k, t, c, p, r, r_next [B, N, M D];
-      describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary [W,
-      width]; h [B, D], h_each [B, N, D] (h after every position), z [V+1, D], repeat [B, N, N] or
-      None (see repeats.py), warm and popularity [V+1]; critic.*, club: score functions with their
-      parameters bound.
+      describe, foretell [B, T, width] and describe.tokens, foretell.tokens [B, T]; vocabulary,
+      teacher.vocabulary [W, width]; readings.STATES and THERE, see there; interest [B, C], logits
+      over the clusters of a session's items, and cluster int32 [V+1]; h [B, D], h_each [B, N, D] (h
+      after every position), z [V+1, D], repeat [B, N, N] or None (see repeats.py), warm and
+      popularity [V+1]; critic.*, club: score functions with their parameters bound.
     """
     keys = dict(zip(PURPOSES, (None,) * len(PURPOSES) if key is None
                     else jax.random.split(key, len(PURPOSES)), strict=True))
@@ -286,7 +260,7 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     if 'popularity' in catalogue:
         out['popularity'] = catalogue['popularity']
     rows = jnp.arange(batch.items.shape[0])
-    reads_sessions = needs & {'t', 'c', 'p', 'foretell'}
+    reads_sessions = needs & {'t', 'c', 'p', 'foretell', 'interest'}
     reads_k = needs & {'k', 'describe'} or (needs & {'h', 'h_each', 'z'} and 'k' in spec.recommend)
 
     if 'k' in fresh and (reads_k or reads_sessions):
@@ -301,9 +275,9 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
                          '(config.stage.*.fresh) nor left behind by stage knowledge')
     if 'r' in fresh:
         r_content = distil_items(spec, params, batch.image, batch.has_image, batch.tokens)
-        out['r'], out['r_next'] = r_content[batch.slots], r_content[batch.next_slots]
+        out['r'], out['r_next'] = (flat(r_content[at]) for at in (batch.slots, batch.next_slots))
     elif 'r' in catalogue:
-        out['r'], out['r_next'] = catalogue['r'][batch.items], catalogue['r'][batch.next]
+        out['r'], out['r_next'] = (flat(catalogue['r'][at]) for at in (batch.items, batch.next))
 
     if reads_k:
         out['k'] = flat(k)
@@ -314,9 +288,14 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
         out['describe'] = spec.knowledge.apply(variables, k[rows, batch.last], tokens, keep,
                                                method='describe')
         out['describe.tokens'] = tokens
-    if needs & {'describe', 'foretell'}:
-        out['vocabulary'] = (params['base']['head']['kernel'].T if 'head' in params['base']
-                             else params['base']['embed']['embedding'])
+    if needs & {'describe', 'foretell', 'vocabulary'}:
+        out['vocabulary'] = readings.vocabulary(params)
+    if needs & (readings.STATES | readings.THERE):
+        out |= readings.row_states(spec, params, batch, needs)
+    if 'teacher.vocabulary' in needs:
+        out['teacher.vocabulary'] = readings.vocabulary(params['teacher'])
+    if 'cluster' in needs:
+        out['cluster'] = catalogue['cluster']
 
     if reads_sessions:
         variables = transfer_variables(spec, params)
@@ -328,6 +307,8 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
                              batch.slots)
         t = out['t'] = read(x, batch.mask)
         out['c'], out['p'] = spec.disentangle.apply({'params': params['disentangle']}, t)
+        if 'interest' in needs:
+            out['interest'] = read(t[rows, batch.last], method='interest')
         if 'foretell' in needs:
             at = _pick(keys['pick'], batch)
             tokens = batch.tokens[batch.next_slots[rows, at]]

@@ -25,10 +25,12 @@ class TransferMLLM(nn.Module):
     Attributes:
       base: the shared MLLM (its parameters stand under 'base').
       features: width D of t.
+      clusters: C of the head that tells a session's clusters (losses/sessions.py), 0: none.
     """
 
     base: MLLM | VLM
     features: int
+    clusters: int = 0
 
     def setup(self):
         """Build the heads."""
@@ -40,6 +42,8 @@ class TransferMLLM(nn.Module):
         self.norm = RMSNorm()
         self.head = Linear(self.features, use_bias=True)
         self.writer = Writer()
+        if self.clusters:
+            self.to_clusters = Linear(self.clusters, use_bias=True)
 
     def compress(self, k) -> Stream:
         """Knowledge features k [..., M, D] -> item tokens [..., M, width]."""
@@ -80,8 +84,14 @@ class TransferMLLM(nn.Module):
         """Hidden states [B, T, width] that predict the next item's tokens [B, T] from t [B, D]."""
         return self.writer(self.base, t[:, None], tokens, keep)
 
+    def interest(self, t):
+        """Logits [..., C] of a session's distribution over item clusters, from t [..., D]."""
+        return self.to_clusters(t)
+
     def everything(self, k, mask, image, has_image, tokens):
         """Touch every parameter once: what initialisation calls."""
         self.unfold(image, has_image, tokens)
         t = self(self.compress(k), mask)
+        if self.clusters:
+            self.interest(t)
         return self.foretell(t[:, 0], tokens, tokens >= 0)

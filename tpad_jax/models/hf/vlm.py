@@ -114,6 +114,12 @@ class VLM(nn.Module):
         return streams.join(say(self.spec.start_ids), self.see(image, there),
                             say(self.spec.end_ids))
 
+    def grid(self, side: int) -> tuple[int, int, int]:
+        """Where in `frame` an image's cells begin, and how many rows and columns they have."""
+        v = self.spec.vision
+        lead = isinstance(v, specs.Tower) and v.keep_class  # a class token stands first
+        return len(self.spec.start_ids) + int(lead), *self.spec.cells(side)
+
     def prompt(self, tokens, mask, image) -> Stream:
         """Tokens with placeholders and the images these stand for.
 

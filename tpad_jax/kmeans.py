@@ -1,0 +1,66 @@
+"""k-means: a partition of items by their features, the same for the same seed."""
+
+import numpy as np
+
+from tpad_jax.errors import InputError
+
+BLOCK = 1 << 16  # points whose distances to all centres are held at a time
+
+
+def kmeans(points: np.ndarray, count: int, *, seed: int, rounds: int = 100):
+    """Lloyd's algorithm (1982) from a k-means++ start (Arthur and Vassilvitskii 2007).
+
+    It ends when no point changes its cluster, or after `rounds`. A cluster that loses all its
+    points starts anew at the point that is farthest from its own centre.
+
+    Args:
+      points: [A, D]. count: C. seed: of the start.
+
+    Returns:
+      int32 [A], each point's cluster, and float64 [C, D], the clusters' means.
+
+    Raises:
+      InputError: more clusters than points.
+    """
+    points = np.asarray(points, np.float64)
+    if not 0 < count <= len(points):
+        raise InputError(f'config.model.clusters={count}, but there are {len(points)} items; '
+                         'choose at most that many')
+    centres = _start(points, count, np.random.default_rng(seed))
+    labels = np.full(len(points), -1, np.int32)
+    for _ in range(rounds):
+        before, (labels, distance) = labels, nearest(points, centres)
+        if np.array_equal(before, labels):
+            break
+        sizes = np.bincount(labels, minlength=count)
+        sums = np.zeros_like(centres)
+        np.add.at(sums, labels, points)
+        centres = sums / np.maximum(sizes, 1)[:, None]
+        empty = np.flatnonzero(sizes == 0)
+        centres[empty] = points[np.argsort(-distance, kind='stable')[:len(empty)]]
+    return labels, centres
+
+
+def nearest(points: np.ndarray, centres: np.ndarray):
+    """The nearest centre of each point and its squared distance: int32 [A], float64 [A]."""
+    labels, distance = np.empty(len(points), np.int32), np.empty(len(points))
+    for begin in range(0, len(points), BLOCK):
+        part = points[begin:begin + BLOCK]
+        square = (centres**2).sum(1) - 2 * part @ centres.T
+        own = square.argmin(axis=1)
+        labels[begin:begin + BLOCK] = own
+        square = square[np.arange(len(part)), own] + (part**2).sum(1)
+        distance[begin:begin + BLOCK] = np.maximum(square, 0)
+    return labels, distance
+
+
+def _start(points, count, rng):
+    """Points [count, D]: each is drawn in proportion to its squared distance from those before."""
+    chosen = [rng.integers(len(points))]
+    distance = np.full(len(points), np.inf)
+    for _ in range(count - 1):
+        distance = np.minimum(distance, ((points - points[chosen[-1]]) ** 2).sum(1))
+        total = distance.sum()
+        share = distance / total if total > 0 else None  # all points are chosen ones: any
+        chosen.append(rng.choice(len(points), p=share))
+    return points[chosen]
