@@ -111,12 +111,14 @@ def model():
             of='knowledge,transfer', weights='1,1',  # adapters, and the weight of each one's delta
             keep=0.2,  # ties: share of an adapter's entries that count
             rank=0),  # of the nearest adapter to the blend; 0: the blend itself
+        reread=True,  # K reads an item again for r, under an adapter of its own; False: r = A(k)
         clusters=0,  # of items by their k, for the loss 'clusters', which needs some; 0: none
         width=128,  # of z and h, the recommender
         recommend='r',  # content features in z, comma-separated rows: r, k, given; '': none
         use_id=True,  # False: content only
         use_side=True,  # brand, category and price level, where the catalogue has them
         id_dropout=0.2,  # share of warm items that meet the cold items' shared embedding
+        feature_hidden=0,  # of an MLP that content features pass on their way into z; 0: none
         feature_dropout=0.0,  # on the content features
         encoder='sr_gnn',  # of sessions: 'sr_gnn', 'gce_gnn' or 'attention'
         normalise=True,  # items and sessions have length one, and a temperature is learned

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.models.attention import row_keys
+from tpad_jax.models.critics import MLP
 from tpad_jax.models.lora import Linear, uniform
 
 
@@ -22,6 +23,7 @@ class Fusion(nn.Module):
       side_sizes: vocabulary size of each side feature; () leaves them out.
       id_dropout: share of warm items, drawn per step, that meet the shared embedding.
       feature_dropout: dropout on the content features.
+      hidden: of an MLP beside each feature, as `alignment.Adapter` has one; 0: none.
     """
 
     items: int
@@ -30,6 +32,7 @@ class Fusion(nn.Module):
     side_sizes: tuple[int, ...] = ()
     id_dropout: float = 0.0
     feature_dropout: float = 0.0
+    hidden: int = 0
 
     @nn.compact
     def __call__(self, ids, warm, features, side, key=None):
@@ -66,6 +69,8 @@ class Fusion(nn.Module):
                 keep = jax.vmap(lambda k, n=x.shape[-1]: jax.random.bernoulli(
                     k, 1 - self.feature_dropout, (n,)))(keys).reshape(x.shape)
                 x = jnp.where(keep, x / (1 - self.feature_dropout), 0)
+            if self.hidden:
+                x += MLP(self.hidden, x.shape[-1], name=f'mlp_{i}')(x)
             parts.append(Linear(self.width, use_bias=True, name=f'feature_{i}')(x))
         for i, size in enumerate(self.side_sizes):
             table = self.param(f'side_{i}', small, (size, self.width))

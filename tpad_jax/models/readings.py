@@ -46,7 +46,7 @@ def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
 
 def distil_items(spec, params, image, has_image, tokens):
     """Content of U items -> r: distilled, [U, D], or as a blended adapter reads them, [U, M, D]."""
-    k = read_items(spec, params, 'distil', image, has_image, tokens)
+    k = read_items(spec, params, 'distil' if spec.reread else 'knowledge', image, has_image, tokens)
     return k if spec.blended else spec.adapter.apply({'params': params['adapter']}, k)
 
 

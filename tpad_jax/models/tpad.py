@@ -72,6 +72,7 @@ class TPAD:
         chunk by chunk, and keeps the activations of one.
       teacher: another MLLM, which reads items for a distillation, or None.
       blended: r is what K reads under a blend of adapters (blend.py), one feature per modality.
+      reread: r = A(K_d(i)), K under an adapter of its own; False: r = A(k), the cheap ablation.
     """
 
     knowledge: KnowledgeMLLM | None
@@ -93,6 +94,7 @@ class TPAD:
     chunk: int = 0
     teacher: KnowledgeMLLM | None = None
     blended: bool = False
+    reread: bool = True
 
 
 def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, max_length: int,
@@ -110,12 +112,12 @@ def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, 
         disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
-                      model.id_dropout, model.feature_dropout),
+                      model.id_dropout, model.feature_dropout, model.feature_hidden),
         encoder=build_encoder(model, max_length),
         recommend=recommend, form=model.form, withhold=model.withhold,
         word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank,
         normalise=model.normalise, temperature=model.temperature, repeats=model.repeats,
-        chunk=chunk, teacher=teacher, blended=bool(model.blend.kind))
+        chunk=chunk, teacher=teacher, blended=bool(model.blend.kind), reread=model.reread)
 
 
 def build_encoder(model: Any, max_length: int):
@@ -273,7 +275,10 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     elif reads_k or reads_sessions:
         raise InputError('a loss reads the features k, which are neither fresh '
                          '(config.stage.*.fresh) nor left behind by stage knowledge')
-    if 'r' in fresh:
+    if 'r' in fresh and not spec.reread:
+        adapt = partial(spec.adapter.apply, {'params': params['adapter']})
+        out['r'], out['r_next'] = (adapt(catalogue['k'][at]) for at in (batch.items, batch.next))
+    elif 'r' in fresh:
         r_content = distil_items(spec, params, batch.image, batch.has_image, batch.tokens)
         out['r'], out['r_next'] = (flat(r_content[at]) for at in (batch.slots, batch.next_slots))
     elif 'r' in catalogue:
