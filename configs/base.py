@@ -187,7 +187,7 @@ def stage(**changes):
     """One stage: batches, optimiser, what trains. `weights` overrides config.losses.*.weight."""
     out = ConfigDict(dict(
         batch_size=64,  # over all devices
-        steps=100,  # at most
+        steps=100,  # at most; 0, in the knowledge stage alone: the MLLM is taken as it is
         every_prefix=True,  # False: a session is one row, its last item the target
         optimiser='adamw',  # 'adam': L2 instead of decay, no clip; 'sgd': bare, at the peak rate
         learning_rate=1e-3,  # peak: warmed up, then by schedule

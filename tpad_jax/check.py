@@ -88,7 +88,10 @@ def check(config) -> tuple[str, ...]:
     for name, kind in config.model.critics.items():
         _one_of(f'model.critics.{name}', kind, critics.KINDS)
     for row in names(config.model.recommend):
-        _one_of('model.recommend', row, ('k', 'r', 'given'))
+        _one_of('model.recommend', row, ('k', 'r', 'given', 'true'))
+    if 'true' in names(config.model.recommend) and (config.data.raw_dir or config.data.npz):
+        raise InputError("config.model.recommend names 'true', the attributes the planted "
+                         'catalogue was drawn with, and other data have none; name k, r or given')
     _check_rivals(config)
     _at_least(0, 'model.clusters', config.model.clusters)
     _pattern('model.lora_targets', config.model.lora_targets)
@@ -153,9 +156,13 @@ def check_inputs(config, stages, finished) -> None:
 
 def _check_stage(config, stage, shards):
     """Refuse a stage's own settings."""
-    train.stage_losses(config, stage)
     c, key = config.stage[stage], f'stage.{stage}.'
-    _at_least(1, key + 'steps', c.steps)
+    _at_least(0, key + 'steps', c.steps)
+    if not c.steps and stage != 'knowledge':
+        raise InputError(f'config.{key}steps=0: only the knowledge stage may leave its model as it '
+                         'is; leave the stage out of config.stages')
+    if c.steps:
+        train.stage_losses(config, stage)
     if c.batch_size < 1 or c.batch_size % shards:
         raise InputError(f'config.{key}batch_size={c.batch_size} must be a multiple of {shards}, '
                          'the number of devices')

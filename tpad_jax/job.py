@@ -174,9 +174,9 @@ class Job:
         """
         name = name or stage
         c = self.config.stage[stage]
-        spec = train.make_spec(self.config, stage, self.spec, self.config.seed)
+        spec = c.steps and train.make_spec(self.config, stage, self.spec, self.config.seed)
         self.params = handover.copied(self.params, stage, c.copy)
-        if 'cluster' in spec.needs:
+        if spec and 'cluster' in spec.needs:
             self.catalogue['cluster'] = handover.clustered(
                 self.catalogue['k'], self.config.model.clusters, self.config.seed)
         encoder = None
@@ -185,7 +185,9 @@ class Job:
             encoder = encode.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
                                      part=m.encode_part, devices=self.devices)
         self.first = self.params
-        trained, rows, record = self._fit(name, stage, spec, writer, progress, encoder)
+        (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)
+        trained, rows, record = ({}, {}, {'seconds': 0.0}) if not spec else self._fit(
+            name, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
         if stage == 'transfer' and self.config.model.blend.kind:
             self.params = handover.blended(self.params, self.config)
