@@ -60,13 +60,13 @@ def test_which_teachers_are_taken(tmp_path):
     with pytest.raises(InputError, match=r'teacher=/nowhere holds no config\.json; give the dir'):
         read('/nowhere')
     other = make_base(tmp_path / 'two', pretrained.DEFAULT, side=16)
-    with pytest.raises(InputError, match=r'made for images of 16 pixels, .* is 32; choose one made'):
+    with pytest.raises(InputError, match=r'made for images of 16 pixels, .* is 32; choose'):
         read(other)
     file = directory / 'tokenizer.json'
     words = json.loads(file.read_text())
     words['model']['merges'] = words['model']['merges'][:-1]
     file.write_text(json.dumps(words))
-    with pytest.raises(InputError, match='has another tokenizer than .*; choose a teacher of the'):
+    with pytest.raises(InputError, match=r'has another tokenizer than .*; choose a teacher'):
         read(directory)
 
 
