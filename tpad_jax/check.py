@@ -181,6 +181,9 @@ def _check_stage(config, stage, shards):
     for name in names(c.fresh):
         _one_of(key + 'fresh', name, ('k', 'r'))
     _pattern(key + 'train', c.train)
+    if config.mllm.teacher and re.search(c.train, 'teacher/base/'):
+        raise InputError(f'config.{key}train={c.train!r} matches the parameters of '
+                         'config.mllm.teacher, which nothing trains; begin it with ^')
 
 
 def _check_divergence(name, loss):

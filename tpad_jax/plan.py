@@ -170,7 +170,8 @@ def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model
         if 'k' in fresh:
             reads, logits = [*reads, writer], max(logits, generation('gen_knowledge'))
     for key, loss in config.losses.items():
-        weight = loss.weight if c.weights[key] is None else c.weights[key]
+        own = c.weights.get(key)
+        weight = loss.weight if own is None else own
         if loss.fn in ('mdist', 'rdist') and weight and name in loss.stages.split(','):
             reads.append(read_bytes(base, rows, item, rows, tower))
             if loss.fn == 'mdist':  # of both models, each with its gradient's like

@@ -1,0 +1,138 @@
+"""A larger MLLM beside a run's own: which is taken, and whole runs that distil, blend, cluster."""
+
+import json
+import shutil
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from tests import test_job
+from tpad_jax import bases, features, job
+from tpad_jax.errors import InputError
+from tpad_jax.models import pretrained
+from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllm import MLLM
+
+SIDE, WIDTH, changed = test_job.SIDE, test_job.WIDTH, test_job.changed
+compile_once, base_dir, config = test_job.compile_once, test_job.base_dir, test_job.config
+
+
+def make_base(directory, tokenizer, side=SIDE, features=WIDTH, **sizes):
+    """A base of random parameters, wider than the student's and with four times its cells."""
+    directory.mkdir(exist_ok=True)
+    for file in tokenizer.glob('tokenizer*.json'):
+        shutil.copy(file, directory)
+    sizes = dict(vocab=pretrained.load_sizes()['vocab'], width=24, layers=2, heads=2, hidden=32,
+                 channels=(8,), vision_layers=1) | sizes
+    model = KnowledgeMLLM(MLLM(**sizes), features)
+    shapes = dict(jax.eval_shape(
+        partial(model.init, method='everything'), jax.random.key(0),
+        np.zeros((1, side, side, 3), np.uint8), np.ones(1, bool),
+        np.ones((1, 8), np.int32))['params'])
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: np.asarray(
+        rng.normal(size=x.shape) * x.shape[-2] ** -0.5 if x.ndim > 1 else np.ones(x.shape)), shapes)
+    pretrained.save(directory, {**sizes, 'channels': list(sizes['channels']), 'image_size': side,
+                                'features': features},
+                    {'base': params.pop('base'), 'knowledge': params})
+    return directory
+
+
+def read(directory, **mllm):
+    c = base.get_config()
+    c.mllm.update(teacher=str(directory), **mllm)
+    return bases.teacher(c, bases.read(c))
+
+
+def test_which_teachers_are_taken(tmp_path):
+    """Another base with the student's tokenizer and images; its sizes are its own."""
+    assert read('') is None
+    directory = make_base(tmp_path / 'one', pretrained.DEFAULT, side=32, features=10)
+    found = read(directory)
+    assert found.reader.base.width == 24
+    params = found.load(None)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, found.shapes)
+    with pytest.raises(InputError, match=r'a small base is float32; set config\.mllm\.teacher_dty'):
+        read(directory, teacher_dtype='bfloat16')
+    with pytest.raises(InputError, match=r'teacher=/nowhere holds no config\.json; give the dir'):
+        read('/nowhere')
+    other = make_base(tmp_path / 'two', pretrained.DEFAULT, side=16)
+    with pytest.raises(InputError, match=r'made for images of 16 pixels, .* is 32; choose'):
+        read(other)
+    file = directory / 'tokenizer.json'
+    words = json.loads(file.read_text())
+    words['model']['merges'] = words['model']['merges'][:-1]
+    file.write_text(json.dumps(words))
+    with pytest.raises(InputError, match=r'has another tokenizer than .*; choose a teacher'):
+        read(directory)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
+    """Every loss of distillation at once; what they teach is what they are given weight for."""
+    teacher = make_base(tmp_path / 'teacher', base_dir)
+    weights = {f'losses__{n}__weight': 1.0 for n in (
+        'teach_text', 'teach_image', 'teach_relations', 'mdist_text', 'mdist_image', 'rdist',
+        'clusters')}
+    c = changed(config, stages='knowledge,transfer', mllm__teacher=str(teacher),
+                model__clusters=4, stage__knowledge__steps=30,
+                losses__gen_knowledge__weight=0.0, losses__mdist_text__kind='js',
+                losses__teach_text__by_row=True, losses__teach_image__kind='skewed', **weights)
+    with test_job.Recorded() as params:
+        job.run(c, tmp_path / 'run')
+    log = test_job.log_of(tmp_path / 'run')
+    first, last = log['knowledge', 1, 'train'], log['knowledge', 30, 'train']
+    for name in ('teach_text', 'teach_image', 'teach_relations'):
+        assert 0 < last[name] < first[name]
+    begun, later = log['transfer', 1, 'train'], log['transfer', 5, 'train']
+    for name in ('mdist_text', 'mdist_image', 'rdist'):
+        assert abs(begun[name]) < 1e-5 < later[name]  # 'distil' begins as a copy of 'knowledge'
+    assert 0 < later['clusters'] < begun['clusters']
+    assert 'transfer/to_clusters/kernel' in params['transfer']
+    assert not any(path.startswith('teacher') for run in params.values() for path in run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'rank'), [('sum', 4), ('ties', WIDTH)])
+def test_a_run_that_blends_adapters(config, tmp_path, kind, rank):
+    """r has a feature per modality; the recommender learns from it, also after a restart."""
+    off = {f'losses__{n}__weight': 0.0 for n in ('distil', 'discrepancy')}
+    c = changed(config, stages='knowledge,transfer,recommend', model__blend__kind=kind, **off)
+    c.rivals = {}
+    ranks = []
+    leave = job.encode.Encoder.leave
+
+    def seen(self, params, *args, **more):
+        if self.names == ('r',):
+            ranks.append({x.shape[-1] for p, x in jax.tree_util.tree_leaves_with_path(
+                params['lora']['distil']) if p[-1].key == 'a'})
+        return leave(self, params, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.encode.Encoder, 'leave', seen)
+        found = job.run(c, tmp_path / 'run')
+    assert ranks[0] >= {rank}
+    r, k = (np.asarray(features.read(tmp_path / 'run/features' / stage, name))
+            for stage, name in (('transfer', 'r'), ('knowledge', 'k')))
+    assert r.shape == k.shape == (41, 2, WIDTH)
+    assert np.abs(r - k)[1:].max() > 1e-3
+    assert found['models']['tpad_recommend']['valid']['hit@20'] >= 0
+
+
+@pytest.mark.slow
+def test_checkpoints_of_two_families_teach_each_other(tmp_path):
+    """Qwen3-VL from Qwen2.5-VL; a decoder in bfloat16 with its own cells, frame and width."""
+    pytest.importorskip('torch')
+    from tests import test_job_checkpoint, tiny_hf
+
+    student, teacher = (tiny_hf.save(name, tmp_path / name) for name in ('qwen3_vl', 'qwen2_5_vl'))
+    c = test_job_checkpoint.config(student, 48, 'knowledge')
+    c.mllm.update(teacher=str(teacher), teacher_dtype='bfloat16')
+    for name in ('teach_text', 'teach_image', 'teach_relations'):
+        c.losses[name].weight = 1.0
+    job.run(c, tmp_path / 'run')
+    line = test_job.log_of(tmp_path / 'run')['knowledge', 3, 'train']
+    assert all(0 < line[n] < 20 for n in ('teach_text', 'teach_image', 'teach_relations'))
