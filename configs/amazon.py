@@ -7,7 +7,7 @@
 Without `--config.data.raw_dir=DIR` the planted catalogue is written and read in its place.
 """
 
-from configs import base
+from tpad_jax import config
 
 
 def get_config(variant: str = ''):
@@ -16,7 +16,7 @@ def get_config(variant: str = ''):
     Raises:
       ValueError: another variant.
     """
-    c = base.get_config()
+    c = config.get_config()
     c.name = 'amazon'
     if variant:
         if variant not in VARIANTS:

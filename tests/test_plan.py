@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import amazon, base
+from configs import amazon
+from tpad_jax import config as base
 from tpad_jax import losses, parallel, plan, train
 from tpad_jax.models import lora, tpad
 from tpad_jax.models.hf import spec as specs
