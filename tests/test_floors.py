@@ -16,7 +16,8 @@ FLOORS = (
     {'baselines'},  # of floor 2, on these
     {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
-    {'train', 'evaluate', 'encode', 'recommend', 'pretrain'},
+    {'training', 'evaluate', 'encode', 'recommend', 'pretrain'},
+    {'fitting'},  # of floor 4, on training
     {'results', 'plan', 'mixture'},  # of floor 4, on evaluate and recommend
     {'check'},
     {'job'},

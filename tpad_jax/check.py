@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tpad_jax import bases, mixture, parallel, train
+from tpad_jax import bases, mixture, parallel, training
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
 from tpad_jax.models import critics, tpad
@@ -150,7 +150,7 @@ def check_inputs(config, stages, finished) -> None:
 
 def _check_stage(config, stage, shards):
     """Refuse a stage's own settings."""
-    train.stage_losses(config, stage)
+    training.stage_losses(config, stage)
     c, key = config.stage[stage], f'stage.{stage}.'
     _at_least(1, key + 'steps', c.steps)
     if c.batch_size < 1 or c.batch_size % shards:

@@ -22,12 +22,13 @@ from tpad_jax import (
     bases,
     encode,
     features,
+    fitting,
     mixture,
     parallel,
     plan,
     probes,
     results,
-    train,
+    training,
     writers,
 )
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
@@ -168,7 +169,7 @@ class Job:
         """
         name = name or stage
         c = self.config.stage[stage]
-        spec = train.make_spec(self.config, stage, self.spec, self.config.seed)
+        spec = training.make_spec(self.config, stage, self.spec, self.config.seed)
         if c.copy:
             source, _, target = c.copy.partition('->')
             copied = {target + path.removeprefix(source): x for path, x in self.params.items()
@@ -204,7 +205,7 @@ class Job:
         warm = sessions.warm_items(both, self.data.num_items)
         self.final = replace(self.data, train=both, warm=warm)
         self._count()
-        spec = train.make_spec(self.config, 'recommend', self.spec, self.config.seed)
+        spec = training.make_spec(self.config, 'recommend', self.spec, self.config.seed)
         fresh = self._fresh(self.spec)  # the same draws, with rows for items new to training
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None,
                                        {**self.first, **fresh}, self.record['chosen'])
@@ -223,7 +224,7 @@ class Job:
             side_sizes=self.data.side_sizes
             if changes.get('use_side', self.config.model.use_side) else ())
         model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
-        spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
+        spec = training.make_spec(self.config, 'recommend', model, self.config.seed)
         params = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
         params |= self._fresh(model)
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
@@ -252,7 +253,7 @@ class Job:
             return {k: result[k] for k in ('hit@20', 'mrr@20', 'ndcg@20')}
 
         checkpoints = Checkpoints(self.workdir / 'stages' / name)
-        loop = train.Loop(
+        loop = fitting.Loop(
             name=name, total=steps or c.steps, devices=self.devices,
             batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
             progress=progress, log_every=self.config.log_every, save_every=self.config.save_every,
@@ -263,7 +264,7 @@ class Job:
             stopping=self.stopping, shown=tuple(n for n, _, _, _ in spec.losses))
         begun = time.perf_counter()
         try:
-            return train.fit(loop, spec, train.start(spec, params, c.train), self.catalogue)
+            return fitting.fit(loop, spec, training.start(spec, params, c.train), self.catalogue)
         finally:
             checkpoints.close()
             self.sitting += time.perf_counter() - begun
