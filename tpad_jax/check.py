@@ -150,7 +150,7 @@ def check_inputs(config, stages, finished) -> None:
 
 def _check_stage(config, stage, shards):
     """Refuse a stage's own settings."""
-    training.stage_losses(config, stage)
+    training.own_modules(config, training.stage_losses(config, stage))
     c, key = config.stage[stage], f'stage.{stage}.'
     _at_least(1, key + 'steps', c.steps)
     if c.batch_size < 1 or c.batch_size % shards:

@@ -97,15 +97,15 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
         step = loop.devices.lift(partial(_lean_step, spec=spec))
         with (closing(loop.batches(number)) as batches,
               loop.progress(loop.name, loop.total, number) as bar):
-            batch, pending = loop.devices.place(next(batches)), None
+            batch, recent = loop.devices.place(next(batches)), []
             while not meta['done']:
                 shared = {'catalogue': catalogue, 'frozen': frozen}
                 state, logged = step(state, batch, shared)
                 number += 1
                 batch = loop.devices.place(next(batches))  # transfers while the step computes
-                if pending is not None:
-                    _log(loop, bar, *pending)
-                pending = (number, logged)
+                if recent:
+                    _log(loop, spec, bar, recent)
+                recent.append((number, logged))
                 meta['done'] = number >= loop.total
                 validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
                 if loop.refresh and (validating or number % loop.refresh_every == 0):
@@ -117,8 +117,8 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                 stopping = loop.stopping() and not meta['done']
                 due = number % loop.save_every == 0
                 if due or stopping or meta['done'] or metric is not None:
-                    _log(loop, bar, *pending, whatever=True)  # never save what is not finite
-                    pending = None
+                    # never save what is not finite
+                    _log(loop, spec, bar, recent, whatever=True)
                     meta['seconds'] = before + time.perf_counter() - begun
                     loop.checkpoints.save(number, held(), meta, metric,
                                           wait=meta['done'] or stopping)
@@ -130,16 +130,52 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     return saved['state'].params, saved['rows'], {**meta, 'chosen': step, 'valid': valid}
 
 
-def _log(loop, bar, number, logged, whatever=False):
-    """Fetch a finished step's metrics and write them, if a line is due or `whatever` the step."""
+def _log(loop, spec, bar, recent, whatever=False):
+    """Fetch the last finished step's metrics and write them, if a line is due or `whatever` it is.
+
+    recent: [(number, metrics on the device)] since the last line, emptied by the next; the steps
+    between are fetched only where the last is not finite, to find the first that was not.
+    """
+    number, logged = recent[-1]
     if number % loop.log_every and not whatever:
         return
-    values = {name: float(x) for name, x in jax.device_get(logged).items()}
-    bad = sorted(name for name, x in values.items() if not np.isfinite(x))
-    if bad:
-        raise FloatingPointError(f'stage {loop.name}, step {number}: {", ".join(bad)} not finite')
+    values = _scalars(logged)
+    if not np.isfinite(list(values.values())).all():
+        raise FloatingPointError(_not_finite(loop, spec, recent))
+    recent.clear()
     loop.writer.scalars(loop.name, number, values)
     bar(number, '  '.join(f'{name} {values[name]:.3f}' for name in ('loss', *loop.shown)))
+
+
+def _scalars(logged):
+    """A step's metrics as floats; where its losses are not finite is left on the device."""
+    found = jax.device_get({name: x for name, x in logged.items() if name != 'not_finite'})
+    return {name: float(x) for name, x in found.items()}
+
+
+def _not_finite(loop, spec, recent):
+    """Which losses and which rows were not finite in the first step that had any, in words."""
+    found = ((*step, sorted(name for name, x in _scalars(step[1]).items() if not np.isfinite(x)))
+             for step in recent)
+    number, logged, bad = next(step for step in found if step[2])
+    told = f'stage {loop.name}, step {number}: {", ".join(bad)} not finite'
+    if 'not_finite' not in logged:
+        return told
+    rows = np.asarray(jax.device_get(logged['not_finite']))
+    where = [f'{name} in {_listed(column[column >= 0])}'
+             for (name, *_), column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
+    if where:
+        return f'{told}; of the training rows: {", ".join(where)}'
+    if not {name for name, *_ in spec.losses} & set(bad):
+        told += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
+                 'looks at one loss alone')
+    return told
+
+
+def _listed(rows, most=5):
+    """[4, 1] -> 'rows 1, 4'; of many, the first."""
+    more = f' and {len(rows) - most} more' if len(rows) > most else ''
+    return f'row{"s" * (len(rows) > 1)} {", ".join(map(str, np.sort(rows)[:most]))}{more}'
 
 
 def _validate(loop, meta, state, catalogue, number):

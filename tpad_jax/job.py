@@ -33,16 +33,7 @@ from tpad_jax import (
 )
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim
-from tpad_jax.data import (
-    batches,
-    builder,
-    graph,
-    npz,
-    pipeline,
-    sessions,
-    synthetic,
-    wording,
-)
+from tpad_jax.data import batches, builder, graph, npz, pipeline, sessions, synthetic, wording
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import tpad
@@ -225,7 +216,8 @@ class Job:
             if changes.get('use_side', self.config.model.use_side) else ())
         model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
         spec = training.make_spec(self.config, 'recommend', model, self.config.seed)
-        params = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
+        own = tuple(f'loss/{loss}/' for loss, _ in spec.modules)  # of this one: drawn anew, too
+        params = {p: x for p, x in self.params.items() if not p.startswith(('recommender/', *own))}
         params |= self._fresh(model)
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
         self.seconds[name] = record['seconds']
@@ -243,6 +235,7 @@ class Job:
             draw = partial(batches.session_batches, self.final, content=content,
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
+        params = training.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
         bind = scorer(spec.model, self.devices)
         validating = c.eval_every and steps is None
 

@@ -1,5 +1,6 @@
 """What a stage trains: its losses and modules, the step, and the state the step begins with."""
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +11,7 @@ from flax.traverse_util import unflatten_dict
 from tpad_jax import collectives, losses, optim
 from tpad_jax.errors import InputError
 from tpad_jax.models import tpad
-from tpad_jax.types import State
+from tpad_jax.types import Batch, State
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class StepSpec:
     Attributes:
       model: the modules. losses: (name, function, weight, keywords) of the stage.
       needs: outputs they read. fresh: features computed from content. seed: of all draws.
+      modules: (name, flax module) of the losses that have parameters of their own.
     """
 
     model: tpad.TPAD
@@ -28,6 +30,7 @@ class StepSpec:
     fresh: frozenset
     tx: optax.GradientTransformation
     seed: int
+    modules: tuple = ()
 
 
 def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
@@ -37,15 +40,16 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
       state: donated. batch: this replica's rows. catalogue: rows per item, read only.
 
     Returns:
-      The new state and {name: scalar}, equal on all replicas.
+      The new state and {name: scalar}, equal on all replicas; and 'not_finite', see `combine`.
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
 
     def objective(params):
         tree = unflatten_dict({**state.frozen, **params}, sep='/')
         out = tpad.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh, key)
-        loss, loss_state, logged = losses.combine(spec.losses, out, batch, state.loss_state,
-                                                  axis=axis, key=key)
+        loss, loss_state, logged = losses.combine(
+            spec.losses, out, batch, state.loss_state, axis=axis, key=key, step=state.step,
+            heads=losses.bound(spec.modules, tree), rows=True)
         return loss, (loss_state, logged)
 
     grads, (loss_state, logged) = jax.grad(objective, has_aux=True)(state.params)
@@ -62,29 +66,37 @@ def stage_losses(config, stage: str) -> tuple:
     """(name, function, weight, keywords) of every loss the stage uses with a weight other than 0.
 
     Raises:
-      InputError: a function that does not exist, a keyword it does not take or an output that no
-        stage computes.
+      InputError: a function that does not exist or cannot be called as a loss, a keyword it does
+        not take, an output that no stage computes, a schedule that is none.
     """
     known = tpad.OUTPUTS | {f'critic.{name}' for name in config.model.critics}
     if config.model.encoder != 'attention':
         known -= {'h_each'}  # the others read a session anew for each prefix
     chosen = []
     for name, entry in config.losses.items():
-        entry = dict(entry)
-        fn, weight, stages = entry.pop('fn'), entry.pop('weight'), entry.pop('stages')
         own = config.stage[stage].weights.get(name)
-        weight = weight if own is None else own
-        if stage in stages.split(',') and weight:
-            function = losses.resolve(name, fn)
-            absent = sorted(losses.needs(name, function, entry) - known)
+        weight = entry.weight if own is None else own
+        if stage in entry.stages.split(',') and weight:
+            keywords = {k: x for k, x in entry.items() if k not in losses.ENTRY}
+            function = losses.resolve(name, entry.fn)
+            absent = sorted(losses.needs(name, function, keywords) - known)
             if absent:
                 raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which no stage '
                                  f'computes; there are {", ".join(sorted(known))}')
-            chosen.append((name, function, weight, tuple(sorted(entry.items()))))
+            losses.check_call(name, function, keywords, bool(entry.get('module')))
+            weight = losses.weigh(name, weight, entry.get('schedule', ()))
+            chosen.append((name, function, weight, dict(sorted(keywords.items()))))
     if not chosen:
         raise InputError(f'stage {stage} has no loss with a weight: give one of config.losses a '
                          f'weight and {stage!r} among its stages')
-    return tuple((name, fn, weight, dict(keywords)) for name, fn, weight, keywords in chosen)
+    return tuple(chosen)
+
+
+def own_modules(config, chosen: tuple) -> tuple:
+    """(name, flax module) of those `stage_losses` whose config names one. Raises InputError."""
+    entries = {name: config.losses[name] for name, *_ in chosen}
+    return tuple((name, losses.own_module(name, entry.module, dict(entry.get('fields', {}))))
+                 for name, entry in entries.items() if entry.get('module'))
 
 
 def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
@@ -92,12 +104,39 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     chosen = stage_losses(config, stage)
     needs = frozenset().union(*(losses.needs(name, fn, kw) for name, fn, _, kw in chosen))
     fresh = frozenset(n for n in config.stage[stage].fresh.split(',') if n)
-    return StepSpec(model, chosen, needs, fresh, optim.optimiser(config.stage[stage]), seed)
+    return StepSpec(model, chosen, needs, fresh, optim.optimiser(config.stage[stage]), seed,
+                    own_modules(config, chosen))
+
+
+def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
+    """All parameters {path: array}, and those of the losses' own modules that have none yet.
+
+    Args:
+      batches: () -> iterator of the stage's host batches; only their shapes matter.
+      catalogue: rows per item.
+    """
+    new = tuple((name, module) for name, module in spec.modules
+                if not any(path.startswith(f'loss/{name}/') for path in params))
+    if not new:
+        return params
+
+    def outputs(params, batch, catalogue):
+        tree = unflatten_dict(params, sep='/')
+        return tpad.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh,
+                            jax.random.key(spec.seed)), batch
+
+    with closing(batches()) as some:
+        given = params, Batch.of(next(some)), catalogue
+    return params | losses.first_parameters(new, spec.losses, outputs, given, spec.seed)
 
 
 def start(spec: StepSpec, params: dict, pattern: str) -> State:
-    """A stage's first state from all parameters {path: array}; `pattern`: what trains."""
-    trained, frozen = optim.split(params, pattern)
+    """A stage's first state from all parameters {path: array}.
+
+    `pattern`: what trains, and with it the own parameters of the stage's losses.
+    """
+    own = tuple(f'loss/{name}/' for name, _ in spec.modules)
+    trained, frozen = optim.split(params, pattern, own)
     loss_state = {name: fn.initial_state() for name, fn, _, _ in spec.losses
                   if hasattr(fn, 'initial_state')}
     # a copy: what trains is donated, and the caller keeps its parameters
