@@ -6,6 +6,7 @@ from pathlib import Path
 from tpad_jax import bases, mixture, parallel, training
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
+from tpad_jax.losses import checking
 from tpad_jax.models import critics, tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
@@ -150,7 +151,11 @@ def check_inputs(config, stages, finished) -> None:
 
 def _check_stage(config, stage, shards):
     """Refuse a stage's own settings."""
-    training.own_modules(config, training.stage_losses(config, stage))
+    chosen = training.stage_losses(config, stage)
+    modules = dict(training.own_modules(config, chosen))
+    for name, fn, _, keywords in chosen:
+        if ':' in config.losses[name].fn:  # our own are tested
+            checking.shape(name, fn, keywords, modules.get(name))
     c, key = config.stage[stage], f'stage.{stage}.'
     _at_least(1, key + 'steps', c.steps)
     if c.batch_size < 1 or c.batch_size % shards:

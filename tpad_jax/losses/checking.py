@@ -42,7 +42,7 @@ def check(fn, keywords=(), module=None) -> Iterator[Finding]:
         reads = contract.needs(NAME, fn, keywords)
         contract.check_call(NAME, fn, keywords, module is not None)
         yield Finding(True, 'signature', f'{contract.label(fn)}{inspect.signature(fn)}')
-        trial = _Trial(fn, keywords, module)
+        trial = Trial(fn, keywords, module)
         absent = sorted(reads - trial.outputs)
         if absent:
             yield Finding(False, 'names', f'reads {", ".join(absent)}, which no stage computes; '
@@ -50,9 +50,8 @@ def check(fn, keywords=(), module=None) -> Iterator[Finding]:
             return
         yield Finding(True, 'names', f'reads {", ".join(sorted(reads)) or "the batch alone"}')
         yield trial.shape()
-        finite = trial.finite()
-        yield finite
-        if finite.ok:
+        yield trial.finite()
+        if trial.found is not None:
             for look in (trial.slope, trial.padding, trial.fewer, trial.nobody, trial.replicas,
                          trial.repeats):
                 yield look()
@@ -66,11 +65,16 @@ def check(fn, keywords=(), module=None) -> Iterator[Finding]:
                       + (str(error).strip().splitlines() or [''])[0])
 
 
-class _Trial:
-    """A loss beside what it is tried on, and what came of it before any change."""
+class Trial:
+    """A loss beside what it is tried on; each method is one finding, `finite` the first.
 
-    def __init__(self, fn, keywords, module):
-        self.losses = ((NAME, fn, 0.7, keywords),)
+    Attributes:
+      params, raw, batch, state: what `step` takes, see example.py.
+      found: what `step` returned before any change, once it is known to be finite.
+    """
+
+    def __init__(self, fn, keywords, module=None):
+        self.losses, self.found = ((NAME, fn, 0.7, keywords),), None
         self.fn, self.keywords = fn, keywords
         self.modules = () if module is None else ((NAME, module),)
         self.batch, self.raw = example.make(0)
@@ -116,16 +120,17 @@ class _Trial:
         """Value and gradient; a second step meets the first one's state."""
         batch, raw = example.make(5)
         (_, (self.state, _)), _ = self.one(self.params, raw, batch, self.state)
-        self.found = self.one(self.params, self.raw, self.batch, self.state)
-        (value, _), grads = self.found
+        found = self.one(self.params, self.raw, self.batch, self.state)
+        (value, _), grads = found
         if not np.isfinite(value):
             rows = self._rows()
             return Finding(False, 'finite', f'the value is {float(value)}{rows}')
         if not _finite(grads):
             return Finding(False, 'finite', 'the value is finite and its gradient is not: a root '
                            'or a norm of zero has none')
-        if not _finite(self.found):
+        if not _finite(found):
             return Finding(False, 'finite', 'its state or a metric is not finite')
+        self.found = found
         trained = sorted(n for n, g in grads.items() if _largest(g) > 0)
         if not trained:
             return Finding(False, 'finite', 'the gradient is zero: it trains nothing')
@@ -219,7 +224,7 @@ class _Trial:
         def value(scores):
             out = example.named(self.params, self.raw, self.batch)
             out |= {n: x for n, x in example.numbered(self.raw).items() if n in example.POSITIONS}
-            out |= dict.fromkeys(scorers, example.looked_up(scores))
+            out |= dict.fromkeys(scorers, example.LookUp(scores))
             return combining.combine(self.losses, out, self.batch, self.state,
                                      key=jax.random.key(3),
                                      heads=combining.bound(self.modules, self.params))[0]
@@ -245,6 +250,25 @@ class _Trial:
         return Finding(True, what, {'padding': 'what stands in padding has no part in it',
                                     'rows': 'nor has the number of padded rows',
                                     'replicas': f'{example.REPLICAS} replicas are one'}[what])
+
+
+def shape(name, fn, keywords, module=None) -> None:
+    """Refuse a loss whose result has a wrong form, where the example is enough to tell.
+
+    What it raises otherwise is left to the stage, whose outputs may have what it needs.
+
+    Raises:
+      InputError: naming the loss, what came and what the contract says.
+    """
+    try:
+        trial = Trial(fn, keywords, module)
+        if contract.needs(NAME, fn, keywords) <= trial.outputs:
+            trial.shape()
+    except InputError as error:
+        raise InputError(str(error).replace(f'config.losses.{NAME}:', f'config.losses.{name}:')
+                         ) from error
+    except Exception:  # of the loss's own
+        return
 
 
 def _close(got, expected):

@@ -20,7 +20,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.types import Loss
 
 PROVIDED = ('axis', 'state', 'key', 'head')  # what `combine` passes by itself
-PLAIN = ('dtype',)  # keywords that are strings but no names of outputs
+PLAIN = ('dtype', 'kind')  # keywords that are strings but no names of outputs
 ENTRY = ('fn', 'weight', 'stages', 'schedule', 'module', 'fields')  # keys that are no keywords
 HOME = 'tpad_jax.losses'  # where a name without a module is looked up
 

@@ -2,6 +2,7 @@
 on. Every size differs from the others, so that a mistaken axis shows.
 """
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,13 +93,23 @@ def numbered(raw):
             for n, x in raw.items()}
 
 
-def looked_up(scores):
+@flax.struct.dataclass
+class LookUp:
     """A critic that looks its scores [B N, B N] up by the numbers of `numbered`; NaN where the
     features it is given no longer carry them.
     """
-    def score(scores, x, y):
+
+    scores: jax.Array
+
+    def __call__(self, x, y):
+        """x [A, I], y [G, J] -> [A, G]."""
         i, j = (a[:, 0].astype(jnp.int32) for a in (x, y))
         known = (i == x[:, 0])[:, None] & (j == y[:, 0])
-        return jnp.where(known, scores[i[:, None] % (B * N), j % (B * N)], jnp.nan)
+        return jnp.where(known, self.scores[i[:, None] % (B * N), j % (B * N)], jnp.nan)
 
-    return Partial(score, scores)
+    def factors(self, x, y):
+        """None: scores that are looked up are no product."""
+
+    def own(self, x, y):
+        """Scores of the pairs alone, [A]."""
+        return jax.vmap(lambda a, b: self(a[None], b[None])[0, 0])(x, y)
