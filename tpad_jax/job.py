@@ -380,6 +380,7 @@ def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):
     here = time.perf_counter() - begun - job.sitting
     job.seconds['total'] = sum(job.seconds[name] for name in job.seconds if name != 'report') + here
     out = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
+           'losses': results.final_losses(job),
            'provenance': {**results.provenance(job), 'stages': stages},
            'seconds': job.seconds}
     if truth is not None:

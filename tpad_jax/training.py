@@ -70,7 +70,7 @@ def stage_losses(config, stage: str) -> tuple:
         not take, an output that no stage computes, a schedule that is none.
     """
     known = tpad.OUTPUTS | {f'critic.{name}' for name in config.model.critics}
-    if config.model.encoder != 'attention':
+    if config.model.encoder not in tpad.EACH:
         known -= {'h_each'}  # the others read a session anew for each prefix
     chosen = []
     for name, entry in config.losses.items():

@@ -17,6 +17,7 @@ from tpad_jax.losses import combining, contract, example
 NAME = 'it'  # what the loss is called here
 AXIS = 'data'
 CLOSE = 2e-5  # relative and absolute
+GIVEN = {'items', 'next', 'warm', 'popularity'}  # outputs that every stage has
 
 # Programs of this size run in no time: compiling them is what takes it.
 jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -80,18 +81,24 @@ class Trial:
         self.batch, self.raw = example.make(0)
         self.params = example.make_params(2)  # one for which vCLUB's estimate is positive
         self.outputs = jax.eval_shape(example.named, self.params, self.raw, self.batch).keys()
+        self.reads = contract.needs(NAME, fn, keywords) | GIVEN
         self.state = {NAME: fn.initial_state()} if hasattr(fn, 'initial_state') else {}
         if self.modules:
             drawn = combining.first_parameters(
-                self.modules, self.losses, lambda p, r, b: (example.named(p, r, b), b),
+                self.modules, self.losses, lambda p, r, b: (self.named(p, r, b), b),
                 (self.params, self.raw, self.batch), 0)
             self.params |= unflatten_dict(drawn, sep='/')
         self.one = jit(partial(self.step, axis=None))
 
+    def named(self, params, raw, batch):
+        """The outputs a stage would have for this loss alone."""
+        out = example.named(params, raw, batch)
+        return {n: x for n, x in out.items() if n in self.reads}
+
     def result(self, params, raw, batch):
         """What the function returns, as a `Loss`."""
         return combining.called(
-            NAME, self.fn, self.keywords, example.named(params, raw, batch), batch, None,
+            NAME, self.fn, self.keywords, self.named(params, raw, batch), batch, None,
             self.state.get(NAME), jax.random.key(0),
             combining.bound(self.modules, params).get(NAME))
 
@@ -99,7 +106,7 @@ class Trial:
         """A train step's part of one loss: ((value, (state, metrics)), gradient)."""
         def objective(params):
             value, new, logged = combining.combine(
-                self.losses, example.named(params, raw, batch), batch, state, axis=axis,
+                self.losses, self.named(params, raw, batch), batch, state, axis=axis,
                 key=jax.random.key(3), heads=combining.bound(self.modules, params))
             return value, (new, logged)
 
@@ -210,11 +217,11 @@ class Trial:
         if not _finite(self.one(self.params, self.raw, alike, self.state)):
             return Finding(False, 'repeats', 'value or gradient is not finite where every position '
                            'holds the same item')
-        reads = contract.needs(NAME, self.fn, self.keywords)
-        scorers = sorted(n for n in reads if n == 'club' or n.startswith('critic.'))
+        scorers = sorted(n for n in self.reads if n == 'club' or n.startswith('critic.'))
         if not scorers:
             return Finding(True, 'repeats', 'finite where every position holds the same item')
-        ids = self.batch.next if 'next' in reads and 'items' not in reads else self.batch.items
+        asked = contract.needs(NAME, self.fn, self.keywords)
+        ids = self.batch.next if 'next' in asked and 'items' not in asked else self.batch.items
         ids = np.where(self.batch.mask, ids, 0).reshape(-1)
         rng, own = np.random.default_rng(4), np.eye(len(ids), dtype=bool)
         scores = rng.normal(size=own.shape).astype(np.float32)
@@ -222,8 +229,9 @@ class Trial:
         moved = np.where(apart | own, scores, scores + rng.normal(size=own.shape))
 
         def value(scores):
-            out = example.named(self.params, self.raw, self.batch)
-            out |= {n: x for n, x in example.numbered(self.raw).items() if n in example.POSITIONS}
+            out = self.named(self.params, self.raw, self.batch)
+            out |= {n: x for n, x in example.numbered(self.raw).items()
+                    if n in example.POSITIONS and n in self.reads}
             out |= dict.fromkeys(scorers, example.LookUp(scores))
             return combining.combine(self.losses, out, self.batch, self.state,
                                      key=jax.random.key(3),
