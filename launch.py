@@ -1,69 +1,16 @@
 """Run TPAD: `python launch.py --config=configs/amazon.py [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
-Exit status: 0 done, 2 unusable input or config in one sentence, 75 stopped by SIGINT or SIGTERM
-with its state saved (the same command goes on).
-"""
+The same as `python -m tpad_jax.train`, which runs anywhere.
 
-import os
-import re
-import sys
+Exit status: 0 done, 1 a number was not finite or a defect, 2 unusable input or config in one
+sentence, 75 stopped by SIGINT or SIGTERM with its state saved (the same command goes on).
+"""
 
 from absl import app, flags
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's C++ remarks
-os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+from tpad_jax import train
 
-from ml_collections import config_flags
-
-from tpad_jax.errors import InputError, Stopped
-from tpad_jax.process import STOPPED, UNUSABLE, begin
-
-CONFIG = config_flags.DEFINE_config_file('config', None, 'File in configs/, ":variant" behind it.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
-
-
-def parse(argv):
-    """The flags, or one sentence and status 2; `--help` leaves with 0."""
-    try:
-        rest = flags.FLAGS(argv)
-        # a file that could not be read says so only when it is looked into
-        name = None if CONFIG.value is None else CONFIG.value.name
-    except SystemExit:  # absl printed the help and left, with 1
-        sys.exit(0)
-    except (AttributeError, KeyError) as error:
-        told = re.sub(r'[\\\'"]', '', str(error.args[0]).replace('\\n', '. '))  # a repr of a repr
-        refuse(f'the config has no such key: {told}')
-    except (flags.Error, ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
-        refuse(error)
-    if len(rest) > 1:
-        refuse(f'unknown argument {rest[1]!r}; every setting is a flag, --config.KEY=VALUE')
-    if name is None:
-        refuse('name a config, for example --config=configs/amazon.py')
-    return rest
-
-
-def refuse(error):
-    """Say what cannot be used, in one line, and leave with status 2."""
-    lead, traceback, text = str(error).strip().partition('Traceback (most recent call last)')
-    if traceback:  # the config raised it: its last line says why
-        lead, text = '', text.splitlines()[-1]
-    print('launch.py: ' + ' '.join((lead + text).split()), file=sys.stderr)
-    sys.exit(UNUSABLE)
-
-
-def main(argv):
-    """Run the job; turn signals and refusals into exit statuses."""
-    del argv
-    stopping = begin(CONFIG.value.get('xla_flags', ''))
-    try:
-        from tpad_jax import job  # here: --help and a wrong flag need no jax
-        job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', stopping)
-    except InputError as error:
-        refuse(error)
-    except Stopped as stopped:
-        print(f'launch.py: {stopped}; the same command goes on from there', file=sys.stderr)
-        sys.exit(STOPPED)
-
+flags.adopt_module_key_flags(train)
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse)
+    app.run(train.main, flags_parser=train.parse)

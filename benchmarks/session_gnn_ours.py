@@ -105,7 +105,7 @@ class Ours:
         from flax.traverse_util import flatten_dict
 
         from configs import sessions as configs
-        from tpad_jax import parallel, recommend, train
+        from tpad_jax import parallel, recommend, training
         from tpad_jax.data import batches
         from tpad_jax.models import tpad
 
@@ -114,7 +114,7 @@ class Ours:
         devices = parallel.choose('auto', 0)
         model = tpad.build(None, config.model, recommend=(), items=self.num_items,
                            max_length=self.max_length, side_sizes=())
-        spec = train.make_spec(config, 'recommend', model, config.seed)
+        spec = training.make_spec(config, 'recommend', model, config.seed)
         make = parallel.compiled(partial(tpad.recommender_init, spec=model))
         params = {'recommender': make(jax.random.key(0), catalogue=self.catalogue)}
         params = flatten_dict(params, sep='/')
@@ -125,8 +125,8 @@ class Ours:
         return {'devices': devices, 'spec': spec, 'params': params, 'draw': draw, 'batch': batch,
                 'ranked': ranked, 'every': every, 'encoder': config.model.encoder,
                 'width': config.model.width, 'softmax': config.losses.next_item.dtype,
-                'state': devices.share(train.start(spec, params, '^recommender/')),
-                'step': devices.lift(partial(train.train_step, spec=spec)),
+                'state': devices.share(training.start(spec, params, '^recommender/')),
+                'step': devices.lift(partial(training.train_step, spec=spec)),
                 'bind': recommend.scorer(model, devices)}
 
     def facts(self) -> dict:
@@ -165,10 +165,10 @@ class Ours:
 
     def losses(self, weights, steps) -> list:
         """Of the first steps on the first training rows, by the peer's weights."""
-        from tpad_jax import train
+        from tpad_jax import training
 
         cell = next(iter(self.cells.values()))
-        state = cell['devices'].share(train.start(cell['spec'], self._taken(cell, weights),
+        state = cell['devices'].share(training.start(cell['spec'], self._taken(cell, weights),
                                                   '^recommender/'))
         found, rows, batch = [], self.train_rows, cell['batch']
         for number in range(steps):
@@ -180,7 +180,7 @@ class Ours:
         return found
 
     def train(self, name, seconds):
-        """(pairs, wall, processor seconds) of training, as `train.fit` drives the step."""
+        """(pairs, wall, processor seconds) of training, as `fitting.fit` drives the step."""
         cell, pending, pairs = self.cells[name], None, 0
         state, (batch, count) = cell['state'], self._next(cell)
         self.jax.block_until_ready((state, batch))

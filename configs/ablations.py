@@ -1,10 +1,10 @@
 """TPAD without a part, or with another in its place: `--config=configs/ablations.py:NAME`.
 
-Each is configs/amazon.py with the few keys below changed. `full` is TPAD as the paper has it, with
+Each is tpad_jax/config.py with the few keys below changed. `full` is TPAD as the paper has it, with
 the MLLMs frozen while the recommender trains; `joint` adds the step that trains all of it at once.
 """
 
-from configs import amazon
+from tpad_jax import config
 
 # of what every name changes, {config key: value}
 ABLATIONS = {
@@ -46,7 +46,7 @@ def get_config(variant: str = 'full'):
     if variant not in ABLATIONS:
         raise ValueError(f'configs/ablations.py has no variant {variant!r}: name one of '
                          f'{", ".join(ABLATIONS)}')
-    c = amazon.get_config()
+    c = config.get_config()
     c.name = f'ablation_{variant}'
     c.stages = 'knowledge,transfer,recommend'
     c.rivals = {}

@@ -7,7 +7,7 @@
 Without `--config.data.raw_dir=DIR` the planted catalogue is written and read in its place.
 """
 
-from configs import base
+from tpad_jax import config
 
 
 def get_config(variant: str = ''):
@@ -16,7 +16,7 @@ def get_config(variant: str = ''):
     Raises:
       ValueError: another variant.
     """
-    c = base.get_config()
+    c = config.get_config()
     c.name = 'amazon'
     if variant:
         if variant not in VARIANTS:
@@ -25,20 +25,6 @@ def get_config(variant: str = ''):
         c.name = f'amazon_{variant}'
         VARIANTS[variant](c)
     return c
-
-
-def tiny(c):
-    """All stages in about a minute."""
-    c.save_every = 5
-    # compile quickly rather than well: so few steps never earn it back
-    c.xla_flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
-    c.log_every = 1
-    c.search.trials = 1  # baselines as they are
-    c.data.planted.update(items=80, train=300, valid=60, test=80)
-    for name, steps in dict(knowledge=8, transfer=8, recommend=40, joint=6).items():
-        c.stage[name].update(steps=steps, batch_size=32)
-    c.stage.recommend.eval_every = 20
-    c.stage.joint.update(eval_every=3, refresh_every=3)
 
 
 def large(c, text_length):
@@ -73,4 +59,4 @@ def llava_7b(c):
     c.stage.transfer.batch_size = 32
 
 
-VARIANTS = {variant.__name__: variant for variant in (tiny, qwen3vl_2b, llava_7b)}
+VARIANTS = {variant.__name__: variant for variant in (config.tiny, qwen3vl_2b, llava_7b)}

@@ -9,7 +9,7 @@ The first word is the data set, the second (may be left out: what validation cho
 
 from ml_collections import ConfigDict
 
-from configs import base
+from tpad_jax import config
 
 DATA = {  # training sessions and rows, a tenth of the sessions being held out; the encoder chosen
     'diginetica': dict(sessions=168_003, rows=649_944, encoder='attention'),
@@ -34,7 +34,7 @@ def get_config(variant: str = 'diginetica'):
     if data not in DATA or encoder not in EPOCHS:
         raise ValueError(f'configs/sessions.py has no variant {variant!r}: name one of '
                          f'{", ".join(DATA)}, then maybe a comma and one of {", ".join(EPOCHS)}')
-    c = base.get_config()
+    c = config.get_config()
     c.name = f'{data}_{encoder}'
     c.stages = 'recommend'
     c.refit = True  # the latest sessions say most about the next ones

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from configs import base
 from tpad_jax import check, handover
+from tpad_jax import config as base
 from tpad_jax.errors import InputError
 from tpad_jax.models import blend
 

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from scipy.special import log_softmax
 
 from tests.test_step import CONTENT, DATA, SIDE, SIZES, N, T, V, draw, make_config, model
-from tpad_jax import handover, kmeans, losses, parallel, train
+from tpad_jax import handover, kmeans, losses, parallel, training
 from tpad_jax.data.batches import content_rows
 from tpad_jax.errors import InputError
 from tpad_jax.losses import distillation
@@ -271,13 +271,13 @@ def test_eight_devices_are_one(taught, stage):
         else:
             loss.weight = 0.0
     flat = flatten_dict(params, sep='/')
-    step_spec = train.make_spec(config, stage, spec, seed=5)
-    first = train.start(step_spec, flat, config.stage[stage].train)
+    step_spec = training.make_spec(config, stage, spec, seed=5)
+    first = training.start(step_spec, flat, config.stage[stage].train)
     found = []
     for way, count in (('jit', 1), ('pmap', 8)):
         devices = parallel.choose(way, count)
         batch = next(draw(stage, 0, devices.shards)) | {'valid': np.arange(16) < 13}
-        step = devices.lift(partial(train.train_step, spec=step_spec))
+        step = devices.lift(partial(training.train_step, spec=step_spec))
         state, logged = step(devices.share(jax.tree.map(jnp.copy, first)), devices.place(batch),
                              devices.share(catalogue))
         found.append((jax.device_get(state.params), jax.device_get(logged)))

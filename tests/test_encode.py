@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs import base
+from tpad_jax import config as base
 from tpad_jax import encode, features, parallel
 from tpad_jax.data.pipeline import Content
 from tpad_jax.errors import InputError, Stopped

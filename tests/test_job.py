@@ -12,7 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import amazon
-from tpad_jax import features, job, parallel, slices, train, writers
+from tpad_jax import features, fitting, job, parallel, slices, writers
 from tpad_jax.data import builder
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import pretrained
@@ -89,14 +89,14 @@ class Recorded(dict):
 
     def __enter__(self):
         self._patch = pytest.MonkeyPatch()
-        fit = train.fit
+        fit = fitting.fit
 
         def recorded(loop, *args):
             out = fit(loop, *args)
             self[loop.name] = out[0]
             return out
 
-        self._patch.setattr(train, 'fit', recorded)
+        self._patch.setattr(fitting, 'fit', recorded)
         return self
 
     def __exit__(self, *_):

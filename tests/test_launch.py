@@ -1,5 +1,6 @@
 """`launch.py` as a person meets it: exit status, one clear sentence, nothing left behind."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -41,6 +42,25 @@ def test_help_explains_and_is_no_failure(tmp_path):
     assert not imported & {'jax', 'flax', 'numpy'}
     for word in ('--config', '--workdir', 'configs/amazon.py', '75'):
         assert word in out
+
+
+@pytest.mark.parametrize('how', [[str(ROOT / 'launch.py')], ['-m', 'tpad_jax.train']], ids=len)
+def test_configs_and_modules_of_the_directory_are_found(tmp_path, how):
+    """From anywhere, beside a folder that is named like ours; the module is launch.py's equal."""
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / '__init__.py').write_text('')
+    (tmp_path / 'configs' / 'mine.py').write_text(
+        'import standing_here\nfrom tpad_jax import config\n\ndef get_config():\n'
+        '    c = config.get_config()\n    config.tiny(c)\n    c.name = standing_here.NAME\n'
+        '    return c\n')
+    (tmp_path / 'standing_here.py').write_text('NAME = "mine"\n')
+    run = subprocess.run([sys.executable, *how, '--config=configs/mine.py', '--config.nam=x'],
+                         cwd=tmp_path, text=True, capture_output=True, check=False,
+                         env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert run.returncode == 2, run.stderr
+    name = 'launch.py' if len(how) == 1 else 'tpad_jax.train'
+    assert run.stderr.startswith(f'{name}: the config has no such key: nam. Did you mean name')
+    assert run.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize(('flags', 'told'), [

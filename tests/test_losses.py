@@ -9,99 +9,24 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from tpad_jax import collectives, losses
-from tpad_jax.models import critics, repeats
-from tpad_jax.types import Batch, Loss
+from tpad_jax import config, losses
+from tpad_jax.losses import checking
+from tpad_jax.losses.example import REPLICAS, B, D, N, V, make, make_params, named
+from tpad_jax.models import tpad
 
-# rows, positions, items, width, modalities, text tokens, vocabulary, devices
-B, N, V, D, M, T, W, DEVICES = 16, 3, 9, 4, 2, 5, 11, 8
 PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
           if list(inspect.signature(fn).parameters)[:2] == ['out', 'batch']]
 
 # Losses that cut or correct their gradient on purpose, which their own tests below are about.
 CUT = {losses.mine, losses.vclub, losses.club_fit, losses.mdist, losses.rdist}
 
-# Widths of the outputs that `models.tpad.forward` names; one that a new loss reads is added here.
-POSITIONS = {'k': M * D, 't': D, 'c': D, 'p': D, 'r': D, 'r_next': D}
-TEXTS = ('describe', 'foretell')
-STATES = ('k.text', 'r.text', 'k.image', 'r.image')  # with as many tokens as the texts
-CRITICS = {'align': critics.Critic('separable', 6), 'distil': critics.Critic('bilinear', 6)}
-CLUB = critics.GaussianQ(6)
-
-
 # Programs of this size run in no time: compiling them is what takes it.
 jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
-def make(seed):
-    """A batch with repeats and padded rows, all of one replica's among them, and raw rows."""
-    rng = np.random.default_rng(seed)
-    length = rng.integers(1, N + 1, B)
-    real = np.arange(N) < length[:, None]
-    valid = np.ones(B, bool)
-    valid[[2, 3, 7]] = False  # rows 2 and 3 are the whole of one replica
-    batch = Batch(items=np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32),
-                  next=np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32),
-                  target=rng.integers(1, V - 1, B).astype(np.int32), valid=valid,
-                  row=np.arange(B, dtype=np.int32))
-    raw = {n: rng.normal(size=(B, N, w)).astype(np.float32) for n, w in POSITIONS.items()}
-    raw['h'] = rng.normal(size=(B, D)).astype(np.float32)
-    raw['repeat'] = np.asarray(repeats.shifts(rng.normal(size=N), batch.items), np.float32)
-    raw['interest'] = rng.normal(size=(B, D)).astype(np.float32)
-    for name in STATES:
-        raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
-    for name in TEXTS:
-        raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
-        words = rng.integers(0, W, (B, T))
-        words[np.arange(T) >= rng.integers(1, T + 1, (B, 1))] = -1
-        raw[f'{name}.tokens'] = words.astype(np.int32)
-    return batch, raw
-
-
-def make_params(seed):
-    """One matrix per named output, the tables, critics and q: the replicated parameters."""
-    rng = np.random.default_rng(seed)
-    one, two = jnp.ones((1, D)), jnp.ones((1, M * D))
-    modules = {'critic.align': (CRITICS['align'], two, one), 'club': (CLUB, one, one),
-               'critic.distil': (CRITICS['distil'], one, one)}
-    shapes = {n: jax.eval_shape(m.init, jax.random.key(0), *x) for n, (m, *x) in modules.items()}
-    shapes |= {'z': jnp.ones((V + 1, D)), 'vocabulary': jnp.ones((W, D))}
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.7, shapes)
-    widths = {**POSITIONS, 'h': D, 'interest': D, **dict.fromkeys((*TEXTS, *STATES), D)}
-    mixing = {n: np.eye(w) + 0.3 * rng.normal(size=(w, w)) for n, w in widths.items()}
-    return params | {n: x.astype(np.float32) for n, x in mixing.items()}
-
-
-def named(params, raw, batch):
-    """Outputs by name, each a function of replicated parameters and this replica's rows."""
-    out = {n: x @ params[n] if n in params else x for n, x in raw.items()}
-    warm = jnp.arange(V + 1) < V - 1  # the last two items are cold; row 0 is padding
-    out |= {'items': batch.items, 'next': batch.next, 'warm': warm.at[0].set(False),
-            'z': params['z'], 'vocabulary': params['vocabulary'],
-            'popularity': 1.0 + jnp.arange(V + 1) % 3, 'cluster': jnp.arange(V + 1) % D}
-    # which tokens are there: of an image all or none, in one row of three
-    out['text.there'] = raw['describe.tokens'] >= 0
-    out['image.there'] = out['text.there'] & (batch.row % 3 > 0)[:, None]
-    out |= {f'critic.{n}': Partial(c.apply, params[f'critic.{n}']) for n, c in CRITICS.items()}
-    out['club'] = Partial(CLUB.apply, params['club'])
-    return out
 
 
 def mean_loss(fn, out, batch):
     """The loss as `combine` averages it."""
     return losses.combine((('it', fn, 1.0, {}),), out, batch, {})[0]
-
-
-def run(fn, params, raw, batch, state, axis):
-    """What a train step does with one loss: ((value, (state, metrics)), gradient of everything)."""
-    def objective(params):
-        value, state_, logged = losses.combine(
-            (('it', fn, 0.7, {}),), named(params, raw, batch), batch, state, axis=axis,
-            key=jax.random.key(3))
-        return value, (state_, logged)
-
-    result, grads = jax.value_and_grad(objective, has_aux=True)(params)
-    return result, collectives.mean(grads, axis)
 
 
 def close(got, expected, tolerance=2e-5):
@@ -120,76 +45,27 @@ FORMS = {'next_item_in_chunks': partial(losses.next_item, chunk=4, smoothing=0.1
                          ids=[*(fn.__name__ for fn in PUBLIC), *FORMS])
 def test_contract(fn):
     """Shape, finite, padding without influence, nothing but padding, 1 device == 8."""
-    batch, raw = make(0)
-    params = make_params(2)  # one for which vCLUB's estimate is positive, so that it pulls
-    state = {'it': fn.initial_state()} if hasattr(fn, 'initial_state') else {}
-    absent = losses.needs('it', fn, {}) - jax.eval_shape(named, params, raw, batch).keys()
-    assert not absent, f'add what `forward` calls {absent} to this test'
+    fn, keywords = (fn.func, fn.keywords) if isinstance(fn, partial) else (fn, {})
+    trial = checking.Trial(fn, keywords)
+    absent = losses.needs('it', fn, keywords) - trial.outputs
+    assert not absent, f'add what `forward` calls {absent} to losses/example.py'
+    found = [look() for look in (trial.shape, trial.finite, trial.slope, trial.padding, trial.fewer,
+                                 trial.nobody, trial.repeats)]
+    assert not [finding for finding in found
+                if not (finding.ok or (fn in CUT and finding.what == 'slope'))]
+    assert largest(trial.found[1]) > 1e-4
 
-    # one value per row, or value, weight and metrics of one shape with rows first
-    extra = {'key': jax.random.key(0)} if 'key' in inspect.signature(fn).parameters else {}
-    result = jax.eval_shape(lambda *args: fn(named(*args), args[-1], **extra),
-                            params, raw, batch)
-    if isinstance(result, Loss):
-        parts = (result.value, result.weight, *result.metrics.values())
-        assert len({x.shape for x in parts}) == 1
-        assert result.value.shape[0] == B
-        assert (result.state is None) == (not state)
-    else:
-        assert result.shape == (B,)
-
-    # finite, and it trains something; a second step meets the first one's state
-    one = jit(partial(run, fn, axis=None))
-    (_, (state, _)), _ = one(params, *make(5)[::-1], state)
-    expected = one(params, raw, batch, state)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected))
-    assert largest(expected[1]) > 1e-4
-
-    # the gradient is the slope of the value, along a random direction
-    rng = np.random.default_rng(9)
-    if fn not in CUT:
-        way = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
-        moved = (jax.tree.map(lambda x, y, e=e: x + e * y, params, way) for e in (0.005, -0.005))
-        above, below = (float(one(there, raw, batch, state)[0][0]) for there in moved)
-        slope = sum(float((g * w).sum()) for g, w in zip(*map(jax.tree.leaves, (expected[1], way)),
-                                                         strict=True))
-        assert slope == pytest.approx((above - below) / 0.01, rel=0.02, abs=0.01)
-
-    # whatever stands in padded rows, positions and tokens does not matter ...
-    other = Batch(items=np.where(batch.valid[:, None], batch.items, 4),
-                  next=np.where(batch.valid[:, None], batch.next, 5),
-                  target=np.where(batch.valid, batch.target, 6), valid=batch.valid,
-                  row=np.where(batch.valid, batch.row, 0))
-    mask = np.asarray(batch.mask)
-    garbage = {}
-    for name, x in raw.items():
-        real = {T: raw.get(f'{name}.tokens', raw['describe.tokens']) >= 0, N: mask, D: mask[:, :1]}
-        real = real[x.shape[1]] & batch.valid[:, None]
-        if x.dtype == np.int32:  # tokens of a valid row end where they end
-            garbage[name] = np.where(batch.valid[:, None], x, 3)
-        else:
-            real = real if x.ndim == 2 else real[..., None]
-            garbage[name] = np.where(real, x, 20 * rng.normal(size=x.shape)).astype(np.float32)
-    close(one(params, garbage, other, state), expected)
-
-    # ... nor does whether such rows are there
-    keep = batch.valid
-    fewer = jax.tree.map(lambda x: x[keep], (raw, batch))
-    close(one(params, *fewer, state), expected)
-
-    # nothing but padding: zero, no gradient, the state as it was
-    nobody = batch.replace(valid=np.zeros(B, bool))
-    (value, (kept, logged)), grads = one(params, raw, nobody, state)
-    assert float(value) == 0.0
-    assert largest(grads) == 0.0
-    assert all(float(x) == 0.0 for x in logged.values())
-    close(kept, state)
-
-    # the same on eight devices
-    many = jax.pmap(partial(run, fn, axis='data'), axis_name='data', in_axes=(None, 0, 0, None),
+    many = jax.pmap(partial(trial.step, axis='data'), axis_name='data', in_axes=(None, 0, 0, None),
                     out_axes=None)
-    parts = jax.tree.map(lambda x: np.reshape(x, (DEVICES, -1, *x.shape[1:])), (raw, batch))
-    close(many(params, *parts, state), expected)
+    parts = jax.tree.map(lambda x: np.reshape(x, (REPLICAS, -1, *x.shape[1:])),
+                         (trial.raw, trial.batch))
+    close(many(trial.params, *parts, trial.state), trial.found)
+
+
+def test_there_is_an_example_of_every_output():
+    batch, raw = make(0)
+    assert jax.eval_shape(named, make_params(0), raw, batch).keys() == tpad.OUTPUTS | {
+        f'critic.{name}' for name in config.model().critics}
 
 
 def test_the_contract_is_tested_for_every_loss():

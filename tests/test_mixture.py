@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
+from tpad_jax import config as base
 from tpad_jax import metrics, parallel
 from tpad_jax.models import tpad
 from tpad_jax.recommend import scorer

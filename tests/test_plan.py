@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import amazon, base
-from tpad_jax import losses, parallel, plan, train
+from configs import amazon
+from tpad_jax import config as base
+from tpad_jax import losses, parallel, plan, training
 from tpad_jax.models import lora, tpad
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm
@@ -100,8 +101,8 @@ def planned(parts, stage='knowledge', shards=1, model=1, positions=4, **changes)
 
 def first_state(parts, stage):
     c, _, shapes, model, _ = parts
-    spec = train.make_spec(c, stage, model, 0)
-    return spec, jax.eval_shape(partial(train.start, spec, pattern=c.stage[stage].train),
+    spec = training.make_spec(c, stage, model, 0)
+    return spec, jax.eval_shape(partial(training.start, spec, pattern=c.stage[stage].train),
                                 flatten_dict(shapes, sep='/'))
 
 
@@ -173,7 +174,7 @@ def compiled_bytes(parts, stage='knowledge', positions=4):
                   has_image=jax.ShapeDtypeStruct((u,), bool),
                   image=jax.ShapeDtypeStruct((u, side, side, 3), jnp.uint8),
                   **{k: jax.ShapeDtypeStruct(s, jnp.int32) for k, s in shapes.items()})
-    step = jax.jit(partial(train.train_step, spec=spec, axis=None), donate_argnums=0)
+    step = jax.jit(partial(training.train_step, spec=spec, axis=None), donate_argnums=0)
     found = step.lower(state, batch, catalogue).compile().memory_analysis()
     return found.temp_size_in_bytes
 

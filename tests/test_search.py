@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from configs import base
+from tpad_jax import config as base
 from tpad_jax import search as search_lib
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.trials import search

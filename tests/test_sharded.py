@@ -46,7 +46,7 @@ def make_catalogue(rows):
 
 
 def step(state, batch, catalogue, *, loss, tx, axis):
-    """The shape of train.train_step with the smallest recommender: mean of the prefix, a matrix."""
+    """Shaped as training.train_step, on the smallest recommender: a prefix's mean, a matrix."""
     key = jax.random.fold_in(jax.random.key(0), state.step)
 
     def objective(params):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from configs import base
-from tpad_jax import encode, optim, parallel, train
+from tpad_jax import config as base
+from tpad_jax import encode, fitting, optim, parallel, training
 from tpad_jax.checkpoint import Checkpoints
 from tpad_jax.data import batches
 from tpad_jax.data.pipeline import Content, Data
@@ -106,16 +106,16 @@ def with_fillers(found):
 
 
 class Run:
-    """One stage by `train.fit` as a job runs it: all metrics, traces of the step, parameters."""
+    """One stage by `fitting.fit` as a job runs it: all metrics, traces of the step, parameters."""
 
     def __init__(self, stage, way, directory):
         spec, params, catalogue = model()
         config = make_config()
-        self.spec = train.make_spec(config, stage, spec, seed=5)
-        self.first = train.start(self.spec, params, config.stage[stage].train)
+        self.spec = training.make_spec(config, stage, spec, seed=5)
+        self.first = training.start(self.spec, params, config.stage[stage].train)
         self.metrics, self.traces, count = {}, [], 0
         devices = parallel.choose(way, WAYS[way])
-        step = train.train_step
+        step = training.train_step
 
         def counted(*args, **kwargs):
             nonlocal count
@@ -130,7 +130,7 @@ class Run:
         encoder = encode.encoder(spec, CONTENT, ('k', 'r'))
         writer = SimpleNamespace(rewind=lambda *_: None, scalars=self.log)
         checkpoints = Checkpoints(directory)
-        loop = train.Loop(
+        loop = fitting.Loop(
             name=stage, total=STEPS, devices=devices, batches=drawn, checkpoints=checkpoints,
             writer=writer, progress=lambda *_: nullcontext(lambda *_: None), log_every=1,
             save_every=2, eval_every=3, validate=lambda *_: {'hit@20': 0.5},
@@ -138,8 +138,8 @@ class Run:
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if stage == 'joint' else None)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, 'train_step', counted)
-            self.params, self.rows, _ = train.fit(loop, self.spec, self.first, catalogue)
+            patch.setattr(training, 'train_step', counted)
+            self.params, self.rows, _ = fitting.fit(loop, self.spec, self.first, catalogue)
         checkpoints.close()
 
     def log(self, stage, step, values):
@@ -200,8 +200,8 @@ def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
 def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
     spec, params, catalogue = model()
     config = base.get_config()  # AdamW, whose state holds two arrays per trained one
-    full = train.make_spec(config, stage, spec, seed=5)
-    state = train.start(full, params, config.stage[stage].train)
+    full = training.make_spec(config, stage, spec, seed=5)
+    state = training.start(full, params, config.stage[stage].train)
     assert state.params.keys() | state.frozen.keys() == params.keys()
     assert not state.params.keys() & state.frozen.keys()
     assert any(path.startswith('base/') for path in state.frozen)
@@ -221,7 +221,7 @@ def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
 
     watched = replace(full, tx=full.tx._replace(update=gradients))
     batch = parallel.choose('jit', 1).place(next(draw(stage)))
-    new, _ = jax.eval_shape(partial(train.train_step, spec=watched, axis=None), state, batch,
+    new, _ = jax.eval_shape(partial(training.train_step, spec=watched, axis=None), state, batch,
                             catalogue)
     assert asked == [set(state.params)]
     assert jax.tree.structure(new) == jax.tree.structure(state)
@@ -229,15 +229,15 @@ def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
 
 def test_frozen_parameters_are_neither_copied_nor_given_away():
     spec, params, catalogue = model()
-    full = train.make_spec(make_config(), 'recommend', spec, seed=5)
+    full = training.make_spec(make_config(), 'recommend', spec, seed=5)
     params = jax.tree.map(jnp.asarray, params)
-    state = train.start(full, params, make_config().stage.recommend.train)
+    state = training.start(full, params, make_config().stage.recommend.train)
     assert all(x is params[path] for path, x in state.frozen.items())
     devices = parallel.choose('jit', 1)
     batch = devices.place(next(draw('recommend')))
     lean = state.replace(frozen={})
     shared = {'catalogue': catalogue, 'frozen': state.frozen}
-    new, _ = devices.lift(partial(train._lean_step, spec=full))(lean, batch, shared)
+    new, _ = devices.lift(partial(fitting._lean_step, spec=full))(lean, batch, shared)
     assert new.frozen == {}
     assert not any(x.is_deleted() for x in params.values())
     assert all(x.is_deleted() for x in lean.params.values())
@@ -317,7 +317,7 @@ class NoCheckpoints:
 
 def loop_events(monkeypatch, total, **knobs):
     """What the loop does, in order."""
-    monkeypatch.setattr(train, 'abstract', lambda tree: tree)
+    monkeypatch.setattr(fitting, 'abstract', lambda tree: tree)
     events = []
 
     def numbers(start):
@@ -330,10 +330,11 @@ def loop_events(monkeypatch, total, **knobs):
     writer = SimpleNamespace(
         rewind=lambda *_: None,
         scalars=lambda stage, step, values: events.append(('logged', step)))
-    loop = train.Loop(name='s', total=total, devices=RecordingDevices(events), batches=numbers,
-                      checkpoints=NoCheckpoints(events), writer=writer, progress=progress, **knobs)
+    loop = fitting.Loop(name='s', total=total, devices=RecordingDevices(events), batches=numbers,
+                        checkpoints=NoCheckpoints(events), writer=writer, progress=progress,
+                        **knobs)
     spec = SimpleNamespace(fresh=frozenset())
-    train.fit(loop, spec, State(0, {}, {}, {}, {}), {})
+    fitting.fit(loop, spec, State(0, {}, {}, {}, {}), {})
     return events
 
 
@@ -375,15 +376,15 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
                  'popularity': jnp.asarray(count)}
     params = tpad.recommender_init(jax.random.key(0), spec, catalogue)
     params = flatten_dict({'recommender': params}, sep='/')
-    step = train.make_spec(config, 'recommend', spec, seed=5)
+    step = training.make_spec(config, 'recommend', spec, seed=5)
     found = {}
     for way, shards in (('jit', 1), ('pmap', 8), ('shard_map', 8)):
         devices = parallel.choose(way, WAYS[way])
         batch = next(with_fillers(batches.session_batches(
             DATA, max_length=N, every_prefix=False, batch_size=ROWS, seed=3, shards=shards)))
         assert (batch['places'] < 0).any()  # there is something to fill up
-        lifted = devices.lift(partial(train.train_step, spec=step))
-        state, logged = lifted(devices.share(train.start(step, params, '')),
+        lifted = devices.lift(partial(training.train_step, spec=step))
+        state, logged = lifted(devices.share(training.start(step, params, '')),
                                devices.place(batch), devices.share(catalogue))
         found[way] = jax.device_get((state.params, logged))
     for way in ('pmap', 'shard_map'):

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
 from tests import test_job
 from tpad_jax import bases, features, job
+from tpad_jax import config as base
 from tpad_jax.errors import InputError
 from tpad_jax.models import pretrained
 from tpad_jax.models.knowledge import KnowledgeMLLM

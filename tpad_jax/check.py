@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from tpad_jax import bases, handover, mixture, parallel, train
+from tpad_jax import bases, handover, mixture, parallel, training
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
-from tpad_jax.losses import distillation
+from tpad_jax.losses import checking, distillation
 from tpad_jax.models import blend, critics, tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
@@ -162,7 +162,11 @@ def _check_stage(config, stage, shards):
         raise InputError(f'config.{key}steps=0: only the knowledge stage may leave its model as it '
                          'is; leave the stage out of config.stages')
     if c.steps:
-        train.stage_losses(config, stage)
+        chosen = training.stage_losses(config, stage)
+        modules = dict(training.own_modules(config, chosen))
+        for name, fn, _, keywords in chosen:
+            if ':' in config.losses[name].fn:  # our own are tested
+                checking.shape(name, fn, keywords, modules.get(name))
     if c.batch_size < 1 or c.batch_size % shards:
         raise InputError(f'config.{key}batch_size={c.batch_size} must be a multiple of {shards}, '
                          'the number of devices')

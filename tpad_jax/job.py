@@ -21,27 +21,19 @@ from tpad_jax import (
     bases,
     encode,
     features,
+    fitting,
     handover,
     mixture,
     parallel,
     plan,
     probes,
     results,
-    train,
+    training,
     writers,
 )
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim, enter
-from tpad_jax.data import (
-    batches,
-    builder,
-    graph,
-    npz,
-    pipeline,
-    sessions,
-    synthetic,
-    wording,
-)
+from tpad_jax.data import batches, builder, graph, npz, pipeline, sessions, synthetic, wording
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import readings, tpad
@@ -174,7 +166,7 @@ class Job:
         """
         name = name or stage
         c = self.config.stage[stage]
-        spec = c.steps and train.make_spec(self.config, stage, self.spec, self.config.seed)
+        spec = c.steps and training.make_spec(self.config, stage, self.spec, self.config.seed)
         self.params = handover.copied(self.params, stage, c.copy)
         if spec and 'cluster' in spec.needs:
             self.catalogue['cluster'] = handover.clustered(
@@ -211,7 +203,7 @@ class Job:
         warm = sessions.warm_items(both, self.data.num_items)
         self.final = replace(self.data, train=both, warm=warm)
         self._count()
-        spec = train.make_spec(self.config, 'recommend', self.spec, self.config.seed)
+        spec = training.make_spec(self.config, 'recommend', self.spec, self.config.seed)
         fresh = self._fresh(self.spec)  # the same draws, with rows for items new to training
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None,
                                        {**self.first, **fresh}, self.record['chosen'])
@@ -230,8 +222,9 @@ class Job:
             side_sizes=self.data.side_sizes
             if changes.get('use_side', self.config.model.use_side) else ())
         model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
-        spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
-        params = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
+        spec = training.make_spec(self.config, 'recommend', model, self.config.seed)
+        own = tuple(f'loss/{loss}/' for loss, _ in spec.modules)  # of this one: drawn anew, too
+        params = {p: x for p, x in self.params.items() if not p.startswith(('recommender/', *own))}
         params |= self._fresh(model)
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
         self.seconds[name] = record['seconds']
@@ -250,6 +243,7 @@ class Job:
             draw = partial(batches.session_batches, self.final, content=content,
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
+        params = training.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
         bind = scorer(spec.model, self.devices)
         validating = c.eval_every and steps is None
 
@@ -260,7 +254,7 @@ class Job:
             return {k: result[k] for k in ('hit@20', 'mrr@20', 'ndcg@20')}
 
         checkpoints = Checkpoints(self.workdir / 'stages' / name)
-        loop = train.Loop(
+        loop = fitting.Loop(
             name=name, total=steps or c.steps, devices=self.devices,
             batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
             progress=progress, log_every=self.config.log_every, save_every=self.config.save_every,
@@ -271,7 +265,7 @@ class Job:
             stopping=self.stopping, shown=tuple(n for n, _, _, _ in spec.losses))
         begun = time.perf_counter()
         try:
-            return train.fit(loop, spec, train.start(spec, params, c.train), self.catalogue)
+            return fitting.fit(loop, spec, training.start(spec, params, c.train), self.catalogue)
         finally:
             checkpoints.close()
             self.sitting += time.perf_counter() - begun
@@ -381,6 +375,7 @@ def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):
     here = time.perf_counter() - begun - job.sitting
     job.seconds['total'] = sum(job.seconds[name] for name in job.seconds if name != 'report') + here
     out = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
+           'losses': results.final_losses(job),
            'provenance': {**results.provenance(job), 'stages': stages},
            'seconds': job.seconds}
     if truth is not None:

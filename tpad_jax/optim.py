@@ -7,13 +7,17 @@ import optax
 from tpad_jax.errors import InputError
 
 
-def split(params: dict, pattern: str) -> tuple[dict, dict]:
+def split(params: dict, pattern: str, own: tuple = ()) -> tuple[dict, dict]:
     """Parameters {path: array} whose path matches the regex, and the rest: (trained, frozen).
+
+    own: beginnings of paths below 'loss/' that train whatever the regex says; the others there
+    belong to losses of other stages and do not.
 
     Raises:
       InputError: nothing matches.
     """
-    trained = {path: x for path, x in params.items() if re.search(pattern, path)}
+    trained = {path: x for path, x in params.items()
+               if (path.startswith(own) if path.startswith('loss/') else re.search(pattern, path))}
     if not trained:
         raise InputError(f'the train pattern {pattern!r} of a stage matches no parameter')
     return trained, {path: x for path, x in params.items() if path not in trained}

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -118,8 +118,7 @@ class Devices:
 
     def place(self, batch: dict) -> Batch:
         """A host batch {field: numpy [shards * b, ...]} on the devices; returns at once."""
-        names = {f.name for f in fields(Batch)}
-        batch = Batch(**{n: x for n, x in batch.items() if n in names})
+        batch = Batch.of(batch)
         if self.how == 'jit':
             return jax.device_put(batch, self.devices[0])
         if self.how == 'pmap':

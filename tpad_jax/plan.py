@@ -117,7 +117,7 @@ def lengths(base: VLM, text: int, positions: int, form: str, pooling: str) -> tu
     """Tokens of an item's prompt and of a session's.
 
     Args:
-      base: the MLLM. text: tokens of an item's. positions: N. form, pooling: see configs/base.py.
+      base: the MLLM. text: tokens of an item's. positions: N. form, pooling: see config.py.
     """
     s = base.spec
     image = s.image_tokens(base.side) + len(s.start_ids) + len(s.end_ids)

@@ -8,7 +8,7 @@ from absl import logging
 
 from tpad_jax.memory import keep
 
-UNUSABLE, STOPPED = 2, 75  # exit statuses
+BROKEN, UNUSABLE, STOPPED = 1, 2, 75  # exit statuses
 
 
 def begin(xla_flags: str) -> Callable[[], bool]:

@@ -128,6 +128,12 @@ def introduce(job, console):
         console.print(line, markup=False, highlight=False)
 
 
+def final_losses(job) -> dict:
+    """{run of steps: {'step': n, loss or metric: value}} as training last logged them."""
+    return {line['stage']: {name: x for name, x in line.items() if name != 'stage'}
+            for line in writers.read_log(job.workdir / 'log.jsonl') if 'loss' in line}
+
+
 def provenance(job) -> dict:
     """Config, code version and machine of a run."""
     config, commit = job.config, ''

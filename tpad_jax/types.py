@@ -9,6 +9,7 @@
     D  feature width        S  side features       R  rows of an evaluation
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax
@@ -35,6 +36,11 @@ class Batch:
     image: jax.Array | None = None  # uint8 [U, H, W, 3]
     has_image: jax.Array | None = None  # bool [U]
     tokens: jax.Array | None = None  # int32 [U, T], -1 pads at the end
+
+    @classmethod
+    def of(cls, batch: dict):
+        """The batch of a host's {field: array}; what is no field of it is left out."""
+        return cls(**{f.name: batch[f.name] for f in dataclasses.fields(cls) if f.name in batch})
 
     @property
     def mask(self):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
@@ -45,8 +46,13 @@ from tpad_jax.table import take
 # run.
 PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'encoder')
 
-
-ENCODERS = 'attention', 'sr_gnn', 'gce_gnn'  # what config.model.encoder may name
+ENCODERS = {  # what config.model.encoder may name: (config.model, what all of them take) -> module
+    'attention': lambda model, **shared: SessionAttention(model.layers, model.heads, **shared),
+    'sr_gnn': lambda model, **shared: SessionGNN(model.gnn_steps, positions=model.positions,
+                                                 **shared),
+    'gce_gnn': lambda model, **shared: GlobalGraphGNN(**shared),
+}
+EACH = 'attention',  # those that read every prefix at once, by their method `positions`
 GRAPH = 'near', 'near_weight'  # catalogue rows of the global item graph, see data/graph.py
 OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, one per critic
     'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
@@ -82,7 +88,7 @@ class TPAD:
     club: GaussianQ
     critics: tuple[tuple[str, Critic], ...]
     fusion: Fusion
-    encoder: SessionGNN | GlobalGraphGNN | SessionAttention
+    encoder: nn.Module
     recommend: tuple[str, ...] = ('r',)
     form: str = 'compressed'
     withhold: float = 0.3
@@ -122,12 +128,8 @@ def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, 
 
 def build_encoder(model: Any, max_length: int):
     """The session encoder config.model.encoder names: prefix in, h [B, D] out."""
-    shared = dict(max_length=max_length, rate=model.dropout, item_rate=model.item_dropout)
-    if model.encoder == 'sr_gnn':
-        return SessionGNN(model.gnn_steps, positions=model.positions, **shared)
-    if model.encoder == 'gce_gnn':
-        return GlobalGraphGNN(**shared)
-    return SessionAttention(model.layers, model.heads, **shared)
+    return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
+                                   item_rate=model.item_dropout)
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,

@@ -1,4 +1,8 @@
-"""Every knob once, with its reason. Other configs start from here and change what they mean to."""
+"""Every knob once, with its reason. Other configs start from here and change what they mean to.
+
+    from tpad_jax import config
+    c = config.get_config()
+"""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -49,6 +53,10 @@ def get_config():
     ))
     c.model = model()
     c.losses = losses()
+    for loss in c.losses.values():
+        # ((step, factor), ...): of the stage's steps; the weight times the factor, linear between
+        # two points, constant outside; (): the weight as it is
+        loss.schedule = ()
     c.stage = ConfigDict(dict(
         knowledge=stage(batch_size=64, steps=60, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),
@@ -69,6 +77,20 @@ def get_config():
         true_attributes=dict(recommend='true', use_side=False),  # planted catalogue only
     ))
     return c
+
+
+def tiny(c):
+    """Make a config small: all stages on a planted catalogue in about a minute. In place."""
+    c.save_every = 5
+    # compile quickly rather than well: so few steps never earn it back
+    c.xla_flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+    c.log_every = 1
+    c.search.trials = 1  # baselines as they are
+    c.data.planted.update(items=80, train=300, valid=60, test=80)
+    for name, steps in dict(knowledge=8, transfer=8, recommend=40, joint=6).items():
+        c.stage[name].update(steps=steps, batch_size=32)
+    c.stage.recommend.eval_every = 20
+    c.stage.joint.update(eval_every=3, refresh_every=3)
 
 
 def data():

@@ -1,0 +1,390 @@
+"""Losses from outside the tree: own parameters, schedules, refusals; the pages about it."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from tpad_jax import config, fitting, job, losses, training
+from tpad_jax.errors import InputError, Stopped
+from tpad_jax.losses import __main__ as command
+from tpad_jax.losses import checking
+from tpad_jax.types import Batch, Loss
+
+ROOT = Path(__file__).parents[1]
+HERE = 'test_extension'
+B, N, D = 8, 2, 4
+
+
+class Head(nn.Module):
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.width)(x)
+
+
+class Counting(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x + self.variable('seen', 'count', jnp.zeros, ()).value
+
+
+def headed(out, batch, *, axis=None, head=None, x='r'):
+    return Loss((head(out[x]) ** 2).mean(-1), batch.mask.astype(jnp.float32))
+
+
+def pull(out, batch, *, axis=None, x='r'):
+    return (out[x] ** 2).mean(-1)[:, 0]
+
+
+def whole(out, batch, *, axis=None, x='r'):
+    return (out[x] ** 2).mean(-1)
+
+
+def unmasked(out, batch, *, axis=None, x='r'):
+    return (out[x] ** 2).mean((-1, -2))
+
+
+def contrast(out, batch, *, axis=None, x='r', y='t', critic='critic.distil'):
+    """Against this replica's positions only, repeats of an item among them."""
+    a, b = (out[n].reshape(-1, out[n].shape[-1]) for n in (x, y))
+    scores = jnp.where(batch.mask.reshape(-1), out[critic](a, b), -1e9)
+    value = jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores)
+    return Loss(value.reshape(batch.items.shape), batch.mask.astype(jnp.float32))
+
+
+def root(out, batch, *, axis=None, x='r'):
+    return jnp.sqrt(out[x][:, 0, 0])
+
+
+def hidden(out, batch, *, axis=None):
+    return out['r'].mean((1, 2))
+
+
+def swapped(batch, out, *, axis=None):
+    return out
+
+
+def wanting(out, batch, *, axis=None, x, scale):
+    return out[x] * scale
+
+
+def headless(out, batch, *, head, axis=None):
+    return head(out)
+
+
+def entry(fn, **keywords):
+    return ConfigDict(dict(fn=f'{HERE}:{fn}', weight=1.0, stages='recommend', **keywords))
+
+
+def chosen(**entries):
+    c = config.get_config()
+    c.losses.update(entries)
+    found = training.stage_losses(c, 'recommend')
+    return found, training.own_modules(c, found)
+
+
+# --- what a config may say of a loss --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('entry', 'told'), [
+    (entry('pul'), "fn='test_extension:pul' cannot be found: test_extension has no 'pul', but"),
+    (entry('B'), "fn='test_extension:B' is no function but a int"),
+    (entry('pull', y='t'), 'pull takes no y; it takes x'),
+    (entry('pull', x='q'), 'reads q, which no stage computes; there are c, '),
+    (entry('swapped'), r'swapped\(batch, out, \*, axis=None\) does not begin with \(out, batch\)'),
+    (entry('wanting', x='r'), 'cannot be called as a loss is .*scale'),
+    (entry('headless'), "wants a head; name its module in the config"),
+    (entry('pull', module=f'{HERE}:Head'), 'takes no head, but the config names a module'),
+    (entry('headed', module=f'{HERE}:Hea'), "module='test_extension:Hea' cannot be found"),
+    (entry('headed', module=f'{HERE}:headed'), 'is no flax.linen.Module but headed'),
+    (entry('headed', module=f'{HERE}:Head', fields=dict(wide=1)), "fields={'wide': 1}"),
+    (entry('pull', schedule=((5, 1.0), (5, 0.0))), 'pairs .* with rising steps'),
+    (entry('pull', schedule=(0, 1.0)), 'pairs .* with rising steps'),
+])
+def test_a_wrong_entry_is_one_sentence(entry, told):
+    with pytest.raises(InputError, match=told):
+        chosen(mine=entry)
+
+
+def test_a_module_that_does_not_import_says_why(tmp_path, monkeypatch):
+    (tmp_path / 'broken_losses.py').write_text('def f(:\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r'broken_losses does not import .SyntaxError.*line 1'):
+        losses.resolve('mine', 'broken_losses:f')
+
+
+@pytest.mark.parametrize(('result', 'told'), [
+    (jnp.ones((B, N)), r'float32 \[8, 2\]'), (jnp.float32(1), r'float32 \[\]'), (None, 'NoneType'),
+    (jnp.ones(B, jnp.int32), r'int32 \[8\]'),
+    (Loss(jnp.ones((B, N)), jnp.ones(B)), r'Loss.value float32 \[8, 2\], weight float32 \[8\]'),
+    (Loss(jnp.ones((N, B)), jnp.ones((N, B))), r'value float32 \[2, 8\]'),
+    (Loss(jnp.ones(B), jnp.ones(B), metrics={'m': jnp.ones(3)}), r"metric 'm' of .* float32 \[3\]"),
+])
+def test_a_wrong_shape_says_what_came_and_what_the_contract_is(result, told):
+    def fn(out, batch, *, axis=None):
+        return result
+
+    with pytest.raises(InputError, match=told):
+        losses.combine((('mine', fn, 1.0, {}),), {}, batch_of(), {})
+
+
+def test_an_output_that_no_keyword_names_is_explained():
+    with pytest.raises(InputError, match=r"reads out\['r'\] without saying so"):
+        losses.combine((('mine', hidden, 1.0, {}),), {}, batch_of(), {})
+
+
+def batch_of(row=None):
+    return Batch(items=jnp.ones((B, N), jnp.int32), next=None, target=None,
+                 valid=jnp.ones(B, bool), row=jnp.arange(B) if row is None else row)
+
+
+def test_a_schedule_is_numpys_interpolation_logged_and_under_jit():
+    points = ((2, 0.0), (6, 1.0), (8, 0.5))
+    weight = losses.weigh('mine', 3.0, points)
+    run = jax.jit(lambda step: losses.combine(
+        (('mine', pull, weight, {}),), {'r': jnp.full((B, N, D), 2.0)}, batch_of(), {},
+        step=step)[::2])
+    for step in (0, 2, 3, 6, 7, 50):
+        total, logged = run(jnp.int32(step))
+        expected = 3 * np.interp(step, *np.transpose(points))
+        assert float(logged['weight/mine']) == pytest.approx(expected)
+        assert float(total) == pytest.approx(4 * expected)
+        assert float(logged['mine']) == pytest.approx(4)
+    assert losses.weigh('mine', 3.0) == 3.0
+
+
+# --- parameters of a loss's own -------------------------------------------------------------------
+
+
+@lru_cache
+def started():
+    """A stage of one loss with a head on a made-up recommender, and its first parameters."""
+    found, modules = chosen(next_item=dict(weight=0.0),
+                            mine=entry('headed', module=f'{HERE}:Head', fields=dict(width=5)))
+    spec = training.StepSpec(None, found, frozenset({'r'}), frozenset(), optax.sgd(0.1), 3, modules)
+    params = {'a/w': jnp.ones((2, 2)), 'b': jnp.ones(3)}
+
+    def outputs(params, batch):
+        return {'r': jnp.ones((B, N, D)) * params['b'].sum()}, batch
+
+    return spec, params, losses.first_parameters(modules, found, outputs, (params, batch_of()), 3)
+
+
+def test_own_parameters_come_from_the_seed_and_the_name_alone():
+    _, params, own = started()
+    assert {path: x.shape for path, x in own.items()} == {
+        'loss/mine/Dense_0/kernel': (D, 5), 'loss/mine/Dense_0/bias': (5,)}
+
+    def again(name, seed):
+        found = ((name, headed, 1.0, {}),)
+        drawn = losses.first_parameters(((name, Head(5)),), found, lambda p, b: (
+            {'r': jnp.zeros((B, N, D))}, b), (params, batch_of()), seed)
+        return drawn[f'loss/{name}/Dense_0/kernel']
+
+    kernel = own['loss/mine/Dense_0/kernel']
+    np.testing.assert_array_equal(again('mine', 3), kernel)
+    assert np.abs(again('yours', 3) - kernel).max() > 0.01
+    assert np.abs(again('mine', 4) - kernel).max() > 0.01
+
+
+def test_own_parameters_train_whatever_the_pattern_and_others_do_not():
+    spec, params, own = started()
+    others = {'loss/other/w': jnp.ones(2)}
+    state = training.start(spec, {**params, **own, **others}, '^(a|loss)')
+    assert state.params.keys() == {'a/w', *own}
+    assert state.frozen.keys() == {'b', *others}
+
+
+def test_a_head_gets_its_parameters_and_a_gradient():
+    spec, _, own = started()
+    out, x = {'r': jnp.ones((B, N, D))}, np.float32(0.5)
+
+    def objective(kernel):
+        tree = {'loss': {'mine': {'Dense_0': {'kernel': kernel, 'bias': jnp.full(5, x)}}}}
+        return losses.combine(spec.losses, out, batch_of(), {},
+                              heads=losses.bound(spec.modules, tree))[0]
+
+    kernel = own['loss/mine/Dense_0/kernel']
+    value, slope = jax.value_and_grad(objective)(kernel)
+    assert float(value) == pytest.approx(float(((np.asarray(kernel).sum(0) + x) ** 2).mean()),
+                                         rel=1e-5)
+    np.testing.assert_allclose(slope, np.tile(2 * (kernel.sum(0) + x) / 5, (D, 1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize(('fn', 'module', 'told'), [
+    (headed, Counting(), 'module keeps seen; it may have parameters alone'),
+    (pull, Head(), 'its function never calls head')])
+def test_a_module_that_cannot_be_trained_is_refused(fn, module, told):
+    with pytest.raises(InputError, match=told):
+        losses.first_parameters((('mine', module),), (('mine', fn, 1.0, {}),), lambda b: (
+            {'r': jnp.ones((B, N, D))}, b), (batch_of(),), 0)
+
+
+# --- what is not finite ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('replicas', [1, 4])
+def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
+    value = jnp.where(jnp.isin(jnp.arange(B), jnp.array([1, 6, 7])), jnp.nan, 1.0)
+    batch = batch_of(10 * jnp.arange(B)).replace(valid=jnp.arange(B) < 7)
+
+    def bad(out, batch, *, axis=None, x='v'):
+        return out[x]
+
+    def step(value, batch, axis):
+        found = (('fine', bad, 1.0, {'x': 'w'}), ('bad', bad, 1.0, {}))
+        return losses.combine(found, {'v': value, 'w': jnp.ones_like(value)}, batch, {}, axis=axis,
+                              rows=True)[2]
+
+    if replicas == 1:
+        logged = step(value, batch, None)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), (value, batch))
+        logged = jax.tree.map(lambda x: x[0], jax.vmap(
+            partial(step, axis='data'), axis_name='data')(*parts))
+    np.testing.assert_array_equal(logged['not_finite'][:, 0], -1)
+    np.testing.assert_array_equal(logged['not_finite'][:, 1], [-1, 10, -1, -1, -1, -1, 60, -1])
+
+    clean = {**logged, 'bad': 1.0, 'loss': 1.0}
+    wrote = SimpleNamespace(scalars=lambda *_: pytest.fail('wrote what is not finite'))
+    loop = SimpleNamespace(name='transfer', log_every=4, writer=wrote, shown=())
+    spec = SimpleNamespace(losses=(('fine',), ('bad',)))
+    recent = [(2, clean), (3, logged), (4, {**logged, 'fine': np.nan})]
+    with pytest.raises(FloatingPointError, match=(
+            'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60'
+            )):
+        fitting._log(loop, spec, None, recent)
+    slope = {**clean, 'optim/grad_norm': np.inf, 'not_finite': np.full((B, 2), -1)}
+    with pytest.raises(FloatingPointError, match='step 4: optim/grad_norm not finite, while every'):
+        fitting._log(loop, spec, None, [(4, slope)])
+
+
+# --- losses check ---------------------------------------------------------------------------------
+
+
+def breaches(fn, keywords=(), module=None):
+    return {finding.what: finding.told for finding in checking.check(fn, keywords, module)
+            if finding.ok is False}
+
+
+@pytest.mark.slow
+def test_check_finds_nothing_wrong_with_a_good_loss(capsys):
+    assert command.main(['check', f'{HERE}:headed', f'--module={HERE}:Head', '--fields.width=3',
+                         '--x=t']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {'ok'}
+    assert {line.split()[1] for line in lines} >= {
+        'signature', 'names', 'shape', 'finite', 'slope', 'padding', 'rows', 'no', 'replicas',
+        'repeats'}
+    assert 'reads t' in lines[1]
+
+
+@pytest.mark.parametrize(('fn', 'breach', 'told'), [
+    (swapped, 'contract', 'does not begin with'), (whole, 'contract', r'float32 \[16, 3\]'),
+    (root, 'finite', r'the value is nan in rows \d'), (hidden, 'contract', 'without saying so'),
+    (headed, 'runs', r'test_extension.py, line \d+: TypeError'),
+])
+def test_check_ends_where_nothing_can_follow(fn, breach, told):
+    (what, found), = breaches(fn).items()
+    assert what == breach
+    assert re.search(told, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('fn', 'what'), [
+    (unmasked, {'padding'}), (contrast, {'replicas', 'repeats'})])
+def test_check_finds_what_is_not_masked_gathered_or_apart(fn, what):
+    assert breaches(fn).keys() == what
+
+
+def test_the_command_refuses_in_words(capsys):
+    assert command.main(['check', f'{HERE}:pul']) == 2
+    assert "has no 'pul', but 'pull'" in capsys.readouterr().out
+    assert command.main(['chekc', 'x']) == 2
+    assert command.main(['--help']) == 0
+
+
+# --- a whole run ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(tmp_path):
+    c = config.get_config()
+    config.tiny(c)
+    c.parallel, c.save_every, c.stages = 'jit', 3, 'knowledge,transfer,recommend,joint'
+    c.data.planted.update(items=40, train=120, valid=20, test=30)
+    c.rivals, c.xla_flags = {}, ''
+    for name in ('knowledge', 'transfer', 'recommend', 'joint'):
+        c.stage[name].update(steps=6, batch_size=16)
+    c.losses.mine = ConfigDict(dict(
+        fn=f'{HERE}:headed', module=f'{HERE}:Head', weight=0.5, stages='transfer,joint',
+        schedule=((0, 0.0), (5, 1.0))))
+    ended = {}
+
+    def ran(workdir, stopping=lambda: False):
+        fit = fitting.fit
+        with pytest.MonkeyPatch.context() as patch:
+            def recorded(loop, *args):
+                out = ended[workdir, loop.name] = fit(loop, *args)
+                return out
+            patch.setattr(fitting, 'fit', recorded)
+            return job.run(c, tmp_path / workdir, stopping)
+
+    found = ran('whole')
+    for stage in ('transfer', 'joint'):
+        at = tmp_path / 'parts' / 'stages' / stage
+        with pytest.raises(Stopped):
+            ran('parts', lambda at=at: (at / '3').exists())
+    assert ran('parts')['losses'] == found['losses']
+    assert found['losses']['transfer']['weight/mine'] == pytest.approx(0.5)
+    params = {key: out[0] for key, out in ended.items()}
+    own = sorted(path for path in params['whole', 'joint'] if path.startswith('loss/'))
+    assert own == ['loss/mine/Dense_0/bias', 'loss/mine/Dense_0/kernel']
+    for stage in ('transfer', 'joint'):
+        for path, x in params['whole', stage].items():
+            np.testing.assert_array_equal(x, params['parts', stage][path], path)
+    assert not any(path.startswith('loss/') for path in params['whole', 'recommend'])
+    kernel = [params['whole', stage][own[1]] for stage in ('transfer', 'joint')]
+    assert 0 < np.abs(kernel[0] - kernel[1]).max() < 0.1  # on from where it was, not anew
+
+
+# --- the pages, to the letter ---------------------------------------------------------------------
+
+
+def blocks(page):
+    """(language, text) of a page's code blocks, in order."""
+    return re.findall(r'^```(\w+)\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', ['loss', 'an_encoder', 'dataset', 'metric'])
+def test_a_page_followed_to_the_letter(page, tmp_path):
+    """A block that begins with '# name.py' is that file; bash is run."""
+    file = ROOT / 'docs' / f'add_{page if page.startswith("an_") else f"a_{page}"}.md'
+    python = f'{Path(sys.executable).parent}:/usr/bin:/bin'
+    for language, text in blocks(file):
+        if language == 'python':
+            (tmp_path / re.match(r'# (\w+\.py)\n', text)[1]).write_text(text)
+            continue
+        done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], cwd=tmp_path, text=True,
+                              capture_output=True, check=False,
+                              env={'PATH': python, 'PYTHONPATH': str(ROOT), 'HOME': str(tmp_path)})
+        assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
+    if page == 'loss':
+        found = json.loads((tmp_path / 'runs/mine/results.json').read_text())['losses']
+        assert np.isfinite(found['transfer']['pull'])
+        found = json.loads((tmp_path / 'runs/mapped/results.json').read_text())['losses']
+        assert found['transfer']['weight/mapped'] == pytest.approx(0.1)

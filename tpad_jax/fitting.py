@@ -1,0 +1,193 @@
+"""The loop that runs a stage's step: delayed metrics, validation, saves and resume."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from tpad_jax import training
+from tpad_jax.checkpoint import Checkpoints, abstract
+from tpad_jax.errors import Stopped
+from tpad_jax.parallel import Devices
+from tpad_jax.training import StepSpec
+from tpad_jax.types import State
+
+
+def _lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | None):
+    """`training.train_step` with the frozen parameters beside the state, which is donated: the base
+    of a large model is never copied, and never goes through a step.
+    """
+    state, logged = training.train_step(state.replace(frozen=shared['frozen']), batch,
+                                        shared['catalogue'], spec=spec, axis=axis)
+    return state.replace(frozen={}), logged
+
+
+@dataclass
+class Loop:
+    """What a run of steps needs beside the step itself.
+
+    Attributes:
+      name: of the run, in logs and progress.
+      total: steps at most. log_every, save_every, eval_every, refresh_every, patience: see configs.
+      batches: start step -> iterator of host batches.
+      validate: (state, catalogue) -> {name: float} with 'hit@20', or None.
+      refresh: state -> {name: rows} encoded anew, or None; refreshed: their names. Every
+        validation follows one.
+      stopping: asked after every step; True saves and raises Stopped.
+      shown: losses named beside the progress bar.
+    """
+
+    name: str
+    total: int
+    devices: Devices
+    batches: Callable[[int], Iterator[dict]]
+    checkpoints: Checkpoints
+    writer: Any
+    progress: Callable
+    log_every: int
+    save_every: int
+    eval_every: int = 0
+    patience: int = 0
+    refresh_every: int = 0
+    validate: Callable | None = None
+    refresh: Callable | None = None
+    refreshed: tuple[str, ...] = ()
+    stopping: Callable[[], bool] = lambda: False
+    shown: tuple[str, ...] = ()
+
+
+def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
+    """Run a stage from its latest checkpoint, or from `state`, to its end.
+
+    Metrics of a step are fetched after the next one is dispatched; nothing else waits for the
+    device between validations and saves.
+
+    Returns:
+      {path: array} of what was trained, at the best validation (the last step without one), the
+      catalogue's rows that were encoded with it ({} where none are), and the run's record:
+      'history' [{'step', 'hit@20', ...}], 'chosen' the step they are of, 'valid' what it scored
+      (None without validation), and 'seconds' over all sittings.
+
+    Raises:
+      Stopped: a signal came; the state is saved.
+    """
+    refreshed = loop.refreshed if loop.refresh else ()
+    state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
+    state, frozen = state.replace(frozen={}), state.frozen
+    meta = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
+
+    def held():
+        return {'state': state, 'rows': {n: catalogue[n] for n in refreshed}}
+
+    expected = abstract(held())
+    found = loop.checkpoints.latest(expected)
+    if found is not None:
+        _, saved, meta = found
+        state = saved['state']
+        catalogue = {**catalogue, **saved['rows']}
+    begun, before = time.perf_counter(), meta['seconds']
+    number = int(state.step)
+    loop.writer.rewind(loop.name, number)
+    if not meta['done']:
+        step = loop.devices.lift(partial(_lean_step, spec=spec))
+        with (closing(loop.batches(number)) as batches,
+              loop.progress(loop.name, loop.total, number) as bar):
+            batch, recent = loop.devices.place(next(batches)), []
+            while not meta['done']:
+                shared = {'catalogue': catalogue, 'frozen': frozen}
+                state, logged = step(state, batch, shared)
+                number += 1
+                batch = loop.devices.place(next(batches))  # transfers while the step computes
+                if recent:
+                    _log(loop, spec, bar, recent)
+                recent.append((number, logged))
+                meta['done'] = number >= loop.total
+                validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
+                if loop.refresh and (validating or number % loop.refresh_every == 0):
+                    catalogue = {**catalogue, **loop.devices.share(loop.refresh(state))}
+                metric = None
+                if validating:
+                    metric = _validate(loop, meta, state, catalogue, number)
+                    meta['done'] = meta['done'] or _patience_is_out(meta, loop.patience)
+                stopping = loop.stopping() and not meta['done']
+                due = number % loop.save_every == 0
+                if due or stopping or meta['done'] or metric is not None:
+                    # never save what is not finite
+                    _log(loop, spec, bar, recent, whatever=True)
+                    meta['seconds'] = before + time.perf_counter() - begun
+                    loop.checkpoints.save(number, held(), meta, metric,
+                                          wait=meta['done'] or stopping)
+                if stopping:
+                    raise Stopped(f'stopped in stage {loop.name} after step {number}')
+    chosen = loop.checkpoints.latest if meta['best'] is None else loop.checkpoints.best
+    step, saved, _ = chosen(expected)
+    valid = next((h for h in meta['history'] if h['step'] == step), None)
+    return saved['state'].params, saved['rows'], {**meta, 'chosen': step, 'valid': valid}
+
+
+def _log(loop, spec, bar, recent, whatever=False):
+    """Fetch the last finished step's metrics and write them, if a line is due or `whatever` it is.
+
+    recent: [(number, metrics on the device)] since the last line, emptied by the next; the steps
+    between are fetched only where the last is not finite, to find the first that was not.
+    """
+    number, logged = recent[-1]
+    if number % loop.log_every and not whatever:
+        return
+    values = _scalars(logged)
+    if not np.isfinite(list(values.values())).all():
+        raise FloatingPointError(_not_finite(loop, spec, recent))
+    recent.clear()
+    loop.writer.scalars(loop.name, number, values)
+    bar(number, '  '.join(f'{name} {values[name]:.3f}' for name in ('loss', *loop.shown)))
+
+
+def _scalars(logged):
+    """A step's metrics as floats; where its losses are not finite is left on the device."""
+    found = jax.device_get({name: x for name, x in logged.items() if name != 'not_finite'})
+    return {name: float(x) for name, x in found.items()}
+
+
+def _not_finite(loop, spec, recent):
+    """Which losses and which rows were not finite in the first step that had any, in words."""
+    found = ((*step, sorted(name for name, x in _scalars(step[1]).items() if not np.isfinite(x)))
+             for step in recent)
+    number, logged, bad = next(step for step in found if step[2])
+    told = f'stage {loop.name}, step {number}: {", ".join(bad)} not finite'
+    if 'not_finite' not in logged:
+        return told
+    rows = np.asarray(jax.device_get(logged['not_finite']))
+    where = [f'{name} in {_listed(column[column >= 0])}'
+             for (name, *_), column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
+    if where:
+        return f'{told}; of the training rows: {", ".join(where)}'
+    if not {name for name, *_ in spec.losses} & set(bad):
+        told += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
+                 'looks at one loss alone')
+    return told
+
+
+def _listed(rows, most=5):
+    """[4, 1] -> 'rows 1, 4'; of many, the first."""
+    more = f' and {len(rows) - most} more' if len(rows) > most else ''
+    return f'row{"s" * (len(rows) > 1)} {", ".join(map(str, np.sort(rows)[:most]))}{more}'
+
+
+def _validate(loop, meta, state, catalogue, number):
+    """Score validation, remember it, and return the metric a checkpoint is chosen by."""
+    scores = loop.validate(state, catalogue)
+    meta['history'] = [*meta['history'], {'step': number, **scores}]
+    loop.writer.scalars(loop.name, number, {f'valid/{k}': v for k, v in scores.items()})
+    meta['best'] = max(scores['hit@20'], -1.0 if meta['best'] is None else meta['best'])
+    return scores['hit@20']
+
+
+def _patience_is_out(meta, patience):
+    """Whether the last `patience` validations all failed to beat the best before them."""
+    values = [h['hit@20'] for h in meta['history']]
+    return bool(patience) and len(values) - 1 - int(np.argmax(values)) >= patience
