@@ -11,7 +11,7 @@ FLOORS = (
     {'errors', 'types', 'collectives', 'memory', 'softmax', 'table'},
     {'data', 'models'},
     {'losses', 'metrics', 'optim', 'probes', 'bundle', 'trials', 'resampling', 'slices',
-     'process'},
+     'process', 'mutual_information'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
     {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},

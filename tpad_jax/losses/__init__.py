@@ -9,9 +9,11 @@ them when it starts. Optional keywords a loss may take: `state` (its own, from t
 """
 
 from tpad_jax.losses.contract import combine, needs, resolve
-from tpad_jax.losses.information import club_fit, infonce, mine, mmd, vclub
+from tpad_jax.losses.discrepancy import alignment_uniformity, mmd
+from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
 from tpad_jax.losses.language import generation
 from tpad_jax.losses.recommendation import next_item, sampled_next_item
 
-__all__ = ['club_fit', 'combine', 'generation', 'infonce', 'mine', 'mmd', 'needs', 'next_item',
-           'resolve', 'sampled_next_item', 'vclub']
+__all__ = ['alignment_uniformity', 'club_fit', 'combine', 'generation', 'infonce', 'jsd', 'l1out',
+           'mine', 'mmd', 'needs', 'next_item', 'nwj', 'resolve', 'sampled_next_item', 'smile',
+           'vclub']
