@@ -131,12 +131,13 @@ def module(bound, critic, hidden, width):
 
 
 def from_pairs(key, data, step, batch):
-    """`draw` of `fit` from arrays: without replacement, in a new order every time round."""
-    x, y = data['train']
-    each = len(x) // batch
-    order = jax.random.permutation(jax.random.fold_in(key, step // each), len(x))
-    at = jax.lax.dynamic_slice(order, (step % each * batch,), (batch,))
-    return x[at], y[at]
+    """`draw` of `fit` from arrays: the next rows, none twice in a batch (a joint pair it would be).
+
+    They are in a new order for every point of the curve.
+    """
+    del key
+    at = step % (len(data['train'][0]) // batch) * batch
+    return tuple(jax.lax.dynamic_slice_in_dim(part, at, batch) for part in data['train'])
 
 
 @partial(jax.jit, static_argnames=('spec', 'draw'))
@@ -144,7 +145,8 @@ def fit(key, data, spec: Training, draw: Callable = from_pairs):
     """Train a critic; one compiled program.
 
     Args:
-      key: of everything. data: {'check': (x, y) to draw the curve, and what `draw` reads}.
+      key: of everything. data: {'check': (x, y) to draw the curve, and what `draw` reads}; pairs
+        under 'train' are shuffled again and again.
       draw: (key, data, step, batch) -> x [batch, I], y [batch, J].
 
     Returns:
@@ -162,7 +164,7 @@ def fit(key, data, spec: Training, draw: Callable = from_pairs):
     def objective(params, pairs, average):
         return _objective(spec, Score(spec.critic, params), *pairs, average)
 
-    def step(carry, number):
+    def step(data, carry, number):
         params, opt, average = carry
         pairs = draw(keys, data, number, spec.batch)
         grads, average = jax.grad(objective, has_aux=True)(params, pairs, average)
@@ -171,7 +173,11 @@ def fit(key, data, spec: Training, draw: Callable = from_pairs):
 
     def stretch(carry, start):
         inner, best, kept = carry
-        inner, _ = jax.lax.scan(step, inner, start + jnp.arange(each))
+        mixed = dict(data)
+        if 'train' in data:
+            order = jax.random.permutation(jax.random.fold_in(keys, start), len(data['train'][0]))
+            mixed['train'] = tuple(part[order] for part in data['train'])
+        inner, _ = jax.lax.scan(partial(step, mixed), inner, start + jnp.arange(each))
         value = -objective(inner[0], check, jnp.float32(-jnp.inf))[0]
         kept = jax.tree.map(lambda new, old: jnp.where(value > best, new, old), inner[0], kept)
         return (inner, jnp.maximum(value, best), kept), value
