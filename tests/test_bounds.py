@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from jax.tree_util import Partial
 
 from tpad_jax import losses
+from tpad_jax.models import bounds
 from tpad_jax.types import Batch
 
 # Programs of this size run in no time: compiling them is what takes it.
@@ -43,6 +45,55 @@ def gaussians(rng, count, rho, width=2):
     x = rng.normal(size=(count, width)).astype(np.float32)
     noise = rng.normal(size=x.shape).astype(np.float32)
     return x, rho * x + np.sqrt(1 - rho**2) * noise
+
+
+def by_torch(own, scores, negative):
+    """Means of every bound of a score matrix, written out once more."""
+    def each(reduce):
+        return torch.stack([reduce(row[keep]) for row, keep in zip(scores, negative, strict=True)])
+
+    off = scores[negative]
+    softplus = torch.nn.functional.softplus
+    log_mean = each(lambda row: torch.log(row.exp().mean()))
+    candidates = torch.stack([torch.cat([row[keep], one[None]]).exp().mean().log()
+                              for row, keep, one in zip(scores, negative, own, strict=True)])
+    return {
+        'infonce': (own - candidates).mean(),
+        'donsker_varadhan': own.mean() - off.exp().mean().log(),
+        'nwj': own.mean() - (off - 1).exp().mean(),
+        'jsd': -softplus(-own).mean() - softplus(off).mean(),
+        'smile': own.mean() - off.clamp(-1.5, 1.5).exp().mean().log(),
+        'vclub': (own - each(torch.mean)).mean(),
+        'club': (own - torch.stack([torch.cat([row[keep], one[None]]).mean() for row, keep, one
+                                    in zip(scores, negative, own, strict=True)])).mean(),
+        'l1out': (own - log_mean).mean(),
+        'uniformity': (4 * (off - 1)).exp().mean().log(),
+    }
+
+
+def test_bounds_and_gradients_against_torch():
+    """Of a fixed score matrix, to 1e-5; rows in blocks that do not divide them give the same."""
+    rng = np.random.default_rng(7)
+    scores = (2 * rng.normal(size=(5, 8))).astype(np.float32)
+    own = np.array([2, 3, 4, 5, 6])
+    negative = (rng.random((5, 8)) < 0.7) & (own[:, None] != np.arange(8))
+    assert (negative.sum(axis=1) > 1).all()
+    table = torch.tensor(scores, dtype=torch.float64, requires_grad=True)
+    expected = {}
+    for name, value in by_torch(table[np.arange(5), own], table, torch.tensor(negative)).items():
+        grad, = torch.autograd.grad(value, table, retain_graph=True)
+        expected[name] = (value.item(), grad.numpy())
+
+    def mean(scores, name, chunk):
+        fn = partial(bounds.smile, clip=1.5) if name == 'smile' else getattr(bounds, name)
+        if chunk:
+            return fn(bounds.Blocks(lambda part: part, (scores, own, negative), chunk)).mean()
+        return fn(scores, own, negative).mean()
+
+    for chunk in (0, 2):
+        found = jit(lambda s, chunk=chunk: {n: jax.value_and_grad(mean)(s, n, chunk)
+                                            for n in expected})(scores)
+        close(found, expected, 1e-5)
 
 
 def test_bounds_of_correlated_gaussians():

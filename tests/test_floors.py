@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {'config', 'errors', 'types', 'collectives', 'memory', 'softmax', 'table'},
     {'data', 'models', 'process'},
-    {'losses', 'metrics', 'optim', 'probes', 'kmeans', 'bundle', 'trials', 'resampling', 'slices'},
+    {'losses', 'metrics', 'optim', 'probes', 'kmeans', 'bundle', 'trials', 'resampling', 'slices',
+     'mutual_information'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
     {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},

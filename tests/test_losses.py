@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 
 from tpad_jax import config, losses
 from tpad_jax.losses import checking
 from tpad_jax.losses.example import REPLICAS, B, D, N, V, make, make_params, named
-from tpad_jax.models import tpad
+from tpad_jax.models import critics, tpad
 
 PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
           if list(inspect.signature(fn).parameters)[:2] == ['out', 'batch']]
 
 # Losses that cut or correct their gradient on purpose, which their own tests below are about.
-CUT = {losses.mine, losses.vclub, losses.club_fit, losses.mdist, losses.rdist}
+CUT = {losses.mine, losses.vclub, losses.club_fit, losses.smile, losses.l1out, losses.mdist,
+       losses.rdist}
 
 # Programs of this size run in no time: compiling them is what takes it.
 jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -38,7 +38,8 @@ def largest(tree):
 
 
 # Keywords that change how a loss is computed and so have to keep the contract too.
-FORMS = {'next_item_in_chunks': partial(losses.next_item, chunk=4, smoothing=0.1)}
+FORMS = {'next_item_in_chunks': partial(losses.next_item, chunk=4, smoothing=0.1),
+         'mine_in_chunks': partial(losses.mine, chunk=4)}
 
 
 @pytest.mark.parametrize('fn', [*PUBLIC, *FORMS.values()],
@@ -70,7 +71,8 @@ def test_there_is_an_example_of_every_output():
 
 def test_the_contract_is_tested_for_every_loss():
     assert {fn.__name__ for fn in PUBLIC} >= {'next_item', 'generation', 'infonce', 'mine', 'vclub',
-                                              'club_fit', 'mmd', 'sampled_next_item'}
+                                              'club_fit', 'mmd', 'sampled_next_item', 'nwj', 'jsd',
+                                              'smile', 'l1out', 'alignment_uniformity'}
 
 
 # --- plain numpy formulas -----------------------------------------------------------------------
@@ -83,7 +85,7 @@ def flat_pairs(out, batch, x, y, ids, critic):
     ys = np.stack([np.asarray(out[y])[p] for p in at])
     item = [int(np.asarray(out[ids])[p]) for p in at]
     negative = np.array([[i != j for j in item] for i in item])
-    score = jit(out[critic]) if isinstance(out[critic], Partial) else out[critic]
+    score = jit(out[critic]) if isinstance(out[critic], critics.Score) else out[critic]
     return np.asarray(score(xs, ys), np.float64), negative
 
 
@@ -101,9 +103,43 @@ def np_mine(out, batch):
     return -(np.mean(np.diag(scores)) - np.log(np.mean(np.exp(scores[negative]))))
 
 
+def np_nwj(out, batch):
+    scores, negative = flat_pairs(out, batch, 'k', 'c', 'items', 'critic.align')
+    return -(np.mean(np.diag(scores)) - np.mean(np.exp(scores[negative] - 1)))
+
+
+def np_jsd(out, batch):
+    scores, negative = flat_pairs(out, batch, 'k', 'c', 'items', 'critic.align')
+    return np.mean(np.log1p(np.exp(-np.diag(scores)))) + np.mean(np.log1p(np.exp(scores[negative])))
+
+
+def np_smile(out, batch):
+    scores, negative = flat_pairs(out, batch, 'k', 'c', 'items', 'critic.align')
+    mean = np.mean(np.exp(np.clip(scores[negative], -5, 5)))
+    return -(np.mean(np.diag(scores)) - np.log(mean))
+
+
+def np_l1out(out, batch):
+    def q(xs, ys):
+        return [[gaussian_log_q(out['club'].params, x, y) for y in ys] for x in xs]
+
+    scores, negative = flat_pairs({**out, 'q': q}, batch, 'c', 'p', 'items', 'q')
+    return np.mean([scores[i, i] - np.log(np.mean(np.exp(scores[negative[:, i], i])))
+                    for i in range(len(scores))])
+
+
+def np_alignment_uniformity(out, batch):
+    _, negative = flat_pairs({**out, 'f': lambda x, y: x @ y.T}, batch, 'p', 'p', 'next', 'f')
+    x, y = (np.asarray(out[n], np.float64)[np.asarray(batch.mask)] for n in ('r_next', 'p'))
+    x, y = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x, y))
+    spread = [np.log(np.mean(np.exp(-2 * ((a[:, None] - a[None]) ** 2).sum(-1)[negative])))
+              for a in (x, y)]
+    return np.mean(((x - y) ** 2).sum(-1)) + np.mean(spread)
+
+
 def gaussian_log_q(params, x, y):
     """log q(y|x) of a GaussianQ's parameters, up to a constant. x [D], y [D]."""
-    p = params['params']['moments']
+    p = params['moments']
     hidden = np.asarray(jax.nn.gelu(x @ p['in']['kernel'] + p['in']['bias']), np.float64)
     mean, log_var = np.split(hidden @ p['out']['kernel'] + p['out']['bias'], 2)
     log_var = 4 * np.tanh(log_var / 4)
@@ -112,7 +148,7 @@ def gaussian_log_q(params, x, y):
 
 def np_vclub(out, batch):
     def q(xs, ys):
-        return [[gaussian_log_q(out['club'].args[0], x, y) for y in ys] for x in xs]
+        return [[gaussian_log_q(out['club'].params, x, y) for y in ys] for x in xs]
 
     scores, negative = flat_pairs({**out, 'q': q}, batch, 'c', 'p', 'items', 'q')
     return np.mean([row[i] - np.mean(row[negative[i]]) for i, row in enumerate(scores)])
@@ -120,7 +156,7 @@ def np_vclub(out, batch):
 
 def np_club_fit(out, batch):
     mask = np.asarray(batch.mask)
-    return np.mean([-gaussian_log_q(out['club'].args[0], x, y) / D
+    return np.mean([-gaussian_log_q(out['club'].params, x, y) / D
                     for x, y in zip(out['c'][mask], out['p'][mask], strict=True)])
 
 
@@ -155,8 +191,9 @@ def np_generation(out, batch):
     return np.mean(value)
 
 
-@pytest.mark.parametrize('reference', [np_infonce, np_mine, np_vclub, np_club_fit, np_mmd,
-                                       np_next_item, np_generation])
+@pytest.mark.parametrize('reference', [
+    np_infonce, np_mine, np_nwj, np_jsd, np_smile, np_vclub, np_l1out, np_club_fit, np_mmd,
+    np_alignment_uniformity, np_next_item, np_generation])
 def test_value_against_numpy(reference):
     value = jit(partial(mean_loss, getattr(losses, reference.__name__[3:])))
     outputs = jit(named)
@@ -166,6 +203,37 @@ def test_value_against_numpy(reference):
         out = outputs(params, raw, batch)
         np.testing.assert_allclose(value(out, batch), reference(jax.device_get(out), batch),
                                    rtol=1e-5, atol=1e-5)
+
+
+CHUNKED = [fn for fn in PUBLIC if 'chunk' in inspect.signature(fn).parameters
+           and fn is not losses.next_item]
+
+
+@pytest.mark.parametrize('kind', ['separable',
+                                  pytest.param('concatenated', marks=pytest.mark.slow)])
+def test_chunked_is_whole(kind):
+    """Value, metrics and gradient of everything, in blocks that do not divide the rows."""
+    assert {fn.__name__ for fn in CHUNKED} >= {'infonce', 'mine', 'nwj', 'jsd', 'smile', 'l1out'}
+    batch, raw = make(0)
+    params = make_params(2)
+    critic = critics.Critic(kind, 6)
+    shape = jax.eval_shape(critic.init, jax.random.key(0), raw['k'][0], raw['c'][0])['params']
+    params['critic.align'] = {'params': jax.tree.map(
+        lambda x: np.random.default_rng(4).normal(size=x.shape).astype(np.float32), shape)}
+
+    @jit
+    def measured(params):
+        def objective(params, fn, chunk):
+            out = named(params, raw, batch)
+            out['critic.align'] = critics.Score(critic, params['critic.align']['params'])
+            return losses.combine((('it', fn, 1.0, {'chunk': chunk}),), out, batch, {})[::2]
+
+        return [[jax.value_and_grad(objective, has_aux=True)(params, fn, chunk)
+                 for fn in CHUNKED] for chunk in (0, 7)]
+
+    whole, chunked = measured(params)
+    close(chunked, whole, 1e-5)
+    assert min(largest(grads) for _, grads in whole) > 1e-4
 
 
 def test_club_fit_trains_q_and_no_feature():

@@ -78,8 +78,9 @@ class Trial:
         self.losses, self.found = ((NAME, fn, 0.7, keywords),), None
         self.fn, self.keywords = fn, keywords
         self.modules = () if module is None else ((NAME, module),)
-        self.batch, self.raw = example.make(0)
-        self.params = example.make_params(2)  # one for which vCLUB's estimate is positive
+        self.params = example.make_params(2)
+        self.batch, raw = example.make(0)
+        self.raw = example.foretold(self.params, raw)
         self.outputs = jax.eval_shape(example.named, self.params, self.raw, self.batch).keys()
         self.reads = contract.needs(NAME, fn, keywords) | GIVEN
         self.state = {NAME: fn.initial_state()} if hasattr(fn, 'initial_state') else {}

@@ -6,7 +6,6 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
 from tpad_jax.models import critics, repeats
 from tpad_jax.types import Batch
@@ -70,9 +69,18 @@ def named(params, raw, batch):
     # which tokens are there: of an image all or none, in one row of three
     out['text.there'] = raw['describe.tokens'] >= 0
     out['image.there'] = out['text.there'] & (batch.row % 3 > 0)[:, None]
-    out |= {f'critic.{n}': Partial(c.apply, params[f'critic.{n}']) for n, c in CRITICS.items()}
-    out['club'] = Partial(CLUB.apply, params['club'])
+    modules = {f'critic.{n}': c for n, c in CRITICS.items()} | {'club': CLUB}
+    out |= {n: critics.Score(c, params[n]['params']) for n, c in modules.items()}
     return out
+
+
+def foretold(params, raw):
+    """Rows whose p is what q expects of their c: upper bounds are positive there, and pull."""
+    c = raw['c'].reshape(-1, D) @ params['c']
+    half, centre, _ = np.split(np.asarray(CLUB.apply(params['club'], c, c, factors=True)[0]),
+                               [D, 2 * D], axis=1)
+    p = centre / (-2 * half) @ np.linalg.inv(params['p'])
+    return raw | {'p': p.reshape(raw['p'].shape).astype(np.float32)}
 
 
 def garbled(batch, raw, seed):

@@ -1,122 +1,142 @@
-"""Mutual information and discrepancies between features, as losses on a batch's positions."""
+"""Mutual information between features, as losses on a batch's positions.
+
+Lower bounds come with a minus, so that a loss is always made small. Pairs of positions that hold
+the same item (by `ids`) and padding are never negatives in a loss; the estimate that is logged
+keeps equal items, or it were no bound. Negatives come from every replica. `chunk` is the number of
+rows whose scores exist at once, 0: all; values and gradients are the same.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from tpad_jax import collectives
+from tpad_jax.losses.pairs import flat, positions, score_pairs
 from tpad_jax.models import bounds
-from tpad_jax.models.critics import unit
 from tpad_jax.types import Loss
 
 
 def infonce(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align',
-            temperature=1.0):
+            temperature=1.0, chunk=0):
     """Minus the InfoNCE lower bound of I(x; y), negatives from every replica. -> Loss [B, N]
 
-    van den Oord et al. 2018. Positions that hold the same item (by `ids`) are not negatives of each
-    other in the loss; the estimate that is logged keeps them, or it were no bound. It cannot exceed
-    the log of the candidates' number: the metric `room` is what is left.
+    van den Oord et al. 2018. The estimate cannot exceed the log of the candidates' number: the
+    metric `room` is what is left.
     """
-    scores, own, negative, other, weight = _pairs(out, batch, axis, x, y, ids, critic)
-    bound = bounds.infonce(scores / temperature, own, negative)
-    estimate = bounds.infonce(jax.lax.stop_gradient(scores) / temperature, own, other)
-    room = jnp.log(other.sum(axis=1) + 1.0) - estimate
-    shape = weight.shape
-    return Loss(-bound.reshape(shape), weight,
-                metrics={'mi': estimate.reshape(shape), 'room': room.reshape(shape)})
+    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk, scale=1 / temperature)
+    estimate = bounds.infonce(*pairs.every)
+    return _lower(bounds.infonce(*pairs.differ), pairs.at.weight, estimate,
+                  room=jnp.log(pairs.at.others + 1.0) - estimate)
 
 
 def mine(out, batch, *, axis=None, state=None, x='k', y='c', ids='items', critic='critic.align',
-         decay=0.99):
+         decay=0.99, chunk=0):
     """Minus the Donsker-Varadhan bound of I(x; y) (MINE, Belghazi et al. 2018). -> Loss [B, N]
 
     The gradient of the log partition is corrected by a moving average of the partition, which is
     this loss's state: {'log_average': float32 []}.
     """
-    scores, own, negative, other, weight = _pairs(out, batch, axis, x, y, ids, critic)
-    partition = bounds.log_partition(scores, negative, axis)
+    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
+    rows = bounds.log_rows(*pairs.differ)
     past = jnp.float32(-jnp.inf) if state is None else state['log_average']
-    corrected, new = bounds.moving_partition(partition, past, decay)
-    new = jnp.where(collectives.total(negative.sum(), axis) > 0, new, past)
-    bound = bounds.donsker_varadhan(scores, own, corrected).reshape(weight.shape)
-    fixed = jax.lax.stop_gradient(scores)
-    estimate = bounds.donsker_varadhan(fixed, own, bounds.log_partition(fixed, other, axis))
-    return Loss(-bound, weight, {'log_average': new}, {'mi': estimate.reshape(weight.shape)})
+    corrected, new = bounds.moving_partition(bounds.partition(rows, axis), past, decay)
+    new = jnp.where(collectives.total(rows.count.sum(), axis) > 0, new, past)
+    return _lower(rows.own - corrected, pairs.at.weight,
+                  bounds.donsker_varadhan(*pairs.every, axis=axis), state={'log_average': new})
 
 
 mine.initial_state = lambda: {'log_average': jnp.float32(-jnp.inf)}
 
 
-def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club'):
+def nwj(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align', chunk=0):
+    """Minus the bound of Nguyen, Wainwright and Jordan 2010 of I(x; y). -> Loss [B, N]
+
+    Its critic learns 1 + the log density ratio, constant and all. A score above 88 is too much for
+    float32, which a critic of bounded scores does not reach.
+    """
+    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
+    return _lower(bounds.nwj(*pairs.differ, axis=axis), pairs.at.weight,
+                  bounds.nwj(*pairs.every, axis=axis))
+
+
+def jsd(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align', chunk=0):
+    """Minus the Jensen-Shannon objective (Hjelm et al. 2019). -> Loss [B, N]
+
+    No bound of I(x; y), but its critic learns the log density ratio, and the estimate beside it is
+    Donsker and Varadhan's by that critic.
+    """
+    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
+    return _lower(bounds.jsd(*pairs.differ, axis=axis), pairs.at.weight,
+                  bounds.donsker_varadhan(*pairs.every, axis=axis))
+
+
+def smile(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align', clip=5.0,
+          chunk=0):
+    """Minus SMILE (Song and Ermon 2020), no bound of I(x; y). -> Loss [B, N]
+
+    The value is SMILE's and the gradient `jsd`'s, as its authors train it.
+    """
+    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
+    value = jax.lax.stop_gradient(bounds.smile(*pairs.differ, axis=axis, clip=clip))
+    trains = bounds.jsd(*pairs.differ, axis=axis)
+    return _lower(value + trains - jax.lax.stop_gradient(trains), pairs.at.weight,
+                  bounds.smile(*pairs.every, axis=axis, clip=clip))
+
+
+def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0):
     """vCLUB upper bound of I(x; y) (Cheng et al. 2020), q held fixed. -> Loss [B, N]
 
     An upper bound only while q(y|x) is good: see `club_fit`'s value beside it. Where the batch's
-    estimate is negative, which no mutual information is, it stops pulling.
+    estimate is negative, which no mutual information is, it stops pulling. A q with factors needs
+    no matrix: the mean of its scores is the score of the mean [ours].
     """
-    frozen = jax.lax.stop_gradient(out[club])
-    scores, own, negative, other, weight = _pairs({**out, 'q': frozen}, batch, axis, x, y, ids, 'q')
+    q = jax.lax.stop_gradient(out[club])
+    factors = q.factors(flat(out[x]), flat(out[y])) if hasattr(q, 'factors') else None
+    if factors is None:
+        pairs = score_pairs(out, batch, axis, x, y, ids, q, chunk)
+        return _upper(bounds.vclub(*pairs.differ), pairs.at.weight, bounds.vclub(*pairs.every),
+                      axis)
+    at = positions(out, batch, axis, ids)
+    a, b = factors
+    everyone = collectives.gather(jnp.where(at.item[:, None] > 0, b, 0), axis)
+    _, group = jnp.unique(at.everyone, size=len(everyone), return_inverse=True)
+    same = jax.ops.segment_sum(everyone, group, len(everyone))[group[at.own]]
+    total = everyone.sum(axis=0)
 
-    def bound(scores, against):
-        count = jnp.maximum(against.sum(axis=1), 1)
-        mean = jnp.where(against, scores, 0).sum(axis=1) / count
-        return (scores[jnp.arange(len(own)), own] - mean).reshape(weight.shape)
+    def bound(rest, count):
+        return (a * (b - rest / jnp.maximum(count, 1)[:, None])).sum(-1)
 
-    value = bound(scores, negative)
-    mean = collectives.total((value * weight).sum(), axis)
-    pulled = jnp.where(jax.lax.stop_gradient(mean) > 0, value, jax.lax.stop_gradient(value))
-    return Loss(pulled, weight, metrics={'mi': bound(jax.lax.stop_gradient(scores), other)})
+    return _upper(bound(total - same, at.different), at.weight, bound(total - b, at.others), axis)
+
+
+def l1out(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0):
+    """Leave-one-out upper bound of I(x; y) (Poole et al. 2019), q held fixed. -> Loss [B, N]
+
+    A position's negatives are the x of others for its own y. As `vclub` it is a bound only while
+    q(y|x) is good, and stops pulling where the batch's estimate is negative.
+    """
+    q = jax.lax.stop_gradient(out[club])
+    pairs = score_pairs(out, batch, axis, x, y, ids, q, chunk, flip=True)
+    return _upper(bounds.l1out(*pairs.differ), pairs.at.weight, bounds.l1out(*pairs.every), axis)
 
 
 def club_fit(out, batch, *, axis=None, x='c', y='p', club='club'):
     """Minus the log-likelihood of q(y|x), on features that get no gradient. -> Loss [B, N]"""
-    c, p = (jax.lax.stop_gradient(out[n]) for n in (x, y))
-    shape = c.shape[:2]
-    c, p = (a.reshape(-1, a.shape[-1]) for a in (c, p))
-    q = jax.vmap(lambda a, b: out[club](a[None], b[None])[0, 0])
-    value = -q(c, p).reshape(shape) / p.shape[-1]
+    c, p = (flat(jax.lax.stop_gradient(out[n])) for n in (x, y))
+    value = -out[club].own(c, p).reshape(batch.mask.shape) / p.shape[-1]
     return Loss(value, batch.mask.astype(jnp.float32))
 
 
-def mmd(out, batch, *, axis=None, x='r', y='t', widths=4):
-    """Squared maximum mean discrepancy between two normalised clouds. -> Loss [B, N]
-
-    Gretton et al. 2012, the biased estimate, with the mean of `widths` Gaussian kernels of
-    deviation 2, 1, 1/2, ... One point of each cloud per position, so that the value does not
-    depend on how a batch is divided.
-    """
-    weight = batch.mask.astype(jnp.float32)
-    a, b = (unit(out[n]).reshape(-1, out[n].shape[-1]) for n in (x, y))
-    all_a, all_b = collectives.gather(a, axis), collectives.gather(b, axis)
-    everyone = collectives.gather(weight.reshape(-1), axis)
-    share = everyone / jnp.maximum(everyone.sum(), 1)
-
-    def kernel(u, v):
-        square = jnp.maximum(2 - 2 * u @ v.T, 0)  # the points have length one
-        parts = [jnp.exp(-square / 8)]
-        for _ in range(widths - 1):
-            parts.append(parts[-1] ** 4)  # half the deviation, without another exponential
-        return sum(parts) / widths
-
-    value = (kernel(a, all_a) - kernel(a, all_b) - kernel(b, all_a) + kernel(b, all_b)) @ share
-    return Loss(value.reshape(weight.shape), weight)
+def _lower(bound, weight, estimate, state=None, **metrics):
+    """A lower bound [A] as a loss: minus it, and the estimate that is logged beside it."""
+    metrics = {name: jax.lax.stop_gradient(value).reshape(weight.shape)
+               for name, value in dict(mi=estimate, **metrics).items()}
+    return Loss(-bound.reshape(weight.shape), weight, state, metrics)
 
 
-def _pairs(out, batch, axis, x, y, ids, critic):
-    """Scores of this replica's positions against everyone's.
-
-    Returns:
-      scores [A, G], own int32 [A], weight [B, N], with A = B N; bool [A, G] negative (pairs of
-      different items, for losses) and other (all pairs but a position with itself, for
-      estimates).
-    """
-    weight = batch.mask
-    x, y = (out[n].reshape(-1, out[n].shape[-1]) for n in (x, y))
-    ids = jnp.where(weight, out[ids], 0).reshape(-1)
-    everyone = collectives.gather(ids, axis)
-    scores = out[critic](x, collectives.gather(y, axis))
-    own = collectives.offset(x.shape[0], axis) + jnp.arange(x.shape[0])
-    negative = (everyone[None] > 0) & (everyone[None] != ids[:, None]) & (ids[:, None] > 0)
-    weight &= negative.any(axis=1).reshape(weight.shape)  # without one a bound says nothing
-    other = (everyone[None] > 0) & (ids[:, None] > 0)
-    other &= own[:, None] != jnp.arange(len(everyone))
-    return scores, own, negative, other, weight.astype(jnp.float32)
+def _upper(bound, weight, estimate, axis):
+    """An upper bound [A] as a loss that stops pulling where its mean is below zero."""
+    value = bound.reshape(weight.shape)
+    mean = collectives.total((value * weight).sum(), axis)
+    pulled = jnp.where(jax.lax.stop_gradient(mean) > 0, value, jax.lax.stop_gradient(value))
+    estimate = jax.lax.stop_gradient(estimate).reshape(weight.shape)
+    return Loss(pulled, weight, metrics={'mi': estimate})

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,47 +31,103 @@ class Critic(nn.Module):
 
     Attributes:
       kind: 'dot' (cosine, I = J), 'bilinear', 'separable' (an MLP each, then the scaled dot
-        product)
-        or 'concatenated' (one MLP on the pair: A G passes).
-      width: width of the MLPs.
+        product) or 'concatenated' (one MLP on the pair: A G passes).
+      width: of the MLPs' outputs. hidden: of their hidden layer, 0: width.
+      normalise: 'separable' compares vectors of length one, times a learned scale, so that scores
+        stay within +- that scale; False: they are as long as they like, which an estimate of many
+        nats needs.
+      scales: MLPs read asinh(s x) for each s of these, and not x: heavy tails come near, and what
+        happens about zero is seen. (): x itself.
     """
 
     kind: str
     width: int
+    hidden: int = 0
+    normalise: bool = True
+    scales: tuple[float, ...] = ()
 
     @nn.compact
-    def __call__(self, x, y):
-        """Score every pair."""
+    def __call__(self, x, y, factors=False):
+        """Score every pair.
+
+        factors: instead a [A, F] and b [G, F] with scores = a b^T, so that a caller need not hold
+          all scores at once. Every kind but 'concatenated' has them.
+
+        Raises:
+          ValueError: an unknown kind, or one without factors asked for them.
+        """
+        hidden = self.hidden or self.width
+        if self.scales and self.kind in ('separable', 'concatenated'):
+            x, y = (jnp.concatenate([jnp.arcsinh(s * n) for s in self.scales], -1) for n in (x, y))
         match self.kind:
             case 'dot':
-                return unit(x) @ unit(y).T
+                a, b = unit(x), unit(y)
             case 'bilinear':
-                return Linear(y.shape[-1], name='w')(x) @ y.T / y.shape[-1] ** 0.5
+                a, b = Linear(y.shape[-1], name='w')(x) / y.shape[-1] ** 0.5, y
             case 'separable':
-                x = unit(MLP(self.width, self.width, name='x')(x))
-                y = unit(MLP(self.width, self.width, name='y')(y))
-                return x @ y.T * jnp.exp(self.param('log_scale', nn.initializers.constant(2.3), ()))
-            case 'concatenated':
+                a, b = MLP(hidden, self.width, name='x')(x), MLP(hidden, self.width, name='y')(y)
+                if not self.normalise:
+                    a = a / self.width**0.5
+                else:
+                    scale = self.param('log_scale', nn.initializers.constant(2.3), ())
+                    a, b = unit(a) * jnp.exp(scale), unit(b)
+            case 'concatenated' if not factors:
                 shape = (x.shape[0], y.shape[0])
                 pair = jnp.concatenate([jnp.broadcast_to(x[:, None], (*shape, x.shape[-1])),
                                         jnp.broadcast_to(y[None], (*shape, y.shape[-1]))], axis=-1)
-                return MLP(self.width, 1, name='pair')(pair)[..., 0]
-        raise ValueError(f'no critic {self.kind!r}: {", ".join(KINDS)}')
+                return MLP(hidden, 1, name='pair')(pair)[..., 0]
+            case _:
+                raise ValueError(f'no critic {self.kind!r}: {", ".join(KINDS)} (the last without '
+                                 'factors)')
+        return (a, b) if factors else a @ b.T
 
 
 class GaussianQ(nn.Module):
-    """q(p | c), a diagonal Gaussian: the variational family of vCLUB (Cheng et al. 2020)."""
+    """q(p | c), a diagonal Gaussian: the variational family of vCLUB (Cheng et al. 2020).
+
+    Attributes:
+      hidden: of the MLP of its moments. limit: of the log variances' size.
+    """
 
     hidden: int
+    limit: float = 4.0
 
     @nn.compact
-    def __call__(self, c, p):
-        """log q(p_j | c_i) up to a constant. c [A, D], p [G, D] -> [A, G]."""
+    def __call__(self, c, p, factors=False):
+        """log q(p_j | c_i) up to a constant. c [A, D], p [G, D] -> [A, G], or its factors."""
         mean, log_var = jnp.split(MLP(self.hidden, 2 * p.shape[-1], name='moments')(c), 2, axis=-1)
-        log_var = 4 * jnp.tanh(log_var / 4)
+        log_var = self.limit * jnp.tanh(log_var / self.limit)
         precision = jnp.exp(-log_var)
-        square = precision @ (p * p).T - 2 * (precision * mean) @ p.T
-        return -0.5 * (square + (precision * mean * mean + log_var).sum(-1)[:, None])
+        rest = (precision * mean * mean + log_var).sum(-1, keepdims=True)
+        a = jnp.concatenate([-0.5 * precision, precision * mean, -0.5 * rest], axis=-1)
+        b = jnp.concatenate([p * p, p, jnp.ones_like(p[:, :1])], axis=-1)
+        return (a, b) if factors else a @ b.T
+
+
+@flax.struct.dataclass
+class Score:
+    """A critic with its parameters bound: x [A, I], y [G, J] -> [A, G]."""
+
+    module: nn.Module = flax.struct.field(pytree_node=False)
+    params: dict
+
+    def __call__(self, x, y):
+        """Score every pair."""
+        return self.module.apply({'params': self.params}, x, y)
+
+    def factors(self, x, y):
+        """a [A, F], b [G, F] with scores = a b^T; None where the critic has none."""
+        if not isinstance(self.module, GaussianQ | Critic) or (
+                getattr(self.module, 'kind', '') == 'concatenated'):
+            return None
+        return self.module.apply({'params': self.params}, x, y, factors=True)
+
+    def own(self, x, y):
+        """Scores of the pairs alone, x [A, I], y [A, J] -> [A]."""
+        factors = self.factors(x, y)
+        if factors is None:
+            return jax.vmap(lambda a, b: self(a[None], b[None])[0, 0])(x, y)
+        return (factors[0] * factors[1]).sum(-1)
 
 
 def unit(x):

@@ -17,14 +17,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
 
 from tpad_jax.errors import InputError
 from tpad_jax.models import lora, readings
 from tpad_jax.models import stream as streams
 from tpad_jax.models.alignment import Adapter, Disentangle
 from tpad_jax.models.attention import row_keys
-from tpad_jax.models.critics import Critic, GaussianQ, unit
+from tpad_jax.models.critics import Critic, GaussianQ, Score, unit
 from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.global_graph import GlobalGraphGNN
 from tpad_jax.models.hf.vlm import VLM
@@ -340,15 +339,10 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
 
     for name, critic in spec.critics:
         if f'critic.{name}' in needs:
-            score = partial(_score, critic)
-            out[f'critic.{name}'] = Partial(score, params['critic'][name])
+            out[f'critic.{name}'] = Score(critic, params['critic'][name])
     if 'club' in needs:
-        out['club'] = Partial(partial(_score, spec.club), params['club'])
+        out['club'] = Score(spec.club, params['club'])
     return out
-
-
-def _score(module, params, x, y):
-    return module.apply({'params': params}, x, y)
 
 
 def _keep(key, rows, tokens, rate):

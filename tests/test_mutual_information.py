@@ -1,0 +1,101 @@
+"""The estimator: figures and errors against plain numpy, honest errors, warnings, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tpad_jax import mutual_information as mi
+from tpad_jax.errors import InputError
+from tpad_jax.models.critics import Critic, Score
+
+SMALL = dict(hidden=32, width=8, batch=128, steps=200, learning_rate=5e-3)
+
+
+def pairs(seed, count, rho, width=2):
+    rng = np.random.default_rng(seed)
+    x, noise = rng.normal(size=(2, count, width)).astype(np.float32)
+    return x, rho * x + np.sqrt(1 - rho**2) * noise
+
+
+def bilinear(scale):
+    return Score(Critic('bilinear', 2), {'w': {'kernel': scale * jnp.eye(2)}})
+
+
+def by_numpy(bound, table, shift):
+    """A bound of a square score matrix, its diagonal the pairs."""
+    own, off = np.diag(table), table[~np.eye(len(table), dtype=bool)]
+    return {'mine': lambda: own.mean() - np.log(np.exp(off).mean()),
+            'nwj': lambda: 1 + (own - shift).mean() - np.exp(off - shift).mean(),
+            'smile': lambda: own.mean() - np.log(np.exp(np.clip(off, -2, 2)).mean()),
+            'jsd': lambda: -np.log1p(np.exp(-own)).mean() - np.log1p(np.exp(off)).mean(),
+            'vclub': lambda: own.mean() - off.mean()}[bound]()
+
+
+@pytest.mark.parametrize('kind', ['bilinear', 'concatenated'])
+def test_figures_and_errors_against_numpy(kind):
+    """Values over all off-diagonals, errors by leaving out one pair after the other."""
+    critic = Critic(kind, 4)
+    params = critic.init(jax.random.key(1), jnp.ones((1, 2)), jnp.ones((1, 2)))['params']
+    score = Score(critic, jax.tree.map(lambda x: 1.5 * x, params))
+    x, y = pairs(0, 17, 0.6)
+    seen = pairs(1, 11, 0.6)
+    table, other = (np.asarray(score(*p), np.float64) for p in ((x, y), seen))
+    shift = np.log(np.exp(other[~np.eye(11, dtype=bool)]).mean())
+    for bound in ('mine', 'nwj', 'smile', 'jsd', 'vclub'):
+        found = mi.report(bound, score, x, y, seen=seen, clip=2.0, chunk=5)
+        without = [by_numpy(bound, np.delete(np.delete(table, i, 0), i, 1), shift)
+                   for i in range(17)]
+        variance = 16 * np.var(without)
+        if bound in ('mine', 'nwj'):  # what the joint pairs say of the partition's variance
+            off = np.exp(table[~np.eye(17, dtype=bool)]).mean()
+            missed = np.exp(np.diag(table)).mean() / off / (17 * 16)
+            variance += missed * ((off / np.exp(shift)) ** 2 if bound == 'nwj' else 1)
+        assert found.value == pytest.approx(by_numpy(bound, table, shift), abs=2e-5)
+        assert found.error == pytest.approx(variance**0.5, rel=1e-3)
+
+
+def test_errors_are_honest():
+    """Over many samples the estimates spread as one sample says, or less."""
+    for bound in ('mine', 'infonce'):
+        found = [mi.report(bound, bilinear(1.5), *pairs(seed, 200, 0.7), batch=20)
+                 for seed in range(120)]
+        spread, said = np.std([f.value for f in found]), np.mean([f.error for f in found])
+        assert 0.9 < said / spread < 1.4
+        covered = np.mean([f.interval[0] < np.mean([f.value for f in found]) < f.interval[1]
+                           for f in found])
+        assert covered > 0.88
+
+
+@pytest.mark.parametrize('bound', ['mine', 'nwj', 'infonce', 'vclub'])
+def test_estimate_finds_what_is_known(bound):
+    x, y = pairs(0, 6000, 0.8)
+    found = mi.estimate(jax.random.key(0), x, y, bound=bound, **SMALL)
+    wanted = 2 * 0.64 / 0.36 if bound == 'vclub' else -np.log(1 - 0.64)
+    assert found.value == pytest.approx(wanted, rel=0.15)
+    assert found.pairs == 1800
+    assert found.warning == ''
+    assert found.interval[0] < found.value < found.interval[1]
+    assert found.curve['step'][-1] == 200
+    assert (found.likelihood is not None) == (bound == 'vclub')
+
+
+def test_it_warns_where_a_bound_cannot_reach():
+    x, y = pairs(0, 3000, 0.8)
+    same = mi.estimate(jax.random.key(0), x, x + 0.01 * y, bound='infonce', **SMALL)
+    assert 'reads at most 4.85 nats' in same.warning
+    assert same.value < np.log(128)
+    assert 'carry the partition' in mi.report('mine', bilinear(12.0), x, y).warning
+    assert 'no bound' in mi.report('jsd', bilinear(1.0), x, y).warning
+    tails = mi.estimate(jax.random.key(0), x, y**5, bound='vclub', **SMALL)
+    assert 'does not fit' in tails.warning
+
+
+@pytest.mark.parametrize(('changes', 'says'), [
+    (dict(bound='club'), "bound='club' is unknown"), (dict(critic='cosine'), "critic='cosine'"),
+    (dict(batch=600), '1000 pairs cannot be split'), (dict(y=np.ones((7, 2))), 'no pairs in rows'),
+    (dict(y=np.full((1000, 2), np.nan)), 'not finite')])
+def test_refusals(changes, says):
+    x, y = pairs(0, 1000, 0.5)
+    with pytest.raises(InputError, match=says):
+        mi.estimate(jax.random.key(0), **{'x': x, 'y': y, 'batch': 64, **changes})

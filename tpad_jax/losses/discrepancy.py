@@ -1,0 +1,46 @@
+"""How two clouds of features lie to each other: losses that are no mutual information."""
+
+import jax.numpy as jnp
+
+from tpad_jax import collectives
+from tpad_jax.losses.pairs import flat, score_pairs
+from tpad_jax.models import bounds
+from tpad_jax.models.critics import unit
+from tpad_jax.types import Loss
+
+
+def mmd(out, batch, *, axis=None, x='r', y='t', widths=4, chunk=0):
+    """Squared maximum mean discrepancy between two normalised clouds. -> Loss [B, N]
+
+    Gretton et al. 2012, see `bounds.mmd`. One point of each cloud per position, so that the value
+    does not depend on how a batch is divided. chunk: rows whose kernels exist at once, 0: all.
+    """
+    weight = batch.mask.astype(jnp.float32)
+    a, b = (unit(flat(out[n])) for n in (x, y))
+    everyone = collectives.gather(weight.reshape(-1), axis)
+    share = everyone / jnp.maximum(everyone.sum(), 1)
+    value = bounds.mmd(a, b, *(collectives.gather(n, axis) for n in (a, b)), share, widths, chunk)
+    return Loss(value.reshape(weight.shape), weight)
+
+
+def alignment_uniformity(out, batch, *, axis=None, x='r_next', y='p', ids='next', power=2.0,
+                         sharpness=2.0, uniform=1.0, chunk=0):
+    """Alignment of pairs plus `uniform` times the mean uniformity of both clouds. -> Loss [B, N]
+
+    Wang and Isola 2020, as LLM-ISR trains by it; features of length one. Positions of one item are
+    no pair of a cloud. Metrics: both parts, `aligned` and `uniform`.
+    """
+    unit_out = {**out, **{n: unit(out[n]) for n in (x, y)}}
+    aligned = bounds.alignment(*(flat(unit_out[n]) for n in (x, y)), power)
+    spread = 0.0
+    for name in (x, y):
+        pairs = score_pairs(unit_out, batch, axis, name, name, ids, _cosine, chunk)
+        spread += bounds.uniformity(*pairs.differ, axis=axis, sharpness=sharpness) / 2
+    weight = pairs.at.weight
+    parts = {'aligned': aligned, 'uniform': jnp.full_like(aligned, spread)}
+    parts = {n: part.reshape(weight.shape) for n, part in parts.items()}
+    return Loss(parts['aligned'] + uniform * parts['uniform'], weight, metrics=parts)
+
+
+def _cosine(x, y):
+    return x @ y.T
