@@ -11,12 +11,12 @@ FLOORS = (
     {'errors', 'types', 'collectives', 'memory', 'softmax', 'table'},
     {'data', 'models'},
     {'losses', 'metrics', 'optim', 'probes', 'bundle', 'trials', 'resampling', 'slices',
-     'process'},
+     'process', 'diagnostics'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
     {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
-    {'train', 'evaluate', 'encode', 'recommend', 'pretrain'},
+    {'train', 'evaluate', 'encode', 'recommend', 'pretrain', 'snapshots', 'feature_figure'},
     {'results', 'plan', 'mixture'},  # of floor 4, on evaluate and recommend
     {'check'},
     {'job'},
