@@ -6,7 +6,7 @@ to length one where their source says so, and of the rows as they are otherwise.
 
 import numpy as np
 
-# A feature that falls below one of the first three, or above the fourth, is called collapsed [ours].
+# A feature below one of the first three, or above the fourth, is called collapsed [ours].
 LEAST_SPREAD = 1e-3  # share of the mean square that is variance
 LEAST_RANK = 0.03  # effective rank, as a share of the most that n rows of width D can have
 LEAST_DIRECTIONS = 2.0  # effective rank, whatever the width
@@ -162,9 +162,14 @@ def warnings(features: dict, held_out: dict, when: str) -> list[str]:
         kind, _, loss = name.rpartition('/')
         if kind == 'log_q' and value <= 0:
             out.append(f'{when[0].upper()}{when[1:]} the likelihood of q ({loss}) is '
-                       f'{value:.3f} nats per dimension against a standard normal: it knows '
-                       'nothing of p, and no vCLUB figure made with it is a bound. Remedy: raise '
-                       f'config.losses.{loss}.weight or the steps of the stage.')
+                       f'{value:.3f} nats per dimension above that of a Gaussian which knows only '
+                       'the mean and variances: no vCLUB figure made with it is a bound. Remedy: '
+                       f'raise config.losses.{loss}.weight or the steps of the stage.')
+        if name[:3] == 'mi_' and value < 0:
+            out.append(f'{when[0].upper()}{when[1:]} the estimate of {name[3:]} is {value:.3f} '
+                       'nats, which no mutual information is: its critic, or q, knows nothing of '
+                       'these sessions. Remedy: raise the steps of the stage, or the weight of '
+                       'the loss that fits it.')
         if kind == 'room' and value < FULL:
             out.append(f'{when[0].upper()}{when[1:]} the InfoNCE estimate of {loss} is within '
                        f'{value:.2f} nats of log N, the most it can say: the mutual information '

@@ -88,7 +88,7 @@ def mutual_information(log_path, out_png, held=None):
         return False
     parts = [('mi_', 'mutual information, nats')]
     if any(name.startswith('log_q/') for curves in stages.values() for name in curves):
-        parts.append(('log_q/', 'of q, nats per dimension'))
+        parts.append(('log_q/', 'log-likelihood of q'))
     with framed(out_png, (1.2 + 4.2 * len(stages), 0.6 + 2.9 * len(parts))) as figure:
         rows = figure.subplots(len(parts), len(stages), squeeze=False, sharey='row')
         for axes, (kind, title) in zip(rows, parts, strict=True):
@@ -101,7 +101,7 @@ def mutual_information(log_path, out_png, held=None):
                 axis.axhline(0, color=GREY, lw=0.8)
         rows[0, 0].set_ylabel('dotted: log N; circles: held out')
         if len(parts) > 1:
-            rows[1, 0].set_ylabel('above a standard normal')
+            rows[1, 0].set_ylabel('nats per dimension above\nthe mean and variances alone')
     return True
 
 

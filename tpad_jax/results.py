@@ -60,7 +60,8 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
     job.seconds['report'] = time.perf_counter() - started
     # stages count all their sittings, the rest this one
     here = time.perf_counter() - begun - job.sitting
-    job.seconds['total'] = sum(job.seconds[name] for name in job.seconds if name != 'report') + here
+    within = 'report', 'diagnostics'
+    job.seconds['total'] = here + sum(s for name, s in job.seconds.items() if name not in within)
     out = {'data': data_facts(job), 'audit': job.data.audit, 'models': models,
            'provenance': {**provenance(job), 'stages': stages},
            'seconds': job.seconds}

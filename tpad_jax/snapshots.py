@@ -11,7 +11,7 @@ session, in evaluation mode: nothing is dropped or withheld.
 import inspect
 import json
 import time
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -43,7 +43,9 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
     Returns:
       What the file holds; None where the config or the stage asks for nothing.
     """
-    if not job.config.get('diagnostics') or moment not in MOMENTS.get(stage, ()):
+    if not job.config.diagnostics or moment not in MOMENTS.get(stage, ()):
+        return None
+    if len(_sessions(job).target) < 2:
         return None
     directory = job.workdir / 'diagnostics'
     file = directory / f'{stage}-{moment}.json'
@@ -55,13 +57,14 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
             was = _load(before)
             for name, figures in found['features'].items():
                 figures['cka_before'] = diagnostics.linear_cka(was[name], clouds[name])
-        found['seconds'] = time.perf_counter() - begun
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             np.savez(directory / f'{stage}-{moment}.npz',
                      **{n: x.astype(np.float16) if x.dtype == np.float32 else x
                         for n, x in clouds.items()})
             writers.write_json(file, found)  # last: without it nothing is there
+        spent = job.seconds.get('diagnostics', 0.0) + time.perf_counter() - begun
+        job.seconds['diagnostics'] = spent
     found = json.loads(file.read_text())
     console = Console()
     for line in found['warnings']:
@@ -145,12 +148,12 @@ def _look(job, stage, moment, spec, encoder):
     if stage != 'knowledge':
         r = (job.catalogue['r'][ids] if 'r' in job.catalogue
              else encoder.some(job.nested(), ids)['r'])
-        r = np.asarray(r, np.float32)
-        r[0] = 0
+        r = np.array(r, np.float32)
+        r[0] = 0  # as in the catalogue; what the encoder read for it is none
         found['r'] = r[1:]
         params = job.devices.share({n: p for n, p in job.nested().items() if n != 'recommender'})
         of = _positions(job, stage, spec.model, params, rows, ids, {'k': k, 'r': r})
-        some = min(len(rows.target), job.config.stage[stage].batch_size)
+        some = min(len(rows.target), max(2, job.config.stage[stage].batch_size))
         out['held_out'], embedded = _measure(spec, params, rows, ids, of, some)
         at = np.flatnonzero(rows.items)
         at = np.sort(np.random.default_rng(job.config.seed).permutation(at)[:POSITIONS])
