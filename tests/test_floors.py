@@ -11,12 +11,13 @@ FLOORS = (
     {'config', 'errors', 'types', 'collectives', 'memory', 'softmax', 'table'},
     {'data', 'models', 'process'},
     {'losses', 'metrics', 'optim', 'probes', 'kmeans', 'bundle', 'trials', 'resampling', 'slices',
-     'mutual_information'},
+     'mutual_information', 'diagnostics'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
     {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
-    {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover'},
+    {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
+     'feature_figure'},
     {'fitting'},  # of floor 4, on training
     {'results', 'plan', 'mixture'},  # of floor 4, on evaluate and recommend
     {'check'},

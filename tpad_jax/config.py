@@ -16,6 +16,7 @@ def get_config():
     c.stages = 'knowledge,transfer,recommend,joint'  # run in this order, comma-separated
     c.save_every = 50  # steps between checkpoints, at most this many are computed again
     c.log_every = 4  # steps between log lines
+    c.diagnostics = 192  # validation sessions whose features are looked at, 0: none
     c.parallel = 'auto'  # 'auto' (jit on one device, else pmap), 'jit', 'pmap' or 'shard_map'
     c.xla_flags = ''  # for the compiler, set before jax starts
     c.devices = 0  # how many devices of this process to use, 0: all

@@ -104,6 +104,19 @@ class Encoder:
                 whole = self._lay(whole, rows, at)
         return whole
 
+    def some(self, params: dict, ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of some items, {name: float32 [len(ids), ...]} on the host.
+
+        Args:
+          params: nested. ids: int [.], one or more; the calls are those of the longest texts.
+        """
+        params, length, found = self._used(params), self._parts[-1][0], []
+        for begin in range(0, len(ids), self._rows):
+            own, *arrays = self._contents(ids[begin:begin + self._rows], length)
+            rows = jax.device_get(self._read(params, *arrays))
+            found.append({name: x[:len(own)] for name, x in rows.items()})
+        return {name: np.concatenate([rows[name] for rows in found]) for name in self.names}
+
     def made_by(self, params: dict, **more) -> dict[str, dict]:
         """What the rows of each name depend on, {name: {key: value}}; `more` is put before it."""
         params, content = self._used(params), self._content
@@ -186,7 +199,9 @@ class Encoder:
     def _gather(self, number, begin):
         """A call's item ids and its contents, on their way to the devices."""
         length, ids = self._parts[number]
-        ids = ids[begin:begin + self._rows]
+        return self._contents(ids[begin:begin + self._rows], length)
+
+    def _contents(self, ids, length):
         at = np.pad(ids, (0, self._rows - len(ids)), mode='edge')
         c = self._content
         return ids, *jax.device_put((c.image[at], c.has_image[at], c.tokens[at, :length]),

@@ -53,7 +53,7 @@ def learning_curves(log_path, out_png):
     A term is any name without a slash but `loss` and `mi_*`; validation is `valid/*`.
     """
     stages = _stages(log_path)
-    with _figure(out_png, (10.5, 2.6 * len(stages))) as figure:
+    with framed(out_png, (10.5, 2.6 * len(stages))) as figure:
         axes = figure.subplots(len(stages), 3, squeeze=False)
         for row, (stage, curves) in zip(axes, stages.items(), strict=True):
             valid = {n.removeprefix('valid/'): c for n, c in curves.items() if n[:6] == 'valid/'}
@@ -64,24 +64,44 @@ def learning_curves(log_path, out_png):
             _curves(row[2], 'validation', valid, markers=True)
 
 
-def mutual_information(log_path, out_png):
-    """The bounds on mutual information, `mi_*`, in nats, over the steps of each stage with any.
+def mutual_information(log_path, out_png, held=None):
+    """The estimates of mutual information, `mi_*`, in nats, over the steps of each stage with any.
+
+    A dotted line of the same colour is the most that an InfoNCE estimate can say, the log of its
+    candidates' number (the estimate and its `room/*`). Below, where a q is fitted, is its
+    likelihood, `log_q/*`: a vCLUB figure is a bound only while that is well above 0.
+
+    Args:
+      log_path: log.jsonl. out_png: file to write.
+      held: {stage: {'before' | 'after': {name: number}}}, the same on sessions the stage does not
+        train on: open circles at its first and last step.
 
     Returns:
       False, and no file, where no stage logs one.
     """
     stages = {
-        stage: {n.split('mi_', 1)[1]: c for n, c in curves.items() if _name(n)[:3] == 'mi_'}
+        stage: curves
         for stage, curves in _stages(log_path).items()
+        if any(_name(name)[:3] == 'mi_' for name in curves)
     }
-    stages = {stage: curves for stage, curves in stages.items() if curves}
     if not stages:
         return False
-    with _figure(out_png, (1.2 + 4.2 * len(stages), 3.4)) as figure:
-        axes = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
-        for axis, (stage, curves) in zip(axes, stages.items(), strict=True):
-            _curves(axis, f'{stage}: mutual information', curves)
-        axes[0].set_ylabel('bound, nats')
+    parts = [('mi_', 'mutual information, nats')]
+    if any(name.startswith('log_q/') for curves in stages.values() for name in curves):
+        parts.append(('log_q/', 'log-likelihood of q'))
+    with framed(out_png, (1.2 + 4.2 * len(stages), 0.6 + 2.9 * len(parts))) as figure:
+        rows = figure.subplots(len(parts), len(stages), squeeze=False, sharey='row')
+        for axes, (kind, title) in zip(rows, parts, strict=True):
+            for axis, (stage, curves) in zip(axes, stages.items(), strict=True):
+                own = {n: c for n, c in curves.items() if kind in (_name(n)[:3], n[:6])}
+                _curves(axis, f'{stage}: {title}', {_short(n): c for n, c in own.items()})
+                for line, (name, (steps, values)) in zip(axis.lines[:], own.items(), strict=False):
+                    _mark(axis, line.get_color(), name, steps, values, curves,
+                          (held or {}).get(stage, {}))
+                axis.axhline(0, color=GREY, lw=0.8)
+        rows[0, 0].set_ylabel('dotted: log N; circles: held out')
+        if len(parts) > 1:
+            rows[1, 0].set_ylabel('nats per dimension above\nthe mean and variances alone')
     return True
 
 
@@ -93,7 +113,7 @@ def hit_curves(curves, oracle, out_png):
       oracle: float array [K], or None where the truth is unknown.
       out_png: file to write.
     """
-    with _figure(out_png, (6.4, 4.2)) as figure:
+    with framed(out_png, (6.4, 4.2)) as figure:
         axis = figure.subplots()
         ends = {}
         for number, (name, curve) in enumerate(curves.items()):
@@ -135,7 +155,7 @@ def contact_sheet(rows, out_png):
     wide, tall = at - gap, 1.36
     inch = 0.82
     size = (inch * (wide + 0.35), inch * (tall * len(rows) + 0.5))
-    with _figure(out_png, size, layout=None) as figure:
+    with framed(out_png, size, layout=None) as figure:
         axis = figure.add_axes((0, 0, 1, 1))
         axis.set(xlim=(-0.3, wide + 0.05), ylim=(tall * len(rows), -0.5), aspect='equal')
         axis.set_axis_off()
@@ -165,7 +185,8 @@ def contact_sheet(rows, out_png):
 
 
 @contextlib.contextmanager
-def _figure(out_png, size, layout='constrained'):
+def framed(out_png, size, layout='constrained'):
+    """A figure of `size` inches in the house's style, written to `out_png` at the end."""
     Path(out_png).parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout=layout)
@@ -175,6 +196,21 @@ def _figure(out_png, size, layout='constrained'):
 
 def _name(key):
     return key.rsplit('/', 1)[-1]
+
+
+def _short(name):
+    return name.split('mi_', 1)[-1].removeprefix('log_q/')
+
+
+def _mark(axis, color, name, steps, values, curves, held):
+    """An estimate's ceiling, where it has one, and what it is on held-out sessions."""
+    room = dict(zip(*curves.get(f'room/{_short(name)}', ((), ())), strict=True))
+    ceiling = [(s, v + room[s]) for s, v in zip(steps, values, strict=True) if s in room]
+    if ceiling:
+        axis.plot(*zip(*ceiling, strict=True), ':', color=color, lw=1)
+    for moment, step in (('before', steps[0]), ('after', steps[-1])):
+        if name in held.get(moment, {}):
+            axis.plot(step, held[moment][name], 'o', color=color, mfc='white', ms=5)
 
 
 def _stages(log_path):

@@ -26,8 +26,8 @@ from tpad_jax import (
     mixture,
     parallel,
     plan,
-    probes,
     results,
+    snapshots,
     training,
     writers,
 )
@@ -40,7 +40,6 @@ from tpad_jax.models import readings, tpad
 from tpad_jax.recommend import scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
-SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 
 
 class Job:
@@ -178,8 +177,10 @@ class Job:
                                      part=m.encode_part, devices=self.devices)
         self.first = self.params
         (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)
-        trained, rows, record = ({}, {}, {'seconds': 0.0}) if not spec else self._fit(
-            name, stage, spec, writer, progress, encoder)
+        trained, rows, record = {}, {}, {'seconds': 0.0}
+        if spec:
+            snapshots.take(self, stage, 'before', spec, encoder)
+            trained, rows, record = self._fit(name, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
         if stage == 'transfer' and self.config.model.blend.kind:
             self.params = handover.blended(self.params, self.config)
@@ -193,6 +194,7 @@ class Job:
                 stage=stage, seed=self.config.seed, data=self.data.fingerprint,
                 checkpoint=self.base.fingerprint)
             bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
+        snapshots.take(self, stage, 'after', spec, encoder)
 
     def refit(self, writer, progress, name: str = 'refit') -> None:
         """Train the recommender anew on training and validation sessions, for the chosen steps.
@@ -262,19 +264,13 @@ class Job:
             validate=validate if validating else None,
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if c.refresh_every else None, refreshed=MAKES.get(stage, ()),
-            stopping=self.stopping, shown=tuple(n for n, _, _, _ in spec.losses))
+            stopping=self.stopping, shown=snapshots.shown(spec.losses))
         begun = time.perf_counter()
         try:
             return fitting.fit(loop, spec, training.start(spec, params, c.train), self.catalogue)
         finally:
             checkpoints.close()
             self.sitting += time.perf_counter() - begun
-
-    def probe(self) -> dict:
-        """Accuracy of linear probes on cold items, from k: {attribute: share}; planted only."""
-        k = np.asarray(self.catalogue['k'])[1:].reshape(self.data.num_items, -1)
-        return {name: probes.linear_probe(k, self.attributes[:, i], self.data.warm[1:])
-                for i, name in enumerate(wording.ATTRIBUTES)}
 
     def pause(self) -> None:
         """Leave, with what is finished kept, where a signal asked for it.
@@ -316,7 +312,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     job.build(stages, console)
     results.introduce(job, console)
     writer = writers.Writer(workdir)
-    scorers, chosen, knowledge, probed = {}, {}, None, None
+    scorers, chosen, knowledge = {}, {}, None
     try:
         for stage in STAGES:
             if stage not in stages and stage not in finished:
@@ -325,10 +321,6 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
             job.run_stage(stage, writer, writers.progress)
             if stage == 'knowledge':
                 knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
-                probed = job.probe() if job.planted is not None else None
-                if probed:
-                    console.print('linear probes on cold items, from k: '
-                                  + '  '.join(f'{n} {x:.2f}' for n, x in probed.items()))
             if stage == 'recommend' and until == 'validation':
                 return {'valid': job.record['valid']}
             if stage == 'recommend' and config.partner:
@@ -352,39 +344,6 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
-    return _report(job, stages, scorers, chosen, knowledge, probed, begun, console)
+    return results.report(job, stages, scorers, chosen, knowledge, begun, console)
 
 
-def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):
-    """Score everything on the same rows, write results and figures, print the table."""
-    started = time.perf_counter()
-    tuned = results.baseline_scorers(job, knowledge)
-    scorers.update({name: found.scorer for name, found in tuned.items()})
-    chosen |= {name: found.valid for name, found in tuned.items()}
-    models, ranks = results.score_models(job, scorers, chosen)
-    for name, found in tuned.items():
-        models[name]['search'] = {'params': found.params, **found.record}
-    ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
-    if ours:
-        best = max(ours, key=lambda name: models[name]['valid'][SELECT])
-        models = {'tpad': {**models[best], 'is': best}, **models}
-        scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
-    truth, truth_ranks = results.oracle_scores(job)
-    job.seconds['report'] = time.perf_counter() - started
-    # stages count all their sittings, the rest this one
-    here = time.perf_counter() - begun - job.sitting
-    job.seconds['total'] = sum(job.seconds[name] for name in job.seconds if name != 'report') + here
-    out = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
-           'losses': results.final_losses(job),
-           'provenance': {**results.provenance(job), 'stages': stages},
-           'seconds': job.seconds}
-    if truth is not None:
-        out['oracle'] = truth
-    if probed is not None:
-        out['probes'] = probed
-    results.draw_figures(job, scorers, ranks, truth_ranks)
-    results.write(job, out, ranks)
-    console.print(writers.table(out))
-    console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
-                  f'{job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
-    return out

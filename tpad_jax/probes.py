@@ -2,6 +2,9 @@
 
 import numpy as np
 
+CLASSES = 50  # most common values of an attribute that are probed
+FITTED, SCORED = 20_000, 5_000  # items at most: a catalogue of millions needs no more
+
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, fit_on: np.ndarray,
                  ridge: float = 1e-2) -> float:
@@ -22,3 +25,38 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, fit_on: np.ndarray,
     weights = np.linalg.solve(gram, x[fit_on].T @ y[fit_on])
     guess = (x[~fit_on] @ weights).argmax(1)
     return float((guess == labels[~fit_on]).mean())
+
+
+def attributes(rows: np.ndarray, labels: dict[str, np.ndarray], warm: np.ndarray,
+               seed: int = 0) -> dict:
+    """Probes of every attribute, fitted on warm items and scored on cold ones.
+
+    The most common `CLASSES` values among warm items are probed, and items that have one of them.
+
+    Args:
+      rows: float [V, ...], flattened. labels: {attribute: int [V]}, below 0 where it is unknown.
+      warm: bool [V]. seed: of the items drawn where there are more than `FITTED` or `SCORED`.
+
+    Returns:
+      {attribute: {'accuracy', 'chance', 'rows', 'classes'}}; 'chance' is the share of the most
+      common value among the scored rows. An attribute without two values or without a cold item to
+      be scored on is left out.
+    """
+    out = {}
+    for name, label in labels.items():
+        values, counts = np.unique(label[warm & (label >= 0)], return_counts=True)
+        values = np.sort(values[np.argsort(-counts, kind='stable')[:CLASSES]])
+        known = np.isin(label, values)
+        rng = np.random.default_rng(seed)
+        parts = [np.flatnonzero(known & part) for part in (warm, ~warm)]
+        parts = [part if len(part) <= most else rng.choice(part, most, replace=False)
+                 for part, most in zip(parts, (FITTED, SCORED), strict=True)]
+        if len(values) < 2 or not len(parts[1]):
+            continue
+        at = np.sort(np.concatenate(parts))
+        x = np.asarray(rows[at], np.float64).reshape(len(at), -1)
+        y = np.searchsorted(values, label[at])
+        out[name] = {'accuracy': linear_probe(x, y, warm[at]),
+                     'chance': float(np.bincount(y[~warm[at]]).max() / len(parts[1])),
+                     'rows': len(parts[1]), 'classes': len(values)}
+    return out

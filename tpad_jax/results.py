@@ -5,20 +5,79 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from tpad_jax import baselines, compare, figures, metrics, resampling, slices, writers
+from tpad_jax import (
+    baselines,
+    compare,
+    feature_figure,
+    figures,
+    metrics,
+    resampling,
+    slices,
+    snapshots,
+    writers,
+)
 from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.models import tpad
 from tpad_jax.recommend import top
 
+SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
 SHOWN, PICTURE = 6, 64  # sessions on the contact sheet, pixels of a picture on it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
+
+
+def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
+    """Score everything on the same rows, write results and figures, print the table.
+
+    Args:
+      job, console: of the run. stages: the finished ones. begun: when it began, see time.
+      scorers: {model: scorer}. chosen: {model: validation metrics}, see `score_models`.
+      knowledge: float [V+1, D], the features k, or None.
+
+    Returns:
+      What results.json holds.
+    """
+    started = time.perf_counter()
+    tuned = baseline_scorers(job, knowledge)
+    scorers.update({name: found.scorer for name, found in tuned.items()})
+    chosen |= {name: found.valid for name, found in tuned.items()}
+    models, ranks = score_models(job, scorers, chosen)
+    for name, found in tuned.items():
+        models[name]['search'] = {'params': found.params, **found.record}
+    ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
+    if ours:
+        best = max(ours, key=lambda name: models[name]['valid'][SELECT])
+        models = {'tpad': {**models[best], 'is': best}, **models}
+        scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
+    truth, truth_ranks = oracle_scores(job)
+    job.seconds['report'] = time.perf_counter() - started
+    # stages count all their sittings, the rest this one
+    here = time.perf_counter() - begun - job.sitting
+    within = 'report', 'diagnostics'
+    job.seconds['total'] = here + sum(s for name, s in job.seconds.items() if name not in within)
+    out = {'data': data_facts(job), 'audit': job.data.audit, 'models': models,
+           'losses': final_losses(job), 'provenance': {**provenance(job), 'stages': stages},
+           'seconds': job.seconds}
+    if truth is not None:
+        out['oracle'] = truth
+    found = snapshots.collect(job.workdir)
+    if found:
+        out['diagnostics'] = found
+        read = found.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
+        out |= {'probes': {n: x['accuracy'] for n, x in read.items()}} if read else {}
+    draw_figures(job, scorers, ranks, truth_ranks)
+    write(job, out, ranks)
+    console.print(writers.table(out))
+    console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
+                  f'{job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
+    return out
 
 
 def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
@@ -160,7 +219,12 @@ def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> 
     out.mkdir(parents=True, exist_ok=True)
     log = job.workdir / 'log.jsonl'
     figures.learning_curves(log, out / 'learning_curves.png')
-    figures.mutual_information(log, out / 'mutual_information.png')
+    held = {stage: {moment: x['held_out'] for moment, x in found.items()}
+            for stage, found in snapshots.collect(job.workdir).items() if stage != 'warnings'}
+    figures.mutual_information(log, out / 'mutual_information.png', held)
+    clouds = snapshots.clouds(job.workdir)
+    if clouds is not None:
+        feature_figure.draw(*clouds, snapshots.labels(job)['category'], out / 'features.png')
 
     def curve(rank):
         return metrics.hit(rank['above'][:, None], rank['equal'][:, None], CURVE).mean(0)

@@ -1,0 +1,293 @@
+"""The features of a run before and after a stage: looked at on validation sessions, kept, told.
+
+    knowledge           k, an item's, by modality                         after
+    transfer, joint     k and r of items, t, c and p of positions         before and after
+
+What was found lies in workdir/diagnostics/<stage>-<moment>.json, the clouds themselves in .npz
+beside it (float16, for the figure); a stage that is taken up again reads them there. One row per
+session, in evaluation mode: nothing is dropped or withheld.
+"""
+
+import inspect
+import json
+import time
+from functools import lru_cache
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from tpad_jax import diagnostics, losses, probes, writers
+from tpad_jax.data import batches, sessions, wording
+from tpad_jax.models import critics, tpad
+from tpad_jax.models.knowledge import MODALITIES
+from tpad_jax.parallel import compiled
+from tpad_jax.types import Batch
+
+MOMENTS = {'knowledge': ('after',), 'transfer': ('before', 'after'), 'joint': ('before', 'after')}
+MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # what is probed after it
+READ = ('k', 't', 'c', 'p', 'r', 'r_next')  # of positions, from `tpad.forward`
+PAIRS = {'align': ('k', 'c'), 'distil': ('r_next', 'p'), 'disentangle': ('c', 'p')}
+ROWS = 64  # sessions a call reads
+POSITIONS = 1000  # of the clouds
+SIDE = ('brand', 'category', 'price')  # columns of the side features
+
+
+def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
+    """Look at a stage's features, or read what was found; says what it means, warnings first.
+
+    Args:
+      job: job.Job with the parameters and rows of that moment. moment: 'before' or 'after'.
+      spec: training.StepSpec of the stage. encoder: encode.Encoder of the rows the stage makes.
+
+    Returns:
+      What the file holds; None where the config or the stage asks for nothing.
+    """
+    if not job.config.diagnostics or moment not in MOMENTS.get(stage, ()):
+        return None
+    if len(_sessions(job).target) < 2:
+        return None
+    directory = job.workdir / 'diagnostics'
+    file = directory / f'{stage}-{moment}.json'
+    if not file.is_file():
+        begun = time.perf_counter()
+        found, clouds = _look(job, stage, moment, spec, encoder)
+        before = directory / f'{stage}-before.npz'
+        if moment == 'after' and before.is_file():
+            was = _load(before)
+            for name, figures in found['features'].items():
+                figures['cka_before'] = diagnostics.linear_cka(was[name], clouds[name])
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            np.savez(directory / f'{stage}-{moment}.npz',
+                     **{n: x.astype(np.float16) if x.dtype == np.float32 else x
+                        for n, x in clouds.items()})
+            writers.write_json(file, found)  # last: without it nothing is there
+        spent = job.seconds.get('diagnostics', 0.0) + time.perf_counter() - begun
+        job.seconds['diagnostics'] = spent
+    found = json.loads(file.read_text())
+    console = Console()
+    for line in found['warnings']:
+        console.print(f'Warning: {line}', markup=False, highlight=False)
+    if moment == 'after' and jax.process_index() == 0:
+        before = directory / f'{stage}-before.json'
+        was = json.loads(before.read_text()) if before.is_file() else None
+        for line in lines(stage, was, found):
+            console.print(line, markup=False, highlight=False)
+    return found
+
+
+def collect(workdir) -> dict:
+    """All that was found in a workdir: {stage: {moment: ...}} and 'warnings', a list."""
+    out = {}
+    for stage, moments in MOMENTS.items():
+        for moment in moments:
+            file = workdir / 'diagnostics' / f'{stage}-{moment}.json'
+            if file.is_file():
+                out.setdefault(stage, {})[moment] = json.loads(file.read_text())
+    told = [line for stage in out.values() for found in stage.values()
+            for line in found.pop('warnings')]
+    return {**out, 'warnings': told} if out else {}
+
+
+def clouds(workdir) -> tuple[str, dict, str, dict] | None:
+    """The clouds before alignment and after its last stage: (title, {name: array}), each.
+
+    A cloud is float32 [n, D]; 'items' and 'at', 'next' are the item ids of their rows.
+    """
+    directory = workdir / 'diagnostics'
+    last = next((s for s in ('joint', 'transfer') if (directory / f'{s}-after.json').is_file()),
+                None)
+    first = directory / 'transfer-before.npz'
+    if last is None or not first.is_file():
+        return None
+    return ('before transfer', _load(first),
+            f'after {last}', _load(directory / f'{last}-after.npz'))
+
+
+def labels(job) -> dict[str, np.ndarray]:
+    """What is known of items 1..V: {attribute: int [V]}, below 0 where it is not."""
+    if job.planted is not None:
+        return dict(zip(wording.ATTRIBUTES, job.attributes.T, strict=True))
+    return dict(zip(SIDE, job.data.side[1:].T - 1, strict=True))
+
+
+def shown(chosen: tuple) -> tuple[str, ...]:
+    """Names beside the progress bar: a stage's losses, behind each `club_fit` its likelihood."""
+    return tuple(name for loss, fn, _, _ in chosen for name in
+                 ((loss, f'log_q/{loss}') if fn is losses.club_fit else (loss,)))
+
+
+def lines(stage: str, before: dict | None, after: dict) -> list[str]:
+    """A stage's figures in words: ranks, estimates on held-out sessions, probes."""
+    def both(part, name, key=None):
+        found = [moment[part][name] if key is None else moment[part][name][key]
+                 for moment in (before, after) if moment and name in moment[part]]
+        return f'{name} ' + ' -> '.join(f'{x:.2f}' for x in found)
+
+    out = [f'effective rank over {stage}, on {after["sessions"]} validation sessions: '
+           + '  '.join(both('features', n, 'effective_rank') for n in after['features'])]
+    told = [n for n in after['held_out'] if n.startswith(('mi_', 'room/', 'log_q/'))]
+    if told:
+        out.append('  nats there: ' + '  '.join(both('held_out', n) for n in told))
+    for name, found in after['probes'].items():
+        if found:
+            out.append(f'linear probes on cold items, from {name}: '
+                       + '  '.join(f'{n} {x["accuracy"]:.2f}' for n, x in found.items()))
+    return out
+
+
+def _look(job, stage, moment, spec, encoder):
+    """What a file holds, and the clouds."""
+    rows = _sessions(job)
+    ids = np.union1d(rows.items, rows.next)  # of the padding item, too
+    k = np.asarray(job.catalogue['k'][ids], np.float32)
+    found = {f'k_{name}': k[1:, i] for i, name in enumerate(MODALITIES)}
+    out = {'sessions': len(rows.target), 'pairs': {}, 'held_out': {}, 'probes': {}}
+    kept = {'items': ids[1:]}
+    if stage != 'knowledge':
+        r = (job.catalogue['r'][ids] if 'r' in job.catalogue
+             else encoder.some(job.nested(), ids)['r'])
+        r = np.array(r, np.float32)
+        r[0] = 0  # as in the catalogue; what the encoder read for it is none
+        found['r'] = r[1:].reshape(len(r) - 1, -1)
+        params = job.devices.share({n: p for n, p in job.nested().items() if n != 'recommender'})
+        of = _positions(job, stage, spec.model, params, rows, ids, {'k': k, 'r': r})
+        some = min(len(rows.target), max(2, job.config.stage[stage].batch_size))
+        out['held_out'], embedded = _measure(spec, params, rows, ids, of, some)
+        at = np.flatnonzero(rows.items)
+        at = np.sort(np.random.default_rng(job.config.seed).permutation(at)[:POSITIONS])
+        of = {name: x.reshape(-1, x.shape[-1])[at] for name, x in of.items()}
+        found |= {name: of[name] for name in ('t', 'c', 'p')}
+        kept |= {'at': rows.items.ravel()[at], 'next': rows.next.ravel()[at]}
+        inside = at[at < some * rows.items.shape[1]]
+        for name, (x, y) in PAIRS.items():
+            common = embedded.get(name)
+            out['pairs'][f'{x},{y}'] = diagnostics.pair(
+                *(a[:len(inside)] for a in (of[x], of[y])),
+                common and tuple(np.asarray(a)[inside] for a in common))
+    if moment == 'after':
+        cut = {name: np.asarray(job.catalogue[name])[1:] for name in MAKES[stage]}
+        out['probes'] = {name: probes.attributes(x, labels(job), job.data.warm[1:],
+                                                 job.config.seed) for name, x in cut.items()}
+    out['features'] = {name: diagnostics.feature(x) for name, x in found.items()}
+    news = {name: x for name, x in out['features'].items()
+            if stage != 'transfer' or not name.startswith('k_')}  # those were told before
+    told = (moment == 'after' or stage == 'transfer')
+    held = out['held_out'] if moment == 'after' else {}  # q is not fitted yet
+    out['warnings'] = diagnostics.warnings(news, held, f'{moment} stage {stage}') if told else []
+    return out, {**found, **kept}
+
+
+def _sessions(job):
+    """The validation sessions that are looked at, one row each: drawn by the run's seed."""
+    rows = sessions.rows(job.data.valid, job.max_length, every_prefix=False)
+    number = len(rows.target)
+    chosen = np.random.default_rng([job.config.seed, number]).permutation(number)
+    return jax.tree.map(lambda x: x[np.sort(chosen[:job.config.diagnostics])], rows)
+
+
+def _positions(job, stage, model, params, rows, ids, tables):
+    """{name: float32 [S, N, .]} of READ, for S sessions, some of them at a time.
+
+    Args:
+      ids: int [I], the items that occur, ascending, 0 first. tables: their rows {name: [I, ...]}.
+    """
+    full = model.form == 'full'
+    size = max(1, job.config.stage[stage].batch_size // job.devices.shards) if full else ROWS
+    catalogue = {**tables, 'warm': job.data.warm[ids]}
+    read, parts = _reader(model), []
+    for begin in range(0, len(rows.target), size):
+        part = _batch(rows, ids, slice(begin, begin + size), size)
+        if full:
+            part = _with_content(part, ids, job.content)
+        parts.append(jax.device_get(read(params, catalogue, part)))
+    return {name: np.concatenate([np.asarray(p[name], np.float32) for p in parts])
+            [:len(rows.target)] for name in READ}
+
+
+def _measure(spec, params, rows, ids, of, some):
+    """What the stage's losses log on the first `some` sessions; the pairs as critics compare them.
+
+    Returns:
+      {name: number} of the losses that read nothing but features of positions and critics, and
+      {pair: (x, y)}, float [some * N, F] each.
+    """
+    there = {'items', 'next', *READ, 'club', *(f'critic.{n}' for n, _ in spec.model.critics)}
+    chosen = tuple((name, fn, tuple(sorted(kw.items()))) for name, fn, _, kw in spec.losses
+                   if losses.needs(name, fn, kw) <= there
+                   and not {'key', 'head'} & inspect.signature(fn).parameters.keys())
+    if not chosen:
+        return {}, {}
+    batch = _batch(rows, ids, slice(0, some), some)
+    logged, embedded = _meter(spec.model, chosen)(
+        params, {name: x[:some] for name, x in of.items()}, batch)
+    logged.pop('loss')
+    return {name: float(x) for name, x in logged.items()}, embedded
+
+
+@lru_cache(maxsize=4)  # one compilation for all moments
+def _reader(model: tpad.TPAD):
+    def read(params, catalogue, batch):
+        out = tpad.forward(model, params, batch, catalogue, frozenset(READ), frozenset())
+        return {name: out[name] for name in READ}
+
+    return compiled(read)
+
+
+@lru_cache(maxsize=4)
+def _meter(model: tpad.TPAD, chosen: tuple):
+    weighed = tuple((name, fn, 1.0, dict(keywords)) for name, fn, keywords in chosen)
+    bound = frozenset({'club', *(f'critic.{name}' for name, _ in model.critics)})
+
+    def measure(params, of, batch):
+        out = tpad.forward(model, params, batch, {'warm': None}, bound, frozenset())
+        state = {name: fn.initial_state() for name, fn, _, _ in weighed
+                 if hasattr(fn, 'initial_state')}
+        _, _, logged = losses.combine(weighed, {**out, **of}, batch, state)
+        embedded = {name: _embedded(critic, params['critic'][name], *(
+            of[x].reshape(-1, of[x].shape[-1]) for x in PAIRS[name]))
+            for name, critic in model.critics if name in PAIRS}
+        return logged, {name: both for name, both in embedded.items() if both is not None}
+
+    return compiled(measure)
+
+
+def _embedded(critic, params, x, y):
+    """x and y as a critic of two towers lays them on one sphere; None: it does not, or is none."""
+    if critic.kind != 'separable':
+        return None
+    tower = critics.MLP(critic.width, critic.width)
+    return tuple(critics.unit(tower.apply({'params': params[name]}, a))
+                 for name, a in (('x', x), ('y', y)))
+
+
+def _batch(rows, ids, part: slice, size: int) -> Batch:
+    """Rows as a batch of `size`, filled up; items are numbered as they stand in `ids`."""
+    def fill(x):
+        x = x[part]
+        return np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)))
+
+    items, following = (fill(np.searchsorted(ids, x).astype(np.int32))
+                        for x in (rows.items, rows.next))
+    target = fill(np.searchsorted(ids, rows.target).astype(np.int32))
+    return Batch(items=items, next=following, target=target, valid=target > 0,
+                 row=np.arange(size, dtype=np.int32))
+
+
+def _with_content(batch: Batch, ids, content) -> Batch:
+    """The content of a batch's own items, in rows that any batch of its size has room for."""
+    size, positions = batch.items.shape
+    present = np.union1d(np.union1d(batch.items, batch.next), 0)
+    room = min(size * (positions + 1) + 1, len(ids))
+    own = np.pad(ids[present], (0, room - len(present))).astype(np.int32)
+    slots, following = (np.searchsorted(present, x).astype(np.int32)
+                        for x in (batch.items, batch.next))
+    return batch.replace(slots=slots, next_slots=following,
+                         **batches.content_rows(content, own[None]))
+
+
+def _load(file):
+    with np.load(file) as found:
+        return {name: found[name].astype(np.float32) if found[name].dtype == np.float16
+                else found[name] for name in found.files}
