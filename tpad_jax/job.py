@@ -38,8 +38,10 @@ from tpad_jax.data import (
     graph,
     npz,
     pipeline,
+    ready,
     sessions,
     synthetic,
+    text,
     wording,
 )
 from tpad_jax.errors import InputError, Stopped
@@ -48,7 +50,6 @@ from tpad_jax.models import tpad
 from tpad_jax.recommend import scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
-SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 
 
 class Job:
@@ -79,10 +80,13 @@ class Job:
         self.valid, self.test = split(self.data.valid), split(self.data.test)
 
     def _read(self) -> pipeline.Data:
-        """Ready-made sessions, raw files, or the planted catalogue in their place."""
+        """Ready-made sessions, with content or without, raw files, or the planted catalogue."""
         c = self.config.data
         if c.npz:
             return npz.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
+        if c.ready:
+            return ready.load(c.ready, words=names(c.words), sides=names(c.sides),
+                              ordered=c.ordered, valid=c.valid, seed=c.seed)
         cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed)
         if c.raw_dir:
             raw_dir = Path(c.raw_dir)
@@ -107,8 +111,12 @@ class Job:
             self.params = self._fresh(self.spec)
             return
         base = self.base = bases.read(c)
-        self.content = pipeline.content(data, self.workdir / 'data', image_size=base.image_size,
-                                        tokenizer_dir=base.directory,
+        where = self.workdir / 'data'
+        if c.mllm.tokenizer == 'own':
+            text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
+        self.content = pipeline.content(data, where, image_size=base.image_size,
+                                        tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
+                                        else base.directory,
                                         text_length=c.mllm.text_length)
         self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling,
                                chunk=c.mllm.chunk, **shared)
@@ -200,22 +208,32 @@ class Job:
 
         Everything that is counted on training sessions is counted on both; nothing is chosen.
         """
+        self.count_both()
+        # the same draws, with rows for items new to training
+        params = {**self.first, **self._fresh(self.spec)}
+        self.params |= self._refit(name, self.spec, params, self.record, writer, progress)
+
+    def count_both(self) -> None:
+        """From here on what is trained and tested has validation's sessions among training's."""
         both = sessions.join(self.data.train, self.data.valid)
         warm = sessions.warm_items(both, self.data.num_items)
         self.final = replace(self.data, train=both, warm=warm)
         self._count()
-        spec = train.make_spec(self.config, 'recommend', self.spec, self.config.seed)
-        fresh = self._fresh(self.spec)  # the same draws, with rows for items new to training
-        trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None,
-                                       {**self.first, **fresh}, self.record['chosen'])
-        self.params = {**self.params, **trained}
-        self.seconds[name] = record['seconds']
+
+    def _refit(self, name, model, params, record, writer, progress) -> dict:
+        """{path: array} of a recommender trained for as many steps as `record` chose."""
+        spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
+        trained, _, found = self._fit(name, 'recommend', spec, writer, progress, None, params,
+                                      record['chosen'])
+        self.seconds[name] = found['seconds']
+        return trained
 
     def run_rival(self, name: str, writer, progress):
         """Train a recommender beside TPAD with the recommend stage's own care.
 
         Returns:
-          (spec, nested params) of it.
+          A function without arguments that refits it, if the config says so, and returns (spec,
+          nested params) of what is to be tested; and its validation metrics.
         """
         changes = self.config.rivals[name].to_dict()
         fusion = self.spec.fusion.clone(
@@ -224,11 +242,20 @@ class Job:
             if changes.get('use_side', self.config.model.use_side) else ())
         model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
         spec = train.make_spec(self.config, 'recommend', model, self.config.seed)
-        params = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
-        params |= self._fresh(model)
+        others = {p: x for p, x in self.params.items() if not p.startswith('recommender/')}
+        params = others | self._fresh(model)
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
         self.seconds[name] = record['seconds']
-        return model, unflatten_dict({**params, **trained}, sep='/')
+
+        def tested():
+            found = trained
+            if self.config.refit:
+                self.pause()
+                found = self._refit(f'{name}_refit', model, others | self._fresh(model), record,
+                                    writer, progress)
+            return model, unflatten_dict({**others, **found}, sep='/')
+
+        return tested, record['valid']
 
     def _fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
         """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
@@ -333,24 +360,27 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
                 job.pause()
                 scorers, chosen = mixture.run(job, writer, writers.progress)
                 continue
-            if stage == 'recommend' and config.refit:
-                job.pause()
-                job.refit(writer, writers.progress)
-            if stage in ('recommend', 'joint'):
-                own = config.model.encoder if config.data.npz else f'tpad_{stage}'
-                scorers[own] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
-                chosen[own] = job.record['valid']
+            rivals = {}
             if stage == 'recommend':
                 for name, rival in config.rivals.items():
                     if 'true' in names(rival.recommend) and job.planted is None:
                         continue  # no such rows: only a planted catalogue knows the truth
                     job.pause()
-                    model, params = job.run_rival(name, writer, writers.progress)
-                    scorers[name] = scorer(model, job.devices)(params, job.catalogue)
+                    rivals[name], chosen[name] = job.run_rival(name, writer, writers.progress)
+                if config.refit:  # after the rivals, which validate on what it trains on
+                    job.pause()
+                    job.refit(writer, writers.progress)
+            if stage in ('recommend', 'joint'):
+                own = config.model.encoder if config.data.npz else f'tpad_{stage}'
+                scorers[own] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
+                chosen[own] = job.record['valid']
+            for name, tested in rivals.items():
+                model, params = tested()
+                scorers[name] = scorer(model, job.devices)(params, job.catalogue)
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
-    return _report(job, stages, scorers, chosen, knowledge, probed, begun, console)
+    return results.report(job, stages, scorers, chosen, knowledge, probed, begun, console)
 
 
 def _enter(workdir, config):
@@ -364,37 +394,3 @@ def _enter(workdir, config):
         raise InputError(f'{workdir} cannot be written to; choose another --workdir')
     if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
         claim(workdir, config.to_dict())
-
-
-def _report(job, stages, scorers, chosen, knowledge, probed, begun, console):
-    """Score everything on the same rows, write results and figures, print the table."""
-    started = time.perf_counter()
-    tuned = results.baseline_scorers(job, knowledge)
-    scorers.update({name: found.scorer for name, found in tuned.items()})
-    chosen |= {name: found.valid for name, found in tuned.items()}
-    models, ranks = results.score_models(job, scorers, chosen)
-    for name, found in tuned.items():
-        models[name]['search'] = {'params': found.params, **found.record}
-    ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
-    if ours:
-        best = max(ours, key=lambda name: models[name]['valid'][SELECT])
-        models = {'tpad': {**models[best], 'is': best}, **models}
-        scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
-    truth, truth_ranks = results.oracle_scores(job)
-    job.seconds['report'] = time.perf_counter() - started
-    # stages count all their sittings, the rest this one
-    here = time.perf_counter() - begun - job.sitting
-    job.seconds['total'] = sum(job.seconds[name] for name in job.seconds if name != 'report') + here
-    out = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
-           'provenance': {**results.provenance(job), 'stages': stages},
-           'seconds': job.seconds}
-    if truth is not None:
-        out['oracle'] = truth
-    if probed is not None:
-        out['probes'] = probed
-    results.draw_figures(job, scorers, ranks, truth_ranks)
-    results.write(job, out, ranks)
-    console.print(writers.table(out))
-    console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
-                  f'{job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
-    return out

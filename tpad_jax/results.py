@@ -5,6 +5,7 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from tpad_jax.models import tpad
 from tpad_jax.recommend import top
 
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
+SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 SHOWN, PICTURE = 6, 64  # sessions on the contact sheet, pixels of a picture on it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
@@ -78,7 +80,8 @@ def baseline_scorers(job, features: np.ndarray) -> dict:
     Where the recommender was refitted, they are, too, on the same sessions.
     """
     data, out = job.config.data, {}
-    ordered = data.ordered if data.npz else None  # ready-made sessions carry no time to tell from
+    # ready-made sessions carry no time to tell from
+    ordered = data.ordered if data.npz or data.ready else None
     for name in baselines.BASELINES:
         job.pause()
         if name == 'content_knn' and features is None:
@@ -111,7 +114,7 @@ def introduce(job, console):
     data, facts = job.data, data_facts(job)
     source = ('the planted catalogue (config.data.raw_dir is empty), seed '
               f'{job.config.data.planted.seed}' if job.planted is not None
-              else job.config.data.npz or job.config.data.raw_dir)
+              else job.config.data.npz or job.config.data.ready or job.config.data.raw_dir)
     lines = facts['lines']
     rejected = ', '.join(f'{n} {why}' for why, n in lines['rejected'].items()) or 'none'
     pictures = ('no content' if job.content is None
@@ -216,3 +219,46 @@ def write(job, results: dict, ranks: dict) -> None:
                               ranks)
     np.savez_compressed(job.workdir / compare.FILE, **stored)
     writers.write_json(job.workdir / 'results.json', results)
+
+
+def report(job, stages, scorers, chosen, knowledge, probed, begun, console):
+    """Score everything on the same rows, write results and figures, print the table.
+
+    Args:
+      job: job.Job. stages: run so far. scorers, chosen: as in `score_models`.
+      knowledge: k of every item [V+1, D], or None. probed: of `job.probe`, or None.
+      begun: perf_counter when this sitting began. console: to print on.
+
+    Returns:
+      What results.json holds.
+    """
+    started = time.perf_counter()
+    tuned = baseline_scorers(job, knowledge)
+    scorers.update({name: found.scorer for name, found in tuned.items()})
+    chosen |= {name: found.valid for name, found in tuned.items()}
+    models, ranks = score_models(job, scorers, chosen)
+    for name, found in tuned.items():
+        models[name]['search'] = {'params': found.params, **found.record}
+    ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
+    if ours:
+        best = max(ours, key=lambda name: models[name]['valid'][SELECT])
+        models = {'tpad': {**models[best], 'is': best}, **models}
+        scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
+    truth, truth_ranks = oracle_scores(job)
+    job.seconds['report'] = time.perf_counter() - started
+    # stages count all their sittings, the rest this one
+    here = time.perf_counter() - begun - job.sitting
+    job.seconds['total'] = sum(job.seconds[name] for name in job.seconds if name != 'report') + here
+    out = {'data': data_facts(job), 'audit': job.data.audit, 'models': models,
+           'provenance': {**provenance(job), 'stages': stages},
+           'seconds': job.seconds}
+    if truth is not None:
+        out['oracle'] = truth
+    if probed is not None:
+        out['probes'] = probed
+    draw_figures(job, scorers, ranks, truth_ranks)
+    write(job, out, ranks)
+    console.print(writers.table(out))
+    console.print(f'{job.workdir / "json"}  figures: {job.workdir / "figures"}  '
+                  f'{job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
+    return out
