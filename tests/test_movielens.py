@@ -55,7 +55,7 @@ def write(directory, *, zipped=True, lines=None, **changes):
 
 
 def load(directory, **changes):
-    options = dict(words=WORDS, sides=('year',), ordered=True, valid=0.1, seed=0)
+    options = dict(words=WORDS, sides=('year', 'genres', 'tags'), ordered=True, valid=0.1, seed=0)
     return ready.load(directory, **{**options, **changes})
 
 
@@ -68,8 +68,11 @@ def test_ids_texts_pictures_and_side_features_join(tmp_path, zipped):
     assert data.texts[2] == 'Comedy. 1990. Film & 2'
     np.testing.assert_array_equal(data.has_image, [False, *[True] * 7, False])
     assert data.image_bytes.read([0, 3, 8]) == [b'', picture((60, 0, 0)), b'']
-    np.testing.assert_array_equal(data.side[:, 0], [0, 2, 1, 2, 1, 2, 1, 2, 1])
-    assert data.side_sizes == (3,)
+    year, comedy, war = data.side.T  # of tags, one item alone has one, which says nothing
+    np.testing.assert_array_equal(year, [0, 2, 1, 2, 1, 2, 1, 2, 1])
+    np.testing.assert_array_equal(comedy, [0, *[1] * 8])
+    np.testing.assert_array_equal(war, [0, 1, 0, 1, 0, 1, 0, 1, 0])
+    assert data.side_sizes == (3, 2, 2)
     assert data.lines == {'read': 9, 'kept': 8, 'rejected': {'in no session': 1}}
     assert len(data.valid.start) == 3
     assert load(tmp_path).fingerprint == data.fingerprint
@@ -117,7 +120,7 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     from tpad_jax import job
     c = movielens.get_config()
     c.data.ready = str(write(tmp_path))
-    c.parallel, c.search.trials = 'jit', 1
+    c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
     c.xla_flags = '--xla_backend_optimization_level=0'
     for name in ('knowledge', 'transfer', 'recommend'):
         c.stage[name].update(steps=2, batch_size=4)

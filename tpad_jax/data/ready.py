@@ -16,6 +16,7 @@ import json
 import threading
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -71,7 +72,8 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     Args:
       directory: see above.
       words: fields whose words make an item's text, in this order; a list's are put in a row.
-      sides: fields that are side features: equal values of two or more warm items share an id.
+      sides: fields that are side features: equal values of two or more warm items share an id. A
+        field of lists becomes a side feature for each of its values, 1 where the list holds it.
       ordered, valid, seed: see `npz.load`.
 
     Returns:
@@ -102,8 +104,8 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     place = next((p for p in (directory / f'{IMAGES}.zip', directory / IMAGES) if p.exists()), None)
     names = _image_names(place, own)
     warm = np.append(found.warm, np.zeros(len(own) - len(found.warm), bool))
-    columns = [text.value_ids([said(one.get(field)) for one in own[1:]], warm[1:])
-               for field in sides]
+    columns = [column for field in sides
+               for column in _columns([one.get(field) for one in own[1:]], warm[1:])]
     side = np.zeros((len(own), len(sides)), np.int32)
     if columns:
         side[1:] = np.stack([ids for ids, _ in columns], axis=1)
@@ -130,6 +132,21 @@ def said(value) -> str:
     if isinstance(value, list):
         return ' '.join(filter(None, map(said, value)))
     return '' if value is None or isinstance(value, dict) else text.clean(str(value))
+
+
+def _columns(values, warm):
+    """[(ids int32 [V], how many there are)] of a field: one column, but of lists one per value.
+
+    Args:
+      values: per item, None for none. warm: bool [V].
+    """
+    if not any(isinstance(value, list) for value in values):
+        return [text.value_ids([said(value) for value in values], warm)]
+    held = [{said(x) for x in (value if isinstance(value, list) else [value])} - {''}
+            for value in values]
+    counts = Counter(x for own, seen in zip(held, warm, strict=True) if seen for x in own)
+    return [(np.array([x in own for own in held], np.int32), 2)
+            for x in sorted(x for x, count in counts.items() if count > 1)]
 
 
 def _numbers(file, last):
