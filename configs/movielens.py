@@ -15,7 +15,6 @@ def get_config():
     c = base.get_config()
     c.name = 'movielens'
     c.stages = 'knowledge,transfer,recommend'
-    c.refit = True  # the latest sessions name the latest films
     c.save_every, c.log_every = 100, 20
     # what a film is comes first, for the text is cut
     c.data.update(words='genres,year,title,tags,overview', sides='year,genres')

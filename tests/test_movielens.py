@@ -121,6 +121,7 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     c = movielens.get_config()
     c.data.ready = str(write(tmp_path))
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
+    c.refit = True
     c.xla_flags = '--xla_backend_optimization_level=0'
     for name in ('knowledge', 'transfer', 'recommend'):
         c.stage[name].update(steps=2, batch_size=4)

@@ -68,7 +68,7 @@ class Job:
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
-        self.seconds, self.sitting = {}, 0.0
+        self.seconds, self.sitting, self.catalogue = {}, 0.0, {}
         self.planted = self.content = None
         self.data = self._read()
         self.max_length = config.data.max_length
@@ -150,14 +150,14 @@ class Job:
         self.params = flatten_dict({**params, **loaded}, sep='/')
 
     def _count(self) -> None:
-        """The catalogue's rows that are counted on the training sessions, and on them alone."""
+        """Lay the catalogue's rows that are counted on training sessions over what it has."""
         c, data = self.config.model, self.final
         rows = {'warm': data.warm, 'side': data.side,
                 'popularity': sessions.counts(data.train, data.num_items).astype(np.float32)}
         if c.encoder == 'gce_gnn':
             rows['near'], rows['near_weight'] = graph.neighbours(
                 data.train, data.num_items, window=c.near_window, most=c.near)
-        self.catalogue = jax.tree.map(jnp.asarray, rows)
+        self.catalogue = {**self.catalogue, **jax.tree.map(jnp.asarray, rows)}
 
     def _fresh(self, spec) -> dict:
         """A recommender's first parameters {path: array}, for the catalogue as it is counted."""
