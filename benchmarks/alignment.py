@@ -135,8 +135,8 @@ def of_joint_step():
         job = Job(config, Path(folder), lambda: False)
         job.build(('joint',), Console(quiet=True))
     stage = config.stage.joint
-    spec = train.make_spec(config, 'joint', job.spec, config.seed)
-    state = train.start(spec, job.params, stage.train)
+    spec = training.make_spec(config, 'joint', job.spec, config.seed)
+    state = training.start(spec, job.params, stage.train)
     zeros = {'k': (2, config.model.features), 'r': (config.model.features,)}
     catalogue = job.catalogue | {n: jnp.zeros((job.data.num_items + 1, *s))
                                  for n, s in zeros.items()}

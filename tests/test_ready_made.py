@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import sessions as table
 from configs import sessions as configs
-from tpad_jax import job, mixture
+from tpad_jax import job, mixture, results
 from tpad_jax.errors import InputError, Stopped
 
 
@@ -70,7 +70,7 @@ def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
 
 
 def test_until_validation_never_looks_at_test(tmp_path, file, monkeypatch):
-    monkeypatch.setattr(job, '_report', None)
+    monkeypatch.setattr(results, 'report', None)
     monkeypatch.setattr(job.Job, 'refit', None)
     found = job.run(config(file), tmp_path, until='validation')
     assert found['valid'].keys() >= {'step', 'hit@20', 'mrr@20'}

@@ -100,9 +100,6 @@ def check(config) -> tuple[str, ...]:
     if config.refit and 'joint' in stages:
         raise InputError('config.refit=True trains the recommender anew, but its last stage is '
                          'joint, which also changes what it reads; leave one of the two out')
-    if config.refit and len(config.rivals):
-        raise InputError('config.refit=True trains the recommender on more sessions than '
-                         'config.rivals would have; leave one of the two out')
     if config.data.npz:
         _check_ready_made(config, stages)
         if config.partner:
@@ -117,8 +114,18 @@ def check(config) -> tuple[str, ...]:
     if config.data.protocol == 'published':
         raise InputError('config.data.protocol=published is said of ready-made sessions alone: '
                          'give them with --config.data.npz=FILE')
+    if config.data.ready and config.data.raw_dir:
+        raise InputError('config.data.ready and config.data.raw_dir name two sources of sessions; '
+                         'give one')
+    if config.data.ready and not Path(config.data.ready).is_dir():
+        raise InputError(f'config.data.ready={config.data.ready} is no directory; give one with '
+                         'sessions.npz and items.jsonl, see tpad_jax/data/ready.py')
     if config.data.raw_dir:
         amazon.find(config.data.raw_dir)
+    _one_of('mllm.tokenizer', config.mllm.tokenizer, ('', 'own'))
+    if config.mllm.tokenizer and config.mllm.checkpoint:
+        raise InputError(f'config.mllm.tokenizer={config.mllm.tokenizer}: a checkpoint reads the '
+                         'tokens it was taught; leave it empty')
     if config.data.features and not Path(config.data.features).is_file():
         raise InputError(f'config.data.features={config.data.features} is no file; give item '
                          'features as data/given.py says')
@@ -215,9 +222,10 @@ def _check_ready_made(config, stages):
     if config.data.features:
         raise InputError('config.data.features is keyed by item ids as shops have them, and '
                          'config.data.npz holds numbers alone; leave one of the two empty')
-    if config.data.raw_dir:
-        raise InputError('config.data.npz and config.data.raw_dir name two sources of sessions; '
-                         'give one')
+    for other in ('raw_dir', 'ready'):
+        if config.data[other]:
+            raise InputError(f'config.data.npz and config.data.{other} name two sources of '
+                             'sessions; give one')
     if not Path(config.data.npz).is_file():
         raise InputError(f'config.data.npz={config.data.npz} is no file; give an .npz of sessions, '
                          'see tpad_jax/data/npz.py')

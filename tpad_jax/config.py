@@ -40,6 +40,7 @@ def get_config():
         teacher='',
         teacher_dtype='float32',  # of its parameters and computation
         image_size=0,  # pixels, both sides; 0: what the base reads (a model of any size: near 256)
+        tokenizer='',  # empty: the base's; 'own': one of its size, trained on the items' texts
         text_length=32,  # tokens of an item's text
         # the rest is for checkpoints
         param_dtype='float32',  # of the parameters in memory; 'bfloat16' halves a frozen base
@@ -100,7 +101,10 @@ def data():
         raw_dir='',  # directory of one category's raw Amazon files; empty: the planted catalogue
         features='',  # file of item features computed elsewhere (data/given.py): the rows 'given'
         npz='',  # file of ready-made sessions of item ids (data/npz.py), in place of raw files
-        ordered=True,  # npz: the training sessions stand in the order of time
+        ready='',  # directory of ready-made sessions whose items have content (data/ready.py)
+        words='title',  # ready: an item's fields that make its text, in this order
+        sides='',  # ready: fields that are side features
+        ordered=True,  # npz, ready: the training sessions stand in the order of time
         protocol='ours',  # every prefix is scored; 'published': as the papers on these data do
         published_last_only=False,  # they score a session's last item only
         gap_hours=24.0,  # 2023 files: a longer pause ends a session (2018 files: reviewer and day)

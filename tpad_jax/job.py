@@ -33,7 +33,18 @@ from tpad_jax import (
 )
 from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
 from tpad_jax.checkpoint import Checkpoints, claim, enter
-from tpad_jax.data import batches, builder, graph, npz, pipeline, sessions, synthetic, wording
+from tpad_jax.data import (
+    batches,
+    builder,
+    graph,
+    npz,
+    pipeline,
+    ready,
+    sessions,
+    synthetic,
+    text,
+    wording,
+)
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import readings, tpad
@@ -58,7 +69,7 @@ class Job:
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
-        self.seconds, self.sitting = {}, 0.0
+        self.seconds, self.sitting, self.catalogue = {}, 0.0, {}
         self.planted = self.content = None
         self.data = self._read()
         self.max_length = config.data.max_length
@@ -70,10 +81,13 @@ class Job:
         self.valid, self.test = split(self.data.valid), split(self.data.test)
 
     def _read(self) -> pipeline.Data:
-        """Ready-made sessions, raw files, or the planted catalogue in their place."""
+        """Ready-made sessions, with content or without, raw files, or the planted catalogue."""
         c = self.config.data
         if c.npz:
             return npz.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
+        if c.ready:
+            return ready.load(c.ready, words=names(c.words), sides=names(c.sides),
+                              ordered=c.ordered, valid=c.valid, seed=c.seed)
         cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed)
         if c.raw_dir:
             raw_dir = Path(c.raw_dir)
@@ -98,8 +112,12 @@ class Job:
             self.params = self._fresh(self.spec)
             return
         base = self.base = bases.read(c)
-        self.content = pipeline.content(data, self.workdir / 'data', image_size=base.image_size,
-                                        tokenizer_dir=base.directory,
+        where = self.workdir / 'data'
+        if c.mllm.tokenizer == 'own':
+            text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
+        self.content = pipeline.content(data, where, image_size=base.image_size,
+                                        tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
+                                        else base.directory,
                                         text_length=c.mllm.text_length)
         teacher = bases.teacher(c, base)
         self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling, chunk=c.mllm.chunk,
@@ -139,14 +157,14 @@ class Job:
         self.params = flatten_dict({**params, **loaded}, sep='/')
 
     def _count(self) -> None:
-        """The catalogue's rows that are counted on the training sessions, and on them alone."""
+        """Lay the catalogue's rows that are counted on training sessions over what it has."""
         c, data = self.config.model, self.final
         rows = {'warm': data.warm, 'side': data.side,
                 'popularity': sessions.counts(data.train, data.num_items).astype(np.float32)}
         if c.encoder == 'gce_gnn':
             rows['near'], rows['near_weight'] = graph.neighbours(
                 data.train, data.num_items, window=c.near_window, most=c.near)
-        self.catalogue = jax.tree.map(jnp.asarray, rows)
+        self.catalogue = {**self.catalogue, **jax.tree.map(jnp.asarray, rows)}
 
     def _fresh(self, spec) -> dict:
         """A recommender's first parameters {path: array}, for the catalogue as it is counted."""
@@ -201,22 +219,32 @@ class Job:
 
         Everything that is counted on training sessions is counted on both; nothing is chosen.
         """
+        self.count_both()
+        # the same draws, with rows for items new to training
+        params = {**self.first, **self._fresh(self.spec)}
+        self.params |= self._refit(name, self.spec, params, self.record, writer, progress)
+
+    def count_both(self) -> None:
+        """From here on what is trained and tested has validation's sessions among training's."""
         both = sessions.join(self.data.train, self.data.valid)
         warm = sessions.warm_items(both, self.data.num_items)
         self.final = replace(self.data, train=both, warm=warm)
         self._count()
-        spec = training.make_spec(self.config, 'recommend', self.spec, self.config.seed)
-        fresh = self._fresh(self.spec)  # the same draws, with rows for items new to training
-        trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None,
-                                       {**self.first, **fresh}, self.record['chosen'])
-        self.params = {**self.params, **trained}
-        self.seconds[name] = record['seconds']
+
+    def _refit(self, name, model, params, record, writer, progress) -> dict:
+        """{path: array} of a recommender trained for as many steps as `record` chose."""
+        spec = training.make_spec(self.config, 'recommend', model, self.config.seed)
+        trained, _, found = self._fit(name, 'recommend', spec, writer, progress, None, params,
+                                      record['chosen'])
+        self.seconds[name] = found['seconds']
+        return trained
 
     def run_rival(self, name: str, writer, progress):
         """Train a recommender beside TPAD with the recommend stage's own care.
 
         Returns:
-          (spec, nested params) of it.
+          A function without arguments that refits it, if the config says so, and returns (spec,
+          nested params) of what is to be tested; and its validation metrics.
         """
         changes = self.config.rivals[name].to_dict()
         fusion = self.spec.fusion.clone(
@@ -226,11 +254,20 @@ class Job:
         model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
         spec = training.make_spec(self.config, 'recommend', model, self.config.seed)
         own = tuple(f'loss/{loss}/' for loss, _ in spec.modules)  # of this one: drawn anew, too
-        params = {p: x for p, x in self.params.items() if not p.startswith(('recommender/', *own))}
-        params |= self._fresh(model)
+        others = {p: x for p, x in self.params.items() if not p.startswith(('recommender/', *own))}
+        params = others | self._fresh(model)
         trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
         self.seconds[name] = record['seconds']
-        return model, unflatten_dict({**params, **trained}, sep='/')
+
+        def tested():
+            found = trained
+            if self.config.refit:
+                self.pause()
+                found = self._refit(f'{name}_refit', model, others | self._fresh(model), record,
+                                    writer, progress)
+            return model, unflatten_dict({**others, **found}, sep='/')
+
+        return tested, record['valid']
 
     def _fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
         """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
@@ -327,23 +364,24 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
                 job.pause()
                 scorers, chosen = mixture.run(job, writer, writers.progress)
                 continue
-            if stage == 'recommend' and config.refit:
-                job.pause()
-                job.refit(writer, writers.progress)
-            if stage in ('recommend', 'joint'):
-                own = config.model.encoder if config.data.npz else f'tpad_{stage}'
-                scorers[own] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
-                chosen[own] = job.record['valid']
+            rivals = {}
             if stage == 'recommend':
                 for name, rival in config.rivals.items():
                     if 'true' in names(rival.recommend) and job.planted is None:
                         continue  # no such rows: only a planted catalogue knows the truth
                     job.pause()
-                    model, params = job.run_rival(name, writer, writers.progress)
-                    scorers[name] = scorer(model, job.devices)(params, job.catalogue)
+                    rivals[name], chosen[name] = job.run_rival(name, writer, writers.progress)
+                if config.refit:  # after the rivals, which validate on what it trains on
+                    job.pause()
+                    job.refit(writer, writers.progress)
+            if stage in ('recommend', 'joint'):
+                own = config.model.encoder if config.data.npz else f'tpad_{stage}'
+                scorers[own] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
+                chosen[own] = job.record['valid']
+            for name, tested in rivals.items():
+                model, params = tested()
+                scorers[name] = scorer(model, job.devices)(params, job.catalogue)
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
     return results.report(job, stages, scorers, chosen, knowledge, begun, console)
-
-

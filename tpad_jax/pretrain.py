@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from absl import app, flags
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tpad_jax.data import images, rendering, text, wording
 from tpad_jax.models import pretrained
@@ -34,21 +33,6 @@ SIZES = {'vocab': 1280, 'width': 128, 'layers': 2, 'heads': 4, 'hidden': 256,
          'channels': [32, 64, 128], 'vision_layers': 2}
 IMAGE, TEXT, FEATURES = 32, 32, 64
 CAPTION = 2 * len(wording.ATTRIBUTES)  # tokens: name, value, name, value, ...
-
-
-def train_tokenizer(corpus, directory):
-    """A byte-level BPE, so that no text is unknown; the corpus' words become one token each."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=SIZES['vocab'], special_tokens=['<pad>'],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    from transformers import PreTrainedTokenizerFast  # here: it takes seconds to import
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>')
-    whole.save_pretrained(directory)
 
 
 def make_items(count):
@@ -108,7 +92,7 @@ def main(argv):
     attributes, pictures, texts = make_items(FLAGS.items)
     rng = np.random.default_rng([STREAM, 1])
     questions = shuffled_captions(attributes, rng)
-    train_tokenizer([*texts, *questions], out)
+    text.train_tokenizer([*texts, *questions], out, SIZES['vocab'])
     tokens = text.tokenize(['', *texts], out, TEXT)[1:]
     targets = text.tokenize(['', *questions], out, CAPTION + 1)[1:]
     assert ((targets >= 0).sum(1) == CAPTION).all()  # every word is one token

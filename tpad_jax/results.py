@@ -29,6 +29,7 @@ from tpad_jax.recommend import top
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
+SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 SHOWN, PICTURE = 6, 64  # sessions on the contact sheet, pixels of a picture on it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
@@ -137,7 +138,8 @@ def baseline_scorers(job, features: np.ndarray) -> dict:
     Where the recommender was refitted, they are, too, on the same sessions.
     """
     data, out = job.config.data, {}
-    ordered = data.ordered if data.npz else None  # ready-made sessions carry no time to tell from
+    # ready-made sessions carry no time to tell from
+    ordered = data.ordered if data.npz or data.ready else None
     for name in baselines.BASELINES:
         job.pause()
         if name == 'content_knn' and features is None:
@@ -170,7 +172,7 @@ def introduce(job, console):
     data, facts = job.data, data_facts(job)
     source = ('the planted catalogue (config.data.raw_dir is empty), seed '
               f'{job.config.data.planted.seed}' if job.planted is not None
-              else job.config.data.npz or job.config.data.raw_dir)
+              else job.config.data.npz or job.config.data.ready or job.config.data.raw_dir)
     lines = facts['lines']
     rejected = ', '.join(f'{n} {why}' for why, n in lines['rejected'].items()) or 'none'
     pictures = ('no content' if job.content is None

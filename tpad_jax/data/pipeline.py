@@ -132,6 +132,7 @@ def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length
       InputError: no usable tokenizer.
     """
     tokens = text.tokenize(data.texts, tokenizer_dir, text_length)
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
     stem = Path(data_dir) / f'pixels-{image_size}-{data.fingerprint[:16]}'
     image_file, decoded_file = stem.with_suffix('.npy'), stem.with_suffix('.decoded.npy')
     if not (image_file.is_file() and decoded_file.is_file()):

@@ -82,6 +82,30 @@ def read_tokenizer(directory: str | Path):
     return tokenizer
 
 
+def train_tokenizer(corpus: list[str], directory: str | Path, vocab: int) -> None:
+    """Writes a byte-level BPE of at most `vocab` tokens, so that no text is unknown, trained here.
+
+    The corpus' most frequent words become one token each.
+
+    Args:
+      corpus: texts. directory: made if absent, see `read_tokenizer`; one that is there is replaced.
+      vocab: rows of the model's embedding.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast  # here: it takes seconds to import
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=['<pad>'],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>')
+    whole.save_pretrained(directory)
+
+
 def side_features(catalogue: pl.DataFrame,
                   warm: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Brand, category and price level of every item as ids; 0 is unknown (and padding).
@@ -98,8 +122,8 @@ def side_features(catalogue: pl.DataFrame,
       ids int32 [V + 1, 3], and how many different ids each column can have, 0 included.
     """
     warm = warm[1:]
-    brand, brands = _value_ids(catalogue['brand'].to_list(), warm)
-    category, categories = _value_ids(catalogue['category'].to_list(), warm)
+    brand, brands = value_ids(catalogue['brand'].to_list(), warm)
+    category, categories = value_ids(catalogue['category'].to_list(), warm)
     price = catalogue['price'].cast(pl.Float64).fill_null(np.nan).to_numpy()
     known = ~np.isnan(price)
     level = np.zeros(len(price), np.int32)
@@ -111,7 +135,7 @@ def side_features(catalogue: pl.DataFrame,
     return ids, (brands, categories, PRICE_LEVELS + 1)
 
 
-def _value_ids(values: list[str], warm: np.ndarray) -> tuple[np.ndarray, int]:
+def value_ids(values: list[str], warm: np.ndarray) -> tuple[np.ndarray, int]:
     """Ids int32 [V] of values at least two warm items have, in their alphabetic order from 1."""
     counts = Counter(value for value, seen in zip(values, warm, strict=True) if seen and value)
     ids = {value: number for number, value in

@@ -1,0 +1,205 @@
+"""Ready-made sessions whose items have content: a directory of three files.
+
+    sessions.npz          as in `npz`; moreover, if it is there, `catalog_item` int [V + 1]: which
+                          item of the next file an id 1..V is (without it, id k is item k)
+    items.jsonl[.gz]      one JSON object per line: `item`, a number that no other line has; fields
+                          of words; if it has a picture, `image`, the name of its file
+    images.zip or images/ the pictures, by these names; may be missing
+
+Items that no session names are not in the catalogue.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import threading
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from tpad_jax.data import npz, text
+from tpad_jax.data.audit import audit
+from tpad_jax.data.pipeline import Data
+from tpad_jax.errors import InputError
+
+SESSIONS, ITEMS, IMAGES = 'sessions.npz', ('items.jsonl', 'items.jsonl.gz'), 'images'
+_BAD_ZIP = (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+
+
+class Pictures(Sequence):
+    """The encoded images by item id; b'' for the padding item 0 and where there is none.
+
+    Args:
+      place: a zip file or a folder. names: per item id the file in it, '' for none.
+    """
+
+    def __init__(self, place: Path | None, names: Sequence[str]):
+        self._place, self._names, self._lock = place, list(names), threading.Lock()
+        self._zip = zipfile.ZipFile(place) if place and place.is_file() else None
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, item: int) -> bytes:
+        return self.read([item])[0]
+
+    def read(self, items: Iterable[int]) -> list[bytes]:
+        """The encoded images of several item ids; b'' where one cannot be read."""
+        return [self._bytes(self._names[int(item)]) for item in items]
+
+    def _bytes(self, name):
+        if not name:
+            return b''
+        try:
+            if self._zip is None:
+                return (self._place / name).read_bytes()
+            with self._lock:  # one file position for all threads
+                return self._zip.read(name)
+        except _BAD_ZIP:
+            return b''  # counted with the broken images when it is decoded
+
+
+def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool, valid: float,
+         seed: int) -> Data:
+    """Reads the directory and holds out validation, as `npz.load` does.
+
+    Args:
+      directory: see above.
+      words: fields whose words make an item's text, in this order; a list's are put in a row.
+      sides: fields that are side features: equal values of two or more warm items share an id. A
+        field of lists becomes a side feature for each of its values, 1 where the list holds it.
+      ordered, valid, seed: see `npz.load`.
+
+    Returns:
+      pipeline.Data; item k is called by its `item` of items.jsonl, and `titles` are `title`.
+
+    Raises:
+      InputError: naming the file and what in it is wrong.
+    """
+    directory, words, sides = Path(directory), tuple(words), tuple(sides)
+    train, test, digest = npz.read(directory / SESSIONS)
+    train, held = npz.hold_out(train, ordered=ordered, valid=valid, seed=seed)
+    found = npz.data(train, held, test)
+    numbers = _numbers(directory / SESSIONS, found.num_items)
+    file = next((directory / name for name in ITEMS if (directory / name).is_file()), None)
+    if file is None:
+        raise InputError(f'{directory} holds no items.jsonl or items.jsonl.gz; put the items '
+                         'there, a JSON object per line, see tpad_jax/data/ready.py')
+    items, read = _items(file)
+    absent = [n for n in numbers[1:] if n not in items]
+    if absent:
+        raise InputError(f'{file} lacks {len(absent)} of {len(numbers) - 1} items of the sessions, '
+                         f'{absent[0]} among them; add their lines')
+    own = [{}, *(items[n] for n in numbers[1:])]
+    for field in (*words, *sides):
+        if not any(field in one for one in own):
+            raise InputError(f'{file}: no item has the field {field!r} that config.data.words or '
+                             'config.data.sides names; name others')
+    place = next((p for p in (directory / f'{IMAGES}.zip', directory / IMAGES) if p.exists()), None)
+    names = _image_names(place, own)
+    warm = np.append(found.warm, np.zeros(len(own) - len(found.warm), bool))
+    columns = [column for field in sides
+               for column in _columns([one.get(field) for one in own[1:]], warm[1:])]
+    side = np.zeros((len(own), len(sides)), np.int32)
+    if columns:
+        side[1:] = np.stack([ids for ids, _ in columns], axis=1)
+    whole = hashlib.sha256(f'{digest} {words} {sides} {ordered} {valid} {seed}'.encode())
+    for path in (file, place):
+        if path is not None and path.is_file():
+            whole.update(path.read_bytes())
+    if place is not None and place.is_dir():
+        for name in filter(None, names):
+            whole.update(name.encode() + (place / name).read_bytes())
+    return replace(
+        found, asins=['', *map(str, numbers[1:])], titles=[said(one.get('title')) for one in own],
+        texts=['. '.join(filter(None, (said(one.get(field)) for field in words))) for one in own],
+        image_bytes=Pictures(place, names), has_image=np.array([bool(n) for n in names]),
+        side=side, side_sizes=tuple(size for _, size in columns), warm=warm,
+        lines={'read': read, 'kept': len(own) - 1,
+               'rejected': {'in no session': read - len(own) + 1}},
+        audit=audit(train, held, test, warm, form='npz', ties=float('nan')),
+        fingerprint=whole.hexdigest())
+
+
+def said(value) -> str:
+    """The words of a field: a list's one after the other, a number's digits, '' of nothing."""
+    if isinstance(value, list):
+        return ' '.join(filter(None, map(said, value)))
+    return '' if value is None or isinstance(value, dict) else text.clean(str(value))
+
+
+def _columns(values, warm):
+    """[(ids int32 [V], how many there are)] of a field: one column, but of lists one per value.
+
+    Args:
+      values: per item, None for none. warm: bool [V].
+    """
+    if not any(isinstance(value, list) for value in values):
+        return [text.value_ids([said(value) for value in values], warm)]
+    held = [{said(x) for x in (value if isinstance(value, list) else [value])} - {''}
+            for value in values]
+    counts = Counter(x for own, seen in zip(held, warm, strict=True) if seen for x in own)
+    return [(np.array([x in own for own in held], np.int32), 2)
+            for x in sorted(x for x, count in counts.items() if count > 1)]
+
+
+def _numbers(file, last):
+    """The `item` of every id, int [V + 1]; [0] means nothing."""
+    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+        if 'catalog_item' not in arrays.files:
+            return list(range(last + 1))
+        found = arrays['catalog_item']
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or len(found) <= last:
+        raise InputError(f'{file}: catalog_item is {found.dtype} {list(found.shape)}; it must be '
+                         f'integers, one for every id 0..{last}')
+    twice = len(found) - 1 - len(np.unique(found[1:]))
+    if twice:
+        raise InputError(f'{file}: catalog_item names {twice} items for more than one id; leave '
+                         'one id for each')
+    return found.tolist()
+
+
+def _items(file):
+    """-> {number: object} and how many lines were read."""
+    opened, out, number = gzip.open if file.suffix == '.gz' else open, {}, 0
+    try:
+        with opened(file, 'rt', encoding='utf-8') as lines:
+            for number, line in enumerate(lines, 1):
+                one = json.loads(line)
+                item = one.get('item') if isinstance(one, dict) else None
+                if not isinstance(item, int) or isinstance(item, bool) or item in out:
+                    raise InputError(f'{file}, line {number}: every line is an object whose `item` '
+                                     'is a number that no other line has')
+                out[item] = one
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f'{file}, line {number or 1} cannot be read ({error}); it must be JSON in '
+                         'UTF-8, an object per line') from error
+    return out, number
+
+
+def _image_names(place, items):
+    """The picture's file of every item, '' where it names none or there is none."""
+    if place is None:
+        return [''] * len(items)
+    if place.is_dir():
+        there = {path.name for path in place.iterdir() if path.is_file()}
+    else:
+        try:
+            with zipfile.ZipFile(place) as file:
+                there = set(file.namelist())
+        except _BAD_ZIP as error:
+            raise InputError(f'{place} is no usable zip file ({error}); pack the pictures anew or '
+                             'put them into a folder images/') from error
+    names = [str(one.get('image') or '') for one in items]
+    if place.is_file():  # folders inside the zip do not matter
+        base = {PurePosixPath(name).name: name for name in there}
+        return [name if name in there else base.get(name, '') for name in names]
+    return [name if name in there else '' for name in names]
