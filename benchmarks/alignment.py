@@ -28,7 +28,7 @@ from rich.console import Console
 
 from benchmarks.mi import commit
 from configs import amazon
-from tpad_jax import losses, train, writers
+from tpad_jax import losses, training, writers
 from tpad_jax.data import batches
 from tpad_jax.job import Job
 from tpad_jax.models import tpad
@@ -114,7 +114,7 @@ def seconds(*calls, turns=15, least=0.2):
 def against_products(count=1024, width=256):
     """The losses of fixed shapes beside their products."""
     modules, params, features, batch = case((count, 1), width)
-    chosen = train.stage_losses(amazon.get_config(), 'transfer')
+    chosen = training.stage_losses(amazon.get_config(), 'transfer')
     picked = tuple(one for one in chosen if one[0] in LOSSES)
     run, operands, shapes = products(count, width)
     singles = [partial(alone((one,), modules), features, params, batch) for one in picked]
@@ -145,7 +145,7 @@ def of_joint_step():
         batch_size=stage.batch_size, seed=config.seed, shards=1, start_step=0, steps=stage.steps)
     batch = Batch(**jax.tree.map(jnp.asarray, next(drawn)))
     drawn.close()
-    step = jax.jit(partial(train.train_step, spec=spec, axis=None))
+    step = jax.jit(partial(training.train_step, spec=spec, axis=None))
     tree = unflatten_dict({**state.frozen, **state.params}, sep='/')
     out = jax.jit(partial(tpad.forward, spec.model, needs=spec.needs, fresh=spec.fresh))(
         tree, batch, catalogue, key=jax.random.key(0))

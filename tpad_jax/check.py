@@ -90,7 +90,8 @@ def check(config) -> tuple[str, ...]:
         _one_of(f'model.critics.{name}', kind, critics.KINDS)
     for row in names(config.model.recommend):
         _one_of('model.recommend', row, ('k', 'r', 'given', 'true'))
-    if 'true' in names(config.model.recommend) and (config.data.raw_dir or config.data.npz):
+    if 'true' in names(config.model.recommend) and (
+            config.data.raw_dir or config.data.npz or config.data.ready):
         raise InputError("config.model.recommend names 'true', the attributes the planted "
                          'catalogue was drawn with, and other data have none; name k, r or given')
     _check_rivals(config)
