@@ -50,18 +50,21 @@ def read(directory, **mllm):
 def test_which_teachers_are_taken(tmp_path):
     """Another base with the student's tokenizer and images; its sizes are its own."""
     assert read('') is None
-    directory = make_base(tmp_path / 'one', pretrained.DEFAULT, side=32, features=10)
+    directory = make_base(tmp_path / 'one', pretrained.DEFAULT, side=32, features=10, layers=1,
+                          width=WIDTH)
     found = read(directory)
-    assert found.reader.base.width == 24
+    assert found.reader.base.width == WIDTH
     params = found.load(None)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, found.shapes)
     with pytest.raises(InputError, match=r'a small base is float32; set config\.mllm\.teacher_dty'):
         read(directory, teacher_dtype='bfloat16')
     with pytest.raises(InputError, match=r'teacher=/nowhere holds no config\.json; give the dir'):
         read('/nowhere')
-    other = make_base(tmp_path / 'two', pretrained.DEFAULT, side=16)
+    sizes = (directory / 'config.json').read_text()
+    (directory / 'config.json').write_text(sizes.replace('"image_size": 32', '"image_size": 16'))
     with pytest.raises(InputError, match=r'made for images of 16 pixels, .* is 32; choose'):
-        read(other)
+        read(directory)
+    (directory / 'config.json').write_text(sizes)
     file = directory / 'tokenizer.json'
     words = json.loads(file.read_text())
     words['model']['merges'] = words['model']['merges'][:-1]
