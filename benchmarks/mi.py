@@ -41,7 +41,7 @@ FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('.json')
 NATS, WIDTHS, DATA, BATCHES = (1, 2, 4, 6, 8, 10), (5, 20), ('gaussian', 'cubed'), (128, 1024)
 STEPS, PAIRS, HIDDEN, WIDTH = 4000, 20_000, 128, 32
-RATE = {'infonce': 2e-3, 'mine': 2e-3, 'jsd': 2e-3, 'likelihood': 2e-3}  # and what each is read by
+RATE = {'infonce': 5e-3, 'mine': 5e-3, 'jsd': 5e-3, 'likelihood': 2e-3}  # and what each is read by
 READ = {'mine': ('mine', 'nwj'), 'infonce': ('infonce',), 'likelihood': ('vclub', 'l1out'),
         'jsd': ('jsd', 'smile')}
 JUDGED = 0.1  # relative distance of what has to be near
