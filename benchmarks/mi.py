@@ -142,11 +142,13 @@ def commit():
 
 
 def plan():
-    """Every training, what is judged first."""
+    """Every training, what decides first."""
     for data, width, nats in product(DATA, WIDTHS, NATS):
         yield 'club', data, width, nats, 0
-    for objective, batch in product(READ, BATCHES):
-        for data, width, nats in product(DATA, WIDTHS, NATS):
+    for batch, objective in ((1024, 'mine'), (1024, 'likelihood'), (1024, 'infonce'),
+                             (128, 'mine'), (128, 'likelihood'), (128, 'infonce'),
+                             (1024, 'jsd'), (128, 'jsd')):
+        for nats, width, data in product((4, 2, 1, 6, 8, 10), WIDTHS, DATA[::-1]):
             yield objective, data, width, nats, batch
 
 
