@@ -41,7 +41,7 @@ FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('.json')
 NATS, WIDTHS, DATA, BATCHES = (1, 2, 4, 6, 8, 10), (5, 20), ('gaussian', 'cubed'), (128, 1024)
 STEPS, PAIRS, HIDDEN, WIDTH = 4000, 20_000, 128, 32
-RATE = {'infonce': 2e-3, 'mine': 2e-3, 'jsd': 2e-3, 'likelihood': 2e-3}  # and what each is read by
+RATE = {'infonce': 5e-3, 'mine': 5e-3, 'jsd': 5e-3, 'likelihood': 2e-3}  # and what each is read by
 READ = {'mine': ('mine', 'nwj'), 'infonce': ('infonce',), 'likelihood': ('vclub', 'l1out'),
         'jsd': ('jsd', 'smile')}
 JUDGED = 0.1  # relative distance of what has to be near
@@ -142,11 +142,13 @@ def commit():
 
 
 def plan():
-    """Every training, what is judged first."""
+    """Every training, what decides first."""
     for data, width, nats in product(DATA, WIDTHS, NATS):
         yield 'club', data, width, nats, 0
-    for objective, batch in product(READ, BATCHES):
-        for data, width, nats in product(DATA, WIDTHS, NATS):
+    for batch, objective in ((1024, 'mine'), (1024, 'likelihood'), (1024, 'infonce'),
+                             (128, 'mine'), (128, 'likelihood'), (128, 'infonce'),
+                             (1024, 'jsd'), (128, 'jsd')):
+        for nats, width, data in product((4, 2, 1, 6, 8, 10), WIDTHS, DATA[::-1]):
             yield objective, data, width, nats, batch
 
 

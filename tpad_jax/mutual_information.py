@@ -35,7 +35,7 @@ BOUNDS = (*LOWER, *UPPER, *NEITHER)
 # from training pairs; SMILE reads jsd's, as its authors do; q is fitted by its likelihood.
 OBJECTIVE = {'infonce': 'infonce', 'mine': 'mine', 'nwj': 'mine', 'jsd': 'jsd', 'smile': 'jsd',
              'vclub': 'likelihood', 'l1out': 'likelihood'}
-SCALES = 1.0, 16.0  # of what a critic reads of standardised columns, see `Critic.scales`
+SCALES = 1.0, 8.0, 64.0  # of what a critic reads of standardised columns, see `Critic.scales`
 ROOM = 1.0  # nats below log N, from where on InfoNCE says little
 NOISE = 0.1  # of the log partition's deviation, from where on its bounds say little
 FITS = 0.25  # by what share squares and fourth powers of q's residuals may be off
@@ -76,7 +76,7 @@ class Training:
     critic: nn.Module
     batch: int = 256
     steps: int = 4000
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 1e-4
     clip: float = 1.0
     decay: float = 0.9
@@ -84,7 +84,7 @@ class Training:
 
 
 def estimate(key, x, y, *, bound='infonce', critic='separable', hidden=256, width=64, batch=256,
-             steps=4000, learning_rate=2e-3, weight_decay=1e-4, held_out=0.3, level=0.95, clip=5.0,
+             steps=4000, learning_rate=5e-3, weight_decay=1e-4, held_out=0.3, level=0.95, clip=5.0,
              chunk=1024) -> Estimate:
     """Fit a critic on one part of the pairs and report a bound of I(x; y) on another.
 
@@ -104,13 +104,13 @@ def estimate(key, x, y, *, bound='infonce', critic='separable', hidden=256, widt
       InputError: an unknown bound or critic, arrays that do not go together, too few pairs.
     """
     x, y = _checked(x, y, bound, batch, held_out)
+    fitted = module(bound, critic, hidden, width)
     split, train = jax.random.split(key)
     order = np.asarray(jax.random.permutation(split, len(x)))
     fresh, choose, rest = np.split(order, np.cumsum(
         [int(held_out * len(x)), int(0.1 * (1 - held_out) * len(x))]))
     x, y = (_standard(part, part[rest]) for part in (x, y))
-    spec = Training(OBJECTIVE[bound], module(bound, critic, hidden, width), batch,
-                    steps, learning_rate, weight_decay)
+    spec = Training(OBJECTIVE[bound], fitted, batch, steps, learning_rate, weight_decay)
     pairs = {'train': (x[rest], y[rest]), 'check': (x[choose], y[choose])}
     score, curve = fit(train, pairs, spec, from_pairs)
     seen = tuple(part[rest[:len(fresh)]] for part in (x, y))
@@ -339,12 +339,11 @@ def _paired(bound, score, x, y, seen, clip, chunk):
     variance = (n - 1) / n * ((theta[1:] - theta[1:].mean())**2).sum()
     noise = 0.0
     if bound in ('mine', 'nwj'):
-        partition = np.log(rest[0]) + top
-        # of the log partition; where exp(score) is the ratio of the densities
-        missed = np.exp(np.logaddexp.reduce(own) - np.log(n) - partition) / n / (n - 1)
-        scale = np.exp(2 * partition) if bound == 'nwj' else 1.0
-        noise = missed**0.5
-        variance += missed * scale
+        partition = np.log(rest) + top
+        # of the log partition, where exp(score) is the ratio of the densities
+        missed = np.exp(np.logaddexp.reduce(own) - np.log(n) - partition[0]) / n / (n - 1)
+        noise = ((n - 1) * partition[1:].var() + missed)**0.5
+        variance += missed * (np.exp(2 * partition[0]) if bound == 'nwj' else 1.0)
     return float(theta[0]), float(variance**0.5), float(noise)
 
 

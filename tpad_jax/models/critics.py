@@ -1,5 +1,6 @@
 """Critics: score functions of pairs, and vCLUB's variational family."""
 
+import math
 from collections.abc import Callable
 
 import flax
@@ -36,7 +37,7 @@ class Critic(nn.Module):
       normalise: 'separable' compares vectors of length one, times a learned scale, so that scores
         stay within +- that scale; False: they are as long as they like, which an estimate of many
         nats needs.
-      scales: MLPs read asinh(s x) for each s of these, and not x: heavy tails come near, and what
+      scales: MLPs read asinh(s x) / asinh(s) for each s, and not x: heavy tails come near, and what
         happens about zero is seen. (): x itself.
     """
 
@@ -58,7 +59,8 @@ class Critic(nn.Module):
         """
         hidden = self.hidden or self.width
         if self.scales and self.kind in ('separable', 'concatenated'):
-            x, y = (jnp.concatenate([jnp.arcsinh(s * n) for s in self.scales], -1) for n in (x, y))
+            x, y = (jnp.concatenate([jnp.arcsinh(s * n) / math.asinh(s) for s in self.scales], -1)
+                    for n in (x, y))
         match self.kind:
             case 'dot':
                 a, b = unit(x), unit(y)
