@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tpad_jax import config, losses
-from tpad_jax.losses import checking
+from tpad_jax.losses import checking, example
 from tpad_jax.losses.example import REPLICAS, B, D, N, V, make, make_params, named
 from tpad_jax.models import critics, tpad
 
@@ -219,7 +219,7 @@ def test_chunked_is_whole(kind, fns):
     assert {fn.__name__ for fn in CHUNKED} >= {'infonce', 'mine', 'nwj', 'jsd', 'smile', 'l1out'}
     batch, raw = make(0)
     params = make_params(2)
-    raw = foretold(params, raw)
+    raw = example.foretold(params, raw)
     critic = critics.Critic(kind, 6)
     shape = jax.eval_shape(critic.init, jax.random.key(0), raw['k'][0], raw['c'][0])['params']
     params['critic.align'] = {'params': jax.tree.map(

@@ -232,7 +232,7 @@ def test_unusable_config_spaces_are_refused(tmp_path, runs):
     config.search.space.model = ConfigDict(dict(widht=('int', 8, 64)))
     with pytest.raises(InputError, match=r'names model.widht, which the config has not'):
         search_lib.search_config(config, tmp_path, trials=1)
-    config.search.space.model = ConfigDict(dict(width=('float', 8, 100)))
+    config.search.space.model = ConfigDict(dict(width=('float', 8, 150)))
     with pytest.raises(InputError, match=r'model.width proposes .* another type'):
         search_lib.search_config(config, tmp_path, trials=9)
 

@@ -26,7 +26,7 @@ WAYS = {'jit': 1, 'pmap': 8, 'shard_map': 8}
 V, N, T, SIDE, STEPS, ROWS = 20, 4, 6, 8, 5, 16
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8, 8), vision_layers=1)
 # Plain SGD, so that a gradient N times too large shows; each moves parameters by 1e-2 and more.
-RATES = dict(knowledge=0.02, transfer=0.01, recommend=0.02, joint=0.005)
+RATES = dict(knowledge=0.02, transfer=0.01, recommend=0.3, joint=0.005)
 
 
 def make_data(seed=0):

@@ -15,7 +15,8 @@ B, N, V, D, M, T, W, REPLICAS = 16, 3, 9, 4, 2, 5, 11, 8
 # Widths of the outputs that `models.tpad.forward` names; one that a new loss reads is added here.
 POSITIONS = {'k': M * D, 't': D, 'c': D, 'p': D, 'r': D, 'r_next': D, 'h_each': D}
 TEXTS = ('describe', 'foretell')
-STATES = ('k.text', 'r.text', 'k.image', 'r.image')  # with as many tokens as the texts
+# with as many tokens as the texts
+STATES = ('k.text', 'r.text', 'teacher.text', 'k.image', 'r.image', 'teacher.image')
 CRITICS = {'align': critics.Critic('separable', 6), 'distil': critics.Critic('bilinear', 6)}
 CLUB = critics.GaussianQ(6)
 
@@ -64,7 +65,8 @@ def named(params, raw, batch):
     out = {n: x @ params[n] if n in params else x for n, x in raw.items()}
     warm = jnp.arange(V + 1) < V - 1  # the last two items are cold; row 0 is padding
     out |= {'items': batch.items, 'next': batch.next, 'warm': warm.at[0].set(False),
-            'z': params['z'], 'vocabulary': params['vocabulary'],
+            'z': params['z'], **dict.fromkeys(('vocabulary', 'teacher.vocabulary'),
+                                              params['vocabulary']),
             'popularity': 1.0 + jnp.arange(V + 1) % 3, 'cluster': jnp.arange(V + 1) % D}
     # which tokens are there: of an image all or none, in one row of three
     out['text.there'] = raw['describe.tokens'] >= 0
