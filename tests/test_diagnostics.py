@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tpad_jax import diagnostics, feature_figure, losses, probes, snapshots
-from tpad_jax.models.critics import Critic, GaussianQ
+from tpad_jax.models.critics import GaussianQ, Score
 from tpad_jax.types import Batch
 
 RNG = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def test_log_q_is_the_gain_over_what_the_mean_and_variances_say():
     q = GaussianQ(8)
     params = q.init(jax.random.key(0), c[0], p[0])
     batch = types.SimpleNamespace(mask=np.arange(12).reshape(4, 3) % 5 > 0)
-    found = losses.club_fit({'c': c, 'p': p, 'club': lambda a, b: q.apply(params, a, b)}, batch)
+    found = losses.club_fit({'c': c, 'p': p, 'club': Score(q, params['params'])}, batch)
     moments = params['params']['moments']
     hidden = jax.nn.gelu(c @ moments['in']['kernel'] + moments['in']['bias'])
     mean, log_var = np.split(hidden @ moments['out']['kernel'] + moments['out']['bias'], 2, -1)
@@ -118,14 +118,16 @@ def test_log_q_is_the_gain_over_what_the_mean_and_variances_say():
     np.testing.assert_allclose(found.metrics['log_q'], gain.mean(-1), atol=1e-5)
 
 
-def test_a_critic_of_two_towers_is_asked_where_it_lays_a_pair():
-    x, y = (RNG.normal(size=(5, n)).astype(np.float32) for n in (6, 4))
-    critic = Critic('separable', 8)
-    params = critic.init(jax.random.key(0), x, y)['params']
-    a, b = snapshots._embedded(critic, params, x, y)
-    np.testing.assert_allclose(np.exp(params['log_scale']) * a @ b.T,
-                               critic.apply({'params': params}, x, y), rtol=1e-5, atol=1e-5)
-    assert snapshots._embedded(Critic('bilinear', 8), {}, x, y) is None
+def test_a_modality_of_k_is_drawn_in_its_own_place(tmp_path):
+    x = RNG.normal(size=(4, 3)).astype(np.float32)
+    (tmp_path / 'diagnostics').mkdir()
+    assert snapshots.clouds(tmp_path) is None
+    for moment in ('before', 'after'):
+        (tmp_path / 'diagnostics' / f'transfer-{moment}.json').write_text('{}')
+        np.savez(tmp_path / 'diagnostics' / f'transfer-{moment}.npz', k_image=x, k_text=2 * x)
+    title, _, _, found = snapshots.clouds(tmp_path)
+    assert title == 'before transfer'
+    np.testing.assert_array_equal(found['k_image'] + found['k_text'], np.hstack([x, 2 * x]))
 
 
 def test_content_of_a_part_is_its_own_items():

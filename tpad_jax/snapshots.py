@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tpad_jax import diagnostics, losses, probes, writers
 from tpad_jax.data import batches, sessions, wording
-from tpad_jax.models import critics, tpad
+from tpad_jax.models import tpad
 from tpad_jax.models.knowledge import MODALITIES
 from tpad_jax.parallel import compiled
 from tpad_jax.types import Batch
@@ -38,7 +38,8 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
 
     Args:
       job: job.Job with the parameters and rows of that moment. moment: 'before' or 'after'.
-      spec: training.StepSpec of the stage. encoder: encode.Encoder of the rows the stage makes.
+      spec: training.StepSpec of the stage; 0: it has no step, and only items are looked at.
+      encoder: encode.Encoder of the rows the stage makes.
 
     Returns:
       What the file holds; None where the config or the stage asks for nothing.
@@ -93,16 +94,21 @@ def collect(workdir) -> dict:
 def clouds(workdir) -> tuple[str, dict, str, dict] | None:
     """The clouds before alignment and after its last stage: (title, {name: array}), each.
 
-    A cloud is float32 [n, D]; 'items' and 'at', 'next' are the item ids of their rows.
+    A cloud is float32 [n, M D], a modality of k in its own of the M places, as in r and c; 'items'
+    and 'at', 'next' are the item ids of their rows.
     """
     directory = workdir / 'diagnostics'
-    last = next((s for s in ('joint', 'transfer') if (directory / f'{s}-after.json').is_file()),
-                None)
-    first = directory / 'transfer-before.npz'
-    if last is None or not first.is_file():
+    run = [stage for stage in ('transfer', 'joint') if all(  # and did not only hand on its rows
+        (directory / f'{stage}-{moment}.json').is_file() for moment in MOMENTS[stage])]
+    if not run:
         return None
-    return ('before transfer', _load(first),
-            f'after {last}', _load(directory / f'{last}-after.npz'))
+    both = [_load(directory / f'{run[0]}-before.npz'), _load(directory / f'{run[-1]}-after.npz')]
+    for found in both:
+        for i, name in enumerate(MODALITIES):
+            width = found[f'k_{name}'].shape[1]
+            found[f'k_{name}'] = np.pad(found[f'k_{name}'], (
+                (0, 0), (i * width, (len(MODALITIES) - 1 - i) * width)))
+    return f'before {run[0]}', both[0], f'after {run[-1]}', both[1]
 
 
 def labels(job) -> dict[str, np.ndarray]:
@@ -141,16 +147,16 @@ def _look(job, stage, moment, spec, encoder):
     """What a file holds, and the clouds."""
     rows = _sessions(job)
     ids = np.union1d(rows.items, rows.next)  # of the padding item, too
-    k = np.asarray(job.catalogue['k'][ids], np.float32)
+    k = np.asarray(job.catalogue['k'])[ids].astype(np.float32)
     found = {f'k_{name}': k[1:, i] for i, name in enumerate(MODALITIES)}
     out = {'sessions': len(rows.target), 'pairs': {}, 'held_out': {}, 'probes': {}}
     kept = {'items': ids[1:]}
     if stage != 'knowledge':
-        r = (job.catalogue['r'][ids] if 'r' in job.catalogue
+        r = (np.asarray(job.catalogue['r'])[ids] if 'r' in job.catalogue
              else encoder.some(job.nested(), ids)['r'])
-        r = np.array(r, np.float32)
         r[0] = 0  # as in the catalogue; what the encoder read for it is none
         found['r'] = r[1:].reshape(len(r) - 1, -1)
+    if stage != 'knowledge' and spec:
         params = job.devices.share({n: p for n, p in job.nested().items() if n != 'recommender'})
         of = _positions(job, stage, spec.model, params, rows, ids, {'k': k, 'r': r})
         some = min(len(rows.target), max(2, job.config.stage[stage].batch_size))
@@ -245,21 +251,12 @@ def _meter(model: tpad.TPAD, chosen: tuple):
         state = {name: fn.initial_state() for name, fn, _, _ in weighed
                  if hasattr(fn, 'initial_state')}
         _, _, logged = losses.combine(weighed, {**out, **of}, batch, state)
-        embedded = {name: _embedded(critic, params['critic'][name], *(
+        laid = {name: out[f'critic.{name}'].factors(*(
             of[x].reshape(-1, of[x].shape[-1]) for x in PAIRS[name]))
-            for name, critic in model.critics if name in PAIRS}
-        return logged, {name: both for name, both in embedded.items() if both is not None}
+            for name, _ in model.critics if name in PAIRS}
+        return logged, {name: both for name, both in laid.items() if both is not None}
 
     return compiled(measure)
-
-
-def _embedded(critic, params, x, y):
-    """x and y as a critic of two towers lays them on one sphere; None: it does not, or is none."""
-    if critic.kind != 'separable':
-        return None
-    tower = critics.MLP(critic.width, critic.width)
-    return tuple(critics.unit(tower.apply({'params': params[name]}, a))
-                 for name, a in (('x', x), ('y', y)))
 
 
 def _batch(rows, ids, part: slice, size: int) -> Batch:
