@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app
+from absl import app, logging
 from flax.traverse_util import unflatten_dict
 from rich.console import Console
 
@@ -36,7 +36,13 @@ from tpad_jax.models.critics import Critic, GaussianQ, Score
 from tpad_jax.types import Batch
 
 LOSSES = ('align', 'distil', 'disentangle')
-BARS = {'to_products': 3.0, 'of_joint_step': 0.10}
+PRODUCTS = ('align + distil + disentangle, batch {batch:,}, width {width}: {milliseconds:.1f} ms '
+            'forward and backward, their products ({gflop:.1f} GFLOP) {products_milliseconds:.1f} '
+            'ms: ratio {ratio:.2f} (bar 3); each alone, ms: {each}')
+MEMORY = ('InfoNCE on {pairs:,} pairs of width {width}, forward and backward, GiB the compiler '
+          'plans: whole {whole:.2f}, in blocks of {chunk} rows {chunked:.3f}')
+JOINT = ('joint step of {rows} x {positions} positions: {step_milliseconds:.0f} ms, these losses '
+         '{milliseconds:.1f} ms: share {share:.3f} (bar 0.1)')
 FEATURES = ('k', 'c', 'p', 'r_next')
 
 
@@ -157,7 +163,8 @@ def of_joint_step():
     times = seconds(partial(step, state, batch, catalogue),
                     partial(alone(picked, modules), features, params, batch), turns=9)
     return {'step_milliseconds': 1e3 * np.median(times[:, 0]),
-            'milliseconds': 1e3 * np.median(times[:, 1]), 'shape': batch.items.shape,
+            'milliseconds': 1e3 * np.median(times[:, 1]),
+            'rows': len(batch.items), 'positions': batch.items.shape[1],
             'share': np.median(times[:, 1] / times[:, 0])}
 
 
@@ -166,31 +173,25 @@ def memory(count=32_768, width=64, chunk=512):
     modules, params, features, batch = case((8, 1), width)
     grown = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype),
                          (features, batch))
-    out = {}
-    for size in (0, chunk):
+    out = {'pairs': count, 'width': width, 'chunk': chunk}
+    for name, size in (('whole', 0), ('chunked', chunk)):
         picked = (('align', losses.infonce, 1.0, {'chunk': size}),)
         planned = alone(picked, modules).lower(grown[0], params, grown[1]).compile()
-        out[f'chunk_{size}'] = planned.memory_analysis().temp_size_in_bytes / 2**30
-    return {'pairs': count, 'width': width, **out}
+        out[name] = planned.memory_analysis().temp_size_in_bytes / 2**30
+    return out
 
 
 def main(argv):
-    """Measure, print, write the JSON."""
+    """Measure, print and write, part by part."""
     del argv
-    found = {'memory_gib': memory(), 'products': against_products(), 'joint': of_joint_step()}
-    planned, one, joint = found.values()
-    print(f'align + distil + disentangle, batch {one["batch"]:,}, width {one["width"]}: '
-          f'{one["milliseconds"]:.1f} ms forward and backward '
-          + str({n: round(t, 1) for n, t in one['each'].items()})
-          + f'; their products {one["products_milliseconds"]:.1f} ms ({one["gflop"]:.1f} GFLOP); '
-          f'ratio {one["ratio"]:.2f} (bar {BARS["to_products"]})')
-    print(f'joint step, {joint["shape"]} positions: {joint["step_milliseconds"]:.0f} ms, of which '
-          f'these losses {joint["milliseconds"]:.1f} ms: {100 * joint["share"]:.1f} % '
-          f'(bar {100 * BARS["of_joint_step"]:.0f} %)')
-    print(f'InfoNCE on {planned["pairs"]:,} pairs, GiB planned: {planned}')
-    writers.write_json(Path(__file__).with_suffix('.json'), {
-        'commit': commit(), 'date': datetime.now(UTC).strftime('%Y-%m-%d'),
-        'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__, **found})
+    logging.set_verbosity(logging.WARNING)
+    found = {'commit': commit(), 'date': datetime.now(UTC).strftime('%Y-%m-%d'),
+             'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__}
+    for name, measure, shown in (('products', against_products, PRODUCTS), ('memory_gib', memory,
+                                 MEMORY), ('joint', of_joint_step, JOINT)):
+        found[name] = measure()
+        print(shown.format(**found[name]), flush=True)
+        writers.write_json(Path(__file__).with_suffix('.json'), found)
 
 
 if __name__ == '__main__':

@@ -130,6 +130,22 @@ def test_a_modality_of_k_is_drawn_in_its_own_place(tmp_path):
     np.testing.assert_array_equal(found['k_image'] + found['k_text'], np.hstack([x, 2 * x]))
 
 
+def test_items_are_coloured_by_what_is_known_of_them():
+    def job(side, sizes, ready):
+        data = types.SimpleNamespace(side=np.pad(side, ((1, 0), (0, 0))), side_sizes=sizes,
+                                     num_items=len(side))
+        return types.SimpleNamespace(planted=None, data=data, config=types.SimpleNamespace(
+            data=types.SimpleNamespace(ready=ready)))
+
+    raw = job(np.array([[1, 2, 3], [0, 0, 1]]), (3, 4, 11), '')
+    assert snapshots.category(raw).tolist() == [1, -1]
+    assert snapshots.labels(raw)['brand'].tolist() == [0, -1]
+    lists = job(np.array([[5, 0, 1], [0, 1, 1], [2, 0, 0]]), (9, 2, 2), 'a folder')
+    assert snapshots.category(lists).tolist() == [1, 0, -1]
+    assert snapshots.labels(lists)['side_2'].tolist() == [1, 1, 0]
+    assert snapshots.category(job(np.zeros((4, 0), int), (), 'a folder')).tolist() == [-1] * 4
+
+
 def test_content_of_a_part_is_its_own_items():
     ids = np.array([0, 3, 5, 8, 9])
     content = types.SimpleNamespace(

@@ -55,7 +55,7 @@ def write(directory, *, zipped=True, lines=None, **changes):
 
 
 def load(directory, **changes):
-    options = dict(words=WORDS, sides=('year', 'genres', 'tags'), ordered=True, valid=0.1, seed=0)
+    options = dict(words=WORDS, sides=('year', 'genres'), ordered=True, valid=0.1, seed=0)
     return ready.load(directory, **{**options, **changes})
 
 
@@ -68,7 +68,7 @@ def test_ids_texts_pictures_and_side_features_join(tmp_path, zipped):
     assert data.texts[2] == 'Comedy. 1990. Film & 2'
     np.testing.assert_array_equal(data.has_image, [False, *[True] * 7, False])
     assert data.image_bytes.read([0, 3, 8]) == [b'', picture((60, 0, 0)), b'']
-    year, comedy, war = data.side.T  # of tags, one item alone has one, which says nothing
+    year, comedy, war = data.side.T
     np.testing.assert_array_equal(year, [0, 2, 1, 2, 1, 2, 1, 2, 1])
     np.testing.assert_array_equal(comedy, [0, *[1] * 8])
     np.testing.assert_array_equal(war, [0, 1, 0, 1, 0, 1, 0, 1, 0])

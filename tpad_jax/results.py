@@ -226,7 +226,7 @@ def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> 
     figures.mutual_information(log, out / 'mutual_information.png', held)
     clouds = snapshots.clouds(job.workdir)
     if clouds is not None:
-        feature_figure.draw(*clouds, snapshots.labels(job)['category'], out / 'features.png')
+        feature_figure.draw(*clouds, snapshots.category(job), out / 'features.png')
 
     def curve(rank):
         return metrics.hit(rank['above'][:, None], rank['equal'][:, None], CURVE).mean(0)

@@ -115,7 +115,27 @@ def labels(job) -> dict[str, np.ndarray]:
     """What is known of items 1..V: {attribute: int [V]}, below 0 where it is not."""
     if job.planted is not None:
         return dict(zip(wording.ATTRIBUTES, job.attributes.T, strict=True))
-    return dict(zip(SIDE, job.data.side[1:].T - 1, strict=True))
+    data = job.data
+    several = SIDE if len(data.side_sizes) == len(SIDE) and not job.config.data.ready else [
+        f'side_{i}' for i in range(len(data.side_sizes))]
+    return {name: ids if size == 2 and name not in SIDE else ids - 1  # of two, 0 is "not so"
+            for name, ids, size in zip(several, data.side[1:].T, data.side_sizes, strict=False)}
+
+
+def category(job) -> np.ndarray:
+    """The one label of items 1..V that a figure colours them by, int [V], below 0 for none.
+
+    The category, where there is one; else the first value that holds of those of a field of lists;
+    else the first side feature.
+    """
+    known = labels(job)
+    if 'category' in known:
+        return known['category']
+    held = [ids for ids, size in zip(known.values(), job.data.side_sizes, strict=False)
+            if size == 2]
+    if len(held) > 1:
+        return np.where(np.any(held, axis=0), np.argmax(held, axis=0), -1)
+    return next(iter(known.values()), np.full(job.data.num_items, -1))
 
 
 def shown(chosen: tuple) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     warm = np.append(found.warm, np.zeros(len(own) - len(found.warm), bool))
     columns = [column for field in sides
                for column in _columns([one.get(field) for one in own[1:]], warm[1:])]
-    side = np.zeros((len(own), len(sides)), np.int32)
+    side = np.zeros((len(own), len(columns)), np.int32)
     if columns:
         side[1:] = np.stack([ids for ids, _ in columns], axis=1)
     whole = hashlib.sha256(f'{digest} {words} {sides} {ordered} {valid} {seed}'.encode())
