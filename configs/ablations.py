@@ -23,7 +23,7 @@ ABLATIONS = {
     # in place of K's own reading for r
     'adapter_only': {'model.reread': False},
     'random_adapter': {'stages': 'knowledge,recommend', 'model.recommend': 'k',
-                       'model.feature_hidden': 128},
+                       'model.feature_hidden': 256},
     'merging': {'model.blend.kind': 'mean', 'stage.transfer.fresh': '',
                 'losses.distil.weight': 0.0, 'losses.discrepancy.weight': 0.0},
     # what a recommender is given

@@ -67,7 +67,7 @@ def get_config():
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
         recommend=stage(batch_size=512, steps=600, learning_rate=4e-3, eval_every=50, patience=5,
                         train=r'^recommender/', weight_decay=1.0),
-        joint=stage(batch_size=64, steps=16, learning_rate=2e-4, eval_every=8, patience=5,
+        joint=stage(batch_size=64, steps=8, learning_rate=2e-4, eval_every=8, patience=5,
                     fresh='k,r', refresh_every=8, weight_decay=0.1,
                     train=r'^(lora|knowledge|transfer|disentangle|adapter|club|critic|recommender)/'),
     ))
@@ -145,7 +145,7 @@ def model():
         use_id=True,  # False: content only
         use_side=True,  # brand, category and price level, where the catalogue has them
         id_dropout=0.2,  # share of warm items that meet the cold items' shared embedding
-        feature_hidden=0,  # of an MLP that content features pass on their way into z; 0: none
+        feature_hidden=128,  # of an MLP that content features pass on their way into z; 0: none
         feature_dropout=0.0,  # on the content features
         encoder='sr_gnn',  # of sessions: 'sr_gnn', 'gce_gnn' or 'attention'
         normalise=True,  # items and sessions have length one, and a temperature is learned
