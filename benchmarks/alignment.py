@@ -130,7 +130,7 @@ def against_products(count=1024, width=256):
     return {'milliseconds': 1e3 * np.median(times[:, 0]), 'batch': count, 'width': width,
             'products_milliseconds': 1e3 * np.median(times[:, 1]), 'gflop': work / 1e9,
             'ratio': np.median(times[:, 0] / times[:, 1]), 'ratios': times[:, 0] / times[:, 1],
-            'each': {one[0]: 1e3 * t for one, t in
+            'each': {one[0]: round(1e3 * float(t), 1) for one, t in
                      zip(picked, np.median(times[:, 2:], axis=0), strict=True)}}
 
 
