@@ -212,7 +212,7 @@ def test_files_of_a_run(whole):
             assert ranks[f'{name}/above'].shape == ranks[f'{name}/equal'].shape == (rows,)
         hits = (ranks['pop/above'] < 20).mean()
         assert abs(hits - results['models']['pop']['test']['hit@20']) < 0.15  # but for ties
-    for name, width in (('k', (2, WIDTH)), ('r', (WIDTH,))):
+    for name, width in (('k', (2, WIDTH)), ('r', (2 * WIDTH,))):
         rows = features.read(workdir / 'features' / 'joint', name)
         assert rows.shape == (41, *width)
         assert not rows[0].any()
