@@ -11,7 +11,7 @@ from configs import base
 
 
 def get_config():
-    """Films. The recommender is what did best of a few on validation; the stages before are untuned."""
+    """The recommender is the best of a few on validation; the stages before it are untuned."""
     c = base.get_config()
     c.name = 'movielens'
     c.stages = 'knowledge,transfer,recommend'
