@@ -74,7 +74,7 @@ def mutual_information(log_path, out_png, held=None):
     Args:
       log_path: log.jsonl. out_png: file to write.
       held: {stage: {'before' | 'after': {name: number}}}, the same on sessions the stage does not
-        train on: open circles at its first and last step.
+        train on: open circles at its beginning and end.
 
     Returns:
       False, and no file, where no stage logs one.
@@ -208,7 +208,7 @@ def _mark(axis, color, name, steps, values, curves, held):
     ceiling = [(s, v + room[s]) for s, v in zip(steps, values, strict=True) if s in room]
     if ceiling:
         axis.plot(*zip(*ceiling, strict=True), ':', color=color, lw=1)
-    for moment, step in (('before', steps[0]), ('after', steps[-1])):
+    for moment, step in (('before', 0), ('after', steps[-1])):
         if name in held.get(moment, {}):
             axis.plot(step, held[moment][name], 'o', color=color, mfc='white', ms=5)
 
