@@ -46,7 +46,7 @@ def check(config) -> tuple[str, ...]:
         if loss.fn == 'mdist':
             _check_divergence(name, loss)
     _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
-    _check_blend(config.model.blend)
+    _check_blend(config.model)
     _at_least(1, 'model_shards', config.model_shards)
     shards = parallel.choose(config.parallel, config.devices, config.model_shards).shards
     for stage in stages:
@@ -208,8 +208,12 @@ def _check_divergence(name, loss):
         raise InputError(f'config.losses.{name}.skew={loss.skew} must be in 0..1, below 1')
 
 
-def _check_blend(c):
-    """Refuse a blend of adapters that cannot be made."""
+def _check_blend(model):
+    """Refuse a blend of adapters that cannot be made, or that nothing would read."""
+    c = model.blend
+    if c.kind and not model.reread:
+        raise InputError(f'config.model.blend.kind={c.kind} makes an adapter that K reads items '
+                         'again under, and config.model.reread=False reads none; leave one out')
     if c.kind:
         _one_of('model.blend.kind', c.kind, blend.KINDS)
         handover.parts(c)
