@@ -43,8 +43,14 @@ FORMS = {'next_item_in_chunks': partial(losses.next_item, chunk=4, smoothing=0.1
 FORMS['mine_in_chunks'].initial_state = losses.mine.initial_state
 
 
-@pytest.mark.parametrize('fn', [*PUBLIC, *FORMS.values()],
-                         ids=[*(fn.__name__ for fn in PUBLIC), *FORMS])
+# What the default run trains by is tested every time, the others with `-m slow`.
+DEFAULT = {entry.fn for entry in config.losses().values() if entry.weight} | {'mine'}
+EVERY = {fn.__name__: fn for fn in PUBLIC} | FORMS
+
+
+@pytest.mark.parametrize('fn', [
+    pytest.param(fn, id=name, marks=() if name in DEFAULT else pytest.mark.slow)
+    for name, fn in EVERY.items()])
 def test_contract(fn):
     """Shape, finite, padding without influence, nothing but padding, 1 device == 8."""
     fn, keywords = (fn.func, fn.keywords) if isinstance(fn, partial) else (fn, {})

@@ -67,7 +67,8 @@ def test_errors_are_honest():
         assert covered > 0.88
 
 
-@pytest.mark.parametrize('bound', ['mine', 'nwj', 'infonce', 'vclub'])
+@pytest.mark.parametrize('bound', [
+    'mine', *(pytest.param(n, marks=pytest.mark.slow) for n in ('nwj', 'infonce', 'vclub'))])
 def test_estimate_finds_what_is_known(bound):
     x, y = pairs(0, 6000, 0.8)
     found = mi.estimate(jax.random.key(0), x, y, bound=bound, **SMALL)
