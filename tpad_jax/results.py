@@ -29,7 +29,6 @@ from tpad_jax.recommend import top
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
-SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 SHOWN, PICTURE = 6, 64  # sessions on the contact sheet, pixels of a picture on it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
