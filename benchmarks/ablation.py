@@ -36,13 +36,14 @@ DIGITS = 9000  # a session's sums, at most 7, are kept as 16-bit multiples of 1 
 READS = 'features', 'lora_rank', 'lora_alpha', 'lora_targets', 'withhold', 'word_dropout'
 PARTS = ('full', 'without_transfer', 'adapter_only', 'random_adapter', 'merging',
          'without_generation', 'without_disentanglement', 'without_alignment',
-         'without_distillation', 'without_discrepancy', 'longer_knowledge', 'joint')
+         'without_distillation', 'without_discrepancy', 'longer_knowledge', 'longer_transfer',
+         'joint')
 # A study: its names, the first being what the others are compared with, training sessions and
 # seeds, and what it changes of all its configs.
 STUDIES = {
     'claim': dict(names=('without_transfer', 'true_attributes',
                          *(n for n in PARTS if n != 'without_transfer')),
-                  sizes=(500, 1500, 6000), seeds=range(5), changes={'stage.transfer.steps': 120}),
+                  sizes=(500, 1500, 6000), seeds=range(5), changes={}),
     'parts': dict(names=(*PARTS, 'without_knowledge', 'frozen_raw', 'id_only', 'content_only',
                          'true_attributes'), sizes=(6000,), seeds=range(3), changes={}),
 }

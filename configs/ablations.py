@@ -26,6 +26,8 @@ ABLATIONS = {
                        'model.feature_hidden': 256},
     'merging': {'model.blend.kind': 'mean', 'stage.transfer.fresh': '',
                 'losses.distil.weight': 0.0, 'losses.discrepancy.weight': 0.0},
+    # five times the distillation, at the step whose T foretells validation best
+    'longer_transfer': {'stage.transfer.steps': 360, 'stage.transfer.eval_every': 60},
     # what a recommender is given
     'longer_knowledge': {'stages': 'knowledge,recommend', 'model.recommend': 'k',
                          'stage.knowledge.steps': 180},

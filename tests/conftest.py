@@ -1,6 +1,7 @@
 """Eight fake CPU devices and a quick compiler for every test."""
 
 import os
+from pathlib import Path
 
 FLAGS = ('--xla_force_host_platform_device_count=8',
          # a fifth of the compile time, which is most of what these tests would take
@@ -8,3 +9,7 @@ FLAGS = ('--xla_force_host_platform_device_count=8',
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+# What takes long to compile is kept, here and in what tests start: runs are many and alike.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR',
+                      str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')

@@ -1,6 +1,7 @@
 """Losses from outside the tree: own parameters, schedules, refusals; the pages about it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from tests import test_job
 from tpad_jax import config, fitting, job, losses, training
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.losses import __main__ as command
@@ -24,6 +26,7 @@ from tpad_jax.types import Batch, Loss
 
 ROOT = Path(__file__).parents[1]
 HERE = 'test_extension'
+base_dir, small = test_job.base_dir, test_job.config
 B, N, D = 8, 2, 4
 
 
@@ -321,14 +324,10 @@ def test_the_command_refuses_in_words(capsys):
 
 
 @pytest.mark.slow
-def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(tmp_path):
-    c = config.get_config()
-    config.tiny(c)
-    c.parallel, c.save_every, c.stages = 'jit', 3, 'knowledge,transfer,recommend,joint'
-    c.data.planted.update(items=40, train=120, valid=20, test=30)
-    c.rivals, c.xla_flags = {}, ''
-    for name in ('knowledge', 'transfer', 'recommend', 'joint'):
-        c.stage[name].update(steps=6, batch_size=16)
+def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small, tmp_path):
+    c = test_job.changed(small, rivals={}, diagnostics=0, save_every=3, stage__transfer__steps=6,
+                         stage__joint__steps=6)
+    c.unlock()
     c.losses.mine = ConfigDict(dict(
         fn=f'{HERE}:headed', module=f'{HERE}:Head', weight=0.5, stages='transfer,joint',
         schedule=((0, 0.0), (5, 1.0))))
@@ -381,7 +380,8 @@ def test_a_page_followed_to_the_letter(page, tmp_path):
             continue
         done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], cwd=tmp_path, text=True,
                               capture_output=True, check=False,
-                              env={'PATH': python, 'PYTHONPATH': str(ROOT), 'HOME': str(tmp_path)})
+                              env={'PATH': python, 'PYTHONPATH': str(ROOT), 'HOME': str(tmp_path),
+                                   **{n: x for n, x in os.environ.items() if 'CACHE' in n}})
         assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
     if page == 'loss':
         found = json.loads((tmp_path / 'runs/mine/results.json').read_text())['losses']

@@ -8,7 +8,6 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import amazon
@@ -24,20 +23,6 @@ RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
 BASELINES = ('content_knn', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn', 'vsknn', 'stan',
              'vstan')
 SIDE, WIDTH = 16, 16
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_once(tmp_path_factory):
-    """Runs share what they compile: they are many and the same."""
-    options = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-               'jax_persistent_cache_min_compile_time_secs': 0.1}
-    before = {name: getattr(jax.config, name) for name in options}
-    for chosen in (options, before):
-        for name, value in chosen.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if chosen is options:
-            yield
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +57,7 @@ def config(base_dir):
     c.data.planted.update(items=40, train=120, valid=20, test=30)
     for name, steps in dict(knowledge=5, transfer=5, recommend=8, joint=5).items():
         c.stage[name].update(steps=steps, batch_size=16)
-    c.stage.recommend.eval_every = 3
+    c.stage.transfer.eval_every = c.stage.recommend.eval_every = 3
     c.stage.joint.update(eval_every=2, refresh_every=3)
     return c.lock()
 
@@ -201,6 +186,7 @@ def test_files_of_a_run(whole):
             *range(1, steps + 1)]
         assert any((workdir / 'events' / stage).iterdir())
     assert [s for name, s, what in log if (name, what) == ('joint', 'valid')] == [2, 4, 5]
+    assert [s for name, s, what in log if (name, what) == ('transfer', 'valid')] == [3, 5]
     assert {f.stem for f in (workdir / 'figures').glob('*.png')} == {
         'learning_curves', 'mutual_information', 'features', 'hit_at_k', 'contact_sheet'}
     found = results['diagnostics']['joint']['after']
@@ -335,6 +321,9 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(stage__transfer__batch_size=0), 'config.stage.transfer.batch_size=0 must be'),
     (dict(stage__joint__batch_size=12, parallel='pmap'), 'must be a multiple of 8'),
     (dict(stage__transfer__train='('), "train='\\(' is no regular expression"),
+    (dict(stage__transfer__rates=(('^club/', 0),)), 'rates=.* must hold pairs'),
+    (dict(losses__distil__weight=0.0), 'no loss of the stage trains critic.distil'),
+    (dict(model__form='full'), 'config.model.form is full; set it to 0'),
     (dict(stage__transfer__fresh='q'), "names 'q'; choose from k, r"),
     (dict(save_every=0), 'config.save_every=0 must be 1 or more'),
     (dict(seed=-1), 'config.seed=-1 must be 0 or more'),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tpad_jax import recommend
 from tpad_jax.models import lora, stream, tpad
 from tpad_jax.models.attention import rotate
 from tpad_jax.models.mllm import MLLM
@@ -95,6 +96,23 @@ def differs(a, b):
     """Largest difference per row, all of them visible."""
     gap = np.abs(np.asarray(a) - np.asarray(b)).reshape(len(a), -1).max(axis=1)
     return bool((gap > 1e-3).all())
+
+
+# --- T itself as a recommender ------------------------------------------------------------------
+
+
+def test_t_foretells_by_its_critic_of_p_and_every_item(params):
+    """Prefix by prefix, item by item."""
+    catalogue, batch = make_catalogue(), make_batch()
+    found = recommend.foretold(SPEC)(params, catalogue)(batch.items)
+    assert found.shape == (B, V + 1)
+    assert (found[:, 0] == 0).all()
+    out = forward(SPEC, params, batch.replace(valid=np.ones(B, bool)), catalogue,
+                  frozenset({'p', 'critic.distil'}), frozenset())
+    for row, last in enumerate(batch.last):
+        for item in range(1, V + 1):
+            score = out['critic.distil'](catalogue['r'][item][None], out['p'][row, last][None])
+            np.testing.assert_allclose(found[row, item], score[0, 0], rtol=1e-4, atol=1e-4)
 
 
 # --- the decoder --------------------------------------------------------------------------------

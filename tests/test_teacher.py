@@ -17,7 +17,7 @@ from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
 
 SIDE, WIDTH, changed = test_job.SIDE, test_job.WIDTH, test_job.changed
-compile_once, base_dir, config = test_job.compile_once, test_job.base_dir, test_job.config
+base_dir, config = test_job.base_dir, test_job.config
 
 
 def make_base(directory, tokenizer, side=SIDE, features=WIDTH, **sizes):

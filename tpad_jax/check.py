@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tpad_jax import bases, handover, mixture, parallel, training
+from tpad_jax import bases, handover, losses, mixture, parallel, training
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
 from tpad_jax.losses import checking, distillation
@@ -184,11 +184,19 @@ def _check_stage(config, stage, shards):
     if c.refresh_every and stage != 'joint':
         raise InputError(f'config.{key}refresh_every={c.refresh_every}: only the joint stage reads '
                          'rows that it changes; set it to 0')
+    if stage == 'transfer' and c.eval_every:
+        _check_foretold(config, chosen)
     if stage == 'joint' and c.eval_every and not c.refresh_every:
         raise InputError(f'config.{key}refresh_every=0 would validate on rows from before the '
                          'stage; set it to 1 or more')
     if c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy):
         raise InputError(f'config.{key}copy={c.copy!r} must read a->b, two parameter paths')
+    for rate in c.rates:
+        if not (isinstance(rate, tuple | list) and len(rate) == 2 and isinstance(rate[0], str)
+                and isinstance(rate[1], int | float) and rate[1] > 0):
+            raise InputError(f"config.{key}rates={c.rates!r} must hold pairs (regex over parameter "
+                             "paths, factor above 0), as in (('^club/', 10.0),)")
+        _pattern(key + 'rates', rate[0])
     _one_of(key + 'optimiser', c.optimiser, ('adamw', 'adam', 'sgd'))
     _one_of(key + 'schedule', c.schedule, ('cosine', 'constant'))
     for name in names(c.fresh):
@@ -197,6 +205,21 @@ def _check_stage(config, stage, shards):
     if config.mllm.teacher and re.search(c.train, 'teacher/base/'):
         raise InputError(f'config.{key}train={c.train!r} matches the parameters of '
                          'config.mllm.teacher, which nothing trains; begin it with ^')
+
+
+def _check_foretold(config, chosen):
+    """Refuse to validate stage transfer where T's own lists mean nothing."""
+    why = ''
+    if config.model.blend.kind:
+        why = 'config.model.blend makes r, which T is not taught to score'
+    elif config.model.form != 'compressed':
+        why = "T's lists are made from stored rows k, and config.model.form is " + config.model.form
+    elif 'critic.distil' not in frozenset().union(
+            *(losses.needs(name, fn, keywords) for name, fn, _, keywords in chosen)):
+        why = 'no loss of the stage trains critic.distil, by which T scores items'
+    if why:
+        raise InputError(f'config.stage.transfer.eval_every={config.stage.transfer.eval_every} '
+                         f'chooses a step by what T foretells, but {why}; set it to 0')
 
 
 def _check_divergence(name, loss):

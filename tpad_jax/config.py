@@ -62,8 +62,10 @@ def get_config():
     c.stage = ConfigDict(dict(
         knowledge=stage(batch_size=64, steps=60, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),
-        transfer=stage(batch_size=192, steps=24, learning_rate=2e-3, eval_every=0, fresh='r',
+        # eval_every: T's own lists are validated, see recommend.foretold
+        transfer=stage(batch_size=64, steps=72, learning_rate=2e-3, eval_every=0, fresh='r',
                        every_prefix=False, copy='lora/knowledge->lora/distil',
+                       rates=(('^club/', 5.0),),  # q follows p, which moves
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
         recommend=stage(batch_size=512, steps=600, learning_rate=4e-3, eval_every=50, patience=5,
                         train=r'^recommender/', weight_decay=1.0),
@@ -229,6 +231,7 @@ def stage(**changes):
         learning_rate=1e-3,  # peak: warmed up, then by schedule
         schedule='cosine',  # to zero at the last step, or 'constant'
         warmup=0.05,  # share of the steps
+        rates=(),  # ((regex over parameter paths, factor), ...): learning rates of their own
         weight_decay=0.01,  # of matrices, not of biases and norms
         clip=1.0,  # global norm of the gradient
         eval_every=0,  # steps between validations; 0: none, the last step is kept

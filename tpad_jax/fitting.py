@@ -108,7 +108,8 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                 recent.append((number, logged))
                 meta['done'] = number >= loop.total
                 validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
-                if loop.refresh and (validating or number % loop.refresh_every == 0):
+                if loop.refresh and (validating or (
+                        loop.refresh_every and number % loop.refresh_every == 0)):
                     catalogue = {**catalogue, **loop.devices.share(loop.refresh(state))}
                 metric = None
                 if validating:

@@ -48,7 +48,7 @@ from tpad_jax.data import (
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import readings, tpad
-from tpad_jax.recommend import scorer
+from tpad_jax.recommend import foretold, scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
 
@@ -283,8 +283,12 @@ class Job:
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
         params = training.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
-        bind = scorer(spec.model, self.devices)
+        bind = foretold(spec.model) if stage == 'transfer' else scorer(spec.model, self.devices)
         validating = c.eval_every and steps is None
+        refreshing, catalogue = c.refresh_every, self.catalogue
+        if stage == 'transfer' and validating:  # on rows r that there are none of before
+            blank = jnp.zeros((self.data.num_items + 1, 2 * self.config.model.features))
+            refreshing, catalogue = True, {'r': blank, **catalogue}
 
         def validate(state, catalogue):
             tree = unflatten_dict({**params, **state.params}, sep='/')
@@ -300,11 +304,11 @@ class Job:
             eval_every=c.eval_every, patience=c.patience, refresh_every=c.refresh_every,
             validate=validate if validating else None,
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
-            if c.refresh_every else None, refreshed=MAKES.get(stage, ()),
+            if refreshing else None, refreshed=MAKES.get(stage, ()),
             stopping=self.stopping, shown=snapshots.shown(spec.losses))
         begun = time.perf_counter()
         try:
-            return fitting.fit(loop, spec, training.start(spec, params, c.train), self.catalogue)
+            return fitting.fit(loop, spec, training.start(spec, params, c.train), catalogue)
         finally:
             checkpoints.close()
             self.sitting += time.perf_counter() - begun

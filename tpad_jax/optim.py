@@ -1,5 +1,6 @@
 """Which parameters a stage trains, and the optimiser they get."""
 
+import math
 import re
 
 import optax
@@ -43,6 +44,30 @@ def schedule(stage):
                                               max(stage.steps, warmup + 1))
 
 
+def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformation:
+    """`tx` with some parameters' updates times a factor, as a learning rate of their own would.
+
+    Args:
+      rates: ((regex over parameter paths, factor), ...); of several that match, all count.
+
+    Raises:
+      InputError: at the first use, a regex that matches nothing that trains.
+    """
+    def scale(updates, state, params=None):
+        del params
+        for pattern, _ in rates:
+            if not any(re.search(pattern, path) for path in updates):
+                raise InputError(f'the pattern {pattern!r} in rates of a stage matches no '
+                                 'parameter that it trains')
+        factors = {path: math.prod(factor for pattern, factor in rates if re.search(pattern, path))
+                   for path in updates}
+        return {path: x * factors[path] for path, x in updates.items()}, state
+
+    if not rates:
+        return tx
+    return optax.chain(tx, optax.GradientTransformation(lambda _: optax.EmptyState(), scale))
+
+
 def optimiser(stage) -> optax.GradientTransformation:
     """The optimiser config.stage.*.optimiser names.
 
@@ -51,9 +76,12 @@ def optimiser(stage) -> optax.GradientTransformation:
     'sgd': bare, at the peak rate.
     """
     if stage.optimiser == 'sgd':
-        return optax.sgd(stage.learning_rate)
-    if stage.optimiser == 'adam':
-        return optax.chain(optax.add_decayed_weights(stage.weight_decay),
-                           optax.adam(schedule(stage)))
-    return optax.chain(optax.clip_by_global_norm(stage.clip),
-                       optax.adamw(schedule(stage), weight_decay=stage.weight_decay, mask=decays))
+        tx = optax.sgd(stage.learning_rate)
+    elif stage.optimiser == 'adam':
+        tx = optax.chain(optax.add_decayed_weights(stage.weight_decay),
+                         optax.adam(schedule(stage)))
+    else:
+        tx = optax.chain(
+            optax.clip_by_global_norm(stage.clip),
+            optax.adamw(schedule(stage), weight_decay=stage.weight_decay, mask=decays))
+    return rated(tx, stage.rates)

@@ -9,6 +9,7 @@ import numpy as np
 from tpad_jax.models import tpad
 from tpad_jax.parallel import Devices, compiled
 from tpad_jax.ranking import ranker
+from tpad_jax.types import Batch
 
 
 @lru_cache(maxsize=16)  # one compilation however many validations ask
@@ -70,6 +71,31 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
 
         scores.ranks = partial(rank, weights, z)
         return scores
+
+    return bind
+
+
+@lru_cache(maxsize=4)
+def foretold(spec: tpad.TPAD) -> Callable:
+    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]) of T itself.
+
+    An item's score is what critic `distil` makes of p at the prefix's last position and the item's
+    r: how well the Transfer-MLLM foretells, before any recommender [ours]. The catalogue's k and r
+    are read; T reads the whole prefix.
+    """
+    needs = frozenset({'p', 'critic.distil'})
+
+    @compiled
+    def score(params, catalogue, items):
+        here, rows = items > 0, jnp.arange(len(items))
+        batch = Batch(items=items, next=items, target=items[:, 0], valid=here[:, 0], row=rows)
+        out = tpad.forward(spec, params, batch, catalogue, needs, frozenset())
+        r = tpad.flat(catalogue['r'][None])[0]
+        return out['critic.distil'](r, out['p'][rows, batch.last]).T.at[:, 0].set(0)
+
+    def bind(params, catalogue):
+        read = {n: catalogue[n] for n in ('k', 'r', 'warm')}
+        return lambda items: np.asarray(score(params, read, jnp.asarray(items)))
 
     return bind
 

@@ -87,6 +87,8 @@ class Critic(nn.Module):
 class GaussianQ(nn.Module):
     """q(p | c), a diagonal Gaussian: the variational family of vCLUB (Cheng et al. 2020).
 
+    [ours] It starts as a standard normal, whatever c: first it learns what p is like, then of c.
+
     Attributes:
       hidden: of the MLP of its moments. limit: of the log variances' size.
     """
@@ -97,7 +99,8 @@ class GaussianQ(nn.Module):
     @nn.compact
     def __call__(self, c, p, factors=False):
         """log q(p_j | c_i) up to a constant. c [A, D], p [G, D] -> [A, G], or its factors."""
-        mean, log_var = jnp.split(MLP(self.hidden, 2 * p.shape[-1], name='moments')(c), 2, axis=-1)
+        moments = MLP(self.hidden, 2 * p.shape[-1], out=nn.initializers.zeros, name='moments')
+        mean, log_var = jnp.split(moments(c), 2, axis=-1)
         log_var = self.limit * jnp.tanh(log_var / self.limit)
         precision = jnp.exp(-log_var)
         rest = (precision * mean * mean + log_var).sum(-1, keepdims=True)

@@ -1,0 +1,51 @@
+"""The optimiser of a stage: learning rates of their own."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tpad_jax import config, optim
+from tpad_jax.errors import InputError
+
+PARAMS = {'club/w': jnp.ones((2, 2)), 'critic/align/w': jnp.full((3, 2), 2.0),
+          'other/b': jnp.ones(2)}
+GRADS = {'club/w': jnp.full((2, 2), 0.3), 'critic/align/w': jnp.full((3, 2), -0.1),
+         'other/b': jnp.full(2, 0.2)}
+
+
+def stage(**changes):
+    return config.stage(steps=10, warmup=0.0, **changes)
+
+
+def steps(tx, count=3):
+    """Parameters after a few updates by constant gradients."""
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(count):
+        updates, state = tx.update(GRADS, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize('optimiser', ['sgd', 'adam', 'adamw'])
+def test_a_rate_is_a_learning_rate_of_its_own(optimiser):
+    """Without decay and clip parameters do not know each other: any other rate for all of them."""
+    own = dict(optimiser=optimiser, weight_decay=0.0, clip=1e9, schedule='constant')
+    plain = steps(optim.optimiser(stage(**own, learning_rate=1e-3)))
+    tenfold = steps(optim.optimiser(stage(**own, learning_rate=1e-2)))
+    found = steps(optim.optimiser(stage(**own, learning_rate=1e-3, rates=(('^club/', 10.0),))))
+    for path, expected in dict(plain, **{'club/w': tenfold['club/w']}).items():
+        np.testing.assert_allclose(found[path], expected, rtol=1e-5)
+
+
+def test_rates_of_several_patterns_multiply():
+    tx = optim.rated(optax.sgd(1.0), (('^c', 2.0), ('align', 0.25)))
+    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    for path, factor in {'club/w': 2, 'critic/align/w': 0.5, 'other/b': 1}.items():
+        np.testing.assert_allclose(updates[path], -factor * GRADS[path], rtol=1e-6)
+
+
+def test_a_rate_of_nothing_is_refused():
+    tx = optim.optimiser(stage(rates=(('^clubs/', 10.0),)))
+    with pytest.raises(InputError, match="'\\^clubs/' in rates of a stage matches no parameter"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
