@@ -23,6 +23,8 @@ from tpad_jax.types import Batch, State
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 WAYS = {'jit': 1, 'pmap': 8, 'shard_map': 8}
+# each compiles for a quarter of a minute or more
+SLOW = {(stage, 'pmap') for stage in ('transfer', 'recommend', 'joint')} | {('joint', 'shard_map')}
 V, N, T, SIDE, STEPS, ROWS = 20, 4, 6, 8, 5, 16
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8, 8), vision_layers=1)
 # Plain SGD, so that a gradient N times too large shows; each moves parameters by 1e-2 and more.
@@ -153,8 +155,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize(('stage', 'way'), [
-    pytest.param(stage, way,
-                 marks=[pytest.mark.slow] if way == 'pmap' and stage != 'knowledge' else [])
+    pytest.param(stage, way, marks=[pytest.mark.slow] if (stage, way) in SLOW else [])
     for stage in STAGES for way in ('pmap', 'shard_map')])
 def test_eight_devices_are_one(runs, stage, way):
     one, many = runs(stage, 'jit'), runs(stage, way)
@@ -176,8 +177,7 @@ def test_eight_devices_are_one(runs, stage, way):
 
 
 @pytest.mark.parametrize(('stage', 'way'), [
-    pytest.param(stage, way,
-                 marks=[pytest.mark.slow] if way == 'pmap' and stage != 'knowledge' else [])
+    pytest.param(stage, way, marks=[pytest.mark.slow] if (stage, way) in SLOW else [])
     for stage in STAGES for way in WAYS])
 def test_nothing_retraces_after_the_first_step(runs, stage, way):
     traces = runs(stage, way).traces
