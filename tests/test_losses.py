@@ -39,12 +39,15 @@ def largest(tree):
 
 # Keywords that change how a loss is computed and so have to keep the contract too.
 FORMS = {'next_item_in_chunks': partial(losses.next_item, chunk=4, smoothing=0.1),
-         'mine_in_chunks': partial(losses.mine, chunk=4)}
+         'mine_in_chunks': partial(losses.mine, chunk=4),
+         'vclub_scaled': partial(losses.vclub, scale=True),
+         'club_fit_scaled': partial(losses.club_fit, scale=True)}
 FORMS['mine_in_chunks'].initial_state = losses.mine.initial_state
 
 
 # What the default run trains by is tested every time, the others with `-m slow`.
-DEFAULT = {entry.fn for entry in config.losses().values() if entry.weight} | {'mine'}
+DEFAULT = {entry.fn for entry in config.losses().values() if entry.weight} | {
+    'mine', 'vclub_scaled', 'club_fit_scaled'}
 EVERY = {fn.__name__: fn for fn in PUBLIC} | FORMS
 
 
@@ -60,7 +63,8 @@ def test_contract(fn):
     found = [look() for look in (trial.shape, trial.finite, trial.slope, trial.padding, trial.fewer,
                                  trial.nobody, trial.repeats)]
     assert not [finding for finding in found
-                if not (finding.ok or (fn in CUT and finding.what == 'slope'))]
+                if not (finding.ok or (fn in CUT and finding.what == 'slope')
+                        or (finding.what == 'repeats' and 'scale' in keywords))]
     assert largest(trial.found[1]) > 1e-4
 
     many = jax.pmap(partial(trial.step, axis='data'), axis_name='data', in_axes=(None, 0, 0, None),
@@ -210,6 +214,18 @@ def test_value_against_numpy(reference):
         out = outputs(params, raw, batch)
         np.testing.assert_allclose(value(out, batch), reference(jax.device_get(out), batch),
                                    rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('reference', [np_vclub, np_l1out, np_club_fit])
+def test_scaled_is_of_scaled_features(reference):
+    """Mean 0 and variance 1 over the positions that hold an item."""
+    batch, raw = make(0)
+    out = jax.device_get(jit(named)(jax.tree.map(lambda x: x * 1.5, make_params(1)), raw, batch))
+    fn = partial(getattr(losses, reference.__name__[3:]), scale=True)
+    seen = {n: out[n][np.asarray(batch.mask)].astype(np.float64) for n in 'cp'}
+    by_hand = {n: (out[n] - x.mean(0)) / np.sqrt(x.var(0) + 1e-6) for n, x in seen.items()}
+    np.testing.assert_allclose(jit(partial(mean_loss, fn))(out, batch),
+                               reference({**out, **by_hand}, batch), rtol=1e-4, atol=1e-5)
 
 
 FEW = [losses.infonce, losses.l1out, losses.mmd]

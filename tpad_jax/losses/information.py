@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax import collectives
-from tpad_jax.losses.pairs import flat, positions, score_pairs
+from tpad_jax.losses.pairs import flat, positions, scaled, score_pairs
 from tpad_jax.models import bounds
 from tpad_jax.types import Loss
 
@@ -82,13 +82,15 @@ def smile(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.al
                   bounds.smile(*pairs.every, axis=axis, clip=clip))
 
 
-def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0):
+def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0,
+          scale=False):
     """vCLUB upper bound of I(x; y) (Cheng et al. 2020), q held fixed. -> Loss [B, N]
 
     An upper bound only while q(y|x) is good: see `club_fit`'s value beside it. Where the batch's
     estimate is negative, which no mutual information is, it stops pulling. A q with factors needs
-    no matrix: the mean of its scores is the score of the mean [ours].
+    no matrix: the mean of its scores is the score of the mean [ours]. scale: see `club_fit`.
     """
+    out = scaled(out, batch, axis, x, y) if scale else out
     q = jax.lax.stop_gradient(out[club])
     factors = q.factors(flat(out[x]), flat(out[y])) if hasattr(q, 'factors') else None
     if factors is None:
@@ -108,24 +110,31 @@ def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chun
     return _upper(bound(total - same, at.different), at.weight, bound(total - b, at.others), axis)
 
 
-def l1out(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0):
+def l1out(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0,
+          scale=False):
     """Leave-one-out upper bound of I(x; y) (Poole et al. 2019), q held fixed. -> Loss [B, N]
 
     A position's negatives are the x of others for its own y. As `vclub` it is a bound only while
-    q(y|x) is good, and stops pulling where the batch's estimate is negative.
+    q(y|x) is good, and stops pulling where the batch's estimate is negative. scale: see
+    `club_fit`.
     """
+    out = scaled(out, batch, axis, x, y) if scale else out
     q = jax.lax.stop_gradient(out[club])
     pairs = score_pairs(out, batch, axis, x, y, ids, q, chunk, flip=True)
     return _upper(bounds.l1out(*pairs.differ), pairs.at.weight, bounds.l1out(*pairs.every), axis)
 
 
-def club_fit(out, batch, *, axis=None, x='c', y='p', club='club'):
+def club_fit(out, batch, *, axis=None, x='c', y='p', club='club', scale=False):
     """Minus the log-likelihood of q(y|x), on features that get no gradient. -> Loss [B, N]
 
     The metric `log_q` is what q makes of x: nats per dimension above the diagonal Gaussian of y's
     own mean and variances over the batch [ours; a standard normal is beaten by knowing the mean].
     Where it is not above 0, no vCLUB figure made with this q is a bound.
+
+    scale: q is of both features at mean 0 and variance 1 over the batch, so that one which starts
+    as a standard normal starts where `log_q` is 0; the losses that use q have to be told, too.
     """
+    out = scaled(out, batch, axis, x, y) if scale else out
     c, p = (flat(jax.lax.stop_gradient(out[n])) for n in (x, y))
     weight = batch.mask.astype(jnp.float32)
     value = -out[club].own(c, p).reshape(weight.shape) / p.shape[-1]

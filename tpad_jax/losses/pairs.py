@@ -44,6 +44,23 @@ class Pairs(NamedTuple):
     at: Positions
 
 
+def scaled(out, batch, axis, *names) -> dict:
+    """`out` with some features [B, N, D] at mean 0 and variance 1 in every dimension [ours].
+
+    Moments are those of all replicas' positions, and get no gradient: to one batch this is an
+    affine map, which changes no mutual information.
+    """
+    weight = batch.mask.astype(jnp.float32)[..., None]
+    count = jnp.maximum(collectives.total(weight.sum(), axis), 1)
+    maps = {}
+    for name in names:
+        x = jax.lax.stop_gradient(out[name])
+        mean = collectives.total((weight * x).sum(axis=(0, 1)), axis) / count
+        variance = collectives.total((weight * (x - mean) ** 2).sum(axis=(0, 1)), axis) / count
+        maps[name] = (out[name] - mean) * jax.lax.rsqrt(variance + 1e-6)
+    return {**out, **maps}
+
+
 def positions(out, batch, axis, ids) -> Positions:
     """`Positions` by the items out[ids] int32 [B, N]."""
     item = jnp.where(batch.mask, out[ids], 0).reshape(-1)
