@@ -36,8 +36,8 @@ DIGITS = 9000  # a session's sums, at most 7, are kept as 16-bit multiples of 1 
 READS = 'features', 'lora_rank', 'lora_alpha', 'lora_targets', 'withhold', 'word_dropout'
 PARTS = ('full', 'without_transfer', 'adapter_only', 'random_adapter', 'merging',
          'without_generation', 'without_disentanglement', 'without_alignment',
-         'without_distillation', 'without_discrepancy', 'longer_knowledge', 'longer_transfer',
-         'joint')
+         'without_distillation', 'without_discrepancy', 'strong_disentanglement',
+         'longer_knowledge', 'longer_transfer', 'joint')
 # A study: its names, the first being what the others are compared with, training sessions and
 # seeds, and what it changes of all its configs.
 STUDIES = {
@@ -117,17 +117,23 @@ def cell(study: str, name: str, size: int, seed: int, workdir: Path, stopping) -
 
 
 def scores(job) -> dict:
-    """A job's test figures, its share of the oracle's expected hit@20, and its sessions' sums."""
+    """A job's test figures, its share of the oracle's expected hit@20, and its sessions' sums.
+
+    With it the share of the Transfer-MLLM's own lists, where a critic was taught to make them.
+    """
     import numpy as np
 
     from tpad_jax import metrics
-    from tpad_jax.recommend import scorer
+    from tpad_jax.recommend import foretold, scorer
 
-    rows, cold = job.test, ~job.data.warm
+    rows, cold, c = job.test, ~job.data.warm, job.config
     cold[0] = False
+    scored = {'own': scorer(job.spec, job.devices)(job.nested(), job.catalogue),
+              'oracle': job.probabilities}
+    if 'transfer' in c.stages and c.losses.distil.weight and c.model.form == 'compressed':
+        scored['transfer'] = foretold(job.spec)(job.nested(), job.catalogue)
     earned = {}
-    for who, score in (('own', scorer(job.spec, job.devices)(job.nested(), job.catalogue)),
-                       ('oracle', job.probabilities)):
+    for who, score in scored.items():
         kept = []
         for part, found in metrics.scored(score, rows.items, job.data.num_items):
             truth = job.probabilities(rows.items[part])
@@ -139,11 +145,15 @@ def scores(job) -> dict:
         earned[who] = np.concatenate(kept, axis=1)
     session = np.unique(rows.session, return_inverse=True)[1]
     sums = np.stack([np.bincount(session, column) for column in earned['own']])
-    own, best = (earned[who].sum(axis=1) for who in ('own', 'oracle'))
-    total = len(rows.target)
-    return {'test': {name: own[i] / total for i, name in enumerate(SUMS[:3])},
-            'share': {'all': own[2] / best[2], 'cold': own[3] / best[3],
-                      'warm': (own[2] - own[3]) / (best[2] - best[3])},
+    whole = {who: found.sum(axis=1) for who, found in earned.items()}
+    own, best, total = whole.pop('own'), whole.pop('oracle'), len(rows.target)
+
+    def share(found):
+        return {'all': found[2] / best[2], 'cold': found[3] / best[3],
+                'warm': (found[2] - found[3]) / (best[2] - best[3])}
+
+    return {'test': {name: own[i] / total for i, name in enumerate(SUMS[:3])}, 'share': share(own),
+            'foretold': {who: share(found) for who, found in whole.items()},
             'oracle': {'all': best[2], 'cold': best[3]}, 'rows': total, 'sums': pack(sums)}
 
 
@@ -226,7 +236,7 @@ def show(study: str, size: int, console: Console) -> None:
     corrected = dict(zip(told, holm([found[n][key][3] for n, key in told]), strict=True))
     table = Table(title=f'{study}, {size} training sessions: share of the oracle, %, and '
                         f'difference to {names[0]}', title_justify='left', box=None)
-    for head in ('name', 'seeds', 'all', 'warm', 'cold', 'all -', 'warm -', 'cold -'):
+    for head in ('name', 'seeds', 'all', 'warm', 'cold', 'all -', 'warm -', 'cold -', 'T'):
         table.add_column(head, justify='left' if head == 'name' else 'right', no_wrap=True)
     for name in names:
         own = [one for (who, _), one in cells.items() if who == name]
@@ -239,10 +249,13 @@ def show(study: str, size: int, console: Console) -> None:
             gaps = ['{:+.1f} [{:+.1f}, {:+.1f}]{}'.format(
                 *(100 * x for x in found[name][key][:3]),
                 '*' if corrected[name, key] < LEVEL else ' ') for key in ('all', 'warm', 'cold')]
-        table.add_row(name, str(len(own)), *shares, *gaps)
+        foretold = [one['foretold']['transfer']['all'] for one in own if one['foretold']]
+        table.add_row(name, str(len(own)), *shares, *gaps,
+                      f'{100 * sum(foretold) / len(foretold):.1f}' if foretold else '')
     console.print(table)
     console.print('[low, high]: 95 % by bootstrap over sessions; *: p < 0.05 by sign flips of '
-                  'sessions, Holm over the table', markup=False, highlight=False)
+                  'sessions, Holm over the table; T: the share of the Transfer-MLLM itself',
+                  markup=False, highlight=False)
 
 
 def main(argv):
