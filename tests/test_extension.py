@@ -263,8 +263,8 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
 
     clean = {**logged, 'bad': 1.0, 'loss': 1.0}
     wrote = SimpleNamespace(scalars=lambda *_: pytest.fail('wrote what is not finite'))
-    loop = SimpleNamespace(name='transfer', log_every=4, writer=wrote, shown=())
-    spec = SimpleNamespace(losses=(('fine',), ('bad',)))
+    loop = SimpleNamespace(name='transfer', log_every=4, writer=wrote, shown=(), broken=None)
+    spec = SimpleNamespace(losses=(('fine',), ('bad',)), skip=0)
     recent = [(2, clean), (3, logged), (4, {**logged, 'fine': np.nan})]
     with pytest.raises(FloatingPointError, match=(
             'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60'

@@ -55,6 +55,7 @@ def check(config) -> tuple[str, ...]:
         _at_least(1, key, config[key])
     _at_least(0, 'seed', config.seed)
     _at_least(0, 'diagnostics', config.diagnostics)
+    _at_least(0, 'skip_not_finite', config.skip_not_finite)
     _at_least(0, 'data.seed', config.data.seed)
     for key in ('max_length', 'core', 'min_length'):
         _at_least(1, f'data.{key}', config.data[key])

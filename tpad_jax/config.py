@@ -17,6 +17,9 @@ def get_config():
     c.save_every = 50  # steps between checkpoints, at most this many are computed again
     c.log_every = 4  # steps between log lines
     c.diagnostics = 192  # validation sessions whose features are looked at, 0: none
+    # updates in a row that may be left out because a loss or a gradient is not finite; 0: the run
+    # ends at the first, with its batch kept in the workdir
+    c.skip_not_finite = 0
     c.parallel = 'auto'  # 'auto' (jit on one device, else pmap), 'jit', 'pmap' or 'shard_map'
     c.xla_flags = ''  # for the compiler, set before jax starts
     c.devices = 0  # how many devices of this process to use, 0: all

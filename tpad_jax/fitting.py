@@ -1,10 +1,12 @@
 """The loop that runs a stage's step: delayed metrics, validation, saves and resume."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,6 +42,7 @@ class Loop:
         validation follows one.
       stopping: asked after every step; True saves and raises Stopped.
       shown: losses named beside the progress bar.
+      broken: directory that gets the batch of a step whose numbers are not finite; None: none.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Loop:
     refreshed: tuple[str, ...] = ()
     stopping: Callable[[], bool] = lambda: False
     shown: tuple[str, ...] = ()
+    broken: Path | None = None
 
 
 def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
@@ -141,11 +145,17 @@ def _log(loop, spec, bar, recent, whatever=False):
     if number % loop.log_every and not whatever:
         return
     values = _scalars(logged)
-    if not np.isfinite(list(values.values())).all():
+    finite = bool(np.isfinite(list(values.values())).all())
+    if not finite and values.get('optim/skipped_in_row', np.inf) > spec.skip:
         raise FloatingPointError(_not_finite(loop, spec, recent))
+    if spec.skip and any(int(found['optim/skipped_in_row']) for _, found in recent):
+        print(f'{_not_finite(loop, spec, recent)}; its update was left out, the '
+              f'{values["optim/skipped"]:.0f}. of this stage', file=sys.stderr)
+        values = {name: x for name, x in values.items() if np.isfinite(x)}
     recent.clear()
     loop.writer.scalars(loop.name, number, values)
-    bar(number, '  '.join(f'{name} {values[name]:.3f}' for name in ('loss', *loop.shown)))
+    bar(number, '  '.join(f'{name} {values[name]:.3f}' for name in ('loss', *loop.shown)
+                          if name in values))
 
 
 def _scalars(logged):
@@ -159,7 +169,7 @@ def _not_finite(loop, spec, recent):
     found = ((*step, sorted(name for name, x in _scalars(step[1]).items() if not np.isfinite(x)))
              for step in recent)
     number, logged, bad = next(step for step in found if step[2])
-    told = f'stage {loop.name}, step {number}: {", ".join(bad)} not finite'
+    told = f'stage {loop.name}, step {number}: {", ".join(bad)} not finite{_kept(loop, number)}'
     if 'not_finite' not in logged:
         return told
     rows = np.asarray(jax.device_get(logged['not_finite']))
@@ -171,6 +181,19 @@ def _not_finite(loop, spec, recent):
         told += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
                  'looks at one loss alone')
     return told
+
+
+def _kept(loop, number):
+    """Keep the batch of step `number`, which the data's order gives again, and say where."""
+    if loop.broken is None:
+        return ''
+    file = loop.broken / f'{loop.name}-{number}.npz'
+    with closing(loop.batches(number - 1)) as batches:
+        batch = next(batches)
+    if jax.process_index() == 0:
+        loop.broken.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **{name: x for name, x in batch.items() if x is not None})
+    return f' (its batch: {file})'
 
 
 def _listed(rows, most=5):

@@ -305,7 +305,8 @@ class Job:
             validate=validate if validating else None,
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if refreshing else None, refreshed=MAKES.get(stage, ()),
-            stopping=self.stopping, shown=snapshots.shown(spec.losses))
+            stopping=self.stopping, shown=snapshots.shown(spec.losses),
+            broken=self.workdir / 'not_finite')
         begun = time.perf_counter()
         try:
             return fitting.fit(loop, spec, training.start(spec, params, c.train), catalogue)

@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ class StepSpec:
       model: the modules. losses: (name, function, weight, keywords) of the stage.
       needs: outputs they read. fresh: features computed from content. seed: of all draws.
       modules: (name, flax module) of the losses that have parameters of their own.
+      skip: how many updates in a row may be left out because a number was not finite.
     """
 
     model: tpad.TPAD
@@ -31,6 +33,7 @@ class StepSpec:
     tx: optax.GradientTransformation
     seed: int
     modules: tuple = ()
+    skip: int = 0
 
 
 def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
@@ -57,7 +60,15 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     # only, times their number: the mean is the sum over all rows.
     grads = collectives.mean(grads, axis)
     logged['optim/grad_norm'] = optax.tree.norm(grads)
+    if spec.skip:  # a loss that is not finite, or whose gradient is not, changes nothing
+        fine = jnp.isfinite(logged['loss'])
+        grads = jax.tree.map(lambda x: jnp.where(fine, x, jnp.nan), grads)
+        fine &= jnp.isfinite(logged['optim/grad_norm'])
+        loss_state = jax.tree.map(partial(jnp.where, fine), loss_state, state.loss_state)
     updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
+    if spec.skip:
+        logged['optim/skipped'] = opt_state.total_notfinite
+        logged['optim/skipped_in_row'] = opt_state.notfinite_count
     params = optax.apply_updates(state.params, updates)
     return State(state.step + 1, params, state.frozen, opt_state, loss_state), logged
 
@@ -123,8 +134,10 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     chosen = stage_losses(config, stage)
     needs = frozenset().union(*(losses.needs(name, fn, kw) for name, fn, _, kw in chosen))
     fresh = frozenset(n for n in config.stage[stage].fresh.split(',') if n)
-    return StepSpec(model, chosen, needs, fresh, optim.optimiser(config.stage[stage]), seed,
-                    own_modules(config, chosen))
+    tx, skip = optim.optimiser(config.stage[stage]), config.skip_not_finite
+    if skip:
+        tx = optax.apply_if_finite(tx, skip)
+    return StepSpec(model, chosen, needs, fresh, tx, seed, own_modules(config, chosen), skip)
 
 
 def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
