@@ -68,7 +68,8 @@ def get_config():
         # eval_every: T's own lists are validated, see recommend.foretold
         transfer=stage(batch_size=64, steps=72, learning_rate=2e-3, eval_every=0, fresh='r',
                        every_prefix=False, copy='lora/knowledge->lora/distil',
-                       rates=(('^club/', 5.0),),  # q follows p, which moves
+                       # q follows p, which moves; r, which starts as k, moves gently
+                       rates=(('^club/', 5.0), ('^lora/distil/', 0.1), ('^adapter/', 0.2)),
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
         recommend=stage(batch_size=512, steps=600, learning_rate=4e-3, eval_every=50, patience=5,
                         train=r'^recommender/', weight_decay=1.0),
@@ -133,7 +134,7 @@ def model():
         lora_rank=8, lora_alpha=16.0,
         lora_targets=r'^decoder/.*(attention/[qkvo]|gate|up|down)$',  # of the base's kernels
         form='compressed',  # how the Transfer-MLLM is fed an item: 'compressed' or 'full'
-        withhold=0.3,  # share of an item's words the reader does not see in knowledge acquisition
+        withhold=0.3,  # share of an item's words a reader that is trained does not see
         word_dropout=0.6,  # share of words the writer does not see, or features stay empty
         critics=dict(align='separable', distil='separable'),
         # instead of distilling: the adapter r is read under is a blend of others, made when stage

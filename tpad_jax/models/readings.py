@@ -44,9 +44,10 @@ def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
                                         tokens >= 0 if keep is None else keep))
 
 
-def distil_items(spec, params, image, has_image, tokens):
+def distil_items(spec, params, image, has_image, tokens, keep=None):
     """Content of U items -> r: distilled, [U, D], or as a blended adapter reads them, [U, M, D]."""
-    k = read_items(spec, params, 'distil' if spec.reread else 'knowledge', image, has_image, tokens)
+    k = read_items(spec, params, 'distil' if spec.reread else 'knowledge', image, has_image, tokens,
+                   keep)
     return k if spec.blended else spec.adapter.apply({'params': params['adapter']}, k)
 
 

@@ -67,7 +67,7 @@ class TPAD:
       recommend: which features enter z besides id and side: names of catalogue rows ('r', 'k',
         'true').
       form: 'compressed' or 'full', how the Transfer-MLLM is fed an item.
-      withhold: share of an item's words kept from the reader in knowledge acquisition.
+      withhold: share of an item's words kept from a reader that is trained, of k or of r [ours].
       word_dropout: share of the words kept from the writer, which has to use the features instead.
       lora_scale: alpha / rank.
       normalise: z and h have length one, and their products are divided by a learned temperature.
@@ -266,8 +266,9 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     reads_sessions = needs & {'t', 'c', 'p', 'foretell', 'interest'}
     reads_k = needs & {'k', 'describe'} or (needs & {'h', 'h_each', 'z'} and 'k' in spec.recommend)
 
-    if 'k' in fresh and (reads_k or reads_sessions):
+    if fresh:
         keep = _keep(keys['withhold'], batch.ids, batch.tokens, spec.withhold)
+    if 'k' in fresh and (reads_k or reads_sessions):
         k_content = read_items(spec, params, 'knowledge', batch.image, batch.has_image,
                                batch.tokens, keep)
         k = k_content[batch.slots]
@@ -280,7 +281,7 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
         adapt = partial(spec.adapter.apply, {'params': params['adapter']})
         out['r'], out['r_next'] = (adapt(catalogue['k'][at]) for at in (batch.items, batch.next))
     elif 'r' in fresh:
-        r_content = distil_items(spec, params, batch.image, batch.has_image, batch.tokens)
+        r_content = distil_items(spec, params, batch.image, batch.has_image, batch.tokens, keep)
         out['r'], out['r_next'] = (flat(r_content[at]) for at in (batch.slots, batch.next_slots))
     elif 'r' in catalogue:
         out['r'], out['r_next'] = (flat(catalogue['r'][at]) for at in (batch.items, batch.next))
