@@ -14,6 +14,7 @@ signs of whole sessions within their seed (Smucker et al. 2007), corrected by Ho
 import base64
 import hashlib
 import json
+import os
 import shutil
 import sys
 import time
@@ -57,6 +58,7 @@ def make_config(study: str, name: str, size: int, seed: int):
     for key, value in STUDIES[study]['changes'].items():
         c.update_from_flattened_dict({key: value})
     c.seed = c.data.planted.seed = seed
+    c.diagnostics = 0  # no cell keeps them
     c.data.planted.train = size
     return c
 
@@ -66,7 +68,8 @@ def knowledge(config, workdir: Path, stopping) -> Path:
     from configs import ablations
 
     own = ablations.get_config('full')
-    own.update(stages='knowledge', seed=config.seed, data=config.data, mllm=config.mllm)
+    own.update(stages='knowledge', seed=config.seed, data=config.data, mllm=config.mllm,
+               diagnostics=config.diagnostics)
     own.model.update({name: config.model[name] for name in READS})
     own.stage.knowledge = config.stage.knowledge
     own.losses.update({n: e for n, e in config.losses.items() if 'knowledge' in e.stages})
@@ -261,6 +264,9 @@ def show(study: str, size: int, console: Console) -> None:
 def main(argv):
     """Run what is missing, seed by seed and the most telling names first; print the tables."""
     del argv
+    # cells are many and alike: what one compiles the others find
+    compiled = Path(FLAGS.workdir, 'compiled').absolute()
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(compiled))
     stopping = begin('')
     study = STUDIES[FLAGS.study]
     seeds = [int(s) for s in FLAGS.seeds] or list(study['seeds'])
