@@ -327,7 +327,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(stage__transfer__fresh='q'), "names 'q'; choose from k, r"),
     (dict(save_every=0), 'config.save_every=0 must be 1 or more'),
     (dict(seed=-1), 'config.seed=-1 must be 0 or more'),
-    (dict(model__form='whole'), "config.model.form names 'whole'"),
+    (dict(model__form='whole', stage__transfer__eval_every=0), "config.model.form names 'whole'"),
     (dict(model__recommend='r,q'), "config.model.recommend names 'q'"),
     (dict(model__critics__align='cosine'), "config.model.critics.align names 'cosine'"),
     (dict(parallel='threads'), "config.parallel='threads' is unknown"),

@@ -62,7 +62,8 @@ def run(tmp_path, how, skip, total=STEPS):
 
 @pytest.mark.parametrize(('how', 'told'), [
     ('value', r'step 3: loss, .*, spoiled not finite .*of the training rows: spoiled in row'),
-    ('slope', r'step 3: optim/grad_norm not finite .*while every loss is')])
+    pytest.param('slope', r'step 3: optim/grad_norm not finite .*while every loss is',
+                 marks=pytest.mark.slow)])
 def test_the_run_ends_and_keeps_the_batch(tmp_path, how, told):
     with pytest.raises(FloatingPointError, match=told) as error:
         run(tmp_path, how, skip=0)
@@ -78,7 +79,7 @@ def test_the_run_ends_and_keeps_the_batch(tmp_path, how, told):
     assert bad_row() in expected['row']
 
 
-@pytest.mark.parametrize('how', ['value', 'slope'])
+@pytest.mark.parametrize('how', ['value', pytest.param('slope', marks=pytest.mark.slow)])
 def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, how, capsys):
     (params, _, _), logged, step = run(tmp_path, how, skip=2)
     assert [logged[n]['optim/skipped'] for n in (2, 4, 6)] == [0, 1, 1]
@@ -99,6 +100,7 @@ def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, h
         np.testing.assert_allclose(x, state.params[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r'step [13]: loss, optim/grad_norm, spoiled not'):
         run(tmp_path, 'always', skip=2)

@@ -43,7 +43,7 @@ def config(file, encoder='attention', **changes):
 
 
 @pytest.mark.parametrize('encoder', [
-    name if name in ('attention', 'sr_gnn') else pytest.param(name, marks=pytest.mark.slow)
+    name if name == 'attention' else pytest.param(name, marks=pytest.mark.slow)
     for name in configs.EPOCHS])
 def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
     results = job.run(config(file, encoder), tmp_path)

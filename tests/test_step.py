@@ -24,7 +24,8 @@ from tpad_jax.types import Batch, State
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 WAYS = {'jit': 1, 'pmap': 8, 'shard_map': 8}
 # each compiles for a quarter of a minute or more
-SLOW = {(stage, 'pmap') for stage in ('transfer', 'recommend', 'joint')} | {('joint', 'shard_map')}
+SLOW = {(stage, 'pmap') for stage in ('transfer', 'recommend', 'joint')} | {
+    ('transfer', 'shard_map'), ('joint', 'shard_map')}
 V, N, T, SIDE, STEPS, ROWS = 20, 4, 6, 8, 5, 16
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8, 8), vision_layers=1)
 # Plain SGD, so that a gradient N times too large shows; each moves parameters by 1e-2 and more.
@@ -333,7 +334,7 @@ def loop_events(monkeypatch, total, **knobs):
     loop = fitting.Loop(name='s', total=total, devices=RecordingDevices(events), batches=numbers,
                         checkpoints=NoCheckpoints(events), writer=writer, progress=progress,
                         **knobs)
-    spec = SimpleNamespace(fresh=frozenset())
+    spec = SimpleNamespace(fresh=frozenset(), skip=0)
     fitting.fit(loop, spec, State(0, {}, {}, {}, {}), {})
     return events
 
@@ -361,7 +362,8 @@ def test_metrics_that_are_not_finite_end_the_run(monkeypatch):
         loop_events(monkeypatch, 3, log_every=1, save_every=100)
 
 
-@pytest.mark.parametrize('loss', ['next_item', 'sampled_next_item'])
+@pytest.mark.parametrize('loss', [
+    'next_item', pytest.param('sampled_next_item', marks=pytest.mark.slow)])
 def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
     """Attention's h_each, read at the batch's places: what fills up has no part in it."""
     config = make_config()
