@@ -47,17 +47,17 @@ class Pairs(NamedTuple):
 def scaled(out, batch, axis, *names) -> dict:
     """`out` with some features [B, N, D] at mean 0 and variance 1 in every dimension [ours].
 
-    Moments are those of all replicas' positions, and get no gradient: to one batch this is an
-    affine map, which changes no mutual information.
+    Moments are those of all replicas' positions: to one batch this is an affine map, which changes
+    no mutual information. They get their gradient, or a loss could make features smaller for ever.
     """
     weight = batch.mask.astype(jnp.float32)[..., None]
     count = jnp.maximum(collectives.total(weight.sum(), axis), 1)
     maps = {}
     for name in names:
-        x = jax.lax.stop_gradient(out[name])
+        x = out[name]
         mean = collectives.total((weight * x).sum(axis=(0, 1)), axis) / count
         variance = collectives.total((weight * (x - mean) ** 2).sum(axis=(0, 1)), axis) / count
-        maps[name] = (out[name] - mean) * jax.lax.rsqrt(variance + 1e-6)
+        maps[name] = (x - mean) * jax.lax.rsqrt(variance + 1e-6)
     return {**out, **maps}
 
 
