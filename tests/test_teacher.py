@@ -81,7 +81,7 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
         'teach_text', 'teach_image', 'teach_relations', 'mdist_text', 'mdist_image', 'rdist',
         'clusters')}
     c = changed(config, stages='knowledge,transfer', mllm__teacher=str(teacher),
-                model__clusters=4, stage__knowledge__steps=30,
+                stage__transfer__rates=(), model__clusters=4, stage__knowledge__steps=30,
                 stage__knowledge__learning_rate=0.02, stage__transfer__learning_rate=0.02,
                 losses__gen_knowledge__weight=0.0, losses__mdist_text__kind='js',
                 losses__teach_text__by_row=True, losses__teach_image__kind='skewed', **weights)
@@ -106,7 +106,8 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
 def test_a_run_that_blends_adapters(config, tmp_path, kind, rank):
     """r has a feature per modality; the recommender learns from it, also after a restart."""
     off = {f'losses__{n}__weight': 0.0 for n in ('distil', 'discrepancy')}
-    c = changed(config, stages='knowledge,transfer,recommend', model__blend__kind=kind, **off)
+    c = changed(config, stages='knowledge,transfer,recommend', model__blend__kind=kind,
+                stage__transfer__eval_every=0, **off)
     c.rivals = {}
     ranks = []
     leave = job.encode.Encoder.leave
