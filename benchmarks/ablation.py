@@ -39,24 +39,21 @@ PARTS = ('full', 'without_transfer', 'adapter_only', 'random_adapter', 'merging'
          'without_generation', 'without_disentanglement', 'without_alignment',
          'without_distillation', 'without_discrepancy', 'strong_disentanglement',
          'longer_knowledge', 'longer_transfer', 'joint')
-# A study: its names, the first being what the others are compared with, training sessions and
-# seeds, and what it changes of all its configs.
+# A study: its names, the first being what the others are compared with, training sessions, seeds.
 STUDIES = {
     'claim': dict(names=('without_transfer', 'true_attributes',
                          *(n for n in PARTS if n != 'without_transfer')),
-                  sizes=(500, 1500, 6000), seeds=range(5), changes={}),
+                  sizes=(500, 1500, 6000), seeds=range(5)),
     'parts': dict(names=(*PARTS, 'without_knowledge', 'frozen_raw', 'id_only', 'content_only',
-                         'true_attributes'), sizes=(6000,), seeds=range(3), changes={}),
+                         'true_attributes'), sizes=(6000,), seeds=range(3)),
 }
 
 
-def make_config(study: str, name: str, size: int, seed: int):
+def make_config(name: str, size: int, seed: int):
     """The config of a cell."""
     from configs import ablations
 
     c = ablations.get_config(name)
-    for key, value in STUDIES[study]['changes'].items():
-        c.update_from_flattened_dict({key: value})
     c.seed = c.data.planted.seed = seed
     c.diagnostics = 0  # no cell keeps them
     c.data.planted.train = size
@@ -101,7 +98,7 @@ def cell(study: str, name: str, size: int, seed: int, workdir: Path, stopping) -
     """Run or resume a cell to its end."""
     from tpad_jax import results
 
-    config = make_config(study, name, size, seed)
+    config = make_config(name, size, seed)
     stages = tuple(config.stages.split(','))
     own = workdir / study / f'seed{seed}_{size}' / name
     if not (own / 'config.json').is_file():

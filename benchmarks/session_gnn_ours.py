@@ -131,7 +131,7 @@ class Ours:
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""
-        from tpad_jax.models.session_gnn import PACKED
+        from tpad_jax.models.session_gnn import packed
 
         out = {}
         for name, cell in self.cells.items():
@@ -140,17 +140,17 @@ class Ours:
                 continue
             size, batch = (self.num_items + 1, cell['width']), cell['batch']
             padded = batch * self.max_length
-            packed = int(PACKED * padded)
+            few = packed(batch, self.max_length)
             compiled = cell['step'].lower(cell['state'], self._next(cell)[0],
                                           self.catalogue).compile()
             cost = compiled.cost_analysis()
             out[name] |= {
-                'operations': training_operations(*size, batch, packed, again=1),
+                'operations': training_operations(*size, batch, few, again=1),
                 'bytes': training_bytes(*size, batch),
                 # the compiler counts both branches, the packed rows and the padded ones, and every
                 # operand of every operation, in a cache or not
                 'operations_of_both_branches': training_operations(
-                    *size, batch, packed + padded, again=1),
+                    *size, batch, few + padded, again=1),
                 'compiler_operations': cost['flops'] / batch,
                 'compiler_bytes': cost['bytes accessed'] / batch}
         return out

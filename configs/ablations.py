@@ -26,7 +26,7 @@ ABLATIONS = {
                        'model.feature_hidden': 256},
     'merging': {'model.blend.kind': 'mean', 'stage.transfer.fresh': '',
                 'losses.distil.weight': 0.0, 'losses.discrepancy.weight': 0.0},
-    # as much of it as leaves T nothing to foretell by
+    # as much of it as leaves T little to foretell by
     'strong_disentanglement': {'losses.disentangle.weight': 0.02},
     # five times the distillation, at the step whose T foretells validation best
     'longer_transfer': {'stage.transfer.steps': 360, 'stage.transfer.eval_every': 60},

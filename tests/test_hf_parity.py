@@ -34,9 +34,8 @@ def test_greedy_tokens_and_gradients(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['qwen2_5_vl', 'qwen3_vl', 'llava_onevision'])
+@pytest.mark.parametrize('name', tiny_hf.NAMES)
 def test_everything(name, tmp_path):
-    """The other families are compared by tests of their own, and by the command."""
     compared(name, tmp_path, seed=1, steps=32, with_gradients=True)
 
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from tests.test_step import draw, make_config, model
@@ -39,18 +38,18 @@ def spoiled(how):
     return loss
 
 
-def run(tmp_path, how, skip, total=STEPS):
-    """What `fit` returns, the log {step: values}, and the first state."""
+def run(tmp_path, how, skip):
+    """What `fit` returns, the log {step: values}, and the step's spec."""
     spec, params, catalogue = model()
-    config = make_config()
+    config = make_config().copy_and_resolve_references()
+    config.skip_not_finite = skip
     step = training.make_spec(config, 'recommend', spec, seed=5)
-    step = replace(step, losses=(*step.losses, ('spoiled', spoiled(how), 1.0, {})), skip=skip,
-                   tx=optax.apply_if_finite(step.tx, skip) if skip else step.tx)
+    step = replace(step, losses=(*step.losses, ('spoiled', spoiled(how), 1.0, {})))
     logged = {}
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda _, n, x: logged.update({n: x}))
     checkpoints = Checkpoints(tmp_path / 'stage')
     loop = fitting.Loop(
-        name='recommend', total=total, devices=parallel.choose('jit', 1), checkpoints=checkpoints,
+        name='recommend', total=STEPS, devices=parallel.choose('jit', 1), checkpoints=checkpoints,
         batches=lambda start: draw('recommend', start), writer=writer, log_every=2, save_every=100,
         progress=lambda *_: nullcontext(lambda *_: None), broken=tmp_path / 'not_finite')
     first = training.start(step, params, config.stage.recommend.train)

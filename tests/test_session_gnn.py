@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from tpad_jax.models.attention import row_keys
-from tpad_jax.models.session_gnn import PACKED, SessionGNN, session_graph
+from tpad_jax.models.session_gnn import SessionGNN, packed, session_graph
 
 V, N, D = 6, 7, 5  # few items: sessions return to them
 WIDE = 20  # so much padding that rows are computed without it
 
 
-def draw_sessions(count, seed=0, width=N):
-    """Sessions of 1 to N items with repeats, and as int32 [count, width], 0 pads at the end."""
+def draw_sessions(count, seed=0, width=N, least=1):
+    """Sessions of `least` to N items, with repeats; and as int32 [count, width], 0 padding."""
     rng = np.random.default_rng(seed)
-    sessions = [rng.integers(1, V + 1, rng.integers(1, N + 1)).tolist() for _ in range(count - 4)]
+    sessions = [rng.integers(1, V + 1, rng.integers(least, N + 1)).tolist()
+                for _ in range(count - 4)]
     sessions += [[3], [2, 2, 2], [1, 2, 1, 2, 1, 3], [1, 2, 3, 4, 5, 6, 1]]
     return sessions, np.array([s + [0] * (width - len(s)) for s in sessions], np.int32)
 
@@ -111,8 +112,8 @@ def test_network_against_the_equations(network, steps, positions, width):
     _, params, _, table = network
     inner = {n: x for n, x in params['params'].items() if positions or not n.startswith('from_')}
     gnn = SessionGNN(steps=steps, max_length=WIDE, positions=positions)
-    sessions, items = draw_sessions(24, seed=steps, width=width)
-    assert ((items > 0).mean() <= PACKED) == (width == WIDE)
+    sessions, items = draw_sessions(24, steps, width, least=1 if width == WIDE else 4)
+    assert ((items > 0).sum() <= packed(*items.shape)) == (width == WIDE)
     turn = np.random.default_rng(2).normal(size=(24, D)).astype(np.float32)
 
     def ours(p, table):
@@ -143,7 +144,7 @@ def test_starts_uniform():
 def test_padding_has_no_influence(network):
     """Neither its number nor what vectors stand there, nor whether rows are packed."""
     _, params, apply, table = network
-    _, items = draw_sessions(24)
+    _, items = draw_sessions(24, least=4)
     h = apply(params, table[items], items)
     for width in (N + 1, WIDE):
         longer = np.pad(items, ((0, 0), (0, width - N)))
@@ -154,7 +155,7 @@ def test_padding_has_no_influence(network):
 @pytest.mark.parametrize('width', [N, WIDE])
 def test_rows_do_not_see_each_other(network, width):
     _, params, apply, table = network
-    _, items = draw_sessions(24, width=width)
+    _, items = draw_sessions(24, width=width, least=4)
     other = items.copy()
     other[1::2] = items[::-1][1::2]
     other[-1] = 0  # a row without items is nobody's affair either

@@ -187,7 +187,7 @@ def losses():
                        x='k', y='c', ids='items', critic='critic.align'),
         align_smile=dict(fn='smile', weight=0.0, stages='transfer,joint',
                          x='k', y='c', ids='items', critic='critic.align', clip=5.0),
-        # c and p are functions of one t: where q learns, a larger weight leaves nothing of p
+        # c and p are functions of one t: where q learns, a larger weight leaves little of p
         disentangle=dict(fn='vclub', weight=1e-4, stages='transfer,joint', x='c', y='p',
                          scale=True),
         disentangle_l1out=dict(fn='l1out', weight=0.0, stages='transfer,joint', x='c', y='p',

@@ -18,9 +18,15 @@ import jax.numpy as jnp
 from tpad_jax.models.attention import dropout
 from tpad_jax.models.lora import uniform
 
-# Prefixes are short and N is the longest: a batch whose positions fill no more than this share of
-# [B, N] is computed at that size (four items of twenty is the mean of public click data).
-PACKED = 0.3
+# Prefixes are short and N is the longest: a batch that holds no more than this share of [B, N]
+# positions, or than this many a row, is computed at that size (four items of twenty is the mean of
+# public click data; where sessions end at seven, the mean prefix holds three).
+PACKED, PACKED_ROW = 0.3, 3.5
+
+
+def packed(size: int, length: int) -> int:
+    """The positions a batch [size, length] is computed at, where it holds no more."""
+    return max(1, int(size * min(length, max(PACKED * length, PACKED_ROW))))
 
 
 def session_graph(items):
@@ -104,7 +110,7 @@ class SessionGNN(nn.Module):
                 params[name] = self.param(name, uniform(0.03), (self.max_length, width))
         z = dropout(z, self.item_rate, draw(0))
         graph = session_graph(items)
-        count = max(1, int(PACKED * size * length))
+        count = packed(size, length)
 
         def encode(room):
             # computed again in the backward pass: cheaper than room for either branch's values
