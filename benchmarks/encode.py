@@ -104,7 +104,8 @@ def ours(spec, params, tokens, image, dtype, how):
     devices = parallel.choose('auto', 0)
 
     def last(module, tokens, image):
-        return module(module.prompt(tokens, jnp.ones(tokens.shape, bool), image))[:, -1]
+        here = jnp.full((len(tokens), 1), tokens.shape[1] - 1)
+        return module(module.prompt(tokens, jnp.ones(tokens.shape, bool), image), at=here)[:, 0]
 
     def read(_, batch, params, *, axis):
         x = model.apply({'params': params}, batch.tokens, batch.image, method=last)
@@ -254,7 +255,7 @@ if __name__ == '__main__':
     flags.DEFINE_enum('shape', '100m', list(SIZES), 'sizes of the model')
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of both sides')
     flags.DEFINE_string('attention', 'xla', 'ours, see models/hf/layers.py')
-    flags.DEFINE_integer('rows', 16, 'items of a call')
-    flags.DEFINE_integer('turns', 5, 'turns of each side')
+    flags.DEFINE_integer('rows', 32, 'items of a call')
+    flags.DEFINE_integer('turns', 8, 'turns of each side')
     flags.DEFINE_string('out', '', 'JSON file to write')
     app.run(main)

@@ -4,10 +4,10 @@
 in these outputs is tested as well: without it they must be off by more than the bar.
 """
 
-import functools
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tpad_jax.models import lora
 from tpad_jax.models.hf import load, vlm
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.generate import generate
@@ -25,7 +26,7 @@ NAMES = sorted(p.name for p in GOLDEN.iterdir())
 BAR = 3e-5
 
 
-@functools.cache
+@cache
 def case(name):
     """Spec, parameters and what torch said."""
     spec = specs.read(GOLDEN / name)
@@ -44,7 +45,7 @@ def padded(expected, left):
     return tokens, mask.astype(bool), expected['image']
 
 
-@functools.cache
+@cache
 def forward(spec, side, every=True):
     """Compiled (params, tokens, mask, image) -> hidden states (or the last layer's), logits."""
     model = vlm.VLM(spec, side)
@@ -88,9 +89,47 @@ def test_hidden_states_and_logits_are_torchs(name, left):
     np.testing.assert_allclose(np.asarray(logits)[mask], expected['logits'], rtol=0, atol=BAR)
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in ('llava', 'qwen3_vl') else pytest.mark.slow)
-    for name in NAMES])
+MOST = [pytest.param(name, marks=() if name in ('llava', 'qwen3_vl') else pytest.mark.slow)
+        for name in NAMES]
+
+
+@pytest.mark.parametrize('name', MOST)
+def test_some_tokens_alone(name):
+    """Logits of two tokens a row are torch's; the gradients are those of reading all tokens."""
+    spec, params, expected = case(name)
+    tokens, mask, image = padded(expected, False)
+    last = mask.sum(1) - 1
+    at = np.stack([last, last // 2], axis=1)
+    model = vlm.VLM(spec, image.shape[-2], remat='full')
+    adapter = lora.init(jax.random.key(0), params, rank=2, targets=r'^decoder/.*(q|k|down)$')
+    adapter = jax.tree.map(lambda x: x + 0.02, adapter)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(few, adapter):
+        def outputs(m):
+            stream = m.prompt(tokens, mask, image)
+            if few:
+                return m.logits(m(stream, at=at))
+            return m.logits(m(stream))[np.arange(len(at))[:, None], at]
+
+        def logits(adapter):
+            return model.apply({'params': params, 'lora': adapter}, method=outputs)
+
+        with jax.default_matmul_precision('highest'):
+            torchs = model.apply({'params': params}, method=outputs)
+            return torchs, jax.grad(lambda adapter: (logits(adapter) ** 2).sum())(adapter)
+
+    torchs, gradient = run(True, adapter)
+    rows = [np.flatnonzero(expected['row'] == b) for b in range(len(at))]
+    theirs = np.stack([expected['logits'][row[here]]
+                       for row, here in zip(rows, at, strict=True)])
+    np.testing.assert_allclose(torchs, theirs, rtol=0, atol=BAR)
+    for one, two in zip(*map(jax.tree.leaves, (gradient, run(False, adapter)[1])), strict=True):
+        assert np.abs(two).max() > 1e-3
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * np.abs(two).max())
+
+
+@pytest.mark.parametrize('name', MOST)
 def test_greedy_tokens_are_torchs(name):
     spec, params, expected = case(name)
     given = padded(expected, True)

@@ -107,10 +107,13 @@ class KnowledgeMLLM(nn.Module):
             ends = jnp.broadcast_to(self.summary, (len(tokens), *self.summary.shape))
             parts.append(streams.plain(ends, jnp.ones(ends.shape[:2], bool)))
         stream = streams.join(*parts)
-        h = self.base(stream).astype(jnp.float32)
+        last = None
         if self.pooling == 'last':
-            last = h.shape[1] - 1 - jnp.argmax(stream.mask[:, ::-1], axis=1)
-            states = (h[jnp.arange(len(h)), last],) * len(MODALITIES)
+            length = stream.mask.shape[1]
+            last = length - 1 - jnp.argmax(stream.mask[:, ::-1], axis=1, keepdims=True)
+        h = self.base(stream, at=last).astype(jnp.float32)
+        if self.pooling == 'last':
+            states = (h[:, 0],) * len(MODALITIES)
         else:
             begin = start.x.shape[1]
             split = begin + seen.x.shape[1]

@@ -5,6 +5,7 @@ readers are written against these.
 """
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from tpad_jax.models import stream as streams
 from tpad_jax.models.lora import Linear
@@ -60,6 +61,9 @@ class MLLM(nn.Module):
         """Token ids int32 [..., T], mask bool [..., T] -> their part of a stream."""
         return streams.plain(self.words(tokens), mask)
 
-    def __call__(self, stream: Stream):
-        """Read a stream [B, L] -> hidden states [B, L, D] after the last norm."""
-        return self.decoder(stream.x, stream.mask)
+    def __call__(self, stream: Stream, at=None):
+        """Read a stream [B, L] -> hidden states [B, L, D] after the last norm, or of tokens at
+        int32 [B, n] alone, [B, n, D].
+        """
+        h = self.decoder(stream.x, stream.mask)
+        return h if at is None else jnp.take_along_axis(h, at[:, :, None], axis=1)

@@ -42,6 +42,14 @@ def angles(spec: specs.Decoder, positions):
     return jnp.cos(turned)[:, :, None], jnp.sin(turned)[:, :, None]
 
 
+def tokens_at(x, at, axis: int = 1):
+    """Tokens at int32 [B, n] of x, [B, L, ...] for axis 1; None: all of them."""
+    if at is None:
+        return x
+    where = at.reshape(len(at), *(1,) * (axis - 1), -1, *(1,) * (x.ndim - axis - 1))
+    return jnp.take_along_axis(x, where, axis)
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention; with a cache, over what was read before as well."""
 
@@ -49,20 +57,22 @@ class Attention(nn.Module):
     how: str
 
     @nn.compact
-    def __call__(self, x, cos, sin, allowed, cache, number, index):
+    def __call__(self, x, cos, sin, allowed, cache, number, index, at=None):
         """x [B, L, D], allowed bool [B, 1, L, S]; cache (k, v) of all layers, of which this is
-        layer `number`, or None.
+        layer `number`, or None; at int32 [B, n]: the tokens whose result is wanted, None: all.
         """
         s = self.spec
 
-        def heads(name, count):
+        def heads(name, count, x):
             y = Linear(count * s.head_dim, s.qkv_bias, name=name)(x)
             return einops.rearrange(y, 'b l (h d) -> b l h d', h=count)
 
-        q, k, v = heads('q', s.heads), heads('k', s.kv_heads), heads('v', s.kv_heads)
+        q = heads('q', s.heads, tokens_at(x, at))
+        k, v = heads('k', s.kv_heads, x), heads('v', s.kv_heads, x)
         if s.qk_norm:
             q, k = RMSNorm(s.eps, name='q_norm')(q), RMSNorm(s.eps, name='k_norm')(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, tokens_at(cos, at), tokens_at(sin, at)), rotate(k, cos, sin)
+        allowed = tokens_at(allowed, at, axis=2)
         if cache is not None:
             cache = tuple(
                 jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype),
@@ -84,13 +94,15 @@ class Block(nn.Module):
     every: bool
 
     @nn.compact
-    def __call__(self, carry, cos, sin, allowed, deep, index):
-        """-> (x, cache, number + 1), states before the deep features or None."""
+    def __call__(self, carry, cos, sin, allowed, deep, index, at=None):
+        """-> (x, cache, number + 1), states before the deep features or None; of tokens at int32
+        [B, n] alone, where that is given.
+        """
         (x, cache, number), s = carry, self.spec
         attention = Attention(s, self.how, name='attention')
         y, cache = attention(RMSNorm(s.eps, name='attention_norm')(x), cos, sin, allowed, cache,
-                             number, index)
-        x = x + y
+                             number, index, at)
+        x = tokens_at(x, at) + y
         y = RMSNorm(s.eps, name='mlp_norm')(x)
         y = nn.silu(Linear(s.hidden, name='gate')(y)) * Linear(s.hidden, name='up')(y)
         x = x + Linear(s.width, name='down')(y)
@@ -98,6 +110,7 @@ class Block(nn.Module):
         if deep is not None:
             depth = deep.shape[2]
             own = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(number, depth - 1), 2, False)
+            own = tokens_at(own, at)
             x = x + jnp.where(number < depth, own, 0).astype(x.dtype)
         return (x, cache, number + 1), state
 
@@ -114,7 +127,8 @@ class Decoder(nn.Module):
     remat: str = 'none'
 
     @nn.compact
-    def __call__(self, x, positions, allowed, deep=None, cache=None, index=0, every=False):
+    def __call__(self, x, positions, allowed, deep=None, cache=None, index=0, every=False,
+                 at=None):
         """Decode.
 
         Args:
@@ -122,15 +136,34 @@ class Decoder(nn.Module):
           deep: [B, L, n, D], added to the states behind the first n layers, or None.
           cache: (k, v), each [layers, B, S, KV, hd], written at `index`, or None: then S = L.
           every: also return the states behind each layer.
+          at: int32 [B, n], the tokens whose states are wanted, which spares the last layer the
+            others; None: all. Not with a cache or `every`.
 
         Returns:
-          states [B, L, D] after the last norm, states behind each layer [layers, B, L, D] or None
-          (before deep features are added, as transformers counts them), the cache.
+          states [B, L or n, D] after the last norm, states behind each layer [layers, B, L, D] or
+          None (before deep features are added, as transformers counts them), the cache.
         """
         cos, sin = angles(self.spec, positions)
+        if at is not None and not self.is_initializing():
+            x = self._read_at(x, at, cos, sin, allowed, deep)
+            return RMSNorm(self.spec.eps, name='norm')(x), None, None
         block = nn.scan(rematerialised(Block, self.remat), length=self.spec.layers,
                         variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
                         in_axes=nn.broadcast)
         (x, cache, _), states = block(self.spec, self.how, every, name='layers')(
             (x, cache, jnp.int32(0)), cos, sin, allowed, deep, index)
-        return RMSNorm(self.spec.eps, name='norm')(x), states, cache
+        return tokens_at(RMSNorm(self.spec.eps, name='norm')(x), at), states, cache
+
+    def _read_at(self, x, at, *shared):
+        """States [B, n, D] behind the last layer, which computes only these tokens' queries."""
+        stacked = {kind: self.variables[kind]['layers'] for kind in ('params', 'lora')
+                   if 'layers' in self.variables.get(kind, ())}
+        block, last = Block(self.spec, self.how, every=False, parent=None), self.spec.layers - 1
+
+        def layer(x, number, at=None):
+            own = jax.tree.map(lambda leaf: leaf[number], stacked)  # read in place, never copied
+            (x, *_), _ = block.apply(own, (x, None, number), *shared, 0, at)
+            return x, None
+
+        x, _ = jax.lax.scan(rematerialised(layer, self.remat, jax.checkpoint), x, jnp.arange(last))
+        return layer(x, last, at)[0]

@@ -58,8 +58,10 @@ def attend(q, k, v, mask, how: str):
     return y.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
 
 
-def rematerialised(block, how: str):
+def rematerialised(block, how: str, lift=nn.remat):
     """The scan body `block` (a module class) as config.mllm.remat says; the values are the same.
+
+    `lift`: jax.checkpoint where it is a function.
 
     'none' keeps every intermediate of the forward pass, 'dots' the matrix products' results, 'full'
     only a layer's input.
@@ -67,7 +69,7 @@ def rematerialised(block, how: str):
     if how == 'none':
         return block
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if how == 'dots' else None
-    return nn.remat(block, policy=policy, prevent_cse=False)
+    return lift(block, policy=policy, prevent_cse=False)
 
 
 def rotate(x, cos, sin):

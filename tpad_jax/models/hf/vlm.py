@@ -141,16 +141,16 @@ class VLM(nn.Module):
                                                   a, b), seen, said)
         return out.replace(mask=mask)
 
-    def __call__(self, stream: Stream, every=False):
+    def __call__(self, stream: Stream, every=False, at=None):
         """Read a stream [B, L]. -> states [B, L, D] after the last norm; every: and behind each
-        layer, [layers, B, L, D].
+        layer, [layers, B, L, D]; at int32 [B, n]: of these tokens alone, [B, n, D].
         """
         length = stream.x.shape[1]
         order = jnp.tril(jnp.ones((length, length), bool))
         # a padded token that sees nothing may see itself; nobody reads it
         allowed = (stream.mask[:, None, None] & order) | jnp.eye(length, dtype=bool)
         h, states, _ = self.decoder(stream.x.astype(self.dtype), streams.positions(stream), allowed,
-                                    stream.deep, every=every)
+                                    stream.deep, every=every, at=at)
         return (h, states) if every else h
 
     def decode(self, stream: Stream, cache: dict, index):
