@@ -122,6 +122,7 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     c.data.ready = str(write(tmp_path))
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
     c.refit = True
+    c.rivals = dict(id_only=c.rivals.id_only, knowledge_only=c.rivals.knowledge_only)
     c.xla_flags = '--xla_backend_optimization_level=0'
     for name in ('knowledge', 'transfer', 'recommend'):
         c.stage[name].update(steps=2, batch_size=4)
