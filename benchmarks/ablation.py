@@ -9,6 +9,8 @@ each test session's sums, so that any two names can be compared row by row.
 Prints the share of the oracle's expected hit@20 over all, warm and cold targets, and each name's
 paired difference to the study's reference with an interval over sessions, tested by flipping the
 signs of whole sessions within their seed (Smucker et al. 2007), corrected by Holm over the table.
+Such an interval says what other test sessions would do to these very models; what other seeds would
+do is said below the table, by the differences seed by seed and a t-test over them.
 """
 
 import base64
@@ -194,7 +196,8 @@ def differences(cells: dict, name: str, reference: str) -> dict | None:
     """A name against the reference over the seeds both have: share by share, paired by session.
 
     Returns:
-      {'all' | 'warm' | 'cold': (difference of shares, low, high, p)}, and 'seeds'.
+      {'all' | 'warm' | 'cold': (difference of shares, low, high, p)}, and 'seeds', the difference
+      of each over all targets.
     """
     import numpy as np
 
@@ -203,11 +206,12 @@ def differences(cells: dict, name: str, reference: str) -> dict | None:
     seeds = [seed for other, seed in cells if other == name and (reference, seed) in cells]
     if not seeds or name == reference:
         return None
-    apart, best = [], {'all': 0.0, 'cold': 0.0}
+    apart, best, each = [], {'all': 0.0, 'cold': 0.0}, []
     for seed in seeds:
         a, b = (unpack(cells[who, seed]['sums']) for who in (name, reference))
         best = {key: best[key] + cells[name, seed]['oracle'][key] for key in best}
         gap = (a - b)[2:]
+        each.append(float(gap[0].sum() / cells[name, seed]['oracle']['all']))
         apart.append(np.stack([gap[0], gap[0] - gap[1], gap[1]], axis=1))
     apart = np.concatenate(apart)  # [S, 3]: a session of another seed is another session
     scale = np.array([best['all'], best['all'] - best['cold'], best['cold']])
@@ -216,7 +220,7 @@ def differences(cells: dict, name: str, reference: str) -> dict | None:
     p = resampling.sign_flip(apart)
     out = {key: tuple(float(x[i]) for x in (apart.sum(axis=0) / scale, low, high, p))
            for i, key in enumerate(('all', 'warm', 'cold'))}
-    return {**out, 'seeds': len(seeds)}
+    return {**out, 'seeds': each}
 
 
 def holm(values: list[float]) -> list[float]:
@@ -230,6 +234,8 @@ def holm(values: list[float]) -> list[float]:
 
 def show(study: str, size: int, console: Console) -> None:
     """The table of one size of a study."""
+    from scipy.stats import ttest_1samp
+
     cells, names = read(study, size), STUDIES[study]['names']
     found = {name: differences(cells, name, names[0]) for name in names}
     told = [(name, key) for name in names if found[name] for key in ('all', 'warm', 'cold')]
@@ -253,6 +259,11 @@ def show(study: str, size: int, console: Console) -> None:
         table.add_row(name, str(len(own)), *shares, *gaps,
                       f'{100 * sum(foretold) / len(foretold):.1f}' if foretold else '')
     console.print(table)
+    for name in filter(found.get, names):
+        each = found[name]['seeds']
+        p = f', p = {ttest_1samp(each, 0).pvalue:.2f}' if len(each) > 1 else ''
+        console.print(f'{name} - {names[0]}, all, seed by seed: '
+                      f'{" ".join(f"{100 * x:+.1f}" for x in each)}{p}', highlight=False)
     console.print('[low, high]: 95 % by bootstrap over sessions; *: p < 0.05 by sign flips of '
                   'sessions, Holm over the table; T: the share of the Transfer-MLLM itself',
                   markup=False, highlight=False)
