@@ -138,15 +138,14 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
 def _log(loop, spec, bar, recent, whatever=False):
     """Fetch the last finished step's metrics and write them, if a line is due or `whatever` it is.
 
-    recent: [(number, metrics on the device)] since the last line, emptied by the next; of the steps
-    between the loss alone is fetched, all else where one is not finite.
+    recent: [(number, metrics on the device)] since the last line, emptied by the next; the steps
+    between are fetched only where the last is not finite, to find the first that was not.
     """
     number, logged = recent[-1]
     if number % loop.log_every and not whatever:
         return
     values = _scalars(logged)
-    losses = jax.device_get([found['loss'] for _, found in recent])
-    finite = np.isfinite([*values.values(), *losses]).all()
+    finite = bool(np.isfinite(list(values.values())).all())
     if not finite and values.get('optim/skipped_in_row', np.inf) > spec.skip:
         raise FloatingPointError(_not_finite(loop, spec, recent))
     if spec.skip and any(int(found['optim/skipped_in_row']) for _, found in recent):

@@ -350,6 +350,8 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
         found = json.loads(written.read_text())
         if set(stages) <= set(found['provenance']['stages']):
             console.print(writers.table(found))
+            console.print(f'{written}: finished {found["provenance"]["date"]}, nothing was trained '
+                          'now; --workdir=DIR begins anew', markup=False, highlight=False)
             return found
     job.build(stages, console)
     results.introduce(job, console)
