@@ -143,7 +143,7 @@ def of_joint_step():
     stage = config.stage.joint
     spec = training.make_spec(config, 'joint', job.spec, config.seed)
     state = training.start(spec, job.params, stage.train)
-    zeros = {'k': (2, config.model.features), 'r': (config.model.features,)}
+    zeros = {'k': (2, config.model.features), 'r': (2 * config.model.features,)}
     catalogue = job.catalogue | {n: jnp.zeros((job.data.num_items + 1, *s))
                                  for n, s in zeros.items()}
     drawn = batches.session_batches(
