@@ -15,6 +15,8 @@ from tpad_jax import collectives
 from tpad_jax.parallel import Devices
 
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
+LANES = 256  # items that every product computes alike, whatever their number
+PARTS = 8  # that one call ranks: the host's work for a call is in no part's way
 
 
 def ranker(encode: Callable, devices: Devices, *, repeat: Callable | None = None,
@@ -37,27 +39,41 @@ def ranker(encode: Callable, devices: Devices, *, repeat: Callable | None = None
       not finite.
     """
 
-    def part(_, batch, shared, *, axis):
+    def part(batch, shared):
         h = encode(shared['weights'], shared['z'], batch.items)
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
         moved = (batch.items, repeat(shared['weights'], batch.items)) if repeat else None
         counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
-        found = *counted, bounded(h, shared['largest'])
-        return tuple(collectives.gather(x, axis) for x in found)
+        return (*counted, bounded(h, shared['largest']))
 
-    lifted = devices.lift(part)
+    def several(_, batch, shared, *, axis):
+        """The first `shared['parts']` of PARTS parts, one after the other."""
+        parts = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
+        held = parts.target.shape
+
+        def one(k, found):
+            made = part(jax.tree.map(lambda x: x[k], parts), shared)
+            return tuple(x.at[k].set(new) for x, new in zip(found, made, strict=True))
+
+        found = jax.lax.fori_loop(0, shared['parts'], one, (
+            jnp.zeros(held, jnp.int32), jnp.zeros(held, jnp.int32), jnp.ones(held, bool)))
+        return tuple(collectives.gather(x.reshape(-1), axis) for x in found)
+
+    lifted = devices.lift(several)
 
     def rank(weights, z, items, target, *, rows=512, name='model'):
-        rows = -(-rows // devices.shards) * devices.shards
+        each = -(-rows // devices.shards)  # rows of a part on one device
+        size = devices.shards, PARTS, each
         shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
         found = []
-        for begin in range(0, len(items), rows):
-            these = slice(begin, begin + rows)
-            # parts are queued one behind the other; nothing waits for a result before the end
-            batch = devices.place(_part(items[these], target[these], rows))
-            found.append(lifted({}, batch, shared))
-        above, equal, finite = (np.concatenate(x)[:len(items)] for x in
-                                zip(*jax.device_get(found), strict=True))
+        for begin in range(0, len(items), devices.shards * PARTS * each):
+            # calls are queued one behind the other; nothing waits for a result before the end
+            batch, parts = _several(items[begin:], target[begin:], size)
+            given = shared | devices.share({'parts': np.int32(parts)})
+            found.append(lifted({}, devices.place(batch), given))
+        above, equal, finite = (
+            np.concatenate([x.reshape(size).swapaxes(0, 1).reshape(-1) for x in call])[:len(items)]
+            for call in zip(*jax.device_get(found), strict=True))
         for row in np.flatnonzero(~finite):
             _check(np.asarray(encode(weights, z, items[row:row + 1])), z, row, name)
         return above, equal
@@ -82,7 +98,7 @@ def count(h, z, target, *, chunk: int, moved=None):
       above, equal: int32 [B]. A row with a score that is not finite means nothing.
     """
     total = len(z)
-    chunk = min(max(chunk, len(h)), total, MOST)
+    chunk = _even(total, min(max(chunk, len(h)), MOST))
     place, nothing = jnp.arange(chunk), jnp.zeros(len(h), jnp.int32)
     wanted, lift = target[:, None], 0.0
     if moved is not None:
@@ -114,7 +130,8 @@ def count(h, z, target, *, chunk: int, moved=None):
         first = seen[:, 0], seen, nothing, nothing
         return number + 1, *jax.lax.fori_loop(0, -(-total // chunk), body, first)
 
-    guess = jnp.diagonal(_scores(h, z[jnp.resize(target, chunk)]))
+    few = -(-len(h) // LANES) * LANES
+    guess = jnp.diagonal(_scores(h, z[jnp.resize(target, few)]))
     guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
     _, own, seen, above, level = jax.lax.while_loop(
         again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
@@ -124,6 +141,17 @@ def count(h, z, target, *, chunk: int, moved=None):
         above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)
         level += (now >= bar).sum(axis=1) - (was >= bar).sum(axis=1)
     return above, level - above
+
+
+def _even(total, most):
+    """Items of a chunk, at most `most`: parts of one size, whole multiples of LANES.
+
+    What a product leaves over behind whole lanes is computed by another loop, whose last bits may
+    differ from the guess, and then all is counted once more.
+    """
+    most = most // LANES * LANES or most
+    even = -(-total // -(-total // most))
+    return min(-(-even // LANES) * LANES, most, total)
 
 
 def _scores(h, z):
@@ -141,12 +169,25 @@ def bounded(h, longest):
     return jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * longest)
 
 
-def _part(items, target, rows) -> dict:
-    """A batch of `rows` rows, filled up with copies of the last one."""
-    items, target = (np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode='edge')
-                     for x in (items, target))
-    return dict(items=items, next=np.zeros_like(items), target=target,
-                valid=np.ones(rows, bool), row=np.zeros(rows, np.int32))
+def _several(items, target, size) -> tuple[dict, int]:
+    """The batch of a call, filled up with copies of the last row, and how many parts have rows.
+
+    size: devices, PARTS, rows of a part on one device. Rows follow each other within a part, over
+    all devices; a batch is cut in one piece per device.
+    """
+    shards, parts, each = size
+    room = shards * parts * each
+    items, target = items[:room], target[:room]
+    held = -(-len(items) // (shards * each))
+
+    def laid(x):
+        x = np.pad(x, [(0, room - len(x))] + [(0, 0)] * (x.ndim - 1), mode='edge')
+        x = x.reshape(parts, shards, each, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(room, *x.shape[3:])
+
+    items, target = laid(items), laid(target)
+    return dict(items=items, next=np.zeros_like(items), target=target, valid=np.ones(room, bool),
+                row=np.zeros(room, np.int32)), held
 
 
 def _check(h, z, row, name):
