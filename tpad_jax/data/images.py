@@ -30,8 +30,11 @@ def decode(data: bytes, size: int) -> np.ndarray | None:
             if image.width * image.height > MAX_PIXELS:
                 return None
             # JPEG only: decodes at a half, quarter or eighth, about twice as fast, but never below
-            # 1.4 times the size: 35 dB or more from what the whole would have given
-            image.draft('RGB', (7 * size // 5, 7 * size // 5))
+            # 1.1 times the size: a photograph at 128 pixels or more is 36 dB or more from what the
+            # whole would have given, where bilinear for bicubic costs as much. The box says where
+            # the picture ends in the last pixel, which stands for fewer than the others
+            drafted = image.draft('RGB', (11 * size // 10, 11 * size // 10))
+            box = drafted and drafted[1]
             if image.mode.startswith('I;16'):  # Pillow's own conversion clips at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
@@ -40,7 +43,7 @@ def decode(data: bytes, size: int) -> np.ndarray | None:
                 image = Image.alpha_composite(white, image)
             if image.mode != 'RGB':  # else a copy, a tenth of the time
                 image = image.convert('RGB')
-            square = image.resize((size, size), Image.Resampling.BICUBIC)
+            square = image.resize((size, size), Image.Resampling.BICUBIC, box)
     # what Pillow raises on damaged bytes of these formats; its own size guard warns, then raises
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
             Image.DecompressionBombError, Image.DecompressionBombWarning):
