@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from configs import sessions as public
 from tpad_jax import config as base
 from tpad_jax import search as search_lib
 from tpad_jax.errors import InputError, Stopped
@@ -243,3 +245,20 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith('tpad_jax.search: config.search.space is empty')
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize('name', public.FOUND)
+def test_a_config_that_was_found_is_the_best_trial(name):
+    """To three digits, and nothing else of the config is changed."""
+    kept = Path(__file__).parents[1] / f'benchmarks/search/{name.replace(",", "_")}.json'
+    found = json.loads(kept.read_text())
+    best = max(found['tried'], key=lambda one: one['values']['hit@20'])
+    assert public.FOUND[name] == pytest.approx(best['params'], rel=2e-3)
+    changed = search_lib._flat(public.get_config(f'{name},found'))
+    assert changed == {**search_lib._flat(public.get_config(name)), **public.FOUND[name],
+                       'name': changed['name']}
+
+
+def test_what_was_not_searched_is_refused():
+    with pytest.raises(ValueError, match=r'may follow grocery,attention'):
+        public.get_config('grocery,found')
