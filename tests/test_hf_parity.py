@@ -12,7 +12,9 @@ pytest.importorskip('torch')
 
 from benchmarks import parity, parity_torch
 from tests import tiny_hf
+from tpad_jax.models.hf import load
 from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf.vlm import VLM
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +45,20 @@ def test_everything(name, tmp_path):
 @pytest.mark.parametrize('side', [16, 80])
 @pytest.mark.parametrize('name', ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'])
 def test_other_sizes_of_images(name, side, tmp_path):
-    compared(name, tmp_path, seed=2, side=side)
+    """Beside torch in float64: in float32 its own rounding comes to 2.8e-5 in one of these."""
+    tiny_hf.save(name, tmp_path, seed=2)
+    spec = specs.read(tmp_path)
+    # on the right: a row that attends to nothing, as padding on the left does, is NaN in float64
+    given = parity_torch.prompt(spec, side, left=False, words=parity_torch.words(tmp_path, spec),
+                                images=tiny_hf.images(3, side))
+    there = parity_torch.load(tmp_path, 'float64')
+    hidden, logits, _ = parity_torch.run(
+        there, parity_torch.keywords(there, tmp_path, given, spec), spec)
+    params = load.load(tmp_path, spec, dtype='float32')
+    found = parity.forward(VLM(spec, side))(params, *parity._arrays(given))
+    for here, expected in ((np.stack(found[0]), hidden), (np.asarray(found[1])[None],
+                                                          logits[None])):
+        assert np.abs(here - expected)[:, given.mask].max() <= parity.TINY_BAR
 
 
 def test_rows_differ_in_images_and_length(tmp_path):
