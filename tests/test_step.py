@@ -67,6 +67,9 @@ def make_config():
     return config
 
 
+BLOWN_UP = 5e-5  # random encoders blow up what little differs
+
+
 @lru_cache
 def model():
     """The smallest TPAD, all parameters random (adapters too), and a catalogue of random rows."""
@@ -163,8 +166,10 @@ def test_eight_devices_are_one(runs, stage, way):
     assert one.metrics.keys() == many.metrics.keys() == set(range(1, STEPS + 1))
     for step, values in one.metrics.items():
         assert values.keys() == many.metrics[step].keys()
+        # behind a refresh losses read rows that agree to BLOWN_UP, not to 1e-5
+        far = BLOWN_UP if stage == 'joint' and step > 2 else 1e-5
         for name, value in values.items():
-            np.testing.assert_allclose(many.metrics[step][name], value, rtol=1e-5, atol=1e-5,
+            np.testing.assert_allclose(many.metrics[step][name], value, rtol=far, atol=far,
                                        err_msg=f'{name}, step {step}')
     assert one.params.keys() == many.params.keys() == one.first.params.keys()
     moved = 0
@@ -173,8 +178,8 @@ def test_eight_devices_are_one(runs, stage, way):
         moved = max(moved, float(np.abs(value - model()[1][path]).max()))
     assert moved > 1e-2
     assert many.rows.keys() == one.rows.keys() == ({'k', 'r'} if stage == 'joint' else set())
-    for name, rows in one.rows.items():  # random encoders blow up what little differs
-        np.testing.assert_allclose(many.rows[name], rows, rtol=0, atol=5e-5, err_msg=name)
+    for name, rows in one.rows.items():
+        np.testing.assert_allclose(many.rows[name], rows, rtol=0, atol=BLOWN_UP, err_msg=name)
 
 
 @pytest.mark.parametrize(('stage', 'way'), [
