@@ -166,9 +166,10 @@ def test_eight_devices_are_one(runs, stage, way):
     assert one.metrics.keys() == many.metrics.keys() == set(range(1, STEPS + 1))
     for step, values in one.metrics.items():
         assert values.keys() == many.metrics[step].keys()
-        # behind a refresh losses read rows that agree to BLOWN_UP, not to 1e-5
-        far = BLOWN_UP if stage == 'joint' and step > 2 else 1e-5
         for name, value in values.items():
+            # vCLUB, a small difference of large numbers, of rows that were encoded anew
+            blown = name.endswith('disentangle') and stage == 'joint' and step > 2
+            far = BLOWN_UP if blown else 1e-5
             np.testing.assert_allclose(many.metrics[step][name], value, rtol=far, atol=far,
                                        err_msg=f'{name}, step {step}')
     assert one.params.keys() == many.params.keys() == one.first.params.keys()
