@@ -13,7 +13,7 @@ from absl import app
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import baselines, compare, mixture, writers
+from tpad_jax import baselines, compare, recommenders, writers
 from tpad_jax.errors import InputError
 
 METRICS = ('hit@20', 'mrr@20')
@@ -33,7 +33,7 @@ def cell(directory: Path) -> dict:
     made, config = found['provenance'], found['provenance']['config']
     if not config['data']['npz']:
         raise InputError(f'{file} is of a run on raw files; this table is of ready-made sessions')
-    own = mixture.NAME if config.get('partner') else config['model']['encoder']
+    own = recommenders.NAME if config.get('partner') else config['model']['encoder']
     run, difference = [compare.read(directory)], {}
     for metric in METRICS:
         best = max((n for n in found['models'] if n in baselines.BASELINES),

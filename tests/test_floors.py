@@ -19,7 +19,7 @@ FLOORS = (
     {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},
     {'fitting'},  # of floor 4, on training
-    {'results', 'plan', 'mixture'},  # of floor 4, on evaluate and recommend
+    {'results', 'plan', 'recommenders'},  # of floor 4, on evaluate and recommend
     {'check'},
     {'job'},
     {'train', 'search'},

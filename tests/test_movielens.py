@@ -127,11 +127,19 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     for name in ('knowledge', 'transfer', 'recommend'):
         c.stage[name].update(steps=2, batch_size=4)
     c.stage.recommend.eval_every = 1
+    c.partner = dict(model=dict(encoder='sr_gnn', width=12, recommend='k'),
+                     losses=dict(next_item=dict(h='h')))
     found = job.run(c, tmp_path / 'run')
     assert found['data']['refit']
-    assert {'tpad', 'id_only', 'knowledge_only', 'vstan', 'content_knn'} <= set(found['models'])
+    assert {'tpad', 'attention', 'sr_gnn', 'id_only', 'knowledge_only', 'vstan',
+            'content_knn'} <= set(found['models'])
     stages = {json.loads(line)['stage'] for line in
               (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()}
-    assert {'refit', 'id_only_refit', 'knowledge_only_refit'} <= stages
-    for name in ('tpad', 'id_only'):
+    for name in ('', 'partner', 'id_only', 'id_only_partner', 'knowledge_only',
+                 'knowledge_only_partner'):
+        assert f'{name}_refit'.strip('_') in stages
+    for name in ('attention', 'sr_gnn'):
         assert found['models'][name]['valid']['step'] in (1, 2)
+    ranks = np.load(tmp_path / 'run' / 'ranks.npz', allow_pickle=False)
+    ways = {ranks[f'{name}/above'].tobytes() for name in ('tpad_recommend', 'attention', 'sr_gnn')}
+    assert len(ways) == 3  # what is served is neither of the two

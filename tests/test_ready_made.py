@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import sessions as table
 from configs import sessions as configs
-from tpad_jax import job, mixture, results
+from tpad_jax import job, recommenders, results
 from tpad_jax.errors import InputError, Stopped
 
 
@@ -71,7 +71,7 @@ def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
 
 def test_until_validation_never_looks_at_test(tmp_path, file, monkeypatch):
     monkeypatch.setattr(results, 'report', None)
-    monkeypatch.setattr(job.Job, 'refit', None)
+    monkeypatch.setattr(recommenders.Trained, 'refit', None)
     found = job.run(config(file), tmp_path, until='validation')
     assert found['valid'].keys() >= {'step', 'hit@20', 'mrr@20'}
     assert not (tmp_path / 'results.json').exists()
@@ -165,7 +165,9 @@ def test_a_mixture_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, file):
 @pytest.mark.parametrize(('changes', 'told'), [
     (dict(model=dict(depth=3)), 'config.partner does not fit the config'),
     (dict(model=dict(encoder='gru')), 'choose from attention, sr_gnn, gce_gnn'),
-    (dict(stage=dict(recommend=dict(batch_size=0))), 'must be a multiple of')])
+    (dict(stage=dict(recommend=dict(batch_size=0))), 'must be a multiple of'),
+    (dict(model=dict(features=32)), r'changes model\.features, which both recommenders share'),
+    (dict(data=dict(valid=0.2)), r'changes data\.valid, which both recommenders share')])
 def test_a_partner_that_cannot_be_is_refused(tmp_path, file, changes, told):
     c = config(file, 'attention')
     c.partner = changes
@@ -176,11 +178,11 @@ def test_a_partner_that_cannot_be_is_refused(tmp_path, file, changes, told):
 
 def test_a_partner_keeps_what_it_does_not_change():
     c = configs.get_config('grocery')
-    other = mixture.partnered(c)
+    other = recommenders.partnered(c)
     assert other.model.encoder == 'sr_gnn'
     assert not other.partner
     assert (other.seed, other.data.to_dict()) == (c.seed, c.data.to_dict())
     assert c.model.encoder == 'attention'
-    c.rivals, c.refit, c.data.npz = dict(id_only=dict(recommend='')), False, __file__
-    with pytest.raises(InputError, match=r'config\.partner and config\.rivals'):
+    c.stages, c.refit = 'recommend,joint', False
+    with pytest.raises(InputError, match=r'config\.partner adds .* joint does not train'):
         job.run(c, 'nowhere')

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tpad_jax import bases, handover, losses, mixture, parallel, training
+from tpad_jax import bases, handover, losses, parallel, recommenders, training
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
 from tpad_jax.losses import checking, distillation
@@ -102,17 +102,14 @@ def check(config) -> tuple[str, ...]:
     if config.refit and 'joint' in stages:
         raise InputError('config.refit=True trains the recommender anew, but its last stage is '
                          'joint, which also changes what it reads; leave one of the two out')
+    if config.partner:
+        if 'joint' in stages:
+            raise InputError('config.partner adds the scores of a second recommender, which stage '
+                             'joint does not train; leave one of the two out')
+        check(recommenders.partnered(config))
     if config.data.npz:
         _check_ready_made(config, stages)
-        if config.partner:
-            if len(config.rivals):
-                raise InputError('config.partner and config.rivals both train recommenders beside '
-                                 'the first; leave one of the two out')
-            check(mixture.partnered(config))
         return stages
-    if config.partner:
-        raise InputError('config.partner is for ready-made sessions, config.data.npz; leave it '
-                         'empty')
     if config.data.protocol == 'published':
         raise InputError('config.data.protocol=published is said of ready-made sessions alone: '
                          'give them with --config.data.npz=FILE')
@@ -145,6 +142,8 @@ def check_inputs(config, stages, finished) -> None:
       InputError: naming the rows and the stage that makes them.
     """
     own = names(config.model.recommend)
+    if config.partner:
+        own += names(recommenders.partnered(config).model.recommend)
     rivals = [row for rival in config.rivals.values() for row in names(rival.recommend)]
     reads = {'transfer': ('k',), 'recommend': (*own, *rivals), 'joint': ('k', 'r')}
     made = {'true'}  # comes with the planted catalogue

@@ -23,9 +23,9 @@ from tpad_jax import (
     features,
     fitting,
     handover,
-    mixture,
     parallel,
     plan,
+    recommenders,
     results,
     snapshots,
     training,
@@ -108,8 +108,8 @@ class Job:
                       max_length=self.max_length, side_sizes=data.side_sizes)
         if c.data.npz:
             self.spec = tpad.build(None, c.model, **shared)
-            self._count()
-            self.params = self._fresh(self.spec)
+            self.count()
+            self.params = self.fresh(self.spec)
             return
         base = self.base = bases.read(c)
         where = self.workdir / 'data'
@@ -122,7 +122,7 @@ class Job:
         teacher = bases.teacher(c, base)
         self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling, chunk=c.mllm.chunk,
                                teacher=teacher and teacher.reader, **shared)
-        self._count()
+        self.count()
         if c.data.features:
             given = features.read_external(c.data.features, data.asins)
             console.print(f'{c.data.features}: {given.unknown} ids of no item {list(given.some)}, '
@@ -156,7 +156,7 @@ class Job:
         params = draw(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
 
-    def _count(self) -> None:
+    def count(self) -> None:
         """Lay the catalogue's rows that are counted on training sessions over what it has."""
         c, data = self.config.model, self.final
         rows = {'warm': data.warm, 'side': data.side,
@@ -166,7 +166,7 @@ class Job:
                 data.train, data.num_items, window=c.near_window, most=c.near)
         self.catalogue = {**self.catalogue, **jax.tree.map(jnp.asarray, rows)}
 
-    def _fresh(self, spec) -> dict:
+    def fresh(self, spec) -> dict:
         """A recommender's first parameters {path: array}, for the catalogue as it is counted."""
         make = parallel.compiled(partial(tpad.recommender_init, spec=spec))
         params = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
@@ -198,7 +198,7 @@ class Job:
         trained, rows, record = {}, {}, {'seconds': 0.0}
         if spec:
             snapshots.take(self, stage, 'before', spec, encoder)
-            trained, rows, record = self._fit(name, stage, spec, writer, progress, encoder)
+            trained, rows, record = self.fit(name, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
         if stage == 'transfer' and self.config.model.blend.kind:
             self.params = handover.blended(self.params, self.config)
@@ -214,62 +214,14 @@ class Job:
             bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
         snapshots.take(self, stage, 'after', spec, encoder)
 
-    def refit(self, writer, progress, name: str = 'refit') -> None:
-        """Train the recommender anew on training and validation sessions, for the chosen steps.
-
-        Everything that is counted on training sessions is counted on both; nothing is chosen.
-        """
-        self.count_both()
-        # the same draws, with rows for items new to training
-        params = {**self.first, **self._fresh(self.spec)}
-        self.params |= self._refit(name, self.spec, params, self.record, writer, progress)
-
     def count_both(self) -> None:
         """From here on what is trained and tested has validation's sessions among training's."""
         both = sessions.join(self.data.train, self.data.valid)
         warm = sessions.warm_items(both, self.data.num_items)
         self.final = replace(self.data, train=both, warm=warm)
-        self._count()
+        self.count()
 
-    def _refit(self, name, model, params, record, writer, progress) -> dict:
-        """{path: array} of a recommender trained for as many steps as `record` chose."""
-        spec = training.make_spec(self.config, 'recommend', model, self.config.seed)
-        trained, _, found = self._fit(name, 'recommend', spec, writer, progress, None, params,
-                                      record['chosen'])
-        self.seconds[name] = found['seconds']
-        return trained
-
-    def run_rival(self, name: str, writer, progress):
-        """Train a recommender beside TPAD with the recommend stage's own care.
-
-        Returns:
-          A function without arguments that refits it, if the config says so, and returns (spec,
-          nested params) of what is to be tested; and its validation metrics.
-        """
-        changes = self.config.rivals[name].to_dict()
-        fusion = self.spec.fusion.clone(
-            use_id=changes.get('use_id', self.config.model.use_id),
-            side_sizes=self.data.side_sizes
-            if changes.get('use_side', self.config.model.use_side) else ())
-        model = replace(self.spec, recommend=names(changes['recommend']), fusion=fusion)
-        spec = training.make_spec(self.config, 'recommend', model, self.config.seed)
-        own = tuple(f'loss/{loss}/' for loss, _ in spec.modules)  # of this one: drawn anew, too
-        others = {p: x for p, x in self.params.items() if not p.startswith(('recommender/', *own))}
-        params = others | self._fresh(model)
-        trained, _, record = self._fit(name, 'recommend', spec, writer, progress, None, params)
-        self.seconds[name] = record['seconds']
-
-        def tested():
-            found = trained
-            if self.config.refit:
-                self.pause()
-                found = self._refit(f'{name}_refit', model, others | self._fresh(model), record,
-                                    writer, progress)
-            return model, unflatten_dict({**others, **found}, sep='/')
-
-        return tested, record['valid']
-
-    def _fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
+    def fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
         """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
         c, params = self.config.stage[stage], self.params if params is None else params
         shared = dict(batch_size=c.batch_size, seed=self.config.seed, shards=self.devices.shards)
@@ -367,27 +319,11 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
                 knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
             if stage == 'recommend' and until == 'validation':
                 return {'valid': job.record['valid']}
-            if stage == 'recommend' and config.partner:
-                job.pause()
-                scorers, chosen = mixture.run(job, writer, writers.progress)
-                continue
-            rivals = {}
             if stage == 'recommend':
-                for name, rival in config.rivals.items():
-                    if 'true' in names(rival.recommend) and job.planted is None:
-                        continue  # no such rows: only a planted catalogue knows the truth
-                    job.pause()
-                    rivals[name], chosen[name] = job.run_rival(name, writer, writers.progress)
-                if config.refit:  # after the rivals, which validate on what it trains on
-                    job.pause()
-                    job.refit(writer, writers.progress)
-            if stage in ('recommend', 'joint'):
-                own = config.model.encoder if config.data.npz else f'tpad_{stage}'
-                scorers[own] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
-                chosen[own] = job.record['valid']
-            for name, tested in rivals.items():
-                model, params = tested()
-                scorers[name] = scorer(model, job.devices)(params, job.catalogue)
+                scorers, chosen = recommenders.beside(job, writer, writers.progress)
+            elif stage == 'joint':
+                scorers['tpad_joint'] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
+                chosen['tpad_joint'] = job.record['valid']
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
