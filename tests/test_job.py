@@ -154,6 +154,7 @@ def test_results_hold_what_the_interface_promises(whole, config):
     assert lines['read'] == lines['kept'] + sum(lines['rejected'].values()) > 0
     assert data['sessions'] == {'train': 120, 'valid': 20, 'test': 30}
     assert (data['items'], data['items_without_image']) == (40, 0)
+    assert data['images'] == {'read': 40, 'kept': 40, 'rejected': {}}
     assert 0 < data['cold_items'] < 40 < len(data['fingerprint']) == 64
     assert set(results['models']) == {'tpad', 'tpad_recommend', 'tpad_joint', *RIVALS, *BASELINES}
     for scores in [*results['models'].values(), {'test': results['oracle']}]:
@@ -384,6 +385,7 @@ def test_raw_files_without_images_are_read_where_they_lie(whole, config, tmp_pat
                                     *BASELINES}
     assert not any('expected_hit@20' in scores['test'] for scores in found['models'].values())
     assert found['data'] == {**whole[1]['data'], 'planted': False, 'items_without_image': 40,
+                             'images': {'read': 0, 'kept': 0, 'rejected': {}},
                              'fingerprint': found['data']['fingerprint']}
     assert sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*')) == before
     assert not (tmp_path / 'run' / 'raw').exists()

@@ -73,7 +73,8 @@ def test_ids_texts_pictures_and_side_features_join(tmp_path, zipped):
     np.testing.assert_array_equal(comedy, [0, *[1] * 8])
     np.testing.assert_array_equal(war, [0, 1, 0, 1, 0, 1, 0, 1, 0])
     assert data.side_sizes == (3, 2, 2)
-    assert data.lines == {'read': 9, 'kept': 8, 'rejected': {'in no session': 1}}
+    assert data.lines == {'read': 9, 'kept': 8, 'rejected': {'in no session': 1},
+                          'unused': {'image_not_there': 1}}
     assert len(data.valid.start) == 3
     assert load(tmp_path).fingerprint == data.fingerprint
     assert load(tmp_path, words=('title',)).fingerprint != data.fingerprint

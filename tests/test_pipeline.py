@@ -259,18 +259,20 @@ def test_content_is_decoded_once(tmp_path, monkeypatch):
     assert first.has_image.tolist() == [False, True, False, False, True]
     assert first.broken == 1
     assert first.tokens.tolist() == [[-1] * 3, [2, 3, -1], [3] * 3, [1, -1, -1], [-1] * 3]
-    assert (tmp_path / 'bad_images.txt').read_text() == 'c\n'
+    assert (tmp_path / 'bad_images.txt').read_text() == 'c\timage_of_unknown_format\n'
+    assert first.pictures == {'read': 3, 'kept': 2, 'rejected': {'image_of_unknown_format': 1}}
     assert not list(tmp_path.glob('*.partial')) + list(tmp_path.glob('*.list'))
 
     assert content(size=4).image.shape == (5, 4, 4, 3)
 
-    def decode(encoded, size):
+    def read(encoded, size):
         raise AssertionError('decoded again')
-    monkeypatch.setattr(pipeline.images, 'decode', decode)
+    monkeypatch.setattr(pipeline.images, 'read', read)
     again = content()
     np.testing.assert_array_equal(again.image, first.image)
     np.testing.assert_array_equal(again.has_image, first.has_image)
     assert again.broken == 1
+    assert again.pictures == first.pictures
 
 
 def test_rows_are_those_of_evaluation(data):

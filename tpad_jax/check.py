@@ -59,6 +59,8 @@ def check(config) -> tuple[str, ...]:
     _at_least(0, 'data.seed', config.data.seed)
     for key in ('max_length', 'core', 'min_length'):
         _at_least(1, f'data.{key}', config.data[key])
+    if not 0 <= config.data.bad_share <= 1:
+        raise InputError(f'config.data.bad_share={config.data.bad_share} must be a share in 0..1')
     for key in ('valid', 'test'):
         if not config.data[key] > 0:
             raise InputError(f'config.data.{key}={config.data[key]} must be a share or a number of '

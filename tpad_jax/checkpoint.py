@@ -22,7 +22,7 @@ from tpad_jax.errors import InputError
 
 # Changing these changes no result: where things lie, how often we look, and on how many devices.
 FREE_KEYS = frozenset({'mesh', 'parallel', 'devices', 'model_shards', 'stages', 'save_every',
-                       'log', 'workdir', 'raw_dir', 'npz', 'data_dir'})
+                       'log', 'workdir', 'raw_dir', 'npz', 'data_dir', 'bad_share'})
 # What orbax and tensorstore raise on a file that is missing, cut short or garbled.
 DAMAGE = (OSError, ValueError, KeyError)
 

@@ -120,6 +120,10 @@ def data():
         valid=0.1,  # share (or, from 1 on, number) of sessions, the latest but for test
         test=0.1,  # share or number of the latest sessions
         seed=0,  # of the order given to events of equal time
+        # share of a raw file's lines, or of the images, that may be damaged: they are left out and
+        # counted; with more the run is refused. Genuine files have none to a few in a thousand: a
+        # twentieth is another encoding, another form, or half a download
+        bad_share=0.05,
         # the embedded catalogue, whose constants stand in data/synthetic.py; it has its own split
         # and no k-core: core, valid and test above are for raw files
         planted=dict(

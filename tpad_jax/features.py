@@ -115,7 +115,7 @@ def read(directory, name: str, rows: slice | np.ndarray | None = None) -> np.nda
         raise InputError(f'{file} is not finished: {there} of {about["parts"]} parts are there; '
                          'run the command that makes it again, it goes on from there')
     try:
-        whole = np.load(file, mmap_mode='r')
+        whole = np.load(file, mmap_mode='r', allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f'{file} is damaged ({error}); delete {directory}/{name}.* and encode '
                          'again') from error
@@ -149,7 +149,7 @@ def _join(directory, parts, like, processes):
         whole = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(
             1 + sum(map(len, parts)), *shapes[0][1:]))
         for number, ids in enumerate(parts):
-            whole[ids] = np.load(_part(directory, name, number))
+            whole[ids] = np.load(_part(directory, name, number), allow_pickle=False)
         whole.flush()
         del whole
         os.replace(partial, file)
@@ -207,7 +207,7 @@ def _part(directory, name, number) -> Path:
 def _whole(file, shape) -> bool:
     """Whether a part is there; one that was cut short, say by a full disk, is not."""
     try:
-        found = np.load(file, mmap_mode='r')
+        found = np.load(file, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
     return found.shape == shape and found.dtype == np.float32

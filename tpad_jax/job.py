@@ -88,7 +88,8 @@ class Job:
         if c.ready:
             return ready.load(c.ready, words=names(c.words), sides=names(c.sides),
                               ordered=c.ordered, valid=c.valid, seed=c.seed)
-        cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed)
+        cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed,
+                   bad_share=c.bad_share)
         if c.raw_dir:
             raw_dir = Path(c.raw_dir)
             cut.update(core=c.core, valid=c.valid, test=c.test)
@@ -118,7 +119,8 @@ class Job:
         self.content = pipeline.content(data, where, image_size=base.image_size,
                                         tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
                                         else base.directory,
-                                        text_length=c.mllm.text_length)
+                                        text_length=c.mllm.text_length,
+                                        bad_share=c.data.bad_share)
         teacher = bases.teacher(c, base)
         self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling, chunk=c.mllm.chunk,
                                teacher=teacher and teacher.reader, **shared)

@@ -156,7 +156,7 @@ def data_facts(job) -> dict:
     data, content = job.data, {}
     if job.content is not None:
         content = {'items_without_image': int((~job.content.has_image[1:]).sum()),
-                   'broken_images': job.content.broken}
+                   'images': job.content.pictures}
     return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
             'cold_items': int((~data.warm[1:]).sum()),
             'sessions': {split: len(getattr(data, split).start)
@@ -172,20 +172,23 @@ def introduce(job, console):
     source = ('the planted catalogue (config.data.raw_dir is empty), seed '
               f'{job.config.data.planted.seed}' if job.planted is not None
               else job.config.data.npz or job.config.data.ready or job.config.data.raw_dir)
-    lines = facts['lines']
-    rejected = ', '.join(f'{n} {why}' for why, n in lines['rejected'].items()) or 'none'
     pictures = ('no content' if job.content is None
                 else f'{facts["items_without_image"]} without image')
     writers.print_header(f'TPAD  {job.config.name}', {
         'data': source,
-        'sessions read' if job.content is None else 'raw lines':
-            f'{lines["read"]} read, {lines["kept"]} kept, rejected: {rejected}',
+        **({'sessions read': _said(facts['lines'])} if job.content is None else
+           {'raw lines': _said(facts['lines']), 'images': _said(facts['images'])}),
         'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
         'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
         'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}',
         'workdir': job.workdir}, console)
     for line in audit.describe(data.audit):
         console.print(line, markup=False, highlight=False)
+
+
+def _said(counts):
+    why = ', '.join(f'{n} {reason}' for reason, n in counts['rejected'].items()) or 'none'
+    return f'{counts["read"]} read, {counts["kept"]} kept, rejected: {why}'
 
 
 def final_losses(job) -> dict:
@@ -257,7 +260,8 @@ def contact_rows(job, scorers: dict) -> list[dict]:
     def picture(item):
         if not job.content.has_image[item]:
             return None
-        return images.decode(data.image_bytes[item], PICTURE)
+        with images.quiet():
+            return images.decode(data.image_bytes[item], PICTURE)
 
     lists = {}
     for name, scorer in scorers.items():

@@ -305,6 +305,6 @@ def _with_content(batch: Batch, ids, content) -> Batch:
 
 
 def _load(file):
-    with np.load(file) as found:
+    with np.load(file, allow_pickle=False) as found:
         return {name: found[name].astype(np.float32) if found[name].dtype == np.float16
                 else found[name] for name in found.files}

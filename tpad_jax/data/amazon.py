@@ -6,35 +6,35 @@ A folder holds one category: reviews, metadata and, optionally, `images/<asin>.j
 Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.03952 (2023 form).
 """
 
-import gzip
-import json
 import re
-import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
+from tpad_jax.data import images as images_lib
+from tpad_jax.data.files import Lines, Reason, reasons, stay_inside
 from tpad_jax.data.text import clean
 from tpad_jax.errors import InputError
 
-MAX_LINE = 4 * 2**20  # bytes; the longest genuine metadata lines have some hundred thousand
 MAX_PRICE = 1e7  # dollars
 EARLIEST, LATEST = 788_918_400, 4_102_444_800  # seconds: 1995 (Amazon's first year) to 2100
 CATEGORY_LEVELS = 4  # of the path; what 2018 files list beyond are sales arguments
 CATEGORY_LENGTH = 60  # characters; longer "levels" are sales arguments too
+PRICE_LENGTH = 60  # characters; longer "prices" are pages
+USER_LENGTH = 256  # characters; genuine ones have some 28
 
 _ASIN = re.compile(r'[A-Za-z0-9_-]{1,32}')
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
 _REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
 _PRICE = re.compile(r'(?:from\s)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*\d[\d,.]*)?',
                     re.IGNORECASE)
-_PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]*:')
-_BYLINE = re.compile(r'\s*by\s*\n\s*')  # "by\n    Microsoft", scraped with its label
+# a rule of a style sheet ends in sight, or the time would be quadratic in the text's length
+_PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]{0,99}:')
+_BYLINE = re.compile(r'by\s*\n')  # "by\n    Microsoft", scraped with its label
 
 
 class _Fields(NamedTuple):
@@ -115,12 +115,12 @@ def find(raw_dir: str | Path) -> Found:
         raise InputError(f'{raw_dir}: no reviews for {metadata[0][0]}; put one of '
                          f'{", ".join(sorted(wanted))} there')
     for name in (metadata[0][0], reviews[0]):
-        _stay_inside(raw_dir / name, raw_dir)
+        stay_inside(raw_dir / name, raw_dir)
     return Found(raw_dir / reviews[0], raw_dir / metadata[0][0],
                  '2018' if extension == 'json' else '2023')
 
 
-def read(raw_dir: str | Path) -> Raw:
+def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
     """Reads a category's reviews, metadata and image names.
 
     Of several metadata lines with one asin the first usable counts ('duplicate_item'); so of
@@ -128,12 +128,17 @@ def read(raw_dir: str | Path) -> Raw:
     item the metadata do not have is rejected ('item_without_metadata').
     2023's milliseconds are cut to seconds. An item without reviews stays in the catalogue.
 
+    Args:
+      raw_dir: the folder.
+      bad_share: of a file's lines that may be damaged, see `files.Lines.check`.
+
     Raises:
-      InputError: as `find`; a file that is not what its name says, or without a usable line.
+      InputError: as `find`; a file that is not what its name says, without a usable line, or with
+        more damaged ones than `bad_share`.
     """
     found = find(raw_dir)
     unused = Counter()
-    items, item_lines = _read_items(found.metadata, _FIELDS[found.form], unused)
+    items, item_lines = _read_items(found.metadata, _FIELDS[found.form], unused, bad_share)
     images = _images(Path(raw_dir), unused)
     unused['image_without_item'] = len(images.keys() - items.keys())
     asins = sorted(items)
@@ -142,7 +147,8 @@ def read(raw_dir: str | Path) -> Raw:
         schema={'asin': pl.String, 'title': pl.String, 'brand': pl.String, 'category': pl.String,
                 'description': pl.String, 'price': pl.Float32, 'image': pl.String}, orient='row')
     ids = {asin: number for number, asin in enumerate(asins, start=1)}
-    interactions, review_lines = _read_reviews(found.reviews, _FIELDS[found.form], ids)
+    interactions, review_lines = _read_reviews(found.reviews, _FIELDS[found.form], ids,
+                                               bad_share)
     lines = {'read': item_lines.total() + review_lines.total(),
              'kept': item_lines.pop('kept') + review_lines.pop('kept'),
              'rejected': dict(sorted((item_lines + review_lines).items())),
@@ -151,37 +157,39 @@ def read(raw_dir: str | Path) -> Raw:
     return Raw(catalogue, interactions, lines, found.form, files)
 
 
-def _read_items(path: Path, fields: _Fields, unused: Counter) -> tuple[dict, Counter]:
+def _read_items(path: Path, fields: _Fields, unused: Counter, bad_share) -> tuple[dict, Counter]:
     """-> {asin: (title, brand, category, description, price)}, lines by outcome."""
-    items, lines = {}, Counter()
-    for record in _records(path):
-        asin = record if isinstance(record, _Reason) else _asin(record, fields)
-        if isinstance(asin, _Reason):
-            lines[asin] += 1
+    items, lines = {}, Lines(path)
+    for record in lines:
+        asin = _asin(record, fields)
+        if isinstance(asin, Reason):
+            lines.reject(asin)
         elif asin in items:
-            lines['duplicate_item'] += 1
+            lines.reject('duplicate_item')
         else:
             items[asin] = _describe(record, fields, unused)
     if not items:
-        raise _nothing_usable(path, lines, fields.asin)
-    lines['kept'] = len(items)
-    return items, lines
+        raise _nothing_usable(lines, fields.asin)
+    lines.check(bad_share)
+    return items, lines.rejected + Counter(kept=len(items))
 
 
-def _read_reviews(path: Path, fields: _Fields, ids: dict[str, int]) -> tuple[pl.DataFrame, Counter]:
+def _read_reviews(path: Path, fields: _Fields, ids: dict[str, int], bad_share
+                  ) -> tuple[pl.DataFrame, Counter]:
     """-> interactions, lines by outcome."""
-    users, lines = {}, Counter()
+    users, lines = {}, Lines(path)
     user, item, time = array('q'), array('i'), array('q')
-    for record in _records(path):
-        event = record if isinstance(record, _Reason) else _event(record, fields, ids)
-        if isinstance(event, _Reason):
-            lines[event] += 1
+    for record in lines:
+        event = _event(record, fields, ids)
+        if isinstance(event, Reason):
+            lines.reject(event)
         else:
             user.append(users.setdefault(event[0], len(users)))
             item.append(event[1])
             time.append(event[2])
     if not user:
-        raise _nothing_usable(path, lines, f'{fields.asin}, {fields.user} and {fields.time}')
+        raise _nothing_usable(lines, f'{fields.asin}, {fields.user} and {fields.time}')
+    lines.check(bad_share)
     # users are numbered by their sorted names, so that no number depends on the order of lines
     number = np.empty(len(users), np.int64)
     number[[users[name] for name in sorted(users)]] = np.arange(len(users))
@@ -189,82 +197,33 @@ def _read_reviews(path: Path, fields: _Fields, ids: dict[str, int]) -> tuple[pl.
                            'item': np.frombuffer(item, np.int32),
                            'time': np.frombuffer(time, np.int64)})
     interactions = events.unique().sort('user', 'time', 'item')
-    lines['kept'] = len(interactions)
-    lines['duplicate_review'] = len(events) - len(interactions)
-    return interactions, lines
-
-
-class _Reason(str):
-    """Why a line is rejected; its own type, so that no text of a file is taken for one."""
-
-    __slots__ = ()
-
-
-def _records(path: Path) -> Iterator[dict | _Reason]:
-    """One object, or the reason there is none, per line; never more than MAX_LINE in memory."""
-    zipped = path.suffix == '.gz'
-    with open(path, 'rb') as file:
-        if zipped and file.read(2) != b'\x1f\x8b':
-            raise InputError(f'{path}: not a gzip file although its name ends in .gz; download it '
-                             'again, or take .gz off the name of a plain file')
-    with gzip.open(path, 'rb') if zipped else open(path, 'rb') as file:
-        bom = b'\xef\xbb\xbf'
-        while True:
-            try:
-                line = file.readline(MAX_LINE)
-                long = len(line) == MAX_LINE
-                while long and line and not line.endswith(b'\n'):
-                    line = file.readline(MAX_LINE)
-            except EOFError:  # the end of the compressed stream is missing
-                yield _Reason('truncated_file')
-                return
-            except (gzip.BadGzipFile, zlib.error):
-                yield _Reason('damaged_file')
-                return
-            if long:
-                yield _Reason('line_too_long')
-            elif line:
-                yield _record(line.removeprefix(bom))
-            else:
-                return
-            bom = b''  # a byte order mark stands at the very beginning or is no such mark
-
-
-def _record(line: bytes) -> dict | _Reason:
-    if not line.strip():
-        return _Reason('blank_line')
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return _Reason('bad_encoding')
-    except (ValueError, RecursionError):  # the latter from brackets nested by the thousand
-        return _Reason('bad_json')
-    return record if isinstance(record, dict) else _Reason('bad_json')
+    return interactions, lines.rejected + Counter(
+        kept=len(interactions), duplicate_review=len(events) - len(interactions))
 
 
 def _asin(record: dict, fields: _Fields) -> str:
     """The item's asin, or the reason it is unusable; an asin becomes part of a path."""
     asin = record.get(fields.asin)
     if asin is None:
-        return _Reason(f'missing_{fields.asin}')
-    return asin if isinstance(asin, str) and _ASIN.fullmatch(asin) else _Reason('bad_asin')
+        return Reason(f'missing_{fields.asin}')
+    return asin if isinstance(asin, str) and _ASIN.fullmatch(asin) else Reason('bad_asin')
 
 
-def _event(record: dict, fields: _Fields, ids: dict[str, int]) -> tuple[str, int, int] | _Reason:
+def _event(record: dict, fields: _Fields, ids: dict[str, int]) -> tuple[str, int, int] | Reason:
     """-> (user, item id, seconds), or why not."""
     asin, user, time = _asin(record, fields), record.get(fields.user), record.get(fields.time)
-    if isinstance(asin, _Reason):
+    if isinstance(asin, Reason):
         return asin
     if user is None or time is None:
-        return _Reason(f'missing_{fields.user if user is None else fields.time}')
-    if not isinstance(user, str) or not user:
-        return _Reason('bad_user')
+        return Reason(f'missing_{fields.user if user is None else fields.time}')
+    if not isinstance(user, str) or not 0 < len(user) <= USER_LENGTH:
+        return Reason('bad_user')
     if isinstance(time, bool) or not isinstance(time, int | float):
-        return _Reason('bad_time')
+        return Reason('bad_time')
     if not EARLIEST <= time // fields.units < LATEST:
-        return _Reason('bad_time')
+        return Reason('bad_time')
     if asin not in ids:
-        return _Reason('item_without_metadata')
+        return Reason('item_without_metadata')
     return user, ids[asin], int(time // fields.units)
 
 
@@ -273,7 +232,9 @@ def _describe(record: dict, fields: _Fields, unused: Counter) -> tuple:
     title = _words(record.get('title'))
     unused['title'] += bool(record.get('title')) and not title
     brand = record.get(fields.brand)
-    brand = _words(_BYLINE.sub('', brand, count=1) if isinstance(brand, str) else brand)
+    if isinstance(brand, str) and (label := _BYLINE.match(brand := brand.lstrip())):
+        brand = brand[label.end():]
+    brand = _words(brand)
     category = _category(record.get(fields.category)) or _words(record.get(fields.main_category))
     # many 2023 items have an empty description and say everything in their list of features
     description = _words(record.get('description')) or _words(record.get(fields.features))
@@ -310,7 +271,7 @@ def _category(value: object) -> str:
 def _price(value: object) -> float | None:
     """Dollars; of a range "$5.00 - $9.00" the lower end; None if there is no price."""
     if isinstance(value, str):
-        match = _PRICE.fullmatch(value.strip())
+        match = len(value) <= PRICE_LENGTH and _PRICE.fullmatch(value.strip())
         value = float(match[1].replace(',', '')) if match else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -320,27 +281,24 @@ def _price(value: object) -> float | None:
 def _images(raw_dir: Path, unused: Counter) -> dict[str, Path]:
     """-> {asin: image file}; of a JPEG and a PNG the JPEG."""
     folder = raw_dir / 'images'
+    stay_inside(folder, raw_dir)
     if not folder.is_dir():
+        if folder.exists():
+            raise InputError(f'{folder} is no folder; put the pictures into one of this name')
         return {}
-    _stay_inside(folder, raw_dir)
-    root, images = raw_dir.resolve(), {}
+    images = {}
     for path in sorted(folder.iterdir()):
         if path.suffix not in ('.jpg', '.png') or not _ASIN.fullmatch(path.stem):
             continue
-        if path.is_symlink() and not path.resolve().is_relative_to(root):
-            unused['image_link_outside'] += 1
-        elif path.is_file():
+        why = images_lib.unusable(path, raw_dir)
+        if why:
+            unused[why] += 1
+        else:
             images.setdefault(path.stem, path)
     return images
 
 
-def _stay_inside(path: Path, raw_dir: Path) -> None:
-    if not path.resolve().is_relative_to(raw_dir.resolve()):
-        raise InputError(f'{path}: a link that leads out of {raw_dir} is not followed; copy the '
-                         'data there, or give the folder it points to')
-
-
-def _nothing_usable(path: Path, lines: Counter, fields: str) -> InputError:
-    reasons = ', '.join(f'{reason}: {count}' for reason, count in sorted(lines.items()))
-    return InputError(f'{path}: none of its {lines.total()} lines is usable ({reasons}); every '
-                      f'line must be a JSON object with {fields}')
+def _nothing_usable(lines: Lines, fields: str) -> InputError:
+    return InputError(f'{lines.path}: none of its {lines.number} lines is usable '
+                      f'({reasons(lines.rejected)}); every line must be a JSON object in UTF-8 '
+                      f'with {fields}')

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 import tensorflow_datasets as tfds
 
-from tpad_jax.data import amazon, audit, text
+from tpad_jax.data import amazon, audit, images, text
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.errors import InputError
@@ -69,7 +69,7 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, valid: float,
-            test: float, seed: int) -> None:
+            test: float, seed: int, bad_share: float = 1.0) -> None:
     """Reads raw files, cuts, splits and filters their sessions, and writes the tables to data_dir.
 
     A finished `data_dir` of the same raw bytes and options is left as it is; an unfinished one is
@@ -85,6 +85,7 @@ def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, 
       valid: share (below 1) or number of sessions for validation.
       test: the same for the test.
       seed: of the order among equal times.
+      bad_share: of a raw file's lines that may be damaged, see `amazon.read`.
 
     Raises:
       InputError: unusable raw files or options, or data_dir holds other finished data.
@@ -96,7 +97,7 @@ def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, 
     if (data_dir / FINISHED).is_file():
         _check_same(raw_dir, data_dir, options, identity)
         return
-    raw = amazon.read(raw_dir)
+    raw = amazon.read(raw_dir, bad_share)
     cutting = dict(by_day=raw.form == '2018', gap_seconds=round(gap_hours * 3600))
     every = sessions_lib.cut(raw.interactions, **cutting, seed=seed, min_length=min_length)
     train, held, tested = sessions_lib.split(every, valid, test)
@@ -124,14 +125,14 @@ def fingerprint(raw_dir, options: dict) -> str:
       InputError: raw_dir does not hold one category's files.
     """
     raw_dir, found = Path(raw_dir), amazon.find(raw_dir)
-    inside = raw_dir.resolve()
     pictures = sorted(path for path in raw_dir.glob('images/*')
-                      if path.is_file() and path.resolve().is_relative_to(inside))
+                      if not images.unusable(path, raw_dir))
     paths = [found.metadata, found.reviews, *pictures]
     whole = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         for path, digest in zip(paths, pool.map(_digest, paths), strict=True):
-            whole.update(f'\n{path.relative_to(raw_dir).as_posix()} {digest}'.encode())
+            name = path.relative_to(raw_dir).as_posix()
+            whole.update(f'\n{name} {digest}'.encode(errors='surrogateescape'))
     return whole.hexdigest()
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import polars as pl
 from safetensors import SafetensorError, safe_open
 
+from tpad_jax.data.files import DAMAGE
 from tpad_jax.errors import InputError
 
 SHOWN = 5  # ids an error names
-DAMAGE = OSError, ValueError, EOFError, KeyError, TypeError  # what numpy and json raise on one
+MAX_WIDTH = 65_536  # numbers per item; MLLMs have some thousand
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ def read(file, asins: list[str]) -> Given:
         ids, found = readers[file.suffix](file)
     except InputError:
         raise
-    except (*DAMAGE, pl.exceptions.PolarsError, SafetensorError) as error:
+    except (OSError, *DAMAGE, pl.exceptions.PolarsError, SafetensorError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'{file} cannot be read as {file.suffix[1:]} of item features: '
-                         f'{str(error).splitlines()[0]}; see tpad_jax/data/given.py') from error
-    if found.ndim != 2 or not found.shape[1] or found.dtype.kind not in 'fiu':
+                         f'{why}; see tpad_jax/data/given.py') from error
+    if found.ndim != 2 or not 0 < found.shape[1] <= MAX_WIDTH or found.dtype.kind not in 'fiu':
         raise InputError(f'{file}: features are {found.dtype} {list(found.shape)}, but must be '
-                         'numbers [items, width]')
+                         f'numbers [items, width], the width at most {MAX_WIDTH}')
     if len(ids) != len(found):
         raise InputError(f'{file}: {len(ids)} ids for {len(found)} rows; give every row its id')
     return _align(file, ids, found, asins)
@@ -109,7 +111,10 @@ def _npy(file):
     if not beside.is_file():
         raise InputError(f'{file} has no {beside.name} beside it; write one, a line with its item '
                          'id for every row')
-    return _lines(beside.read_bytes()), np.load(file, mmap_mode='r', allow_pickle=False)
+    found = np.load(file, mmap_mode='r', allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        raise ValueError('it is an .npz by another name')
+    return _lines(beside.read_bytes()), found
 
 
 def _safetensors(file):

@@ -1,51 +1,115 @@
-"""Encoded images to pixels."""
+"""Encoded images to pixels, and why there are none."""
 
+import contextlib
 import io
+import os
 import struct
+import threading
+import warnings
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from tpad_jax.data.files import Reason, inside
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # whatever the file is called
 MAX_PIXELS = 40_000_000  # 120 MB decoded; a product photo has a tenth of it
+MAX_BYTES = 32 * 2**20  # of a file; a product photo has a hundredth of it
+MAX_SCANS = 200  # of a progressive JPEG; each goes over all pixels, and genuine ones have ten or so
+LARGE = 4_000_000  # pixels; larger images are decoded one at a time, whatever the threads
+
+# what `read` can say, beside pixels
+EMPTY, UNKNOWN, TOO_MANY_PIXELS, DAMAGED = REASONS = tuple(map(Reason, (
+    'image_empty_or_unreadable', 'image_of_unknown_format', 'image_of_too_many_pixels',
+    'image_damaged')))
+NOT_THERE, WITHOUT_ITEM = 'image_not_there', 'image_without_item'
+WHOLE = frozenset({NOT_THERE, WITHOUT_ITEM})  # reasons for no image that are no damage
+# what Pillow raises on damaged bytes of these formats; its own size guard warns, then raises
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
+           RuntimeError, OverflowError, MemoryError, struct.error, zlib.error,
+           Image.DecompressionBombError, Warning)
+_alone = threading.Lock()
 
 
 def decode(data: bytes, size: int) -> np.ndarray | None:
+    """`read`, but None in place of a reason."""
+    pixels = read(data, size)
+    return None if isinstance(pixels, Reason) else pixels
+
+
+def read(data: bytes, size: int) -> np.ndarray | Reason:
     """Decodes an image to a square of RGB pixels.
 
     The whole picture is resized to the square without bars, so its aspect is not kept; transparent
     parts turn white, as on a shop's page. A picture that has this size already keeps its pixels.
+    A file that ends early is damaged, however much of the picture is there. What a file says
+    beside the pixels (which side is up, how many frames) is not heeded.
 
     Args:
       data: bytes of a JPEG, PNG, WebP or GIF (first frame) file.
       size: height and width of the result in pixels.
 
     Returns:
-      uint8 [size, size, 3], or None if the bytes are no image, a damaged one or one of more than
-      MAX_PIXELS pixels.
+      uint8 [size, size, 3], or one of REASONS: the bytes are no such image, a damaged one or one
+      of more than MAX_PIXELS pixels.
     """
+    if not data:
+        return EMPTY
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                return None
-            # JPEG only: decodes at a half, quarter or eighth, about twice as fast, but never below
-            # 1.1 times the size: a photograph at 128 pixels or more is 36 dB or more from what the
-            # whole would have given, where bilinear for bicubic costs as much. The box says where
-            # the picture ends in the last pixel, which stands for fewer than the others
-            drafted = image.draft('RGB', (11 * size // 10, 11 * size // 10))
-            box = drafted and drafted[1]
-            if image.mode.startswith('I;16'):  # Pillow's own conversion clips at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert('RGBA')
-                white = Image.new('RGBA', image.size, 'white')
-                image = Image.alpha_composite(white, image)
-            if image.mode != 'RGB':  # else a copy, a tenth of the time
-                image = image.convert('RGB')
-            square = image.resize((size, size), Image.Resampling.BICUBIC, box)
-    # what Pillow raises on damaged bytes of these formats; its own size guard warns, then raises
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-            Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None
-    return np.asarray(square)
+                return TOO_MANY_PIXELS
+            if image.format in ('JPEG', 'MPO') and data.count(b'\xff\xda') > MAX_SCANS:
+                return DAMAGED
+            large = image.width * image.height > LARGE
+            with _alone if large else contextlib.nullcontext():
+                return _square(image, size)
+    except UnidentifiedImageError:
+        return UNKNOWN
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return TOO_MANY_PIXELS
+    except _DAMAGE:
+        return DAMAGED
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Lets Pillow keep to itself what it thinks of a file's metadata; the pixels may be whole.
+
+    Around the threads that `read`, not inside them: the list of filters is the process's.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
+        yield
+
+
+def unusable(path: Path, folder: Path) -> Reason | None:
+    """Why an image file of a folder is not read, None if it is: its path, kind or size."""
+    if not path.is_file():
+        return Reason('image_not_a_file')  # a folder, a pipe, links in a circle
+    if not inside(path, folder):
+        return Reason('image_link_outside')
+    if not os.access(path, os.R_OK):
+        return EMPTY
+    return Reason('image_too_large') if path.stat().st_size > MAX_BYTES else None
+
+
+def _square(image, size):
+    # JPEG only: decodes at a half, quarter or eighth, about twice as fast, but never below
+    # 1.1 times the size: a photograph at 128 pixels or more is 36 dB or more from what the
+    # whole would have given, where bilinear for bicubic costs as much. The box says where
+    # the picture ends in the last pixel, which stands for fewer than the others
+    drafted = image.draft('RGB', (11 * size // 10, 11 * size // 10))
+    box = drafted and drafted[1]
+    if image.mode.startswith('I;16'):  # Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image)
+    if image.mode != 'RGB':  # else a copy, a tenth of the time
+        image = image.convert('RGB')
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))

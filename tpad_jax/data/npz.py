@@ -18,11 +18,16 @@ import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.audit import audit
+from tpad_jax.data.files import DAMAGE, PACKINGS
 from tpad_jax.data.pipeline import Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.errors import InputError
 
 PARTS = 'train', 'test'
+MAX_ARRAYS = 2**32  # bytes of all arrays; fifty times the largest public benchmark
+# the catalogue is every id up to the largest, so ids may leave gaps, but not such that most of it
+# would be items of no session: more ids than the first, and this many times those that occur
+MAX_ITEMS, MAX_GAPS = 1_000_000, 20
 
 
 def load(path, *, ordered: bool, valid: float, seed: int) -> Data:
@@ -65,22 +70,49 @@ def data(train: Sessions, valid: Sessions, test: Sessions) -> Data:
 def read(path) -> tuple[Sessions, Sessions, str]:
     """-> training sessions, test sessions and the sha256 of the file. Raises as `load` does."""
     path = Path(path)
+    arrays, digest = unpack(path)
+    for name in (f'{part}_{what}' for part in PARTS for what in ('items', 'offsets')):
+        if name not in arrays:
+            raise InputError(f'{path} has no array {name}; it must hold '
+                             'train_items, train_offsets, test_items and test_offsets')
+    parts = [_sessions(path, name, arrays) for name in PARTS]
+    largest = max(part.items.max() for part in parts)
+    if largest > MAX_ITEMS:
+        there = len(np.unique(np.concatenate([part.items for part in parts])))
+        if largest > MAX_GAPS * there:
+            raise InputError(f'{path}: the largest item id is {largest}, but only {there} ids '
+                             'occur; number the items 1..V')
+    return *parts, digest
+
+
+def unpack(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """-> the arrays of an .npz by name, and the sha256 of the file.
+
+    Raises:
+      InputError: it cannot be read, or holds something else than arrays, or too much.
+    """
     try:
+        if not path.is_file():
+            raise FileNotFoundError(0, 'no such file')
         content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as packed:  # never reads past what this says
+            size = sum(member.file_size for member in packed.infolist())
+            if size > MAX_ARRAYS:
+                raise ValueError(f'its arrays would take {size / 2**30:.0f} GiB')
+            if any(m.compress_type not in PACKINGS for m in packed.infolist()):
+                raise ValueError('packed otherwise than by deflate')
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for part in PARTS
-                      for name in (f'{part}_items', f'{part}_offsets')}
+            arrays = {name: file[name] for name in file.files}
+        for name, found in arrays.items():
+            if not isinstance(found, np.ndarray):  # numpy gives what is no array as bytes
+                raise ValueError(f'{name} in it is no array')
     except OSError as error:
         raise InputError(f'{path} cannot be read ({error.strerror}); give an .npz of sessions with '
                          '--config.data.npz=FILE') from error
-    except KeyError as error:
-        raise InputError(f'{path} has no array {error.args[0].split()[0]}; it must hold '
-                         'train_items, train_offsets, test_items and test_offsets') from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (*DAMAGE, MemoryError) as error:
         raise InputError(f'{path} is no usable .npz ({error}); save it with numpy.savez, without '
                          'pickled objects') from error
-    parts = (_sessions(path, name, arrays) for name in PARTS)
-    return *parts, hashlib.sha256(content).hexdigest()
+    return arrays, hashlib.sha256(content).hexdigest()
 
 
 def hold_out(train: Sessions, *, ordered: bool, valid: float, seed: int
@@ -104,11 +136,11 @@ def _sessions(path, name: str, arrays: dict) -> Sessions:
     """Checks and wraps one part."""
     items, offsets = arrays[f'{name}_items'], arrays[f'{name}_offsets']
     for key, array in ((f'{name}_items', items), (f'{name}_offsets', offsets)):
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        if array.ndim != 1 or array.dtype.kind not in 'iu':
             raise InputError(f'{path}: {key} is {array.dtype} {list(array.shape)}; it must be one '
                              'row of integers')
-    steps = np.diff(offsets.astype(np.int64))
-    if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(items) or (steps < 0).any():
+    if (len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(items)
+            or (offsets[1:] < offsets[:-1]).any()):  # a difference could overflow
         raise InputError(f'{path}: {name}_offsets must rise from 0 to {len(items)}, the length of '
                          f'{name}_items')
     if not len(items) or items.min() < 1 or items.max() >= 2 ** 31 - 1:
@@ -116,4 +148,4 @@ def _sessions(path, name: str, arrays: dict) -> Sessions:
         raise InputError(f'{path}: {name}_items[{where}] is no item id; ids are 1..V and there '
                          'must be some')
     return Sessions(items.astype(np.int32), offsets.astype(np.int64),
-                    np.zeros(len(steps), np.int64))
+                    np.zeros(len(offsets) - 1, np.int64))

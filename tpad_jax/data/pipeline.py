@@ -4,9 +4,10 @@ Needs neither TensorFlow nor a tokenizer to be imported; the pixels are decoded 
 """
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,15 @@ import polars as pl
 
 from tpad_jax.data import builder, images, text
 from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.files import SHOWN, reasons
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.errors import InputError
 
 READ_CHUNK = 16_384  # records per read
 DECODE_CHUNK = 512  # images held encoded at a time, twice
-BAD_IMAGES = 'bad_images.txt'  # the items whose images could not be decoded
+BAD_IMAGES = 'bad_images.txt'  # the items whose images could not be decoded, and why
+DECODED = 1  # an image's outcome; larger ones are places in REASONS
+REASONS = ('', '', *images.REASONS)
 
 
 class ImageBytes(Sequence):
@@ -54,7 +59,8 @@ class Data:
     price level, and side_sizes how many of each (see `text.side_features`).
     train, valid, test: sessions, each split later than the one before.
     warm: bool [V + 1], the item occurs in a training session.
-    lines: counts of raw lines read, kept and rejected. audit: see `audit.audit`.
+    lines: counts of raw lines read, kept and rejected, and, under 'unused', of images that are not
+    among `image_bytes`, by reason (image_...). audit: see `audit.audit`.
     fingerprint: sha256 of raw files and options. form: '2018' or '2023'.
     """
 
@@ -87,12 +93,14 @@ class Content:
     image: uint8 [V + 1, H, W, 3], mapped from a file; zeros where there is none.
     has_image: bool [V + 1], False where there is none or it is broken.
     tokens: int32 [V + 1, T]. broken: how many images could not be decoded.
+    pictures: 'read' = 'kept' + sum of 'rejected' {reason: count}, of all images that were found.
     """
 
     image: np.ndarray
     has_image: np.ndarray
     tokens: np.ndarray
     broken: int
+    pictures: dict = field(default_factory=dict)
 
 
 def load(data_dir) -> Data:
@@ -114,12 +122,14 @@ def load(data_dir) -> Data:
                 fingerprint=finished['fingerprint'], form=finished['form'])
 
 
-def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length: int) -> Content:
+def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length: int,
+            bad_share: float = 1.0) -> Content:
     """The catalogue's pixels, decoded on the first call into a file of data_dir, and its tokens.
 
     The file holds (V + 1) * image_size^2 * 3 bytes and is mapped, not read. Processes that share
     data_dir may call this at once: they write the same bytes, each to a file of its own first.
-    bad_images.txt beside it lists the items whose images could not be decoded, a line for each.
+    bad_images.txt beside it lists the items whose images could not be decoded and why, a line for
+    each; such an item has no image.
 
     Args:
       data: of `load(data_dir)`.
@@ -127,50 +137,77 @@ def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length
       image_size: height and width in pixels.
       tokenizer_dir: local directory of a Hugging Face tokenizer.
       text_length: T, tokens per item.
+      bad_share: of the images, in 0..1, that may be damaged. An image of no item is not, nor is
+        one that is named and not there.
 
     Raises:
-      InputError: no usable tokenizer.
+      InputError: no usable tokenizer; more damaged images than that.
     """
     tokens = text.tokenize(data.texts, tokenizer_dir, text_length)
     Path(data_dir).mkdir(parents=True, exist_ok=True)
     stem = Path(data_dir) / f'pixels-{image_size}-{data.fingerprint[:16]}'
-    image_file, decoded_file = stem.with_suffix('.npy'), stem.with_suffix('.decoded.npy')
-    if not (image_file.is_file() and decoded_file.is_file()):
-        _decode(data, image_size, image_file, decoded_file)
-    decoded = np.load(decoded_file)
-    return Content(image=np.load(image_file, mmap_mode='r'), has_image=decoded, tokens=tokens,
-                   broken=int((data.has_image & ~decoded).sum()))
+    image_file, outcome_file = stem.with_suffix('.npy'), stem.with_suffix('.outcome.npy')
+    if not (image_file.is_file() and outcome_file.is_file()):
+        _decode(data, image_size, image_file, outcome_file)
+    outcome = np.load(outcome_file, allow_pickle=False)
+    pictures = _count(data, outcome, image_file.with_name(BAD_IMAGES), bad_share)
+    decoded = outcome == DECODED
+    return Content(image=np.load(image_file, mmap_mode='r', allow_pickle=False), has_image=decoded,
+                   tokens=tokens, broken=int((data.has_image & ~decoded).sum()), pictures=pictures)
 
 
-def _decode(data: Data, size: int, image_file: Path, decoded_file: Path) -> None:
-    """Writes pixels uint8 [V + 1, size, size, 3] and whether there are any, bool [V + 1]."""
-    part_image, part_decoded = (path.with_suffix(f'.{os.getpid()}.partial')
-                                for path in (image_file, decoded_file))
+def _count(data: Data, outcome: np.ndarray, listed: Path, bad_share: float) -> dict:
+    """-> {'read', 'kept', 'rejected'}: images by outcome, uint8 [V + 1] as `_decode` leaves it."""
+    bad = np.flatnonzero(data.has_image & (outcome != DECODED))
+    unread = {why: n for why, n in data.lines.get('unused', {}).items() if why.startswith('image_')}
+    rejected = Counter(unread) + Counter(REASONS[outcome[item]] for item in bad)
+    kept = int((outcome == DECODED).sum())
+    damaged = {why: n for why, n in rejected.items() if why not in images.WHOLE}
+    tried = kept + sum(damaged.values())
+    if sum(damaged.values()) > bad_share * tried:
+        first = ', '.join(f'{data.asins[item]} {REASONS[outcome[item]]}' for item in bad[:SHOWN])
+        raise InputError(f'{sum(damaged.values())} of {tried} images cannot be used '
+                         f'({reasons(damaged)}{"; first " + first if first else ""}); {listed} '
+                         'lists those that cannot be decoded; mend or remove them, or raise '
+                         f'config.data.bad_share={bad_share} to go on with the words alone')
+    return {'read': kept + rejected.total(), 'kept': kept,
+            'rejected': dict(sorted(rejected.items()))}
+
+
+def _decode(data: Data, size: int, image_file: Path, outcome_file: Path) -> None:
+    """Writes pixels uint8 [V + 1, size, size, 3] and their outcome, uint8 [V + 1].
+
+    An outcome is DECODED, 0 without an image, else its reason's place in REASONS.
+    """
+    part_image, part_outcome = (path.with_suffix(f'.{os.getpid()}.partial')
+                                for path in (image_file, outcome_file))
     # a new file is all zeros and takes no disk space until a row is written
     pixels = np.lib.format.open_memmap(part_image, mode='w+', dtype=np.uint8,
                                        shape=(data.num_items + 1, size, size, 3))
-    decoded = np.zeros(data.num_items + 1, bool)
+    outcome = np.zeros(data.num_items + 1, np.uint8)
     there = np.flatnonzero(data.has_image)
     chunks = [there[begin:begin + DECODE_CHUNK] for begin in range(0, len(there), DECODE_CHUNK)]
     # decoding releases the interpreter's lock; a chunk is read while the one before is decoded
-    with ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as reader:
+    with images.quiet(), ThreadPoolExecutor() as pool, ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(data.image_bytes.read, chunks[0]) if chunks else None
         for number, chunk in enumerate(chunks, 1):
             encoded = ahead.result()
             if number < len(chunks):
                 ahead = reader.submit(data.image_bytes.read, chunks[number])
-            for item, image in zip(chunk, pool.map(lambda data: images.decode(data, size), encoded),
+            for item, found in zip(chunk, pool.map(lambda data: images.read(data, size), encoded),
                                    strict=True):
-                if image is not None:
-                    pixels[item], decoded[item] = image, True
+                if isinstance(found, images.Reason):
+                    outcome[item] = REASONS.index(found)
+                else:
+                    pixels[item], outcome[item] = found, DECODED
     pixels.flush()
-    part_list, bad = part_image.with_suffix('.list'), np.flatnonzero(data.has_image & ~decoded)
-    part_list.write_text(''.join(f'{data.asins[item]}\n' for item in bad))
+    part_list, bad = part_image.with_suffix('.list'), np.flatnonzero(outcome > DECODED)
+    part_list.write_text(''.join(f'{data.asins[k]}\t{REASONS[outcome[k]]}\n' for k in bad))
     os.replace(part_list, image_file.with_name(BAD_IMAGES))
-    with part_decoded.open('wb') as file:
-        np.save(file, decoded)
+    with part_outcome.open('wb') as file:
+        np.save(file, outcome, allow_pickle=False)
     os.replace(part_image, image_file)
-    os.replace(part_decoded, decoded_file)
+    os.replace(part_outcome, outcome_file)
 
 
 def _items(data_dir) -> pl.DataFrame:

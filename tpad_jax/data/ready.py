@@ -6,16 +6,14 @@
                           of words; if it has a picture, `image`, the name of its file
     images.zip or images/ the pictures, by these names; may be missing
 
-Items that no session names are not in the catalogue.
+Items that no session names are not in the catalogue. Nothing is unpacked to the disk, and no link
+out of the directory is followed. A picture that cannot be read is counted with its reason, but a
+line that cannot refuses the directory.
 """
 
-import gzip
 import hashlib
-import io
-import json
 import threading
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,13 +21,14 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from tpad_jax.data import npz, text
+from tpad_jax.data import images, npz, text
 from tpad_jax.data.audit import audit
+from tpad_jax.data.files import DAMAGE, PACKINGS, Lines, Reason, stay_inside
 from tpad_jax.data.pipeline import Data
 from tpad_jax.errors import InputError
 
 SESSIONS, ITEMS, IMAGES = 'sessions.npz', ('items.jsonl', 'items.jsonl.gz'), 'images'
-_BAD_ZIP = (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+NESTED = 4  # levels of lists in a field whose words are read
 
 
 class Pictures(Sequence):
@@ -59,9 +58,10 @@ class Pictures(Sequence):
         try:
             if self._zip is None:
                 return (self._place / name).read_bytes()
-            with self._lock:  # one file position for all threads
-                return self._zip.read(name)
-        except _BAD_ZIP:
+            with self._lock, self._zip.open(name) as file:  # one file position for all threads
+                data = file.read(images.MAX_BYTES)  # its own word for its size may be false
+                return b'' if file.read(1) else data
+        except (OSError, *DAMAGE):
             return b''  # counted with the broken images when it is decoded
 
 
@@ -83,6 +83,7 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
       InputError: naming the file and what in it is wrong.
     """
     directory, words, sides = Path(directory), tuple(words), tuple(sides)
+    stay_inside(directory / SESSIONS, directory)
     train, test, digest = npz.read(directory / SESSIONS)
     train, held = npz.hold_out(train, ordered=ordered, valid=valid, seed=seed)
     found = npz.data(train, held, test)
@@ -91,7 +92,8 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     if file is None:
         raise InputError(f'{directory} holds no items.jsonl or items.jsonl.gz; put the items '
                          'there, a JSON object per line, see tpad_jax/data/ready.py')
-    items, read = _items(file)
+    stay_inside(file, directory)
+    items, read, blank = _items(file)
     absent = [n for n in numbers[1:] if n not in items]
     if absent:
         raise InputError(f'{file} lacks {len(absent)} of {len(numbers) - 1} items of the sessions, '
@@ -101,8 +103,11 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
         if not any(field in one for one in own):
             raise InputError(f'{file}: no item has the field {field!r} that config.data.words or '
                              'config.data.sides names; name others')
-    place = next((p for p in (directory / f'{IMAGES}.zip', directory / IMAGES) if p.exists()), None)
-    names = _image_names(place, own)
+    place = next((p for p in (directory / f'{IMAGES}.zip', directory / IMAGES)
+                  if p.is_file() or p.is_dir()), None)
+    if place is not None:
+        stay_inside(place, directory)
+    names, unused = _image_names(place, directory, own)
     warm = np.append(found.warm, np.zeros(len(own) - len(found.warm), bool))
     columns = [column for field in sides
                for column in _columns([one.get(field) for one in own[1:]], warm[1:])]
@@ -112,25 +117,28 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     whole = hashlib.sha256(f'{digest} {words} {sides} {ordered} {valid} {seed}'.encode())
     for path in (file, place):
         if path is not None and path.is_file():
-            whole.update(path.read_bytes())
+            with path.open('rb') as packed:
+                while block := packed.read(2**20):
+                    whole.update(block)
     if place is not None and place.is_dir():
         for name in filter(None, names):
-            whole.update(name.encode() + (place / name).read_bytes())
+            whole.update(name.encode(errors='surrogateescape') + (place / name).read_bytes())
     return replace(
         found, asins=['', *map(str, numbers[1:])], titles=[said(one.get('title')) for one in own],
         texts=['. '.join(filter(None, (said(one.get(field)) for field in words))) for one in own],
         image_bytes=Pictures(place, names), has_image=np.array([bool(n) for n in names]),
         side=side, side_sizes=tuple(size for _, size in columns), warm=warm,
         lines={'read': read, 'kept': len(own) - 1,
-               'rejected': {'in no session': read - len(own) + 1}},
+               'rejected': {'in no session': len(items) - len(own) + 1, **blank},
+               'unused': unused},
         audit=audit(train, held, test, warm, form='npz', ties=float('nan')),
         fingerprint=whole.hexdigest())
 
 
-def said(value) -> str:
+def said(value, levels: int = NESTED) -> str:
     """The words of a field: a list's one after the other, a number's digits, '' of nothing."""
     if isinstance(value, list):
-        return ' '.join(filter(None, map(said, value)))
+        return ' '.join(filter(None, (said(one, levels - 1) for one in value))) if levels else ''
     return '' if value is None or isinstance(value, dict) else text.clean(str(value))
 
 
@@ -151,11 +159,10 @@ def _columns(values, warm):
 
 def _numbers(file, last):
     """The `item` of every id, int [V + 1]; [0] means nothing."""
-    with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-        if 'catalog_item' not in arrays.files:
-            return list(range(last + 1))
-        found = arrays['catalog_item']
-    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer) or len(found) <= last:
+    found = npz.unpack(file)[0].get('catalog_item')
+    if found is None:
+        return list(range(last + 1))
+    if found.ndim != 1 or found.dtype.kind not in 'iu' or len(found) <= last:
         raise InputError(f'{file}: catalog_item is {found.dtype} {list(found.shape)}; it must be '
                          f'integers, one for every id 0..{last}')
     twice = len(found) - 1 - len(np.unique(found[1:]))
@@ -166,40 +173,51 @@ def _numbers(file, last):
 
 
 def _items(file):
-    """-> {number: object} and how many lines were read."""
-    opened, out, number = gzip.open if file.suffix == '.gz' else open, {}, 0
-    try:
-        with opened(file, 'rt', encoding='utf-8') as lines:
-            for number, line in enumerate(lines, 1):
-                one = json.loads(line)
-                item = one.get('item') if isinstance(one, dict) else None
-                if not isinstance(item, int) or isinstance(item, bool) or item in out:
-                    raise InputError(f'{file}, line {number}: every line is an object whose `item` '
-                                     'is a number that no other line has')
-                out[item] = one
-    except InputError:
-        raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f'{file}, line {number or 1} cannot be read ({error}); it must be JSON in '
-                         'UTF-8, an object per line') from error
-    return out, number
+    """-> {number: object}, how many lines were read, and {reason: lines} of those left out."""
+    lines, out = Lines(file), {}
+    for one in lines:
+        item = one.get('item')
+        if not isinstance(item, int) or isinstance(item, bool) or item in out:
+            raise InputError(f'{file}, line {lines.number}: every line is an object whose `item` '
+                             'is a number that no other line has')
+        out[item] = one
+    if lines.damaged:
+        number, reason = lines.damaged[0]
+        raise InputError(f'{file}, line {number} cannot be read ({reason}); it must be JSON in '
+                         'UTF-8, an object per line')
+    return out, lines.number, dict(lines.rejected)
 
 
-def _image_names(place, items):
-    """The picture's file of every item, '' where it names none or there is none."""
+def _image_names(place, directory, items):
+    """The picture's file of every item, '' where there is none, and {reason: such pictures}.
+
+    Folders inside a zip file do not matter.
+    """
+    named = [str(one.get('image') or '') for one in items]
     if place is None:
-        return [''] * len(items)
-    if place.is_dir():
-        there = {path.name for path in place.iterdir() if path.is_file()}
+        there = {}
+    elif place.is_dir():
+        there = {path.name: images.unusable(path, directory) or path.name
+                 for path in place.iterdir()}
     else:
         try:
             with zipfile.ZipFile(place) as file:
-                there = set(file.namelist())
-        except _BAD_ZIP as error:
+                members = {member.filename: _usable(member) for member in file.infolist()}
+        except (OSError, *DAMAGE) as error:
             raise InputError(f'{place} is no usable zip file ({error}); pack the pictures anew or '
                              'put them into a folder images/') from error
-    names = [str(one.get('image') or '') for one in items]
-    if place.is_file():  # folders inside the zip do not matter
-        base = {PurePosixPath(name).name: name for name in there}
-        return [name if name in there else base.get(name, '') for name in names]
-    return [name if name in there else '' for name in names]
+        there = {PurePosixPath(name).name: found for name, found in members.items()} | members
+    found = [there.get(name, Reason(images.NOT_THERE)) if name else '' for name in named]
+    unused = Counter(str(one) for one in found if isinstance(one, Reason))
+    return ['' if isinstance(one, Reason) else one for one in found], dict(sorted(unused.items()))
+
+
+def _usable(member):
+    """A zip file's member by its name, or why it is not read."""
+    if member.is_dir():
+        return Reason('image_not_a_file')
+    if member.flag_bits & 1 or member.compress_type not in PACKINGS:
+        return Reason('image_packed_otherwise')  # encrypted, or not by deflate
+    if member.file_size > images.MAX_BYTES:
+        return Reason('image_too_large')
+    return member.filename

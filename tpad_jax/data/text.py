@@ -19,6 +19,8 @@ _MARKUP = re.compile(r'<(script|style)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)|</?
 # control characters and halves of a surrogate pair, which no UTF-8 file can hold
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]+')
 _SPACE = re.compile(r'\s+')
+# a character number that Python would refuse to read: it has a limit to a number's digits
+_NO_CHARACTER = re.compile('&#[0-9]{1000,};?')
 
 
 def clean(text: str) -> str:
@@ -27,7 +29,7 @@ def clean(text: str) -> str:
     Entities are resolved first, because the raw files hold escaped tags as well as plain ones.
     A lone `<` or `>` ("size < 5") is no tag and stays.
     """
-    text = _MARKUP.sub(' ', html.unescape(text))
+    text = _MARKUP.sub(' ', html.unescape(_NO_CHARACTER.sub('\ufffd', text)))
     return _SPACE.sub(' ', _UNPRINTABLE.sub(' ', text)).strip()
 
 
@@ -74,7 +76,8 @@ def read_tokenizer(directory: str | Path):
     from transformers import AutoTokenizer  # slow to import, and few callers tokenize
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True,
+                                                  trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f'{directory}: no usable tokenizer ({str(error).splitlines()[0]}); '
                          'it needs tokenizer.json and tokenizer_config.json') from error

@@ -1,0 +1,173 @@
+"""Files that nobody vouches for: lines of JSON, bounded and counted, and links out of a folder."""
+
+import gzip
+import json
+import lzma
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tpad_jax.errors import InputError
+
+MAX_LINE = 4 * 2**20  # bytes; the longest genuine metadata lines have some hundred thousand
+# a .gz file that gives more than the first of these bytes and more than the second times what was
+# read of it is a bomb: JSON packs to a tenth, and nothing genuine to a hundredth
+MAX_UNPACKED, MAX_PACKING = 64 * 2**20, 100
+SHOWN = 3  # damaged lines an error names
+# how members of a zip file may be packed: of others one cannot unpack a part only
+PACKINGS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
+# what zipfile and numpy raise on damaged bytes, besides OSError
+DAMAGE = (ValueError, EOFError, KeyError, TypeError, NotImplementedError, RuntimeError,
+          zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+# Reasons to leave out a line that is as it was written
+WHOLE = frozenset({'blank_line', 'duplicate_item', 'duplicate_review', 'item_without_metadata'})
+
+
+class Reason(str):
+    """Why something is rejected; its own type, so that no text of a file is taken for one."""
+
+    __slots__ = ()
+
+
+class Lines:
+    """The JSON objects of a file, plain or .gz, one per line, and why the other lines are none.
+
+    Iterate once. Never more than MAX_LINE bytes are in memory. Of two equal keys in an object the
+    later counts. Where a .gz file is cut short, damaged or a bomb, the lines before are given.
+
+    Attributes:
+      path: of the file. number: of the line last read, from 1 on.
+      rejected: {reason: lines}, those of `reject` among them. damaged: the first few lines that are
+        rejected for another reason than those in WHOLE, as (number, reason).
+      unread: share of the file's bytes behind the place where it could not be unpacked any more.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.number, self.unread = path, 0, 0.0
+        self.rejected, self.damaged = Counter(), []
+
+    def __iter__(self) -> Iterator[dict]:
+        for line in self._lines():
+            self.number += 1
+            record = line if isinstance(line, Reason) else _record(line)
+            if isinstance(record, Reason):
+                self.reject(record)
+            else:
+                yield record
+
+    def reject(self, reason: str) -> None:
+        """Count the line last given as rejected."""
+        self.rejected[reason] += 1
+        if reason not in WHOLE and len(self.damaged) < SHOWN:
+            self.damaged.append((self.number, reason))
+
+    def check(self, bad_share: float) -> None:
+        """Refuse the file where more than a share of it is damaged; call it at the end.
+
+        Args:
+          bad_share: of the lines, in 0..1. Those rejected for a reason in WHOLE are not damaged;
+            what could not be unpacked counts by its bytes.
+
+        Raises:
+          InputError: with the counts by reason and the first damaged lines.
+        """
+        bad = {reason: n for reason, n in self.rejected.items() if reason not in WHOLE}
+        share = 1 - (1 - sum(bad.values()) / max(self.number, 1)) * (1 - self.unread)
+        if share <= bad_share:
+            return
+        cut = f', and its last {self.unread:.0%} cannot be unpacked' if self.unread else ''
+        first = ', '.join(f'line {number} {reason}' for number, reason in self.damaged)
+        raise InputError(f'{self.path}: {sum(bad.values())} of {self.number} lines are damaged '
+                         f'({reasons(bad)}; first {first}){cut}; get the file anew or mend it, or '
+                         f'raise config.data.bad_share={bad_share} to go on without them')
+
+    def _lines(self) -> Iterator[bytes | Reason]:
+        try:
+            with open(self.path, 'rb') as file:
+                if self.path.suffix != '.gz':
+                    yield from self._split(file, file)
+                    return
+                if file.read(2) != b'\x1f\x8b':
+                    raise InputError(f'{self.path}: not a gzip file although its name ends in .gz; '
+                                     'download it again, or take .gz off the name of a plain file')
+                file.seek(0)
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    yield from self._split(unpacked, file)
+        except OSError as error:
+            raise InputError(f'{self.path} cannot be read ({error.strerror}); check its owner and '
+                             'its disk') from error
+
+    def _split(self, lines, file) -> Iterator[bytes | Reason]:
+        """`lines`: unpacked. `file`: as it lies on the disk."""
+        bom, given = b'\xef\xbb\xbf', 0
+        while True:
+            try:
+                line = lines.readline(MAX_LINE)
+                long = len(line) == MAX_LINE
+                given += len(line)
+                while long and line and not line.endswith(b'\n') and not self._bomb(given, file):
+                    line = lines.readline(MAX_LINE)
+                    given += len(line)
+            except EOFError:  # the end of the compressed stream is missing
+                yield Reason('truncated_file')
+                return
+            except (gzip.BadGzipFile, zlib.error):
+                self._leave(file)
+                yield Reason('damaged_file')
+                return
+            if self._bomb(given, file):
+                self._leave(file)
+                yield Reason('file_unpacks_without_end')
+                return
+            if long:
+                yield Reason('line_too_long')
+            elif line:
+                yield line.removeprefix(bom)
+            else:
+                return
+            bom = b''  # a byte order mark stands at the very beginning or is no such mark
+
+    def _bomb(self, given, file):
+        return given > MAX_UNPACKED and given > MAX_PACKING * file.tell()
+
+    def _leave(self, file):
+        self.unread = 1 - file.tell() / self.path.stat().st_size
+
+
+def reasons(counts: dict) -> str:
+    """'bad_json: 2, blank_line: 1'."""
+    return ', '.join(f'{reason}: {count}' for reason, count in sorted(counts.items()))
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, every link followed, lies in `folder`."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
+def stay_inside(path: Path, folder: Path) -> None:
+    """Refuse a path that leads out of its folder.
+
+    Raises:
+      InputError: it does.
+    """
+    if not inside(path, folder):
+        raise InputError(f'{path}: a link that leads out of {folder} is not followed; copy the '
+                         'data there, or give the folder it points to')
+
+
+def _record(line: bytes) -> dict | Reason:
+    if not line.strip():
+        return Reason('blank_line')
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Reason('bad_encoding')
+    except (ValueError, RecursionError):  # the latter from brackets nested by the thousand
+        return Reason('bad_json')
+    return record if isinstance(record, dict) else Reason('bad_json')
