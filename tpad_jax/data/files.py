@@ -42,7 +42,8 @@ class Lines:
       path: of the file. number: of the line last read, from 1 on.
       rejected: {reason: lines}, those of `reject` among them. damaged: the first few lines that are
         rejected for another reason than those in WHOLE, as (number, reason).
-      unread: share of the file's bytes behind the place where it could not be unpacked any more.
+      unread: share of the file's bytes behind the place where it could not be unpacked any more;
+        1 for a bomb.
     """
 
     def __init__(self, path: Path):
@@ -75,10 +76,10 @@ class Lines:
           InputError: with the counts by reason and the first damaged lines.
         """
         bad = {reason: n for reason, n in self.rejected.items() if reason not in WHOLE}
-        share = 1 - (1 - sum(bad.values()) / max(self.number, 1)) * (1 - self.unread)
-        if share <= bad_share:
+        share = sum(bad.values()) / max(self.number, 1)
+        if share + (1 - share) * self.unread <= bad_share:
             return
-        cut = f', and its last {self.unread:.0%} cannot be unpacked' if self.unread else ''
+        cut = f', and {self.unread:.0%} of it cannot be unpacked' if self.unread else ''
         first = ', '.join(f'line {number} {reason}' for number, reason in self.damaged)
         raise InputError(f'{self.path}: {sum(bad.values())} of {self.number} lines are damaged '
                          f'({reasons(bad)}; first {first}){cut}; get the file anew or mend it, or '
@@ -115,11 +116,11 @@ class Lines:
                 yield Reason('truncated_file')
                 return
             except (gzip.BadGzipFile, zlib.error):
-                self._leave(file)
+                self.unread = 1 - file.tell() / self.path.stat().st_size
                 yield Reason('damaged_file')
                 return
             if self._bomb(given, file):
-                self._leave(file)
+                self.unread = 1.0  # next to it the lines before are nothing
                 yield Reason('file_unpacks_without_end')
                 return
             if long:
@@ -132,9 +133,6 @@ class Lines:
 
     def _bomb(self, given, file):
         return given > MAX_UNPACKED and given > MAX_PACKING * file.tell()
-
-    def _leave(self, file):
-        self.unread = 1 - file.tell() / self.path.stat().st_size
 
 
 def reasons(counts: dict) -> str:

@@ -4,10 +4,10 @@ import contextlib
 import io
 import os
 import struct
-import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # whatever the file is called
 MAX_PIXELS = 40_000_000  # 120 MB decoded; a product photo has a tenth of it
 MAX_BYTES = 32 * 2**20  # of a file; a product photo has a hundredth of it
 MAX_SCANS = 200  # of a progressive JPEG; each goes over all pixels, and genuine ones have ten or so
-LARGE = 4_000_000  # pixels; larger images are decoded one at a time, whatever the threads
+LARGE = 4_000_000  # pixels; larger images are decoded one at a time, by one thread
 
 # what `read` can say, beside pixels
 EMPTY, UNKNOWN, TOO_MANY_PIXELS, DAMAGED = REASONS = tuple(map(Reason, (
@@ -31,7 +31,8 @@ WHOLE = frozenset({NOT_THERE, WITHOUT_ITEM})  # reasons for no image that are no
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
            RuntimeError, OverflowError, MemoryError, struct.error, zlib.error,
            Image.DecompressionBombError, Warning)
-_alone = threading.Lock()
+# a lock would not do: what an image took stays with the thread that decoded it
+_alone = ThreadPoolExecutor(1)
 
 
 def decode(data: bytes, size: int) -> np.ndarray | None:
@@ -64,9 +65,9 @@ def read(data: bytes, size: int) -> np.ndarray | Reason:
                 return TOO_MANY_PIXELS
             if image.format in ('JPEG', 'MPO') and data.count(b'\xff\xda') > MAX_SCANS:
                 return DAMAGED
-            large = image.width * image.height > LARGE
-            with _alone if large else contextlib.nullcontext():
-                return _square(image, size)
+            if image.width * image.height > LARGE:
+                return _alone.submit(_square, image, size).result()
+            return _square(image, size)
     except UnidentifiedImageError:
         return UNKNOWN
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -108,8 +109,7 @@ def _square(image, size):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
-        white = Image.new('RGBA', image.size, 'white')
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     if image.mode != 'RGB':  # else a copy, a tenth of the time
         image = image.convert('RGB')
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
