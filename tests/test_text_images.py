@@ -1,6 +1,7 @@
 """Item texts, tokens, side features and decoded images."""
 
 import io
+import json
 import struct
 import zlib
 
@@ -98,6 +99,15 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):
         text.tokenize(['a'], 'bert-base-uncased', 4)
     with pytest.raises(InputError, match='no usable tokenizer'):
         text.tokenize(['a'], tmp_path, 4)
+
+
+def test_a_tokenizer_brings_no_program(tmp_path):
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(
+        {'tokenizer_class': 'Mine', 'auto_map': {'AutoTokenizer': ['mine.Mine', None]}}))
+    (tmp_path / 'mine.py').write_text(f'import os\nos.mkdir({str(tmp_path / "run")!r})\n')
+    with pytest.raises(InputError, match='no usable tokenizer'):
+        text.read_tokenizer(tmp_path)
+    assert not (tmp_path / 'run').exists()
 
 
 def encoded(image, form='PNG', **options):

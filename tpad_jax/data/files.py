@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -19,9 +20,10 @@ MAX_UNPACKED, MAX_PACKING = 64 * 2**20, 100
 SHOWN = 3  # damaged lines an error names
 # how members of a zip file may be packed: of others one cannot unpack a part only
 PACKINGS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-# what zipfile and numpy raise on damaged bytes, besides OSError
-DAMAGE = (ValueError, EOFError, KeyError, TypeError, NotImplementedError, RuntimeError,
-          zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+# what zipfile and numpy raise on damaged bytes, besides OSError; MemoryError where absurd sizes are
+# said, TokenError where numpy takes what heads an array for a program's
+DAMAGE = (ValueError, EOFError, KeyError, TypeError, RuntimeError, MemoryError,
+          zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError)
 # Reasons to leave out a line that is as it was written
 WHOLE = frozenset({'blank_line', 'duplicate_item', 'duplicate_review', 'item_without_metadata'})
 

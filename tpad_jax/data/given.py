@@ -21,6 +21,9 @@ from tpad_jax.data.files import DAMAGE
 from tpad_jax.errors import InputError
 
 SHOWN = 5  # ids an error names
+# what the readers raise on damage; polars panics on some, which is no Exception
+FAILURES = (OSError, *DAMAGE, SafetensorError, pl.exceptions.PolarsError,
+            pl.exceptions.PanicException)
 MAX_WIDTH = 65_536  # numbers per item; MLLMs have some thousand
 
 
@@ -61,7 +64,7 @@ def read(file, asins: list[str]) -> Given:
         ids, found = readers[file.suffix](file)
     except InputError:
         raise
-    except (OSError, *DAMAGE, pl.exceptions.PolarsError, SafetensorError) as error:
+    except FAILURES as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'{file} cannot be read as {file.suffix[1:]} of item features: '
                          f'{why}; see tpad_jax/data/given.py') from error
@@ -127,7 +130,10 @@ def _safetensors(file):
             ids = _lines(tensors.get_tensor('ids').astype(np.uint8).tobytes())
         else:
             ids = [str(name) for name in json.loads(about['ids'])]
-        found = tensors.get_tensor('features')
+        try:
+            found = tensors.get_tensor('features')
+        except AttributeError as error:  # a number's form that numpy does not have
+            raise ValueError(str(error)) from error
         # numpy itself cannot tell whether a bfloat16 is a number
         return ids, found.astype(np.float32) if found.dtype == ml_dtypes.bfloat16 else found
 

@@ -109,7 +109,7 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], str]:
     except OSError as error:
         raise InputError(f'{path} cannot be read ({error.strerror}); give an .npz of sessions with '
                          '--config.data.npz=FILE') from error
-    except (*DAMAGE, MemoryError) as error:
+    except DAMAGE as error:
         raise InputError(f'{path} is no usable .npz ({error}); save it with numpy.savez, without '
                          'pickled objects') from error
     return arrays, hashlib.sha256(content).hexdigest()
