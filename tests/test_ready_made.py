@@ -114,6 +114,7 @@ def test_the_published_protocol_may_score_last_items_only(tmp_path, file):
     ({'model.heads': 3}, 'must be a multiple of'),
     ({'model.temperature': 0.0}, 'must be above 0'),
     ({'search.trials': 0}, 'must be 1 or more'),
+    ({'data.bad_share': 1.5}, r'data\.bad_share=1\.5 must be a share'),
     ({'losses.next_item.dtype': 'float8'}, 'dtype'),
     ({'losses.next_item.chunk': -1}, 'chunk'),
     ({'stage.recommend.schedule': 'linear'}, 'choose from cosine, constant')])
