@@ -190,10 +190,10 @@ def test_only_the_good_lines_are_there_where_every_mutation_destroys(tmp_path):
 
 
 @pytest.mark.parametrize('fields', [
-    {'title': '&#' + '9' * 5000 + ';'}, {'brand': 'x' + ' ' * 1_000_000 + 'y'},
-    {'price': 'from ' + ' ' * 1_000_000 + 'x'}, {'price': '9' * 1_000_000},
-    {'title': '.a{' * 300_000}, {'title': 'function ' * 100_000}, {'title': '&' * 1_000_000},
-    {'category': [['x' * 1_000_000], 'y']}, {'description': [[['deep']]] * 100_000},
+    {'title': '&#' + '9' * 5000 + ';'}, {'brand': 'x' + ' ' * 200_000 + 'y'},
+    {'price': 'from ' + ' ' * 200_000 + 'x'}, {'price': '9' * 200_000},
+    {'title': '.a{' * 100_000}, {'title': 'function ' * 100_000}, {'title': '&' * 200_000},
+    {'category': [['x' * 200_000], 'y']}, {'description': [[['deep']]] * 100_000},
     {'title': {'a': 1}, 'brand': [7], 'category': 7, 'price': {}, 'description': True}],
     ids=lambda fields: '-'.join(fields))
 def test_absurd_fields_are_read_at_once(tmp_path, fields):
@@ -213,7 +213,7 @@ def test_a_cut_gzip_keeps_all_its_whole_lines(tmp_path):
     rng = np.random.default_rng(3)
     content = b''.join(json.dumps(review(rng, '2018', 900)).encode() + b'\n' for _ in range(400))
     packed, path = gzip.compress(content), tmp_path / 'a.json.gz'
-    for end in (*rng.integers(2, len(packed), 60), len(packed) - 1):
+    for end in (*rng.integers(2, len(packed), 30), len(packed) - 1):
         path.write_bytes(packed[:end])
         there = zlib.decompressobj(31).decompress(packed[:end]).split(b'\n')[:-1]
         lines = files.Lines(path)
