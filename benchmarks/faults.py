@@ -1,0 +1,357 @@
+"""Nothing is lost by a kill: `python -m benchmarks.faults [--runs=50] [--seed=0]`.
+
+The job of configs/amazon.py:tiny, started by launch.py, is killed by SIGKILL at a drawn moment and
+started again. Two fifths of the moments lie between two steps of a stage, by the time they took in
+an uninterrupted run; two fifths inside a save, while its folder has its temporary name; the rest
+where no step is taken: preparing, compiling, encoding, measuring. What has to hold of every run:
+
+    resumed     the second sitting begins each stage behind its last whole checkpoint
+    again       it computes at most `save_every` steps again; twice that where the last save that
+                was due had not been committed
+    log         line by line the log of the uninterrupted run: each step stands once
+    params      all arrays of all checkpoints that are kept, and the stored features, bit by bit
+    results     those of the uninterrupted run, but for dates and seconds
+
+A finished run goes at once into `benchmarks/faults.json` with the commit that made it; the same
+command goes on with what is missing, and leaves with status 1 where anything failed (the workdir of
+such a run is kept). `--show` prints what is there.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+FLAGS = flags.FLAGS
+ROOT, KEPT = Path(__file__).parents[1], Path(__file__).with_suffix('.json')
+KINDS = 'training', 'save', 'training', 'save', 'between'  # of every five runs
+POLL = 0.002  # seconds between two looks at a run
+PROPERTIES = 'resumed', 'again', 'log', 'params', 'results'
+
+
+def start(workdir: Path) -> subprocess.Popen:
+    """The job in a process of its own, with what earlier ones compiled."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    compiled = Path(FLAGS.workdir, 'compiled').absolute()
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': str(compiled),
+           'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+    with open(f'{workdir}.out', 'a') as out:
+        return subprocess.Popen(
+            [sys.executable, 'launch.py', '--config=configs/amazon.py:tiny',
+             f'--workdir={workdir.absolute()}'], cwd=ROOT, env=env, stdout=out, stderr=out)
+
+
+def follow(process, workdir: Path):
+    """Yields (seconds since the start, lines in the log, folders of stages) until it ends."""
+    begun, log = time.perf_counter(), workdir / 'log.jsonl'
+    seen, lines = None, 0
+    while process.poll() is None:
+        if log.is_file():
+            about = log.stat()
+            if (about.st_ino, about.st_size) != seen:
+                seen, lines = (about.st_ino, about.st_size), log.read_bytes().count(b'\n')
+        yield time.perf_counter() - begun, lines, folders(workdir)
+        time.sleep(POLL)
+
+
+def folders(workdir: Path) -> dict[str, list[str]]:
+    """{stage: names of the folders of its checkpoints, temporary ones among them}."""
+    found = {}
+    for stage in workdir.glob('stages/*'):
+        try:
+            found[stage.name] = sorted(os.listdir(stage))
+        except OSError:
+            continue
+    return found
+
+
+def unfinished(names) -> list[int]:
+    """Steps whose folders have a temporary name."""
+    return [int(name.split('.')[0]) for name in names if '.orbax-checkpoint-tmp' in name]
+
+
+def whole() -> tuple[Path, dict]:
+    """The uninterrupted run of this commit, and what was seen of it, made where there is none.
+
+    It is made twice: the first fills the cache of compiled programs, the second is timed and has to
+    be the first again.
+
+    Returns:
+      Its workdir and {'commit', 'lines': seconds of every log line and of the end, 'saves':
+      [[stage, step, seconds]]}.
+    """
+    root = Path(FLAGS.workdir)
+    about, workdir = root / 'whole.json', root / 'whole'
+    if about.is_file():
+        seen = json.loads(about.read_text())
+        if seen['commit'] == commit():
+            return workdir, seen
+    for name in ('first', 'whole'):
+        shutil.rmtree(root / name, ignore_errors=True)
+        process, lines, begun, saves = start(root / name), [], {}, []
+        for now, number, found in follow(process, root / name):
+            lines += [now] * (number - len(lines))
+            for stage, names in found.items():
+                for step in unfinished(names):
+                    begun.setdefault((stage, step), now)
+                for step in [s for where, s in begun if where == stage and str(s) in names]:
+                    saves.append([stage, step, now - begun.pop((stage, step))])
+        if process.returncode:
+            sys.exit(f'{root / name}.out: the uninterrupted run left with {process.returncode}')
+        lines.append(now)
+    wrong = [name for name, told in compare(root / 'first', workdir).items() if told]
+    if wrong:
+        sys.exit(f'two uninterrupted runs differ in {wrong}: {root}/first, {workdir}')
+    shutil.rmtree(root / 'first')
+    seen = {'commit': commit(), 'lines': lines, 'saves': saves}
+    about.write_text(json.dumps(seen))
+    return workdir, seen
+
+
+def moment(number: int, stages: list[str], seen: dict, attempt: int) -> dict:
+    """When run `number` is killed.
+
+    Args:
+      stages: of every line of the log. seen: of the uninterrupted run.
+
+    Returns:
+      {'kind', 'seconds' to wait after 'line' lines stand in the log, or after the 'stage' began to
+      save 'step'}.
+    """
+    rng = np.random.default_rng([FLAGS.seed, number, attempt])
+    kind, share = KINDS[number % len(KINDS)], rng.random()
+    if kind == 'save':
+        stage, step, took = seen['saves'][rng.integers(len(seen['saves']))]
+        return {'kind': kind, 'stage': stage, 'step': step, 'seconds': share * took}
+    times = np.diff([0.0, *seen['lines']])  # before every line, and behind the last
+    inside = np.array([False, *(a == b for a, b in pairwise(stages)), False])
+    weights = np.where(inside == (kind == 'training'), times, 0)
+    line = int(rng.choice(len(times), p=weights / weights.sum()))
+    return {'kind': kind, 'line': line, 'seconds': share * times[line]}
+
+
+def kill(workdir: Path, when: dict) -> bool:
+    """Start a run and kill it; whether it had not ended before."""
+    process, due = start(workdir), None
+    for now, lines, found in follow(process, workdir):
+        if when['kind'] == 'save':
+            reached = when['step'] in unfinished(found.get(when['stage'], ()))
+            passed = str(when['step']) in found.get(when['stage'], ())
+        else:
+            reached, passed = lines >= when['line'], lines > when['line']
+        if reached and due is None:
+            due = now + when['seconds']
+        if passed or (due is not None and now >= due):
+            process.send_signal(signal.SIGKILL)
+            break
+    return process.wait() == -signal.SIGKILL
+
+
+def run(number: int, reference: Path, seen: dict) -> dict:
+    """One run, killed and taken up again, and what was found of it."""
+    began = time.perf_counter()
+    workdir = Path(FLAGS.workdir, f'run_{FLAGS.seed}_{number}')
+    expected = log(reference)
+    stages, last = [line['stage'] for line in expected], steps(expected)
+    for attempt in range(5):
+        shutil.rmtree(workdir, ignore_errors=True)
+        when = moment(number, stages, seen, attempt)
+        if kill(workdir, when):
+            break
+    else:
+        sys.exit(f'run {number} ended five times before it was to be killed')
+    before, left = log(workdir), folders(workdir)
+    logged = steps(before)
+    saved = {stage: max([int(n) for n in names if n.isdigit()], default=0)
+             for stage, names in left.items()}
+    writing = {stage: unfinished(names) for stage, names in left.items() if unfinished(names)}
+    at = before[-1]['stage'] if before else None
+    where = ('save' if writing else 'between' if at is None or saved.get(at, 0) == last[at]
+             or when['kind'] == 'between' else 'training')
+    events = set(workdir.glob('events/*/*'))
+    status = start(workdir).wait()
+    failed = {name: [] for name in PROPERTIES}
+    if status:
+        failed['resumed'].append(f'the second sitting left with status {status}')
+    again = {}
+    for stage, end in last.items():
+        files = set((workdir / 'events' / stage).glob('*')) - events
+        computed = sorted({step for file in files for step in written(file)})
+        first = saved.get(stage, 0) + 1
+        if computed != list(range(first, end + 1)):
+            failed['resumed'].append(f'{stage}: steps {computed} after a checkpoint of '
+                                     f'{first - 1}, to {end}')
+        lost = logged.get(stage, 0) - (first - 1)
+        if lost > 0:
+            again[stage] = lost
+            pending = logged[stage] // SAVE_EVERY * SAVE_EVERY >= first
+            if lost > SAVE_EVERY * (1 + pending):
+                failed['again'].append(f'{stage}: {lost}')
+    if not status:
+        failed |= compare(reference, workdir)
+    wrong = {name: told for name, told in failed.items() if told}
+    if not wrong:
+        shutil.rmtree(workdir)
+        Path(f'{workdir}.out').unlink()
+    return {'seed': FLAGS.seed, 'run': number, 'moment': when, 'hit': where, 'stage': at,
+            'logged': logged, 'saved': saved, 'writing': writing, 'again': again, 'failed': wrong,
+            'seconds': time.perf_counter() - began, 'commit': commit(),
+            'date': datetime.now(UTC).strftime('%Y-%m-%d')}
+
+
+def compare(one: Path, two: Path) -> dict[str, list[str]]:
+    """What differs between two finished runs, by property."""
+    out = {'log': [], 'params': [], 'results': []}
+    a, b = log(one), log(two)
+    out['log'] += [f'line {i}' for i, (x, y) in enumerate(zip(a, b, strict=False), 1) if x != y]
+    if len(a) != len(b):
+        out['log'].append(f'{len(a)} lines and {len(b)}')
+    for told, digests in (('params', checkpoints), ('params', stored), ('results', results)):
+        a, b = digests(one), digests(two)
+        out[told] += [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    return out
+
+
+def checkpoints(workdir: Path) -> dict[str, str]:
+    """{stage/step: digest of all its arrays, optimiser and all, and of what was noted with it}."""
+    from tpad_jax.checkpoint import Checkpoints
+
+    out = {}
+    for stage in sorted(workdir.glob('stages/*')):
+        opened = Checkpoints(stage)
+        for step in opened.steps():
+            arrays, meta = opened.arrays(step)
+            meta.pop('seconds')
+            digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+            for path, x in sorted(arrays.items()):
+                digest.update(f'{path} {x.dtype} {x.shape} '.encode() + np.asarray(x).tobytes())
+            out[f'{stage.name}/{step}'] = digest.hexdigest()
+        opened.close()
+    return out
+
+
+def stored(workdir: Path) -> dict[str, str]:
+    """{file: digest} of the features a run leaves behind."""
+    return {str(file.relative_to(workdir)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in workdir.glob('features/*/*')}
+
+
+def results(workdir: Path) -> dict:
+    """What results.json holds, but for when and how long."""
+    found = json.loads((workdir / 'results.json').read_text())
+    return {name: x for name, x in found.items() if name not in ('provenance', 'seconds')}
+
+
+def log(workdir: Path) -> list[dict]:
+    """The whole lines of a run's log."""
+    file = workdir / 'log.jsonl'
+    text = file.read_text() if file.is_file() else ''
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]
+
+
+def steps(lines: list[dict]) -> dict[str, int]:
+    """{stage: its last step in these lines of a log}."""
+    return {line['stage']: line['step'] for line in lines}
+
+
+def written(file: Path) -> set[int]:
+    """The training steps an event file tells of."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at, found = file.read_bytes(), 0, set()
+    while at + 12 <= len(data):  # length, its checksum, the event, its checksum
+        size, = struct.unpack_from('<Q', data, at)
+        event = Event.FromString(data[at + 12:at + 12 + size])
+        at += 16 + size
+        if any(value.tag == 'loss' for value in event.summary.value):
+            found.add(event.step)
+    return found
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + where tracked files differ from it."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
+    head = git(['git', 'rev-parse', 'HEAD']).stdout.strip()
+    return head + '+' * bool(git(['git', 'diff', '--quiet', 'HEAD', '--', '*.py']).returncode)
+
+
+def read() -> dict:
+    """Finished runs {(seed, number): run}."""
+    kept = json.loads(KEPT.read_text())['runs'] if KEPT.is_file() else []
+    return {(one['seed'], one['run']): one for one in kept}
+
+
+def show(runs: list[dict], console: Console) -> bool:
+    """The table of finished runs; whether every property held."""
+    table = Table(title='Killed by SIGKILL and started again, by where it hit', box=None,
+                  title_justify='left')
+    for head in ('hit', 'runs', 'steps again', 'most', *PROPERTIES):
+        table.add_column(head, justify='left' if head == 'hit' else 'right', no_wrap=True)
+    for hit in ('training', 'save', 'between'):
+        own = [one for one in runs if one['hit'] == hit]
+        again = [sum(one['again'].values()) for one in own]
+        held = (f'{sum(name not in one["failed"] for one in own)}/{len(own)}'
+                for name in PROPERTIES)
+        table.add_row(hit, str(len(own)), str(sum(again)), str(max(again, default=0)), *held)
+    console.print(table)
+    places = Counter(one['stage'] or 'before the first' for one in runs)
+    console.print('stage: ' + ', '.join(f'{n} {stage}' for stage, n in places.most_common()),
+                  highlight=False)
+    for one in runs:
+        for name, told in one['failed'].items():
+            console.print(f'FAILED run {one["run"]}, seed {one["seed"]}: {name}: {told[:5]}',
+                          markup=False)
+    return not any(one['failed'] for one in runs)
+
+
+def main(argv):
+    """Kill and resume what is missing, run by run; print all that is there."""
+    del argv
+    global SAVE_EVERY
+    from configs import amazon
+
+    SAVE_EVERY = amazon.get_config('tiny').save_every
+    wanted = [(FLAGS.seed, number) for number in range(FLAGS.runs)]
+    missing = [] if FLAGS.show else [key for key in wanted if key not in read()]
+    if missing:
+        import jax
+
+        from tpad_jax import writers
+
+        jax.config.update('jax_platforms', 'cpu')
+        reference, seen = whole()
+        for _, number in missing:
+            one = run(number, reference, seen)
+            print(f'run {number}: {one["moment"]} hit {one["hit"]} in {one["stage"]}, again '
+                  f'{one["again"]}, failed {one["failed"]}, {one["seconds"]:.0f} s', flush=True)
+            runs = read() | {(one['seed'], one['run']): one}
+            writers.write_json(KEPT, {
+                'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__,
+                'save_every': SAVE_EVERY, 'runs': [runs[key] for key in sorted(runs)]})
+    found = read()
+    if not show([found[key] for key in wanted if key in found], Console(width=110)):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    flags.DEFINE_integer('runs', 50, 'how many')
+    flags.DEFINE_integer('seed', 0, 'of the moments')
+    flags.DEFINE_string('workdir', 'runs/faults', 'where the runs live')
+    flags.DEFINE_bool('show', False, 'print what is there, run nothing')
+    app.run(main)
