@@ -41,7 +41,7 @@ from rich.table import Table
 FLAGS = flags.FLAGS
 ROOT, KEPT = Path(__file__).parents[1], Path(__file__).with_suffix('.json')
 KINDS = 'training', 'save', 'training', 'save', 'between'  # of every five runs
-POLL = 0.002  # seconds between two looks at a run
+POLL = 0.004  # seconds between two looks at a run
 PROPERTIES = 'resumed', 'again', 'log', 'params', 'results'
 
 
@@ -58,15 +58,15 @@ def start(workdir: Path) -> subprocess.Popen:
 
 
 def follow(process, workdir: Path):
-    """Yields (seconds since the start, lines in the log, folders of stages) until it ends."""
-    begun, log = time.perf_counter(), workdir / 'log.jsonl'
+    """Yields (seconds since the start, lines in the log) until it ends."""
+    begun, file = time.perf_counter(), workdir / 'log.jsonl'
     seen, lines = None, 0
     while process.poll() is None:
-        if log.is_file():
-            about = log.stat()
+        if file.is_file():
+            about = file.stat()
             if (about.st_ino, about.st_size) != seen:
-                seen, lines = (about.st_ino, about.st_size), log.read_bytes().count(b'\n')
-        yield time.perf_counter() - begun, lines, folders(workdir)
+                seen, lines = (about.st_ino, about.st_size), file.read_bytes().count(b'\n')
+        yield time.perf_counter() - begun, lines
         time.sleep(POLL)
 
 
@@ -89,8 +89,7 @@ def unfinished(names) -> list[int]:
 def whole() -> tuple[Path, dict]:
     """The uninterrupted run of this commit, and what was seen of it, made where there is none.
 
-    It is made twice: the first fills the cache of compiled programs, the second is timed and has to
-    be the first again.
+    Where nothing is compiled yet it is made twice: the second is what the others will be like.
 
     Returns:
       Its workdir and {'commit', 'lines': seconds of every log line and of the end, 'saves':
@@ -102,45 +101,43 @@ def whole() -> tuple[Path, dict]:
         seen = json.loads(about.read_text())
         if seen['commit'] == commit():
             return workdir, seen
-    for name in ('first', 'whole'):
-        shutil.rmtree(root / name, ignore_errors=True)
-        process, lines, begun, saves = start(root / name), [], {}, []
-        for now, number, found in follow(process, root / name):
+    for _ in range(1 if (root / 'compiled').is_dir() else 2):
+        shutil.rmtree(workdir, ignore_errors=True)
+        process, lines, begun, saves = start(workdir), [], {}, []
+        for now, number in follow(process, workdir):
             lines += [now] * (number - len(lines))
-            for stage, names in found.items():
+            for stage, names in folders(workdir).items():
                 for step in unfinished(names):
                     begun.setdefault((stage, step), now)
                 for step in [s for where, s in begun if where == stage and str(s) in names]:
                     saves.append([stage, step, now - begun.pop((stage, step))])
         if process.returncode:
-            sys.exit(f'{root / name}.out: the uninterrupted run left with {process.returncode}')
+            sys.exit(f'{workdir}.out: the uninterrupted run left with {process.returncode}')
         lines.append(now)
-    wrong = [name for name, told in compare(root / 'first', workdir).items() if told]
-    if wrong:
-        sys.exit(f'two uninterrupted runs differ in {wrong}: {root}/first, {workdir}')
-    shutil.rmtree(root / 'first')
     seen = {'commit': commit(), 'lines': lines, 'saves': saves}
     about.write_text(json.dumps(seen))
     return workdir, seen
 
 
-def moment(number: int, stages: list[str], seen: dict, attempt: int) -> dict:
+def moment(number: int, expected: list[dict], seen: dict, attempt: int) -> dict:
     """When run `number` is killed.
 
     Args:
-      stages: of every line of the log. seen: of the uninterrupted run.
+      expected: the lines of its log. seen: of the uninterrupted run.
 
     Returns:
-      {'kind', 'seconds' to wait after 'line' lines stand in the log, or after the 'stage' began to
-      save 'step'}.
+      {'kind', 'line', 'seconds' to wait after so many lines stand in the log, or, after them, after
+      the 'stage' began to save 'step'}.
     """
     rng = np.random.default_rng([FLAGS.seed, number, attempt])
     kind, share = KINDS[number % len(KINDS)], rng.random()
     if kind == 'save':
         stage, step, took = seen['saves'][rng.integers(len(seen['saves']))]
-        return {'kind': kind, 'stage': stage, 'step': step, 'seconds': share * took}
+        lines = [(line['stage'], line['step']) for line in expected]
+        return {'kind': kind, 'line': lines.index((stage, step)) + 1, 'stage': stage, 'step': step,
+                'seconds': share * took}
     times = np.diff([0.0, *seen['lines']])  # before every line, and behind the last
-    inside = np.array([False, *(a == b for a, b in pairwise(stages)), False])
+    inside = np.array([False, *(a['stage'] == b['stage'] for a, b in pairwise(expected)), False])
     weights = np.where(inside == (kind == 'training'), times, 0)
     line = int(rng.choice(len(times), p=weights / weights.sum()))
     return {'kind': kind, 'line': line, 'seconds': share * times[line]}
@@ -149,12 +146,11 @@ def moment(number: int, stages: list[str], seen: dict, attempt: int) -> dict:
 def kill(workdir: Path, when: dict) -> bool:
     """Start a run and kill it; whether it had not ended before."""
     process, due = start(workdir), None
-    for now, lines, found in follow(process, workdir):
-        if when['kind'] == 'save':
-            reached = when['step'] in unfinished(found.get(when['stage'], ()))
-            passed = str(when['step']) in found.get(when['stage'], ())
-        else:
-            reached, passed = lines >= when['line'], lines > when['line']
+    for now, lines in follow(process, workdir):
+        reached, passed = lines >= when['line'], lines > when['line']
+        if when['kind'] == 'save' and reached:
+            names = os.listdir(workdir / 'stages' / when['stage'])
+            reached, passed = when['step'] in unfinished(names), str(when['step']) in names
         if reached and due is None:
             due = now + when['seconds']
         if passed or (due is not None and now >= due):
@@ -168,10 +164,10 @@ def run(number: int, reference: Path, seen: dict) -> dict:
     began = time.perf_counter()
     workdir = Path(FLAGS.workdir, f'run_{FLAGS.seed}_{number}')
     expected = log(reference)
-    stages, last = [line['stage'] for line in expected], steps(expected)
+    last = steps(expected)
     for attempt in range(5):
         shutil.rmtree(workdir, ignore_errors=True)
-        when = moment(number, stages, seen, attempt)
+        when = moment(number, expected, seen, attempt)
         if kill(workdir, when):
             break
     else:

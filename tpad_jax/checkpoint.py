@@ -334,7 +334,8 @@ def enter(workdir: Path, config) -> None:
     except OSError as error:
         raise InputError(f'{workdir} cannot be made ({error.strerror}); choose another --workdir'
                          ) from error
-    if not os.access(workdir, os.W_OK):
+    # by the ids that will write, where the system can tell
+    if not os.access(workdir, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
         raise InputError(f'{workdir} cannot be written to; choose another --workdir')
     if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
         claim(workdir, config.to_dict())

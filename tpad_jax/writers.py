@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from tpad_jax.errors import InputError
 
@@ -118,9 +119,10 @@ class _Events:
 
     def __init__(self, directory, purge):
         directory.mkdir(parents=True, exist_ok=True)
-        self._file, self._flushed = EventsWriter(str(directory / 'events')), 0.0
+        name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+        self._file, self._flushed = RecordWriter(str(directory / name)), 0.0
+        self._write(purge or 0, file_version='brain.Event:2')
         if purge is not None:
-            self._write(purge, file_version='brain.Event:2')
             self._write(purge, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step, values):
@@ -134,7 +136,7 @@ class _Events:
         self._file.close()
 
     def _write(self, step, **what):
-        self._file.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._file.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
 
 
 def read_log(path):

@@ -1,0 +1,391 @@
+"""Damaged checkpoints file by file, a full disk, a place that cannot be written to."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tests import test_job, test_step
+from tests.test_checkpoint import assert_same, make_state, opened
+from tests.test_job import base_dir, config  # noqa: F401 (fixtures)
+from tpad_jax import fitting, job, parallel, train, training, trials, writers
+from tpad_jax.checkpoint import abstract, claim, enter
+from tpad_jax.errors import InputError
+
+# Orbax leaves the other reads of a damaged checkpoint to the garbage collector, which says so, or
+# to an event loop that is gone.
+pytestmark = [pytest.mark.filterwarnings(
+    f'ignore:Exception ignored in. {what}:pytest.PytestUnraisableExceptionWarning')
+    for what in ('<coroutine object _read_array', 'None')]
+WIDTH = 60_000  # of a state: 480 kB
+
+
+def states(*steps, width=WIDTH):
+    return {step: make_state(step, width=width) for step in steps}
+
+
+def save(checkpoints, saved, wait=True):
+    """All of them, the earlier the better."""
+    for step, state in saved.items():
+        checkpoints.save(step, state, {'step': step}, 1 / step, wait)
+
+
+def grow(writer):
+    """Log until something breaks."""
+    for step in range(1000):
+        writer.scalars('joint', step, {f'loss/{i}': step / 7 for i in range(30)})
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB of its own, `mount(options)` to change it."""
+    where = tmp_path / 'disk'
+    where.mkdir()
+
+    def mount(options):
+        try:
+            done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', where],
+                                  capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            pytest.skip(f'no mount here: {error}')
+        if done.returncode:
+            pytest.skip(f'no file system can be mounted here: {done.stderr.strip()}')
+
+    mount('size=1m')
+    yield where, lambda options: mount(f'remount,{options}')
+    subprocess.run(['umount', '-l', where], check=True)
+
+
+@contextmanager
+def no_file_above(size):
+    """Files cannot grow beyond so many bytes, as under a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def halve(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file):
+    os.truncate(file, 0)
+
+
+# --- damage -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    """A folder of checkpoints 1 and 2, both ranked, and the states."""
+    where, saved = tmp_path_factory.mktemp('two') / 'stage', states(1, 2, width=2000)
+    with opened(where) as checkpoints:
+        for step, state in saved.items():
+            checkpoints.save(step, state, {'step': step}, float(step))
+    return where, saved
+
+
+@pytest.mark.parametrize('damage', [halve, os.remove, pytest.param(empty, marks=pytest.mark.slow)])
+def test_any_file_of_the_newest(two, tmp_path, capsys, damage):
+    """Either it is not read, and all is as it was; or this is told, and the one before is used."""
+    source, saved = two
+    files = sorted(f.relative_to(source) for f in (source / '2').rglob('*') if f.is_file())
+    like, told = abstract(saved[1]), []
+    for number, file in enumerate(files):
+        where = tmp_path / str(number)
+        shutil.copytree(source, where)
+        damage(where / file)
+        with opened(where) as checkpoints:
+            step, state, meta = checkpoints.latest(like)
+            assert meta == {'step': step}
+            assert_same(state, saved[step])
+            assert checkpoints.best(like)[0] == step
+            report = capsys.readouterr().err
+            if step == 1:
+                told.append(file)
+                assert 'checkpoint 2 is damaged' in report, file
+                assert 'step 1 is used instead' in report, file
+                assert (where / 'damaged-2').is_dir()
+            checkpoints.save(2, saved[2], {'step': 2}, 2.0, wait=True)
+            assert checkpoints.latest(like)[0] == checkpoints.best(like)[0] == 2
+        with opened(where) as checkpoints:  # and it is not looked at again
+            assert_same(checkpoints.latest(like)[1], saved[2])
+        assert 'is damaged' not in capsys.readouterr().err
+    names = {file.name for file in told}
+    assert {'_CHECKPOINT_METADATA', '_METADATA', 'metrics', 'manifest.ocdbt'} <= names
+    assert len(told) >= 6  # those and both files of numbers
+
+
+@pytest.mark.parametrize('name', ['metrics/metrics', 'state/_METADATA'])
+def test_the_only_one_is_damaged(two, tmp_path, name):
+    where = tmp_path / 'stage'
+    shutil.copytree(two[0] / '2', where / '2')
+    halve(where / '2' / name)
+    for _ in range(2):
+        with (pytest.raises(InputError, match=f'{where}: every checkpoint is damaged .*{name}.*'
+                                              'delete it to start this stage again'),
+              opened(where) as checkpoints):
+            checkpoints.latest(abstract(two[1][1]))
+        assert [f.name for f in where.iterdir()] == ['2']
+
+
+def test_what_was_moved_aside_is_not_forgotten(two, tmp_path):
+    shutil.copytree(two[0] / '2', tmp_path / 'stage' / 'damaged-2')
+    with (opened(tmp_path / 'stage') as checkpoints,
+          pytest.raises(InputError, match=r'every checkpoint is damaged .*damaged-2')):
+        checkpoints.latest(abstract(two[1][1]))
+
+
+def fit(directory, scores=(0.2, 0.9, 0.1, 0.3), total=8):
+    """A small recommender's stage, validated every other step with these scores."""
+    spec, params, catalogue = test_step.model()
+    c, left = test_step.make_config(), list(scores)
+    step = training.make_spec(c, 'recommend', spec, seed=5)
+    writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda *_: None)
+    with opened(directory) as checkpoints:
+        loop = fitting.Loop(
+            name='recommend', total=total, devices=parallel.choose('jit', 1), writer=writer,
+            batches=lambda start: test_step.draw('recommend', start), checkpoints=checkpoints,
+            progress=lambda *_: nullcontext(lambda *_: None), log_every=2, save_every=100,
+            eval_every=2, validate=lambda *_: {'hit@20': left.pop(0)})
+        return fitting.fit(loop, step, training.start(step, params, c.stage.recommend.train),
+                           catalogue)
+
+
+@pytest.mark.slow
+def test_a_stage_goes_on_from_the_one_before_and_never_takes_a_worse_one(tmp_path):
+    params, _, record = fit(tmp_path / 'stage')
+    assert (record['chosen'], record['best']) == (4, 0.9)
+    assert sorted(f.name for f in (tmp_path / 'stage').iterdir()) == ['4', '6', '8']
+    halve(tmp_path / 'stage' / '8' / 'state' / 'manifest.ocdbt')
+    again, _, record = fit(tmp_path / 'stage', (0.3,))
+    assert (record['chosen'], [h['step'] for h in record['history']]) == (4, [2, 4, 6, 8])
+    for path, x in params.items():
+        np.testing.assert_array_equal(again[path], x)
+    os.remove(tmp_path / 'stage' / '4' / 'metrics' / 'metrics')
+    with pytest.raises(InputError, match=r'chose a step of hit@20 0\.9, whose checkpoint is .*gone '
+                                         r'\(the best that is left is step 8\).*delete that'):
+        fit(tmp_path / 'stage')
+
+
+# --- a full disk --------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_what_was_saved(small_disk):
+    where, remount = small_disk
+    saved = states(1, 2, 3, 4)
+    like = abstract(saved[1])
+    with (pytest.raises(InputError, match=r'checkpoint \d could not be written \(No space left on '
+                                          r'device\).*make room'),
+          opened(where / 'c') as checkpoints):
+        save(checkpoints, saved)
+    last = max(int(f.name) for f in (where / 'c').iterdir() if f.name.isdigit())
+    assert 1 <= last < 4
+    with opened(where / 'c') as checkpoints:
+        assert_same(checkpoints.latest(like)[1], saved[last])
+        assert_same(checkpoints.best(like)[1], saved[1])
+    remount('size=8m')
+    with opened(where / 'c') as checkpoints:
+        checkpoints.save(4, saved[4], {}, wait=True)
+        assert_same(checkpoints.latest(like)[1], saved[4])
+    assert not list((where / 'c').glob('*tmp*'))
+
+
+def test_a_quota_leaves_what_was_saved_and_is_told_at_the_next_save(tmp_path):
+    saved = states(1, 2, 3)
+    like = abstract(saved[1])
+    with opened(tmp_path / 'c') as checkpoints:
+        checkpoints.save(1, saved[1], {}, wait=True)
+        first = saved.pop(1)
+        with (no_file_above(4096), pytest.raises(InputError, match='checkpoint 2 could not be '
+                                                                   r'written \(File too large')):
+            save(checkpoints, saved, wait=False)
+    with opened(tmp_path / 'c') as checkpoints:
+        assert checkpoints.latest(like)[0] == 1
+        assert_same(checkpoints.latest(like)[1], first)
+        checkpoints.save(2, saved[2], {}, wait=True)
+        assert_same(checkpoints.latest(like)[1], saved[2])
+
+
+def test_a_log_that_cannot_grow_ends_the_run_and_goes_on_later(tmp_path):
+    """It does not stand still, either: a writer's thread that a full disk ended would do that."""
+    writer = writers.Writer(tmp_path)
+    with no_file_above(20_000), pytest.raises(OSError, match='too large'):
+        grow(writer)
+    with no_file_above(20_000), pytest.raises(OSError, match='too large'):
+        writer.close()
+    writer = writers.Writer(tmp_path)
+    lines = writers.read_log(tmp_path / 'log.jsonl')
+    assert [line['step'] for line in lines] == [*range(len(lines))]
+    assert len(lines) > 3
+    writer.rewind('joint', 2)
+    writer.scalars('joint', 3, {'loss': 1.0})
+    writer.close()
+    assert [line['step'] for line in writers.read_log(tmp_path / 'log.jsonl')] == [0, 1, 2, 3]
+
+
+def test_a_journal_that_was_cut_goes_on(tmp_path):
+    def search(most):
+        return trials.search(lambda p, n: {'hit@20': -p['x'] ** 2}, {'x': ('float', -1.0, 1.0)},
+                             {'x': 0.5}, trials=most, seed=0, storage=tmp_path / 'journal')
+
+    search(3)
+    whole = (tmp_path / 'journal').read_bytes()
+    (tmp_path / 'journal').write_bytes(whole[:-7])
+    found = search(4)
+    assert found == search(4)
+    (tmp_path / 'journal').unlink()
+    assert search(4) == found
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.ENOENT])
+def test_the_command_says_it_in_a_sentence(tmp_path, monkeypatch, capsys, number):
+    def run(*_):
+        raise OSError(number, os.strerror(number), '/runs/log.jsonl')
+
+    monkeypatch.setattr(job, 'run', run)
+    monkeypatch.setattr(train, 'begin', lambda _: lambda: False)
+    monkeypatch.setattr(train, 'CONFIG', SimpleNamespace(value=ConfigDict({'name': 'x'})))
+    monkeypatch.setattr(train, 'WORKDIR', SimpleNamespace(value=str(tmp_path)))
+    if number == errno.ENOENT:  # a defect: the traceback says where
+        with pytest.raises(OSError, match='No such file'):
+            train.main([])
+        return
+    with pytest.raises(SystemExit) as left:
+        train.main([])
+    assert left.value.code == train.UNUSABLE
+    told = capsys.readouterr().err
+    assert told.count('\n') == 1
+    assert f'/runs/log.jsonl: {os.strerror(number)}; what is finished is kept' in told
+
+
+# --- read-only ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unprivileged(tmp_path, monkeypatch):
+    """In an empty directory without write access, as a user whom that binds; root is none."""
+    monkeypatch.chdir(tmp_path)  # paths relative to it need no way through its parents
+    tmp_path.chmod(0o555)
+    if os.geteuid():
+        yield
+        return
+    os.setegid(65534)
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+    os.setegid(0)
+
+
+@pytest.mark.usefixtures('unprivileged')
+def test_a_workdir_of_somebody_else():
+    with pytest.raises(InputError, match=r'run cannot be made \(Permission denied\); choose'):
+        enter(Path('run'), ConfigDict())
+    with pytest.raises(InputError, match=r'\. cannot be written to; choose another --workdir'):
+        enter(Path('.'), ConfigDict())
+
+
+def test_a_read_only_disk(small_disk):
+    where, remount = small_disk
+    state = make_state(1)
+    with opened(where / 'c') as checkpoints:
+        checkpoints.save(1, state, {})
+    remount('ro')
+    for workdir, told in ((where, 'cannot be written to'), (where / 'run', 'cannot be made')):
+        with pytest.raises(InputError, match=f'{workdir} {told}.*choose another --workdir'):
+            enter(workdir, ConfigDict())
+    with (pytest.raises(InputError, match='Read-only file system'), opened(where / 'd')):
+        pass
+    with (pytest.raises(InputError, match=r'checkpoint 2 could not be written \(Read-only file'),
+          opened(where / 'c') as checkpoints):
+        checkpoints.save(2, state, {}, wait=True)
+    remount('rw')
+    with opened(where / 'c') as checkpoints:
+        assert_same(checkpoints.latest(abstract(state))[1], state)
+
+
+@pytest.mark.parametrize('text', ['', '{"config": {', '[]'])
+def test_a_config_that_was_cut(tmp_path, text):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(InputError, match=r'is not a config .*restore the file, or delete it'):
+        claim(tmp_path, {'seed': 1})
+    assert (tmp_path / 'config.json').read_text() == text
+
+
+# --- the job ------------------------------------------------------------------------------------
+
+
+def numbers(workdir):
+    """A run's log, without the stages it has not."""
+    return {key: line for key, line in test_job.log_of(workdir).items() if key[0] == 'knowledge'}
+
+
+@pytest.mark.slow
+def test_the_job_after_damage_and_a_full_disk(request, tmp_path, small_disk, capsys):
+    """The same parameters and log as a run that nothing happened to."""
+    c = test_job.changed(request.getfixturevalue('config'), stages='knowledge', diagnostics=0,
+                         stage__knowledge__steps=7)
+    with test_job.Recorded() as expected:
+        job.run(c, tmp_path / 'whole')
+
+    def same(workdir):
+        with test_job.Recorded() as found:
+            job.run(c, workdir)
+        for path, x in expected['knowledge'].items():
+            np.testing.assert_array_equal(found['knowledge'][path], x, err_msg=path)
+        assert numbers(workdir) == numbers(tmp_path / 'whole')
+
+    where, stage = tmp_path / 'damaged', tmp_path / 'damaged/stages/knowledge'
+    with test_job.stops({'knowledge': (5, 'kill')}) as stopping, pytest.raises(test_job.Killed):
+        job.run(c, where, stopping)
+    halve(stage / '4' / '_CHECKPOINT_METADATA')
+    same(where)
+    assert 'checkpoint 4 is damaged' in capsys.readouterr().err
+    (where / 'results.json').write_text('{')
+    with pytest.raises(InputError, match=r'results\.json is damaged .*delete it'):
+        job.run(c, where)
+    (where / 'results.json').unlink()
+    halve(stage / '7' / 'state' / 'manifest.ocdbt')  # of a stage that had ended
+    same(where)
+    (where / 'results.json').unlink()
+    for step in ('6', '7'):
+        shutil.rmtree(stage / step)
+    with pytest.raises(InputError, match='every checkpoint is damaged'):
+        job.run(c, where)
+    for folder in stage.glob('damaged-*'):
+        shutil.rmtree(folder)
+    with pytest.raises(InputError, match='of a finished stage, but no checkpoint is left in it'):
+        job.run(c, where)
+
+    disk, remount = small_disk
+    remount('size=32m')
+    at = iter(range(1, 8))
+
+    def fills():
+        if next(at) == 3:
+            with open(disk / 'filler', 'wb', buffering=0) as file:
+                while file.write(bytes(4096)) == 4096:
+                    pass
+        return False
+
+    with pytest.raises((InputError, OSError), match='No space left'):
+        job.run(c, disk / 'run', lambda: (disk / 'run/stages/knowledge').is_dir() and fills())
+    assert [f.name for f in (disk / 'run/stages/knowledge').iterdir() if f.name.isdigit()] == ['2']
+    (disk / 'filler').unlink()
+    same(disk / 'run')
+    assert json.loads((disk / 'run/results.json').read_text())['provenance']['seed'] == c.seed
