@@ -2,14 +2,16 @@
 
 The job of configs/amazon.py:tiny, started by launch.py, is killed by SIGKILL at a drawn moment and
 started again. Two fifths of the moments lie between two steps of a stage, by the time they took in
-an uninterrupted run; two fifths inside a save, while its folder has its temporary name; the rest
-where no step is taken: preparing, compiling, encoding, measuring. What has to hold of every run:
+an uninterrupted run; two fifths inside a save, while its folder has its temporary name, from empty
+to nearly whole; the rest where no step is taken: preparing, compiling, encoding, measuring. What
+has to hold of every run:
 
     resumed     the second sitting begins each stage behind its last whole checkpoint
     again       it computes at most `save_every` steps again; twice that where the last save that
                 was due had not been committed
     log         line by line the log of the uninterrupted run: each step stands once
-    params      all arrays of all checkpoints that are kept, and the stored features, bit by bit
+    params      all arrays of all checkpoints the uninterrupted run keeps, optimiser and all, and
+                the stored features, bit by bit
     results     those of the uninterrupted run, but for dates and seconds
 
 A finished run goes at once into `benchmarks/faults.json` with the commit that made it; the same
@@ -34,14 +36,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
 FLAGS = flags.FLAGS
 ROOT, KEPT = Path(__file__).parents[1], Path(__file__).with_suffix('.json')
 KINDS = 'training', 'save', 'training', 'save', 'between'  # of every five runs
-POLL = 0.004  # seconds between two looks at a run
+POLL = 0.003  # seconds between two looks at a run
+ENTRIES = 10  # of the dozen files and folders of a save, how many may be there when it is killed
 PROPERTIES = 'resumed', 'again', 'log', 'params', 'results'
 
 
@@ -93,28 +96,25 @@ def whole() -> tuple[Path, dict]:
 
     Returns:
       Its workdir and {'commit', 'lines': seconds of every log line and of the end, 'saves':
-      [[stage, step, seconds]]}.
+      [[stage, step]]}.
     """
     root = Path(FLAGS.workdir)
     about, workdir = root / 'whole.json', root / 'whole'
     if about.is_file():
         seen = json.loads(about.read_text())
-        if seen['commit'] == commit():
+        if seen['commit'] == commit('tpad_jax', 'configs', 'launch.py'):
             return workdir, seen
     for _ in range(1 if (root / 'compiled').is_dir() else 2):
         shutil.rmtree(workdir, ignore_errors=True)
-        process, lines, begun, saves = start(workdir), [], {}, []
+        process, lines, saves = start(workdir), [], []
         for now, number in follow(process, workdir):
             lines += [now] * (number - len(lines))
             for stage, names in folders(workdir).items():
-                for step in unfinished(names):
-                    begun.setdefault((stage, step), now)
-                for step in [s for where, s in begun if where == stage and str(s) in names]:
-                    saves.append([stage, step, now - begun.pop((stage, step))])
+                saves += [[stage, step] for step in unfinished(names) if [stage, step] not in saves]
         if process.returncode:
             sys.exit(f'{workdir}.out: the uninterrupted run left with {process.returncode}')
         lines.append(now)
-    seen = {'commit': commit(), 'lines': lines, 'saves': saves}
+    seen = {'commit': commit('tpad_jax', 'configs', 'launch.py'), 'lines': lines, 'saves': saves}
     about.write_text(json.dumps(seen))
     return workdir, seen
 
@@ -126,36 +126,40 @@ def moment(number: int, expected: list[dict], seen: dict, attempt: int) -> dict:
       expected: the lines of its log. seen: of the uninterrupted run.
 
     Returns:
-      {'kind', 'line', 'seconds' to wait after so many lines stand in the log, or, after them, after
-      the 'stage' began to save 'step'}.
+      {'kind', 'line', 'seconds' to wait after so many lines stand in the log}, or in the place of
+      the seconds 'entries' of the folder in which the 'stage' saves 'step'.
     """
     rng = np.random.default_rng([FLAGS.seed, number, attempt])
     kind, share = KINDS[number % len(KINDS)], rng.random()
     if kind == 'save':
-        stage, step, took = seen['saves'][rng.integers(len(seen['saves']))]
+        stage, step = seen['saves'][rng.integers(len(seen['saves']))]
         lines = [(line['stage'], line['step']) for line in expected]
         return {'kind': kind, 'line': lines.index((stage, step)) + 1, 'stage': stage, 'step': step,
-                'seconds': share * took}
+                'entries': int(share * ENTRIES)}
     times = np.diff([0.0, *seen['lines']])  # before every line, and behind the last
     inside = np.array([False, *(a['stage'] == b['stage'] for a, b in pairwise(expected)), False])
     weights = np.where(inside == (kind == 'training'), times, 0)
     line = int(rng.choice(len(times), p=weights / weights.sum()))
-    return {'kind': kind, 'line': line, 'seconds': share * times[line]}
+    return {'kind': kind, 'line': line, 'seconds': share * float(times[line])}
 
 
 def kill(workdir: Path, when: dict) -> bool:
     """Start a run and kill it; whether it had not ended before."""
     process, due = start(workdir), None
     for now, lines in follow(process, workdir):
-        reached, passed = lines >= when['line'], lines > when['line']
-        if when['kind'] == 'save' and reached:
-            names = os.listdir(workdir / 'stages' / when['stage'])
-            reached, passed = when['step'] in unfinished(names), str(when['step']) in names
-        if reached and due is None:
-            due = now + when['seconds']
-        if passed or (due is not None and now >= due):
-            process.send_signal(signal.SIGKILL)
-            break
+        if lines < when['line']:
+            continue
+        if when['kind'] == 'save':
+            stage, step = workdir / 'stages' / when['stage'], when['step']
+            there = [sum(len(dirs) + len(files) for _, dirs, files in os.walk(stage / name))
+                     for name in os.listdir(stage) if step in unfinished([name])]
+            if (there and there[0] >= when['entries']) or (stage / str(step)).is_dir():
+                break
+        else:
+            due = due or now + when['seconds']
+            if now >= due or lines > when['line']:
+                break
+    process.kill()
     return process.wait() == -signal.SIGKILL
 
 
@@ -168,18 +172,21 @@ def run(number: int, reference: Path, seen: dict) -> dict:
     for attempt in range(5):
         shutil.rmtree(workdir, ignore_errors=True)
         when = moment(number, expected, seen, attempt)
-        if kill(workdir, when):
-            break
+        if not kill(workdir, when):
+            continue
+        before, left = log(workdir), folders(workdir)
+        logged = steps(before)
+        saved = {stage: max([int(n) for n in names if n.isdigit()], default=0)
+                 for stage, names in left.items()}
+        writing = {stage: unfinished(names) for stage, names in left.items() if unfinished(names)}
+        at = before[-1]['stage'] if before else None
+        where = ('save' if writing else 'between' if at is None or saved.get(at, 0) == last[at]
+                 or when['kind'] == 'between' else 'training')
+        if 'between' in (when['kind'], where) and when['kind'] != where:
+            continue  # too late for what was drawn
+        break
     else:
-        sys.exit(f'run {number} ended five times before it was to be killed')
-    before, left = log(workdir), folders(workdir)
-    logged = steps(before)
-    saved = {stage: max([int(n) for n in names if n.isdigit()], default=0)
-             for stage, names in left.items()}
-    writing = {stage: unfinished(names) for stage, names in left.items() if unfinished(names)}
-    at = before[-1]['stage'] if before else None
-    where = ('save' if writing else 'between' if at is None or saved.get(at, 0) == last[at]
-             or when['kind'] == 'between' else 'training')
+        sys.exit(f'run {number} missed its moment five times')
     events = set(workdir.glob('events/*/*'))
     status = start(workdir).wait()
     failed = {name: [] for name in PROPERTIES}
@@ -218,13 +225,15 @@ def compare(one: Path, two: Path) -> dict[str, list[str]]:
     out['log'] += [f'line {i}' for i, (x, y) in enumerate(zip(a, b, strict=False), 1) if x != y]
     if len(a) != len(b):
         out['log'].append(f'{len(a)} lines and {len(b)}')
-    for told, digests in (('params', checkpoints), ('params', stored), ('results', results)):
-        a, b = digests(one), digests(two)
-        out[told] += [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+    kept = checkpoints(one)  # a kill may leave one more in the other, that was to be deleted
+    for told, x, y in (('params', kept, checkpoints(two, set(kept))),
+                       ('params', stored(one), stored(two)),
+                       ('results', results(one), results(two))):
+        out[told] += [name for name in sorted(x.keys() | y.keys()) if x.get(name) != y.get(name)]
     return out
 
 
-def checkpoints(workdir: Path) -> dict[str, str]:
+def checkpoints(workdir: Path, wanted: set[str] | None = None) -> dict[str, str]:
     """{stage/step: digest of all its arrays, optimiser and all, and of what was noted with it}."""
     from tpad_jax.checkpoint import Checkpoints
 
@@ -232,6 +241,8 @@ def checkpoints(workdir: Path) -> dict[str, str]:
     for stage in sorted(workdir.glob('stages/*')):
         opened = Checkpoints(stage)
         for step in opened.steps():
+            if wanted is not None and f'{stage.name}/{step}' not in wanted:
+                continue
             arrays, meta = opened.arrays(step)
             meta.pop('seconds')
             digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
@@ -280,11 +291,12 @@ def written(file: Path) -> set[int]:
     return found
 
 
-def commit() -> str:
-    """The commit of this checkout, with a + where tracked files differ from it."""
+def commit(*paths: str) -> str:
+    """The last commit of these paths, or of all; with a + where tracked files differ from it."""
     git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
-    head = git(['git', 'rev-parse', 'HEAD']).stdout.strip()
-    return head + '+' * bool(git(['git', 'diff', '--quiet', 'HEAD', '--', '*.py']).returncode)
+    head = git(['git', 'log', '-1', '--format=%H', '--', *paths]).stdout.strip()
+    changed = git(['git', 'diff', '--quiet', 'HEAD', '--', *(paths or ['*.py'])]).returncode
+    return head + '+' * bool(changed)
 
 
 def read() -> dict:
@@ -331,6 +343,7 @@ def main(argv):
         from tpad_jax import writers
 
         jax.config.update('jax_platforms', 'cpu')
+        logging.set_verbosity(logging.WARNING)
         reference, seen = whole()
         for _, number in missing:
             one = run(number, reference, seen)
