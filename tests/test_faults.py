@@ -18,8 +18,9 @@ from rich.console import Console
 from tests import test_job, test_step
 from tests.test_checkpoint import assert_same, make_state, opened
 from tests.test_job import base_dir, config  # noqa: F401 (fixtures)
-from tpad_jax import fitting, job, parallel, train, training, trials, writers
+from tpad_jax import features, fitting, job, parallel, train, training, trials, writers
 from tpad_jax.checkpoint import abstract, claim, enter
+from tpad_jax.data import pipeline
 from tpad_jax.errors import InputError
 
 # Orbax leaves the other reads of a damaged checkpoint to the garbage collector, which says so, or
@@ -237,6 +238,25 @@ def test_a_log_that_cannot_grow_ends_the_run_and_goes_on_later(tmp_path):
     writer.scalars('joint', 3, {'loss': 1.0})
     writer.close()
     assert [line['step'] for line in writers.read_log(tmp_path / 'log.jsonl')] == [0, 1, 2, 3]
+
+
+def test_files_that_are_mapped_say_that_the_disk_is_full(small_disk):
+    """And do not end the process by a signal."""
+    where, remount = small_disk
+    ids, rows = np.array_split(np.arange(1, 1201), 2), np.ones((600, 128), np.float32)
+
+    def fill():
+        features.fill(where / 'store', lambda own: ((i, {'k': rows}) for i in own), parts=ids,
+                      shapes={'k': (128,)}, made_by={'k': {'seed': 1}})
+
+    with pytest.raises(OSError, match='No space left'):
+        fill()
+    remount('size=4m')
+    fill()
+    assert features.read(where / 'store', 'k')[1:].all()
+    pictures = SimpleNamespace(fingerprint='f' * 64, num_items=500, has_image=np.ones(501, bool))
+    with pytest.raises(InputError, match=r'decoded pictures take 6,156,288 bytes and .* are free'):
+        pipeline._decode(pictures, 64, where / 'pixels.npy', where / 'there.npy')
 
 
 def test_a_journal_that_was_cut_goes_on(tmp_path):

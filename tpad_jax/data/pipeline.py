@@ -4,6 +4,7 @@ Needs neither TensorFlow nor a tokenizer to be imported; the pixels are decoded 
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import polars as pl
 from tpad_jax.data import builder, images, text
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.errors import InputError
 
 READ_CHUNK = 16_384  # records per read
 DECODE_CHUNK = 512  # images held encoded at a time, twice
@@ -146,6 +148,10 @@ def _decode(data: Data, size: int, image_file: Path, decoded_file: Path) -> None
     """Writes pixels uint8 [V + 1, size, size, 3] and whether there are any, bool [V + 1]."""
     part_image, part_decoded = (path.with_suffix(f'.{os.getpid()}.partial')
                                 for path in (image_file, decoded_file))
+    room = shutil.disk_usage(image_file.parent).free
+    if (need := int(data.has_image.sum()) * size * size * 3) > room:  # else it ends by a bus error
+        raise InputError(f'{image_file.parent}: the decoded pictures take {need:,} bytes and '
+                         f'{room:,} are free; make room, or have them decoded smaller')
     # a new file is all zeros and takes no disk space until a row is written
     pixels = np.lib.format.open_memmap(part_image, mode='w+', dtype=np.uint8,
                                        shape=(data.num_items + 1, size, size, 3))
