@@ -213,9 +213,10 @@ class Checkpoints:
         for name in DESCRIBED:
             _json(folder / name)
         about = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        found = about['index'], about['meta']
         if about.get('metric') is not None:  # orbax takes one without the file for unranked
             _json(folder / METRICS)
-        return about['index'], about['meta']
+        return found
 
     def _load(self, step, index, abstract_state):
         like = bundle.abstract_joined(index, abstract_state)
@@ -230,7 +231,7 @@ class Checkpoints:
         for step in sorted(steps):
             try:
                 _metric(_json(self._root / str(step) / METRICS))
-            except DAMAGE as error:
+            except (*DAMAGE, TypeError) as error:
                 damaged.append((step, error))
         left = {int(f.name) for f in self._root.glob('[0-9]*') if f.name.isdigit()} - {
             step for step, _ in damaged}
