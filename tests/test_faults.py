@@ -37,10 +37,10 @@ def save(checkpoints, saved, wait=True):
         checkpoints.save(step, state, {'step': step}, 1 / step, wait)
 
 
-def grow(writer):
+def grow(writer, many):
     """Log until something breaks."""
     for step in range(1000):
-        writer.scalars('joint', step, {f'loss/{i}': step / 7 for i in range(30)})
+        writer.scalars('joint', step, {f'loss/{i}': step / 7 for i in range(many)})
 
 
 @pytest.fixture
@@ -115,13 +115,15 @@ def test_a_quota_leaves_what_was_saved_and_is_told_at_the_next_save(tmp_path):
         assert_same(checkpoints.latest(like)[1], saved[2])
 
 
-def test_a_log_that_cannot_grow_ends_the_run_and_goes_on_later(tmp_path):
+@pytest.mark.parametrize('many', [1, 30])  # the log's last line is cut, or an event
+def test_a_log_that_cannot_grow_ends_the_run_and_goes_on_later(tmp_path, many):
     """It does not stand still, either: a writer's thread that a full disk ended would do that."""
     writer = writers.Writer(tmp_path)
-    with no_file_above(20_000), pytest.raises(OSError, match='too large'):
-        grow(writer)
-    with no_file_above(20_000), pytest.raises(OSError, match='too large'):
+    with no_file_above(4096), pytest.raises(OSError, match='too large'):
+        grow(writer, many)
+    with no_file_above(4096), pytest.raises(OSError, match='too large'):
         writer.close()
+    assert (tmp_path / 'log.jsonl').read_bytes().endswith(b'\n') == (many > 1)
     writer = writers.Writer(tmp_path)
     lines = writers.read_log(tmp_path / 'log.jsonl')
     assert [line['step'] for line in lines] == [*range(len(lines))]
