@@ -15,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from benchmarks import faults
 from tests import test_job
 from tests.test_checkpoint import assert_same, make_state, opened
 from tests.test_damage import halve, pytestmark  # noqa: F401 (its filter of warnings)
@@ -231,6 +232,46 @@ def test_a_read_only_disk(small_disk):
     remount('rw')
     with opened(where / 'c') as checkpoints:
         assert_same(checkpoints.latest(abstract(state))[1], state)
+
+
+# --- the benchmark ------------------------------------------------------------------------------
+
+
+def test_moments_of_kills_lie_where_they_should(monkeypatch):
+    monkeypatch.setattr(faults, 'FLAGS', SimpleNamespace(seed=3))
+    log = [{'stage': stage, 'step': step} for stage in ('a', 'b') for step in (1, 2, 3)]
+    seen = {'lines': [9.0, 9.5, 10.0, 19.0, 20.0, 20.5, 30.0], 'saves': [['a', 3], ['b', 2]]}
+    drawn = [faults.moment(number, log, seen, 0) for number in range(50)]
+    assert drawn == [faults.moment(number, log, seen, 0) for number in range(50)]
+    by_kind = {kind: [one for one in drawn if one['kind'] == kind] for kind in faults.KINDS}
+    assert {kind: len(found) for kind, found in by_kind.items()} == {
+        'training': 20, 'save': 20, 'between': 10}
+    assert {one['line'] for one in by_kind['training']} == {1, 2, 4, 5}
+    assert {one['line'] for one in by_kind['between']} <= {0, 3, 6}
+    assert {(one['stage'], one['step'], one['line']) for one in by_kind['save']} == {
+        ('a', 3, 3), ('b', 2, 5)}
+    took = np.diff([0, *seen['lines']])
+    assert all(0 <= one['seconds'] < took[one['line']]
+               for one in by_kind['training'] + by_kind['between'])
+
+
+def test_steps_are_read_back_from_events(tmp_path):
+    writer = writers.Writer(tmp_path)
+    for step in (4, 5):
+        writer.scalars('joint', step, {'loss': 0.5, 'optim/rate': 1.0})
+    writer.scalars('joint', 6, {'valid/hit@20': 0.5})
+    writer.close()
+    file, = (tmp_path / 'events' / 'joint').iterdir()
+    assert faults.written(file) == {4, 5}
+    assert faults.steps(faults.log(tmp_path)) == {'joint': 6}
+
+
+@pytest.mark.parametrize('failed', [{}, {'params': ['joint/6']}])
+def test_the_table_says_what_failed(failed, capsys):
+    one = {'run': 2, 'seed': 0, 'hit': 'save', 'stage': 'joint', 'again': {'joint': 2},
+           'failed': failed}
+    assert faults.show([one], Console(width=110)) == (not failed)
+    assert ('FAILED run 2, seed 0: params' in capsys.readouterr().out) == bool(failed)
 
 
 # --- the job ------------------------------------------------------------------------------------
