@@ -148,6 +148,9 @@ def _join(directory, parts, like, processes):
         # a new file is all zeros, row 0 among them
         whole = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(
             1 + sum(map(len, parts)), *shapes[0][1:]))
+        if hasattr(os, 'posix_fallocate'):  # else a full disk shows as a bus error, without a word
+            with partial.open('r+b') as target:
+                os.posix_fallocate(target.fileno(), 0, partial.stat().st_size)
         for number, ids in enumerate(parts):
             whole[ids] = np.load(_part(directory, name, number), allow_pickle=False)
         whole.flush()

@@ -14,7 +14,7 @@ import numpy as np
 
 from tpad_jax import training
 from tpad_jax.checkpoint import Checkpoints, abstract
-from tpad_jax.errors import Stopped
+from tpad_jax.errors import InputError, Stopped
 from tpad_jax.parallel import Devices
 from tpad_jax.training import StepSpec
 from tpad_jax.types import State
@@ -79,6 +79,8 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
 
     Raises:
       Stopped: a signal came; the state is saved.
+      InputError: checkpoints are damaged or gone, and what the stage chose cannot be had from those
+        that are left.
     """
     refreshed = loop.refreshed if loop.refresh else ()
     state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
@@ -132,6 +134,11 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     chosen = loop.checkpoints.latest if meta['best'] is None else loop.checkpoints.best
     step, saved, _ = chosen(expected)
     valid = next((h for h in meta['history'] if h['step'] == step), None)
+    if meta['best'] is not None and (valid is None or valid['hit@20'] < meta['best']):
+        raise InputError(
+            f"stage {loop.name} chose a step of hit@20 {meta['best']:.6g}, whose checkpoint is "
+            f'damaged or gone (the best that is left is step {step}); restore it in '
+            f'{loop.checkpoints.directory}, or delete that folder to train the stage again')
     return saved['state'].params, saved['rows'], {**meta, 'chosen': step, 'valid': valid}
 
 

@@ -45,7 +45,7 @@ from tpad_jax.data import (
     text,
     wording,
 )
-from tpad_jax.errors import Stopped
+from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import readings, tpad
 from tpad_jax.recommend import foretold, scorer
@@ -251,6 +251,10 @@ class Job:
             return {k: result[k] for k in ('hit@20', 'mrr@20', 'ndcg@20')}
 
         checkpoints = Checkpoints(self.workdir / 'stages' / name)
+        if (checkpoints.directory / DONE).is_file() and not checkpoints.steps():
+            raise InputError(f'{checkpoints.directory} is of a finished stage, but no checkpoint '
+                             'is left in it; restore them from a copy, or delete the folder to '
+                             'train the stage again')
         loop = fitting.Loop(
             name=name, total=steps or c.steps, devices=self.devices,
             batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
@@ -301,7 +305,11 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     claim(workdir, config.to_dict(), job.data.fingerprint)
     written = workdir / 'results.json'
     if written.is_file():
-        found = json.loads(written.read_text())
+        try:
+            found = json.loads(written.read_text())
+        except ValueError as error:
+            raise InputError(f'{written} is damaged ({error}); delete it, and the same command '
+                             'makes it again from the checkpoints') from error
         if set(stages) <= set(found['provenance']['stages']):
             console.print(writers.table(found))
             console.print(f'{written}: finished {found["provenance"]["date"]}, nothing was trained '

@@ -19,7 +19,7 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
 from ml_collections import config_flags
 
-from tpad_jax.errors import InputError, Stopped
+from tpad_jax.errors import UNWRITABLE, InputError, Stopped
 from tpad_jax.process import BROKEN, STOPPED, UNUSABLE, begin
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File of get_config(), ":variant" behind.')
@@ -77,6 +77,11 @@ def main(argv):
         job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', stopping)
     except InputError as error:
         refuse(error)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        refuse(f'{error.filename or "the workdir"}: {error.strerror}; what is finished is kept: '
+               'mend that, and the same command goes on from there')
     except FloatingPointError as error:
         say(error)
         sys.exit(BROKEN)

@@ -111,6 +111,7 @@ def _study(storage, name, search):
     optuna = _optuna()
     if storage is not None:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished_line(Path(storage))
         backend = optuna.storages.journal.JournalFileBackend(str(storage))
         storage = optuna.storages.JournalStorage(backend)
     study = optuna.create_study(storage=storage, study_name=name, direction='maximize',
@@ -124,6 +125,15 @@ def _study(storage, name, search):
         raise InputError(f'{name} was searched with another {changed} in the same journal; search '
                          'in another directory')
     return study
+
+
+def _drop_unfinished_line(journal):
+    """A kill or a full disk may leave one; what optuna wrote behind it would be lost with it."""
+    if journal.is_file():
+        with journal.open('r+b') as file:
+            text = file.read()
+            if not text.endswith(b'\n'):
+                file.truncate(text.rfind(b'\n') + 1)
 
 
 def _finished(study):

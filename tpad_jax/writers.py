@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import socket
 import time
 from pathlib import Path
 
@@ -24,10 +25,13 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from tpad_jax.errors import InputError
 
+FLUSH_SECONDS = 10  # between two of an event file
 QUIET_SECONDS = 30  # between two lines of progress where the output is no terminal
 
 
@@ -64,12 +68,9 @@ class Writer:
         self._file.write(json.dumps(line, allow_nan=False).encode() + b'\n')
         self._file.flush()
         if stage not in self._events:
-            self._events[stage] = SummaryWriter(
-                str(self._events_dir / stage), purge_step=self._purge.get(stage), flush_secs=10
-            )
-        for name, value in values.items():
-            if value is not None:
-                self._events[stage].add_scalar(name.replace('@', '_'), value, int(step))
+            self._events[stage] = _Events(self._events_dir / stage, self._purge.get(stage))
+        self._events[stage].scalars(int(step), {
+            name.replace('@', '_'): value for name, value in values.items() if value is not None})
 
     def rewind(self, stage, step):
         """Forgets what `stage` wrote after `step`, so that each step stands once after a resume.
@@ -95,17 +96,47 @@ class Writer:
 
     def close(self):
         """Closes the files; nothing more can be written."""
-        for events in self._events.values():
-            events.close()
-        self._events = {}
-        if self._file is not None:
-            self._file.close()
+        events, self._events = self._events, {}
+        with contextlib.ExitStack() as stack:  # all of them, whatever one raises
+            if self._file is not None:
+                stack.callback(self._file.close)
+            for file in events.values():
+                stack.callback(file.close)
 
     def _drop_unfinished_line(self):
         self._file.seek(0)
         text = self._file.read()
         if not text.endswith(b'\n'):
             self._file.truncate(text.rfind(b'\n') + 1)
+
+
+class _Events:
+    """One event file, written here and now.
+
+    tensorboardX's own writer hands everything to a thread, which a full disk ends; then its queue
+    fills up and the run stands still.
+    """
+
+    def __init__(self, directory, purge):
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+        self._file, self._flushed = RecordWriter(str(directory / name)), 0.0
+        self._write(purge or 0, file_version='brain.Event:2')
+        if purge is not None:
+            self._write(purge, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step, values):
+        for name, value in values.items():
+            self._write(step, summary=summary.scalar(name, value))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self):
+        self._file.close()
+
+    def _write(self, step, **what):
+        self._file.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
 
 
 def read_log(path):

@@ -4,6 +4,7 @@ Needs neither TensorFlow nor a tokenizer to be imported; the pixels are decoded 
 """
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,10 @@ def _decode(data: Data, size: int, image_file: Path, outcome_file: Path) -> None
     """
     part_image, part_outcome = (path.with_suffix(f'.{os.getpid()}.partial')
                                 for path in (image_file, outcome_file))
+    room = shutil.disk_usage(image_file.parent).free
+    if (need := int(data.has_image.sum()) * size * size * 3) > room:  # else it ends by a bus error
+        raise InputError(f'{image_file.parent}: the decoded pictures take {need:,} bytes and '
+                         f'{room:,} are free; make room, or have them decoded smaller')
     # a new file is all zeros and takes no disk space until a row is written
     pixels = np.lib.format.open_memmap(part_image, mode='w+', dtype=np.uint8,
                                        shape=(data.num_items + 1, size, size, 3))
