@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import amazon
-from tpad_jax import activations, losses, parallel, plan, training
+from tpad_jax import activations, ahead, losses, parallel, plan, training
 from tpad_jax import config as base
 from tpad_jax.models import lora, tpad
 from tpad_jax.models.hf import spec as specs
@@ -203,6 +203,32 @@ def test_activations_and_logits_are_near_the_compilers_elsewhere(family, stage, 
 @pytest.mark.parametrize('variant', REAL)
 def test_activations_and_logits_are_near_the_compilers_in_real_sizes(variant):
     check_estimate(made(*REAL[variant], 'full', chunk=8))  # in float32, as a CPU computes anyway
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('chunk', [0, 2048])
+def test_a_recommenders_step_is_near_the_compilers(chunk):
+    c, items, n = base.get_config(), 20_000, 10
+    c.data.raw_dir = 'X'
+    c.losses.next_item.chunk = chunk
+    catalogue = ahead.rows(c, items, 3)
+    model = tpad.build(None, c.model, recommend=('r',), items=items, max_length=n,
+                       side_sizes=(9, 13, 11))
+    shapes = jax.eval_shape(partial(tpad.recommender_init, spec=model), jax.random.key(0),
+                            catalogue=catalogue)
+    flat = flatten_dict({'recommender': shapes}, sep='/')
+    spec = training.make_spec(c, 'recommend', model, 0)
+    state = jax.eval_shape(partial(training.start, spec, pattern=c.stage.recommend.train), flat)
+    rows = c.stage.recommend.batch_size
+    ints = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in dict(
+        items=(rows, n), next=(rows, n), target=(rows,), row=(rows,)).items()}
+    batch = Batch(valid=jax.ShapeDtypeStruct((rows,), bool), **ints)
+    step = jax.jit(partial(training.train_step, spec=spec, axis=None), donate_argnums=0)
+    compiled = step.lower(state, batch, catalogue).compile().memory_analysis().temp_size_in_bytes
+    found = plan.stage_plan(c, 'recommend', None, flat, catalogue, shards=1, model=1, positions=n)
+    # gradients are temporary, too
+    ratio = (found.activations + found.logits + found.trained) / compiled
+    assert 0.7 < ratio < 1.5, ratio
 
 
 def test_what_lowers_the_estimate():

@@ -78,9 +78,10 @@ def stage_plan(config, name: str, base: VLM | MLLM | None, shapes: dict, catalog
                                         positions)
     scored = [loss for loss in weighed.values() if loss.fn in SCORED]
     if scored:
-        own, scores = _recommender(config, catalogue, scored, c.batch_size // shards, positions,
-                                   model)
-        reads, logits = [*reads, own], max(logits, scores)
+        kept, beside, scores = _recommender(config, catalogue, scored, c.batch_size // shards,
+                                            positions)
+        logits = max(logits, scores)
+        reads.append((kept, max(0, beside - logits)))  # which are gone by then
         batch += 4 * c.batch_size // shards * (2 * positions + 3)
     made = [row for stage in STAGES[:STAGES.index(name)] for row in MAKES.get(stage, ())]
     held = {key: x for key, x in catalogue.items() if key in made or key not in ('k', 'r')}
@@ -132,8 +133,8 @@ def _content(config, name, base, side, trained, weighed, shards, positions):
     return reads, logits, pixels
 
 
-def _recommender(config, catalogue, scored, rows, positions, model):
-    """(kept, needed beside) of the catalogue's vectors and the session encoder, and the scores."""
+def _recommender(config, catalogue, scored, rows, positions):
+    """What the catalogue's vectors and the session encoder keep, and need beside; the scores."""
     c, items = config.model, catalogue['warm'].shape[0]
     features = [math.prod(catalogue[row].shape[1:]) for row in names(c.recommend)]
     kept, beside = activations.table_bytes(items, c.width, features, c.feature_hidden)
@@ -141,7 +142,7 @@ def _recommender(config, catalogue, scored, rows, positions, model):
     scores = max(activations.score_bytes(
         items, c.width, rows * (positions if loss.get('h') == 'h_each' else 1), loss)
         for loss in scored)
-    return (kept, beside), scores
+    return kept, beside, scores
 
 
 def _weight(stage, key, loss):
