@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpad_jax import bundle
-from tpad_jax.checkpoint import Checkpoints, abstract, claim
+from tpad_jax.checkpoint import Checkpoints, abstract, claim, enter
 from tpad_jax.errors import InputError
 
 # Orbax leaves the other reads of a damaged checkpoint to the garbage collector, which says so
@@ -271,3 +272,10 @@ def test_claim_refuses_a_file_that_is_no_config(tmp_path):
     (tmp_path / 'config.json').write_text('{')
     with pytest.raises(InputError, match=re.escape(str(tmp_path / 'config.json'))):
         claim(tmp_path, CONFIG)
+
+
+def test_a_bucket_is_no_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r'gs:/bucket/run is no directory.*copy it'):
+        enter(Path('gs://bucket/run'), None)
+    assert not list(tmp_path.iterdir())

@@ -14,14 +14,15 @@ FLOORS = (
      'mutual_information', 'diagnostics'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
-    {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},
+    {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge', 'activations'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
     {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},
     {'fitting'},  # of floor 4, on training
-    {'results', 'plan', 'recommenders'},  # of floor 4, on evaluate and recommend
+    {'results', 'recommenders'},  # of floor 4, on evaluate and recommend
     {'check'},
-    {'job'},
+    {'plan'},
+    {'job', 'ahead'},
     {'train', 'search'},
     {'launch'},
 )

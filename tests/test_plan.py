@@ -12,8 +12,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import amazon
+from tpad_jax import activations, ahead, losses, parallel, plan, training
 from tpad_jax import config as base
-from tpad_jax import losses, parallel, plan, training
 from tpad_jax.models import lora, tpad
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm
@@ -92,11 +92,11 @@ def made(spec, side, remat='none', form='compressed', variant='', **more):
 
 
 def planned(parts, stage='knowledge', shards=1, model=1, positions=4, **changes):
-    c, module, shapes, *_ = parts
+    c, module, shapes, _, catalogue = parts
     c = c.copy_and_resolve_references()
     c.update_from_flattened_dict(changes)
-    return plan.stage_plan(c, stage, module, flatten_dict(shapes, sep='/'), shards=shards,
-                           model=model, positions=positions)
+    return plan.stage_plan(c, stage, module, flatten_dict(shapes, sep='/'), catalogue,
+                           shards=shards, model=model, positions=positions, side=module.side)
 
 
 def first_state(parts, stage):
@@ -154,7 +154,7 @@ def kept_by_scan(spec, remat, dtype):
     ids=lambda x: getattr(x, 'family', None))
 def test_what_a_layer_keeps_is_what_jax_stores(family, remat, dtype):
     spec = small(family)[0].decoder
-    said = plan.layer_bytes(
+    said = activations.layer_bytes(
         width=spec.width, inner=2 * spec.hidden, queries=spec.heads * spec.head_dim,
         keys=spec.kv_heads * spec.head_dim, length=40, size=jnp.dtype(dtype).itemsize,
         heads=spec.heads, remat=remat)
@@ -205,6 +205,32 @@ def test_activations_and_logits_are_near_the_compilers_in_real_sizes(variant):
     check_estimate(made(*REAL[variant], 'full', chunk=8))  # in float32, as a CPU computes anyway
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('chunk', [0, 2048])
+def test_a_recommenders_step_is_near_the_compilers(chunk):
+    c, items, n = base.get_config(), 20_000, 10
+    c.data.raw_dir = 'X'
+    c.losses.next_item.chunk = chunk
+    catalogue = ahead.rows(c, items, 3)
+    model = tpad.build(None, c.model, recommend=('r',), items=items, max_length=n,
+                       side_sizes=(9, 13, 11))
+    shapes = jax.eval_shape(partial(tpad.recommender_init, spec=model), jax.random.key(0),
+                            catalogue=catalogue)
+    flat = flatten_dict({'recommender': shapes}, sep='/')
+    spec = training.make_spec(c, 'recommend', model, 0)
+    state = jax.eval_shape(partial(training.start, spec, pattern=c.stage.recommend.train), flat)
+    rows = c.stage.recommend.batch_size
+    ints = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in dict(
+        items=(rows, n), next=(rows, n), target=(rows,), row=(rows,)).items()}
+    batch = Batch(valid=jax.ShapeDtypeStruct((rows,), bool), **ints)
+    step = jax.jit(partial(training.train_step, spec=spec, axis=None), donate_argnums=0)
+    compiled = step.lower(state, batch, catalogue).compile().memory_analysis().temp_size_in_bytes
+    found = plan.stage_plan(c, 'recommend', None, flat, catalogue, shards=1, model=1, positions=n)
+    # gradients are temporary, too
+    ratio = (found.activations + found.logits + found.trained) / compiled
+    assert 0.7 < ratio < 1.5, ratio
+
+
 def test_what_lowers_the_estimate():
     parts = made(*small(QWEN, vocab=4096))
     whole = planned(parts)
@@ -239,10 +265,11 @@ def test_full_sessions_are_longer_than_compressed_ones():
 
 
 def totals(variant, shards, model):
-    c, module, shapes, *_ = made(*REAL[variant], variant=variant)
-    found = plan.of_run(c, module, shapes, SimpleNamespace(shards=shards, model=model),
-                        stages=('knowledge', 'transfer', 'recommend'), positions=20)
-    assert [line.split()[2] for line in found] == ['knowledge,', 'transfer,']
+    c, module, shapes, _, catalogue = made(*REAL[variant], variant=variant)
+    found = plan.of_run(c, module, shapes, catalogue, SimpleNamespace(shards=shards, model=model),
+                        stages=('knowledge', 'transfer', 'recommend'), positions=20,
+                        side=module.side)
+    assert [line.split()[2] for line in found] == ['knowledge,', 'transfer,', 'recommend,']
     return [float(re.search(r'per device: ([\d.]+) =', line)[1]) for line in found]
 
 
@@ -257,24 +284,60 @@ def test_the_variants_fit_where_they_are_said_to(variant, shards, model, room):
 
 
 def test_a_sum_and_a_warning_where_it_does_not_fit(monkeypatch):
-    c, module, shapes, *_ = made(*small(QWEN))
+    c, module, shapes, _, catalogue = made(*small(QWEN))
     found = planned(made(*small(QWEN)))
     assert plan.limit() is None  # of a CPU
     assert found.total == (found.frozen + found.trained + found.moments + found.batches
-                           + found.activations + found.logits)
+                           + found.rows + found.activations + found.logits)
     devices = SimpleNamespace(shards=1, model=1)
 
     def said(room):
         monkeypatch.setattr(plan, 'limit', lambda: room)
-        return plan.of_run(c, module, shapes, devices, stages=('knowledge', 'transfer'),
-                           positions=4)
+        return plan.of_run(c, module, shapes, catalogue, devices,
+                           stages=('knowledge', 'transfer'), positions=4, side=module.side)
 
     assert len(said(None)) == len(said(2**40)) == 2
     *_, warning = said(found.total)  # the knowledge stage fits, the larger transfer does not
     assert warning.startswith('Warning: transfer may not fit into ')
-    for remedy in ('batch_size', 'config.mllm.remat=full', 'config.model_shards'):
+    for remedy in ('batch_size', 'config.mllm.remat=full', 'config.model_shards',
+                   'config.mllm.chunk', 'config.mllm.dtype=bfloat16'):
         assert remedy in warning
-    assert said(found.total - 1)[-1].startswith('Warning: knowledge, transfer may')
+    *_, first, second = said(found.total - 1)
+    assert first.startswith('Warning: knowledge may not fit into ')
+    assert second == warning.replace(plan.gib(found.total), plan.gib(found.total - 1))
+
+
+def test_the_knob_that_lowers_most_is_named_first():
+    c, module, shapes, _, catalogue = made(*REAL['qwen3vl_2b'], variant='qwen3vl_2b')
+    c.mllm.update(param_dtype='float32', chunk=1)
+    devices = SimpleNamespace(shards=4, model=1)
+
+    def said(available):
+        return plan.of_run(c, module, shapes, catalogue, devices, stages=('knowledge',),
+                           positions=20, side=module.side, available=available)
+
+    line, warning = said(2**30)
+    whole = float(re.search(r'per device: ([\d.]+) =', line)[1])
+    frozen = float(re.search(r'frozen ([\d.]+)', line)[1])
+    named = re.findall(r'config\.([\w.]+=\w+): (\d+\.\d+)', warning)
+    assert [float(x) for _, x in named] == sorted(float(x) for _, x in named)
+    assert named[0][0] == 'mllm.param_dtype=bfloat16'
+    assert float(named[0][1]) == pytest.approx(whole - frozen / 2, abs=0.1)
+    assert 'model_shards=4' in dict(named)
+    together = re.search(r'all but model_shards it is (\d+\.\d+)', warning)[1]
+    assert float(together) < float(named[0][1])
+    assert len(said(round(whole * 2**30) + 2**24)) == 1
+
+
+def test_the_catalogues_rows_are_exact():
+    """Those that the stages before have made; whole on each device."""
+    parts = made(*small(QWEN))
+    own = size({name: parts[4][name] for name in ('side', 'warm')})
+    k, r = (size(parts[4][name]) for name in 'kr')
+    found = {stage: planned(parts, stage, shards=4, model=2).rows
+             for stage in ('knowledge', 'transfer', 'recommend', 'joint')}
+    assert found == {'knowledge': own, 'transfer': own + k, 'recommend': own + k + r,
+                     'joint': own + k + r}
 
 
 @pytest.mark.parametrize('model', [2, 4])

@@ -244,7 +244,7 @@ def test_frozen_parameters_are_neither_copied_nor_given_away():
     batch = devices.place(next(draw('recommend')))
     lean = state.replace(frozen={})
     shared = {'catalogue': catalogue, 'frozen': state.frozen}
-    new, _ = devices.lift(partial(fitting._lean_step, spec=full))(lean, batch, shared)
+    new, _ = devices.lift(partial(fitting.lean_step, spec=full))(lean, batch, shared)
     assert new.frozen == {}
     assert not any(x.is_deleted() for x in params.values())
     assert all(x.is_deleted() for x in lean.params.values())

@@ -20,8 +20,11 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.split(',') if part)
 
 
-def check(config) -> tuple[str, ...]:
+def check(config, among=None) -> tuple[str, ...]:
     """The stages asked for, once the config is known to be usable.
+
+    Args:
+      config: the run's. among: devices that are not this process's, see `parallel.choose`.
 
     Raises:
       InputError: an unknown stage, loss, keyword, row name or choice, an unusable number, a
@@ -48,7 +51,8 @@ def check(config) -> tuple[str, ...]:
     _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
     _check_blend(config.model)
     _at_least(1, 'model_shards', config.model_shards)
-    shards = parallel.choose(config.parallel, config.devices, config.model_shards).shards
+    shards = parallel.choose(config.parallel, config.devices, config.model_shards,
+                             among).shards
     for stage in stages:
         _check_stage(config, stage, shards)
     for key in ('save_every', 'log_every'):
@@ -108,7 +112,7 @@ def check(config) -> tuple[str, ...]:
         if 'joint' in stages:
             raise InputError('config.partner adds the scores of a second recommender, which stage '
                              'joint does not train; leave one of the two out')
-        check(recommenders.partnered(config))
+        check(recommenders.partnered(config), among)
     if config.data.npz:
         _check_ready_made(config, stages)
         return stages

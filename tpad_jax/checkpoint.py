@@ -328,8 +328,12 @@ def enter(workdir: Path, config) -> None:
     """Make the workdir.
 
     Raises:
-      InputError: it cannot be had, or is another config's.
+      InputError: it cannot be had, is in a bucket, or is another config's.
     """
+    if re.match('[a-z0-9]+:/', str(workdir)):  # what a Path leaves of gs://; it would be made here
+        raise InputError(f'--workdir={workdir} is no directory: data is mapped into memory and '
+                         'files are renamed, which a bucket does not offer; name a local one and '
+                         'copy it, see docs/tpu.md')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,7 +20,7 @@ from tpad_jax.training import StepSpec
 from tpad_jax.types import State
 
 
-def _lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | None):
+def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | None):
     """`training.train_step` with the frozen parameters beside the state, which is donated: the base
     of a large model is never copied, and never goes through a step.
     """
@@ -100,7 +100,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     number = int(state.step)
     loop.writer.rewind(loop.name, number)
     if not meta['done']:
-        step = loop.devices.lift(partial(_lean_step, spec=spec))
+        step = loop.devices.lift(partial(lean_step, spec=spec))
         with (closing(loop.batches(number)) as batches,
               loop.progress(loop.name, loop.total, number) as bar):
             batch, recent = loop.devices.place(next(batches)), []

@@ -145,8 +145,9 @@ class Job:
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
         taught = {'teacher': teacher.shapes} if teacher else {}
         if c.mllm.checkpoint:  # said before gigabytes are read
-            for line in plan.of_run(c, base.module, shapes | taught, self.devices, stages=stages,
-                                    positions=self.max_length):
+            for line in plan.of_run(c, base.module, shapes | taught, {**self.catalogue, **blank},
+                                    self.devices, stages=stages, positions=self.max_length,
+                                    side=base.image_size):
                 console.print(line, markup=False, highlight=False)
         held, cut = {n: shapes[n] for n in base.given}, self.devices.model > 1
         loaded = base.load(held, self.devices.shardings(held) if cut else None)

@@ -33,13 +33,14 @@ RULES = (
 )
 
 
-def compiled(fn: Callable, **options) -> Callable:
+def compiled(fn: Callable, platform: str | None = None, **options) -> Callable:
     """jax.jit, which on CPU stops at LLVM's first level: half the compile time, the same speed.
 
-    XLA_FLAGS that name a level go before.
+    XLA_FLAGS that name a level go before. `platform`: compiled for, None: this process's own.
     """
     level = 'xla_backend_optimization_level'
-    quick = jax.default_backend() == 'cpu' and level not in os.environ.get('XLA_FLAGS', '')
+    quick = ((platform or jax.default_backend()) == 'cpu'
+             and level not in os.environ.get('XLA_FLAGS', ''))
     return jax.jit(fn, compiler_options={level: 1} if quick else None, **options)
 
 
@@ -74,8 +75,9 @@ class Devices:
 
         State and catalogue have no device axis whichever way, so a checkpoint fits all three.
         """
+        lifted = partial(compiled, platform=self.devices[0].platform, donate_argnums=0)
         if self.how == 'jit':
-            return compiled(partial(step, axis=None), donate_argnums=0)
+            return lifted(partial(step, axis=None))
         if self.how == 'pmap':
             return jax.pmap(partial(step, axis=AXIS), axis_name=AXIS, in_axes=(None, 0, None),
                             out_axes=None, donate_argnums=0, devices=self.devices)
@@ -93,7 +95,13 @@ class Devices:
             out = step(*args)
             return jax.lax.with_sharding_constraint(out, self.shardings(out))
 
-        return compiled(step if self.model == 1 else placed, donate_argnums=0)
+        return lifted(step if self.model == 1 else placed)
+
+    def split(self):
+        """Where a batch lies: its rows in as many parts as there are shards."""
+        if self.how == 'jit':
+            return SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
     def shardings(self, tree):
         """Where each array of a tree lies when it is shared: whole everywhere, or by `RULES`.
@@ -119,15 +127,16 @@ class Devices:
     def place(self, batch: dict) -> Batch:
         """A host batch {field: numpy [shards * b, ...]} on the devices; returns at once."""
         batch = Batch.of(batch)
-        if self.how == 'jit':
-            return jax.device_put(batch, self.devices[0])
         if self.how == 'pmap':
             batch = jax.tree.map(lambda x: x.reshape(self.shards, -1, *x.shape[1:]), batch)
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+        return jax.device_put(batch, self.split())
 
 
-def choose(parallel: str, count: int, model: int = 1) -> Devices:
-    """Devices for `config.parallel`, `config.devices` (0: all here) and `config.model_shards`.
+def choose(parallel: str, count: int, model: int = 1, among=None) -> Devices:
+    """Devices for `config.parallel`, `config.devices` (0: all) and `config.model_shards`.
+
+    `among`: the devices there are, None: this process's. Those of another machine's topology do to
+    compile for it, and for arithmetic anything that can be counted.
 
     Raises:
       InputError: no such way, more devices asked for than there are, or no whole parts of them.
@@ -135,9 +144,10 @@ def choose(parallel: str, count: int, model: int = 1) -> Devices:
     ways = ('auto', 'jit', 'pmap', 'shard_map')
     if parallel not in ways:
         raise InputError(f'config.parallel={parallel!r} is unknown; choose {", ".join(ways)}')
-    local = jax.local_devices()
+    local = list(jax.local_devices() if among is None else among)
     if not 0 <= count <= len(local):
-        raise InputError(f'config.devices={count}, but this process has {len(local)}; '
+        there = 'this process has' if among is None else 'there are'
+        raise InputError(f'config.devices={count}, but {there} {len(local)}; '
                          'choose at most that many, or 0 for all')
     count = count or len(local)
     if model < 1 or (model > 1 and count % model):

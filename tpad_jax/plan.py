@@ -1,27 +1,30 @@
 """What a stage will ask of a device's memory, worked out before anything is computed.
 
-Parameters, gradients and moments are counted exactly, from the shapes. Activations and logits are
-estimated: what each layer keeps for its backward pass (`layer_bytes`) and the most that any part of
-a step needs beside it (`peak`); tests/test_plan.py holds them to a factor of two of the compiler's
-own figure. Not counted: the catalogue's rows, the recommender's activations, what a teacher's pass
-needs for a moment, and the second copy of parameters that are held in another dtype than the
-computation's. Activations are counted as if whole on each device, also where a layer's kernels are
-not.
+Parameters, gradients, moments and the catalogue's rows are counted exactly, from the shapes.
+Activations and logits are estimated, see activations.py. Not counted: what a teacher's pass needs
+for a moment, the second copy of parameters that are held in another dtype than the computation's,
+parameters that a loss brings along, and what is held between steps (a checkpoint's copy, rows that
+are being encoded anew). Activations are counted as if whole on each device, also where a layer's
+kernels are not.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tpad_jax import optim, parallel
-from tpad_jax.models.hf import spec as specs
+from tpad_jax import activations, optim, parallel
+from tpad_jax.check import MAKES, STAGES, names
 from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.models.mllm import MLLM
 
 MOMENTS = {'adamw': 2, 'adam': 2, 'sgd': 0}
+SCORED = 'next_item', 'sampled_next_item'  # the losses over the catalogue
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class Stage:
 
     Attributes:
       frozen, trained: parameters. moments: gradients and the optimiser's state.
-      batches: pixels and tokens of this step and the next.
-      activations: what the backward pass needs of the MLLM's layers. logits: of generation losses.
+      batches: pixels and tokens of this step and the next. rows: of the catalogue.
+      activations: what the backward pass needs of the MLLM's layers and of the recommender.
+      logits: of the loss that has most, over words or items.
     """
 
     name: str
@@ -39,101 +43,25 @@ class Stage:
     trained: int
     moments: int
     batches: int
+    rows: int
     activations: int
     logits: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return (self.frozen + self.trained + self.moments + self.batches + self.activations
-                + self.logits)
+        return sum(getattr(self, f.name) for f in fields(self) if f.name != 'name')
 
 
-def layer_bytes(width, inner, queries, keys, length, size, heads, remat) -> float:
-    """Bytes per token that one transformer layer keeps for its backward pass.
-
-    Args:
-      width: D. inner: of the MLP, gate and up counted apart. queries, keys: widths of q and k.
-      length: tokens attended to. size: bytes of a number. heads: H. remat: see layers.REMAT.
-    """
-    if remat == 'full':
-        return size * width
-    products = queries + 2 * keys + width + inner
-    if remat == 'dots':  # an adapter's product is kept beside the one it is added to
-        return size * (width + 2 * products)
-    # norms keep float32 copies, softmax its float32 exponentials beside the probabilities
-    return (size * (products + width + 2 * inner + 2 * queries) + 4 * 4 * width
-            + (4 + size) * heads * length)
-
-
-def passing_bytes(width, inner, queries, keys, length, size, heads) -> float:
-    """Bytes per token of a layer that only passes: its state, and the larger of its two halves."""
-    attention = 4 * 2 * heads * length + size * (queries + 2 * keys)
-    return size * 2 * width + max(attention, size * 2 * inner)
-
-
-def read_bytes(base: VLM, rows: int, length: int, images: int,
-               tower: bool = False) -> tuple[float, float]:
-    """What `rows` streams of `length` tokens, and `images` images seen for them, ask for.
-
-    `tower`: the vision tower trains too; one that does not keeps nothing.
-
-    Returns:
-      Bytes kept until the backward pass is through, and needed beside these while it runs.
-    """
-    s, v, size = base.spec.decoder, base.spec.vision, jnp.dtype(base.dtype).itemsize
-    fused = base.how == 'cudnn'  # which writes no scores
-    layer = dict(width=s.width, inner=2 * s.hidden, queries=s.heads * s.head_dim,
-                 keys=s.kv_heads * s.head_dim, heads=0 if fused else s.heads, length=length,
-                 size=size)
-    kept = rows * length * s.layers * layer_bytes(**layer, remat=base.remat)
-    beside = rows * length * passing_bytes(**layer)  # of the gradients
-    if base.remat != 'none':  # one layer at a time is computed again, in full
-        beside += rows * length * layer_bytes(**layer, remat='none')
-    patches = base.spec.image_tokens(base.side)
-    if isinstance(v, specs.Grid):
-        patches *= v.merge ** 2
-    block = dict(width=v.width, inner=v.hidden, queries=v.width, keys=v.width,
-                 heads=0 if fused else v.heads, length=patches, size=size)
-    seen = images * patches * passing_bytes(**block)
-    if tower:
-        kept += images * patches * v.layers * layer_bytes(**block, remat=base.remat)
-        seen = images * patches * layer_bytes(**block, remat='none')
-    return kept, max(beside, seen)
-
-
-def peak(reads: list[tuple[float, float]]) -> float:
-    """The most that is held at once, if reads follow each other and their backward passes come in
-    reverse order, each freeing what its read kept. `reads`: (kept, needed beside) of each.
-    """
-    kept = most = 0.0
-    for own, beside in reads:
-        kept += own
-        most = max(most, kept + beside)
-    return most
-
-
-def lengths(base: VLM, text: int, positions: int, form: str, pooling: str) -> tuple[int, int]:
-    """Tokens of an item's prompt and of a session's.
-
-    Args:
-      base: the MLLM. text: tokens of an item's. positions: N. form, pooling: see config.py.
-    """
-    s = base.spec
-    image = s.image_tokens(base.side) + len(s.start_ids) + len(s.end_ids)
-    frame = max(1, len(base.before))
-    item = frame + image + text + len(base.end) + 2 * (pooling == 'summary')
-    place = 2 if form == 'compressed' else image + text + len(base.between)
-    return item, frame + positions * (place + 1)
-
-
-def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model: int,
-               positions: int) -> Stage:
+def stage_plan(config, name: str, base: VLM | MLLM | None, shapes: dict, catalogue: dict, *,
+               shards: int, model: int, positions: int, side: int = 0) -> Stage:
     """The memory of stage `name`.
 
     Args:
-      config: the run's. base: the MLLM's module. shapes: {path: shape and dtype} of all parameters.
+      config: the run's. base: the MLLM's module, None: there is no content.
+      shapes: {path: shape and dtype} of all parameters. catalogue: likewise of the rows per item.
       shards: parts of a batch. model: devices that share a parameter. positions: N.
+      side: pixels of an image's.
     """
     c = config.stage[name]
     trained, frozen = optim.split(shapes, c.train)
@@ -142,45 +70,84 @@ def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model
         return sum(math.prod(x.shape) * x.dtype.itemsize // _parts(path, x.shape, model)
                    for path, x in tree.items())
 
+    weighed = {key: loss for key, loss in config.losses.items()
+               if name in names(loss.stages) and _weight(c, key, loss)}
+    reads, logits, batch = [], 0, 0
+    if base is not None and name != 'recommend':
+        reads, logits, batch = _content(config, name, base, side, trained, weighed, shards,
+                                        positions)
+    scored = [loss for loss in weighed.values() if loss.fn in SCORED]
+    if scored:
+        kept, beside, scores = _recommender(config, catalogue, scored, c.batch_size // shards,
+                                            positions)
+        logits = max(logits, scores)
+        reads.append((kept, max(0, beside - logits)))  # which are gone by then
+        batch += 4 * c.batch_size // shards * (2 * positions + 3)
+    made = [row for stage in STAGES[:STAGES.index(name)] for row in MAKES.get(stage, ())]
+    held = {key: x for key, x in catalogue.items() if key in made or key not in ('k', 'r')}
+    return Stage(name, bytes_of(frozen), bytes_of(trained),
+                 bytes_of(trained) * (1 + MOMENTS[c.optimiser]), 2 * batch, bytes_of(held),
+                 int(activations.peak(reads)), int(logits))
+
+
+def _content(config, name, base, side, trained, weighed, shards, positions):
+    """What a stage that reads content with an MLLM asks for: (kept, needed beside) of each of its
+    reads, the logits of words, and a batch's content.
+    """
+    c, of = config.stage[name], activations.sizes(base, side)
     rows, text = c.batch_size // shards, config.mllm.text_length
-    full, fresh = config.model.form == 'full', [n for n in c.fresh.split(',') if n]
+    full, fresh = config.model.form == 'full', names(c.fresh)
     tower = any('/vision/' in path for path in trained)
-    item, session = lengths(base, text, positions, config.model.form, config.mllm.pooling)
+    item, session = activations.lengths(base, of, text, positions, config.model.form,
+                                        config.mllm.pooling)
     # at most, with the padding item: one that occurs twice in a batch is read once
     items = 1 + rows * (1 if name == 'knowledge' else positions + 1)
-    pixels = items * (3 * base.side ** 2 + 4 * text)
+    pixels = items * (3 * side ** 2 + 4 * text)
+    read = partial(activations.read_bytes, of)
 
     def content():
         at_once = min(items, config.mllm.chunk or items)
-        kept, beside = read_bytes(base, at_once, item, at_once, tower)
+        kept, beside = read(at_once, item, at_once, tower)
         # chunk by chunk, from a padded copy of the batch
         return (kept, beside) if at_once == items else (0, kept + beside + pixels)
 
-    def generation(loss):  # float32 scores and their gradient
-        at_once = 1 if config.losses[loss].by_row else rows
-        return 2 * 4 * at_once * text * base.spec.decoder.vocab
+    def words(loss, length, copies):  # float32 scores and their gradient
+        return copies * 4 * (1 if loss.by_row else rows) * length * of.vocab
 
-    writer = read_bytes(base, rows, text + 2, 0)
+    writer = read(rows, text + 2, 0)
     if name == 'knowledge':
-        reads, logits = [content(), writer], generation('gen_knowledge')
+        reads, logits = [content(), writer], words(config.losses.gen_knowledge, text, 2)
     else:
-        reads = [*(content() for _ in fresh),
-                 read_bytes(base, rows, session, items if full else 0, tower), writer]
-        logits = generation('gen_transfer')
+        reads = [*(content() for _ in fresh), read(rows, session, items if full else 0, tower),
+                 writer]
+        logits = words(config.losses.gen_transfer, text, 2)
         if 'k' in fresh:
-            reads, logits = [*reads, writer], max(logits, generation('gen_knowledge'))
-    for key, loss in config.losses.items():
-        own = c.weights.get(key)
-        weight = loss.weight if own is None else own
-        if loss.fn in ('mdist', 'rdist') and weight and name in loss.stages.split(','):
-            reads.append(read_bytes(base, rows, item, rows, tower))
-            if loss.fn == 'mdist':  # of both models, each with its gradient's like
-                length = text if loss.x.endswith('.text') else base.spec.image_tokens(base.side)
-                at_once = 1 if loss.by_row else rows
-                logits = max(logits, 4 * 4 * at_once * length * base.spec.decoder.vocab)
-    return Stage(name, bytes_of(frozen), bytes_of(trained),
-                 bytes_of(trained) * (1 + MOMENTS[c.optimiser]), 2 * pixels, int(peak(reads)),
-                 logits)
+            reads.append(writer)
+            logits = max(logits, words(config.losses.gen_knowledge, text, 2))
+    for loss in weighed.values():
+        if loss.fn in ('mdist', 'rdist'):
+            reads.append(read(rows, item, rows, tower))
+        if loss.fn == 'mdist':  # of both models, each with its gradient's like
+            length = text if loss.x.endswith('.text') else of.image
+            logits = max(logits, words(loss, length, 4))
+    return reads, logits, pixels
+
+
+def _recommender(config, catalogue, scored, rows, positions):
+    """What the catalogue's vectors and the session encoder keep, and need beside; the scores."""
+    c, items = config.model, catalogue['warm'].shape[0]
+    features = [math.prod(catalogue[row].shape[1:]) for row in names(c.recommend)]
+    kept, beside = activations.table_bytes(items, c.width, features, c.feature_hidden)
+    kept += activations.session_bytes(rows, positions, c)
+    scores = max(activations.score_bytes(
+        items, c.width, rows * (positions if loss.get('h') == 'h_each' else 1), loss)
+        for loss in scored)
+    return kept, beside, scores
+
+
+def _weight(stage, key, loss):
+    own = stage.weights.get(key)
+    return loss.weight if own is None else own
 
 
 def _parts(path, shape, model):
@@ -198,34 +165,86 @@ def limit() -> int | None:
     return stats.get('bytes_limit') if stats else None
 
 
-def lines(stages: list[Stage], available: int | None) -> list[str]:
-    """The plan in words, one line per stage and one on what does not fit."""
-    def gib(n):
-        return f'{n / 2**30:.2f}'
+def lines(stages: list[Stage], available: int | None,
+          remedies: Callable[[Stage], list[str]] = lambda stage: []) -> list[str]:
+    """The plan in words, one line per stage and one on each that does not fit.
 
+    Args:
+      available: bytes of a device, None: unknown. remedies: what would lower a stage, in words.
+    """
     out = [f'Memory of {s.name}, GiB per device: {gib(s.total)} = frozen {gib(s.frozen)} + trained '
            f'{gib(s.trained)} + gradients and moments {gib(s.moments)} + batches {gib(s.batches)} '
-           f'+ activations {gib(s.activations)} + logits {gib(s.logits)}.' for s in stages]
-    over = [s.name for s in stages if available and s.total > available]
-    if over:
-        out.append(f'Warning: {", ".join(over)} may not fit into {gib(available)} GiB: lower '
-                   'batch_size, set config.mllm.remat=full, or raise config.model_shards.')
+           f'+ catalogue {gib(s.rows)} + activations {gib(s.activations)} + logits '
+           f'{gib(s.logits)}.' for s in stages]
+    for s in stages:
+        if available and s.total > available:
+            out.append(' '.join([f'Warning: {s.name} may not fit into {gib(available)} GiB.',
+                                 *remedies(s), 'More devices with a larger config.model_shards '
+                                 'hold less each.']))
     return out
 
 
-def of_run(config, base: VLM, shapes: dict, devices, *, stages, positions: int) -> list[str]:
-    """`lines` of the stages that read with an MLLM.
+def gib(n: float) -> str:
+    """Bytes in GiB, as the plan writes them."""
+    return f'{n / 2**30:.2f}'
+
+
+def of_run(config, base: VLM | MLLM | None, shapes: dict, catalogue: dict, devices, *, stages,
+           positions: int, side: int = 0, available: int | None = None) -> list[str]:
+    """`lines` of stages.
 
     Args:
       shapes: of all parameters, nested; the base's are held in config.mllm.param_dtype.
-      devices: parallel.Devices. stages: names. positions: N, items of the longest prefix.
+      catalogue, positions, side: see `stage_plan`. devices: parallel.Devices. stages: names.
+      available: bytes of a device, None: of this process's.
     """
     flat = flatten_dict(shapes, sep='/')
-    held = jnp.dtype(config.mllm.param_dtype)
-    taught = jnp.dtype(config.mllm.teacher_dtype)
-    flat = {path: jax.ShapeDtypeStruct(x.shape, held if path.startswith('base/') else taught
-                                       if path.startswith('teacher/') else x.dtype)
-            for path, x in flat.items()}
-    reads = [name for name in stages if name != 'recommend']
-    return lines([stage_plan(config, name, base, flat, shards=devices.shards, model=devices.model,
-                             positions=positions) for name in reads], limit())
+
+    def planned(name, model=devices.model, **changes):
+        c = config.copy_and_resolve_references()
+        c.update_from_flattened_dict(changes)
+        own, m = base, c.mllm
+        if isinstance(base, VLM):
+            own = base.clone(remat=m.remat, dtype=m.dtype)
+        dtypes = {'base': m.param_dtype, 'teacher': m.teacher_dtype}
+        held = {path: jax.ShapeDtypeStruct(x.shape, jnp.dtype(
+            dtypes.get(path.split('/')[0], x.dtype))) for path, x in flat.items()}
+        shards = devices.shards * devices.model // model
+        return stage_plan(c, name, own, held, catalogue, shards=shards, model=model,
+                          positions=positions, side=side)
+
+    available = available or limit()
+    return lines([planned(name) for name in stages], available,
+                 partial(_remedies, config, isinstance(base, VLM), devices, planned, available))
+
+
+def _remedies(config, checkpoint, devices, planned, available, stage):
+    """What would lower a stage that does not fit, in sentences: each change alone, and all."""
+    c, m, tried = config.stage[stage.name], config.mllm, []
+    if checkpoint:
+        tried += [{f'mllm.{key}': to} for key, to in (
+            ('remat', 'full'), ('param_dtype', 'bfloat16'), ('dtype', 'bfloat16'))
+            if m[key] != to]
+        if m.chunk != 1:
+            tried.append({'mllm.chunk': m.chunk // 2 or 8})
+    rows = c.batch_size // devices.shards
+    if rows > 1:
+        tried.append({f'stage.{stage.name}.batch_size': devices.shards * (rows // 2)})
+    for key, loss in config.losses.items():
+        if stage.name in names(loss.stages) and _weight(c, key, loss):
+            tried += [{f'losses.{key}.by_row': True}] * (loss.get('by_row') is False)
+            tried += [{f'losses.{key}.chunk': 4096}] * (loss.fn == 'next_item' and not loss.chunk)
+    every = {key: to for changes in tried for key, to in changes.items()}
+    found = {f'config.{key}={to}': planned(stage.name, **{key: to}).total
+             for key, to in every.items()}
+    count = devices.shards * devices.model
+    found |= {f'config.model_shards={n}': planned(stage.name, n).total for n in (2, 4, 8)
+              if n > devices.model and count % n == 0 and c.batch_size % (count // n) == 0}
+    found = {said: total for said, total in found.items() if total < 0.99 * stage.total}
+    if not found:
+        return ['No setting of the config lowers it by much.']
+    told = [f'{said}: {gib(found[said])}' for said in sorted(found, key=found.get)]
+    out = [f'With one change it is {", ".join(told)}.']
+    if len(every) > 1 and min(found.values()) > available:
+        out.append(f'With all but model_shards it is {gib(planned(stage.name, **every).total)}.')
+    return out

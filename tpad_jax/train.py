@@ -23,6 +23,13 @@ from tpad_jax.errors import UNWRITABLE, InputError, Stopped
 from tpad_jax.process import BROKEN, STOPPED, UNUSABLE, begin
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File of get_config(), ":variant" behind.')
+# a value is optional, which absl allows of booleans alone
+PLAN = flags.DEFINE_flag(flags.Flag(
+    flags.ArgumentParser(), flags.ArgumentSerializer(), 'plan', None,
+    'Print what memory every stage will take and stop: on the devices here, or on those named, '
+    'as --plan=v5e-8, --plan=v6e-8 or --plan=24gib-8.', boolean=True))
+PLAN_ITEMS = flags.DEFINE_integer('plan_items', None, 'With --plan: for so many items, no data '
+                                  'read.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
 
 
@@ -69,12 +76,17 @@ def say(text):
 
 
 def main(argv):
-    """Run the job; turn signals and refusals into exit statuses."""
+    """Run the job, or plan it; turn signals and refusals into exit statuses."""
     del argv
     stopping = begin(CONFIG.value.get('xla_flags', ''))
+    workdir = WORKDIR.value or f'runs/{CONFIG.value.name}'
     try:
-        from tpad_jax import job  # here: --help and a wrong flag need no jax
-        job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', stopping)
+        if PLAN.value not in (None, 'false'):
+            from tpad_jax import ahead  # here: --help and a wrong flag need no jax
+            print(*ahead.lines(CONFIG.value, workdir, PLAN.value, PLAN_ITEMS.value), sep='\n')
+            return
+        from tpad_jax import job
+        job.run(CONFIG.value, workdir, stopping)
     except InputError as error:
         refuse(error)
     except OSError as error:
