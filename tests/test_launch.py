@@ -23,7 +23,7 @@ def contents(directory):
     return sorted(path.relative_to(directory) for path in directory.rglob('*'))
 
 
-def assert_refused(run, told, limit=60):
+def assert_refused(run, told, limit=300):
     out, err = run.communicate(timeout=limit)
     assert run.returncode == 2, err
     assert out == ''
@@ -76,7 +76,7 @@ def test_configs_and_modules_of_the_directory_are_found(tmp_path, how):
     ([CONFIG, 'configs/amazon.py'], "unknown argument 'configs/amazon.py'"),
 ])
 def test_a_wrong_command_line_is_refused(tmp_path, flags, told):
-    assert_refused(start(tmp_path, *flags), told, limit=20)
+    assert_refused(start(tmp_path, *flags), told, limit=120)
     assert contents(tmp_path) == []
 
 
@@ -113,7 +113,7 @@ def test_an_interrupt_saves_and_says_so(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         run.send_signal(signal.SIGINT)
-        _, err = run.communicate(timeout=60)
+        _, err = run.communicate(timeout=300)
     finally:
         run.kill()
     assert run.returncode == 75, err
