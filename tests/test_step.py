@@ -67,9 +67,6 @@ def make_config():
     return config
 
 
-BLOWN_UP = 5e-5  # random encoders blow up what little differs
-
-
 @lru_cache
 def model():
     """The smallest TPAD, all parameters random (adapters too), and a catalogue of random rows."""
@@ -85,12 +82,15 @@ def model():
         partial(tpad.init, spec=spec, catalogue=catalogue, rank=2, targets=config.lora_targets,
                 image_shape=(SIDE, SIDE, 3), text_length=T), jax.random.key(0))
 
-    def fill(x):
+    def fill(path, x):
         if x.ndim < 2:
             return (1 + 0.1 * rng.normal(size=x.shape)).astype(np.float32)
-        return (rng.normal(size=x.shape) * x.shape[-2] ** -0.5).astype(np.float32)
+        # q near the standard normal it starts as: vCLUB by a q that fits nothing is a small
+        # difference of large numbers, whoever computes it
+        size = 0.1 if path == 'club/moments/out/kernel' else 1.0
+        return (size * rng.normal(size=x.shape) * x.shape[-2] ** -0.5).astype(np.float32)
 
-    params = {path: fill(x) for path, x in flatten_dict(shapes, sep='/').items()}
+    params = {path: fill(path, x) for path, x in flatten_dict(shapes, sep='/').items()}
     return spec, jax.tree.map(jnp.asarray, params), catalogue
 
 
@@ -167,10 +167,7 @@ def test_eight_devices_are_one(runs, stage, way):
     for step, values in one.metrics.items():
         assert values.keys() == many.metrics[step].keys()
         for name, value in values.items():
-            # vCLUB, a small difference of large numbers, of rows that were encoded anew
-            blown = name.endswith('disentangle') and stage == 'joint' and step > 2
-            far = BLOWN_UP if blown else 1e-5
-            np.testing.assert_allclose(many.metrics[step][name], value, rtol=far, atol=far,
+            np.testing.assert_allclose(many.metrics[step][name], value, rtol=1e-5, atol=1e-5,
                                        err_msg=f'{name}, step {step}')
     assert one.params.keys() == many.params.keys() == one.first.params.keys()
     moved = 0
@@ -180,7 +177,7 @@ def test_eight_devices_are_one(runs, stage, way):
     assert moved > 1e-2
     assert many.rows.keys() == one.rows.keys() == ({'k', 'r'} if stage == 'joint' else set())
     for name, rows in one.rows.items():
-        np.testing.assert_allclose(many.rows[name], rows, rtol=0, atol=BLOWN_UP, err_msg=name)
+        np.testing.assert_allclose(many.rows[name], rows, rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(('stage', 'way'), [
