@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {'config', 'errors', 'types', 'collectives', 'memory', 'softmax', 'table'},
     {'data', 'models', 'process'},
-    {'losses', 'metrics', 'optim', 'probes', 'kmeans', 'bundle', 'trials', 'resampling', 'slices',
-     'mutual_information', 'diagnostics'},
+    {'losses', 'metrics', 'optim', 'accumulation', 'probes', 'kmeans', 'bundle', 'trials',
+     'resampling', 'slices', 'mutual_information', 'diagnostics'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
     {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},

@@ -20,9 +20,10 @@ from orbax.checkpoint import v1 as ocp
 from tpad_jax import bundle
 from tpad_jax.errors import InputError
 
-# Changing these changes no result: where things lie, how often we look, and on how many devices.
-FREE_KEYS = frozenset({'mesh', 'parallel', 'devices', 'model_shards', 'stages', 'save_every',
-                       'log', 'workdir', 'raw_dir', 'npz', 'data_dir'})
+# Changing these changes no result: where things lie, how often we look, on how many devices and in
+# how many parts.
+FREE_KEYS = frozenset({'mesh', 'parallel', 'devices', 'model_shards', 'accumulate', 'stages',
+                       'save_every', 'log', 'workdir', 'raw_dir', 'npz', 'data_dir'})
 # What orbax and tensorstore raise on a file that is missing, cut short or garbled.
 DAMAGE = (OSError, ValueError, KeyError)
 

@@ -272,7 +272,8 @@ class Job:
     def _fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
         """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
         c, params = self.config.stage[stage], self.params if params is None else params
-        shared = dict(batch_size=c.batch_size, seed=self.config.seed, shards=self.devices.shards)
+        shared = dict(batch_size=c.batch_size, seed=self.config.seed,
+                      shards=self.devices.shards * c.accumulate)
         reads = (spec.fresh or spec.model.form == 'full' or spec.needs
                  & ({'describe', 'foretell'} | readings.STATES | readings.THERE))
         content = self.content if reads and stage != 'recommend' else None

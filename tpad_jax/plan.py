@@ -142,7 +142,8 @@ def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model
         return sum(math.prod(x.shape) * x.dtype.itemsize // _parts(path, x.shape, model)
                    for path, x in tree.items())
 
-    rows, text = c.batch_size // shards, config.mllm.text_length
+    every, text = c.batch_size // shards, config.mllm.text_length
+    rows = every // c.accumulate  # that are read at a time
     full, fresh = config.model.form == 'full', [n for n in c.fresh.split(',') if n]
     tower = any('/vision/' in path for path in trained)
     item, session = lengths(base, text, positions, config.model.form, config.mllm.pooling)
@@ -157,7 +158,7 @@ def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model
         return (kept, beside) if at_once == items else (0, kept + beside + pixels)
 
     def generation(loss):  # float32 scores and their gradient
-        at_once = 1 if config.losses[loss].by_row else rows
+        at_once = 1 if config.losses[loss].by_row else every
         return 2 * 4 * at_once * text * base.spec.decoder.vocab
 
     writer = read_bytes(base, rows, text + 2, 0)
@@ -176,11 +177,16 @@ def stage_plan(config, name: str, base: VLM, shapes: dict, *, shards: int, model
             reads.append(read_bytes(base, rows, item, rows, tower))
             if loss.fn == 'mdist':  # of both models, each with its gradient's like
                 length = text if loss.x.endswith('.text') else base.spec.image_tokens(base.side)
-                at_once = 1 if loss.by_row else rows
+                at_once = 1 if loss.by_row else every
                 logits = max(logits, 4 * 4 * at_once * length * base.spec.decoder.vocab)
+    # read in parts, the states that texts are predicted from are kept, and slopes in them, and a
+    # part's own gradient stands beside the sum
+    texts = ('k' in fresh) + (name != 'knowledge')
+    states = 2 * texts * every * text * base.spec.decoder.width * jnp.dtype(base.dtype).itemsize
+    inside = c.accumulate > 1
     return Stage(name, bytes_of(frozen), bytes_of(trained),
-                 bytes_of(trained) * (1 + MOMENTS[c.optimiser]), 2 * pixels, int(peak(reads)),
-                 logits)
+                 bytes_of(trained) * (1 + inside + MOMENTS[c.optimiser]), 2 * c.accumulate * pixels,
+                 int(peak(reads)) + inside * states, logits)
 
 
 def _parts(path, shape, model):
@@ -209,7 +215,8 @@ def lines(stages: list[Stage], available: int | None) -> list[str]:
     over = [s.name for s in stages if available and s.total > available]
     if over:
         out.append(f'Warning: {", ".join(over)} may not fit into {gib(available)} GiB: lower '
-                   'batch_size, set config.mllm.remat=full, or raise config.model_shards.')
+                   'batch_size, raise accumulate, set config.mllm.remat=full, or raise '
+                   'config.model_shards.')
     return out
 
 
