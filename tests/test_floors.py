@@ -14,7 +14,7 @@ FLOORS = (
      'resampling', 'slices', 'mutual_information', 'diagnostics'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
-    {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge'},
+    {'parallel', 'processes', 'checkpoint', 'features', 'writers', 'bases', 'merge'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
     {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},

@@ -52,7 +52,7 @@ def run(job, writer, progress) -> tuple[dict, dict]:
     pair = job, other
 
     def bound(of):
-        return scorer(tuple(j.spec for j in of), job.devices)(
+        return scorer(tuple(j.spec for j in of), job.devices.own)(
             tuple(unflatten_dict(j.params, sep='/') for j in of), tuple(j.catalogue for j in of))
 
     valid, _ = evaluate(bound(pair), job.valid, job.data.warm, ks=(20,), name=NAME)

@@ -23,6 +23,11 @@ from tpad_jax.errors import InputError, Stopped
 from tpad_jax.process import BROKEN, STOPPED, UNUSABLE, begin
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File of get_config(), ":variant" behind.')
+# Where a run has several processes: each is started with the same command but for its number.
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT, where process 0 of several '
+                                  'listens; the hosts of a TPU slice find each other without.')
+PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes there are.')
+PROCESS = flags.DEFINE_integer('process', -1, 'The number of this one, from 0.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
 
 
@@ -73,8 +78,10 @@ def main(argv):
     del argv
     stopping = begin(CONFIG.value.get('xla_flags', ''))
     try:
-        from tpad_jax import job  # here: --help and a wrong flag need no jax
-        job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}', stopping)
+        from tpad_jax import job, processes  # here: --help and a wrong flag need no jax
+        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        job.run(CONFIG.value, WORKDIR.value or f'runs/{CONFIG.value.name}',
+                processes.together(stopping))
     except InputError as error:
         refuse(error)
     except FloatingPointError as error:
