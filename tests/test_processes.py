@@ -1,5 +1,6 @@
 """Two real processes of four devices each: the steps of one device, one stop, one checkpoint."""
 
+import json
 import os
 import pickle
 import signal
@@ -12,9 +13,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import test_ready_made as ready
 from tiny_stages import STAGES, STEPS, Run
 
-from tpad_jax import processes
+from tpad_jax import job, parallel, processes
 from tpad_jax.errors import InputError, Stopped
 
 TOLD = 6  # the step behind which the second process is told to stop
@@ -27,7 +29,8 @@ def work(coordinator, process, directory):
     for stage in STAGES:
         run = Run(stage, 'processes', directory / stage, lambda step: asking())
         found[stage] = run.metrics, *jax.device_get((run.params, run.rows)), run.traces
-    processes.wait('stages')
+    config = ready.config(directory / 'made.npz', parallel='auto')
+    found['job'] = job.run(config, directory / 'job', asking)
 
     def stopping(step):
         if step == TOLD and process == '1':
@@ -47,12 +50,14 @@ def work(coordinator, process, directory):
 def pair(tmp_path_factory):
     """What both processes found, and where their checkpoints lie."""
     directory = tmp_path_factory.mktemp('pair')
+    ready.write(directory / 'made.npz')
     with socket.socket() as one:
         one.bind(('127.0.0.1', 0))
         coordinator = f'127.0.0.1:{one.getsockname()[1]}'
-    flags = os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4')
+    changes = {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4'),
+               'PYTHONPATH': str(Path(__file__).parents[1])}
     running = [subprocess.Popen([sys.executable, __file__, coordinator, str(i), directory],
-                                env=os.environ | {'XLA_FLAGS': flags}, stderr=subprocess.PIPE,
+                                env=os.environ | changes, stderr=subprocess.PIPE,
                                 text=True) for i in range(2)]
     try:
         errors = [run.communicate(timeout=600)[1] for run in running]
@@ -98,6 +103,28 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(pair, one):
     assert rest.metrics.keys() == set(range(step + 1, STEPS + 1))  # nothing is done twice
     for path, x in whole.params.items():
         np.testing.assert_allclose(rest.params[path], x, rtol=0, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_whole_job_leaves_what_one_process_leaves(pair, tmp_path):
+    found, directory = pair
+    assert json.loads(json.dumps(found[0]['job']['models'])) == found[1]['job']['models']
+    one = job.run(ready.config(directory / 'made.npz'), tmp_path)['models']['attention']
+    two = found[0]['job']['models']['attention']
+    assert two['valid']['step'] == one['valid']['step']
+    for name in ('hit@20', 'mrr@20', 'ndcg@20'):
+        np.testing.assert_allclose(two['test'][name], one['test'][name], rtol=1e-3)
+    written = [(where / 'log.jsonl').read_text().count('\n')
+               for where in (directory / 'job', tmp_path)]
+    assert written[0] == written[1]  # by one of them alone
+
+
+@pytest.mark.parametrize(('how', 'says'), [
+    ('pmap', 'is for one process, and there are 2'), ('auto', 'processes have 8, 0 devices')])
+def test_two_processes_go_by_shard_map_and_bring_equally_many(monkeypatch, how, says):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    with pytest.raises(InputError, match=says):
+        parallel.choose(how, 8)
 
 
 @pytest.mark.parametrize('given', [
