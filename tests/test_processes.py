@@ -60,7 +60,7 @@ def pair(tmp_path_factory):
                                 env=os.environ | changes, stderr=subprocess.PIPE,
                                 text=True) for i in range(2)]
     try:
-        errors = [run.communicate(timeout=600)[1] for run in running]
+        errors = [run.communicate(timeout=1200)[1] for run in running]
     finally:
         for run in running:
             run.kill()

@@ -101,6 +101,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     begun, before = time.perf_counter(), meta['seconds']
     number = int(state.step)
     loop.writer.rewind(loop.name, number)
+    processes.wait(f'{loop.name} begins')  # devices that meet for the first time are not waited for
     if not meta['done']:
         step = loop.devices.lift(partial(_lean_step, spec=spec))
         with (closing(loop.batches(number)) as batches,
