@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {'config', 'errors', 'types', 'collectives', 'memory', 'softmax', 'table'},
     {'data', 'models', 'process'},
-    {'losses', 'metrics', 'optim', 'probes', 'kmeans', 'bundle', 'trials', 'resampling', 'slices',
-     'mutual_information', 'diagnostics'},
+    {'losses', 'metrics', 'optim', 'accumulation', 'probes', 'kmeans', 'bundle', 'trials',
+     'resampling', 'slices', 'mutual_information', 'diagnostics'},
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
-    {'parallel', 'checkpoint', 'features', 'writers', 'bases', 'merge', 'activations'},
+    {'parallel', 'processes', 'checkpoint', 'features', 'writers', 'bases', 'merge', 'activations'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
     {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},

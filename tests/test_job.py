@@ -321,6 +321,8 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(stage__transfer__optimiser='rmsprop'), 'choose from adamw, adam, sgd'),
     (dict(stage__transfer__batch_size=0), 'config.stage.transfer.batch_size=0 must be'),
     (dict(stage__joint__batch_size=12, parallel='pmap'), 'must be a multiple of 8'),
+    (dict(stage__joint__accumulate=0), 'config.stage.joint.accumulate=0 must be 1 or more'),
+    (dict(stage__joint__accumulate=5), 'must be a multiple of .* times 5 part'),
     (dict(stage__transfer__train='('), "train='\\(' is no regular expression"),
     (dict(stage__transfer__rates=(('^club/', 0),)), 'rates=.* must hold pairs'),
     (dict(losses__distil__weight=0.0), 'no loss of the stage trains critic.distil'),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tpad_jax import config, losses
-from tpad_jax.losses import checking, example
+from tpad_jax.losses import checking, example, pairs
 from tpad_jax.losses.example import REPLICAS, B, D, N, V, make, make_params, named
 from tpad_jax.models import critics, tpad
 
@@ -214,6 +214,16 @@ def test_value_against_numpy(reference):
         out = outputs(params, raw, batch)
         np.testing.assert_allclose(value(out, batch), reference(jax.device_get(out), batch),
                                    rtol=1e-5, atol=1e-5)
+
+
+def test_scaled_features_lie_about_zero_however_large_their_mean():
+    """What their mean is rounded by would move all of them alike."""
+    out, (batch, _), rng = {}, make(0), np.random.default_rng(0)
+    out['c'] = jnp.asarray(rng.normal(50 * rng.normal(size=D), 1, (B, N, D)), jnp.float32)
+    x = np.asarray(pairs.scaled(out, batch, None, 'c')['c'], np.float64)[np.asarray(batch.mask)]
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=2e-7)
+    np.testing.assert_allclose(x.var(axis=0), 1, atol=2e-6)
+
 
 
 @pytest.mark.parametrize('reference', [np_vclub, np_l1out, np_club_fit])

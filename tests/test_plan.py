@@ -167,7 +167,7 @@ def compiled_bytes(parts, stage='knowledge', positions=4):
     spec, state = first_state(parts, stage)
     rows, text, side = c.stage[stage].batch_size, c.mllm.text_length, module.side
     n = 1 if stage == 'knowledge' else positions
-    u = 1 + rows * (1 if stage == 'knowledge' else n + 1)
+    u = c.stage[stage].accumulate + rows * (1 if stage == 'knowledge' else n + 1)
     shapes = dict(items=(rows, n), next=(rows, n), target=(rows,), row=(rows,), slots=(rows, n),
                   next_slots=(rows, n), ids=(u,), tokens=(u, text))
     batch = Batch(valid=jax.ShapeDtypeStruct((rows,), bool),
@@ -191,12 +191,14 @@ def test_activations_and_logits_are_near_the_compilers(remat):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('family', 'stage', 'remat', 'more'), [
-    (QWEN, 'knowledge', 'dots', {}), (LLAVA, 'knowledge', 'full', {'chunk': 4}),
-    (QWEN, 'transfer', 'none', {'form': 'full'}), (LLAVA, 'joint', 'none', {'chunk': 4})],
-    ids=lambda x: getattr(x, 'family', None))
-def test_activations_and_logits_are_near_the_compilers_elsewhere(family, stage, remat, more):
-    check_estimate(made(*small(family), remat, **more), stage)
+@pytest.mark.parametrize(('family', 'stage', 'remat', 'cut', 'more'), [
+    (QWEN, 'knowledge', 'dots', 1, {}), (LLAVA, 'knowledge', 'full', 1, {'chunk': 4}),
+    (QWEN, 'transfer', 'none', 1, {'form': 'full'}), (LLAVA, 'joint', 'none', 1, {'chunk': 4}),
+    (QWEN, 'knowledge', 'none', 3, {})], ids=lambda x: getattr(x, 'family', None))
+def test_activations_and_logits_are_near_the_compilers_elsewhere(family, stage, remat, cut, more):
+    config, *rest = made(*small(family), remat, **more)
+    config.stage[stage].accumulate = cut
+    check_estimate((config, *rest), stage)
 
 
 @pytest.mark.slow
@@ -240,6 +242,8 @@ def test_what_lowers_the_estimate():
     by_row = planned(parts, **{'losses.gen_knowledge.by_row': True})
     assert by_row.logits * 12 == whole.logits
     assert by_row.activations == whole.activations
+    in_parts = planned(parts, **{'stage.knowledge.accumulate': 4})
+    assert in_parts.activations < 0.4 * whole.activations
     half = planned(parts, shards=2)
     assert half.activations < 0.6 * whole.activations
     assert half.logits * 2 == whole.logits

@@ -12,8 +12,7 @@ from tpad_jax import job, recommenders, results
 from tpad_jax.errors import InputError, Stopped
 
 
-@pytest.fixture(scope='module')
-def file(tmp_path_factory):
+def write(path):
     """240 sessions over 30 items: an item is mostly followed by the next but two."""
     rng, parts = np.random.default_rng(0), {}
     for name, count in (('train', 200), ('test', 40)):
@@ -23,9 +22,13 @@ def file(tmp_path_factory):
         items = [1 + (rng.integers(30) + np.cumsum(steps[a:b])) % 30
                  for a, b in pairwise(offsets)]
         parts |= {f'{name}_items': np.concatenate(items), f'{name}_offsets': offsets}
-    path = tmp_path_factory.mktemp('ready') / 'made.npz'
     np.savez(path, **parts)
     return path
+
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory):
+    return write(tmp_path_factory.mktemp('ready') / 'made.npz')
 
 
 def config(file, encoder='attention', **changes):

@@ -137,7 +137,7 @@ def save_adapters(directory, config, base: Base, params: dict) -> None:
     Args:
       directory: gets one directory per adapter. params: {path: array} that a stage trained.
     """
-    if not config.mllm.checkpoint:
+    if not config.mllm.checkpoint or jax.process_index() != 0:
         return  # the small base is no model that others load
     trees = unflatten_dict(params, sep='/').get('lora', {})
     for name, tree in trees.items():

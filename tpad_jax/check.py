@@ -182,9 +182,11 @@ def _check_stage(config, stage, shards):
         for name, fn, _, keywords in chosen:
             if ':' in config.losses[name].fn:  # our own are tested
                 checking.shape(name, fn, keywords, modules.get(name))
-    if c.batch_size < 1 or c.batch_size % shards:
-        raise InputError(f'config.{key}batch_size={c.batch_size} must be a multiple of {shards}, '
-                         'the number of devices')
+    _at_least(1, key + 'accumulate', c.accumulate)
+    if c.batch_size < 1 or c.batch_size % (shards * c.accumulate):
+        raise InputError(f'config.{key}batch_size={c.batch_size} must be a multiple of '
+                         f'{shards * c.accumulate}, {shards} device(s) times {c.accumulate} '
+                         f'part(s) (config.{key}accumulate)')
     for name in ('eval_every', 'patience', 'refresh_every'):
         _at_least(0, key + name, c[name])
     if c.refresh_every and stage != 'joint':

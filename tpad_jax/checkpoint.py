@@ -22,9 +22,11 @@ from orbax.checkpoint import v1 as ocp
 from tpad_jax import bundle
 from tpad_jax.errors import UNWRITABLE, InputError
 
-# Changing these changes no result: where things lie, how often we look, and on how many devices.
-FREE_KEYS = frozenset({'mesh', 'parallel', 'devices', 'model_shards', 'stages', 'save_every',
-                       'log', 'workdir', 'raw_dir', 'npz', 'data_dir', 'bad_share'})
+# Changing these changes no result: where things lie, how often we look, on how many devices and in
+# how many parts.
+FREE_KEYS = frozenset({'mesh', 'parallel', 'devices', 'model_shards', 'accumulate', 'stages',
+                       'save_every', 'log', 'workdir', 'raw_dir', 'npz', 'data_dir',
+                       'bad_share'})
 # What orbax and tensorstore raise on a file that is missing, cut short or garbled.
 DAMAGE = (OSError, ValueError, KeyError)
 ASIDE = 'damaged-'  # and the step: a checkpoint that cannot be read, kept but never looked at again

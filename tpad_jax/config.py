@@ -236,6 +236,9 @@ def stage(**changes):
     """One stage: batches, optimiser, what trains. `weights` overrides config.losses.*.weight."""
     out = ConfigDict(dict(
         batch_size=64,  # over all devices
+        # parts that a device reads its rows in, one after the other: the activations of one part
+        # exist at a time, everything is read twice, and every loss still sees the whole batch
+        accumulate=1,
         steps=100,  # at most; 0, in the knowledge stage alone: the MLLM is taken as it is
         every_prefix=True,  # False: a session is one row, its last item the target
         optimiser='adamw',  # 'adam': L2 instead of decay, no clip; 'sgd': bare, at the peak rate

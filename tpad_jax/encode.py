@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tpad_jax import bundle, features
 from tpad_jax.errors import Stopped
 from tpad_jax.models import tpad
-from tpad_jax.parallel import AXIS, Devices, choose, compiled
+from tpad_jax.parallel import AXIS, Devices, compiled
 
 ROWS = 120  # items per compiled call; the last call of a part is filled up
 PART = 16 * ROWS  # items per file of an unfinished store
@@ -74,7 +74,7 @@ class Encoder:
     def __init__(self, spec: tpad.TPAD, content, names: tuple[str, ...], rows: int = ROWS,
                  part: int = PART, devices: Devices | None = None):
         self.names, self._spec, self._content = names, spec, content
-        self._devices = devices or choose('jit', 1)
+        self._devices = devices or Devices('jit', tuple(jax.local_devices()[:1]))
         shards = self._devices.shards
         self._rows = -(-min(rows, max(1, len(content.tokens) - 1)) // shards) * shards
         self._parts = [(length, ids[begin:begin + part])
@@ -148,6 +148,8 @@ class Encoder:
         params, processes = self._used(params), jax.process_count()
         several = {'process': jax.process_index(), 'processes': processes,
                    'barrier': multihost_utils.sync_global_devices} if processes > 1 else {}
+        if several:  # which do not ask equally often, as they would have to: it goes to its end
+            stopping = bool
         features.fill(directory, partial(self._make, params, progress, stopping),
                       parts=[ids for _, ids in self._parts], shapes=self._shapes(params),
                       made_by=made_by, counts=self._counts(), **several)

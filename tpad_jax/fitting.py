@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpad_jax import training
+from tpad_jax import processes, training
 from tpad_jax.checkpoint import Checkpoints, abstract
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.parallel import Devices
@@ -36,11 +36,13 @@ class Loop:
     Attributes:
       name: of the run, in logs and progress.
       total: steps at most. log_every, save_every, eval_every, refresh_every, patience: see configs.
-      batches: start step -> iterator of host batches.
-      validate: (state, catalogue) -> {name: float} with 'hit@20', or None.
+      batches: start step -> iterator of host batches, of this process's rows.
+      validate: (state, catalogue) -> {name: float} with 'hit@20', or None. Like `refresh` it is
+        given arrays of this process's own.
       refresh: state -> {name: rows} encoded anew, or None; refreshed: their names. Every
         validation follows one.
-      stopping: asked after every step; True saves and raises Stopped.
+      stopping: asked after every step, and answered alike on all processes; True saves and raises
+        Stopped.
       shown: losses named beside the progress bar.
       broken: directory that gets the batch of a step whose numbers are not finite; None: none.
     """
@@ -68,6 +70,8 @@ class Loop:
 def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     """Run a stage from its latest checkpoint, or from `state`, to its end.
 
+    Several processes run it at once, with the same state and catalogue.
+
     Metrics of a step are fetched after the next one is dispatched; nothing else waits for the
     device between validations and saves.
 
@@ -82,7 +86,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
       InputError: checkpoints are damaged or gone, and what the stage chose cannot be had from those
         that are left.
     """
-    refreshed = loop.refreshed if loop.refresh else ()
+    refreshed, local = loop.refreshed if loop.refresh else (), loop.devices.local
     state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
     state, frozen = state.replace(frozen={}), state.frozen
     meta = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
@@ -99,6 +103,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     begun, before = time.perf_counter(), meta['seconds']
     number = int(state.step)
     loop.writer.rewind(loop.name, number)
+    processes.wait(f'{loop.name} begins')  # devices that meet for the first time are not waited for
     if not meta['done']:
         step = loop.devices.lift(partial(lean_step, spec=spec))
         with (closing(loop.batches(number)) as batches,
@@ -116,10 +121,10 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                 validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
                 if loop.refresh and (validating or (
                         loop.refresh_every and number % loop.refresh_every == 0)):
-                    catalogue = {**catalogue, **loop.devices.share(loop.refresh(state))}
+                    catalogue = {**catalogue, **loop.devices.share(loop.refresh(local(state)))}
                 metric = None
                 if validating:
-                    metric = _validate(loop, meta, state, catalogue, number)
+                    metric = _validate(loop, meta, local(state), local(catalogue), number)
                     meta['done'] = meta['done'] or _patience_is_out(meta, loop.patience)
                 stopping = loop.stopping() and not meta['done']
                 due = number % loop.save_every == 0
@@ -139,7 +144,8 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
             f"stage {loop.name} chose a step of hit@20 {meta['best']:.6g}, whose checkpoint is "
             f'damaged or gone (the best that is left is step {step}); restore it in '
             f'{loop.checkpoints.directory}, or delete that folder to train the stage again')
-    return saved['state'].params, saved['rows'], {**meta, 'chosen': step, 'valid': valid}
+    trained, rows = local((saved['state'].params, saved['rows']))
+    return trained, rows, {**meta, 'chosen': step, 'valid': valid}
 
 
 def _log(loop, spec, bar, recent, whatever=False):
@@ -194,12 +200,13 @@ def _kept(loop, number):
     """Keep the batch of step `number`, which the data's order gives again, and say where."""
     if loop.broken is None:
         return ''
-    file = loop.broken / f'{loop.name}-{number}.npz'
+    # each process keeps its own rows
+    whose = f'-of-process-{jax.process_index()}' if jax.process_count() > 1 else ''
+    file = loop.broken / f'{loop.name}-{number}{whose}.npz'
     with closing(loop.batches(number - 1)) as batches:
         batch = next(batches)
-    if jax.process_index() == 0:
-        loop.broken.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **{name: x for name, x in batch.items() if x is not None})
+    loop.broken.mkdir(parents=True, exist_ok=True)
+    np.savez(file, **{name: x for name, x in batch.items() if x is not None})
     return f' (its batch: {file})'
 
 
@@ -211,7 +218,7 @@ def _listed(rows, most=5):
 
 def _validate(loop, meta, state, catalogue, number):
     """Score validation, remember it, and return the metric a checkpoint is chosen by."""
-    scores = loop.validate(state, catalogue)
+    scores = processes.agreed(loop.validate(state, catalogue))
     meta['history'] = [*meta['history'], {'step': number, **scores}]
     loop.writer.scalars(loop.name, number, {f'valid/{k}': v for k, v in scores.items()})
     meta['best'] = max(scores['hit@20'], -1.0 if meta['best'] is None else meta['best'])

@@ -25,6 +25,7 @@ from tpad_jax import (
     handover,
     parallel,
     plan,
+    processes,
     recommenders,
     results,
     snapshots,
@@ -71,7 +72,8 @@ class Job:
         self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
         self.seconds, self.sitting, self.catalogue = {}, 0.0, {}
         self.planted = self.content = None
-        self.data = self._read()
+        with processes.one_first('data'):
+            self.data = self._read()
         self.max_length = config.data.max_length
         if self.planted is not None:
             self.max_length = min(self.max_length, synthetic.LENGTHS[1] - 1)
@@ -114,13 +116,13 @@ class Job:
             return
         base = self.base = bases.read(c)
         where = self.workdir / 'data'
-        if c.mllm.tokenizer == 'own':
-            text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
-        self.content = pipeline.content(data, where, image_size=base.image_size,
-                                        tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
-                                        else base.directory,
-                                        text_length=c.mllm.text_length,
-                                        bad_share=c.data.bad_share)
+        with processes.one_first('content'):
+            if c.mllm.tokenizer == 'own':
+                text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
+            self.content = pipeline.content(data, where, image_size=base.image_size,
+                                            tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
+                                            else base.directory, text_length=c.mllm.text_length,
+                                            bad_share=c.data.bad_share)
         teacher = bases.teacher(c, base)
         self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling, chunk=c.mllm.chunk,
                                teacher=teacher and teacher.reader, **shared)
@@ -149,10 +151,10 @@ class Job:
                                     self.devices, stages=stages, positions=self.max_length,
                                     side=base.image_size):
                 console.print(line, markup=False, highlight=False)
-        held, cut = {n: shapes[n] for n in base.given}, self.devices.model > 1
-        loaded = base.load(held, self.devices.shardings(held) if cut else None)
+        held, cut = {n: shapes[n] for n in base.given}, self.devices.own.model > 1
+        loaded = base.load(held, self.devices.own.shardings(held) if cut else None)
         if teacher:
-            where = self.devices.shardings(teacher.shapes) if cut else None
+            where = self.devices.own.shardings(teacher.shapes) if cut else None
             loaded = loaded | {'teacher': teacher.load(where)}
         draw = parallel.compiled(
             lambda key: {n: p for n, p in make(key).items() if n not in base.given})
@@ -195,7 +197,7 @@ class Job:
         if stage in MAKES:
             m = self.config.mllm
             encoder = encode.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
-                                     part=m.encode_part, devices=self.devices)
+                                     part=m.encode_part, devices=self.devices.own)
         self.first = self.params
         (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)
         trained, rows, record = {}, {}, {'seconds': 0.0}
@@ -227,7 +229,8 @@ class Job:
     def fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
         """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
         c, params = self.config.stage[stage], self.params if params is None else params
-        shared = dict(batch_size=c.batch_size, seed=self.config.seed, shards=self.devices.shards)
+        shared = dict(batch_size=c.batch_size, seed=self.config.seed,
+                      **self.devices.drawn_here(c.accumulate))
         reads = (spec.fresh or spec.model.form == 'full' or spec.needs
                  & ({'describe', 'foretell'} | readings.STATES | readings.THERE))
         content = self.content if reads and stage != 'recommend' else None
@@ -238,7 +241,7 @@ class Job:
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
         params = training.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
-        bind = foretold(spec.model) if stage == 'transfer' else scorer(spec.model, self.devices)
+        bind = foretold(spec.model) if stage == 'transfer' else scorer(spec.model, self.devices.own)
         validating = c.eval_every and steps is None
         refreshing, catalogue = c.refresh_every, self.catalogue
         if stage == 'transfer' and validating:  # on rows r that there are none of before
@@ -287,7 +290,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     """Run or resume the whole job in `workdir`; a finished one prints its results at once.
 
     Args:
-      config, workdir: of the run. stopping: asked between and within stages.
+      config, workdir: of the run. stopping: asked between and within stages, see `processes`.
       until: 'validation' leaves once the recommender is trained and never looks at test.
 
     Returns:
@@ -296,7 +299,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     Raises:
       InputError: unusable input or config. Stopped: `stopping` answered True; state is saved.
     """
-    workdir, console = Path(workdir), Console()
+    workdir, console = Path(workdir), Console(quiet=jax.process_index() > 0)
     stages = check(config)
     finished = {s for s in STAGES if (workdir / 'stages' / s / DONE).is_file()}
     check_inputs(config, stages, finished)
@@ -333,9 +336,13 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
             if stage == 'recommend':
                 scorers, chosen = recommenders.beside(job, writer, writers.progress)
             elif stage == 'joint':
-                scorers['tpad_joint'] = scorer(job.spec, job.devices)(job.nested(), job.catalogue)
+                bind = scorer(job.spec, job.devices.own)
+                scorers['tpad_joint'] = bind(job.nested(), job.catalogue)
                 chosen['tpad_joint'] = job.record['valid']
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
-    return results.report(job, stages, scorers, chosen, knowledge, begun, console)
+    with processes.one_first('report'):  # the others find it finished
+        if jax.process_index() == 0:
+            return results.report(job, stages, scorers, chosen, knowledge, begun, console)
+    return json.loads(written.read_text())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -46,22 +47,40 @@ def compiled(fn: Callable, platform: str | None = None, **options) -> Callable:
 
 @dataclass(frozen=True)
 class Devices:
-    """How a step is spread over this process's devices.
+    """How a step is spread over devices.
 
     Attributes:
       how: 'jit' (one device), 'pmap' or 'shard_map'.
-      devices: the devices used, in batch order.
+      devices: the devices used, in batch order, those of a process beside each other.
       model: neighbours that share one part of the batch and hold a part of each sharded parameter.
+      processes: whose devices these are, equally many of each.
     """
 
     how: str
     devices: tuple
     model: int = 1
+    processes: int = 1
 
     @property
     def shards(self) -> int:
         """Parts a batch is cut in."""
         return len(self.devices) // self.model
+
+    def drawn_here(self, accumulate: int = 1) -> dict:
+        """Which rows of a batch this process draws and how they are cut, as data/batches.py takes
+        it; each device's share in `accumulate` parts.
+        """
+        return dict(processes=self.processes, shards=self.shards // self.processes * accumulate,
+                    process=jax.process_index() if self.processes > 1 else 0)
+
+    @property
+    def own(self) -> 'Devices':
+        """Devices of this process alone, for what each process does for itself."""
+        if self.processes == 1:
+            return self
+        mine = tuple(d for d in self.devices if d.process_index == jax.process_index())
+        how = 'jit' if len(mine) == 1 else self.how
+        return Devices(how, mine, self.model)
 
     @property
     def mesh(self) -> Mesh:
@@ -121,12 +140,31 @@ class Devices:
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def share(self, tree):
-        """The same arrays for every part of the batch, each device with its part of them."""
-        return jax.device_put(tree, self.shardings(tree))
+        """The same arrays for every part of the batch, each device with its part of them.
+
+        Every process gives the same.
+        """
+        if self.processes == 1:
+            return jax.device_put(tree, self.shardings(tree))
+        return jax.tree.map(_laid, tree, self.shardings(tree))
+
+    def local(self, tree):
+        """Shared arrays whole and as this process's own; what they are already with one process."""
+        if self.processes == 1:
+            return tree
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        tree = jax.tree.map(lambda x: jax.device_put(x, whole), tree)
+        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x.addressable_data(0))), tree)
 
     def place(self, batch: dict) -> Batch:
-        """A host batch {field: numpy [shards * b, ...]} on the devices; returns at once."""
+        """A host batch {field: numpy [shards * b, ...]} on the devices; returns at once.
+
+        Each of several processes gives the rows of its own devices.
+        """
         batch = Batch.of(batch)
+        if self.processes > 1:
+            lay = partial(jax.make_array_from_process_local_data, self.split())
+            return jax.tree.map(lay, batch)
         if self.how == 'pmap':
             batch = jax.tree.map(lambda x: x.reshape(self.shards, -1, *x.shape[1:]), batch)
         return jax.device_put(batch, self.split())
@@ -136,10 +174,14 @@ def choose(parallel: str, count: int, model: int = 1, among=None) -> Devices:
     """Devices for `config.parallel`, `config.devices` (0: all) and `config.model_shards`.
 
     `among`: the devices there are, None: this process's. Those of another machine's topology do to
-    compile for it, and for arithmetic anything that can be counted.
+    compile for it, and for arithmetic anything that can be counted. They are one process's.
+
+    Of several processes each brings as many; devices that share a parameter are of one process.
 
     Raises:
-      InputError: no such way, more devices asked for than there are, or no whole parts of them.
+      InputError: no such way, more devices asked for than there are, or no whole parts of them; or
+        several processes that have unequal numbers of devices or are to go another way than
+        shard_map.
     """
     ways = ('auto', 'jit', 'pmap', 'shard_map')
     if parallel not in ways:
@@ -153,13 +195,30 @@ def choose(parallel: str, count: int, model: int = 1, among=None) -> Devices:
     if model < 1 or (model > 1 and count % model):
         raise InputError(f'config.model_shards={model} does not divide the {count} devices; choose '
                          'a divisor of their number, or 1 to keep parameters whole')
-    how = parallel
+    how, processes = parallel, jax.process_count() if among is None else 1
     if how == 'auto':
-        how = 'shard_map' if model > 1 else 'jit' if count == 1 else 'pmap'
+        how = 'shard_map' if model > 1 or processes > 1 else 'jit' if count == 1 else 'pmap'
     if model > 1 and how != 'shard_map':
         raise InputError(f'config.model_shards={model} needs shard_map, not {how}; set '
                          'config.parallel=shard_map or auto')
-    return Devices(how, tuple(local[:1] if how == 'jit' else local[:count]), model)
+    if processes == 1:
+        return Devices(how, tuple(local[:1] if how == 'jit' else local[:count]), model)
+    if how != 'shard_map':
+        raise InputError(f'config.parallel={how} is for one process, and there are {processes}; '
+                         'set it to shard_map or auto')
+    each = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
+    if any(len(found) < count or len(found) != len(each[0]) for found in each):
+        raise InputError(f'the processes have {", ".join(str(len(found)) for found in each)} '
+                         'devices; give each the same number')
+    return Devices(how, tuple(d for found in each for d in found[:count]), model, processes)
+
+
+def _laid(x, sharding):
+    """An array that every process has, where a sharding over all of them wants it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
 def _rule(path: str, shape: tuple, model: int) -> PartitionSpec:

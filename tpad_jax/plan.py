@@ -78,7 +78,8 @@ def stage_plan(config, name: str, base: VLM | MLLM | None, shapes: dict, catalog
                                         positions)
     scored = [loss for loss in weighed.values() if loss.fn in SCORED]
     if scored:
-        kept, beside, scores = _recommender(config, catalogue, scored, c.batch_size // shards,
+        rows = c.batch_size // shards
+        kept, beside, scores = _recommender(config, catalogue, scored, rows, rows // c.accumulate,
                                             positions)
         logits = max(logits, scores)
         reads.append((kept, max(0, beside - logits)))  # which are gone by then
@@ -86,7 +87,8 @@ def stage_plan(config, name: str, base: VLM | MLLM | None, shapes: dict, catalog
     made = [row for stage in STAGES[:STAGES.index(name)] for row in MAKES.get(stage, ())]
     held = {key: x for key, x in catalogue.items() if key in made or key not in ('k', 'r')}
     return Stage(name, bytes_of(frozen), bytes_of(trained),
-                 bytes_of(trained) * (1 + MOMENTS[c.optimiser]), 2 * batch, bytes_of(held),
+                 bytes_of(trained) * (1 + (c.accumulate > 1) + MOMENTS[c.optimiser]), 2 * batch,
+                 bytes_of(held),
                  int(activations.peak(reads)), int(logits))
 
 
@@ -95,7 +97,8 @@ def _content(config, name, base, side, trained, weighed, shards, positions):
     reads, the logits of words, and a batch's content.
     """
     c, of = config.stage[name], activations.sizes(base, side)
-    rows, text = c.batch_size // shards, config.mllm.text_length
+    every, text = c.batch_size // shards, config.mllm.text_length
+    rows = every // c.accumulate  # that are read at a time
     full, fresh = config.model.form == 'full', names(c.fresh)
     tower = any('/vision/' in path for path in trained)
     item, session = activations.lengths(base, of, text, positions, config.model.form,
@@ -112,7 +115,7 @@ def _content(config, name, base, side, trained, weighed, shards, positions):
         return (kept, beside) if at_once == items else (0, kept + beside + pixels)
 
     def words(loss, length, copies):  # float32 scores and their gradient
-        return copies * 4 * (1 if loss.by_row else rows) * length * of.vocab
+        return copies * 4 * (1 if loss.by_row else every) * length * of.vocab
 
     writer = read(rows, text + 2, 0)
     if name == 'knowledge':
@@ -130,15 +133,21 @@ def _content(config, name, base, side, trained, weighed, shards, positions):
         if loss.fn == 'mdist':  # of both models, each with its gradient's like
             length = text if loss.x.endswith('.text') else of.image
             logits = max(logits, words(loss, length, 4))
-    return reads, logits, pixels
+    if c.accumulate > 1:  # the states that texts are predicted from are kept, and slopes in them
+        texts = ('k' in fresh) + (name != 'knowledge')
+        reads.append((2 * texts * every * text * of.layer['width'] * of.layer['size'], 0))
+    return reads, logits, c.accumulate * pixels
 
 
-def _recommender(config, catalogue, scored, rows, positions):
-    """What the catalogue's vectors and the session encoder keep, and need beside; the scores."""
+def _recommender(config, catalogue, scored, rows, read, positions):
+    """What the catalogue's vectors and the session encoder keep, and need beside; the scores.
+
+    rows: of which `read` are encoded at a time.
+    """
     c, items = config.model, catalogue['warm'].shape[0]
     features = [math.prod(catalogue[row].shape[1:]) for row in names(c.recommend)]
     kept, beside = activations.table_bytes(items, c.width, features, c.feature_hidden)
-    kept += activations.session_bytes(rows, positions, c)
+    kept += activations.session_bytes(read, positions, c)
     scores = max(activations.score_bytes(
         items, c.width, rows * (positions if loss.get('h') == 'h_each' else 1), loss)
         for loss in scored)
@@ -230,6 +239,8 @@ def _remedies(config, checkpoint, devices, planned, available, stage):
     rows = c.batch_size // devices.shards
     if rows > 1:
         tried.append({f'stage.{stage.name}.batch_size': devices.shards * (rows // 2)})
+    if rows % (2 * c.accumulate) == 0:
+        tried.append({f'stage.{stage.name}.accumulate': 2 * c.accumulate})
     for key, loss in config.losses.items():
         if stage.name in names(loss.stages) and _weight(c, key, loss):
             tried += [{f'losses.{key}.by_row': True}] * (loss.get('by_row') is False)

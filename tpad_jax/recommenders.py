@@ -165,7 +165,7 @@ def _scorer(several):
     """Of one recommender, or of several whose scores are added."""
     given = [(one.model, unflatten_dict(one.params, sep='/'), one.job.catalogue)
              for one in several]
-    devices = several[0].job.devices
+    devices = several[0].job.devices.own
     if len(given) == 1:
         model, params, catalogue = given[0]
         return scorer(model, devices)(params, catalogue)

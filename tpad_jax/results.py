@@ -180,7 +180,8 @@ def introduce(job, console):
            {'raw lines': _said(facts['lines']), 'images': _said(facts['images'])}),
         'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
         'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
-        'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}',
+        'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}'
+                   + f' in {job.devices.processes} processes' * (job.devices.processes > 1),
         'workdir': job.workdir}, console)
     for line in audit.describe(data.audit):
         console.print(line, markup=False, highlight=False)

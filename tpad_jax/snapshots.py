@@ -42,9 +42,11 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
       encoder: encode.Encoder of the rows the stage makes.
 
     Returns:
-      What the file holds; None where the config or the stage asks for nothing.
+      What the file holds; None where the config or the stage asks for nothing, and on all processes
+      but the first.
     """
-    if not job.config.diagnostics or moment not in MOMENTS.get(stage, ()):
+    if (not job.config.diagnostics or moment not in MOMENTS.get(stage, ())
+            or jax.process_index() != 0):
         return None
     if len(_sessions(job).target) < 2:
         return None
@@ -58,19 +60,18 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
             was = _load(before)
             for name, figures in found['features'].items():
                 figures['cka_before'] = diagnostics.linear_cka(was[name], clouds[name])
-        if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            np.savez(directory / f'{stage}-{moment}.npz',
-                     **{n: x.astype(np.float16) if x.dtype == np.float32 else x
-                        for n, x in clouds.items()})
-            writers.write_json(file, found)  # last: without it nothing is there
+        directory.mkdir(parents=True, exist_ok=True)
+        np.savez(directory / f'{stage}-{moment}.npz',
+                 **{n: x.astype(np.float16) if x.dtype == np.float32 else x
+                    for n, x in clouds.items()})
+        writers.write_json(file, found)  # last: without it nothing is there
         spent = job.seconds.get('diagnostics', 0.0) + time.perf_counter() - begun
         job.seconds['diagnostics'] = spent
     found = json.loads(file.read_text())
     console = Console()
     for line in found['warnings']:
         console.print(f'Warning: {line}', markup=False, highlight=False)
-    if moment == 'after' and jax.process_index() == 0:
+    if moment == 'after':
         before = directory / f'{stage}-before.json'
         was = json.loads(before.read_text()) if before.is_file() else None
         for line in lines(stage, was, found):
@@ -177,7 +178,8 @@ def _look(job, stage, moment, spec, encoder):
         r[0] = 0  # as in the catalogue; what the encoder read for it is none
         found['r'] = r[1:].reshape(len(r) - 1, -1)
     if stage != 'knowledge' and spec:
-        params = job.devices.share({n: p for n, p in job.nested().items() if n != 'recommender'})
+        params = {n: p for n, p in job.nested().items() if n != 'recommender'}
+        params = job.devices.own.share(params)
         of = _positions(job, stage, spec.model, params, rows, ids, {'k': k, 'r': r})
         some = min(len(rows.target), max(2, job.config.stage[stage].batch_size))
         out['held_out'], embedded = _measure(spec, params, rows, ids, of, some)

@@ -30,6 +30,11 @@ PLAN = flags.DEFINE_flag(flags.Flag(
     'as --plan=v5e-8, --plan=v6e-8 or --plan=24gib-8.', boolean=True))
 PLAN_ITEMS = flags.DEFINE_integer('plan_items', None, 'With --plan: for so many items, no data '
                                   'read.')
+# Where a run has several processes: each is started with the same command but for its number.
+COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT, where process 0 of several '
+                                  'listens; the hosts of a TPU slice find each other without.')
+PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes there are.')
+PROCESS = flags.DEFINE_integer('process', -1, 'The number of this one, from 0.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
 
 
@@ -85,8 +90,9 @@ def main(argv):
             from tpad_jax import ahead  # here: --help and a wrong flag need no jax
             print(*ahead.lines(CONFIG.value, workdir, PLAN.value, PLAN_ITEMS.value), sep='\n')
             return
-        from tpad_jax import job
-        job.run(CONFIG.value, workdir, stopping)
+        from tpad_jax import job, processes
+        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        job.run(CONFIG.value, workdir, processes.together(stopping))
     except InputError as error:
         refuse(error)
     except OSError as error:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 
-from tpad_jax import collectives, losses, optim
+from tpad_jax import accumulation, collectives, losses, optim
 from tpad_jax.errors import InputError
 from tpad_jax.models import readings, tpad
 from tpad_jax.types import Batch, State
@@ -24,6 +24,7 @@ class StepSpec:
       needs: outputs they read. fresh: features computed from content. seed: of all draws.
       modules: (name, flax module) of the losses that have parameters of their own.
       skip: how many updates in a row may be left out because a number was not finite.
+      parts: of a replica's rows, whose activations exist one after the other.
     """
 
     model: tpad.TPAD
@@ -34,6 +35,7 @@ class StepSpec:
     seed: int
     modules: tuple = ()
     skip: int = 0
+    parts: int = 1
 
 
 def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
@@ -47,15 +49,21 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
 
-    def objective(params):
+    def outputs(params, batch):
         tree = unflatten_dict({**state.frozen, **params}, sep='/')
         out = tpad.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh, key)
+        rows, tables = tpad.apart(out, len(batch.valid))
+        return rows, (tables, losses.bound(spec.modules, tree))
+
+    def objective(rows, rest, batch):
+        tables, heads = rest
         loss, loss_state, logged = losses.combine(
-            spec.losses, out, batch, state.loss_state, axis=axis, key=key, step=state.step,
-            heads=losses.bound(spec.modules, tree), rows=True)
+            spec.losses, {**rows, **tables}, batch, state.loss_state, axis=axis, key=key,
+            step=state.step, heads=heads, rows=True)
         return loss, (loss_state, logged)
 
-    grads, (loss_state, logged) = jax.grad(objective, has_aux=True)(state.params)
+    grads, (loss_state, logged) = accumulation.gradient(outputs, objective, state.params, batch,
+                                                        spec.parts)
     # `combine` sums over replicas, so each replica's gradient is that of the whole, for its rows
     # only, times their number: the mean is the sum over all rows.
     grads = collectives.mean(grads, axis)
@@ -137,7 +145,8 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     tx, skip = optim.optimiser(config.stage[stage]), config.skip_not_finite
     if skip:
         tx = optax.apply_if_finite(tx, skip)
-    return StepSpec(model, chosen, needs, fresh, tx, seed, own_modules(config, chosen), skip)
+    return StepSpec(model, chosen, needs, fresh, tx, seed, own_modules(config, chosen), skip,
+                    config.stage[stage].accumulate)
 
 
 def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:

@@ -57,6 +57,9 @@ OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, on
     'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
     'foretell', 'foretell.tokens', 'vocabulary', 'h', 'h_each', 'z', 'repeat', 'popularity',
     'club', 'teacher.vocabulary', 'interest', 'cluster'}) | readings.STATES | readings.THERE
+# Of these, what is not of a batch's rows but of the parameters and the catalogue alone.
+TABLES = frozenset({'warm', 'z', 'vocabulary', 'teacher.vocabulary', 'popularity', 'club',
+                    'cluster'})
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,21 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     if 'club' in needs:
         out['club'] = Score(spec.club, params['club'])
     return out
+
+
+def apart(out, rows):
+    """What `forward` returns, as two dicts: what is of the batch's `rows` rows, and `TABLES`.
+
+    Raises:
+      ValueError: an output is neither.
+    """
+    tables = {n: x for n, x in out.items() if n in TABLES or n.startswith('critic.')}
+    own = {n: x for n, x in out.items() if n not in tables}
+    for name, x in own.items():
+        if x is not None and x.shape[:1] != (rows,):
+            raise ValueError(f'output {name} {list(x.shape)} has no row for each of the batch\'s '
+                             f'{rows}; one that is the same for every batch stands in tpad.TABLES')
+    return own, tables
 
 
 def _keep(key, rows, tokens, rate):
