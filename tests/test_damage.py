@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_stages
 
-from tests import test_step
 from tests.test_checkpoint import assert_same, make_state, opened
 from tpad_jax import fitting, parallel, training
 from tpad_jax.checkpoint import abstract, claim
@@ -102,14 +102,14 @@ def test_what_was_moved_aside_is_not_forgotten(two, tmp_path):
 
 def fit(directory, scores=(0.2, 0.9, 0.1, 0.3), total=8):
     """A small recommender's stage, validated every other step with these scores."""
-    spec, params, catalogue = test_step.model()
-    c, left = test_step.make_config(), list(scores)
+    spec, params, catalogue = tiny_stages.model()
+    c, left = tiny_stages.make_config(), list(scores)
     step = training.make_spec(c, 'recommend', spec, seed=5)
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda *_: None)
     with opened(directory) as checkpoints:
         loop = fitting.Loop(
             name='recommend', total=total, devices=parallel.choose('jit', 1), writer=writer,
-            batches=lambda start: test_step.draw('recommend', start), checkpoints=checkpoints,
+            batches=lambda start: tiny_stages.draw('recommend', start), checkpoints=checkpoints,
             progress=lambda *_: nullcontext(lambda *_: None), log_every=2, save_every=100,
             eval_every=2, validate=lambda *_: {'hit@20': left.pop(0)})
         return fitting.fit(loop, step, training.start(step, params, c.stage.recommend.train),

@@ -175,8 +175,10 @@ def test_the_command_says_it_in_a_sentence(tmp_path, monkeypatch, capsys, number
 
     monkeypatch.setattr(job, 'run', run)
     monkeypatch.setattr(train, 'begin', lambda _: lambda: False)
-    monkeypatch.setattr(train, 'CONFIG', SimpleNamespace(value=ConfigDict({'name': 'x'})))
-    monkeypatch.setattr(train, 'WORKDIR', SimpleNamespace(value=str(tmp_path)))
+    given = dict(CONFIG=ConfigDict({'name': 'x'}), WORKDIR=str(tmp_path), PLAN=None,
+                 COORDINATOR='', PROCESSES=0, PROCESS=-1)
+    for flag, value in given.items():
+        monkeypatch.setattr(train, flag, SimpleNamespace(value=value))
     if number == errno.ENOENT:  # a defect: the traceback says where
         with pytest.raises(OSError, match='No such file'):
             train.main([])

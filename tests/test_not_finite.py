@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_stages import draw, make_config, model
 
-from tests.test_step import draw, make_config, model
 from tpad_jax import fitting, parallel, training
 from tpad_jax.checkpoint import Checkpoints
 

@@ -273,7 +273,7 @@ def test_metrics_that_are_not_finite_end_the_run(monkeypatch):
     'next_item', pytest.param('sampled_next_item', marks=pytest.mark.slow)])
 def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
     """Attention's h_each, read at the batch's places: what fills up has no part in it."""
-    config = make_config()
+    config = make_config().copy_and_resolve_references()
     config.model.update(encoder='attention', normalise=True, layers=1, heads=2, recommend='',
                         use_side=False, repeats=True)
     config.losses.next_item.update(weight=0.0, h='h_each', chunk=4)
