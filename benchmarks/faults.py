@@ -244,7 +244,7 @@ def checkpoints(workdir: Path, wanted: set[str] | None = None) -> dict[str, str]
             if wanted is not None and f'{stage.name}/{step}' not in wanted:
                 continue
             arrays, meta = opened.arrays(step)
-            meta.pop('seconds')
+            meta = {name: x for name, x in meta.items() if name not in ('seconds', 'spent')}
             digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
             for path, x in sorted(arrays.items()):
                 digest.update(f'{path} {x.dtype} {x.shape} '.encode() + np.asarray(x).tobytes())
@@ -262,7 +262,7 @@ def stored(workdir: Path) -> dict[str, str]:
 def results(workdir: Path) -> dict:
     """What results.json holds, but for when and how long."""
     found = json.loads((workdir / 'results.json').read_text())
-    return {name: x for name, x in found.items() if name not in ('provenance', 'seconds')}
+    return {name: x for name, x in found.items() if name not in ('provenance', 'seconds', 'spent')}
 
 
 def log(workdir: Path) -> list[dict]:

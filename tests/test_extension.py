@@ -269,10 +269,10 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
     with pytest.raises(FloatingPointError, match=(
             'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60'
             )):
-        fitting._log(loop, spec, None, recent)
+        fitting._log(loop, spec, None, recent, {})
     slope = {**clean, 'optim/grad_norm': np.inf, 'not_finite': np.full((B, 2), -1)}
     with pytest.raises(FloatingPointError, match='step 4: optim/grad_norm not finite, while every'):
-        fitting._log(loop, spec, None, [(4, slope)])
+        fitting._log(loop, spec, None, [(4, slope)], {})
 
 
 # --- losses check ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The step and its loop: jit, pmap and shard_map agree, nothing retraces, nothing waits."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -178,6 +178,9 @@ class OnDevice:
         self.events.append(('fetched', self.name))
         return self.value
 
+    def is_ready(self):
+        return True
+
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.fetch(), dtype)
 
@@ -261,6 +264,43 @@ def test_a_step_that_is_neither_logged_nor_saved_is_not_fetched(monkeypatch):
     assert [name for what, name in events if what == 'fetched'] == [2, 3, 4, 6, 7]
     assert [name for what, name in events if what == 'saved'] == [2, 4, 6, 7]
     assert events.index(('dispatched', 4)) < events.index(('fetched', 3))
+
+
+@pytest.mark.parametrize('ready', [True, False])
+def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
+    """By a clock that only stands still; a step that still computes was kept waiting by nothing."""
+    now, events = [0.0], []
+
+    def taking(seconds, fn):
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return fn(*args, **kwargs)
+        return timed
+
+    monkeypatch.setattr(fitting, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(fitting, 'abstract', lambda tree: tree)
+    monkeypatch.setattr(OnDevice, 'is_ready', lambda self: ready)
+    devices, checkpoints = RecordingDevices(events), NoCheckpoints(events)
+    monkeypatch.setattr(devices, 'lift', lambda step, lift=devices.lift: taking(11, lift(step)))
+    monkeypatch.setattr(devices, 'place', taking(7, devices.place))
+    monkeypatch.setattr(checkpoints, 'save', taking(5, checkpoints.save))
+    writer = SimpleNamespace(rewind=lambda *_: None, scalars=taking(3, lambda *_: None))
+    loop = fitting.Loop(
+        name='s', total=4, devices=devices, batches=lambda start: iter_numbers(), writer=writer,
+        checkpoints=checkpoints, progress=lambda *_: nullcontext(lambda *_: None), log_every=2,
+        save_every=2, eval_every=4, validate=taking(13, lambda *_: {'hit@20': 0.5}))
+    monkeypatch.setattr(checkpoints, 'best', lambda expected: (4, checkpoints.held, {}),
+                        raising=False)
+    found = fitting.fit(loop, SimpleNamespace(fresh=frozenset(), skip=0),
+                        State(0, {}, {}, {}, {}), {})[-1]
+    # lines of steps 2 and 4, and validation's own; saves of the same steps
+    assert found['spent'] == {'compile': 11, 'input': 28 * ready, 'save': 10, 'log': 6,
+                              'between': 16}
+    assert found['seconds'] == 7 + 4 * (11 + 7) + 2 * 3 + 16 + 5  # but for the last save
+
+
+def iter_numbers():
+    yield from range(1, 1000)
 
 
 def test_metrics_that_are_not_finite_end_the_run(monkeypatch):

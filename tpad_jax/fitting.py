@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,10 @@ from tpad_jax.errors import InputError, Stopped
 from tpad_jax.parallel import Devices
 from tpad_jax.training import StepSpec
 from tpad_jax.types import State
+
+# What a stage's seconds go to beside its steps: compiling, waiting for input (at most), what saves
+# and log lines hold up, and encoding and validating between steps.
+SPENT = 'compile', 'input', 'save', 'log', 'between'
 
 
 def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | None):
@@ -79,7 +83,8 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
       {path: array} of what was trained, at the best validation (the last step without one), the
       catalogue's rows that were encoded with it ({} where none are), and the run's record:
       'history' [{'step', 'hit@20', ...}], 'chosen' the step they are of, 'valid' what it scored
-      (None without validation), and 'seconds' over all sittings.
+      (None without validation), 'seconds' over all sittings, and 'spent', of these the seconds by
+      SPENT.
 
     Raises:
       Stopped: a signal came; the state is saved.
@@ -101,7 +106,8 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
         state = saved['state']
         catalogue = {**catalogue, **saved['rows']}
     begun, before = time.perf_counter(), meta['seconds']
-    number = int(state.step)
+    spent = meta['spent'] = dict.fromkeys(SPENT, 0.0) | meta.get('spent', {})
+    number = first = int(state.step)
     loop.writer.rewind(loop.name, number)
     processes.wait(f'{loop.name} begins')  # devices that meet for the first time are not waited for
     if not meta['done']:
@@ -111,29 +117,35 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
             batch, recent = loop.devices.place(next(batches)), []
             while not meta['done']:
                 shared = {'catalogue': catalogue, 'frozen': frozen}
-                state, logged = step(state, batch, shared)
+                with _timed(spent, 'compile' if number == first else None):
+                    state, logged = step(state, batch, shared)
                 number += 1
+                asked = time.perf_counter()
                 batch = loop.devices.place(next(batches))  # transfers while the step computes
+                if logged['loss'].is_ready():  # and has ended: at most this long nothing computed
+                    spent['input'] += time.perf_counter() - asked
                 if recent:
-                    _log(loop, spec, bar, recent)
+                    _log(loop, spec, bar, recent, spent)
                 recent.append((number, logged))
                 meta['done'] = number >= loop.total
                 validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
-                if loop.refresh and (validating or (
-                        loop.refresh_every and number % loop.refresh_every == 0)):
-                    catalogue = {**catalogue, **loop.devices.share(loop.refresh(local(state)))}
                 metric = None
-                if validating:
-                    metric = _validate(loop, meta, local(state), local(catalogue), number)
-                    meta['done'] = meta['done'] or _patience_is_out(meta, loop.patience)
+                with _timed(spent, 'between'):
+                    if loop.refresh and (validating or (
+                            loop.refresh_every and number % loop.refresh_every == 0)):
+                        catalogue = {**catalogue, **loop.devices.share(loop.refresh(local(state)))}
+                    if validating:
+                        metric = _validate(loop, meta, local(state), local(catalogue), number)
+                        meta['done'] = meta['done'] or _patience_is_out(meta, loop.patience)
                 stopping = loop.stopping() and not meta['done']
                 due = number % loop.save_every == 0
                 if due or stopping or meta['done'] or metric is not None:
                     # never save what is not finite
-                    _log(loop, spec, bar, recent, whatever=True)
+                    _log(loop, spec, bar, recent, spent, whatever=True)
                     meta['seconds'] = before + time.perf_counter() - begun
-                    loop.checkpoints.save(number, held(), meta, metric,
-                                          wait=meta['done'] or stopping)
+                    with _timed(spent, 'save'):  # all of it, or what copying takes
+                        loop.checkpoints.save(number, held(), meta, metric,
+                                              wait=meta['done'] or stopping)
                 if stopping:
                     raise Stopped(f'stopped in stage {loop.name} after step {number}')
     chosen = loop.checkpoints.latest if meta['best'] is None else loop.checkpoints.best
@@ -148,7 +160,15 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     return trained, rows, {**meta, 'chosen': step, 'valid': valid}
 
 
-def _log(loop, spec, bar, recent, whatever=False):
+@contextmanager
+def _timed(spent, name):
+    begun = time.perf_counter()
+    yield
+    if name is not None:
+        spent[name] += time.perf_counter() - begun
+
+
+def _log(loop, spec, bar, recent, spent, whatever=False):
     """Fetch the last finished step's metrics and write them, if a line is due or `whatever` it is.
 
     recent: [(number, metrics on the device)] since the last line, emptied by the next; the steps
@@ -166,9 +186,10 @@ def _log(loop, spec, bar, recent, whatever=False):
               f'{values["optim/skipped"]:.0f}. of this stage', file=sys.stderr)
         values = {name: x for name, x in values.items() if np.isfinite(x)}
     recent.clear()
-    loop.writer.scalars(loop.name, number, values)
-    bar(number, '  '.join(f'{name} {values[name]:.3f}' for name in ('loss', *loop.shown)
-                          if name in values))
+    with _timed(spent, 'log'):
+        loop.writer.scalars(loop.name, number, values)
+        bar(number, '  '.join(f'{name} {values[name]:.3f}' for name in ('loss', *loop.shown)
+                              if name in values))
 
 
 def _scalars(logged):

@@ -62,15 +62,15 @@ class Job:
       final: what the models that are tested were trained on; `data`, but after a refit.
       probabilities: the planted catalogue's, or None.
       spec: the modules. params: all parameters {path: array}, as the stages so far left them.
-      catalogue: rows per item on the device. seconds: {stage: s} over all sittings; sitting: s
-        spent in stages by this one.
+      catalogue: rows per item on the device. seconds: {stage: s} over all sittings, spent: what of
+        them went to fitting.SPENT; sitting: s spent in stages by this one.
     """
 
     def __init__(self, config, workdir: Path, stopping):
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
-        self.seconds, self.sitting, self.catalogue = {}, 0.0, {}
+        self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, 0.0, {}
         self.planted = self.content = None
         with processes.one_first('data'):
             self.data = self._read()
@@ -271,7 +271,9 @@ class Job:
             broken=self.workdir / 'not_finite')
         begun = time.perf_counter()
         try:
-            return fitting.fit(loop, spec, training.start(spec, params, c.train), catalogue)
+            out = fitting.fit(loop, spec, training.start(spec, params, c.train), catalogue)
+            self.spent[name] = {'all': out[-1]['seconds'], **out[-1]['spent']}
+            return out
         finally:
             checkpoints.close()
             self.sitting += time.perf_counter() - begun

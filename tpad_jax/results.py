@@ -24,6 +24,7 @@ from tpad_jax import (
 )
 from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluate import evaluate, oracle
+from tpad_jax.fitting import SPENT
 from tpad_jax.models import tpad
 from tpad_jax.recommend import top
 
@@ -64,7 +65,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
     job.seconds['total'] = here + sum(s for name, s in job.seconds.items() if name not in within)
     out = {'data': data_facts(job), 'audit': job.data.audit, 'models': models,
            'losses': final_losses(job), 'provenance': {**provenance(job), 'stages': stages},
-           'seconds': job.seconds}
+           'seconds': job.seconds, 'spent': job.spent}
     if truth is not None:
         out['oracle'] = truth
     found = snapshots.collect(job.workdir)
@@ -75,9 +76,21 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
     draw_figures(job, scorers, ranks, truth_ranks)
     write(job, out, ranks)
     console.print(writers.table(out))
+    console.print(spent(job.spent), highlight=False)
     console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
                   f'{job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
     return out
+
+
+def spent(runs: dict) -> str:
+    """In words what the steps of all `runs`, {name: seconds by fitting.SPENT}, waited for."""
+    total = {name: sum(run[name] for run in runs.values()) for name in ('all', *SPENT)}
+    steps = max(total['all'] - total['compile'] - total['between'], 1e-9)
+    share = {name: f'{100 * total[name] / steps:.1f} %' for name in ('input', 'save', 'log')}
+    return (f'Of {steps:.0f} s of training steps (compiling took {total["compile"]:.0f} s more, '
+            f'encoding and validating between them {total["between"]:.0f} s) they waited at most '
+            f'{share["input"]} for input, {share["save"]} for checkpoints and {share["log"]} for '
+            'logs.')
 
 
 def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
