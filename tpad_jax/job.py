@@ -345,6 +345,8 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
     with processes.one_first('report'):  # the others find it finished
+        if jax.process_count() > 1:
+            job.stopping = lambda: False  # they ask nothing meanwhile, and all must equally often
         if jax.process_index() == 0:
             return results.report(job, stages, scorers, chosen, knowledge, begun, console)
     return json.loads(written.read_text())
