@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,6 +330,9 @@ def test_the_job_after_damage_and_a_full_disk(request, tmp_path, small_disk, cap
 
     def fills():
         if next(at) == 3:
+            until = time.monotonic() + 300  # a thread writes it
+            while not (disk / 'run/stages/knowledge/2').is_dir() and time.monotonic() < until:
+                time.sleep(0.05)
             with open(disk / 'filler', 'wb', buffering=0) as file:
                 while file.write(bytes(4096)) == 4096:
                     pass

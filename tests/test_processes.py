@@ -35,7 +35,7 @@ def work(coordinator, process, directory):
         if step == TOLD and process == '1':
             os.kill(os.getpid(), signal.SIGTERM)
         if step >= TOLD:
-            time.sleep(0.3)  # jax looks for signals once a second
+            time.sleep(1)  # jax looks for signals once a second
         return asking()
 
     try:
