@@ -71,6 +71,9 @@ class Checkpoints:
         except OSError as error:
             _refuse(error, f'{self._root} cannot be written to')
             raise
+        # It would ask jax's preemption service by numbers of its own, from threads of its own, and
+        # a stop that all agree on (processes.together) would be for a question nobody asks.
+        self._checkpointer._manager.reached_preemption = lambda step: False
         self._thread = ThreadPoolExecutor(1, 'checkpoint') if jax.process_count() == 1 else None
         self._pending, self._saving = None, None
 
