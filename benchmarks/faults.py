@@ -31,7 +31,6 @@ import sys
 import time
 from collections import Counter
 from datetime import UTC, datetime
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,6 +38,8 @@ import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.checkout import commit
 
 FLAGS = flags.FLAGS
 ROOT, KEPT = Path(__file__).parents[1], Path(__file__).with_suffix('.json')
@@ -289,14 +290,6 @@ def written(file: Path) -> set[int]:
         if any(value.tag == 'loss' for value in event.summary.value):
             found.add(event.step)
     return found
-
-
-def commit(*paths: str) -> str:
-    """The last commit of these paths, or of all; with a + where tracked files differ from it."""
-    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
-    head = git(['git', 'log', '-1', '--format=%H', '--', *paths]).stdout.strip()
-    changed = git(['git', 'diff', '--quiet', 'HEAD', '--', *(paths or ['*.py'])]).returncode
-    return head + '+' * bool(changed)
 
 
 def read() -> dict:

@@ -19,7 +19,6 @@ command goes on with what is missing. `--show` prints what is there. What is jud
 import json
 import os
 import platform
-import subprocess
 import time
 from datetime import UTC, datetime
 from functools import partial
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.checkout import commit
 from tpad_jax import mutual_information as mi
 from tpad_jax import writers
 
@@ -131,14 +131,6 @@ def cells(objective, data, width, nats, batch):
 def name(bound, data, width, nats, batch):
     """A cell's key."""
     return f'{bound} {data} d={width} I={nats} N={batch}'
-
-
-def commit():
-    """The commit of this checkout, with a + where tracked files differ from it."""
-    run = partial(subprocess.run, cwd=KEPT.parent, capture_output=True, text=True, check=False)
-    head = run(['git', 'rev-parse', 'HEAD']).stdout.strip()
-    changed = run(['git', 'diff', '--quiet', 'HEAD', '--', '../tpad_jax', '*.py']).returncode
-    return head + '+' * bool(changed)
 
 
 def plan():

@@ -31,6 +31,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.checkout import commit
+
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
 FILE = HERE / 'tpu_compile.json'
@@ -181,10 +183,8 @@ def show(cells: list[dict]) -> Table:
 
 def about() -> dict:
     """Where, when and with what this is computed."""
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=HERE, text=True,
-                            capture_output=True, check=False).stdout.strip()
     return {'machine': platform.machine(), 'cores': os.cpu_count(),
-            'date': datetime.now(UTC).date().isoformat(), 'commit': commit,
+            'date': datetime.now(UTC).date().isoformat(), 'commit': commit(),
             'versions': {name: metadata.version(name) for name in PACKAGES}}
 
 

@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 import tiny_stages
 
-from tests.test_checkpoint import assert_same, make_state, opened
+from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
 from tpad_jax import fitting, parallel, training
 from tpad_jax.checkpoint import abstract, claim
 from tpad_jax.errors import InputError
 
-# Orbax leaves the other reads of a damaged checkpoint to the garbage collector, which says so, or
-# to an event loop that is gone.
-pytestmark = [pytest.mark.filterwarnings(
-    f'ignore:Exception ignored in. {what}:pytest.PytestUnraisableExceptionWarning')
-    for what in ('<coroutine object _read_array', 'None')]
+pytestmark = LEFT_BEHIND
 
 
 @pytest.fixture(autouse=True)

@@ -18,14 +18,15 @@ from rich.console import Console
 
 from benchmarks import faults
 from tests import test_job
-from tests.test_checkpoint import assert_same, make_state, opened
-from tests.test_damage import halve, pytestmark  # noqa: F401 (its filter of warnings)
-from tests.test_job import base_dir, config  # noqa: F401 (fixtures)
+from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
+from tests.test_damage import halve
 from tpad_jax import features, job, train, trials, writers
 from tpad_jax.checkpoint import abstract, claim, enter
 from tpad_jax.data import pipeline
 from tpad_jax.errors import InputError
 
+pytestmark = LEFT_BEHIND
+base_dir, config = test_job.base_dir, test_job.config  # fixtures
 WIDTH = 60_000  # of a state: 480 kB
 
 
@@ -296,9 +297,9 @@ def knowledge(c, workdir, stopping=lambda: False):
 
 
 @pytest.mark.slow
-def test_the_job_after_damage_and_a_full_disk(request, tmp_path, small_disk, capsys):
+def test_the_job_after_damage_and_a_full_disk(config, tmp_path, small_disk, capsys):
     """The same parameters and log as a run that nothing happened to."""
-    c = test_job.changed(request.getfixturevalue('config'), stages='knowledge', diagnostics=0,
+    c = test_job.changed(config, stages='knowledge', diagnostics=0,
                          stage__knowledge__steps=7)
     expected, log = knowledge(c, tmp_path / 'whole')
 

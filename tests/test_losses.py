@@ -225,7 +225,6 @@ def test_scaled_features_lie_about_zero_however_large_their_mean():
     np.testing.assert_allclose(x.var(axis=0), 1, atol=2e-6)
 
 
-
 @pytest.mark.parametrize('reference', [np_vclub, np_l1out, np_club_fit])
 def test_scaled_is_of_scaled_features(reference):
     """Mean 0 and variance 1 over the positions that hold an item."""

@@ -226,13 +226,15 @@ class NoCheckpoints:
         self.held = state
 
 
+def numbers(start):
+    """Batches that are numbers."""
+    yield from range(start + 1, start + 1000)
+
+
 def loop_events(monkeypatch, total, **knobs):
     """What the loop does, in order."""
     monkeypatch.setattr(fitting, 'abstract', lambda tree: tree)
     events = []
-
-    def numbers(start):
-        yield from range(start + 1, start + 1000)
 
     @contextmanager
     def progress(*_):
@@ -286,7 +288,7 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
     monkeypatch.setattr(checkpoints, 'save', taking(5, checkpoints.save))
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=taking(3, lambda *_: None))
     loop = fitting.Loop(
-        name='s', total=4, devices=devices, batches=lambda start: iter_numbers(), writer=writer,
+        name='s', total=4, devices=devices, batches=numbers, writer=writer,
         checkpoints=checkpoints, progress=lambda *_: nullcontext(lambda *_: None), log_every=2,
         save_every=2, eval_every=4, validate=taking(13, lambda *_: {'hit@20': 0.5}))
     monkeypatch.setattr(checkpoints, 'best', lambda expected: (4, checkpoints.held, {}),
@@ -297,10 +299,6 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
     assert found['spent'] == {'compile': 11, 'input': 28 * ready, 'save': 10, 'log': 6,
                               'between': 16}
     assert found['seconds'] == 7 + 4 * (11 + 7) + 2 * 3 + 16 + 5  # but for the last save
-
-
-def iter_numbers():
-    yield from range(1, 1000)
 
 
 def test_metrics_that_are_not_finite_end_the_run(monkeypatch):

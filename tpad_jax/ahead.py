@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax import bases, parallel, plan
-from tpad_jax.check import check, names
+from tpad_jax.check import check
+from tpad_jax.config import names
 from tpad_jax.data import builder, npz, pipeline, ready, synthetic, text, wording
 from tpad_jax.errors import InputError
 from tpad_jax.models import tpad

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from tpad_jax import bases, handover, losses, parallel, recommenders, training
+from tpad_jax.config import names
 from tpad_jax.data import amazon
 from tpad_jax.errors import InputError
 from tpad_jax.losses import checking, distillation
@@ -13,11 +14,6 @@ from tpad_jax.models.knowledge import POOLING
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
-
-
-def names(text: str) -> tuple[str, ...]:
-    """'a,b' -> ('a', 'b'); '' -> ()."""
-    return tuple(part for part in text.split(',') if part)
 
 
 def check(config, among=None) -> tuple[str, ...]:

@@ -258,3 +258,8 @@ def stage(**changes):
     out.weights = ConfigDict({name: placeholder(float) for name in losses()})
     out.update(changes)
     return out
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A knob that names several: 'a,b' -> ('a', 'b'); '' -> ()."""
+    return tuple(part for part in text.split(',') if part)

@@ -32,8 +32,9 @@ from tpad_jax import (
     training,
     writers,
 )
-from tpad_jax.check import MAKES, STAGES, check, check_inputs, names
+from tpad_jax.check import MAKES, STAGES, check, check_inputs
 from tpad_jax.checkpoint import Checkpoints, claim, enter
+from tpad_jax.config import names
 from tpad_jax.data import (
     batches,
     builder,
@@ -252,7 +253,7 @@ class Job:
             tree = unflatten_dict({**params, **state.params}, sep='/')
             result, _ = evaluate(bind(tree, catalogue), self.valid, self.data.warm, ks=(20,),
                                  name=name)
-            return {k: result[k] for k in ('hit@20', 'mrr@20', 'ndcg@20')}
+            return {k: result[k] for k in recommenders.KEPT}
 
         checkpoints = Checkpoints(self.workdir / 'stages' / name)
         if (checkpoints.directory / DONE).is_file() and not checkpoints.steps():

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from tpad_jax import activations, optim, parallel
-from tpad_jax.check import MAKES, STAGES, names
+from tpad_jax.check import MAKES, STAGES
+from tpad_jax.config import names
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllm import MLLM
 

@@ -15,6 +15,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import training
+from tpad_jax.config import names
 from tpad_jax.errors import InputError
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import tpad
@@ -107,7 +108,7 @@ def beside(job, writer, progress) -> tuple[dict, dict]:
         found |= {name: [one] for name, one in zip(names, own, strict=True)}
     everyone = list(own)
     for name, rival in c.rivals.items():
-        if 'true' in rival.recommend.split(',') and job.planted is None:
+        if 'true' in names(rival.recommend) and job.planted is None:
             continue  # no such rows: only a planted catalogue knows the truth
         found[name] = [_rival(one.job, name, f'{name}_partner' if i else name, writer, progress)
                        for i, one in enumerate(own)]
@@ -129,7 +130,7 @@ def _partner(job, writer, progress):
     other.config = partnered(job.config)
     other.catalogue = dict(job.catalogue)
     c = other.config.model
-    made = tpad.build(None, c, recommend=tuple(filter(None, c.recommend.split(','))),
+    made = tpad.build(None, c, recommend=names(c.recommend),
                       items=job.data.num_items, max_length=job.max_length,
                       side_sizes=job.data.side_sizes)
     other.spec = replace(job.spec, **{part: getattr(made, part) for part in PARTS})
@@ -147,7 +148,7 @@ def _rival(job, name, folder, writer, progress):
         use_id=changes.get('use_id', c.model.use_id),
         side_sizes=job.data.side_sizes if changes.get('use_side', c.model.use_side) else ())
     model = replace(job.spec, fusion=fusion,
-                    recommend=tuple(filter(None, changes['recommend'].split(','))))
+                    recommend=names(changes['recommend']))
     spec = training.make_spec(c, 'recommend', model, c.seed)
     blank = _others(job.params, *(f'loss/{loss}/' for loss, _ in spec.modules))
     params = blank | job.fresh(model)

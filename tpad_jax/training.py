@@ -10,6 +10,7 @@ import optax
 from flax.traverse_util import unflatten_dict
 
 from tpad_jax import accumulation, collectives, losses, optim
+from tpad_jax.config import names
 from tpad_jax.errors import InputError
 from tpad_jax.models import readings, tpad
 from tpad_jax.types import Batch, State
@@ -94,7 +95,7 @@ def stage_losses(config, stage: str) -> tuple:
     for name, entry in config.losses.items():
         own = config.stage[stage].weights.get(name)
         weight = entry.weight if own is None else own
-        if stage in entry.stages.split(',') and weight:
+        if stage in names(entry.stages) and weight:
             keywords = {k: x for k, x in entry.items() if k not in losses.ENTRY}
             function = losses.resolve(name, entry.fn)
             absent = sorted(losses.needs(name, function, keywords) - known)
@@ -141,7 +142,7 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     """The static part of a stage's step."""
     chosen = stage_losses(config, stage)
     needs = frozenset().union(*(losses.needs(name, fn, kw) for name, fn, _, kw in chosen))
-    fresh = frozenset(n for n in config.stage[stage].fresh.split(',') if n)
+    fresh = frozenset(names(config.stage[stage].fresh))
     tx, skip = optim.optimiser(config.stage[stage]), config.skip_not_finite
     if skip:
         tx = optax.apply_if_finite(tx, skip)
