@@ -102,10 +102,10 @@ def beside(job, writer, progress) -> tuple[dict, dict]:
     else:
         found = {NAME: own} if c.partner else {}
     if c.partner or job.content is None:
-        names = [one.job.config.model.encoder for one in own]
-        if names[1:] == names[:1]:
-            names[1] += '_partner'
-        found |= {name: [one] for name, one in zip(names, own, strict=True)}
+        encoders = [one.job.config.model.encoder for one in own]
+        if encoders[1:] == encoders[:1]:
+            encoders[1] += '_partner'
+        found |= {name: [one] for name, one in zip(encoders, own, strict=True)}
     everyone = list(own)
     for name, rival in c.rivals.items():
         if 'true' in names(rival.recommend) and job.planted is None:
