@@ -114,7 +114,7 @@ def cell(study: str, name: str, size: int, seed: int, workdir: Path, stopping) -
     found = scores(job)
     made = results.provenance(job)
     return {'study': study, 'name': name, 'sessions': size, 'seed': seed, 'commit': made['commit'],
-            'date': made['date'], 'seconds': time.perf_counter() - begun,
+            'device': made['device'], 'date': made['date'], 'seconds': time.perf_counter() - begun,
             'chosen': job.record['chosen'], 'valid': job.record['valid'], **found}
 
 

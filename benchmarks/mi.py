@@ -123,7 +123,8 @@ def cells(objective, data, width, nats, batch):
             'interval': one.interval, 'pairs': one.pairs, 'warning': one.warning,
             'degrees': PAIRS // batch - 1 if bound in ('infonce', 'l1out') else PAIRS - 1,
             'likelihood': one.likelihood, 'curve': [float(x) for x in one.curve.get('value', ())],
-            'seconds': seconds, 'commit': commit(),
+            'seconds': seconds, 'commit': commit(), 'jax': jax.__version__,
+            'device': jax.devices()[0].device_kind,
             'date': datetime.now(UTC).strftime('%Y-%m-%d')}
     return out
 
@@ -203,27 +204,32 @@ def show(found):
         print(line)
 
 
+def read():
+    """Finished cells {key: cell}."""
+    return json.loads(KEPT.read_text())['cells'] if KEPT.is_file() else {}
+
+
 def main(argv):
     """Train and report what is missing, cell by cell; print all that is there."""
     del argv
-    kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {'cells': {}}
     for what in () if FLAGS.show else plan():
         objective, *where = what
         wanted = [name(b, *where) for b in READ.get(objective, ('club',))]
-        if all(key in kept['cells'] for key in wanted):
+        if ((FLAGS.objectives and objective not in FLAGS.objectives)
+                or read().keys() >= set(wanted)):
             continue
         made = cells(*what)
-        kept['cells'] |= made
         for key, cell in made.items():
             print(f'{key}: {cell["value"]:.3f} +- {cell["error"]:.3f}, truth {cell["truth"]:.3f}, '
                   f'{cell["seconds"]:.0f} s {cell["warning"]}', flush=True)
         writers.write_json(KEPT, {
             'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__,
             'steps': STEPS, 'critic': {'hidden': HIDDEN, 'width': WIDTH}, 'rate': RATE,
-            'cells': kept['cells']})
-    show(kept['cells'])
+            'cells': read() | made})  # another process may have added some
+    show(read())
 
 
 if __name__ == '__main__':
+    flags.DEFINE_list('objectives', '', f'only these of {", ".join(RATE)} and club')
     flags.DEFINE_bool('show', False, 'train nothing, print what is there')
     app.run(main)

@@ -220,7 +220,7 @@ def provenance(job) -> dict:
     return {'config': config.to_dict(), 'seed': config.seed, 'commit': commit or 'not a checkout',
             'packages': {name: importlib.metadata.version(name) for name in PACKAGES},
             'python': platform.python_version(), 'backend': jax.default_backend(),
-            'devices': job.devices.shards,
+            'device': jax.local_devices()[0].device_kind, 'devices': job.devices.shards,
             'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')}
 
 
