@@ -66,12 +66,15 @@ def sizes(small: bool):
                       (decoder.vocab - 2,), (decoder.vocab - 3,), HALF, HALF)
 
 
-def parts(topology: str, changes: dict, items: int, small: bool):
-    """The lifted step, its arguments as shapes that know their devices, and what is planned."""
+def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map'):
+    """The lifted step, its arguments as shapes that know their devices, and what is planned.
+
+    Args:
+      there: the devices. changes: of the config. how: see `parallel.choose`.
+    """
     import jax
     import jax.numpy as jnp
     from flax.traverse_util import flatten_dict
-    from jax.experimental import topologies
 
     from configs import amazon
     from tpad_jax import ahead, fitting, parallel, plan, training
@@ -82,8 +85,7 @@ def parts(topology: str, changes: dict, items: int, small: bool):
     c = amazon.get_config('qwen3vl_2b')
     c.update_from_flattened_dict(changes)
     c.data.raw_dir = 'X'  # a real catalogue has no true attributes
-    there = topologies.get_topology_desc(topology, 'tpu').devices
-    devices = parallel.choose('shard_map', c.devices, c.model_shards, there)
+    devices = parallel.choose(how, c.devices, c.model_shards, there)
     side, text, n = c.mllm.image_size, c.mllm.text_length, c.data.max_length
     base = VLM(sizes(small), side, c.mllm.attention, c.mllm.remat, c.mllm.dtype, (1, 2, 3), (4,),
                (5, 6, 7))
@@ -117,16 +119,18 @@ def parts(topology: str, changes: dict, items: int, small: bool):
                  placed({'catalogue': catalogue, 'frozen': state.frozen}))
     planned = plan.stage_plan(c, 'joint', base, flat, catalogue, shards=devices.shards,
                               model=devices.model, positions=n, side=side)
-    return devices.lift(partial(fitting.lean_step, spec=spec)), arguments, planned
+    return devices.lift(partial(fitting.lean_step, spec=spec)), arguments, planned, spec
 
 
 def cell(name: str, items: int, small: bool) -> dict:
     """One cell, in this process."""
     import jax
     from jax import export
+    from jax.experimental import topologies
 
     topology, changes = CELLS[name]
-    step, arguments, planned = parts(topology, changes, items, small)
+    there = topologies.get_topology_desc(topology, 'tpu').devices
+    step, arguments, planned, _ = parts(there, changes, items, small)
     begun = time.process_time()
     found = {'cell': name, 'topology': topology, 'config': changes, 'items': items, 'small': small}
     if name == 'export':

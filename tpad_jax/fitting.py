@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpad_jax import processes, training
+from tpad_jax import processes, profiling, training
 from tpad_jax.checkpoint import Checkpoints, abstract
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.parallel import Devices
 from tpad_jax.training import StepSpec
-from tpad_jax.types import State
+from tpad_jax.types import Batch, State
 
 # What a stage's seconds go to beside its steps: compiling, waiting for input (at most), what saves
 # and log lines hold up, and encoding and validating between steps.
@@ -49,6 +49,7 @@ class Loop:
         Stopped.
       shown: losses named beside the progress bar.
       broken: directory that gets the batch of a step whose numbers are not finite; None: none.
+      profile: traces and times some steps, or None.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Loop:
     stopping: Callable[[], bool] = lambda: False
     shown: tuple[str, ...] = ()
     broken: Path | None = None
+    profile: profiling.Profile | None = None
 
 
 def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
@@ -113,21 +115,30 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     if not meta['done']:
         step = loop.devices.lift(partial(lean_step, spec=spec))
         with (closing(loop.batches(number)) as batches,
-              loop.progress(loop.name, loop.total, number) as bar):
-            batch, recent = loop.devices.place(next(batches)), []
+              _profiled(loop) as profile, loop.progress(loop.name, loop.total, number) as bar):
+            host = next(batches)
+            watched, recent = profiling.Watched(loop.name, host), []
+            batch = loop.devices.place(host)
+            if profile:
+                profile.count(partial(lean_step, spec=spec, axis=None), state, Batch.of(host),
+                              {'catalogue': catalogue, 'frozen': frozen})
             while not meta['done']:
                 shared = {'catalogue': catalogue, 'frozen': frozen}
-                with _timed(spent, 'compile' if number == first else None):
+                with (_timed(spent, 'compile' if number == first else None),
+                      watched.step(number + 1, host, new=number == first)):
                     state, logged = step(state, batch, shared)
                 number += 1
                 asked = time.perf_counter()
-                batch = loop.devices.place(next(batches))  # transfers while the step computes
+                host = next(batches)
+                batch = loop.devices.place(host)  # transfers while the step computes
                 if logged['loss'].is_ready():  # and has ended: at most this long nothing computed
                     spent['input'] += time.perf_counter() - asked
                 if recent:
                     _log(loop, spec, bar, recent, spent)
                 recent.append((number, logged))
                 meta['done'] = number >= loop.total
+                if profile:
+                    profile.after(number, first + 2, state, meta['done'])
                 validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
                 metric = None
                 with _timed(spent, 'between'):
@@ -158,6 +169,15 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
             f'{loop.checkpoints.directory}, or delete that folder to train the stage again')
     trained, rows = local((saved['state'].params, saved['rows']))
     return trained, rows, {**meta, 'chosen': step, 'valid': valid}
+
+
+@contextmanager
+def _profiled(loop):
+    try:
+        yield loop.profile
+    finally:
+        if loop.profile:
+            loop.profile.abandon()
 
 
 @contextmanager

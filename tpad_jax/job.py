@@ -26,6 +26,7 @@ from tpad_jax import (
     parallel,
     plan,
     processes,
+    profiling,
     recommenders,
     results,
     snapshots,
@@ -67,9 +68,10 @@ class Job:
         them went to fitting.SPENT; sitting: s spent in stages by this one.
     """
 
-    def __init__(self, config, workdir: Path, stopping):
+    def __init__(self, config, workdir: Path, stopping, profile: int = 0):
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
+        self.profile = profile
         self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, 0.0, {}
         self.planted = self.content = None
@@ -269,7 +271,8 @@ class Job:
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if refreshing else None, refreshed=MAKES.get(stage, ()),
             stopping=self.stopping, shown=snapshots.shown(spec.losses),
-            broken=self.workdir / 'not_finite')
+            broken=self.workdir / 'not_finite', profile=self.profile and profiling.Profile(
+                self.workdir / 'profile', self.profile, name, self.devices))
         begun = time.perf_counter()
         try:
             out = fitting.fit(loop, spec, training.start(spec, params, c.train), catalogue)
@@ -289,12 +292,13 @@ class Job:
             raise Stopped('stopped between stages')
 
 
-def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
+def run(config, workdir, stopping=lambda: False, until: str = '', profile: int = 0) -> dict:
     """Run or resume the whole job in `workdir`; a finished one prints its results at once.
 
     Args:
       config, workdir: of the run. stopping: asked between and within stages, see `processes`.
       until: 'validation' leaves once the recommender is trained and never looks at test.
+      profile: steps of every stage to trace and time, see `profiling.Profile`; 0: none.
 
     Returns:
       What results.json holds; until validation, {'valid': {metric: value}} at the chosen step.
@@ -308,7 +312,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '') -> dict:
     check_inputs(config, stages, finished)
     enter(workdir, config)
     begun = time.perf_counter()
-    job = Job(config, workdir, stopping)
+    job = Job(config, workdir, stopping, profile)
     claim(workdir, config.to_dict(), job.data.fingerprint)
     written = workdir / 'results.json'
     if written.is_file():

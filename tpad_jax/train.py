@@ -30,6 +30,8 @@ PLAN = flags.DEFINE_flag(flags.Flag(
     'as --plan=v5e-8, --plan=v6e-8 or --plan=24gib-8.', boolean=True))
 PLAN_ITEMS = flags.DEFINE_integer('plan_items', None, 'With --plan: for so many items, no data '
                                   'read.')
+PROFILE = flags.DEFINE_integer('profile', 0, 'Trace and time so many steps of every stage, into '
+                               'WORKDIR/profile.', lower_bound=0)
 # Where a run has several processes: each is started with the same command but for its number.
 COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT, where process 0 of several '
                                   'listens; the hosts of a TPU slice find each other without.')
@@ -92,7 +94,7 @@ def main(argv):
             return
         from tpad_jax import job, processes
         processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        job.run(CONFIG.value, workdir, processes.together(stopping))
+        job.run(CONFIG.value, workdir, processes.together(stopping), profile=PROFILE.value)
     except InputError as error:
         refuse(error)
     except OSError as error:
