@@ -3,6 +3,7 @@
 import re
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import jax
@@ -241,6 +242,17 @@ def test_rows_that_were_kept_are_left_as_they_are(tmp_path, monkeypatch):
     assert found.keys() == rows().keys()
     for name in ('k', 'r'):
         np.testing.assert_array_equal(features.read(tmp_path, name), rows()[name])
+
+
+def test_r_without_a_reading_of_its_own_is_read_under_the_adapter_of_k():
+    spec, params = model()
+    spec = replace(spec, reread=False)
+    one = encode.encoder(spec, content(), ('r',), rows=ROWS, part=PART)
+    own = {**params, 'lora': {'knowledge': params['lora']['knowledge']}}
+    c = content()
+    expected = tpad.distil_items(spec, own, c.image[1:], c.has_image[1:], c.tokens[1:])
+    np.testing.assert_allclose(one(params)['r'][1:], expected, atol=1e-5)
+    assert one.made_by(params)['r']['adapter'] == 'knowledge'
 
 
 @pytest.mark.parametrize(('path', 'names'), [

@@ -29,10 +29,8 @@ ROWS = 120  # items per compiled call; the last call of a part is filled up
 PART = 16 * ROWS  # items per file of an unfinished store
 AHEAD = 2  # calls whose contents are gathered while another computes
 LARGE = 1 << 24  # bytes of an array whose digest is computed where it lies
-# Which parameters the rows of a name depend on, and the adapter they are read under.
-READS = {'k': ('base', 'knowledge', 'lora/knowledge'),
-         'r': ('base', 'knowledge', 'lora/distil', 'adapter')}
-ADAPTERS = {'k': 'knowledge', 'r': 'distil'}
+# Which parameters the rows of a name depend on, beside the adapter they are read under.
+READS = {'k': ('base', 'knowledge'), 'r': ('base', 'knowledge', 'adapter')}
 
 
 def buckets(tokens: np.ndarray, part: int) -> list[tuple[int, np.ndarray]]:
@@ -74,6 +72,8 @@ class Encoder:
     def __init__(self, spec: tpad.TPAD, content, names: tuple[str, ...], rows: int = ROWS,
                  part: int = PART, devices: Devices | None = None):
         self.names, self._spec, self._content = names, spec, content
+        self._adapters = {'k': 'knowledge', 'r': 'distil' if spec.reread else 'knowledge'}
+        self._reads = {name: (*READS[name], f'lora/{self._adapters[name]}') for name in names}
         self._devices = devices or Devices('jit', tuple(jax.local_devices()[:1]))
         shards = self._devices.shards
         self._rows = -(-min(rows, max(1, len(content.tokens) - 1)) // shards) * shards
@@ -125,12 +125,12 @@ class Encoder:
         prompt = [list(getattr(reader.base, part)) for part in ('before', 'between', 'end')]
         tokens = hashlib.sha256(np.ascontiguousarray(content.tokens)).hexdigest()[:16]
         return {name: {
-            **more, 'adapter': ADAPTERS[name], 'prompt': prompt, 'pooling': reader.pooling,
+            **more, 'adapter': self._adapters[name], 'prompt': prompt, 'pooling': reader.pooling,
             'dtype': str(getattr(reader.base, 'dtype', 'float32')),
             'resolution': content.image.shape[1], 'text_length': content.tokens.shape[1],
             'tokens': tokens, 'parameters': hashlib.sha256('\n'.join(
                 f'{path} {digest}' for path, digest in sorted(digests.items())
-                if _under(path, READS[name])).encode()).hexdigest()[:16]}
+                if _under(path, self._reads[name])).encode()).hexdigest()[:16]}
             for name in self.names}
 
     def fill(self, params: dict, directory, made_by: dict[str, dict], progress=None,
@@ -249,7 +249,7 @@ class Encoder:
     def _used(self, params):
         """The part of the parameters that is read, on the devices as parallel.RULES have it."""
         flat = flatten_dict(params, sep='/')
-        roots = {root for name in self.names for root in READS[name]}
+        roots = set().union(*self._reads.values())
         used = {path: x for path, x in flat.items() if _under(path, roots)}
         return unflatten_dict(self._devices.share(used), sep='/')
 
