@@ -288,6 +288,6 @@ def test_claim_refuses_a_file_that_is_no_config(tmp_path):
 
 def test_a_bucket_is_no_workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r'gs:/bucket/run is no directory.*copy it'):
+    with pytest.raises(InputError, match=r'is no directory.*--mirror=gs://bucket/run for'):
         enter(Path('gs://bucket/run'), None)
     assert not list(tmp_path.iterdir())

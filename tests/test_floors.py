@@ -15,7 +15,7 @@ FLOORS = (
     {'session_knn'},  # of floor 2, on metrics
     {'baselines'},  # of floor 2, on these
     {'parallel', 'processes', 'checkpoint', 'features', 'writers', 'bases', 'merge', 'activations'},
-    {'figures', 'compare', 'ranking', 'profiling'},  # of floor 3, on writers or parallel
+    {'figures', 'compare', 'ranking', 'profiling', 'mirror'},  # of floor 3, on writers or parallel
     {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},
     {'fitting'},  # of floor 4, on training

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import amazon
-from tpad_jax import features, fitting, job, parallel, slices, writers
+from tpad_jax import features, fitting, job, mirror, parallel, slices, writers
 from tpad_jax.data import builder
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import pretrained
@@ -268,17 +268,19 @@ def run_through(config, workdir, when):
 
 @pytest.mark.slow
 def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
-    """Stopped or killed in every stage, the first two stages run by themselves first."""
-    workdir = tmp_path / 'run'
+    """Stopped or killed in every stage; the first two by themselves first, then from a mirror."""
+    workdir, where = tmp_path / 'run', str(tmp_path / 'mirror')
     when = dict(knowledge=(3, 'stop'), transfer=(4, 'kill'))
-    _, stopped, steps = run_through(changed(config, stages='knowledge,transfer'), workdir, when)
+    with mirror.kept(workdir, where):
+        _, stopped, steps = run_through(changed(config, stages='knowledge,transfer'), workdir, when)
     assert (stopped, when) == (2, {})
     assert 10 < steps <= 10 + 2 * config.save_every
     found = json.loads((workdir / 'results.json').read_text())
     assert set(found['models']) == set(BASELINES)
     when = dict(recommend=(5, 'kill'), knowledge_only=(1, 'stop'), joint=(3, 'stop'))
-    rest = changed(config, stages='recommend,joint')
-    params, stopped, steps = run_through(rest, workdir, when)
+    rest, workdir = changed(config, stages='recommend,joint'), tmp_path / 'elsewhere'
+    with mirror.kept(workdir, where):
+        params, stopped, steps = run_through(rest, workdir, when)
     assert (stopped, when) == (3, {})
     assert 4 * 8 + 5 < steps <= 4 * 8 + 5 + 2 * config.save_every
 

@@ -336,9 +336,10 @@ def enter(workdir: Path, config) -> None:
       InputError: it cannot be had, is in a bucket, or is another config's.
     """
     if re.match('[a-z0-9]+:/', str(workdir)):  # what a Path leaves of gs://; it would be made here
-        raise InputError(f'--workdir={workdir} is no directory: data is mapped into memory and '
-                         'files are renamed, which a bucket does not offer; name a local one and '
-                         'copy it, see docs/tpu.md')
+        said = str(workdir).replace(':/', '://', 1)
+        raise InputError(f'--workdir={said} is no directory: data is mapped into memory and '
+                         'files are renamed, which a bucket does not offer; name a local one, and '
+                         f'--mirror={said} for a copy there')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

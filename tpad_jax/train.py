@@ -37,6 +37,8 @@ COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT, where process 0
                                   'listens; the hosts of a TPU slice find each other without.')
 PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes there are.')
 PROCESS = flags.DEFINE_integer('process', -1, 'The number of this one, from 0.')
+MIRROR = flags.DEFINE_string('mirror', '', 'Where a copy of the workdir is kept while it runs, as '
+                             'gs://BUCKET/RUN or a directory; an empty workdir begins with it.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
 
 
@@ -92,9 +94,10 @@ def main(argv):
             from tpad_jax import ahead  # here: --help and a wrong flag need no jax
             print(*ahead.lines(CONFIG.value, workdir, PLAN.value, PLAN_ITEMS.value), sep='\n')
             return
-        from tpad_jax import job, processes
+        from tpad_jax import job, mirror, processes
         processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        job.run(CONFIG.value, workdir, processes.together(stopping), profile=PROFILE.value)
+        with mirror.kept(workdir, MIRROR.value):
+            job.run(CONFIG.value, workdir, processes.together(stopping), profile=PROFILE.value)
     except InputError as error:
         refuse(error)
     except OSError as error:
