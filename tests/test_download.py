@@ -1,0 +1,546 @@
+"""Pictures from a server here that behaves as badly as any: had once, counted, bounded."""
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpcore2
+import pytest
+from rich.console import Console
+
+from benchmarks import download as benchmark
+from benchmarks.picture_server import FOR_NOW, KINDS, LIMIT, PictureServer, encoded, raw
+from tpad_jax.data import amazon
+from tpad_jax.data.download import addresses, fetching, hosts, pictures
+from tpad_jax.data.download.__main__ import table
+from tpad_jax.data.download.journal import Begun, Journal
+from tpad_jax.errors import InputError
+
+QUICK = hosts.Limits(per_host=16, pause=0, timeout=0.5, tries=2, backoff=0.02, max_bytes=LIMIT)
+
+
+def get(folder, limits=QUICK, **changes):
+    report = pictures.download(folder, limits, **{'allow_private': True, **changes})
+    assert benchmark.adds_up(report)
+    assert report == benchmark.last_report(folder / 'images')
+    return report
+
+
+def serving(folder, *paths, **options):
+    """A server and a folder whose items' pictures it has at these addresses."""
+    server = PictureServer()
+    raw(folder, [path if ':' in path else server.url + path for path in paths], **options)
+    return server
+
+
+def reasons(report):
+    return {one['asin']: one['reason'] for one in report['failures']}
+
+
+@pytest.mark.parametrize('form', ['2018', '2023'])
+def test_every_kind_of_answer(tmp_path, form):
+    """Once each, and a second run that asks for nothing but what may be there now."""
+    kinds = list(KINDS)
+    with serving(tmp_path, *[f'/{kind}/{n}.jpg' for n, kind in enumerate(kinds)],
+                 form=form) as server:
+        report = get(tmp_path)
+        first = benchmark.asked_so_far(server)
+        again = get(tmp_path)
+        second = benchmark.asked_so_far(server) - first
+    for n, kind in enumerate(kinds):
+        assert reasons(report).get(f'B{n:04d}', '') == KINDS[kind], kind
+        if not KINDS[kind]:
+            assert benchmark.is_sent(tmp_path / 'images', f'B{n:04d}', kind), kind
+            path = f'/plain/{n}.jpg' if kind.startswith('moved') else f'/{kind}/{n}.jpg'
+            size = len(encoded(n, 'PNG' if kind == 'png' else 'JPEG'))
+            if kind != 'changes':  # no byte twice
+                assert sum(one.sent for one in server.requests[path]
+                           if one.status in (200, 206)) == size, kind
+    assert report['for_now'] == again['for_now'] == len(FOR_NOW)
+    assert {path.split('/')[1] for path in second} == FOR_NOW
+    assert again['there'] == report['fetched']
+    assert again['bytes'] == {'received': 0, 'dropped': 0}
+    kept = sum(path.stat().st_size for path in (tmp_path / 'images').glob('B*'))
+    assert report['bytes']['received'] - report['bytes']['dropped'] == kept
+    assert sum(one.sent for one in server.requests[f'/large/{kinds.index("large")}.jpg']) < 3e5
+    found = amazon.read(tmp_path)
+    assert found.catalogue['image'].null_count() == report['failed']
+
+
+def test_what_is_asked_how_often(tmp_path):
+    with serving(tmp_path, '/missing/1.jpg', '/fails/2.jpg', '/html/3.jpg', '/circle/4.jpg',
+                 ) as server:
+        get(tmp_path, QUICK._replace(tries=3))
+        times = {path: len(requests) for path, requests in server.requests.items()}
+        assert times == {'/missing/1.jpg': 1, '/fails/2.jpg': 3, '/html/3.jpg': 1,
+                         '/circle/4.jpg': 1 + fetching.MAX_REDIRECTS}
+        get(tmp_path, again=True)
+        assert len(server.requests['/missing/1.jpg']) == 2
+
+
+def test_the_next_address_where_one_has_nothing(tmp_path):
+    with serving(tmp_path, '/missing/0.jpg') as server:
+        lines = (tmp_path / 'meta_X.jsonl').read_text()
+        (tmp_path / 'meta_X.jsonl').write_text(lines.replace(
+            '"hi_res": null', f'"hi_res": "{server.url}/plain/0.jpg"'))
+        assert get(tmp_path)['fetched'] == 1
+    assert benchmark.is_sent(tmp_path / 'images', 'B0000', 'plain')
+
+
+def test_a_picture_is_continued_where_it_broke_off_in_another_run(tmp_path):
+    with serving(tmp_path, '/breaks/1.jpg', '/changes/2.jpg', '/without_tag/3.jpg') as server:
+        get(tmp_path, QUICK._replace(tries=1))
+        part, data = tmp_path / 'images' / 'B0000.part', encoded(1)
+        have = part.stat().st_size
+        assert part.read_bytes() == data[:have]
+        assert have == len(data) // 2
+        with part.open('ab') as file:
+            file.write(data[have:])  # killed between the last byte and the name
+        get(tmp_path)
+    assert len(server.requests['/breaks/1.jpg']) == 1
+    assert server.requests['/changes/2.jpg'][1].start == len(encoded(2)) // 2
+    assert (tmp_path / 'images' / 'B0001.jpg').read_bytes() == encoded(-3)  # and no mixture
+
+
+@pytest.mark.parametrize('damage', ['longer', 'longer_than_told', 'shorter_journal',
+                                    'other_address', 'link', 'pipe'])
+def test_a_part_that_is_not_what_the_journal_says_is_dropped(tmp_path, damage):
+    with serving(tmp_path, '/breaks/1.jpg'):
+        get(tmp_path, QUICK._replace(tries=1))
+        part, journal = (tmp_path / 'images' / name for name in ('B0000.part', 'download.jsonl'))
+        if damage.startswith('longer'):
+            part.write_bytes(bytes(LIMIT))
+            if damage == 'longer_than_told':
+                forget_size(journal)
+        elif damage == 'shorter_journal':
+            journal.write_bytes(journal.read_bytes()[:-9])
+        elif damage == 'other_address':
+            for file in tmp_path.glob('meta*'):
+                file.write_text(file.read_text().replace('/breaks/', '/plain/'))
+        else:
+            part.unlink()
+            (tmp_path / 'secret').write_text('secret')
+            part.symlink_to(tmp_path / 'secret') if damage == 'link' else os.mkfifo(part)
+        assert get(tmp_path)['fetched'] == 1
+    assert (tmp_path / 'images' / 'B0000.jpg').read_bytes() == encoded(1)
+    if damage == 'link':
+        assert (tmp_path / 'secret').read_text() == 'secret'
+
+
+def forget_size(journal):
+    journal.write_text(''.join(json.dumps({key: value for key, value in json.loads(line).items()
+                                           if key != 'size'}) + '\n'
+                               for line in journal.read_text().splitlines()))
+
+
+def test_a_whole_part_of_unknown_size_is_asked_for_no_byte(tmp_path):
+    with serving(tmp_path, '/breaks/1.jpg') as server:
+        get(tmp_path, QUICK._replace(tries=1))
+        (tmp_path / 'images' / 'B0000.part').write_bytes(encoded(1))
+        forget_size(tmp_path / 'images' / 'download.jsonl')
+        assert get(tmp_path)['fetched'] == 1
+    assert [one.status for one in server.requests['/breaks/1.jpg']] == [200, 416]
+
+
+def test_nothing_of_anothers_is_replaced(tmp_path):
+    with serving(tmp_path, *['/plain/1.jpg'] * 5) as server:
+        images = tmp_path / 'images'
+        images.mkdir()
+        (images / 'B0000.png').write_bytes(b'mine')
+        (images / 'B0001.jpg').write_bytes(b'')  # what a power cut may leave
+        (images / 'B0002.jpg').mkdir()
+        (images / 'B0003.jpg').symlink_to('/etc/hostname')
+        report = get(tmp_path)
+    assert (report['there'], report['fetched']) == (1, 2)
+    assert reasons(report) == {'B0002': 'image_not_a_file', 'B0003': 'image_link_outside'}
+    assert len(server.requests['/plain/1.jpg']) == 2
+    assert (images / 'B0000.png').read_bytes() == b'mine'
+
+
+@pytest.mark.parametrize('url', [
+    'ftp://127.0.0.1/a.jpg', 'file:///etc/passwd', 'javascript:alert(1)', 'http://', 'http://[::1',
+    'http://a:b@127.0.0.1/a.jpg', '//127.0.0.1/a.jpg', 'http://127.0.0.1:99999/', ':\x00'])
+def test_an_address_that_is_none(tmp_path, url):
+    raw(tmp_path, [url])
+    report = get(tmp_path)
+    assert report['reasons'].keys() <= {'bad_url', 'not_http'}
+    assert report['for_good'] == 1
+    assert not report['answers']
+
+
+def test_addresses_of_both_forms(tmp_path):
+    long = 'http://a/' + 'x' * amazon.URL_LENGTH
+    raw(tmp_path / '18', ['http://a/0'], '2018')
+    with (tmp_path / '18' / 'meta_X.json').open('a') as file:
+        for asin, fields in {
+                'A1': {'imageURL': ['small'], 'imageURLHighRes': ['large', 'large', 'next']},
+                'A2': {'imageURL': 'small'}, 'A3': {'imageURL': [{'a': 1}, 7, None, '', ['x']]},
+                'A4': {'imageURLHighRes': [long]}, 'A5': {}, '../A6': {'imageURL': ['x']}}.items():
+            file.write(json.dumps({'asin': asin, **fields}) + '\n')
+    found = amazon.pictures(tmp_path / '18')
+    assert found.urls == {'B0000': ('http://a/0',), 'A1': ('large', 'next', 'small'),
+                          'A2': ('small',), 'A3': ('x',), 'A4': (), 'A5': ()}
+    assert found.reviewed == {'B0000'}
+    assert found.lines['unused'] == {'url_too_long': 1}
+    assert found.lines['rejected'] == {'bad_asin': 1}
+    assert found.lines['kept'] == 7
+    raw(tmp_path / '23', ['http://a/0'])
+    with (tmp_path / '23' / 'meta_X.jsonl').open('a') as file:
+        for asin, images in {
+                'A1': [{'variant': 'PT01', 'large': 'back'},
+                       {'variant': 'MAIN', 'thumb': 't', 'large': None, 'hi_res': 'h'}],
+                'A2': [7, None, {'large': ['x']}, []], 'A3': 'x', 'A4': {'large': ['x']}}.items():
+            file.write(json.dumps({'parent_asin': asin, 'images': images}) + '\n')
+    found = amazon.pictures(tmp_path / '23')
+    assert found.urls == {'B0000': ('http://a/0',), 'A1': ('h', 't', 'back'), 'A2': ('x',),
+                          'A3': (), 'A4': ()}
+
+
+def test_items_that_no_review_names_are_left_out(tmp_path):
+    with serving(tmp_path, '/plain/1.jpg', '/plain/2.jpg') as server:
+        reviews = (tmp_path / 'X.jsonl').read_text().splitlines()
+        (tmp_path / 'X.jsonl').write_text(reviews[0] + '\n')
+        report = get(tmp_path)
+        assert (report['unreviewed'], report['fetched'], len(server.requests)) == (1, 1, 1)
+        report = get(tmp_path, unreviewed=True)
+        assert (report['unreviewed'], report['there'], report['fetched']) == (0, 1, 1)
+
+
+# --- which addresses are asked --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('address', [
+    '127.0.0.1', '10.1.2.3', '172.16.0.1', '192.168.1.1', '100.64.0.1', '169.254.169.254',
+    '0.0.0.0', '224.0.0.1', '240.0.0.1', '255.255.255.255', '192.0.2.1', '198.18.0.1', '::', '::1',
+    'fe80::1', 'fe80::1%eth0', 'fc00::1', 'fec0::1', 'ff02::1', '::ffff:10.0.0.1', '::7f00:1',
+    '64:ff9b::7f00:1', '2002:7f00:1::', '2001:0:1:2:3:4:80ff:fffe'])
+def test_addresses_that_are_not_public(address):
+    assert not addresses.is_public(address)
+
+
+@pytest.mark.parametrize('address', ['93.184.216.34', '2606:2800:220:1::1', '64:ff9b::5db8:d822'])
+def test_addresses_that_are_public(address):
+    assert addresses.is_public(address)
+
+
+class Elsewhere(httpcore2.AsyncNetworkBackend):
+    """A public address leads to the server here; any other is connected to as it is."""
+
+    def __init__(self, port):
+        self.port, self.asked = port, []
+
+    async def connect_tcp(self, host, port, *rest):
+        self.asked.append(host)
+        if host == '93.184.216.34':
+            host, port = '127.0.0.1', self.port
+        return await httpcore2.AnyIOBackend().connect_tcp(host, port, *rest)
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """{name: one list of addresses per time it is asked for, the last one for good}."""
+    table, system = {}, addresses.resolve
+
+    async def resolve(host, port):
+        if host not in table:
+            return await system(host, port)
+        return table[host].pop(0) if len(table[host]) > 1 else table[host][0]
+    monkeypatch.setattr(addresses, 'resolve', resolve)
+    return table
+
+
+def fetch(folder, network, url):
+    """The path of a picture, or the reason why there is none; limits as in QUICK."""
+    async def one():
+        fetcher = fetching.Fetcher(folder, journal, QUICK, network)
+        try:
+            return await fetcher.fetch('B1', (url,))
+        except hosts.Failed as failed:
+            return failed.reason
+        finally:
+            await fetcher.close()
+    folder.mkdir(exist_ok=True)
+    journal = Journal(folder / 'download.jsonl')
+    try:
+        return asyncio.run(one())
+    finally:
+        journal.close()
+
+
+@pytest.mark.parametrize('target', [
+    'http://127.0.0.1:{port}/plain/1.jpg', 'http://localhost:{port}/plain/1.jpg',
+    'http://2130706433:{port}/plain/1.jpg', 'http://0x7f.1:{port}/plain/1.jpg',
+    'http://[::ffff:127.0.0.1]:{port}/plain/1.jpg', 'http://[::1]:{port}/plain/1.jpg',
+    'http://inside.test:{port}/plain/1.jpg', 'http://169.254.169.254/plain/1.jpg'])
+def test_a_redirect_to_a_private_address_is_refused(tmp_path, names, monkeypatch, target):
+    """Before anything is sent there; the same hop to a public address is followed."""
+    names |= {'shop.test': [['93.184.216.34']], 'inside.test': [['10.0.0.7', '127.0.0.1']]}
+    with PictureServer() as server:
+        network = Elsewhere(server.server_port)
+        guarded = addresses.Guarded(inner=network)
+        monkeypatch.setattr(server, 'target', target.format(port=server.server_port))
+        assert fetch(tmp_path / 'a', guarded, 'http://shop.test/elsewhere/1.jpg') == (
+            'address_refused')
+        assert set(network.asked) == {'93.184.216.34'}
+        assert set(server.requests) == {'/elsewhere/1.jpg'}
+        monkeypatch.setattr(server, 'target', 'http://shop.test/plain/1.jpg')
+        assert isinstance(fetch(tmp_path / 'b', guarded, 'http://shop.test/elsewhere/1.jpg'), Path)
+
+
+def test_a_name_is_what_it_was_when_it_was_looked_at(tmp_path, names):
+    """It says a public address, and from then on a private one: that is never connected to."""
+    names['shop.test'] = [['93.184.216.34'], ['127.0.0.1']]
+    with PictureServer() as server:
+        network = Elsewhere(server.server_port)
+        guarded = addresses.Guarded(inner=network)
+        assert isinstance(fetch(tmp_path / 'a', guarded, 'http://shop.test/plain/1.jpg'), Path)
+        assert fetch(tmp_path / 'b', guarded, 'http://shop.test/plain/1.jpg') == 'address_refused'
+    assert network.asked == ['93.184.216.34']
+
+
+def test_of_a_names_addresses_the_public_ones_are_tried(tmp_path, names):
+    names['shop.test'] = [['127.0.0.1', '93.184.216.35', '93.184.216.34']]
+    with PictureServer() as server:
+        network = Elsewhere(server.server_port)
+
+        async def connect(host, port, *rest):
+            network.asked.append(host)
+            if host == '93.184.216.35':
+                raise httpcore2.ConnectError('nobody')
+            return await httpcore2.AnyIOBackend().connect_tcp('127.0.0.1', network.port, *rest)
+        network.connect_tcp = connect
+        found = fetch(tmp_path / 'a', addresses.Guarded(inner=network),
+                      'http://shop.test/plain/1.jpg')
+    assert isinstance(found, Path)
+    assert network.asked == ['93.184.216.35', '93.184.216.34']
+
+
+def test_this_machine_is_asked_only_if_told_so(tmp_path):
+    with serving(tmp_path, '/plain/1.jpg') as server:
+        report = get(tmp_path, allow_private=False)
+        assert reasons(report) == {'B0000': 'address_refused'}
+        assert not server.requests
+        assert get(tmp_path, allow_private=False)['failures'][0]['remembered']
+        assert get(tmp_path)['fetched'] == 1
+
+
+# --- how hosts are treated ------------------------------------------------------------------------
+
+
+def test_requests_at_once_are_bounded(tmp_path):
+    paths = [f'/drips/{n}.jpg' for n in range(9)]
+    with serving(tmp_path, *paths) as server:
+        get(tmp_path, QUICK._replace(per_host=3))
+    assert server.busiest == 3
+    other = [path.replace('127.0.0.1', 'localhost') for path in [server.url + p for p in paths]]
+    turns = list(pictures._in_turns({str(n): (url,) for n, url in enumerate(
+        [*[server.url + p for p in paths], *other])}))
+    assert turns[:4] == ['0', '9', '1', '10']
+    assert len(turns) == 18
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that only sleeping spends."""
+    class Clock:
+        now = 100.0
+
+        def monotonic(self):
+            return self.now
+
+        async def sleep(self, seconds):
+            self.now += seconds
+    clock = Clock()
+    monkeypatch.setattr(hosts, 'time', clock)
+    monkeypatch.setattr(hosts.asyncio, 'sleep', clock.sleep)
+    return clock
+
+
+def test_a_host_has_its_pauses(clock):
+    async def turns():
+        host, begun = hosts.Host(QUICK._replace(pause=2.0)), []
+        for hold in (0, 0, 7.5, 0):
+            async with host.turn():
+                begun.append(clock.now - 100)
+                host.hold(hold)
+        host.hold(hosts.LONGEST_HOLD + 1)
+        with pytest.raises(hosts.Failed, match='host_wants_a_pause'):
+            async with host.turn():
+                pass
+        return begun
+    assert asyncio.run(turns()) == [0, 2, 4, 11.5]
+
+
+def test_retry_after():
+    later = time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(time.time() + 50))
+    assert 40 < fetching._seconds(later) <= 50
+    assert [fetching._seconds(text) for text in (
+        '7', '', '-1', 'soon', '1e9', '9' * 99, 'Wed, 21 Oct 2015 07:28:00 GMT',
+        'Wed, 21 Oct 2015 07:28:00', 'Wed, 99 Oct 2015 07:28:00 GMT')] == [7] + [0] * 8
+
+
+def test_a_host_that_is_gone_is_not_asked_for_all_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(hosts, 'GIVE_UP', 3)
+    with serving(tmp_path, *[f'/fails/{n}.jpg' for n in range(30)]) as server:
+        report = get(tmp_path, QUICK._replace(jobs=1))
+    assert len(server.requests) == 3
+    assert report['for_now'] == 30
+    assert report['reasons'] == {'host_given_up': 27, 'status_500': 3}
+
+
+def test_a_machine_that_nobody_answers_at(tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        raw(tmp_path, [f'http://127.0.0.1:{free.getsockname()[1]}/a.jpg', 'http://no.invalid/a'])
+        report = get(tmp_path)
+    assert report['reasons'] == {'no_connection': 2}
+    assert report['for_now'] == 2
+
+
+# --- the journal and the disk ---------------------------------------------------------------------
+
+
+def test_the_journal_survives_what_may_happen_to_it(tmp_path):
+    path = tmp_path / 'download.jsonl'
+    journal = Journal(path)
+    journal.begin('A', Begun('u', '"tag"', 7))
+    journal.fail('B', 'u', 'status_404')
+    with pytest.raises(InputError, match='another download runs'):
+        Journal(path)
+    journal.close()
+    whole = path.read_bytes()
+    for end in range(len(whole)):  # a kill inside any line
+        path.write_bytes(whole[:end])
+        journal = Journal(path)
+        journal.keep('C', 'u', 'C.jpg', 1)
+        journal.close()
+        again = Journal(path)
+        assert not again.rejected
+        assert set(again.begun) <= {'A'}
+        again.close()
+    path.write_bytes(b'[]\n{"asin": 1}\nno\n{"asin": "A", "url": "u", "validator": "\\n", "size": '
+                     b'"x"}\n{"asin": "B", "url": "u", "failed": "x"}\n'
+                     b'{"asin": "B", "url": "u", "file": "B.jpg"}\n')
+    journal = Journal(path)
+    assert journal.begun == {'A': Begun('u', None, None)}
+    assert not journal.failed
+    assert journal.rejected == {'bad_json': 2, 'bad_line': 1}
+    journal.close()
+
+
+@pytest.mark.parametrize('name', ['download.jsonl', 'images', 'X.jsonl'])
+def test_a_place_to_write_to_that_leads_out(tmp_path, name):
+    folder = raw(tmp_path / 'raw', ['http://a/b'])
+    outside, place = tmp_path / 'outside', folder / name
+    if name == 'download.jsonl':
+        (folder / 'images').mkdir()
+        place = folder / 'images' / name
+        outside.write_text('mine')
+    elif name == 'images':
+        outside.mkdir()
+    else:
+        place.rename(outside)
+    place.symlink_to(outside)
+    with pytest.raises(InputError, match=r'leads out|own'):
+        get(folder)
+    assert name != 'download.jsonl' or outside.read_text() == 'mine'
+
+
+def test_a_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, 'No space left on device')
+    opened = fetching._opened
+    monkeypatch.setattr(fetching, '_opened', lambda part: Full() if '1' in part.name else opened(
+        part))
+    with serving(tmp_path, '/plain/0.jpg', '/plain/1.jpg', '/plain/2.jpg') as server:
+        with pytest.raises(OSError, match='No space'):
+            get(tmp_path, QUICK._replace(jobs=1))
+        report = benchmark.last_report(tmp_path / 'images')
+        assert benchmark.adds_up(report)
+        assert (report['fetched'], report['left']) == (1, 2)
+        monkeypatch.setattr(fetching, '_opened', opened)
+        report = get(tmp_path)
+    assert (report['there'], report['fetched']) == (1, 2)
+    assert len(server.requests['/plain/0.jpg']) == 1
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(*args, **options):
+    return subprocess.Popen([sys.executable, '-m', 'tpad_jax.data.download', *map(str, args)],
+                            cwd=benchmark.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
+
+
+def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path):
+    with serving(tmp_path, *[f'/drips/{n}.jpg' for n in range(12)]) as server:
+        args = tmp_path, '--allow_private', '--per_host=4', '--pause=0'
+        process, images = command(*args), tmp_path / 'images'
+        while len(list(images.glob('*.jpg'))) < 4 or not any(
+                part.stat().st_size for part in images.glob('*.part') if part.exists()):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+        assert process.returncode == 75, err
+        report = benchmark.last_report(images)
+        assert benchmark.adds_up(report)
+        assert report['left'] > 0
+        assert err == (f'tpad_jax.data.download: {report["left"]} pictures left; the same command '
+                       'goes on from there\n')
+        first = benchmark.asked_so_far(server)
+        have = {int(part.stem[1:]): part.stat().st_size for part in images.glob('*.part')}
+        report = get(tmp_path)
+    assert report['fetched'] + report['there'] == 12
+    for number, size in have.items():
+        again = server.requests[f'/drips/{number}.jpg'][first[f'/drips/{number}.jpg']:]
+        assert [(one.start or 0, one.sent) for one in again] == [
+            (size, len(encoded(number)) - size)]
+
+
+def test_the_command_refuses_in_one_sentence(tmp_path):
+    raw(tmp_path / 'a', ['http://127.0.0.1:1/a.jpg'])
+    ran = [command(*args) for args in (
+        ['--help'], [], ['--jobs=0', 'a'], [tmp_path / 'none'], [tmp_path / 'a'])]
+    told = [(*process.communicate(), process.returncode) for process in ran]
+    assert [status for *_, status in told] == [0, 2, 2, 2, 2]
+    assert '--per_host' in told[0][0]
+    for (_, err, _), words in zip(told[1:], [
+            'name one folder', 'jobs', 'no such directory', 'no picture could be had'],
+            strict=True):
+        assert err.startswith('tpad_jax.data.download: ')
+        assert err.count('\n') == 1
+        assert words in err
+
+
+def test_the_table_tells_every_reason(tmp_path):
+    with serving(tmp_path, '/plain/0.jpg', '/missing/1.jpg', '/fails/2.jpg'):
+        report = get(tmp_path)
+    console = Console(width=100, record=True, file=open(os.devnull, 'w'))
+    with console.file:
+        console.print(table(report))
+    told = [line.split()[:3] for line in console.export_text().splitlines()]
+    assert [words for words in told if 'failed:' in words] == [
+        ['1', 'failed:', 'status_404'], ['1', 'failed:', 'status_500']]
+    assert ['3', 'items', 'in'] in told
+
+
+@pytest.mark.slow
+def test_five_hundred_pictures_and_a_kill(tmp_path):
+    found = benchmark.run(tmp_path, 500)
+    assert all(found['held'].values()), found
