@@ -292,10 +292,9 @@ def _size(part: Path) -> int:
 
 
 def _opened(part: Path):
-    """The part, to write behind what is there; no link is followed and no pipe waited for."""
+    """The part, to write behind what is there; links and pipes are dropped before."""
     try:
-        return os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-                                 | os.O_NONBLOCK, 0o666), 'ab', buffering=0)
+        return open(part, 'ab', buffering=0)
     except OSError as error:
         if error.errno in (*UNWRITABLE, errno.EMFILE):
             raise
