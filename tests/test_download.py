@@ -125,12 +125,13 @@ def test_a_part_that_is_not_what_the_journal_says_is_dropped(tmp_path, damage):
         if damage.startswith('longer'):
             part.write_bytes(bytes(LIMIT))
             if damage == 'longer_than_told':
-                forget_size(journal)
+                forget(journal, 'size')
         elif damage == 'shorter_journal':
             journal.write_bytes(journal.read_bytes()[:-9])
         elif damage == 'other_address':
             for file in tmp_path.glob('meta*'):
-                file.write_text(file.read_text().replace('/breaks/', '/plain/'))
+                file.write_text(file.read_text().replace('/breaks/1.', '/without_tag/3.'))
+            forget(journal, 'validator')
         else:
             part.unlink()
             (tmp_path / 'secret').write_text('secret')
@@ -142,22 +143,23 @@ def test_a_part_that_is_not_what_the_journal_says_is_dropped(tmp_path, damage):
         return
     if damage == 'longer':
         assert server.requests['/breaks/1.jpg'][1].start is None
-    assert (tmp_path / 'images' / 'B0000.jpg').read_bytes() == encoded(1)
+    assert (tmp_path / 'images' / 'B0000.jpg').read_bytes() == encoded(
+        3 if damage == 'other_address' else 1)
     if damage == 'link':
         assert (tmp_path / 'secret').read_text() == 'secret'
 
 
-def forget_size(journal):
-    journal.write_text(''.join(json.dumps({key: value for key, value in json.loads(line).items()
-                                           if key != 'size'}) + '\n'
-                               for line in journal.read_text().splitlines()))
+def forget(journal, name):
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    journal.write_text(''.join(json.dumps({key: value for key, value in line.items()
+                                           if key != name}) + '\n' for line in lines))
 
 
 def test_a_whole_part_of_unknown_size_is_asked_for_no_byte(tmp_path):
     with serving(tmp_path, '/breaks/1.jpg') as server:
         get(tmp_path, QUICK._replace(tries=1))
         (tmp_path / 'images' / 'B0000.part').write_bytes(encoded(1))
-        forget_size(tmp_path / 'images' / 'download.jsonl')
+        forget(tmp_path / 'images' / 'download.jsonl', 'size')
         assert get(tmp_path)['fetched'] == 1
     assert [one.status for one in server.requests['/breaks/1.jpg']] == [200, 416]
 

@@ -22,7 +22,7 @@ class Limits(NamedTuple):
     tries: int = 4  # of an address, where time-outs and 5xx are no answer
     backoff: float = 1.0  # before the second try; twice that before the third
     max_bytes: int = images.MAX_BYTES  # of a picture
-    user_agent: str = 'tpad_jax/0.1'
+    user_agent: str = 'tpad_jax/0.1.0'
 
 
 class Failed(Exception):

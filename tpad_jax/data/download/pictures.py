@@ -4,10 +4,9 @@ import asyncio
 import json
 import os
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,10 +141,15 @@ async def _run(plan, folder, journal, limits, network, stopping, console, lines)
 
 def _in_turns(ask: dict[str, tuple[str, ...]]) -> Iterable[str]:
     """The asins, a host's next when the others had their turn."""
-    hosts = defaultdict(list)
+    hosts = defaultdict(deque)
     for asin, urls in ask.items():
         hosts[host_of(urls[0])].append(asin)
-    return filter(None, chain.from_iterable(zip_longest(*hosts.values())))
+    turns = deque(hosts.values())
+    while turns:
+        own = turns.popleft()
+        yield own.popleft()
+        if own:
+            turns.append(own)
 
 
 def _report(plan, fetched, failed, fetcher, journal, lines, seconds) -> dict:
