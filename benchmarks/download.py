@@ -16,6 +16,7 @@ What a server sent and the killed process had not taken yet is lost; how much is
 goes into `benchmarks/download.json`; status 1 where anything failed.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -60,19 +61,29 @@ def paths(count: int) -> list[str]:
             for n in range(count)]
 
 
-def kill(process: subprocess.Popen, images: Path, enough: int) -> None:
-    """Kills it as soon as `enough` pictures are there and others in part."""
+def kill(process: subprocess.Popen, images: Path, kinds: list[str]) -> None:
+    """Kills it when KILLED_AT of the pictures are there and some that drip have half to come."""
+    enough = KILLED_AT * sum(not KINDS[kind] for kind in kinds)
     while process.poll() is None:
-        names = os.listdir(images) if images.is_dir() else []
-        parts = [name for name in names if name.endswith('.part')]
-        if len(names) - len(parts) >= enough and sum(
-                (images / name).stat().st_size > 0 for name in parts
-                if (images / name).exists()) >= 3:
+        sizes = sizes_of(images)
+        parts = [name for name in sizes if name.endswith('.part')]
+        dripping = [name for name in parts if kinds[int(name[1:5])] == 'drips'
+                    and 0 < sizes[name] < len(encoded(int(name[1:5]))) / 2]
+        if len(sizes) - len(parts) >= enough and len(dripping) >= 3:
             process.send_signal(signal.SIGKILL)
             process.wait()
             return
         time.sleep(0.005)
     raise RuntimeError(f'it ended by itself, with {process.returncode}')
+
+
+def sizes_of(images: Path) -> dict[str, int]:
+    """{name: bytes} of the files that are there."""
+    found = {}
+    for name in os.listdir(images) if images.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # it has its name now
+            found[name] = (images / name).stat().st_size
+    return found
 
 
 def run(folder: Path, count: int) -> dict:
@@ -83,8 +94,8 @@ def run(folder: Path, count: int) -> dict:
         kinds = [path.split('/')[1] for path in asked]
         asins = [f'B{n:04d}' for n in range(count)]
         begun = time.perf_counter()
-        kill(start(folder), images, int(KILLED_AT * sum(not KINDS[kind] for kind in kinds)))
-        there = {path.name: path.stat().st_size for path in images.iterdir()}
+        kill(start(folder), images, kinds)
+        there = sizes_of(images)
         refused = {json.loads(line)['asin'] for line in
                    (images / 'download.jsonl').read_text().splitlines() if '"failed"' in line}
         first = asked_so_far(server)
