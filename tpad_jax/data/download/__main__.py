@@ -38,7 +38,8 @@ def table(report: dict) -> Table:
     made = Table(box=None, header_style='bold')
     for number, head in enumerate(('items', '', 'for example')):  # what is long gives way
         made.add_column(head, justify='left' if number else 'right', no_wrap=True,
-                        min_width=max(len(row[number]) for row in rows) if number < 2 else None)
+                        min_width=max(len(head), *(len(row[number]) for row in rows)) if number < 2
+                        else None)
     for row in rows:
         made.add_row(*map(escape, row))
     return made
@@ -117,8 +118,9 @@ def main(argv):
         _say(f'{report["left"]} pictures left; the same command goes on from there')
         sys.exit(STOPPED)
     if report['failed'] and not report['fetched'] + report['there']:
-        refuse(f'no picture could be had ({", ".join(report["reasons"])}); see '
-               f'{argv[1]}/images/download.json')
+        why = ', '.join(report['reasons'])
+        refuse(f'no picture could be had ({why}); see {argv[1]}/images/download.json' + (
+            ', and --allow_private for a server of your own') * ('address_refused' in why))
 
 
 if __name__ == '__main__':
