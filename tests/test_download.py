@@ -4,8 +4,10 @@ import asyncio
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from tpad_jax.data import amazon
 from tpad_jax.data.download import addresses, fetching, hosts, pictures
 from tpad_jax.data.download.__main__ import table
 from tpad_jax.data.download.journal import Begun, Journal
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, Stopped
 
 QUICK = hosts.Limits(per_host=16, pause=0, timeout=0.5, tries=2, backoff=0.02, max_bytes=LIMIT)
 
@@ -216,6 +218,12 @@ def test_addresses_of_both_forms(tmp_path):
     found = amazon.pictures(tmp_path / '23')
     assert found.urls == {'B0000': ('http://a/0',), 'A1': ('h', 't', 'back'), 'A2': ('x',),
                           'A3': (), 'A4': ()}
+
+
+def test_a_stop_while_the_metadata_are_read(tmp_path):
+    raw(tmp_path, ['http://a/b'])
+    with pytest.raises(Stopped, match=r'line 1 of .*meta_X\.jsonl'):
+        get(tmp_path, stopping=lambda: True)
 
 
 def test_items_that_no_review_names_are_left_out(tmp_path):
@@ -427,6 +435,26 @@ def test_a_machine_that_nobody_answers_at(tmp_path):
         report = get(tmp_path)
     assert report['reasons'] == {'no_connection': 2}
     assert report['for_now'] == 2
+
+
+def test_a_certificate_that_nobody_vouches_for_is_told(tmp_path):
+    """The server's own; where there is no openssl to make one, there is no such server."""
+    if not shutil.which('openssl'):
+        pytest.skip('openssl is not there')
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-keyout', 'key',
+                    '-out', 'cert', '-subj', '/CN=localhost', '-addext',
+                    'subjectAltName=DNS:localhost'], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / 'cert', tmp_path / 'key')
+    server = PictureServer()
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    raw(tmp_path, [f'https://{host}:{server.server_port}/plain/{n}.jpg' for n, host in
+                   enumerate(('localhost', '127.0.0.1'))])
+    with server:
+        assert get(tmp_path)['reasons'] == {'bad_certificate': 2}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv('SSL_CERT_FILE', str(tmp_path / 'cert'))
+            assert reasons(get(tmp_path)) == {'B0001': 'bad_certificate'}  # another name
 
 
 # --- the journal and the disk ---------------------------------------------------------------------

@@ -48,7 +48,8 @@ class Fetcher:
         self._folder, self._journal, self._limits = folder, journal, limits
         self._pool = httpcore2.AsyncConnectionPool(
             max_connections=limits.jobs, max_keepalive_connections=limits.jobs,
-            keepalive_expiry=15, network_backend=network or Guarded())
+            keepalive_expiry=15, network_backend=network or Guarded(),
+            ssl_context=httpcore2.default_ssl_context())  # else one per connection, 20 ms each
         self._slots, self._hosts = asyncio.Semaphore(limits.jobs), {}
         self.sizes, self.requests = Counter(received=0, dropped=0), Counter()
 
@@ -240,7 +241,8 @@ def _failures():
     except (httpcore2.TimeoutException, TimeoutError) as error:
         raise Failed('timeout', final=False) from error
     except httpcore2.ConnectError as error:
-        raise Failed('no_connection', final=False) from error
+        refused = 'CERTIFICATE_VERIFY_FAILED' in str(error)  # what caused it is not handed on
+        raise Failed('bad_certificate' if refused else 'no_connection', final=False) from error
     except (httpcore2.NetworkError, httpcore2.RemoteProtocolError, ssl.SSLError) as error:
         raise Failed('connection_broke', final=False) from error
     except (httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol) as error:
