@@ -1,6 +1,7 @@
 """Raw Amazon files (UCSD 2018 and 2023, one JSON object per line) -> catalogue and interactions.
 
-A folder holds one category: reviews, metadata and, optionally, `images/<asin>.jpg` or `.png`.
+A folder holds one category: reviews, metadata and, optionally, `images/<asin>.jpg` or `.png`, which
+data/download/ gets from the addresses that the metadata hold.
 2018: `X_5.json[.gz]` or `X.json[.gz]`, and `meta_X.json[.gz]`. 2023: `X.jsonl[.gz]` and
 `meta_X.jsonl[.gz]`. The files are read line by line; every line is kept or counted as rejected.
 Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.03952 (2023 form).
@@ -9,6 +10,7 @@ Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.0395
 import re
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ import polars as pl
 from tpad_jax.data import images as images_lib
 from tpad_jax.data.files import Lines, Reason, reasons, stay_inside
 from tpad_jax.data.text import clean
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, Stopped
 
 MAX_PRICE = 1e7  # dollars
 EARLIEST, LATEST = 788_918_400, 4_102_444_800  # seconds: 1995 (Amazon's first year) to 2100
@@ -26,6 +28,7 @@ CATEGORY_LEVELS = 4  # of the path; what 2018 files list beyond are sales argume
 CATEGORY_LENGTH = 60  # characters; longer "levels" are sales arguments too
 PRICE_LENGTH = 60  # characters; longer "prices" are pages
 USER_LENGTH = 256  # characters; genuine ones have some 28
+URLS, URL_LENGTH = 3, 2000  # of an item's pictures, how many are kept; characters
 
 _ASIN = re.compile(r'[A-Za-z0-9_-]{1,32}')
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
@@ -48,13 +51,17 @@ class _Fields(NamedTuple):
     category: str
     main_category: str
     features: str
+    pictures: str  # the list whose members hold addresses of pictures; '' if the line itself does
+    urls: tuple[str, ...]  # of these, the one to take first
 
 
+# 2018's imageURL is a thumbnail of 40 pixels; 2023's large has some 500, more than any tower reads,
+# and hi_res several times that
 _FIELDS = {
     '2018': _Fields('asin', 'reviewerID', 'unixReviewTime', 1, 'brand', 'category', 'main_cat',
-                    'feature'),
+                    'feature', '', ('imageURLHighRes', 'imageURL')),
     '2023': _Fields('parent_asin', 'user_id', 'timestamp', 1000, 'store', 'categories',
-                    'main_category', 'features'),
+                    'main_category', 'features', 'images', ('large', 'hi_res', 'thumb')),
 }
 
 
@@ -82,6 +89,19 @@ class Raw(NamedTuple):
     lines: dict
     form: str
     files: tuple[Path, ...]
+
+
+class Pictures(NamedTuple):
+    """Where the items' pictures are said to be.
+
+    urls: {asin: at most URLS addresses as they are written, the one to take first}, of every item.
+    reviewed: the asins that a usable review names. lines: as of `Raw`; a review that is there
+      twice is kept twice.
+    """
+
+    urls: dict[str, tuple[str, ...]]
+    reviewed: set[str]
+    lines: dict
 
 
 def find(raw_dir: str | Path) -> Found:
@@ -155,6 +175,53 @@ def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
              'unused': {what: count for what, count in sorted(unused.items()) if count}}
     files = (found.reviews, found.metadata, *(images[asin] for asin in asins if asin in images))
     return Raw(catalogue, interactions, lines, found.form, files)
+
+
+def pictures(raw_dir: str | Path, bad_share: float = 1.0,
+             stopping: Callable[[], bool] = lambda: False) -> Pictures:
+    """Reads the addresses of pictures that the metadata hold; no picture is asked for.
+
+    Args:
+      raw_dir, bad_share: as in `read`.
+      stopping: asked at every line whether to leave off.
+
+    Raises:
+      InputError: as `read`. Stopped: `stopping` answered True.
+    """
+    found = find(raw_dir)
+    fields, unused, urls, reviewed = _FIELDS[found.form], Counter(), {}, set()
+    items, reviews = Lines(found.metadata), Lines(found.reviews)
+    for lines in (items, reviews):
+        for record in lines:
+            if stopping():
+                raise Stopped(f'line {lines.number} of {lines.path} was being read')
+            asin = _asin(record, fields) if lines is items else _event(record, fields, urls)
+            if isinstance(asin, Reason):
+                lines.reject(asin)
+            elif lines is reviews:
+                reviewed.add(record[fields.asin])
+            elif asin in urls:
+                lines.reject('duplicate_item')
+            else:
+                urls[asin] = _urls(record, fields, unused)
+        if lines.number == lines.rejected.total():
+            raise _nothing_usable(lines, fields.asin)
+        lines.check(bad_share)
+    read, rejected = items.number + reviews.number, items.rejected + reviews.rejected
+    return Pictures(urls, reviewed, {
+        'read': read, 'kept': read - rejected.total(), 'rejected': dict(sorted(rejected.items())),
+        'unused': {what: count for what, count in sorted(unused.items()) if count}})
+
+
+def _urls(record: dict, fields: _Fields, unused: Counter) -> tuple[str, ...]:
+    """The addresses of a metadata line's pictures, the main picture's first, none twice."""
+    images = record.get(fields.pictures) if fields.pictures else [record]
+    images = [one for one in images if isinstance(one, dict)] if isinstance(images, list) else []
+    images.sort(key=lambda one: one.get('variant') != 'MAIN')  # where it says which is
+    found = [url for one in images for name in fields.urls for url in _strings(one.get(name))]
+    usable = [url for url in dict.fromkeys(found) if 0 < len(url) <= URL_LENGTH]
+    unused['url_too_long'] += sum(len(url) > URL_LENGTH for url in found)
+    return tuple(usable[:URLS])
 
 
 def _read_items(path: Path, fields: _Fields, unused: Counter, bad_share) -> tuple[dict, Counter]:

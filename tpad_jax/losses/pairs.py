@@ -81,7 +81,7 @@ def positions(out, batch, axis, ids) -> Positions:
 
 
 def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=False) -> Pairs:
-    """`Pairs` of features out[x] [B, N, I] and out[y] [B, N, J].
+    """`Pairs` of the features x [B, N, I] and y [B, N, J] of `out`.
 
     score: (x [A, I], y [G, J]) -> [A, G]; where it has `factors` (see models.critics.Score), these
       are gathered and not the features, and no replica computes another's.
