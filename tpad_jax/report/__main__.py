@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tpad_jax.errors import UNWRITABLE, InputError
+from tpad_jax.errors import InputError
 from tpad_jax.process import UNUSABLE
 
 
@@ -37,10 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f'tpad_jax.report: {error}', file=sys.stderr)
         return UNUSABLE
     except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        print(f'tpad_jax.report: {error.filename or file}: {error.strerror}; choose another --out',
-              file=sys.stderr)
+        print(f'tpad_jax.report: {error.filename}: {error.strerror}; mend that, or choose another '
+              '--out', file=sys.stderr)
         return UNUSABLE
     print(file)
     return 0

@@ -16,7 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 28  # room around the axes
 
 class Curve(NamedTuple):
     """x, y: numbers, nan is a gap. colour: 0..7, or None for ink. source: (stage, name) of the log,
-    or a model. pale: dotted and without a line of the legend. circles: (x, y) drawn open.
+    or a model. pale: dotted and without a line of the legend. circles: (x, y, which moment it
+    is of), drawn open.
     """
 
     name: str
@@ -79,7 +80,8 @@ def shown(value: float, digits: int | None) -> str:
 
 def points(curves: list[dict]) -> list[dict]:
     """What a pointer reads off a chart's curves, those with a line of the legend."""
-    return [{'x': c['x'], 'y': c['y'], 'source': c['source']} for c in curves
+    return [{'x': c['x'], 'y': c['y'], 'source': c['source'],
+             'held': [(moment, y) for _, y, moment in c['circles']]} for c in curves
             if not c['pale'] and c['read']]
 
 
@@ -89,7 +91,7 @@ def _drawn(curve, place, at):
     known = [p for p in laid if math.isfinite(p[1])]
     return {**curve._asdict(), 'path': _path(laid),
             'dots': known if len(known) < 4 and not curve.pale else [],
-            'rings': [place(*p) for p in curve.circles],
+            'rings': [place(*p[:2]) for p in curve.circles],
             'y': [v if math.isfinite(v) else None for v in curve.y], 'read': _read(curve, at)}
 
 

@@ -43,7 +43,7 @@ def context(runs: list[Run]) -> dict:
                                                for model in run.results['models'].values()]),
         'oracles': all(run.results.get('oracle') for run in runs),
         'data': len({run.results['data'].get('fingerprint') for run in runs}),
-        'differences': differences(runs, names, trained or searched),
+        'differences': differences(runs, names, trained, searched),
         'hits': _hits(runs, names, main), 'training': _training(runs, names),
         'configs': configs(runs)}
     empty = {name for name in SECTIONS if name in out and not out[name]}
@@ -57,8 +57,11 @@ def labels(runs: list[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def differences(runs: list[Run], names: list[str], models: list[str]) -> list[dict]:
+def differences(runs: list[Run], names: list[str], trained: list[str],
+                searched: list[str]) -> list[dict]:
     """Every run minus the first, model by model, on the same rows.
+
+    Of `trained` models; of `searched` baselines where two runs have no other in common.
 
     Returns:
       One dict a run but the first: its 'name' and 'rows', a list of
@@ -70,7 +73,8 @@ def differences(runs: list[Run], names: list[str], models: list[str]) -> list[di
         if first.ranks is None or run.ranks is None:
             out.append({'name': name, 'rows': [], 'why': f'{compare.FILE} is not there.'})
             continue
-        shared = [n for n in models if n in first.ranks.ranks and n in run.ranks.ranks]
+        both = first.ranks.ranks.keys() & run.ranks.ranks.keys()
+        shared = [n for n in trained if n in both] or [n for n in searched if n in both]
         try:
             rows = []
             for model in shared:

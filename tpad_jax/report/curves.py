@@ -80,7 +80,7 @@ def information(run: Run) -> list[dict]:
         curves = []
         for curve, stage, since in _curves(run.log, name, stages):
             found = held.get(stage, {})
-            rings = [(x, found[moment]['held_out'][name]) for moment, x in
+            rings = [(x, found[moment]['held_out'][name], moment) for moment, x in
                      (('before', since), ('after', curve.x[-1]))
                      if name in found.get(moment, {}).get('held_out', {})]
             room = dict(zip(*run.log[stage].get(f'room/{last.removeprefix("mi_")}', ((), ())),

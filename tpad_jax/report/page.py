@@ -1,6 +1,7 @@
 """The page of one run: what stands in which section, and the file."""
 
 import base64
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -44,6 +45,7 @@ def save(file: Path, template: str, **given) -> Path:
     return file
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
     """Every text is escaped: titles come from whoever wrote the catalogue."""
     made = jinja2.Environment(loader=jinja2.PackageLoader('tpad_jax.report'), autoescape=True,
