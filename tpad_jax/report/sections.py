@@ -4,7 +4,7 @@ import numpy as np
 
 from tpad_jax import compare
 from tpad_jax.report.gallery import MODELS
-from tpad_jax.report.values import Values
+from tpad_jax.report.values import NONE, Values
 
 SELECT = 'hit@20'
 SLICES = {
@@ -14,7 +14,6 @@ SLICES = {
                'length_6+': 'six or more'},
     'popularity of the target': {'popularity_q1': 'rarest quarter', 'popularity_q2': 'second',
                                  'popularity_q3': 'third', 'popularity_q4': 'most frequent'}}
-HEADS = 'mrr', 'ndcg'
 MINUS = '\N{MINUS SIGN}'
 
 
@@ -49,40 +48,39 @@ def told(cell: dict) -> dict:
 def table(v: Values, trained: list[str], searched: list[str], colour: dict) -> dict:
     """The headline table: its heads and, by group, rows of (cell, whether it is the best)."""
     planted = v.get('oracle') is not None
-    heads = ['hit@20', '95 %', *(f'{name}@20' for name in HEADS)]
-    heads += ['expected', 'of oracle', 'warm', 'cold'] if planted else ['warm hit', 'cold hit']
+    columns = {'hit@20': lambda n: v.pct(*v.test(n, 'hit@20')),
+               '95 %': lambda n: v.interval(*v.test(n, 'interval', 'hit@20')),
+               'mrr@20': lambda n: v.pct(*v.test(n, 'mrr@20')),
+               'ndcg@20': lambda n: v.pct(*v.test(n, 'ndcg@20'))}
+    if planted:
+        columns |= {'expected': lambda n: v.pct(*v.test(n, 'expected_hit@20')),
+                    'of oracle': lambda n: v.share(n), 'warm': lambda n: v.share(n, 'warm'),
+                    'cold': lambda n: v.share(n, 'cold')}
+    else:
+        columns |= {'warm hit': lambda n: v.pct(*v.test(n, 'slices', 'warm', 'hit@20')),
+                    'cold hit': lambda n: v.pct(*v.test(n, 'slices', 'cold', 'hit@20'))}
+    columns = {head: cell for head, cell in columns.items()
+               if any(cell(name) not in ('', NONE) for name in (*trained, *searched))}
+    top = {head: max((_number(cell(name)) for name in (*trained, *searched)), default=0)
+           for head, cell in columns.items()}
 
     def row(name):
-        of = v.test(name)
-        cells = [v.pct(*of, 'hit@20'), v.interval(*of, 'interval', 'hit@20'),
-                 *(v.pct(*of, f'{metric}@20') for metric in HEADS)]
-        if planted:
-            cells += [v.pct(*of, 'expected_hit@20'), *(v.share(name, x) for x in
-                                                      ('all', 'warm', 'cold'))]
-        else:
-            cells += [v.pct(*of, 'slices', x, 'hit@20') for x in ('warm', 'cold')]
-        return name, cells
+        return {'name': name, 'colour': colour.get(name, 6), 'cells': [
+            (cell(name), name != 'oracle' and _number(cell(name)) == top[head] > -1)
+            for head, cell in columns.items()]}
 
-    rows = {group: [row(name) for name in names] for group, names in (
-        ('trained here', trained), ('baselines, tuned on validation', searched)) if names}
-    shown = [[_number(cell) for cell in cells] for own in rows.values() for _, cells in own]
-    highest = [max((x for x in column if x is not None), default=None)
-               for column in zip(*shown, strict=True)]
-    if planted:
-        rows['the most there is'] = [row('oracle')]
-    return {'heads': heads, 'groups': [(group, [
-        {'name': name, 'colour': colour.get(name, 6), 'cells': [
-            (cell, name != 'oracle' and _number(cell) is not None and _number(cell) == top)
-            for cell, top in zip(cells, highest, strict=True)]}
-        for name, cells in own]) for group, own in rows.items()]}
+    groups = {'trained here': trained, 'baselines, tuned on validation': searched,
+              'the most there is': ['oracle'] if planted else []}
+    return {'heads': list(columns), 'groups': [(group, [row(name) for name in names])
+                                               for group, names in groups.items() if names]}
 
 
 def _number(cell):
-    """What a cell shows, None where that is no number by itself."""
+    """What a cell shows, -1 where that is no number by itself."""
     try:
         return float(cell.striptags())
     except ValueError:
-        return None
+        return -1.0
 
 
 def most(parts: list[dict]) -> float:
