@@ -27,7 +27,8 @@ FILE = Path('report') / 'gallery.json'
 MODELS = 'tpad', 'knowledge_only', 'id_only'  # whose lists are shown, where a run has them
 SESSIONS, FIRST, NEAR = 24, 5, 4  # sessions, items of a list, neighbours of an item
 PICTURE, QUALITY = 96, 60  # pixels of a side, of WebP
-ROOM = 1_900_000  # characters of all pictures together: the page stays small whatever the catalogue
+ROOM = 1_700_000  # characters of all pictures together: the page stays small whatever the catalogue
+TITLE = 120  # characters of a title
 
 
 def write(job, scorers: dict, ranks: dict, best: str) -> Path | None:
@@ -159,7 +160,8 @@ def _items(job, sessions, near):
     out, room = {}, ROOM
     for item in dict.fromkeys(map(int, order)):
         own = {name: found[item] for name, found in near.items() if item in found}
-        out[item] = {'title': job.data.titles[item] or job.data.asins[item],
+        title = job.data.titles[item] or job.data.asins[item]
+        out[item] = {'title': title[:TITLE - 1] + '\u2026' * (len(title) >= TITLE),
                      'warm': bool(job.final.warm[item]), **({'near': own} if own else {})}
         if job.content.has_image[item]:
             uri = _picture(job.data.image_bytes[item])

@@ -9,10 +9,10 @@ from tpad_jax.report.values import NONE, Values
 SELECT = 'hit@20'
 SLICES = {
     'target': {'warm': 'a warm target', 'cold': 'a cold target',
-               'new': 'a target new to the session', 'repeat': 'a target already in it'},
+               'new': 'a new target', 'repeat': 'a repeated one'},
     'prefix': {'length_1': 'one item read', 'length_2': 'two', 'length_3-5': 'three to five',
                'length_6+': 'six or more'},
-    'popularity of the target': {'popularity_q1': 'rarest quarter', 'popularity_q2': 'second',
+    'popularity of a warm target': {'popularity_q1': 'rarest quarter', 'popularity_q2': 'second',
                                  'popularity_q3': 'third', 'popularity_q4': 'most frequent'}}
 MINUS = '\N{MINUS SIGN}'
 
@@ -41,7 +41,7 @@ def told(cell: dict) -> dict:
     edges = cell['difference_interval']
     return {'figure': f'{100 * cell["difference"]:+.2f}'.replace('-', MINUS),
             'interval': edges and ' to '.join(f'{100 * x:+.2f}' for x in edges).replace('-', MINUS),
-            'p': 'p\xa0< .001' if cell['p'] < 0.001 else f'p\xa0= {cell["p"]:.3f}',
+            'p': 'p\xa0<\xa0.001' if cell['p'] < 0.001 else f'p\xa0=\xa0{cell["p"]:.3f}',
             'sure': bool(edges) and edges[0] * edges[1] > 0}
 
 
