@@ -225,11 +225,7 @@ def test_runs_beside_each_other(runs, tmp_path):
     assert len(figures) > 100
     for e in figures:
         place, *keys = e['data-from'].split(' > ')
-        found = both[int(place.removeprefix('run '))].results
-        for key in keys:
-            found = found[int(key) if isinstance(found, list) else key]
-        assert json.loads(e['value']) == found
-        tiny_report.check_rounding(e['text'], float(e['data-scale']) * found)
+        tiny_report.check_figure(e, both[int(place.removeprefix('run '))].results, keys)
     ranks = [run.ranks for run in both]
     expected = compare.compare(ranks[1:], ranks[:1], ('tpad', 'tpad'))['slices']['all']['hit@20']
     shown = f'{100 * expected["difference"]:+.2f}'.replace('-', '\N{MINUS SIGN}')

@@ -172,20 +172,21 @@ def check(workdir, page=None):
     page, run = page or Page(workdir / 'report' / 'index.html'), stored.read(workdir)
     figures = [e for e in page.all('data') if 'data-from' in e]
     for e in figures:
-        found = run.results
-        for key in e['data-from'].split(BETWEEN):
-            found = found[int(key) if isinstance(found, list) else key]
-        assert json.loads(e['value']) == found, e
-        check_rounding(e['text'], float(e['data-scale']) * found)
+        check_figure(e, run.results, e['data-from'].split(BETWEEN))
     for e in (e for e in page.all('data') if 'data-share' in e):
         model, of = e['data-share'].split(BETWEEN)
         share = 100 if model == 'oracle' else 100 * writers.shares(run.results)[model][of]
         check_rounding(e['text'], share)
     check_charts(page, run)
     check_gallery(page, run)
-    says = {line for line in audit.describe(run.results['audit'])}
-    assert {e['text'] for e in page.all('ul', 'audit') for e in page.all('li')
-            if any(o.get('class') == 'audit' for o in e['in'])} == says
+    warned = [*run.results['audit']['warnings'],
+              *run.results.get('diagnostics', {}).get('warnings', ())]
+    found = [e['text'] for e in page.all('li') if any(o.get('class') == 'audit' for o in e['in'])]
+    assert [*found, *(f'Warning: {line}' for line in run.results['audit']['warnings']),
+            *(f'Verdict: {e["text"]}' for e in page.all('p', 'verdict'))] == audit.describe(
+                run.results['audit'])
+    assert [e['text'].removeprefix('Warning. ') for e in page.all('p', 'warning')
+            if not any(o.get('id') == 'gallery' for o in e['in'])] == warned
     loose = [text for text, above in page.texts if not any(
         o['tag'] in ('data', 'svg', 'script', 'style', 'code', 'title', 'h1')
         or o.get('id') == 'gallery' or 'data-derived' in o
@@ -194,6 +195,15 @@ def check(workdir, page=None):
     numbers = [m for text in loose for m in re.findall(r'(?<![\w@.:-])\d[\d.,]*(?![\w:-])', text)]
     assert set(numbers) <= {'95'}, numbers  # of '95 %', the level of every interval
     return len(figures)
+
+
+def check_figure(element, found, path):
+    """Shares, and they alone, stand in percent."""
+    for key in path:
+        found = found[int(key) if isinstance(found, list) else key]
+    assert json.loads(element['value']) == found, element
+    share = any('@' in key for key in path) or path[-1] in ('accuracy', 'chance')
+    check_rounding(element['text'], found * (100 if share else 1))
 
 
 def check_rounding(text, value):

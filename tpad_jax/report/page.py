@@ -80,7 +80,7 @@ def context(run: Run) -> dict:
         'differences': [sections.difference(run.ranks, main, other) for other in [*rivals, *best]
                         if run.ranks is not None],
         **sections.table(v, trained, searched, colour),
-        'audit': audit.describe(run.results['audit']) if run.results.get('audit') else [],
+        'audit': _findings(run.results.get('audit')),
         'hits': curves.hits(run, [n for n in known if n not in ('tpad_recommend', 'tpad_joint')]),
         'sliced': drawn, 'slices': sections.slices(models[main]['test']['slices']),
         'slices_most': sections.most([part for of in parts for part in of['slices'].values()]),
@@ -100,6 +100,12 @@ def context(run: Run) -> dict:
         empty.discard('features')
     return {**out, 'sections': [(name, words) for name, words in SECTIONS.items()
                                 if name not in empty]}
+
+
+def _findings(found):
+    """The audit's sentences but warnings and verdict, which stand by themselves."""
+    return [line for line in audit.describe(found)
+            if not line.startswith(('Warning: ', 'Verdict: '))] if found else []
 
 
 def _digest(text):
