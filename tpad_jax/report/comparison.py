@@ -104,7 +104,8 @@ def _hits(runs, names, main):
                 run.ranks, main, ks)).tolist(), place, source=f'run {place} {main}'))
     if not drawn:
         return None
-    return charts.chart(f'hit@K of {main}', drawn, x='K', unit='%', wide=True, low=0, at=curves.AT)
+    return charts.chart(f'hit@K of {main}', drawn, x='K', unit='%', wide=True, low=0,
+                        at=min(curves.AT, max(len(curve.x) for curve in drawn)))
 
 
 def _training(runs, names):

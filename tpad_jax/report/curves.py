@@ -106,7 +106,8 @@ def hits(run: Run, names: list[str]) -> dict | None:
     if 'oracle' in run.ranks.ranks:
         curves.append(charts.Curve('oracle', ks.tolist(), (
             100 * hit_curve(run.ranks, 'oracle', ks)).tolist(), None, source='oracle', dashed=True))
-    return charts.chart('hit@K', curves, x='K', unit='%', wide=True, low=0, at=AT)
+    return charts.chart('hit@K', curves, x='K', unit='%', wide=True, low=0,
+                        at=min(AT, len(ks)))
 
 
 def clouds(run: Run) -> dict | None:
