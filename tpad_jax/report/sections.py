@@ -84,8 +84,9 @@ def _number(cell):
 
 
 def most(parts: list[dict]) -> float:
-    """Where a scale of hit@20 ends: the next tenth above the largest of some parts."""
-    largest = max(part.get(SELECT) or 0.0 for part in parts)
+    """Where a scale of hit@20 ends: the next tenth above some parts and their intervals."""
+    edges = [((part.get('interval') or {}).get(SELECT) or [0.0])[-1] for part in parts]
+    largest = max(*(part.get(SELECT) or 0.0 for part in parts), *edges)
     return min(1.0, float(np.floor(10 * largest) + 1) / 10)
 
 
