@@ -19,7 +19,7 @@ FLOORS = (
     {'figures', 'compare', 'ranking', 'profiling', 'mirror'},  # of floor 3, on writers or parallel
     {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},
-    {'fitting'},  # of floor 4, on training
+    {'fitting', 'report'},  # of floor 4, on training and on snapshots
     {'results', 'recommenders'},  # of floor 4, on evaluate and recommend
     {'check'},
     {'plan'},
@@ -27,7 +27,7 @@ FLOORS = (
     {'train', 'search'},
     {'launch'},
 )
-PACKAGES = 'data', 'models', 'losses'
+PACKAGES = 'data', 'models', 'losses', 'report'
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(p.relative_to(ROOT) for p in
                (*ROOT.glob('tpad_jax/**/*.py'), *ROOT.glob('configs/*.py'), ROOT / 'launch.py'))

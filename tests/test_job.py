@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import amazon
+from tests import tiny_report
 from tpad_jax import features, fitting, job, mirror, parallel, slices, writers
 from tpad_jax.data import builder
 from tpad_jax.errors import InputError, Stopped
@@ -193,6 +194,7 @@ def test_files_of_a_run(whole):
     found = results['diagnostics']['joint']['after']
     assert found['features'].keys() == {'k_image', 'k_text', 't', 'c', 'p', 'r'}
     assert found['held_out'].keys() >= {'mi_align', 'mi_distil', 'mi_disentangle'}
+    assert tiny_report.check(workdir) > 200  # every number of the page, against these files
     with np.load(workdir / 'ranks.npz') as ranks:
         rows = results['models']['tpad']['test']['rows']
         for name in results['models']:

@@ -6,6 +6,8 @@ to each other. The small panels show what an item's category has to do with each
 is without its mean, else the gaps between clouds would be all one sees, and again in one plane.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from tpad_jax.diagnostics import unit
@@ -38,6 +40,33 @@ def plane(clouds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
     return mean, axes[:2].T, float((values[:2] ** 2).sum() / whole) if whole else 0.0
 
 
+class Laid(NamedTuple):
+    """The clouds of two moments, 0 and 1, in two planes.
+
+    names: of the features that both have. whole: {(moment, name): float [n, 2]}, all in one plane,
+    which holds `share` of their variance; inner: the same without each cloud's mean, in a plane of
+    their own, and `inside` the share there.
+    """
+
+    names: list[str]
+    whole: dict[tuple[int, str], np.ndarray]
+    share: float
+    inner: dict[tuple[int, str], np.ndarray]
+    inside: float
+
+
+def lay(before: dict, after: dict) -> Laid:
+    """Both moments' clouds {name: float [n, D]} of `FEATURES` in their planes."""
+    names = [name for name in FEATURES if name in before and name in after]
+    rows = {(side, name): unit(clouds[name]) for side, clouds in enumerate((before, after))
+            for name in names}
+    mean, basis, share = plane(list(rows.values()))
+    whole = {key: (x - mean) @ basis for key, x in rows.items()}
+    inner = {key: x - x.mean(0) for key, x in rows.items()}
+    _, basis, inside = plane(list(inner.values()))
+    return Laid(names, whole, share, {key: x @ basis for key, x in inner.items()}, inside)
+
+
 def draw(first: str, before: dict, last: str, after: dict, label: np.ndarray, out_png) -> None:
     """Before on the left, after on the right.
 
@@ -48,15 +77,8 @@ def draw(first: str, before: dict, last: str, after: dict, label: np.ndarray, ou
       label: int [V] of items 1..V, a category each, below 0 where it is unknown.
       out_png: file to write.
     """
-    names = [name for name in FEATURES if name in before and name in after]
+    names, whole, share, inner, inside = lay(before, after)
     moments = ((first, before), (last, after))
-    rows = {(side, name): unit(clouds[name]) for side, (_, clouds) in enumerate(moments)
-            for name in names}
-    mean, basis, share = plane(list(rows.values()))
-    laid = {key: (x - mean) @ basis for key, x in rows.items()}
-    inner = {key: x - x.mean(0) for key, x in rows.items()}
-    _, basis, inside = plane(list(inner.values()))
-    inner = {key: x @ basis for key, x in inner.items()}
     with framed(out_png, (11.0, 9.6)) as figure:
         for side, (half, (title, clouds)) in enumerate(
                 zip(figure.subfigures(1, 2), moments, strict=True)):
@@ -64,12 +86,12 @@ def draw(first: str, before: dict, last: str, after: dict, label: np.ndarray, ou
             axes = half.subplot_mosaic([['all'] * 3, names[:3], names[3:]],
                                        height_ratios=[2.2, 1, 1])
             for name, axis in axes.items():
-                reach = _reach(laid if name == 'all' else inner)
+                reach = farthest(whole if name == 'all' else inner)
                 axis.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect='equal')
                 axis.tick_params(labelleft=False, labelbottom=False, length=0)
             for number, name in enumerate(names):
-                some = _some(len(clouds[name]))
-                axes['all'].scatter(*laid[side, name][some].T, s=9, marker=MARKS[name], lw=0,
+                some = some_of(len(clouds[name]))
+                axes['all'].scatter(*whole[side, name][some].T, s=9, marker=MARKS[name], lw=0,
                                     alpha=0.55, color=COLOURS[number],
                                     label=NAMES.get(name, name))
                 axes[name].scatter(*inner[side, name][some].T, s=8, lw=0, alpha=0.8, c=_colours(
@@ -85,7 +107,7 @@ def draw(first: str, before: dict, last: str, after: dict, label: np.ndarray, ou
                                    framealpha=0.8, edgecolor='none', markerscale=1.6)
 
 
-def _reach(laid):
+def farthest(laid: dict) -> float:
     """Half the side of a square that holds all points but a few far out."""
     return 1.1 * max(np.quantile(np.abs(x), 0.995) for x in laid.values()) + 1e-6
 
@@ -98,6 +120,6 @@ def _colours(label, own):
     return [of.get(value, GREY) for value in own]
 
 
-def _some(count):
+def some_of(count: int) -> np.ndarray:
     """Which rows are drawn, the same for a cloud of the same size."""
     return np.sort(np.random.default_rng(0).permutation(count)[:MOST])

@@ -52,10 +52,10 @@ def learning_curves(log_path, out_png):
 
     A term is any name without a slash but `loss` and `mi_*`; validation is `valid/*`.
     """
-    stages = _stages(log_path)
-    with framed(out_png, (10.5, 2.6 * len(stages))) as figure:
-        axes = figure.subplots(len(stages), 3, squeeze=False)
-        for row, (stage, curves) in zip(axes, stages.items(), strict=True):
+    logged = stages(log_path)
+    with framed(out_png, (10.5, 2.6 * len(logged))) as figure:
+        axes = figure.subplots(len(logged), 3, squeeze=False)
+        for row, (stage, curves) in zip(axes, logged.items(), strict=True):
             valid = {n.removeprefix('valid/'): c for n, c in curves.items() if n[:6] == 'valid/'}
             terms = {n: c for n, c in curves.items() if '/' not in n and n[:3] != 'mi_'}
             whole = {n: terms.pop(n) for n in ('loss',) if n in terms}
@@ -79,20 +79,20 @@ def mutual_information(log_path, out_png, held=None):
     Returns:
       False, and no file, where no stage logs one.
     """
-    stages = {
+    logged = {
         stage: curves
-        for stage, curves in _stages(log_path).items()
+        for stage, curves in stages(log_path).items()
         if any(_name(name)[:3] == 'mi_' for name in curves)
     }
-    if not stages:
+    if not logged:
         return False
     parts = [('mi_', 'mutual information, nats')]
-    if any(name.startswith('log_q/') for curves in stages.values() for name in curves):
+    if any(name.startswith('log_q/') for curves in logged.values() for name in curves):
         parts.append(('log_q/', 'log-likelihood of q'))
-    with framed(out_png, (1.2 + 4.2 * len(stages), 0.6 + 2.9 * len(parts))) as figure:
-        rows = figure.subplots(len(parts), len(stages), squeeze=False, sharey='row')
+    with framed(out_png, (1.2 + 4.2 * len(logged), 0.6 + 2.9 * len(parts))) as figure:
+        rows = figure.subplots(len(parts), len(logged), squeeze=False, sharey='row')
         for axes, (kind, title) in zip(rows, parts, strict=True):
-            for axis, (stage, curves) in zip(axes, stages.items(), strict=True):
+            for axis, (stage, curves) in zip(axes, logged.items(), strict=True):
                 own = {n: c for n, c in curves.items() if kind in (_name(n)[:3], n[:6])}
                 _curves(axis, f'{stage}: {title}', {_short(n): c for n, c in own.items()})
                 for line, (name, (steps, values)) in zip(axis.lines[:], own.items(), strict=False):
@@ -184,6 +184,20 @@ def contact_sheet(rows, out_png):
                 axis.plot([0, wide], [y - 0.1, y - 0.1], color=PALE, lw=0.6)
 
 
+def stages(log_path):
+    """{stage: {name: (steps, values)}} of every number in the log; null becomes nan, a gap."""
+    found = {}
+    for line in read_log(log_path):
+        curves = found.setdefault(line['stage'], {})
+        for name, value in line.items():
+            if name in ('stage', 'step') or isinstance(value, str):
+                continue
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(line['step'])
+            values.append(np.nan if value is None else value)
+    return found
+
+
 @contextlib.contextmanager
 def framed(out_png, size, layout='constrained'):
     """A figure of `size` inches in the house's style, written to `out_png` at the end."""
@@ -211,20 +225,6 @@ def _mark(axis, color, name, steps, values, curves, held):
     for moment, step in (('before', 0), ('after', steps[-1])):
         if name in held.get(moment, {}):
             axis.plot(step, held[moment][name], 'o', color=color, mfc='white', ms=5)
-
-
-def _stages(log_path):
-    """{stage: {name: (steps, values)}} of every number in the log; null becomes a gap."""
-    stages = {}
-    for line in read_log(log_path):
-        curves = stages.setdefault(line['stage'], {})
-        for name, value in line.items():
-            if name in ('stage', 'step') or isinstance(value, str):
-                continue
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(line['step'])
-            values.append(np.nan if value is None else value)
-    return stages
 
 
 def _curves(axis, title, curves, markers=False):

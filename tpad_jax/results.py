@@ -27,6 +27,7 @@ from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.fitting import SPENT
 from tpad_jax.models import tpad
 from tpad_jax.recommend import top
+from tpad_jax.report import gallery, page
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
@@ -74,12 +75,31 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
         read = found.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
         out |= {'probes': {n: x['accuracy'] for n, x in read.items()}} if read else {}
     draw_figures(job, scorers, ranks, truth_ranks)
-    write(job, out, ranks)
+    write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
+    made = write_page(job, out, scorers, ranks, console)
     console.print(writers.table(out))
     console.print(spent(job.spent), highlight=False)
     console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
-                  f'{job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
+                  + f'report: {made}  ' * bool(made) + f'{job.seconds["total"]:.0f} s',
+                  highlight=False, soft_wrap=True)
     return out
+
+
+def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path | None:
+    """The page of the run and what it needs beside results.json, which is there and stays.
+
+    Returns:
+      Its path; None where it could not be made, which the console says.
+    """
+    best = results['models'].get('tpad', {}).get('is', '')
+    try:
+        gallery.write(job, scorers, ranks, best)
+        return page.write(job.workdir)
+    except Exception as error:  # whatever it is, a finished run is not lost over a page
+        console.print(f'The page could not be made ({type(error).__name__}: {error}); the results '
+                      f'are whole. python -m tpad_jax.report {job.workdir} tries again.',
+                      markup=False, highlight=False, soft_wrap=True)
+        return None
 
 
 def spent(runs: dict) -> str:

@@ -1,0 +1,112 @@
+"""The page of one run: what stands in which section, and the file."""
+
+import base64
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import jinja2
+from flax.traverse_util import flatten_dict
+from markupsafe import Markup
+
+from tpad_jax.data import audit
+from tpad_jax.report import charts, curves, sections, stored
+from tpad_jax.report.stored import Run
+from tpad_jax.report.values import Values
+
+FILE = Path('report') / 'index.html'
+SECTIONS = {'results': 'Results', 'audit': 'Audit', 'gallery': 'Sessions', 'hits': 'hit@K',
+            'slices': 'Slices', 'training': 'Training', 'information': 'Information',
+            'features': 'Features', 'made': 'How it was made'}
+
+
+def write(workdir) -> Path:
+    """Write a finished run's page to workdir/report/index.html, from what lies in the workdir.
+
+    Raises:
+      InputError: there are no results, or a file of the workdir is damaged.
+    """
+    run = stored.read(workdir)
+    return save(run.path / FILE, 'run.html', **context(run))
+
+
+def save(file: Path, template: str, **given) -> Path:
+    """Fill a template and write the page at once or not at all."""
+    made = environment()
+    style, script = (made.loader.get_source(made, name)[0] for name in ('style.css', 'page.js'))
+    text = made.get_template(template).render(
+        **given, style=Markup(style), style_hash=_digest(style),
+        script=Markup(script), script_hash=_digest(script))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + '.part')
+    part.write_text(text, encoding='utf-8')
+    os.replace(part, file)
+    return file
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Every text is escaped: titles come from whoever wrote the catalogue."""
+    made = jinja2.Environment(loader=jinja2.PackageLoader('tpad_jax.report'), autoescape=True,
+                              undefined=jinja2.StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
+    made.filters |= {'shown': charts.shown, 'points': charts.points}
+    return made
+
+
+def context(run: Run) -> dict:
+    """What `run.html` is filled with."""
+    v = Values(run.results)
+    models = run.results['models']
+    searched = [name for name, model in models.items() if 'search' in model]
+    trained = [name for name in models if name not in searched]
+    main = sections.first(models, trained)
+    oracle = [run.results['oracle']] if run.results.get('oracle') else []
+    rivals = [name for name in ('knowledge_only', 'id_only') if name in models and name != main]
+    best = [sections.best(models, searched)] if searched else []
+    best = [name for name in best if name != main]
+    known = [main, *rivals, *(n for n in trained if n not in (main, *rivals)), *best]
+    colour = curves.colours(known)
+    drawn = {n: colour[n] for n in [main, *rivals, *best]} | ({'oracle': 0} if oracle else {})
+    found = {stage: moments for stage, moments in run.results.get('diagnostics', {}).items()
+             if stage != 'warnings'}
+    probed = [(stage, side, probes) for stage, moments in found.items()
+              for side, probes in moments.get('after', {}).get('probes', {}).items() if probes]
+    parts = [models[name]['test'] for name in drawn if name in models] + oracle
+    out = {
+        'v': v, 'name': run.name, 'main': main, 'best': best, 'colour': colour,
+        'most': sections.most([model['test'] for model in models.values()] + oracle),
+        'differences': [sections.difference(run.ranks, main, other) for other in [*rivals, *best]
+                        if run.ranks is not None],
+        **sections.table(v, trained, searched, colour),
+        'audit': _findings(run.results.get('audit')),
+        'hits': curves.hits(run, [n for n in known if n not in ('tpad_recommend', 'tpad_joint')]),
+        'sliced': drawn, 'slices': sections.slices(models[main]['test']['slices']),
+        'slices_most': sections.most([part for of in parts for part in of['slices'].values()]),
+        'training': curves.training(run), 'information': curves.information(run),
+        'clouds': curves.clouds(run),
+        'features': [(stage, moments) for stage, moments in found.items()
+                     if moments.get('after', {}).get('features')],
+        'probed': [(stage, side) for stage, side, _ in probed],
+        'attributes': list(dict.fromkeys(name for *_, probes in probed for name in probes)),
+        'searched': searched,
+        'config': sorted(flatten_dict(run.results['provenance']['config'], sep='.').items()),
+        **sections.gallery(run.gallery)}
+    empty = {name for name in SECTIONS if name in out and not out[name]}
+    if not any(out['training'].values()):
+        empty.add('training')
+    if out['clouds']:
+        empty.discard('features')
+    return {**out, 'sections': [(name, words) for name, words in SECTIONS.items()
+                                if name not in empty]}
+
+
+def _findings(found):
+    """The audit's sentences but warnings and verdict, which stand by themselves."""
+    return [line for line in audit.describe(found)
+            if not line.startswith(('Warning: ', 'Verdict: '))] if found else []
+
+
+def _digest(text):
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
