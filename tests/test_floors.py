@@ -16,10 +16,10 @@ FLOORS = (
     {'baselines'},  # of floor 2, on these
     {'parallel', 'processes', 'checkpoint', 'features', 'writers', 'bases', 'merge', 'activations'},
     {'figures', 'compare', 'ranking'},  # of floor 3, on writers or parallel
-    {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
+    {'training', 'evaluate', 'encode', 'scoring', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},
     {'fitting'},  # of floor 4, on training
-    {'results', 'recommenders'},  # of floor 4, on evaluate and recommend
+    {'results', 'recommenders'},  # of floor 4, on evaluate and scoring
     {'check'},
     {'plan'},
     {'job', 'ahead'},

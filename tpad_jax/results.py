@@ -26,7 +26,7 @@ from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.fitting import SPENT
 from tpad_jax.models import tpad
-from tpad_jax.recommend import top
+from tpad_jax.scoring import top
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
