@@ -19,12 +19,15 @@ FLOORS = (
     {'training', 'evaluate', 'encode', 'scoring', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},
     {'fitting'},  # of floor 4, on training
-    {'results', 'recommenders'},  # of floor 4, on evaluate and scoring
+    {'recommenders'},  # of floor 4, on evaluate and scoring
+    {'served'},  # of floor 4, on recommenders
+    {'results', 'newcomers', 'topk'},
+    {'serving'},
     {'check'},
     {'plan'},
     {'job', 'ahead'},
-    {'train', 'search'},
-    {'launch'},
+    {'train', 'search', 'recommend'},
+    {'launch', 'tpad_jax'},
 )
 PACKAGES = 'data', 'models', 'losses'
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
@@ -70,8 +73,9 @@ def room(name):
 
 
 def own(file):
-    """The room of a file; None for configs/ and the package's own __init__."""
-    return 'launch' if file.name == 'launch.py' else room(module(file))
+    """The room of a file; None for configs/."""
+    return {'launch.py': 'launch', 'tpad_jax/__init__.py': 'tpad_jax'}.get(
+        str(file), room(module(file)))
 
 
 def used(file):
@@ -134,6 +138,7 @@ def test_a_config_imports_no_jax():
 
 @pytest.mark.parametrize(('file', 'ours'), [
     ('launch.py', {'tpad_jax.train'}),
+    ('tpad_jax/__init__.py', set()),
     ('tpad_jax/train.py', {'tpad_jax.errors', 'tpad_jax.process'})])
 def test_jax_arrives_late(file, ours):
     """A wrong flag or --help should not wait for jax: it is imported inside functions."""

@@ -18,6 +18,7 @@ from tpad_jax import (
     figures,
     metrics,
     resampling,
+    served,
     slices,
     snapshots,
     writers,
@@ -46,6 +47,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
       What results.json holds.
     """
     started = time.perf_counter()
+    own = next(iter(scorers), None)  # of a run without content the sum, if there is one
     tuned = baseline_scorers(job, knowledge)
     scorers.update({name: found.scorer for name, found in tuned.items()})
     chosen |= {name: found.valid for name, found in tuned.items()}
@@ -55,7 +57,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
     ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
     if ours:
         best = max(ours, key=lambda name: models[name]['valid'][SELECT])
-        models = {'tpad': {**models[best], 'is': best}, **models}
+        own, models = best, {'tpad': {**models[best], 'is': best}, **models}
         scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
     truth, truth_ranks = oracle_scores(job)
     job.seconds['report'] = time.perf_counter() - started
@@ -74,6 +76,8 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
         read = found.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
         out |= {'probes': {n: x['accuracy'] for n, x in read.items()}} if read else {}
     draw_figures(job, scorers, ranks, truth_ranks)
+    if own is not None:
+        served.write(job, own, scorers[own])
     write(job, out, ranks)
     console.print(writers.table(out))
     console.print(spent(job.spent), highlight=False)
