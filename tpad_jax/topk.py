@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 8192  # items whose scores exist at a time, for every row
+STEP = 1024  # the length of a shorter table is a multiple of it
 LOWEST = -jnp.inf  # of what is no item; a score is finite
 
 
 def rounded(rows: int, chunk: int = CHUNK) -> int:
-    """The least whole number of chunks with room for so many rows."""
-    return -(-rows // chunk) * chunk
+    """Rows of the least table `top_k` takes that has room for so many."""
+    step = chunk if rows > chunk else min(chunk, STEP)
+    return -(-rows // step) * step
 
 
 def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
@@ -25,7 +27,7 @@ def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
     looked into: a maximum costs next to nothing, and choosing is a tenth of the work.
 
     Args:
-      h: float32 [B, D]. z: float32 [R, D], R a multiple of `chunk` (or less than one); row 0 and
+      h: float32 [B, D]. z: float32 [R, D], R as `rounded` makes it; row 0 and
         those from `count` on are no items.
       count: int [], 1 + the number of items. k: at most the number of items.
       chunk: items at a time.
