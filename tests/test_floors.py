@@ -21,12 +21,12 @@ FLOORS = (
     {'fitting'},  # of floor 4, on training
     {'recommenders'},  # of floor 4, on evaluate and scoring
     {'served'},  # of floor 4, on recommenders
-    {'results', 'newcomers', 'topk'},
+    {'results', 'newcomers', 'topk', 'ann'},
     {'serving'},
     {'check'},
     {'plan'},
     {'job', 'ahead'},
-    {'train', 'search', 'recommend'},
+    {'train', 'search', 'recommend', 'export'},
     {'launch', 'tpad_jax'},
 )
 PACKAGES = 'data', 'models', 'losses'

@@ -52,10 +52,10 @@ def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
         s = jnp.where((item > 0) & (item < count), s, LOWEST)
         item = jnp.broadcast_to(item, s.shape)
         if group > 1:
-            s, item = (x.reshape(size, -1, group) for x in (s, item))
+            s, item = (x.reshape(size, chunk // group, group) for x in (s, item))
             _, chosen = jax.lax.top_k(s.max(axis=2), k)
             chosen = jnp.sort(chosen, axis=1)[:, :, None]  # so that candidates rise by item
-            s, item = (jnp.take_along_axis(x, chosen, axis=1).reshape(size, -1)
+            s, item = (jnp.take_along_axis(x, chosen, axis=1).reshape(size, k * group)
                        for x in (s, item))
         s, item = (jnp.concatenate(pair, axis=1) for pair in zip(best, (s, item), strict=True))
         s, order = jax.lax.top_k(s, k)  # of equals the earlier one

@@ -179,8 +179,7 @@ class Sink:
     def _batch(self, asked, unknown, items, scores):
         size, k = items.shape
         edges = pa.array(np.arange(size + 1, dtype=np.int32) * k)
-        ids = [one.id if one.id is None or isinstance(one.id, str) else json.dumps(one.id)
-               for one in asked]
+        ids = [said(one.id) for one in asked]
         return pa.record_batch([
             pa.array([one.line for one in asked], pa.int64()), pa.array(ids, pa.string()),
             pa.ListArray.from_arrays(edges, self._ids.take(pa.array(items.ravel()))),
@@ -199,6 +198,11 @@ def in_batches(source: Source, size: int) -> Iterator[list[Asked]]:
     given = iter(source)
     while part := list(islice(given, size)):
         yield part
+
+
+def said(name) -> str | None:
+    """An id as a table has it: a text as it is, nothing as nothing, all else as JSON."""
+    return name if name is None or isinstance(name, str) else json.dumps(name)
 
 
 def _why(session) -> Reason | None:
