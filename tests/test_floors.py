@@ -22,11 +22,13 @@ FLOORS = (
     {'recommenders'},  # of floor 4, on evaluate and scoring
     {'served'},  # of floor 4, on recommenders
     {'results', 'newcomers', 'topk', 'ann'},
-    {'serving'},
+    {'serving', 'pictures'},
+    {'batching'},
     {'check'},
     {'plan'},
     {'job', 'ahead'},
-    {'train', 'search', 'recommend', 'export'},
+    {'train', 'search', 'recommend', 'export', 'service'},
+    {'serve'},
     {'launch', 'tpad_jax'},
 )
 PACKAGES = 'data', 'models', 'losses'
@@ -139,6 +141,8 @@ def test_a_config_imports_no_jax():
 @pytest.mark.parametrize(('file', 'ours'), [
     ('launch.py', {'tpad_jax.train'}),
     ('tpad_jax/__init__.py', set()),
+    *((f'tpad_jax/{name}.py', {'tpad_jax.errors', 'tpad_jax.process'})
+      for name in ('recommend', 'export', 'serve')),
     ('tpad_jax/train.py', {'tpad_jax.errors', 'tpad_jax.process'})])
 def test_jax_arrives_late(file, ours):
     """A wrong flag or --help should not wait for jax: it is imported inside functions."""

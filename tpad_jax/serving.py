@@ -4,14 +4,19 @@ What it answers is what evaluation ranked: the model that validation chose, ever
 catalogue scored, ties by item. No MLLM runs and none is loaded until a new item comes.
 """
 
+import json
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tpad_jax import served, topk
 from tpad_jax.errors import InputError
@@ -40,7 +45,7 @@ class Recommended:
     empty: np.ndarray
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """The catalogue of a moment; it is replaced whole, never changed."""
 
     z: jax.Array  # [rows, D], rows a multiple of topk.CHUNK
@@ -70,6 +75,11 @@ class Recommender:
                                 static_argnames='k')
         popular = 1 + np.argsort(-kept.events[1:], kind='stable').astype(np.int32)
         self._table = self._laid(kept.z, kept.ids, kept.titles, popular)
+
+    @property
+    def table(self) -> Table:
+        """The catalogue as it is now; numbers of an earlier one stay what they are."""
+        return self._table
 
     @property
     def ids(self) -> list[str]:
@@ -227,6 +237,40 @@ class Recommender:
                                  table.titles + titles,
                                  np.concatenate([table.popular, count + new]))
 
+    def save_added(self, file) -> None:
+        """Leave the added items in a .safetensors file, for `restore_added` of a later process."""
+        table, first = self._table, self.trained + 1
+        about = {'ids': table.ids[first:], 'titles': table.titles[first:],
+                 'model': self._kept.about['digests'][served.MODEL]}
+        partial = Path(f'{file}.partial')
+        save_file({'vectors': np.asarray(table.z)[first:len(table.ids)]}, partial,
+                  {key: json.dumps(x) for key, x in about.items()})
+        os.replace(partial, file)
+
+    def restore_added(self, file) -> None:
+        """Append what `save_added` left; nothing is read anew.
+
+        Raises:
+          InputError: the file is damaged, of another run, or names an item that is there already.
+        """
+        try:
+            with safe_open(file, framework='np') as tensors:
+                about = {key: json.loads(x) for key, x in tensors.metadata().items()}
+                vectors = tensors.get_tensor('vectors')
+            ids, titles = about['ids'], about['titles']
+            if vectors.shape != (len(ids), self._table.z.shape[1]) or len(titles) != len(ids):
+                raise ValueError(f'{list(vectors.shape)} vectors for {len(ids)} ids')
+        except served.UNREADABLE as error:
+            raise InputError(f'{file} holds no added items ({type(error).__name__}: {error}); '
+                             'name another file, or delete it and add them again') from error
+        if about['model'] != self._kept.about['digests'][served.MODEL]:
+            raise InputError(f'{file} holds items that were read for another run; name its own')
+        with self._adding:
+            if ids and not self._table.number.keys().isdisjoint(ids):
+                raise InputError(f'{file} names items that are there already')
+            if ids:
+                self._append(vectors, ids, titles)
+
     def _laid(self, z, ids, titles, popular):
         """A table with room up to the next whole chunk: a new item most often compiles nothing."""
         room = topk.rounded(len(z)) - len(z)
@@ -235,7 +279,7 @@ class Recommender:
                                   for name, x in near.items()})
                         for params, near in self._kept.weights)
         number = {name: n for n, name in enumerate(ids) if n}
-        return _Table(jax.device_put(z), jax.device_put(weights), ids, titles, number, popular)
+        return Table(jax.device_put(z), jax.device_put(weights), ids, titles, number, popular)
 
 
 def load(workdir, *, base: str = '') -> Recommender:
