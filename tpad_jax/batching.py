@@ -11,8 +11,6 @@ import numpy as np
 
 from tpad_jax.serving import SIZES, Recommender
 
-SMALL = 20  # a list up to this long is computed so; one that is longer, at the longest served
-
 
 class Overloaded(Exception):
     """The queue is full."""
@@ -22,7 +20,8 @@ class Batcher:
     """Rows of many requests, in calls of at most SIZES[-1].
 
     Args:
-      shop: answers. most_k: the longest list served. waiting: rows that may wait.
+      shop: answers. most_k: the longest list served; every call computes so many, and shorter
+        lists are its beginnings. waiting: rows that may wait.
       on_call: called with the rows of each device call, and how many wait behind it.
     """
 
@@ -43,9 +42,8 @@ class Batcher:
         """Compile what will be asked for, and begin to answer."""
         loop = asyncio.get_running_loop()
         for size in SIZES:
-            for k in sorted({min(SMALL, self._most_k), self._most_k}):
-                rows = np.ones((size, self._shop.max_length), np.int32)
-                await loop.run_in_executor(self._pool, self._shop.first, rows, k)
+            rows = np.ones((size, self._shop.max_length), np.int32)
+            await loop.run_in_executor(self._pool, self._shop.first, rows, self._most_k)
         self._task = loop.create_task(self._answer())
 
     async def ask(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,11 +85,10 @@ class Batcher:
             if not part:
                 continue
             self._tell(size, self._waiting)
-            small = all(k <= SMALL for _, k, _ in part)
             try:
                 items, scores = await loop.run_in_executor(
                     self._pool, self._shop.first, np.concatenate([rows for rows, _, _ in part]),
-                    min(SMALL, self._most_k) if small else self._most_k)
+                    self._most_k)
             except Exception as error:  # theirs to report, each of them; the next call may do
                 for _, _, answer in part:
                     if not answer.done():

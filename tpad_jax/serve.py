@@ -28,7 +28,7 @@ def main(argv) -> int:
     add('run', type=Path, help='workdir of a finished run')
     add('--host', default='127.0.0.1', help='default 127.0.0.1: this machine alone')
     add('--port', type=int, default=8000, help='default 8000; 0: any that is free')
-    add('--k', type=int, default=100, help='the longest list that is served, default 100')
+    add('--k', type=int, default=20, help='the longest list that is served, default 20')
     add('--waiting', type=int, default=4096, help='sessions that may wait, default 4096')
     add('--timeout', type=float, default=10.0, help='seconds until a request is given up')
     add('--grace', type=int, default=30, help='seconds to answer in when a signal came')

@@ -52,7 +52,7 @@ class Limits:
       waiting: sessions that wait for the device.
     """
 
-    k: int = 100
+    k: int = 20
     sessions: int = 64
     length: int = 1000
     body: int = 2**20

@@ -23,7 +23,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.parallel import compiled
 from tpad_jax.scoring import session_encoder, session_repeats
 
-SIZES = 1, 8, 64, 256  # rows of a compiled call: the least that holds what is asked
+SIZES = 1, 16, 256  # rows of a compiled call: the least that holds what is asked
 MAX_K = 1000
 
 
