@@ -126,7 +126,7 @@ def scores(job) -> dict:
     import numpy as np
 
     from tpad_jax import metrics
-    from tpad_jax.recommend import foretold, scorer
+    from tpad_jax.scoring import foretold, scorer
 
     rows, cold, c = job.test, ~job.data.warm, job.config
     cold[0] = False

@@ -105,7 +105,7 @@ class Ours:
         from flax.traverse_util import flatten_dict
 
         from configs import sessions as configs
-        from tpad_jax import parallel, recommend, training
+        from tpad_jax import parallel, scoring, training
         from tpad_jax.data import batches
         from tpad_jax.models import tpad
 
@@ -127,7 +127,7 @@ class Ours:
                 'width': config.model.width, 'softmax': config.losses.next_item.dtype,
                 'state': devices.share(training.start(spec, params, '^recommender/')),
                 'step': devices.lift(partial(training.train_step, spec=spec)),
-                'bind': recommend.scorer(model, devices)}
+                'bind': scoring.scorer(model, devices)}
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""

@@ -17,15 +17,20 @@ FLOORS = (
     {'baselines'},  # of floor 2, on these
     {'parallel', 'processes', 'checkpoint', 'features', 'writers', 'bases', 'merge', 'activations'},
     {'figures', 'compare', 'ranking', 'profiling', 'mirror'},  # of floor 3, on writers or parallel
-    {'training', 'evaluate', 'encode', 'recommend', 'pretrain', 'handover', 'snapshots',
+    {'training', 'evaluate', 'encode', 'scoring', 'pretrain', 'handover', 'snapshots',
      'feature_figure'},
     {'fitting', 'report'},  # of floor 4, on training and on snapshots
-    {'results', 'recommenders'},  # of floor 4, on evaluate and recommend
+    {'recommenders'},  # of floor 4, on evaluate and scoring
+    {'served'},  # of floor 4, on recommenders
+    {'results', 'newcomers', 'topk', 'ann'},
+    {'serving', 'pictures'},
+    {'batching'},
     {'check'},
     {'plan'},
     {'job', 'ahead'},
-    {'train', 'search'},
-    {'launch'},
+    {'train', 'search', 'recommend', 'export', 'service'},
+    {'serve'},
+    {'launch', 'tpad_jax'},
 )
 PACKAGES = 'data', 'models', 'losses', 'report'
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
@@ -71,8 +76,9 @@ def room(name):
 
 
 def own(file):
-    """The room of a file; None for configs/ and the package's own __init__."""
-    return 'launch' if file.name == 'launch.py' else room(module(file))
+    """The room of a file; None for configs/."""
+    return {'launch.py': 'launch', 'tpad_jax/__init__.py': 'tpad_jax'}.get(
+        str(file), room(module(file)))
 
 
 def used(file):
@@ -136,6 +142,9 @@ def test_a_config_imports_no_jax():
 
 @pytest.mark.parametrize(('file', 'ours'), [
     ('launch.py', {'tpad_jax.train'}),
+    ('tpad_jax/__init__.py', set()),
+    *((f'tpad_jax/{name}.py', {'tpad_jax.errors', 'tpad_jax.process'})
+      for name in ('recommend', 'export', 'serve')),
     ('tpad_jax/train.py', {'tpad_jax.errors', 'tpad_jax.process'})])
 def test_jax_arrives_late(file, ours):
     """A wrong flag or --help should not wait for jax: it is imported inside functions."""

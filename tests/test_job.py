@@ -3,49 +3,27 @@
 import contextlib
 import json
 import shutil
-from functools import partial
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import amazon
-from tests import tiny_report
-from tpad_jax import features, fitting, job, mirror, parallel, slices, writers
-from tpad_jax.data import builder
+from tests import tiny_base, tiny_report
+from tests.tiny_base import SIDE, WIDTH
+from tpad_jax import compare, features, fitting, job, load, mirror, parallel, slices, writers
+from tpad_jax.data import builder, pipeline, sessions
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.models import pretrained
-from tpad_jax.models.knowledge import KnowledgeMLLM
-from tpad_jax.models.mllm import MLLM
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
 BASELINES = ('content_knn', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn', 'vsknn', 'stan',
              'vstan')
-SIDE, WIDTH = 16, 16
 
 
 @pytest.fixture(scope='module')
 def base_dir(tmp_path_factory):
-    """A base of random parameters, a sixth of the default's width, with the default's tokenizer."""
-    directory = tmp_path_factory.mktemp('base')
-    for file in pretrained.DEFAULT.glob('tokenizer*.json'):
-        shutil.copy(file, directory)
-    sizes = dict(vocab=pretrained.load_sizes(pretrained.DEFAULT)['vocab'], width=WIDTH, layers=1,
-                 heads=2, hidden=24, channels=(8, 8), vision_layers=1)
-    model = KnowledgeMLLM(MLLM(**sizes), WIDTH)
-    shapes = jax.eval_shape(partial(model.init, method='everything'), jax.random.key(0),
-                            np.zeros((1, SIDE, SIDE, 3), np.uint8), np.ones(1, bool),
-                            np.ones((1, 8), np.int32))['params']
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: np.asarray(
-        rng.normal(size=x.shape) * x.shape[-2] ** -0.5 if x.ndim > 1 else np.ones(x.shape),
-        np.float32), shapes)
-    heads = {name: tree for name, tree in params.items() if name != 'base'}
-    pretrained.save(directory, {**sizes, 'channels': list(sizes['channels']), 'image_size': SIDE,
-                                'features': WIDTH}, {'base': params['base'], 'knowledge': heads})
-    return directory
+    return tiny_base.write(tmp_path_factory.mktemp('base'))
 
 
 @pytest.fixture(scope='module')
@@ -178,6 +156,20 @@ def test_tpad_is_the_better_of_both_on_validation(whole):
     both = {name: models[name]['valid']['hit@20'] for name in ('tpad_recommend', 'tpad_joint')}
     assert models['tpad']['valid']['hit@20'] == max(both.values())
     assert models['tpad']['test'] == models[models['tpad']['is']]['test']
+
+
+def test_it_is_served_as_it_was_ranked(whole, config):
+    """The chosen model, its parameters, the catalogue's rows: by every test row's first items."""
+    workdir, results, _ = whole
+    shop = load(workdir)
+    assert shop.model == results['models']['tpad']['is']
+    rows = sessions.rows(pipeline.load(workdir / 'data').test, config.data.max_length)
+    items, _ = shop.first(rows.items[:, :shop.max_length], 10)
+    above, equal = compare.read(workdir).ranks[shop.model]
+    assert (equal == 1).all()
+    found = items == rows.target[:, None]
+    np.testing.assert_array_equal(np.where(found.any(1), found.argmax(1), 10),
+                                  np.minimum(above, 10))
 
 
 def test_files_of_a_run(whole):

@@ -8,7 +8,7 @@ import pytest
 from tpad_jax import config as base
 from tpad_jax import metrics, parallel
 from tpad_jax.models import tpad
-from tpad_jax.recommend import scorer
+from tpad_jax.scoring import scorer
 
 V, N = 30, 5
 

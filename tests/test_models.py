@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tpad_jax import recommend
+from tpad_jax import scoring
 from tpad_jax.models import lora, stream, tpad
 from tpad_jax.models.attention import rotate
 from tpad_jax.models.mllm import MLLM
@@ -104,7 +104,7 @@ def differs(a, b):
 def test_t_foretells_by_its_critic_of_p_and_every_item(params):
     """Prefix by prefix, item by item."""
     catalogue, batch = make_catalogue(), make_batch()
-    found = recommend.foretold(SPEC)(params, catalogue)(batch.items)
+    found = scoring.foretold(SPEC)(params, catalogue)(batch.items)
     assert found.shape == (B, V + 1)
     assert (found[:, 0] == 0).all()
     out = forward(SPEC, params, batch.replace(valid=np.ones(B, bool)), catalogue,

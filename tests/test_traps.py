@@ -14,7 +14,7 @@ from tpad_jax import baselines, evaluate, job, metrics, parallel, slices, writer
 from tpad_jax.data import builder, graph, pipeline, sessions, synthetic, text
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.models import tpad
-from tpad_jax.recommend import scorer
+from tpad_jax.scoring import scorer
 
 V, N = 30, 6
 TABLES = 'train', 'valid', 'warm', 'side', 'side_sizes', 'titles'  # of pipeline.Data
@@ -51,7 +51,7 @@ def baseline(name):
 
 
 def neural(encoder, **rates):
-    """recommend.scorer with random parameters, which are the same whatever the rates."""
+    """scoring.scorer with random parameters, which are the same whatever the rates."""
     c = configs.get_config(f'diginetica,{encoder}').model
     c.update(width=8, features=8, **rates)
     spec = tpad.build(None, c, recommend=(), items=V, max_length=N, side_sizes=())

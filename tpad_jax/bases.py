@@ -101,7 +101,7 @@ def teacher(config, student: Base) -> Teacher | None:
         else:
             found, features = _small(directory)
             reader = KnowledgeMLLM(found.module, features)
-            shapes = _shapes(reader, found.image_size)
+            shapes = shapes_of(reader, found.image_size)
             if found.image_size != student.image_size:
                 raise InputError(f'it was made for images of {found.image_size} pixels, and '
                                  f'config.mllm.image_size is {student.image_size}; choose one made '
@@ -117,7 +117,8 @@ def teacher(config, student: Base) -> Teacher | None:
     return Teacher(reader, shapes, partial(found.load, shapes))
 
 
-def _shapes(reader, side):
+def shapes_of(reader: KnowledgeMLLM, side: int) -> dict:
+    """Shapes of a small reader's parameters for images of `side` pixels: 'base', 'knowledge'."""
     found = dict(jax.eval_shape(
         partial(reader.init, method='everything'), jax.random.key(0),
         jnp.zeros((1, side, side, 3), jnp.uint8), jnp.ones(1, bool),

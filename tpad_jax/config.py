@@ -65,7 +65,7 @@ def get_config():
     c.stage = ConfigDict(dict(
         knowledge=stage(batch_size=64, steps=60, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),
-        # eval_every: T's own lists are validated, see recommend.foretold
+        # eval_every: T's own lists are validated, see scoring.foretold
         transfer=stage(batch_size=64, steps=72, learning_rate=2e-3, eval_every=0, fresh='r',
                        every_prefix=False, copy='lora/knowledge->lora/distil',
                        # q follows p, which moves; r, which starts as k, moves gently

@@ -34,7 +34,7 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
 
     Args:
       scorer: int32 [chunk, N] prefixes -> scores [chunk, V + 1], numpy or jax; see
-        `metrics.scored`. One that has `ranks` (see `recommend.scorer`) counts on its devices.
+        `metrics.scored`. One that has `ranks` (see `scoring.scorer`) counts on its devices.
       rows: R rows.
       warm: bool [V + 1].
       ks: the K of every metric.

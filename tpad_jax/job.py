@@ -51,7 +51,7 @@ from tpad_jax.data import (
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import readings, tpad
-from tpad_jax.recommend import foretold, scorer
+from tpad_jax.scoring import foretold, scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
 

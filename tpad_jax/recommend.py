@@ -1,106 +1,131 @@
-"""Scores of the whole catalogue for prefixes: what evaluation ranks and a shop serves."""
+"""The lists of a finished run for sessions by the million: `python -m tpad_jax.recommend RUN`.
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+Sessions are read, answered and written in batches of one shape, so that nothing is compiled twice
+and memory stays flat. A line that is no session is named on stderr and left out; answers name the
+ids of their sessions, or their lines. What files look like: tpad_jax/data/streams.py.
 
-import jax.numpy as jnp
-import numpy as np
+Exit status: 0 done, 1 a number was not finite or a defect, 2 unusable input in one sentence (more
+lines than --bad_share left out is such; what was answered stays), 75 stopped by SIGINT or SIGTERM.
+"""
 
-from tpad_jax.models import tpad
-from tpad_jax.parallel import Devices, compiled
-from tpad_jax.ranking import ranker
-from tpad_jax.types import Batch
+import argparse
+import sys
+import time
+from collections import deque
+
+from tpad_jax.errors import UNWRITABLE, InputError
+from tpad_jax.process import BROKEN, STOPPED, UNUSABLE, begin
+
+TOLD = 20  # lines left out that are named; the rest is counted
+QUIET_SECONDS = 30  # between two lines of progress
 
 
-@lru_cache(maxsize=16)  # one compilation however many validations ask
-def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callable:
-    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]).
+def main(argv) -> int:
+    """Answer the sessions that argv names and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog='python -m tpad_jax.recommend', allow_abbrev=False,
+        description='Writes the items a finished run recommends for every session of a file.')
+    parser.add_argument('run', help='workdir of a finished run')
+    parser.add_argument('--sessions', required=True, metavar='FILE',
+                        help='.jsonl, .jsonl.gz or .parquet; - is JSONL on standard input')
+    parser.add_argument('--k', type=int, default=20, help='items per session, default 20')
+    parser.add_argument('--out', default='-', metavar='FILE',
+                        help='.jsonl or .parquet; default: JSONL on standard output')
+    parser.add_argument('--scores', action='store_true', help='JSONL with the scores')
+    parser.add_argument('--bad_share', type=float, default=0.05,
+                        help='share of the lines that may be no sessions, default 0.05')
+    given = parser.parse_args(argv)
+    stopping = begin('')
+    try:
+        return run(given, stopping)
+    except InputError as error:
+        return _said(error, UNUSABLE)
+    except FloatingPointError as error:
+        return _said(error, BROKEN)
+    except BrokenPipeError:  # who reads has seen enough
+        sys.stdout = None  # which else would be flushed, and complain
+        return 0
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        return _said(f'{error.filename or given.out}: {error.strerror}; make room or choose '
+                     'another --out', UNUSABLE)
 
-    No MLLM runs: items are read from the catalogue's rows. Compiled once per chunk size; the item
-    vectors are computed once per call of the outer function. What it returns moreover has `ranks`:
-    (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], counted on `devices`,
-    see `ranking.ranker`.
 
-    Args:
-      specs: of one recommender, or of several whose scores are added; then the function returned
-        takes as many nested params and catalogues, in tuples.
+def run(given, stopping=lambda: False) -> int:
+    """Answer all sessions; `given`: the parsed arguments. Returns the exit status.
+
+    Raises:
+      InputError: the run, the file or k is unusable, or too many lines are no sessions.
     """
-    several = isinstance(specs, tuple)
-    if not several:
-        specs = (specs,)
+    from tpad_jax import serving  # here: --help and a wrong flag need no jax
+    from tpad_jax.data import streams
 
-    @compiled
-    def table(params, catalogues):
-        return jnp.concatenate([tpad.z_table(spec, *own) for spec, *own in
-                                zip(specs, params, catalogues, strict=True)], axis=1)
+    told = 0
 
-    def encode(weights, z, items):
-        """The sum of scores is the product of vectors laid end to end."""
-        own, begin, here = [], 0, z[items]
-        for spec, (params, near) in zip(specs, weights, strict=True):
-            cut = slice(begin, begin + spec.fusion.width)
-            begin = cut.stop
-            rows = z[:, cut] if near else None  # only the global graph reads the others' vectors
-            own.append(tpad.encode_sessions(spec, params, items, rows, near, z=here[..., cut]))
-        return jnp.concatenate(own, axis=1)
+    def tell(line, reason):
+        nonlocal told
+        told += 1
+        if told <= TOLD:
+            _say(f'{given.sessions}: line {line} is left out: {reason}')
 
-    def repeat(weights, items):
-        return sum(tpad.repeat_shift(spec, params, items) for spec, (params, _) in
-                   zip(specs, weights, strict=True) if spec.repeats)
+    source = streams.Source(given.sessions, tell)
+    shop = serving.load(given.run)
+    sink = streams.Sink(given.out, shop.ids, given.scores)
+    count = {'sessions': 0, 'empty': 0, 'unknown': 0}
+    begun = spoke = time.monotonic()
+    pending, stopped = deque(), False
 
-    repeats = any(spec.repeats for spec in specs)
+    def write():
+        asked, unknown, rows, finish = pending.popleft()
+        sink.write(asked, unknown, *finish())
+        count['sessions'] += len(asked)
+        count['empty'] += int((rows[:, 0] == 0).sum())
+        count['unknown'] += sum(map(len, unknown))
 
-    @compiled
-    def score(weights, z, items):
-        scores = encode(weights, z, items) @ z.T
-        if repeats:
-            scores = scores.at[jnp.arange(len(items))[:, None], items].add(repeat(weights, items))
-        return scores.at[:, 0].set(0)
-
-    rank = ranker(encode, devices, repeat=repeat if repeats else None)
-
-    def bind(params, catalogue):
-        given = (params, catalogue) if several else ((params,), (catalogue,))
-        recommenders = tuple({'recommender': own['recommender']} for own in given[0])
-        z = table(recommenders, given[1])
-        near = ({n: rows[n] for n in tpad.GRAPH if n in rows} for rows in given[1])
-        weights = tuple(zip(recommenders, near, strict=True))
-
-        def scores(items):
-            return np.asarray(score(weights, z, jnp.asarray(items)))
-
-        scores.ranks = partial(rank, weights, z)
-        return scores
-
-    return bind
-
-
-@lru_cache(maxsize=4)
-def foretold(spec: tpad.TPAD) -> Callable:
-    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]) of T itself.
-
-    An item's score is what critic `distil` makes of p at the prefix's last position and the item's
-    r: how well the Transfer-MLLM foretells, before any recommender [ours]. The catalogue's k and r
-    are read; T reads the whole prefix.
-    """
-    needs = frozenset({'p', 'critic.distil'})
-
-    @compiled
-    def score(params, catalogue, items):
-        here, rows = items > 0, jnp.arange(len(items))
-        batch = Batch(items=items, next=items, target=items[:, 0], valid=here[:, 0], row=rows)
-        out = tpad.forward(spec, params, batch, catalogue, needs, frozenset())
-        r = tpad.flat(catalogue['r'][None])[0]
-        return out['critic.distil'](r, out['p'][rows, batch.last]).T.at[:, 0].set(0)
-
-    def bind(params, catalogue):
-        read = {n: catalogue[n] for n in ('k', 'r', 'warm')}
-        return lambda items: np.asarray(score(params, read, jnp.asarray(items)))
-
-    return bind
+    try:
+        for asked in streams.in_batches(source, serving.SIZES[-1]):
+            rows, unknown = shop.rows([one.session for one in asked])
+            for finish in shop.begin(rows, given.k):
+                pending.append((asked, unknown, rows, finish))
+            if len(pending) > 1:  # the device has the next batch before this one is written
+                write()
+            if time.monotonic() - spoke > QUIET_SECONDS:
+                spoke = time.monotonic()
+                _say(f'{count["sessions"]} sessions, '
+                     f'{count["sessions"] / (spoke - begun):.0f} sessions/s')
+            stopped = stopping()
+            if stopped:
+                break
+        while pending:
+            write()
+    except BaseException:
+        sink.close()
+        raise
+    _say(f'{count["sessions"]} sessions answered, {count["empty"]} of them empty, '
+         f'{count["unknown"]} unknown item ids, {told} lines left out; '
+         f'{time.monotonic() - begun:.0f} s')
+    kept = '' if sink.partial is None else f'; what was answered lies in {sink.partial}'
+    if stopped:
+        sink.close()
+        return _said(f'stopped behind line {source.number}{kept}', STOPPED)
+    try:
+        source.check(given.bad_share)
+    except InputError as error:
+        sink.close()
+        raise InputError(f'{error}{kept}') from error
+    sink.finish()
+    return 0
 
 
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Item ids int32 [B, k] of the highest scores [B, V+1], best first; padding is never one."""
-    order = np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k]
-    return (order + 1).astype(np.int32)
+def _say(text):
+    print(f'tpad_jax.recommend: {" ".join(str(text).split())}', file=sys.stderr)
+
+
+def _said(text, status):
+    _say(text)
+    return status
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

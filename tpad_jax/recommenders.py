@@ -19,7 +19,7 @@ from tpad_jax.config import names
 from tpad_jax.errors import InputError
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import tpad
-from tpad_jax.recommend import scorer
+from tpad_jax.scoring import scorer
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 KEPT = 'hit@20', 'mrr@20', 'ndcg@20'  # of validation

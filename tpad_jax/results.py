@@ -18,6 +18,7 @@ from tpad_jax import (
     figures,
     metrics,
     resampling,
+    served,
     slices,
     snapshots,
     writers,
@@ -26,8 +27,8 @@ from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.fitting import SPENT
 from tpad_jax.models import tpad
-from tpad_jax.recommend import top
 from tpad_jax.report import gallery, page
+from tpad_jax.scoring import top
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
@@ -47,6 +48,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
       What results.json holds.
     """
     started = time.perf_counter()
+    own = next(iter(scorers), None)  # of a run without content the sum, if there is one
     tuned = baseline_scorers(job, knowledge)
     scorers.update({name: found.scorer for name, found in tuned.items()})
     chosen |= {name: found.valid for name, found in tuned.items()}
@@ -56,7 +58,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
     ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
     if ours:
         best = max(ours, key=lambda name: models[name]['valid'][SELECT])
-        models = {'tpad': {**models[best], 'is': best}, **models}
+        own, models = best, {'tpad': {**models[best], 'is': best}, **models}
         scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
     truth, truth_ranks = oracle_scores(job)
     job.seconds['report'] = time.perf_counter() - started
@@ -75,6 +77,8 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
         read = found.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
         out |= {'probes': {n: x['accuracy'] for n, x in read.items()}} if read else {}
     draw_figures(job, scorers, ranks, truth_ranks)
+    if own is not None:
+        served.write(job, own, scorers[own])
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     made = write_page(job, out, scorers, ranks, console)
     console.print(writers.table(out))

@@ -41,15 +41,17 @@ class Lines:
     later counts. Where a .gz file is cut short, damaged or a bomb, the lines before are given.
 
     Attributes:
-      path: of the file. number: of the line last read, from 1 on.
+      path: of the file, '-' is what comes on standard input.
+      number: of the line last read, from 1 on.
       rejected: {reason: lines}, those of `reject` among them. damaged: the first few lines that are
         rejected for another reason than those in WHOLE, as (number, reason).
       unread: share of the file's bytes behind the place where it could not be unpacked any more;
         1 for a bomb.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.number, self.unread = path, 0, 0.0
+    def __init__(self, path: Path, tell=lambda number, reason: None):
+        """`tell(number, reason)` is called for every line that is damaged."""
+        self.path, self.number, self.unread, self._tell = path, 0, 0.0, tell
         self.rejected, self.damaged = Counter(), []
 
     def __iter__(self) -> Iterator[dict]:
@@ -64,15 +66,18 @@ class Lines:
     def reject(self, reason: str) -> None:
         """Count the line last given as rejected."""
         self.rejected[reason] += 1
-        if reason not in WHOLE and len(self.damaged) < SHOWN:
+        if reason in WHOLE:
+            return
+        self._tell(self.number, reason)
+        if len(self.damaged) < SHOWN:
             self.damaged.append((self.number, reason))
 
-    def check(self, bad_share: float) -> None:
+    def check(self, bad_share: float, knob: str = 'config.data.bad_share') -> None:
         """Refuse the file where more than a share of it is damaged; call it at the end.
 
         Args:
           bad_share: of the lines, in 0..1. Those rejected for a reason in WHOLE are not damaged;
-            what could not be unpacked counts by its bytes.
+            what could not be unpacked counts by its bytes. knob: what sets it.
 
         Raises:
           InputError: with the counts by reason and the first damaged lines.
@@ -85,13 +90,13 @@ class Lines:
         first = ', '.join(f'line {number} {reason}' for number, reason in self.damaged)
         raise InputError(f'{self.path}: {sum(bad.values())} of {self.number} lines are damaged '
                          f'({reasons(bad)}; first {first}){cut}; get the file anew or mend it, or '
-                         f'raise config.data.bad_share={bad_share} to go on without them')
+                         f'raise {knob}={bad_share} to go on without them')
 
     def _lines(self) -> Iterator[bytes | Reason]:
         try:
-            with open(self.path, 'rb') as file:
+            with open(0 if str(self.path) == '-' else self.path, 'rb') as file:
                 if self.path.suffix != '.gz':
-                    yield from self._split(file, file)
+                    yield from self._split(file, None)
                     return
                 if file.read(2) != b'\x1f\x8b':
                     raise InputError(f'{self.path}: not a gzip file although its name ends in .gz; '
@@ -104,7 +109,7 @@ class Lines:
                              'its disk') from error
 
     def _split(self, lines, file) -> Iterator[bytes | Reason]:
-        """`lines`: unpacked. `file`: as it lies on the disk."""
+        """`lines`: unpacked. `file`: as it lies on the disk, None where that is the same."""
         bom, given = b'\xef\xbb\xbf', 0
         while True:
             try:
@@ -134,7 +139,7 @@ class Lines:
             bom = b''  # a byte order mark stands at the very beginning or is no such mark
 
     def _bomb(self, given, file):
-        return given > MAX_UNPACKED and given > MAX_PACKING * file.tell()
+        return file is not None and given > MAX_UNPACKED and given > MAX_PACKING * file.tell()
 
 
 def reasons(counts: dict) -> str:

@@ -63,6 +63,7 @@ class Data:
     lines: counts of raw lines read, kept and rejected, and, under 'unused', of images that are not
     among `image_bytes`, by reason (image_...). audit: see `audit.audit`.
     fingerprint: sha256 of raw files and options. form: '2018' or '2023'.
+    vocabulary: of the side features, see `text.side_vocabulary`; {} where none was kept.
     """
 
     asins: list[str]
@@ -80,6 +81,7 @@ class Data:
     audit: dict
     fingerprint: str
     form: str
+    vocabulary: dict = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -115,12 +117,13 @@ def load(data_dir) -> Data:
     train, valid, test = (_sessions(data_dir, split) for split in ('train', 'valid', 'test'))
     warm = sessions_lib.warm_items(train, items.height)
     side, side_sizes = text.side_features(items, warm)
+    vocabulary = text.side_vocabulary(items, warm)
     return Data(asins=['', *items['asin']], titles=['', *items['title']],
                 texts=['', *items['text']], image_bytes=ImageBytes(data_dir),
                 has_image=np.append(False, items['has_image'].to_numpy()),
                 side=side, side_sizes=side_sizes, train=train, valid=valid, test=test, warm=warm,
                 lines=finished['lines'], audit=finished['audit'],
-                fingerprint=finished['fingerprint'], form=finished['form'])
+                fingerprint=finished['fingerprint'], form=finished['form'], vocabulary=vocabulary)
 
 
 def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length: int,

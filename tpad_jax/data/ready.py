@@ -28,7 +28,6 @@ from tpad_jax.data.pipeline import Data
 from tpad_jax.errors import InputError
 
 SESSIONS, ITEMS, IMAGES = 'sessions.npz', ('items.jsonl', 'items.jsonl.gz'), 'images'
-NESTED = 4  # levels of lists in a field whose words are read
 
 
 class Pictures(Sequence):
@@ -124,8 +123,9 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
         for name in filter(None, names):
             whole.update(name.encode(errors='surrogateescape') + (place / name).read_bytes())
     return replace(
-        found, asins=['', *map(str, numbers[1:])], titles=[said(one.get('title')) for one in own],
-        texts=['. '.join(filter(None, (said(one.get(field)) for field in words))) for one in own],
+        found, asins=['', *map(str, numbers[1:])],
+        titles=[text.said(one.get('title')) for one in own],
+        texts=[text.joined(one.get(field) for field in words) for one in own],
         image_bytes=Pictures(place, names), has_image=np.array([bool(n) for n in names]),
         side=side, side_sizes=tuple(size for _, size in columns), warm=warm,
         lines={'read': read, 'kept': len(own) - 1,
@@ -135,13 +135,6 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
         fingerprint=whole.hexdigest())
 
 
-def said(value, levels: int = NESTED) -> str:
-    """The words of a field: a list's one after the other, a number's digits, '' of nothing."""
-    if isinstance(value, list):
-        return ' '.join(filter(None, (said(one, levels - 1) for one in value))) if levels else ''
-    return '' if value is None or isinstance(value, dict) else text.clean(str(value))
-
-
 def _columns(values, warm):
     """[(ids int32 [V], how many there are)] of a field: one column, but of lists one per value.
 
@@ -149,8 +142,8 @@ def _columns(values, warm):
       values: per item, None for none. warm: bool [V].
     """
     if not any(isinstance(value, list) for value in values):
-        return [text.value_ids([said(value) for value in values], warm)]
-    held = [{said(x) for x in (value if isinstance(value, list) else [value])} - {''}
+        return [text.value_ids([text.said(value) for value in values], warm)]
+    held = [{text.said(x) for x in (value if isinstance(value, list) else [value])} - {''}
             for value in values]
     counts = Counter(x for own, seen in zip(held, warm, strict=True) if seen for x in own)
     return [(np.array([x in own for own in held], np.int32), 2)

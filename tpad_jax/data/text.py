@@ -3,6 +3,7 @@
 import html
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tpad_jax.errors import InputError
 
 PRICE_LEVELS = 10
 TOKENIZER_CHUNK = 8192  # texts per call, so that Python lists of ids stay small
+NESTED = 4  # levels of lists in a field whose words are read
 
 # each alternative consumes what it scans, so the time is linear in the text's length
 _MARKUP = re.compile(r'<(script|style)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)|</?[a-z][^<>]*>',
@@ -31,6 +33,18 @@ def clean(text: str) -> str:
     """
     text = _MARKUP.sub(' ', html.unescape(_NO_CHARACTER.sub('\ufffd', text)))
     return _SPACE.sub(' ', _UNPRINTABLE.sub(' ', text)).strip()
+
+
+def said(value, levels: int = NESTED) -> str:
+    """The words of a field: a list's one after the other, a number's digits, '' of nothing."""
+    if isinstance(value, list):
+        return ' '.join(filter(None, (said(one, levels - 1) for one in value))) if levels else ''
+    return '' if value is None or isinstance(value, dict) else clean(str(value))
+
+
+def joined(values: Iterable) -> str:
+    """One text of an item's fields, "title. brand": what each says, empty ones left out."""
+    return '. '.join(filter(None, map(said, values)))
 
 
 def item_texts(catalogue: pl.DataFrame) -> list[str]:
@@ -113,10 +127,6 @@ def side_features(catalogue: pl.DataFrame,
                   warm: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
     """Brand, category and price level of every item as ids; 0 is unknown (and padding).
 
-    Vocabularies and price levels come from the warm items alone. A value that fewer than two of
-    them have says nothing that the item's id does not, and is 0. The price levels 1..10 are the
-    tenths of the warm items' prices.
-
     Args:
       catalogue: V rows with brand, category (str) and price (float or null).
       warm: bool [V + 1].
@@ -124,23 +134,54 @@ def side_features(catalogue: pl.DataFrame,
     Returns:
       ids int32 [V + 1, 3], and how many different ids each column can have, 0 included.
     """
+    vocabulary = side_vocabulary(catalogue, warm)
+    sizes = (*(len(vocabulary[name]) + 1 for name in ('brand', 'category')), PRICE_LEVELS + 1)
+    return np.pad(side_ids(catalogue, vocabulary), ((1, 0), (0, 0))), sizes
+
+
+def side_vocabulary(catalogue: pl.DataFrame, warm: np.ndarray) -> dict[str, list]:
+    """What the side features of an item, one to come included, are told by.
+
+    It comes from the warm items alone. A value that fewer than two of them have says nothing that
+    the item's id does not. The price levels 1..10 are the tenths of the warm items' prices.
+
+    Returns:
+      {'brand': values in their alphabetic order, 'category': likewise, 'price': 9 edges, or none
+      where no warm item has a price}; JSON can hold it.
+    """
     warm = warm[1:]
-    brand, brands = value_ids(catalogue['brand'].to_list(), warm)
-    category, categories = value_ids(catalogue['category'].to_list(), warm)
-    price = catalogue['price'].cast(pl.Float64).fill_null(np.nan).to_numpy()
+    price = _prices(catalogue)
+    known = warm & ~np.isnan(price)
+    edges = np.quantile(price[known], np.arange(1, PRICE_LEVELS) / PRICE_LEVELS) if (
+        known.any()) else np.zeros(0)
+    return {'brand': _shared(catalogue['brand'].to_list(), warm),
+            'category': _shared(catalogue['category'].to_list(), warm), 'price': edges.tolist()}
+
+
+def side_ids(catalogue: pl.DataFrame, vocabulary: dict[str, list]) -> np.ndarray:
+    """Ids int32 [V, 3] of the rows of a catalogue, by `side_vocabulary`."""
+    found = np.zeros((catalogue.height, 3), np.int32)
+    for column, name in enumerate(('brand', 'category')):
+        number = {value: n for n, value in enumerate(vocabulary[name], start=1)}
+        found[:, column] = [number.get(value, 0) for value in catalogue[name]]
+    price = _prices(catalogue)
     known = ~np.isnan(price)
-    level = np.zeros(len(price), np.int32)
-    if (known & warm).any():
-        edges = np.quantile(price[known & warm], np.arange(1, PRICE_LEVELS) / PRICE_LEVELS)
-        level[known] = 1 + np.searchsorted(edges, price[known], side='right')
-    ids = np.zeros((len(price) + 1, 3), np.int32)
-    ids[1:] = np.stack([brand, category, level], axis=1)
-    return ids, (brands, categories, PRICE_LEVELS + 1)
+    if vocabulary['price']:
+        found[known, 2] = 1 + np.searchsorted(vocabulary['price'], price[known], side='right')
+    return found
 
 
 def value_ids(values: list[str], warm: np.ndarray) -> tuple[np.ndarray, int]:
     """Ids int32 [V] of values at least two warm items have, in their alphabetic order from 1."""
-    counts = Counter(value for value, seen in zip(values, warm, strict=True) if seen and value)
-    ids = {value: number for number, value in
-           enumerate(sorted(value for value, count in counts.items() if count > 1), start=1)}
+    ids = {value: number for number, value in enumerate(_shared(values, warm), start=1)}
     return np.array([ids.get(value, 0) for value in values], np.int32), len(ids) + 1
+
+
+def _shared(values, warm) -> list[str]:
+    """The values at least two warm items have, in their alphabetic order."""
+    counts = Counter(value for value, seen in zip(values, warm, strict=True) if seen and value)
+    return sorted(value for value, count in counts.items() if count > 1)
+
+
+def _prices(catalogue) -> np.ndarray:
+    return catalogue['price'].cast(pl.Float64).fill_null(np.nan).to_numpy()

@@ -21,7 +21,7 @@ from tpad_jax import features, metrics, snapshots, writers
 from tpad_jax.data import images
 from tpad_jax.diagnostics import unit
 from tpad_jax.errors import InputError
-from tpad_jax.recommend import top
+from tpad_jax.scoring import top
 
 FILE = Path('report') / 'gallery.json'
 MODELS = 'tpad', 'knowledge_only', 'id_only'  # whose lists are shown, where a run has them

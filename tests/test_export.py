@@ -1,0 +1,119 @@
+"""`python -m tpad_jax.export`: files that need no tpad_jax, and the same lists from them."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+import tpad_jax
+from tests import tiny_base, tiny_served
+from tests.tiny_served import V
+from tpad_jax import ann, export
+from tpad_jax.data import given
+
+OURS = ('tpad_jax', 'flax', 'safetensors', 'polars', 'pyarrow', 'optax', 'orbax', 'ml_collections',
+        'transformers', 'tensorflow_datasets', 'absl', 'einops')  # what the artefact must not need
+ALONE = f'''
+import sys
+class Alone:
+    def find_spec(self, name, path=None, target=None):
+        root = name.split('.')[0]
+        if root in {OURS!r}:
+            raise ModuleNotFoundError(root)
+sys.meta_path.insert(0, Alone())
+'''
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    return tiny_base.write(tmp_path_factory.mktemp('base'))
+
+
+def sessions_of(rows):
+    return [[f'I{n}' for n in row if n] for row in rows]
+
+
+def written(base, tmp_path, monkeypatch, *argv, **model):
+    """The run's object and the directory of its export."""
+    tiny_served.write(tmp_path / 'run', base, **model)
+    monkeypatch.setattr(export, 'begin', lambda flags: None)
+    assert export.main([str(tmp_path / 'run'), str(tmp_path / 'out'), '--k', '7', '--rows', '16',
+                        *map(str, argv)]) == 0
+    return tpad_jax.load(tmp_path / 'run'), tmp_path / 'out'
+
+
+@pytest.mark.parametrize('model', [
+    {}, pytest.param(dict(encoder='gce_gnn', partner=dict(model=dict(
+        encoder='attention', width=24, repeats=True))), marks=pytest.mark.slow)],
+    ids=['default', 'graph, partner, repeats'])
+def test_the_readme_alone_gives_the_same_lists(base, tmp_path, monkeypatch, model):
+    """Its code, where nothing but jax can be imported."""
+    shop, out = written(base, tmp_path, monkeypatch, **model)
+    code = re.search(r'```python\n(.*?)```', (out / 'README.md').read_text(), re.S)[1]
+    rows = tiny_served.prefixes(16)
+    asked = f'{code}\nprint(recommend(weights, np.array({rows.tolist()}, np.int32))[1].tolist())'
+    done = subprocess.run([sys.executable, '-c', ALONE + asked], cwd=out, text=True,
+                          capture_output=True, check=True)
+    first, *lists = done.stdout.splitlines()
+    assert json.loads(first.replace("'", '"')) == shop.recommend([['I1', 'I2']], k=7).items[0]
+    np.testing.assert_array_equal(json.loads(lists[0]), shop.first(rows, 7)[0])
+
+
+def test_tables_and_vectors(base, tmp_path, monkeypatch):
+    asked = sessions_of(tiny_served.prefixes(9))
+    file = tmp_path / 'sessions.jsonl'
+    file.write_text(''.join(json.dumps({'session': s, 'id': n}) + '\n'
+                            for n, s in enumerate([*asked, ['no']])))
+    shop, out = written(base, tmp_path, monkeypatch, '--sessions', file)
+    table = pl.read_parquet(out / 'items.parquet')
+    assert table['item_id'].to_list() == json.loads((out / 'item_ids.json').read_text())
+    assert table['item_id'].to_list() == [f'I{n}' for n in range(1, V + 1)]
+    np.testing.assert_array_equal(np.array(table['vector'].to_list(), np.float32),
+                                  shop.embed_items())
+    found = given.read(out / 'item_vectors.safetensors', shop.ids)
+    np.testing.assert_array_equal(found.rows[1:], shop.embed_items())
+    vectors = pl.read_parquet(out / 'sessions.parquet')
+    assert vectors['id'].to_list() == [str(n) for n in range(10)]
+    np.testing.assert_array_equal(np.array(vectors['vector'].to_list(), np.float32),
+                                  shop.embed_sessions([*asked, []]))
+
+
+def test_approximate_lists(base, tmp_path, monkeypatch, capsys):
+    faiss = pytest.importorskip('faiss')
+    file = tmp_path / 'sessions.jsonl'
+    asked = sessions_of(tiny_served.prefixes(40))
+    file.write_text(''.join(json.dumps({'session': s}) + '\n' for s in asked))
+    shop, out = written(base, tmp_path, monkeypatch, '--sessions', file, '--ann')
+    assert 'recall@7 of items.faiss on 40 sessions: 1.0000' in capsys.readouterr().out
+    assert json.loads((out / 'export.json').read_text())['ann']['recall'] == 1
+    found, _ = ann.search(faiss.read_index(str(out / 'items.faiss')), shop.embed_sessions(asked), 7)
+    rows, _ = shop.rows(asked)
+    np.testing.assert_array_equal(found, shop.first(rows, 7)[0])
+
+
+def test_recall():
+    exact = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert ann.recall(np.array([[4, 3, 9, 0], [8, 7, 6, 5]]), exact) == 0.75
+
+
+@pytest.mark.parametrize(('argv', 'said'), [
+    (['--ann'], '--ann has to say its recall'), (['--k', '0'], 'k=0: a whole number from 1'),
+    (['--rows', '0'], '--rows=0: a number from 1 to 4096'),
+    (['--sessions', '/nowhere.jsonl'], '/nowhere.jsonl does not exist')])
+def test_unusable_arguments(base, tmp_path, monkeypatch, capsys, argv, said):
+    tiny_served.write(tmp_path / 'run', base)
+    monkeypatch.setattr(export, 'begin', lambda flags: None)
+    assert export.main([str(tmp_path / 'run'), str(tmp_path / 'out'), *argv]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_directory_that_cannot_be_made(base, tmp_path, monkeypatch, capsys):
+    tiny_served.write(tmp_path / 'run', base)
+    monkeypatch.setattr(export, 'begin', lambda flags: None)
+    (tmp_path / 'file').write_text('')
+    assert export.main([str(tmp_path / 'run'), str(tmp_path / 'file')]) == 2
+    assert 'choose another DIR' in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""`python -m tpad_jax.recommend`: sessions from files and pipes, and lines that are none."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+
+import tpad_jax
+from tests import tiny_base, tiny_served
+from tpad_jax import recommend, serving
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('served') / 'run'
+    tiny_served.write(workdir, tiny_base.write(tmp_path_factory.mktemp('base')))
+    return workdir
+
+
+@pytest.fixture
+def command(run, monkeypatch, capfd):
+    """argv behind the run -> exit status, standard output, standard error."""
+    def call(*argv, stopping=lambda: False):
+        monkeypatch.setattr(recommend, 'begin', lambda flags: stopping)
+        status = recommend.main([str(run), *map(str, argv)])
+        return status, *capfd.readouterr()
+
+    return call
+
+
+SESSIONS = [[f'I{n}' for n in row if n] for row in tiny_served.prefixes(serving.SIZES[-1] + 9)]
+
+
+def write(file, sessions=SESSIONS, broken=()):
+    """A JSONL file of sessions, every second with an id, and broken lines at their places."""
+    lines = [json.dumps({'session': s} | ({'id': f's{n}', 'more': 1} if n % 2 else {}))
+             for n, s in enumerate(sessions)]
+    for place, line in sorted(broken):
+        lines.insert(place, line)
+    opened = gzip.open(file, 'wt') if file.suffix == '.gz' else file.open('w')
+    with opened:
+        opened.write('\n'.join(lines) + '\n')
+    return file
+
+
+@pytest.mark.parametrize('name', ['sessions.jsonl', 'sessions.jsonl.gz'])
+def test_answers_are_those_of_the_object(command, run, tmp_path, name):
+    status, out, told = command('--sessions', write(tmp_path / name), '--k', 5, '--scores')
+    found = [json.loads(line) for line in out.splitlines()]
+    like = tpad_jax.load(run).recommend(SESSIONS, k=5)
+    assert status == 0
+    assert [one['items'] for one in found] == like.items
+    assert [one['scores'] for one in found] == [
+        pytest.approx(row, rel=1e-5) for row in like.scores.tolist()]
+    assert [one.get('id', one.get('line')) for one in found] == [
+        f's{n}' if n % 2 else n + 1 for n in range(len(SESSIONS))]
+    assert f'{len(SESSIONS)} sessions answered, 0 of them empty, 0 unknown item ids' in told
+
+
+def test_lines_that_are_no_sessions(command, tmp_path):
+    broken = [(1, 'garbage'), (3, '{"session": "I1"}'), (4, ''), (5, '{"session": ["I1", null]}'),
+              (6, '{"session": ["I1", "no", 7]}'), (8, '{"session": [], "id": {"a": 1}}'),
+              (9, '[]')]
+    file = tmp_path / 'sessions.jsonl'
+    write(file, SESSIONS[:30], broken)
+    with file.open('ab') as more:
+        more.write(b'\xff\xfe\n')
+    status, out, told = command('--sessions', file, '--k', 3, '--bad_share', 0.2)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert len(found) == 32
+    for line, reason in ((2, 'bad_json'), (4, 'no_session'), (6, 'session_of_no_item_ids'),
+                         (10, 'bad_json'), (38, 'bad_encoding')):
+        assert f'line {line} is left out: {reason}' in told
+    assert '5 lines left out' in told
+    assert 'line 5 ' not in told  # a blank line is no damage
+    assert (found[2]['line'], found[2]['unknown']) == (7, ['no', '7'])
+    assert (found[4]['id'], found[4]['empty']) == ({'a': 1}, True)
+
+
+def test_tables_in_and_out(command, run, tmp_path):
+    given, out = tmp_path / 'sessions.parquet', tmp_path / 'answers.parquet'
+    sessions = [*SESSIONS[:20], None, [], ['I1', 'no']]
+    pl.DataFrame({'id': range(len(sessions)), 'session': sessions}).write_parquet(given)
+    status, printed, told = command('--sessions', given, '--k', 4, '--out', out)
+    assert (status, printed) == (0, '')
+    assert 'line 21 is left out: no_session' in told
+    table = pl.read_parquet(out)
+    like = tpad_jax.load(run).recommend([*SESSIONS[:20], [], ['I1', 'no']], k=4)
+    assert table['items'].to_list() == like.items
+    assert table['id'].to_list() == [str(n) for n in range(len(sessions)) if n != 20]
+    assert table['line'].to_list() == [n + 1 for n in range(len(sessions)) if n != 20]
+    assert table['unknown'].to_list() == like.unknown
+    assert table['empty'].to_list() == like.empty.tolist()
+    assert table['scores'][0].to_list() == pytest.approx(like.scores[0].tolist())
+    numbers = tmp_path / 'numbers.parquet'
+    pl.DataFrame({'session': [[1, 2]]}).write_parquet(numbers)
+    assert command('--sessions', numbers, '--k', 4)[2].count('2 unknown item ids') == 1
+
+
+def test_too_many_lines_left_out(command, tmp_path):
+    file = write(tmp_path / 'sessions.jsonl', SESSIONS[:20], [(0, '{')])
+    out = tmp_path / 'out.jsonl'
+    status, _, told = command('--sessions', file, '--out', out, '--bad_share', 0.04)
+    assert status == 2
+    assert '1 of 21 lines are damaged (bad_json: 1; first line 1 bad_json)' in told
+    assert '--bad_share=0.04' in told
+    assert not out.exists()
+    partial = tmp_path / 'out.jsonl.partial'
+    assert f'what was answered lies in {partial}' in told
+    assert len(partial.read_text().splitlines()) == 20
+
+
+def test_a_signal_keeps_what_was_answered(command, tmp_path):
+    out = tmp_path / 'out.jsonl'
+    status, _, told = command('--sessions', write(tmp_path / 'sessions.jsonl'), '--out', out,
+                              stopping=lambda: True)
+    assert status == 75
+    assert f'stopped behind line {serving.SIZES[-1]}; what was answered lies in {out}.' in told
+    assert len((tmp_path / 'out.jsonl.partial').read_text().splitlines()) == serving.SIZES[-1]
+
+
+@pytest.mark.parametrize(('argv', 'said'), [
+    (['--sessions', 'nowhere.jsonl'], r'nowhere\.jsonl does not exist'),
+    (['--sessions', 'one.jsonl', '--k', '0'], 'k=0: a whole number from 1'),
+    (['--sessions', 'one.jsonl', '--out', '/nowhere/out.jsonl'], r'out\.jsonl\.partial cannot'),
+    (['--sessions', 'broken.parquet'], r'broken\.parquet cannot be read as parquet'),
+    (['--sessions', 'other.parquet'], 'has the columns items; it lacks session')])
+def test_unusable_input(command, tmp_path, monkeypatch, argv, said):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / 'one.jsonl', SESSIONS[:1])
+    (tmp_path / 'broken.parquet').write_bytes(b'PAR1 and no more')
+    pl.DataFrame({'items': [1]}).write_parquet('other.parquet')
+    status, _, told = command(*argv)
+    assert status == 2
+    assert re.search(said, told.splitlines()[-1])
+
+
+def test_a_pipe_and_help(run):
+    command = [sys.executable, '-m', 'tpad_jax.recommend']
+    lines = ''.join(json.dumps({'session': s}) + '\n' for s in SESSIONS[:5])
+    done = subprocess.run([*command, run, '--sessions', '-', '--k', '3'], input=lines, text=True,
+                          capture_output=True, check=True)
+    assert [len(json.loads(line)['items']) for line in done.stdout.splitlines()] == [3] * 5
+    told = subprocess.run([*command, '--help'], capture_output=True, text=True, check=True).stdout
+    assert '--bad_share' in told

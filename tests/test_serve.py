@@ -1,0 +1,83 @@
+"""`python -m tpad_jax.serve` as a process: a stop under load, refusals, its page in a browser."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from benchmarks import service as load
+from tests import tiny_base, tiny_served
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('served') / 'run'
+    tiny_served.write(workdir, tiny_base.write(tmp_path_factory.mktemp('base')))
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_stop_under_load_loses_no_accepted_request(run):
+    bodies = [json.dumps({'sessions': [[f'I{n}', f'I{n + 1}']]}) for n in range(1, 20)]
+    found = load.stopped(*load.started(run), bodies)
+    assert found['exit status'] == found['lost'] == 0
+    assert found['accepted'] == found['answered'] == found['received']['200'] > 20
+    assert set(found['received']) <= {'200', 'refused'}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason='no chromium')
+def test_the_page_in_a_browser(run, tmp_path):
+    picture = tmp_path / 'picture.png'
+    picture.write_bytes(tiny_served.picture(77))
+    process, port = load.started(run)
+    try:
+        with sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+            page, asked, errors = browser.new_page(), [], []
+            page.on('request', lambda request: asked.append(request.url))
+            page.on('pageerror', lambda error: errors.append(str(error)))
+            page.goto(f'http://127.0.0.1:{port}/')
+            page.wait_for_selector('#next .item')
+            popular = page.locator('#next .item').all_inner_texts()
+            page.locator('#shelf .item').nth(2).click()
+            page.wait_for_function("document.querySelectorAll('#session .item').length === 1")
+            page.wait_for_function("/\\d/.test(document.querySelector('#next .score').textContent)")
+            assert page.locator('#next .item').all_inner_texts() != popular
+            page.locator('#next .item').first.click()
+            page.wait_for_function("document.querySelectorAll('#session .item').length === 2")
+            page.fill('input[name=id]', 'brand new')
+            page.fill('input[name=title]', 'a thing nobody saw')
+            page.set_input_files('input[name=image]', picture)
+            page.click('#new button')
+            page.wait_for_function("document.querySelectorAll('#session .item').length === 3",
+                                   timeout=120_000)
+            last = page.locator('#session .item').nth(2)
+            assert last.inner_text().strip() == 'a thing nobody saw'
+            page.wait_for_function("[...document.querySelectorAll('#session img')].at(-1)"
+                                   ".naturalWidth > 0")
+            page.goto(f'http://127.0.0.1:{port}/docs')
+            page.wait_for_selector('text=/recommend')
+            browser.close()
+    finally:
+        process.terminate()
+        status, _ = load.ended(process)
+    assert status == 0
+    assert not errors
+    assert all(url.startswith((f'http://127.0.0.1:{port}/', 'data:')) for url in asked), asked
+
+
+@pytest.mark.parametrize(('argv', 'said'), [
+    (['nowhere'], 'holds no run'), (['--k', '0'], '--k and --waiting are at least 1')])
+def test_refusals(run, argv, said):
+    command = [sys.executable, '-m', 'tpad_jax.serve', *([run] if argv[0][0] == '-' else []), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False,
+                          cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr.count('\n')) == (2, 1)
+    assert said in done.stderr

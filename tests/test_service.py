@@ -1,0 +1,252 @@
+"""The HTTP service, in this process: answers, limits, overload, stopping; and by schemathesis."""
+
+import asyncio
+import json
+import threading
+
+import httpx
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests import tiny_base, tiny_served
+from tests.tiny_served import V
+from tpad_jax import batching, service, serving
+from tpad_jax.pictures import Pictures
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('served') / 'run'
+    tiny_served.write(workdir, tiny_base.write(tmp_path_factory.mktemp('base')))
+    return workdir
+
+
+def driven(app, work):
+    """What the coroutine function `work` of a client returns, the app being started and stopped."""
+    async def go():
+        inner = app._inner
+        async with inner.router.lifespan_context(inner):
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(transport=transport, base_url='http://shop') as client:
+                return await work(client)
+
+    return asyncio.run(go())
+
+
+def test_it_answers_as_the_object(run):
+    shop = serving.load(run)
+    app = service.app(shop, run)
+    sessions = [['I3', 'no such', 'I4'], [], *([f'I{n}' for n in row if n]
+                                               for row in tiny_served.prefixes(20))]
+    like = shop.recommend(sessions, k=7)
+
+    async def work(client):
+        answers = await asyncio.gather(*(client.post('/recommend', json={'sessions': [s], 'k': 7})
+                                         for s in sessions))
+        whole = await client.post('/recommend', json={'sessions': sessions, 'k': 7})
+        ready, metrics = await client.get('/ready'), await client.get('/metrics')
+        page, docs = await client.get('/'), await client.get('/docs')
+        return answers, whole, ready, metrics, page, docs
+
+    answers, whole, ready, metrics, page, docs = driven(app, work)
+    assert [one.json()['answers'][0] for one in answers] == whole.json()['answers']
+    assert [one['items'] for one in whole.json()['answers']] == like.items
+    assert [one['unknown'] for one in whole.json()['answers']] == like.unknown
+    assert [one['empty'] for one in whole.json()['answers']] == like.empty.tolist()
+    assert whole.json()['answers'][1]['scores'] is None
+    assert ready.json() == {'status': 'ready', 'items': V}
+    assert f'tpad_sessions_total {2 * len(sessions)}.0' in metrics.text
+    assert 'tpad_requests_total{path="/recommend",status="200"} 23.0' in metrics.text
+    for html in page.text, docs.text:
+        assert '//' not in html.replace('// ', ''), 'something is fetched from elsewhere'
+    assert app.count.accepted == app.count.answered == len(sessions) + 5
+
+
+def test_a_new_item(run, tmp_path):
+    shop = serving.load(run)
+    kept = tmp_path / 'added.safetensors'
+    app = service.app(shop, run, added=str(kept))
+    picture = {'image': ('x.png', tiny_served.picture(3), 'image/png')}
+
+    async def work(client):
+        added = await client.post('/items', data={'id': 'new', 'title': 'a thing'}, files=picture)
+        again = await client.post('/items', data={'id': 'new', 'title': 'a thing'})
+        broken = await client.post('/items', data={'id': 'other'}, files={
+            'image': ('x.png', b'no picture', 'image/png')})
+        image = await client.get('/items/image', params={'id': 'new'})
+        none = await client.get('/items/image', params={'id': 'I3'})
+        items = await client.get('/items', params={'offset': V - 1})
+        found = await client.post('/recommend', json={'sessions': [['new']]})
+        return added, again, broken, image, none, items, found
+
+    added, again, broken, image, none, items, found = driven(app, work)
+    assert (added.status_code, added.json()['number']) == (201, V + 1)
+    assert (again.status_code, broken.status_code, none.status_code) == (409, 422, 404)
+    assert 'its picture cannot be used' in broken.json()['detail']
+    assert (image.status_code, image.headers['content-type']) == (200, 'image/png')
+    assert [one['id'] for one in items.json()['items']] == [f'I{V}', 'new']
+    assert not found.json()['answers'][0]['empty']
+    other = serving.load(run)
+    other.restore_added(kept)
+    np.testing.assert_array_equal(other.embed_items(['new']), shop.embed_items(['new']))
+    with pytest.raises(ValueError, match='items that are there already'):
+        other.restore_added(kept)
+    kept.write_bytes(kept.read_bytes()[:50])
+    with pytest.raises(ValueError, match='holds no added items'):
+        other.restore_added(kept)
+    alone = service.app(other, run, new_items=False)
+    assert driven(alone, lambda client: client.post('/items', data={'id': 'x'})).status_code == 405
+
+
+@pytest.mark.parametrize(('body', 'status', 'said'), [
+    ('{"sessions": [["I1"]], "k": 21}', 422, 'less than or equal to 20'),
+    ('{"sessions": [["I1"]], "k": 0}', 422, 'greater than or equal to 1'),
+    ('{"sessions": []}', 422, 'at least 1 item'),
+    (json.dumps({'sessions': [['I1']] * 65}), 422, 'at most 64 items'),
+    (json.dumps({'sessions': [['I1'] * 1001]}), 422, 'at most 1000 items'),
+    (json.dumps({'sessions': [['I' * 201]]}), 422, 'at most 200 characters'),
+    ('{"sessions": [["\\ud800"]]}', 422, 'valid'), ('{"sessions": [["I1"]], "x": 1}', 422, 'Extra'),
+    ('{"sessions": [[1]]}', 422, 'valid string'), ('{', 422, 'JSON'),
+    (json.dumps({'sessions': [['I' * 2**20]]}), 413, 'at most 1048576 bytes')])
+def test_limits(run, body, status, said):
+    app = service.app(serving.load(run), run)
+    app._inner.router.lifespan_context = lambda app: _nothing()  # no device is asked
+    answer = driven(app, lambda client: client.post(
+        '/recommend', content=body, headers={'content-type': 'application/json'}))
+    assert (answer.status_code, said in answer.json()['detail']) == (status, True), answer.text
+
+
+class _nothing:
+    async def __aenter__(self):
+        return None
+
+    async def __aexit__(self, *_):
+        return None
+
+
+class Slow:
+    """Stands for a recommender whose device is held by a lock; rows are answered by themselves."""
+
+    max_length = 2
+
+    def __init__(self):
+        self.calls, self.held, self.broken = [], threading.Event(), False
+        self.held.set()
+
+    def first(self, rows, k):
+        self.held.wait()
+        self.calls.append(len(rows))
+        if self.broken:
+            raise FloatingPointError('not finite')
+        return np.repeat(rows[:, :1], k, axis=1), np.zeros((len(rows), k), np.float32)
+
+
+def test_requests_share_calls_and_the_queue_is_bounded():
+    async def go():
+        shop = Slow()
+        batcher = batching.Batcher(shop, most_k=5, waiting=300)
+        await batcher.start()
+        shop.calls.clear()
+        shop.held.clear()
+        rows = [np.full((n % 3 + 1, 2), n, np.int32) for n in range(150)]
+        first = asyncio.ensure_future(batcher.ask(rows[0], 2))
+        await asyncio.sleep(0.05)  # it is with the device, and the others come meanwhile
+        others = [asyncio.ensure_future(batcher.ask(x, 1 + len(x))) for x in rows[1:]]
+        await asyncio.sleep(0)
+        assert batcher.waiting == sum(map(len, rows[1:]))
+        with pytest.raises(batching.Overloaded):
+            await batcher.ask(np.zeros((10, 2), np.int32), 2)
+        others[5].cancel()
+        closing = asyncio.ensure_future(batcher.close())
+        await asyncio.sleep(0)
+        with pytest.raises(batching.Overloaded):  # closed
+            await batcher.ask(rows[0], 2)
+        shop.held.set()
+        items, _ = await first
+        assert items.tolist() == [[0, 0]]
+        for n, answer in enumerate(others, 1):
+            if n != 6:
+                assert (await answer)[0].tolist() == [[n] * (1 + len(rows[n]))] * len(rows[n])
+        await closing
+        assert len(shop.calls) == 3
+        assert max(shop.calls) <= serving.SIZES[-1]
+
+    asyncio.run(go())
+
+
+def test_a_failed_call_is_reported_to_those_it_was_for():
+    async def go():
+        shop = Slow()
+        batcher = batching.Batcher(shop, most_k=5, waiting=300)
+        await batcher.start()
+        shop.broken = True
+        with pytest.raises(FloatingPointError):
+            await batcher.ask(np.ones((1, 2), np.int32), 2)
+        shop.broken = False
+        assert (await batcher.ask(np.ones((1, 2), np.int32), 2))[0].tolist() == [[1, 1]]
+        await batcher.close()
+
+    asyncio.run(go())
+
+
+def test_overload_and_a_request_that_takes_too_long(run):
+    shop = serving.load(run)
+    app = service.app(shop, run, limits=service.Limits(waiting=1, seconds=0.3))
+    held, first = threading.Event(), shop.first
+
+    def slow(rows, k):
+        held.wait()
+        return first(rows, k)
+
+    async def work(client):
+        shop.first = slow
+        body = {'sessions': [['I1']]}
+        answers = [asyncio.ensure_future(client.post('/recommend', json=body)) for _ in range(3)]
+        found = [await one for one in answers]
+        held.set()
+        return found
+
+    held.set()
+    found = driven(app, lambda client: (held.clear(), work(client))[1])
+    assert [one.status_code for one in found] == [503] * 3
+    assert all(one.headers['retry-after'] == '1' for one in found)
+    assert sorted(one.json()['detail'] for one in found) == [
+        'not answered within 0.3 s', *['too much waits for the device; ask again'] * 2]
+
+
+def test_pictures_stay_in_their_folder(tmp_path):
+    run = tmp_path
+    folder = run / 'raw' / 'images'
+    folder.mkdir(parents=True)
+    (folder / 'I1.png').write_bytes(tiny_served.picture(1))
+    (run / 'raw' / 'secret.png').write_bytes(tiny_served.picture(2))
+    pictures = Pictures(run)
+    assert pictures.get('I1', 1) == (tiny_served.picture(1), 'image/png')
+    assert pictures.get('../secret', 2) is None
+    assert pictures.get(str(run / 'raw' / 'secret'), 2) is None
+
+
+@pytest.mark.slow
+def test_nothing_that_its_description_allows_or_forbids_ends_in_a_defect(run):
+    shop = serving.load(run)
+    app = service.app(shop, run)._inner
+    schema = schemathesis.openapi.from_asgi('/openapi.json', app)
+    seen = set()
+    for operation in schema.get_all_operations():
+        @given(case=st.one_of(*(operation.ok().as_strategy(generation_mode=mode)
+                                for mode in schemathesis.GenerationMode)))
+        @settings(max_examples=25, deadline=None, database=None, derandomize=True,
+                  suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+        def check(case):
+            answer = case.call()
+            seen.add(answer.status_code)
+            assert answer.status_code < 500, answer.text
+            # an item of neither words nor a picture has its description, and is refused
+            case.validate_response(answer, excluded_checks=[positive_data_acceptance])
+
+        check()
+    assert {200, 422} <= seen

@@ -1,0 +1,242 @@
+"""`tpad_jax.load`: the lists evaluation ranked, new items, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tpad_jax
+from tests import tiny_base, tiny_served
+from tests.tiny_served import N, V
+from tpad_jax import serving, topk
+from tpad_jax.errors import InputError
+from tpad_jax.scoring import top
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    return tiny_base.write(tmp_path_factory.mktemp('base'))
+
+
+@pytest.fixture(scope='module')
+def made(base, tmp_path_factory):
+    """A run's workdir, its job, scorer, and the recommender."""
+    workdir = tmp_path_factory.mktemp('served') / 'run'
+    job, scores = tiny_served.write(workdir, base, reads=True)
+    return workdir, job, scores, tpad_jax.load(workdir)
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made[0], tmp_path / 'run')
+    return tmp_path / 'run'
+
+
+# --- the lists ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('model', [
+    dict(encoder='gce_gnn', id_dropout=0.0, use_side=False),
+    dict(mllm=False, recommend='', normalise=False),
+    dict(partner=dict(model=dict(encoder='attention', width=24, repeats=True)))],
+    ids=['graph', 'ids', 'partner'])
+def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
+    _, scores = tiny_served.write(tmp_path / 'run', base, **model)
+    shop = tpad_jax.load(tmp_path / 'run')
+    rows = tiny_served.prefixes(serving.SIZES[1] + 5)
+    items, found = shop.first(rows, 7)
+    whole = scores(rows)
+    np.testing.assert_array_equal(items, top(whole, 7))
+    np.testing.assert_allclose(found, np.take_along_axis(whole, items, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('total', 'chunk', 'k'), [(700, 64, 5), (700, 64, 50), (64, 64, 60),
+                                                   (1000, 1024, 10), (5000, 1024, 1)])
+def test_top_k_is_exact_and_ties_go_by_item(total, chunk, k):
+    rng = np.random.default_rng(k)
+    # products are whole numbers: many are tied
+    h = rng.integers(-3, 4, (300, 6)).astype(np.float32)
+    z = rng.integers(-2, 3, (topk.rounded(total + 1, chunk), 6)).astype(np.float32)
+    z[total + 1:] = 100  # no items, however high they would score
+    scores, items = topk.top_k(h, z, total + 1, k, chunk=chunk)
+    whole = h @ z[:total + 1].T
+    np.testing.assert_array_equal(items, top(whole, k))
+    np.testing.assert_array_equal(scores, np.take_along_axis(whole, np.asarray(items), 1))
+
+
+def test_lists_of_a_run_with_content(made):
+    *_, scores, shop = made
+    rows = tiny_served.prefixes(40)
+    np.testing.assert_array_equal(shop.first(rows, 20)[0], top(scores(rows), 20))
+
+
+def test_sessions_of_ids(made):
+    *_, scores, shop = made
+    long = [f'I{n}' for n in range(1, N + 4)]
+    found = shop.recommend([['I3', 'no such', 'I4'], long, [], ['nor this']], k=5)
+    rows = np.zeros((2, N), np.int32)
+    rows[0, :2], rows[1] = (3, 4), np.arange(4, N + 4)  # the last N items of a longer session
+    assert found.items[:2] == [[f'I{n}' for n in row] for row in top(scores(rows), 5)]
+    assert found.unknown == [['no such'], [], [], ['nor this']]
+    assert found.empty.tolist() == [False, False, True, True]
+    events = np.bincount(made[1].data.train.items, minlength=V + 1)[1:]
+    popular = [f'I{n + 1}' for n in np.argsort(-events, kind='stable')[:5]]
+    assert found.items[2] == found.items[3] == popular
+    assert np.isnan(found.scores[2:]).all()
+    assert np.isfinite(found.scores[:2]).all()
+    assert shop.recommend([], k=5).items == []
+
+
+def test_more_sessions_than_a_call_holds_and_one_compilation_per_size(made):
+    shop = serving.load(made[0])
+    rows = tiny_served.prefixes(serving.SIZES[-1] + 3)
+    items, _ = shop.first(rows, 5)
+    for begin in range(0, len(rows), 50):
+        np.testing.assert_array_equal(shop.first(rows[begin:begin + 50], 4)[0],
+                                      items[begin:begin + 50, :4])
+    shop.first(rows[:2], 6), shop.first(rows[:1], 7)
+    assert shop._search._cache_size() == len(serving.SIZES)
+
+
+def test_vectors_score(made):
+    *_, scores, shop = made
+    rows = tiny_served.prefixes(9)
+    sessions = [[f'I{n}' for n in row if n] for row in rows]
+    h, z = shop.embed_sessions([*sessions, []]), shop.embed_items()
+    assert z.shape == (V, h.shape[1])
+    assert np.isnan(h[-1]).all()
+    np.testing.assert_allclose(h[:-1] @ z.T, scores(rows)[:, 1:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(shop.embed_items(['I7', 'I2']), z[[6, 1]])
+    with pytest.raises(InputError, match=r"1 of 2 ids are of no item, 'x'"):
+        shop.embed_items(['I1', 'x'])
+
+
+@pytest.mark.parametrize('k', [0, V + 1, True, 2.0, '5'])
+def test_k_out_of_bounds(made, k):
+    with pytest.raises(InputError, match=f'a whole number from 1 to {V} is needed'):
+        made[-1].recommend([['I1']], k=k)
+
+
+@pytest.mark.parametrize('session', ['I1', [1], None, {'I1': 0}])
+def test_what_is_no_session(made, session):
+    with pytest.raises(InputError, match='session 1 is no list of item ids'):
+        made[-1].recommend([['I1'], session])
+
+
+# --- new items ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('model', [
+    dict(reread=False, partner=dict(model=dict(encoder='attention', width=24))),
+    dict(recommend='k,r', id_dropout=0.0)], ids=['adapter, partner', 'k and r'])
+def test_a_new_item_is_read_as_the_catalogue_was(base, tmp_path, model):
+    """The cold items once more under other names: with pictures and without."""
+    tiny_served.write(tmp_path / 'run', base, reads=True, **model)
+    shop = tpad_jax.load(tmp_path / 'run')
+    cold = range(V - 4, V + 1)
+    assert shop._reader is None, 'an MLLM was loaded before there was a new item'
+    vectors = shop.add_items([{'id': f'new {n}', **tiny_served.fields(n)} for n in cold])
+    like = shop.embed_items([f'I{n}' for n in cold])
+    assert np.abs(like).max() > 0.01
+    np.testing.assert_allclose(vectors, like, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(shop.embed_items([f'new {n}' for n in cold]), vectors)
+    assert shop.titles[-1] == f'item {V}'
+
+
+def test_a_new_item_is_recommended_and_clicked(made, copy):
+    shop = serving.load(copy)
+    rows = tiny_served.prefixes(20)
+    sessions = [[f'I{n}' for n in row if n] for row in rows]
+    before = shop.recommend(sessions, k=V)
+    size = shop._search._cache_size()
+    shop.add_items([{'id': 'new', **tiny_served.fields(V)}])
+    after = shop.recommend(sessions, k=V)
+    assert shop._search._cache_size() == size, 'one item more was compiled for'
+    assert sum('new' in items for items in after.items) > 10
+    for old, new in zip(before.items, after.items, strict=True):  # its twin stands before it
+        assert [x for x in new if x != 'new'] == old[:V - ('new' in new)]
+    both = shop.recommend([['I1', 'new'], ['I1', f'I{V}']], k=5)
+    assert both.items[0] == both.items[1]
+    assert both.unknown == [[], []]
+
+
+@pytest.mark.parametrize(('change', 'said'), [
+    (dict(id='I3'), "there is an item 'I3' already"),
+    (dict(id=''), 'new item 0 has no id'),
+    (dict(colour='red'), "item new has the field 'colour'; known are brand"),
+    (dict(image=b'GIF', title='x'), 'item new: its picture cannot be used'),
+    (dict(image='/nowhere.png'), 'item new: /nowhere.png is not read'),
+    (dict(image=b'', title='', brand='', category='', description=''), 'neither a text nor a pict'),
+    (dict(price='cheap'), "its price 'cheap' is no number"),
+    (dict(image=3), 'its image is neither bytes nor a path'),
+    (dict(text=3), 'its text is no text')])
+def test_unusable_new_items(made, change, said):
+    shop = made[-1]
+    with pytest.raises(InputError, match=said):
+        shop.add_items([{'id': 'whole', 'title': 'x'},
+                        {'id': 'new', **tiny_served.fields(3), **change}][::-1])
+    assert len(shop.ids) == V + 1, 'a part of the items was added'
+
+
+def test_a_run_of_ids_alone_reads_no_items(base, tmp_path):
+    tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='')
+    with pytest.raises(InputError, match='the run is of item ids alone'):
+        tpad_jax.load(tmp_path / 'run').add_items([{'id': 'new', 'text': 'a thing'}])
+
+
+def test_a_base_that_moved(made, copy, base, tmp_path):
+    moved = shutil.copytree(base, tmp_path / 'moved')
+    about = json.loads((copy / 'served/served.json').read_text())
+    about['mllm']['base'] = str(tmp_path / 'gone')
+    (copy / 'served/served.json').write_text(json.dumps(about))
+    item = {'id': 'new', **tiny_served.fields(V)}
+    with pytest.raises(InputError, match=r'cannot be read .*say where it lies now by base=DIR'):
+        serving.load(copy).add_items([item])
+    found = serving.load(copy, base=moved).add_items([item])
+    np.testing.assert_allclose(found, made[-1].embed_items([f'I{V}']), rtol=1e-4, atol=1e-5)
+    (moved / 'config.json').write_text((moved / 'config.json').read_text() + '\n')
+    with pytest.raises(InputError, match='another base than the run was made with'):
+        serving.load(copy, base=moved).add_items([item])
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def test_no_run_and_an_unfinished_one(copy, tmp_path):
+    with pytest.raises(InputError, match=r'holds no run: there is no config\.json'):
+        tpad_jax.load(tmp_path / 'nowhere')
+    (copy / 'results.json').unlink()
+    with pytest.raises(InputError, match=r'is not finished: there is no results\.json'):
+        tpad_jax.load(copy)
+
+
+@pytest.mark.parametrize('name', ['served.json', 'model.safetensors', 'items.parquet',
+                                  'reader.safetensors'])
+@pytest.mark.parametrize('damage', ['cut', 'bit', 'gone'])
+def test_damaged_files(copy, name, damage):
+    file = copy / 'served' / name
+    data = bytearray(file.read_bytes())
+    if damage == 'gone':
+        file.unlink()
+    else:
+        data[len(data) // 2] ^= 255
+        file.write_bytes(data[:len(data) // 2] if damage == 'cut' else data)
+    said = 'does not exist|is missing' if damage == 'gone' else 'damaged'
+    with pytest.raises(InputError, match=said) as error:
+        tpad_jax.load(copy)
+    assert 'delete results.json' in str(error.value)
+
+
+def test_the_package_itself_imports_nothing():
+    code = 'import sys, tpad_jax; sys.exit(bool({"jax", "numpy", "flax"} & set(sys.modules)))'
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
+
+
+def test_serving_imports_no_training():
+    code = ('import sys, tpad_jax.serving; sys.exit(bool({"optax", "orbax", "transformers", '
+            '"tensorflow_datasets"} & set(sys.modules)))')
+    assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0

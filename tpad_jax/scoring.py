@@ -1,0 +1,134 @@
+"""Scores of the whole catalogue for prefixes: what evaluation ranks and a shop serves."""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from tpad_jax.models import tpad
+from tpad_jax.parallel import Devices, compiled
+from tpad_jax.ranking import ranker
+from tpad_jax.types import Batch
+
+
+class Bound(NamedTuple):
+    """What a scorer was bound to, of one recommender or of several whose scores are added.
+
+    specs: of each. params: of each, nested, all of them. near: of each its rows of the global item
+    graph, or {}. z: float32 [V+1, D], the item vectors of all of them laid end to end.
+    """
+
+    specs: tuple[tpad.TPAD, ...]
+    params: tuple[dict, ...]
+    near: tuple[dict, ...]
+    z: jnp.ndarray
+
+
+def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
+    """(weights, z [V+1, D], items int32 [B, N]) -> h [B, D], such that <h, z> scores an item. Pure.
+
+    weights: of each spec the pair ({'recommender': parameters}, rows of the global graph or {}).
+    The sum of scores is the product of vectors laid end to end.
+    """
+    def encode(weights, z, items):
+        own, begin, here = [], 0, z[items]
+        for spec, (params, near) in zip(specs, weights, strict=True):
+            cut = slice(begin, begin + spec.fusion.width)
+            begin = cut.stop
+            rows = z[:, cut] if near else None  # only the global graph reads the others' vectors
+            own.append(tpad.encode_sessions(spec, params, items, rows, near, z=here[..., cut]))
+        return jnp.concatenate(own, axis=1)
+
+    return encode
+
+
+def session_repeats(specs: tuple[tpad.TPAD, ...]) -> Callable | None:
+    """(weights, items int32 [B, N]) -> what is added to their scores [B, N]; None: nothing is."""
+    if not any(spec.repeats for spec in specs):
+        return None
+    return lambda weights, items: sum(
+        tpad.repeat_shift(spec, params, items)
+        for spec, (params, _) in zip(specs, weights, strict=True) if spec.repeats)
+
+
+@lru_cache(maxsize=16)  # one compilation however many validations ask
+def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callable:
+    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]).
+
+    No MLLM runs: items are read from the catalogue's rows. Compiled once per chunk size; the item
+    vectors are computed once per call of the outer function. What it returns moreover has `ranks`:
+    (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], counted on `devices`,
+    see `ranking.ranker`; and `bound`, see `Bound`.
+
+    Args:
+      specs: of one recommender, or of several whose scores are added; then the function returned
+        takes as many nested params and catalogues, in tuples.
+    """
+    several = isinstance(specs, tuple)
+    if not several:
+        specs = (specs,)
+
+    @compiled
+    def table(params, catalogues):
+        return jnp.concatenate([tpad.z_table(spec, *own) for spec, *own in
+                                zip(specs, params, catalogues, strict=True)], axis=1)
+
+    encode, repeat = session_encoder(specs), session_repeats(specs)
+
+    @compiled
+    def score(weights, z, items):
+        scores = encode(weights, z, items) @ z.T
+        if repeat is not None:
+            scores = scores.at[jnp.arange(len(items))[:, None], items].add(repeat(weights, items))
+        return scores.at[:, 0].set(0)
+
+    rank = ranker(encode, devices, repeat=repeat)
+
+    def bind(params, catalogue):
+        given = (params, catalogue) if several else ((params,), (catalogue,))
+        recommenders = tuple({'recommender': own['recommender']} for own in given[0])
+        z = table(recommenders, given[1])
+        near = tuple({n: rows[n] for n in tpad.GRAPH if n in rows} for rows in given[1])
+        weights = tuple(zip(recommenders, near, strict=True))
+
+        def scores(items):
+            return np.asarray(score(weights, z, jnp.asarray(items)))
+
+        scores.ranks = partial(rank, weights, z)
+        scores.bound = Bound(specs, given[0], near, z)
+        return scores
+
+    return bind
+
+
+@lru_cache(maxsize=4)
+def foretold(spec: tpad.TPAD) -> Callable:
+    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]) of T itself.
+
+    An item's score is what critic `distil` makes of p at the prefix's last position and the item's
+    r: how well the Transfer-MLLM foretells, before any recommender [ours]. The catalogue's k and r
+    are read; T reads the whole prefix.
+    """
+    needs = frozenset({'p', 'critic.distil'})
+
+    @compiled
+    def score(params, catalogue, items):
+        here, rows = items > 0, jnp.arange(len(items))
+        batch = Batch(items=items, next=items, target=items[:, 0], valid=here[:, 0], row=rows)
+        out = tpad.forward(spec, params, batch, catalogue, needs, frozenset())
+        r = tpad.flat(catalogue['r'][None])[0]
+        return out['critic.distil'](r, out['p'][rows, batch.last]).T.at[:, 0].set(0)
+
+    def bind(params, catalogue):
+        read = {n: catalogue[n] for n in ('k', 'r', 'warm')}
+        return lambda items: np.asarray(score(params, read, jnp.asarray(items)))
+
+    return bind
+
+
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+    """Item ids int32 [B, k] of the highest scores [B, V+1], best first; padding is never one."""
+    order = np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k]
+    return (order + 1).astype(np.int32)
