@@ -33,26 +33,35 @@ def base(tmp_path_factory):
     return tiny_base.write(tmp_path_factory.mktemp('base'))
 
 
+@pytest.fixture(scope='module')
+def run(base, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('served') / 'run'
+    tiny_served.write(workdir, base)
+    return workdir
+
+
 def sessions_of(rows):
     return [[f'I{n}' for n in row if n] for row in rows]
 
 
-def written(base, tmp_path, monkeypatch, *argv, **model):
+def written(run, tmp_path, monkeypatch, *argv):
     """The run's object and the directory of its export."""
-    tiny_served.write(tmp_path / 'run', base, **model)
     monkeypatch.setattr(export, 'begin', lambda flags: None)
-    assert export.main([str(tmp_path / 'run'), str(tmp_path / 'out'), '--k', '7', '--rows', '16',
+    assert export.main([str(run), str(tmp_path / 'out'), '--k', '7', '--rows', '16',
                         *map(str, argv)]) == 0
-    return tpad_jax.load(tmp_path / 'run'), tmp_path / 'out'
+    return tpad_jax.load(run), tmp_path / 'out'
 
 
 @pytest.mark.parametrize('model', [
-    {}, pytest.param(dict(encoder='gce_gnn', partner=dict(model=dict(
+    None, pytest.param(dict(encoder='gce_gnn', partner=dict(model=dict(
         encoder='attention', width=24, repeats=True))), marks=pytest.mark.slow)],
     ids=['default', 'graph, partner, repeats'])
-def test_the_readme_alone_gives_the_same_lists(base, tmp_path, monkeypatch, model):
+def test_the_readme_alone_gives_the_same_lists(base, run, tmp_path, monkeypatch, model):
     """Its code, where nothing but jax can be imported."""
-    shop, out = written(base, tmp_path, monkeypatch, **model)
+    if model:
+        run = tmp_path / 'run'
+        tiny_served.write(run, base, **model)
+    shop, out = written(run, tmp_path, monkeypatch)
     code = re.search(r'```python\n(.*?)```', (out / 'README.md').read_text(), re.S)[1]
     rows = tiny_served.prefixes(16)
     asked = f'{code}\nprint(recommend(weights, np.array({rows.tolist()}, np.int32))[1].tolist())'
@@ -63,12 +72,12 @@ def test_the_readme_alone_gives_the_same_lists(base, tmp_path, monkeypatch, mode
     np.testing.assert_array_equal(json.loads(lists[0]), shop.first(rows, 7)[0])
 
 
-def test_tables_and_vectors(base, tmp_path, monkeypatch):
+def test_tables_and_vectors(run, tmp_path, monkeypatch):
     asked = sessions_of(tiny_served.prefixes(9))
     file = tmp_path / 'sessions.jsonl'
     file.write_text(''.join(json.dumps({'session': s, 'id': n}) + '\n'
                             for n, s in enumerate([*asked, ['no']])))
-    shop, out = written(base, tmp_path, monkeypatch, '--sessions', file)
+    shop, out = written(run, tmp_path, monkeypatch, '--sessions', file)
     table = pl.read_parquet(out / 'items.parquet')
     assert table['item_id'].to_list() == json.loads((out / 'item_ids.json').read_text())
     assert table['item_id'].to_list() == [f'I{n}' for n in range(1, V + 1)]
@@ -82,12 +91,13 @@ def test_tables_and_vectors(base, tmp_path, monkeypatch):
                                   shop.embed_sessions([*asked, []]))
 
 
-def test_approximate_lists(base, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_approximate_lists(run, tmp_path, monkeypatch, capsys):
     faiss = pytest.importorskip('faiss')
     file = tmp_path / 'sessions.jsonl'
     asked = sessions_of(tiny_served.prefixes(40))
     file.write_text(''.join(json.dumps({'session': s}) + '\n' for s in asked))
-    shop, out = written(base, tmp_path, monkeypatch, '--sessions', file, '--ann')
+    shop, out = written(run, tmp_path, monkeypatch, '--sessions', file, '--ann')
     assert 'recall@7 of items.faiss on 40 sessions: 1.0000' in capsys.readouterr().out
     assert json.loads((out / 'export.json').read_text())['ann']['recall'] == 1
     found, _ = ann.search(faiss.read_index(str(out / 'items.faiss')), shop.embed_sessions(asked), 7)
@@ -104,16 +114,14 @@ def test_recall():
     (['--ann'], '--ann has to say its recall'), (['--k', '0'], 'k=0: a whole number from 1'),
     (['--rows', '0'], '--rows=0: a number from 1 to 4096'),
     (['--sessions', '/nowhere.jsonl'], '/nowhere.jsonl does not exist')])
-def test_unusable_arguments(base, tmp_path, monkeypatch, capsys, argv, said):
-    tiny_served.write(tmp_path / 'run', base)
+def test_unusable_arguments(run, tmp_path, monkeypatch, capsys, argv, said):
     monkeypatch.setattr(export, 'begin', lambda flags: None)
-    assert export.main([str(tmp_path / 'run'), str(tmp_path / 'out'), *argv]) == 2
+    assert export.main([str(run), str(tmp_path / 'out'), *argv]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_directory_that_cannot_be_made(base, tmp_path, monkeypatch, capsys):
-    tiny_served.write(tmp_path / 'run', base)
+def test_a_directory_that_cannot_be_made(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, 'begin', lambda flags: None)
     (tmp_path / 'file').write_text('')
-    assert export.main([str(tmp_path / 'run'), str(tmp_path / 'file')]) == 2
+    assert export.main([str(run), str(tmp_path / 'file')]) == 2
     assert 'choose another DIR' in capsys.readouterr().err

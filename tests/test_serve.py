@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
 from benchmarks import service as load
 from tests import tiny_base, tiny_served
+from tpad_jax import serve
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
@@ -74,10 +72,12 @@ def test_the_page_in_a_browser(run, tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'said'), [
-    (['nowhere'], 'holds no run'), (['--k', '0'], '--k and --waiting are at least 1')])
-def test_refusals(run, argv, said):
-    command = [sys.executable, '-m', 'tpad_jax.serve', *([run] if argv[0][0] == '-' else []), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, check=False,
-                          cwd=Path(__file__).parents[1])
-    assert (done.returncode, done.stderr.count('\n')) == (2, 1)
-    assert said in done.stderr
+    (['nowhere'], 'holds no run'), (['--k', '0'], '--k and --waiting are at least 1'),
+    (['--port', '99999'], '--port below 65536'),
+    (['--host', '203.0.113.1'], '203.0.113.1:8000 cannot be listened on')])
+def test_refusals(run, monkeypatch, capsys, argv, said):
+    monkeypatch.setattr(serve, 'begin', lambda flags: lambda: False)
+    assert serve.main([str(run), *argv] if argv[0][0] == '-' else argv) == 2
+    told = capsys.readouterr().err
+    assert told.count('\n') == 1
+    assert said in told

@@ -39,10 +39,10 @@ def copy(made, tmp_path):
 
 
 @pytest.mark.parametrize('model', [
-    dict(encoder='gce_gnn', id_dropout=0.0, use_side=False),
-    dict(mllm=False, recommend='', normalise=False),
-    dict(partner=dict(model=dict(encoder='attention', width=24, repeats=True)))],
-    ids=['graph', 'ids', 'partner'])
+    dict(mllm=False, recommend='', normalise=False, repeats=True),
+    pytest.param(dict(encoder='gce_gnn', id_dropout=0.0, use_side=False), marks=pytest.mark.slow),
+    pytest.param(dict(partner=dict(model=dict(encoder='attention', width=24, repeats=True))),
+                 marks=pytest.mark.slow)], ids=['ids', 'graph', 'partner'])
 def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
     _, scores = tiny_served.write(tmp_path / 'run', base, **model)
     shop = tpad_jax.load(tmp_path / 'run')

@@ -62,9 +62,10 @@ async def serve(given, stopping=lambda: False) -> int:
         raise InputError(f'{error.name} is not installed; pip install "tpad_jax[serve]"') from error
     from tpad_jax import serving
 
-    if given.k < 1 or given.waiting < 1 or not 0 < given.timeout < 3600 or given.grace < 0:
+    if (given.k < 1 or given.waiting < 1 or not 0 < given.timeout < 3600 or given.grace < 0
+            or not 0 <= given.port < 2**16):
         raise InputError('--k and --waiting are at least 1, --timeout lies between 0 and 3600 '
-                         'seconds, and --grace is not negative')
+                         'seconds, --grace is not negative and --port below 65536')
     shop = serving.load(given.run, base=given.base)
     if given.added and Path(given.added).is_file():
         shop.restore_added(given.added)
@@ -74,7 +75,7 @@ async def serve(given, stopping=lambda: False) -> int:
                       added=given.added, count=count)
     try:
         listening = socket.create_server((given.host, given.port), backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise InputError(f'{given.host}:{given.port} cannot be listened on ({error}); choose '
                          'another --host or --port') from error
     # else a body waits for the acknowledgement of its headers, 40 ms
