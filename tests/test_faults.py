@@ -172,13 +172,13 @@ def test_a_journal_that_was_cut_goes_on(tmp_path):
 
 @pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.ENOENT])
 def test_the_command_says_it_in_a_sentence(tmp_path, monkeypatch, capsys, number):
-    def run(*_):
+    def run(*_, **__):
         raise OSError(number, os.strerror(number), '/runs/log.jsonl')
 
     monkeypatch.setattr(job, 'run', run)
     monkeypatch.setattr(train, 'begin', lambda _: lambda: False)
     given = dict(CONFIG=ConfigDict({'name': 'x'}), WORKDIR=str(tmp_path), PLAN=None,
-                 COORDINATOR='', PROCESSES=0, PROCESS=-1)
+                 COORDINATOR='', PROCESSES=0, PROCESS=-1, MIRROR='', PROFILE=0)
     for flag, value in given.items():
         monkeypatch.setattr(train, flag, SimpleNamespace(value=value))
     if number == errno.ENOENT:  # a defect: the traceback says where

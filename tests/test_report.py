@@ -141,6 +141,7 @@ def test_a_failed_page_loses_no_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, 'baseline_scorers', lambda *_: {})
     monkeypatch.setattr(results, 'draw_figures', lambda *_: [])
     monkeypatch.setattr(results, 'oracle_scores', lambda _: (None, None))
+    monkeypatch.setattr(results.served, 'write', lambda *_: None)
     scorers = {'tpad_recommend': tiny_report.scorer_of(0)}
     job.spent = {'recommend': {n: 0.0 for n in ('all', *results.SPENT)}}
     monkeypatch.setattr(results.page, 'write', lambda workdir: json.loads(

@@ -33,6 +33,16 @@ LARGE = 1 << 24  # bytes of an array whose digest is computed where it lies
 READS = {'k': ('base', 'knowledge'), 'r': ('base', 'knowledge', 'adapter')}
 
 
+def adapters(spec: tpad.TPAD) -> dict[str, str]:
+    """The adapter under which the rows of 'k' and of 'r' are read."""
+    return {'k': 'knowledge', 'r': 'distil' if spec.reread else 'knowledge'}
+
+
+def reads(spec: tpad.TPAD) -> dict[str, tuple[str, ...]]:
+    """The roots of all parameters that the rows of 'k' and of 'r' depend on."""
+    return {name: (*READS[name], f'lora/{own}') for name, own in adapters(spec).items()}
+
+
 def buckets(tokens: np.ndarray, part: int) -> list[tuple[int, np.ndarray]]:
     """Items 1..V by the number of tokens they are read with: [(length, ids int64 [.])].
 
@@ -72,8 +82,8 @@ class Encoder:
     def __init__(self, spec: tpad.TPAD, content, names: tuple[str, ...], rows: int = ROWS,
                  part: int = PART, devices: Devices | None = None):
         self.names, self._spec, self._content = names, spec, content
-        self._adapters = {'k': 'knowledge', 'r': 'distil' if spec.reread else 'knowledge'}
-        self._reads = {name: (*READS[name], f'lora/{self._adapters[name]}') for name in names}
+        self._adapters = adapters(spec)
+        self._reads = {name: reads(spec)[name] for name in names}
         self._devices = devices or Devices('jit', tuple(jax.local_devices()[:1]))
         shards = self._devices.shards
         self._rows = -(-min(rows, max(1, len(content.tokens) - 1)) // shards) * shards

@@ -119,8 +119,8 @@ class Watched:
 
 
 def _shapes(batch):
-    return {name: f'{np.dtype(x.dtype)}{list(x.shape)}' for name, x in batch.items()
-            if x is not None}
+    return {jax.tree_util.keystr(path, simple=True): f'{np.result_type(x)}{list(np.shape(x))}'
+            for path, x in jax.tree_util.tree_leaves_with_path(batch)}
 
 
 def _count(event: str, seconds: float, **about):
