@@ -15,6 +15,8 @@ from tests.tiny_served import V
 from tpad_jax import ann, export
 from tpad_jax.data import given
 
+pytestmark = pytest.mark.slow
+
 OURS = ('tpad_jax', 'flax', 'safetensors', 'polars', 'pyarrow', 'optax', 'orbax', 'ml_collections',
         'transformers', 'tensorflow_datasets', 'absl', 'einops')  # what the artefact must not need
 ALONE = f'''
@@ -53,8 +55,8 @@ def written(run, tmp_path, monkeypatch, *argv):
 
 
 @pytest.mark.parametrize('model', [
-    None, pytest.param(dict(encoder='gce_gnn', partner=dict(model=dict(
-        encoder='attention', width=24, repeats=True))), marks=pytest.mark.slow)],
+    None, dict(encoder='gce_gnn', partner=dict(model=dict(
+        encoder='attention', width=24, repeats=True)))],
     ids=['default', 'graph, partner, repeats'])
 def test_the_readme_alone_gives_the_same_lists(base, run, tmp_path, monkeypatch, model):
     """Its code, where nothing but jax can be imported."""
@@ -91,7 +93,6 @@ def test_tables_and_vectors(run, tmp_path, monkeypatch):
                                   shop.embed_sessions([*asked, []]))
 
 
-@pytest.mark.slow
 def test_approximate_lists(run, tmp_path, monkeypatch, capsys):
     faiss = pytest.importorskip('faiss')
     file = tmp_path / 'sessions.jsonl'

@@ -17,6 +17,8 @@ from tests.tiny_served import V
 from tpad_jax import batching, service, serving
 from tpad_jax.pictures import Pictures
 
+pytestmark = pytest.mark.slow  # what it answers with is in test_serving.py, in every run
+
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -230,7 +232,6 @@ def test_pictures_stay_in_their_folder(tmp_path):
     assert pictures.get(str(run / 'raw' / 'secret'), 2) is None
 
 
-@pytest.mark.slow
 def test_nothing_that_its_description_allows_or_forbids_ends_in_a_defect(run):
     shop = serving.load(run)
     app = service.app(shop, run)._inner
