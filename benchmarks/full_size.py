@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import time
+import zlib
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ def filled(tree):
             return jnp.ones(x.shape, x.dtype)
         if not jnp.issubdtype(x.dtype, jnp.floating) or 'opt_state' in name:
             return jnp.zeros(x.shape, x.dtype)
-        key = jax.random.key(abs(hash(name)) % 2**31)
+        key = jax.random.key(zlib.crc32(name.encode()))  # the same in every process
         return (SPREAD * jax.random.normal(key, x.shape)).astype(x.dtype)
 
     return jax.tree_util.tree_map_with_path(lambda path, x: jax.jit(partial(one, path, x))(), tree)

@@ -85,7 +85,9 @@ class Mirror:
             raise InputError(f'{self._where / MANIFEST} names {path!r}, which lies outside a '
                              'workdir; it is no mirror of a run')
         source = self._where / path
-        data = source.read_bytes() if source.exists() else b''
+        if not source.exists():
+            return False
+        data = source.read_bytes()
         if not GROWING.match(path) and _digest(data) != self._there[path]:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +113,7 @@ class Mirror:
                 continue
             told = _digest(data)
             if before.get(path) != told:
-                target = self._where / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
+                self._write(path, data)
             now[path], self._seen[path] = told, about
         halved = {found[0] for path in now if (found := CHECKPOINT.match(path))
                   and not (self._workdir / found[0]).is_dir()}
@@ -121,11 +121,21 @@ class Mirror:
                if not any(path.startswith(folder) for folder in halved)}
         if now == before:
             return
-        self._where.mkdir(parents=True, exist_ok=True)
-        (self._where / MANIFEST).write_text(json.dumps(now))
+        self._write(MANIFEST, json.dumps(now).encode())
         self._there = now
         for path in before.keys() - now.keys():
             (self._where / path).unlink(missing_ok=True)
+
+    def _write(self, path: str, data: bytes) -> None:
+        """Put a file there, at once or not at all."""
+        target = self._where / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if '://' in str(self._where):  # an object of a bucket appears when it is whole
+            target.write_bytes(data)
+            return
+        part = target.with_name(target.name + '.part')
+        part.write_bytes(data)
+        part.replace(target)
 
     def _files(self) -> Iterator[tuple[str, tuple]]:
         for folder, inner, files in os.walk(self._workdir):

@@ -66,11 +66,11 @@ def _each(eqn) -> float:
     return math.prod(right) / right[eqn.params['dimension_numbers'].rhs_spec[0]]
 
 
-def peak(device, dtype='float32') -> tuple[float, str]:
+def peak(device) -> tuple[float, str]:
     """Operations a second of one device: its data sheet's, or what a large product reaches on it.
 
     Args:
-      device: one of jax's. dtype: of the product that is measured.
+      device: one of jax's.
 
     Returns:
       Operations a second, and in words whose.
@@ -78,14 +78,14 @@ def peak(device, dtype='float32') -> tuple[float, str]:
     if device.device_kind in PEAKS:
         return PEAKS[device.device_kind], f'bfloat16 peak of one {device.device_kind}'
     with jax.default_device(device):
-        x = jnp.ones((SIDE, SIDE), dtype)
+        x = jnp.ones((SIDE, SIDE))
         product = jax.jit(jnp.matmul)
         times = []
         for _ in range(6):
             begun = time.perf_counter()
             product(x, x).block_until_ready()
             times.append(time.perf_counter() - begun)
-    return 2 * SIDE**3 / min(times[1:]), f'{dtype} product of {SIDE} x {SIDE}'
+    return 2 * SIDE**3 / min(times[1:]), f'float32 product of {SIDE} x {SIDE}'
 
 
 def memory(devices) -> tuple[int, str]:
