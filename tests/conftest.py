@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import pytest
+
 FLAGS = ('--xla_force_host_platform_device_count=8',
          # a fifth of the compile time, which is most of what these tests would take
          '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false')
@@ -13,3 +15,13 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR',
                       str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
+
+@pytest.fixture(scope='module')
+def undrawn():
+    """For runs whose figures nobody looks at: none is drawn, which takes seconds each."""
+    from tpad_jax import results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, 'draw_figures', lambda *_: [])
+        yield

@@ -57,7 +57,9 @@ def encode(parts, items, keys=None, each=False):
     return np.asarray(run(params, items))
 
 
-@pytest.mark.parametrize('encoder', tpad.ENCODERS)
+@pytest.mark.parametrize('encoder', [
+    'attention', *(pytest.param(name, marks=pytest.mark.slow)
+                   for name in tpad.ENCODERS if name != 'attention')])
 def test_one_row_is_encoded_alike_alone_in_company_and_with_more_padding(encoder):
     parts = built(encoder)
     together = encode(parts, ITEMS)

@@ -15,6 +15,7 @@ from tests import tiny_hf
 from tpad_jax import job, merge
 from tpad_jax.models.hf import load, peft, spec
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 ROOT = Path(__file__).parents[1]
 SMALL = {'parallel': 'jit', 'save_every': 4, 'rivals': {}, 'mllm.text_length': 12,
          'mllm.encode_rows': 4, 'mllm.encode_part': 8, 'model.features': 16, 'model.width': 16,

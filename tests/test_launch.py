@@ -86,6 +86,7 @@ def test_a_config_that_is_broken_is_refused(tmp_path):
     assert contents(tmp_path) == [Path('broken.py')]
 
 
+@pytest.mark.slow
 def test_what_the_job_refuses_is_one_sentence_too(tmp_path):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'taken').write_text('a file')

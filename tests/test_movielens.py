@@ -14,6 +14,7 @@ from tpad_jax import check
 from tpad_jax.data import pipeline, ready
 from tpad_jax.errors import InputError
 
+pytestmark = pytest.mark.usefixtures('undrawn')
 WORDS = 'genres', 'year', 'title', 'tags'
 
 
@@ -123,7 +124,7 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     c.data.ready = str(write(tmp_path))
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
     c.refit = True
-    c.rivals = dict(id_only=c.rivals.id_only, knowledge_only=c.rivals.knowledge_only)
+    c.rivals = dict(id_only=c.rivals.id_only)
     c.xla_flags = '--xla_backend_optimization_level=0'
     for name in ('knowledge', 'transfer', 'recommend'):
         c.stage[name].update(steps=2, batch_size=4)
@@ -132,12 +133,11 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
                      losses=dict(next_item=dict(h='h')))
     found = job.run(c, tmp_path / 'run')
     assert found['data']['refit']
-    assert {'tpad', 'attention', 'sr_gnn', 'id_only', 'knowledge_only', 'vstan',
+    assert {'tpad', 'attention', 'sr_gnn', 'id_only', 'vstan',
             'content_knn'} <= set(found['models'])
     stages = {json.loads(line)['stage'] for line in
               (tmp_path / 'run' / 'log.jsonl').read_text().splitlines()}
-    for name in ('', 'partner', 'id_only', 'id_only_partner', 'knowledge_only',
-                 'knowledge_only_partner'):
+    for name in ('', 'partner', 'id_only', 'id_only_partner'):
         assert f'{name}_refit'.strip('_') in stages
     for name in ('attention', 'sr_gnn'):
         assert found['models'][name]['valid']['step'] in (1, 2)

@@ -78,7 +78,8 @@ def test_the_run_ends_and_keeps_the_batch(tmp_path, how, told):
     assert bad_row() in expected['row']
 
 
-@pytest.mark.parametrize('how', ['value', pytest.param('slope', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['value', 'slope'])
 def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, how, capsys):
     (params, _, _), logged, step = run(tmp_path, how, skip=2)
     assert [logged[n]['optim/skipped'] for n in (2, 4, 6)] == [0, 1, 1]

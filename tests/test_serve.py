@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -73,11 +74,20 @@ def test_the_page_in_a_browser(run, tmp_path):
 
 @pytest.mark.parametrize(('argv', 'said'), [
     (['nowhere'], 'holds no run'), (['--k', '0'], '--k and --waiting are at least 1'),
-    (['--port', '99999'], '--port below 65536'),
-    (['--host', '203.0.113.1'], '203.0.113.1:8000 cannot be listened on')])
+    (['--port', '99999'], '--port below 65536')])
 def test_refusals(run, monkeypatch, capsys, argv, said):
     monkeypatch.setattr(serve, 'begin', lambda flags: lambda: False)
     assert serve.main([str(run), *argv] if argv[0][0] == '-' else argv) == 2
     told = capsys.readouterr().err
     assert told.count('\n') == 1
     assert said in told
+
+
+def test_a_port_that_is_taken(run, monkeypatch, capsys):
+    monkeypatch.setattr(serve, 'begin', lambda flags: lambda: False)
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve.main([str(run), '--port', str(port)]) == 2
+    told = capsys.readouterr().err
+    assert f'127.0.0.1:{port} cannot be listened on' in told
+    assert told.count('\n') == 1
