@@ -1,5 +1,6 @@
 """Eight fake CPU devices and a quick compiler for every test."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,10 +12,23 @@ FLAGS = ('--xla_force_host_platform_device_count=8',
 os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-# What takes long to compile is kept, here and in what tests start: runs are many and alike.
+# What is compiled is kept, here and for what tests start: runs are many and alike.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR',
                       str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+# Tracing makes millions of objects that live; to look through them time and again takes an eighth.
+gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forgotten():
+    """What a module traced and compiled goes with it, or workers come to hold gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope='module')

@@ -83,11 +83,10 @@ def test_all_stages_and_again_after_a_kill(tmp_path):
 @pytest.mark.slow
 def test_a_llava_leaves_adapters_that_change_it(tmp_path):
     directory = tiny_hf.save('llava', tmp_path / 'checkpoint')
-    c = config(directory, 32, 'knowledge,transfer,recommend')
+    c = config(directory, 32, 'knowledge,transfer')
     c.mllm.pooling, c.model.form = 'last', 'full'
     c.losses.gen_transfer.by_row = True
-    done = job.run(c, tmp_path / 'run')
-    assert np.isfinite(done['models']['tpad']['test']['mrr@20'])
+    job.run(c, tmp_path / 'run')
     adapters = tmp_path / 'run/adapters'
     assert {p.name for p in adapters.iterdir()} == {'knowledge', 'transfer', 'distil'}
     tree, scale = peft.load_adapter(adapters / 'knowledge', spec.read(directory))

@@ -123,10 +123,11 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     c = movielens.get_config()
     c.data.ready = str(write(tmp_path))
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
+    c.stages, c.model.recommend = 'knowledge,recommend', 'k'
     c.refit = True
     c.rivals = dict(id_only=c.rivals.id_only)
     c.xla_flags = '--xla_backend_optimization_level=0'
-    for name in ('knowledge', 'transfer', 'recommend'):
+    for name in ('knowledge', 'recommend'):
         c.stage[name].update(steps=2, batch_size=4)
     c.stage.recommend.eval_every = 1
     c.partner = dict(model=dict(encoder='sr_gnn', width=12, recommend='k'),

@@ -18,6 +18,8 @@ from tiny_stages import STAGES, STEPS, Run
 from tpad_jax import job, parallel, processes
 from tpad_jax.errors import InputError, Stopped
 
+pytestmark = pytest.mark.timeout(1200)  # the two compile all stages
+
 TOLD = 6  # the step behind which the second process is told to stop
 
 

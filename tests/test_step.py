@@ -35,7 +35,9 @@ from tpad_jax.types import Batch, State
 QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('knowledge', 'pmap'),
          ('knowledge', 'shard_map'), ('recommend', 'shard_map')}
 CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.mark.slow)
-         for stage in STAGES for way in WAYS if way != 'processes']  # see test_processes.py
+         for stage in STAGES for way in WAYS if way != 'processes'  # see test_processes.py
+         # one replica a device is pmap's way, too: where that compiles long, it is enough
+         and (stage, way) not in {('transfer', 'shard_map'), ('joint', 'shard_map')}]
 
 
 @pytest.fixture(scope='module')

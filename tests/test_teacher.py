@@ -103,12 +103,10 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('kind', 'rank'), [('sum', 4), ('ties', WIDTH)])
-def test_a_run_that_blends_adapters(config, tmp_path, kind, rank):
+def test_a_run_that_blends_adapters(config, tmp_path):
     """r has a feature per modality, and the recommender learns from it."""
     off = {f'losses__{n}__weight': 0.0 for n in ('distil', 'discrepancy')}
-    stages = ('knowledge', 'transfer', *(('recommend',) if kind == 'sum' else ()))
-    c = changed(config, stages=','.join(stages), model__blend__kind=kind,
+    c = changed(config, stages='knowledge,transfer,recommend', model__blend__kind='ties',
                 stage__transfer__eval_every=0, **off)
     c.rivals = {}
     ranks = []
@@ -123,12 +121,12 @@ def test_a_run_that_blends_adapters(config, tmp_path, kind, rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job.encode.Encoder, 'leave', seen)
         found = job.run(c, tmp_path / 'run')
-    assert ranks[0] >= {rank}
+    assert ranks[0] >= {WIDTH}
     r, k = (np.asarray(features.read(tmp_path / 'run/features' / stage, name))
             for stage, name in (('transfer', 'r'), ('knowledge', 'k')))
     assert r.shape == k.shape == (41, 2, WIDTH)
     assert np.abs(r - k)[1:].max() > 1e-3
-    assert ('tpad_recommend' in found['models']) == ('recommend' in stages)
+    assert found['models']['tpad_recommend']['valid']['hit@20'] >= 0
 
 
 @pytest.mark.slow
