@@ -1,8 +1,9 @@
 """A workdir's copy: whole, cut short anywhere, damaged, of another run, out of reach."""
 
 import json
-import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -138,8 +139,10 @@ def test_it_is_kept_while_a_run_goes_on_and_whole_behind_it(tmp_path):
     def stopped():
         with mirror.kept(workdir, str(where), every=0.01):
             lay(workdir, FIRST)
+            until = time.monotonic() + 60
             while not (where / 'mirror.json').exists():
-                os.sched_yield()
+                assert time.monotonic() < until
+                time.sleep(0.01)
             lay(workdir, THEN)
             raise Stopped('stopped')
 
@@ -150,20 +153,26 @@ def test_it_is_kept_while_a_run_goes_on_and_whole_behind_it(tmp_path):
         assert there(tmp_path / 'new') == {**FIRST, **THEN}
 
 
-def test_out_of_reach_it_warns_once_and_is_an_error_in_the_end(tmp_path, capsys):
+def test_out_of_reach_it_warns_once_and_is_an_error_in_the_end(tmp_path, monkeypatch, capsys):
     lay(tmp_path, {'file': ''})
     where = tmp_path / 'file/mirror'
+    push, tried = mirror.Mirror.push, threading.Semaphore(0)
+
+    def counted(self):
+        tried.release()
+        push(self)
+
+    monkeypatch.setattr(mirror.Mirror, 'push', counted)
 
     def ended():
         with mirror.kept(tmp_path / 'run', str(where), every=0.001):
             lay(tmp_path / 'run', FIRST)
-            told = ''
-            while 'could not be written' not in told:
-                told += capsys.readouterr().err
+            for _ in range(4):
+                assert tried.acquire(timeout=60)
 
     with pytest.raises(InputError, match='file/mirror'):
         ended()
-    assert 'could not be written' not in capsys.readouterr().err
+    assert capsys.readouterr().err.count('could not be written') == 1
     with pytest.raises(Stopped), mirror.kept(tmp_path / 'run', str(where)):
         raise Stopped('stopped')  # which the command says, and the status
     assert 'file/mirror' in capsys.readouterr().err
