@@ -88,7 +88,7 @@ def get_config():
 
 
 def tiny(c):
-    """Make a config small: all stages on a planted catalogue in about a minute. In place."""
+    """Make a config small: all stages on a planted catalogue in about two minutes. In place."""
     c.save_every = 5
     # compile quickly rather than well: so few steps never earn it back
     c.xla_flags = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'

@@ -1,0 +1,36 @@
+"""The recipe of docs/features_elsewhere.md, as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tpad_jax import features
+from tpad_jax.data import builder, synthetic
+
+ROOT = Path(__file__).parents[1]
+ITEMS = 300  # faiss wants 256 to train on
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_on_what_a_run_leaves(tmp_path):
+    run = tmp_path / 'run'
+    synthetic.write(run / 'raw', seed=0, items=ITEMS, train=600, valid=20, test=20)
+    builder.prepare(run / 'raw', run / 'data', gap_hours=24.0, core=1, min_length=2, valid=20,
+                    test=20, seed=0)
+    rng = np.random.default_rng(0)
+    for stage, name, shape in ('knowledge', 'k', (2, 16)), ('transfer', 'r', (32,)):
+        features.write(run / 'features' / stage, name, rng.normal(size=(ITEMS + 1, *shape)), {})
+    page = (ROOT / 'docs/features_elsewhere.md').read_text()
+    (tmp_path / 'elsewhere.py').write_text(
+        re.search(r'^```python\n(# elsewhere.py\n.*?)^```$', page, re.DOTALL | re.MULTILINE)[1])
+    done = subprocess.run([sys.executable, 'elsewhere.py', str(run), '1'], cwd=tmp_path, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = re.findall(r'^(knowledge k|distilled r|r of another item) *\| +([\d.]+) \| +([\d.]+)',
+                       done.stdout, re.MULTILINE)
+    assert len(found) == 3, done.stdout
+    assert all(0 <= float(x) <= 1 for _, *values in found for x in values)
