@@ -12,7 +12,7 @@ from tpad_jax import features
 from tpad_jax.data import builder, synthetic
 
 ROOT = Path(__file__).parents[1]
-ITEMS = 300  # faiss wants 256 to train on
+ITEMS = 400  # of which faiss wants 256 in training sessions
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ job.run(config({str(directory)!r}, {side}, 'knowledge'), {str(workdir)!r})
 @pytest.mark.slow
 def test_all_stages_and_again_after_a_kill(tmp_path):
     directory = tiny_hf.save('qwen3_vl', tmp_path / 'checkpoint')
-    c = config(directory, 64, 'knowledge,transfer,recommend,joint')
+    c = config(directory, 64, 'knowledge,transfer,joint')
     whole = job.run(c, tmp_path / 'whole')
     assert np.isfinite(whole['models']['tpad']['test']['mrr@20'])
     killed(directory, 64, tmp_path / 'killed')

@@ -1,4 +1,7 @@
-"""Two real processes of four devices each: the steps of one device, one stop, one checkpoint."""
+"""Two real processes of four devices each: the steps of one device, one stop, one checkpoint.
+
+The stage that compiles quickest stands for all; `python -m benchmarks.replicas` runs each of them.
+"""
 
 import os
 import pickle
@@ -13,23 +16,27 @@ import jax
 import numpy as np
 import pytest
 import test_ready_made as ready
-from tiny_stages import STAGES, STEPS, Run
+from tiny_stages import STEPS, Run
 
 from tpad_jax import job, parallel, processes
 from tpad_jax.errors import InputError, Stopped
 
-pytestmark = pytest.mark.timeout(1200)  # the two compile all stages
-
+STAGE = 'recommend'
 TOLD = 6  # the step behind which the second process is told to stop
 
 
-def work(coordinator, process, directory):
+def work(coordinator, process, directory, *stages):
     """What each of the two does; the findings lie in directory/<process>.pickle."""
+    def store(found):
+        (directory / f'{process}.pickle').write_bytes(pickle.dumps(found))
+
     processes.join(coordinator, 2, int(process))
     asking, found = processes.together(lambda: False), {}
-    for stage in STAGES:
+    for stage in stages:
         run = Run(stage, 'processes', directory / stage, lambda step: asking())
         found[stage] = run.metrics, *jax.device_get((run.params, run.rows)), run.traces
+    if stages != (STAGE,):
+        return store(found)
     config = ready.config(directory / 'made.npz', parallel='auto')
     found['job'] = job.run(config, directory / 'job', asking)
 
@@ -41,23 +48,20 @@ def work(coordinator, process, directory):
         return asking()
 
     try:
-        Run('knowledge', 'processes', directory / 'stopped', stopping)
+        Run(STAGE, 'processes', directory / 'stopped', stopping)
     except Stopped as stopped:
         found['stopped'] = str(stopped)
-    (directory / f'{process}.pickle').write_bytes(pickle.dumps(found))
+    return store(found)
 
 
-@pytest.fixture(scope='module')
-def pair(tmp_path_factory):
-    """What both processes found, and where their checkpoints lie."""
-    directory = tmp_path_factory.mktemp('pair')
-    ready.write(directory / 'made.npz')
+def together(directory, *stages):
+    """What both processes found of the stages."""
     with socket.socket() as one:
         one.bind(('127.0.0.1', 0))
         coordinator = f'127.0.0.1:{one.getsockname()[1]}'
     changes = {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4'),
                'PYTHONPATH': str(Path(__file__).parents[1])}
-    running = [subprocess.Popen([sys.executable, __file__, coordinator, str(i), directory],
+    running = [subprocess.Popen([sys.executable, __file__, coordinator, str(i), directory, *stages],
                                 env=os.environ | changes, stderr=subprocess.PIPE,
                                 text=True) for i in range(2)]
     try:
@@ -66,27 +70,33 @@ def pair(tmp_path_factory):
         for run in running:
             run.kill()
     assert [run.returncode for run in running] == [0, 0], errors
-    return [pickle.loads((directory / f'{i}.pickle').read_bytes()) for i in range(2)], directory
+    return [pickle.loads((directory / f'{i}.pickle').read_bytes()) for i in range(2)]
+
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory):
+    """What both processes found, and where their checkpoints lie."""
+    directory = tmp_path_factory.mktemp('pair')
+    ready.write(directory / 'made.npz')
+    return together(directory, STAGE), directory
 
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
-    """Stage -> its run on one device."""
-    return lambda stage: Run(stage, 'jit', tmp_path_factory.mktemp(stage))
+    """The same steps on one device."""
+    return Run(STAGE, 'jit', tmp_path_factory.mktemp('one'))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('stage', STAGES)
-def test_twenty_steps_are_those_of_one_device(pair, one, stage):
-    run = one(stage)
-    for metrics, params, rows, traces in (found[stage] for found in pair[0]):
+def test_twenty_steps_are_those_of_one_device(pair, one):
+    for metrics, params, rows, traces in (found[STAGE] for found in pair[0]):
         assert metrics.keys() == set(range(1, STEPS + 1))
-        for step, values in run.metrics.items():
+        for step, values in one.metrics.items():
             assert values.keys() == metrics[step].keys()
             for name, value in values.items():
                 np.testing.assert_allclose(metrics[step][name], value, rtol=1e-5, atol=1e-5,
                                            err_msg=f'{name}, step {step}')
-        for of, given in ((run.params, params), (run.rows, rows)):
+        for of, given in ((one.params, params), (one.rows, rows)):
             assert of.keys() == given.keys()
             for name, x in of.items():
                 np.testing.assert_allclose(given[name], x, rtol=0, atol=1e-5, err_msg=name)
@@ -100,9 +110,9 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(pair, one):
     step = int(found[0]['stopped'].rsplit(' ', 1)[1])
     assert TOLD <= step < STEPS
     assert (directory / 'stopped' / str(step)).is_dir()
-    whole, rest = one('knowledge'), Run('knowledge', 'jit', directory / 'stopped')
+    rest = Run(STAGE, 'jit', directory / 'stopped')
     assert rest.metrics.keys() == set(range(step + 1, STEPS + 1))  # nothing is done twice
-    for path, x in whole.params.items():
+    for path, x in one.params.items():
         np.testing.assert_allclose(rest.params[path], x, rtol=0, atol=1e-5, err_msg=path)
 
 
@@ -136,4 +146,4 @@ def test_a_process_that_is_not_named_whole_is_refused(given):
 
 
 if __name__ == '__main__':
-    work(*sys.argv[1:3], Path(sys.argv[3]))
+    work(*sys.argv[1:3], Path(sys.argv[3]), *sys.argv[4:])

@@ -34,10 +34,12 @@ from tpad_jax.types import Batch, State
 # each compiles for a quarter of a minute or more
 QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('knowledge', 'pmap'),
          ('knowledge', 'shard_map'), ('recommend', 'shard_map')}
+# `python -m benchmarks.replicas` runs these, too
+LONGEST = {('transfer', 'shard_map'), ('transfer', '2x4'), ('joint', 'shard_map'),
+           ('joint', 'pmap'), ('joint', '2x4'), ('joint', 'parts')}
 CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.mark.slow)
          for stage in STAGES for way in WAYS if way != 'processes'  # see test_processes.py
-         # one replica a device is pmap's way, too: where that compiles long, it is enough
-         and (stage, way) not in {('transfer', 'shard_map'), ('joint', 'shard_map')}]
+         and (stage, way) not in LONGEST]
 
 
 @pytest.fixture(scope='module')
