@@ -42,6 +42,7 @@ def differences(one: Run, metrics: dict, params: dict, rows: dict) -> dict[str, 
               for name, value in values.items()]
     left = [(x, params[path]) for path, x in one.params.items()]
     left += [(x, rows[name]) for name, x in one.rows.items()]
+    left = [tuple(map(np.asarray, both)) for both in left]  # from wherever they lie
     moved = [np.abs(x - model()[1][path]).max() for path, x in one.params.items()]
     # numpy's maximum of a nan is one, and is above every bar
     return {'logged': float(np.max([abs(a - b) / max(1.0, abs(a)) for a, b in logged])),
