@@ -5,7 +5,7 @@ large shows: on one device; on eight by pmap and by shard_map; on 4 x 2 and 2 x 
 MLLM on each of the second axis; on one that reads its rows in four parts; in two processes of four
 devices each. Beside each: the largest difference to one device of what is logged in any step
 (relative above 1) and of any parameter at the end, and how far the parameters had gone. Leaves with
-1 where a difference is above 1e-5 or a parameter did not go 1e-2. tests/test_step.py and
+1 where a parameter differs by more than 1e-5 or none went 1e-2. tests/test_step.py and
 tests/test_processes.py hold the same to it, but for what compiles longest.
 """
 
@@ -77,8 +77,7 @@ def main(argv):
         'commit': commit(), 'date': datetime.now(UTC).strftime('%Y-%m-%d'),
         'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__,
         'cells': cells})
-    if not all(c['logged'] <= MOST and c['parameters'] <= MOST and c['moved'] >= LEAST
-               for c in cells):
+    if not all(c['parameters'] <= MOST and c['moved'] >= LEAST for c in cells):
         sys.exit(1)
 
 
