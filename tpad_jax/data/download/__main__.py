@@ -31,8 +31,10 @@ def table(report: dict) -> Table:
             if report[key] or key == 'fetched']
     for reason, count in report['reasons'].items():
         same = [one for one in report['failures'] if one['reason'] == reason]
-        now = sum(not one['for_good'] for one in same)
-        rows.append((str(count), f'failed: {reason}' + f' ({now} for now)' * bool(now),
+        said = {'for now': sum(not one['for_good'] for one in same),
+                'not asked again; --again does': sum(one['remembered'] for one in same)}
+        said = ', '.join(f'{number} {what}' for what, number in said.items() if number)
+        rows.append((str(count), f'failed: {reason}' + f' ({said})' * bool(said),
                      ' '.join([same[0]['asin'], *same[0]['urls'][:1]])))
     rows.append((str(report['items']), 'items in all', ''))
     made = Table(box=None, header_style='bold')
