@@ -61,6 +61,21 @@ def test_answers_are_those_of_the_object(command, run, tmp_path, name):
     assert f'{len(SESSIONS)} sessions answered, 0 of them empty, 0 unknown item ids' in told
 
 
+def test_added_items_are_known(command, run, tmp_path):
+    shop, file = tpad_jax.load(run), tmp_path / 'added.safetensors'
+    shop.add_items([{'id': 'new', **tiny_served.fields(3)}])
+    shop.save_added(file)
+    sessions = write(tmp_path / 'sessions.jsonl', [['new'], ['I1', 'new']])
+    status, out, told = command('--sessions', sessions, '--k', 31, '--added', file)
+    assert status == 0
+    assert '0 unknown item ids' in told
+    assert [json.loads(line)['items'] for line in out.splitlines()] == shop.recommend(
+        [['new'], ['I1', 'new']], k=31).items
+    status, _, told = command('--sessions', sessions, '--added', tmp_path / 'none')
+    assert status == 2
+    assert 'holds no added items' in told
+
+
 def test_lines_that_are_no_sessions(command, tmp_path):
     broken = [(1, 'garbage'), (3, '{"session": "I1"}'), (4, ''), (5, '{"session": ["I1", null]}'),
               (6, '{"session": ["I1", "no", 7]}'), (8, '{"session": [], "id": {"a": 1}}'),

@@ -32,6 +32,8 @@ def main(argv) -> int:
     parser.add_argument('--out', default='-', metavar='FILE',
                         help='.jsonl or .parquet; default: JSONL on standard output')
     parser.add_argument('--scores', action='store_true', help='JSONL with the scores')
+    parser.add_argument('--added', default='', metavar='FILE',
+                        help='items that were added to the run: what save_added or serve left')
     parser.add_argument('--bad_share', type=float, default=0.05,
                         help='share of the lines that may be no sessions, default 0.05')
     given = parser.parse_args(argv)
@@ -71,6 +73,8 @@ def run(given, stopping=lambda: False) -> int:
 
     source = streams.Source(given.sessions, tell)
     shop = serving.load(given.run)
+    if given.added:
+        shop.restore_added(given.added)
     sink = streams.Sink(given.out, shop.ids, given.scores)
     count = {'sessions': 0, 'empty': 0, 'unknown': 0}
     begun = spoke = time.monotonic()
