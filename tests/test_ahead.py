@@ -27,6 +27,7 @@ def part(line, name):
     return float(re.search(rf'{name} ([\d.]+)', line)[1])
 
 
+@pytest.mark.slow
 def test_it_is_printed_and_nothing_else_happens(tmp_path):
     config = f'--config={ROOT / "configs" / "amazon.py"}:tiny'
     run = subprocess.run([sys.executable, ROOT / 'launch.py', config, '--plan=v5e-8',

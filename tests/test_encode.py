@@ -103,6 +103,7 @@ def test_buckets(lengths, whole, part, expected):
     assert [(length, ids.tolist()) for length, ids in found] == expected
 
 
+@pytest.mark.slow
 def test_buckets_give_the_rows_of_no_buckets():
     """Against one call that reads every item with all of its padding."""
     spec, params = model()
@@ -244,6 +245,7 @@ def test_rows_that_were_kept_are_left_as_they_are(tmp_path, monkeypatch):
         np.testing.assert_array_equal(features.read(tmp_path, name), rows()[name])
 
 
+@pytest.mark.slow
 def test_r_without_a_reading_of_its_own_is_read_under_the_adapter_of_k():
     spec, params = model()
     spec = replace(spec, reread=False)

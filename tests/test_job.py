@@ -360,6 +360,7 @@ def test_unusable_data_leave_the_workdir_free(config, tmp_path):
 # --- seeds and raw files ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config, tmp_path):
     workdir = tmp_path / 'run'
     with Recorded() as params, pytest.raises(Stopped):

@@ -27,6 +27,7 @@ def part(encoder, width, seed, repeats):
     return spec, {'recommender': params}, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kinds', [('gce_gnn', 'attention', 'sr_gnn')])
 def test_scores_and_ranks_are_those_of_the_sum(kinds):
     parts = [part(kind, 4 + 2 * i, i, repeats=i % 2 == 0) for i, kind in enumerate(kinds)]

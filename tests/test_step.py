@@ -32,8 +32,8 @@ from tpad_jax.models import tpad
 from tpad_jax.types import Batch, State
 
 # each compiles for a quarter of a minute or more
-QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('knowledge', 'pmap'),
-         ('knowledge', 'shard_map'), ('recommend', 'shard_map')}
+QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('knowledge', 'shard_map'),
+         ('recommend', 'shard_map')}
 # `python -m benchmarks.replicas` runs these, too
 LONGEST = {('transfer', 'shard_map'), ('transfer', '2x4'), ('joint', 'shard_map'),
            ('joint', 'pmap'), ('joint', '2x4'), ('joint', 'parts')}
@@ -95,7 +95,8 @@ def test_nothing_retraces_after_the_first_step(runs, stage, way):
     assert traces[0] == 0 < traces[1] == traces[-1]
 
 
-@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize('stage', [
+    pytest.param(stage, marks=pytest.mark.slow) if stage == 'joint' else stage for stage in STAGES])
 def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
     run = runs(stage, 'jit')
     asked = {name for name, entry in make_config().losses.items()
