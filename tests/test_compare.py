@@ -303,6 +303,7 @@ def test_files_that_are_no_ranks_are_refused(tmp_path):
         compare.read(path)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     a = store(tmp_path / 'a', {'tpad': rank(1), 'pop': rank(4)})
     b = store(tmp_path / 'b', {'tpad': rank(2), '[sr]': rank(3)})

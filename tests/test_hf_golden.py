@@ -199,6 +199,7 @@ assert 'torch' not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_no_torch_is_needed():
     subprocess.run([sys.executable, '-c', WITHOUT_TORCH], check=True, cwd=Path(__file__).parent,
                    timeout=300)

@@ -81,6 +81,7 @@ def test_estimate_finds_what_is_known(bound):
     assert (found.likelihood is not None) == (bound == 'vclub')
 
 
+@pytest.mark.slow
 def test_it_warns_where_a_bound_cannot_reach():
     x, y = pairs(0, 3000, 0.8)
     same = mi.estimate(jax.random.key(0), x, x + 0.01 * y, bound='infonce', **SMALL)
