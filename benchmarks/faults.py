@@ -328,7 +328,7 @@ def main(argv):
     from configs import amazon
 
     SAVE_EVERY = amazon.get_config('tiny').save_every
-    wanted = [(FLAGS.seed, number) for number in range(FLAGS.first, FLAGS.runs)]
+    wanted = [(FLAGS.seed, number) for number in range(FLAGS.runs)]
     missing = [] if FLAGS.show else [key for key in wanted if key not in read()]
     if missing:
         import jax
@@ -353,7 +353,6 @@ def main(argv):
 
 if __name__ == '__main__':
     flags.DEFINE_integer('runs', 50, 'how many')
-    flags.DEFINE_integer('first', 0, 'the first of them; two checkouts can share the runs')
     flags.DEFINE_integer('seed', 0, 'of the moments')
     flags.DEFINE_string('workdir', 'runs/faults', 'where the runs live')
     flags.DEFINE_bool('show', False, 'print what is there, run nothing')

@@ -16,7 +16,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR',
                       str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-# Tracing makes millions of objects that live; to look through them time and again takes an eighth.
+# Tracing makes millions of objects that live; not to look through them time and again.
 gc.set_threshold(100_000, 50, 100)
 
 
@@ -28,7 +28,6 @@ def _forgotten():
 
     jax.clear_caches()
     gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope='module')

@@ -90,13 +90,14 @@ def test_a_difference_is_above_the_bar(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command(tmp_path):
+@pytest.mark.parametrize(('bar', 'status'), [(1e-2, 0), (1e-9, 1)])
+def test_command(tmp_path, bar, status):
     tiny_hf.save('qwen2_vl', tmp_path)
     out = tmp_path / 'parity.json'
     done = subprocess.run(
         [sys.executable, '-m', 'benchmarks.parity', f'--checkpoint={tmp_path}', '--side=48',
-         '--bar=1e-2', '--steps=2', f'--out={out}'], cwd=ROOT, capture_output=True, text=True,
+         f'--bar={bar}', '--steps=2', f'--out={out}'], cwd=ROOT, capture_output=True, text=True,
         check=False, timeout=600)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     assert 'max_abs_diff=' in done.stdout
     assert out.is_file()

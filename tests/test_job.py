@@ -272,11 +272,11 @@ def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
     assert 10 < steps <= 10 + 2 * config.save_every
     found = json.loads((workdir / 'results.json').read_text())
     assert set(found['models']) == set(BASELINES)
-    when = dict(recommend=(5, 'kill'), joint=(3, 'stop'))
+    when = dict(recommend=(5, 'kill'), knowledge_only=(1, 'stop'), joint=(3, 'stop'))
     rest, workdir = changed(config, stages='recommend,joint'), tmp_path / 'elsewhere'
     with mirror.kept(workdir, where):
         params, stopped, steps = run_through(rest, workdir, when)
-    assert (stopped, when) == (2, {})
+    assert (stopped, when) == (3, {})
     assert 4 * 8 + 5 < steps <= 4 * 8 + 5 + 2 * config.save_every
 
     assert params.keys() == whole[2].keys()

@@ -143,10 +143,13 @@ def test_a_mixture_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, file):
     chosen = {name: whole['models'][name]['valid']['step'] for name in ('attention', 'sr_gnn')}
     assert last == {'recommend': 12, 'partner': 8, 'refit': chosen['attention'],
                     'partner_refit': chosen['sr_gnn']}
-    for most in (15, 12, 20):  # a step, or a pause between parts, is asked once
+    told = ''
+    for most in (15, 12, 14, 10):  # a step, or a pause between parts, is asked once
         asked = iter(range(most))
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as stopped:
             job.run(c, tmp_path / 'cut', lambda asked=asked: next(asked, None) is None)
+        told += f'{stopped.value}; '
+    assert 'in stage refit after' in told, told
     assert (tmp_path / 'cut/stages/partner_refit').is_dir()
     cut = job.run(c, tmp_path / 'cut')
     assert cut['models'] == whole['models']

@@ -157,3 +157,38 @@ class Run:
 
     def log(self, stage, step, values):
         self.metrics.setdefault(step, {}).update(values)
+
+
+def differences(one, metrics, params, rows, traces):
+    """How far another way of computing `one` is from it: Run, and what the other has of the same.
+
+    Returns:
+      The largest difference of what any step logged (of 1 and the value), and of any parameter or
+      row at the end, each with its name; how far the parameters of `one` went.
+    """
+    assert metrics.keys() == one.metrics.keys() == set(range(1, STEPS + 1))
+    assert params.keys() == one.params.keys() == one.first.params.keys()
+    assert rows.keys() == one.rows.keys()
+    assert len(traces) == STEPS + 1
+    assert traces[0] == 0 < traces[1] == traces[-1]
+    logged, left = {}, {}
+    for step, values in one.metrics.items():
+        assert values.keys() == metrics[step].keys()
+        for name, x in values.items():
+            logged[f'{name}, step {step}'] = abs(metrics[step][name] - x) / (1 + abs(x))
+    for expected, found in (one.params, params), (one.rows, rows):
+        for name, x in expected.items():
+            left[name] = np.abs(np.asarray(found[name]) - np.asarray(x)).max()
+    moved = max(float(np.abs(x - model()[1][path]).max()) for path, x in one.params.items())
+    return {'logged': _largest(logged), 'left': _largest(left), 'moved': moved}
+
+
+def _largest(found):
+    """(value, name); of a nan, which is above every bar."""
+    name = list(found)[int(np.argmax(list(found.values())))]
+    return float(found[name]), name
+
+
+def agree(found):
+    """Whether `differences` are those of rounding, of parameters that went somewhere."""
+    return found['logged'][0] <= 1e-5 and found['left'][0] <= 1e-5 and found['moved'] > 1e-2
