@@ -55,9 +55,9 @@ def written(run, tmp_path, monkeypatch, *argv):
 
 
 @pytest.mark.parametrize('model', [
-    None, dict(encoder='gce_gnn', partner=dict(model=dict(
+    None, dict(encoder='gce_gnn', together=3, partner=dict(model=dict(
         encoder='attention', width=24, repeats=True)))],
-    ids=['default', 'graph, partner, repeats'])
+    ids=['default', 'graph, companions, partner, repeats'])
 def test_the_readme_alone_gives_the_same_lists(base, run, tmp_path, monkeypatch, model):
     """Its code, where nothing but jax can be imported."""
     if model:

@@ -13,9 +13,9 @@ from tpad_jax.scoring import scorer
 V, N = 30, 5
 
 
-def part(encoder, width, seed, repeats):
+def part(encoder, width, seed, repeats, **model):
     c = base.get_config().model
-    c.update(encoder=encoder, width=width, normalise=True, repeats=repeats, near=3)
+    c.update(encoder=encoder, width=width, normalise=True, repeats=repeats, near=3, **model)
     spec = tpad.build(None, c, recommend=(), items=V, max_length=N, side_sizes=())
     rng = np.random.default_rng(seed)
     rows = {'warm': jnp.ones(V + 1, bool), 'side': jnp.zeros((V + 1, 0), jnp.int32),

@@ -46,8 +46,8 @@ def shifted(scores, items, shift):
 
 
 def shift_of(weights, items):
-    """Whole numbers, so that ties are many; by the encoder's own signature."""
-    return jnp.round(4 * repeats.last(repeats.shifts(jnp.asarray(TABLE), items), items))
+    """Items and shifts in whole numbers, so that ties are many."""
+    return items, jnp.round(4 * repeats.last(repeats.shifts(jnp.asarray(TABLE), items), items))
 
 
 @pytest.mark.parametrize(('way', 'chunk', 'rows'), [('jit', 0, 512), ('jit', 64, 16),
@@ -57,9 +57,9 @@ def test_ranks_of_shifted_scores(way, chunk, rows):
     weights, z, items, target = draw()
     target[::3] = items[::3, 0]
     devices = ONE if way == 'jit' else parallel.choose(way, 8)
-    found = ranking.ranker(last, devices, repeat=shift_of, chunk=chunk)(weights, z, items, target,
+    found = ranking.ranker(last, devices, shifts=shift_of, chunk=chunk)(weights, z, items, target,
                                                                       rows=rows)
-    scores = shifted(np.asarray(last(weights, z, items)) @ z.T, items, shift_of(None, items))
+    scores = shifted(np.asarray(last(weights, z, items)) @ z.T, *shift_of(None, items))
     plain = ranking.ranker(last, ONE)(weights, z, items, target)
     assert (found[0] != plain[0]).any()
     for ours, theirs in zip(found, metrics.counts(scores, target), strict=True):

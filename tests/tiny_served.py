@@ -16,7 +16,7 @@ from tests import tiny_base
 from tpad_jax import bases, encode, recommenders, served
 from tpad_jax.config import names
 from tpad_jax.data import images, text
-from tpad_jax.data.graph import neighbours
+from tpad_jax.data.graph import companions, neighbours
 from tpad_jax.data.pipeline import Content, Data
 from tpad_jax.data.sessions import Sessions, counts
 from tpad_jax.models import tpad
@@ -62,7 +62,8 @@ def write(workdir, base, *, mllm=True, reads=False, partner=None, **model):
                           content=content if mllm else None, base=bases.read(c))
     devices = Devices('jit', tuple(jax.devices()[:1]))
     rng, made = np.random.default_rng(1), []
-    near = dict(zip(tpad.GRAPH, neighbours(data.train, V, window=2, most=3), strict=True))
+    near = dict(zip(tpad.GRAPHS, (*neighbours(data.train, V, window=2, most=3),
+                                                *companions(data.train, V, most=3)), strict=True))
     rows = {'warm': data.warm, 'side': data.side, **near,
             'k': rng.normal(size=(V + 1, 2, tiny_base.WIDTH)).astype(np.float32),
             'r': rng.normal(size=(V + 1, 2 * tiny_base.WIDTH)).astype(np.float32)}

@@ -67,7 +67,12 @@ def check(config, among=None) -> tuple[str, ...]:
                              'sessions above 0')
     for key in ('lora_rank', 'gnn_steps', 'width', 'heads', 'near', 'near_window'):
         _at_least(1, f'model.{key}', config.model[key])
-    _at_least(0, 'model.layers', config.model.layers)
+    for key in ('layers', 'together'):
+        _at_least(0, f'model.{key}', config.model[key])
+    if config.model.together_strength < 0 or not 0 < config.model.together_decay <= 1:
+        raise InputError(f'config.model.together_strength={config.model.together_strength} must '
+                         'not be below 0, and config.model.together_decay='
+                         f'{config.model.together_decay} in 0..1, above 0')
     _at_least(1, 'search.trials', config.search.trials)
     if config.model.encoder == 'attention' and config.model.width % config.model.heads:
         raise InputError(f'config.model.width={config.model.width} must be a multiple of '

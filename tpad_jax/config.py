@@ -161,6 +161,9 @@ def model():
         normalise=True,  # items and sessions have length one, and a temperature is learned
         temperature=0.07,  # where it starts
         repeats=False,  # items of the prefix get a learned shift of their scores
+        # so many items per item, which shared most sessions with it, score higher than their
+        # vectors say (see models/together.py); 0: none
+        together=0, together_strength=0.7, together_decay=0.5,
         gnn_steps=1,  # sr_gnn: rounds of message passing
         positions=True,  # sr_gnn: the readout knows positions, which the published one does not
         layers=1, heads=2,  # attention

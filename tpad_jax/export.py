@@ -41,7 +41,8 @@ def read(file):
     size = 8 + int.from_bytes(data[:8], 'little')
     found = {{name: (x['shape'], data[size + x['data_offsets'][0]:size + x['data_offsets'][1]])
              for name, x in json.loads(data[8:size]).items()}}
-    dtype = {{name: np.int32 if name.endswith('near') else np.float32 for name in found}}
+    whole = 'near', 'together'  # these hold item numbers
+    dtype = {{name: np.int32 if name.endswith(whole) else np.float32 for name in found}}
     return {{name: np.frombuffer(x, dtype[name]).reshape(s) for name, (s, x) in found.items()}}
 
 
@@ -59,7 +60,7 @@ print([ids[n] for n in items[0].tolist()])
 ```
 
 A session of which nothing is left says nothing: give it the items with most `events` instead.
-`vector` times a session's vector is its score{repeats}.
+`vector` times a session's vector is its score{but}.
 '''
 
 
@@ -119,10 +120,11 @@ def export(run, directory: Path, k: int = 20, rows: int = 64, sessions: str | No
              'max_length': shop.max_length, 'data': kept.about['data']}
     _items(kept, Path(run), directory)
     _artefact(kept, directory, k, rows)
-    repeats = any(spec.repeats for spec in kept.specs)
-    (directory / 'README.md').write_text(README.format(
-        length=shop.max_length, **about, repeats=', but for the shift of the items it holds itself'
-        if repeats else ''))
+    moved = [what for what, given in (
+        ('the items it holds itself', [spec.repeats for spec in kept.specs]),
+        ('their companions', [spec.together for spec in kept.specs])) if any(given)]
+    but = f', but for the shift of {" and ".join(moved)}' if moved else ''
+    (directory / 'README.md').write_text(README.format(length=shop.max_length, **about, but=but))
     if sessions is not None:
         vectors, known = _sessions(shop, sessions, directory)
     if ann:
@@ -178,7 +180,7 @@ def _artefact(kept, directory, k, rows):
                     flatten_dict({**params, 'rows': near}, sep='/').items()
                     if '/fusion/' not in path}  # is in z
     search = topk.searcher(scoring.session_encoder(kept.specs),
-                           scoring.session_repeats(kept.specs))
+                           scoring.session_shifts(kept.specs))
 
     def recommend(weights, items):
         tree = unflatten_dict(weights, sep='/')

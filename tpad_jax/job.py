@@ -172,6 +172,9 @@ class Job:
         if c.encoder == 'gce_gnn':
             rows['near'], rows['near_weight'] = graph.neighbours(
                 data.train, data.num_items, window=c.near_window, most=c.near)
+        if c.together:
+            rows['together'], rows['together_lift'] = graph.companions(
+                data.train, data.num_items, most=c.together)
         self.catalogue = {**self.catalogue, **jax.tree.map(jnp.asarray, rows)}
 
     def fresh(self, spec) -> dict:

@@ -19,14 +19,14 @@ LANES = 256  # items that every product computes alike, whatever their number
 PARTS = 8  # that one call ranks: the host's work for a call is in no part's way
 
 
-def ranker(encode: Callable, devices: Devices, *, repeat: Callable | None = None,
+def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None,
            chunk: int = 0) -> Callable:
     """Ranks of targets in the whole catalogue, equal to `metrics.counts` of the same scores.
 
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
-      repeat: (weights, items) -> float32 [B, N], added to the scores of a prefix's own items; 0 on
-        padding, and on all but one place of an item. None: nothing is.
+      shifts: (weights, items) -> items int32 [B, M] and float32 [B, M], which is added to their
+        scores; 0 on padding, and on all but one place of an item. None: nothing is.
       devices: rows are spread over them; encode is compiled once per size of a part.
       chunk: items at a time, at most 32,767; 0: on CPU 2 ** 18 over a part's rows but at least
         1,024, elsewhere as many as can be.
@@ -42,7 +42,7 @@ def ranker(encode: Callable, devices: Devices, *, repeat: Callable | None = None
     def part(batch, shared):
         h = encode(shared['weights'], shared['z'], batch.items)
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
-        moved = (batch.items, repeat(shared['weights'], batch.items)) if repeat else None
+        moved = shifts(shared['weights'], batch.items) if shifts else None
         counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
         return (*counted, bounded(h, shared['largest']))
 
@@ -92,7 +92,7 @@ def count(h, z, target, *, chunk: int, moved=None):
     Args:
       h: float32 [B, D]. z: float32 [V+1, D]; row 0 is not ranked. target: int32 [B].
       chunk: items at a time, at most MOST.
-      moved: (items int32 [B, N], what is added to their scores [B, N]), or None.
+      moved: (items int32 [B, M], what is added to their scores [B, M]), or None.
 
     Returns:
       above, equal: int32 [B]. A row with a score that is not finite means nothing.
@@ -135,7 +135,7 @@ def count(h, z, target, *, chunk: int, moved=None):
     guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
     _, own, seen, above, level = jax.lax.while_loop(
         again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
-    if moved is not None:  # the prefix's own items were counted where their vectors put them
+    if moved is not None:  # these items were counted where their vectors put them
         was, bar = seen[:, 1:], (own + lift)[:, None]
         now = was + shift
         above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)

@@ -16,8 +16,8 @@ from tpad_jax.types import Batch
 class Bound(NamedTuple):
     """What a scorer was bound to, of one recommender or of several whose scores are added.
 
-    specs: of each. params: of each, nested, all of them. near: of each its rows of the global item
-    graph, or {}. z: float32 [V+1, D], the item vectors of all of them laid end to end.
+    specs: of each. params: of each, nested, all of them. near: of each its rows of the graphs over
+    items, or {}. z: float32 [V+1, D], the item vectors of all of them laid end to end.
     """
 
     specs: tuple[tpad.TPAD, ...]
@@ -29,7 +29,7 @@ class Bound(NamedTuple):
 def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
     """(weights, z [V+1, D], items int32 [B, N]) -> h [B, D], such that <h, z> scores an item. Pure.
 
-    weights: of each spec the pair ({'recommender': parameters}, rows of the global graph or {}).
+    weights: of each spec the pair ({'recommender': parameters}, rows of the graphs or {}).
     The sum of scores is the product of vectors laid end to end.
     """
     def encode(weights, z, items):
@@ -37,20 +37,33 @@ def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
         for spec, (params, near) in zip(specs, weights, strict=True):
             cut = slice(begin, begin + spec.fusion.width)
             begin = cut.stop
-            rows = z[:, cut] if near else None  # only the global graph reads the others' vectors
+            # only the global graph reads the others' vectors
+            rows = z[:, cut] if tpad.GRAPH[0] in near else None
             own.append(tpad.encode_sessions(spec, params, items, rows, near, z=here[..., cut]))
         return jnp.concatenate(own, axis=1)
 
     return encode
 
 
-def session_repeats(specs: tuple[tpad.TPAD, ...]) -> Callable | None:
-    """(weights, items int32 [B, N]) -> what is added to their scores [B, N]; None: nothing is."""
-    if not any(spec.repeats for spec in specs):
-        return None
-    return lambda weights, items: sum(
-        tpad.repeat_shift(spec, params, items)
-        for spec, (params, _) in zip(specs, weights, strict=True) if spec.repeats)
+def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable | None:
+    """(weights, items int32 [B, N]) -> items [B, M] and what is added to their scores [B, M].
+
+    It is 0 on padding, and on all but one place of an item. None: nothing is added to any.
+    """
+    repeats = [i for i, spec in enumerate(specs) if spec.repeats]
+    together = [i for i, spec in enumerate(specs) if spec.together]
+
+    def shifts(weights, items):
+        found = []
+        if repeats:
+            found.append((items, sum(tpad.repeat_shift(specs[i], weights[i][0], items)
+                                     for i in repeats)))
+        if together:  # all of them have the same rows, and so the same items in the same places
+            each = [tpad.company_shift(specs[i], weights[i][1], items) for i in together]
+            found.append((each[0][0], sum(shift for _, shift in each)))
+        return tuple(jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+
+    return shifts if repeats or together else None
 
 
 @lru_cache(maxsize=16)  # one compilation however many validations ask
@@ -75,22 +88,23 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
         return jnp.concatenate([tpad.z_table(spec, *own) for spec, *own in
                                 zip(specs, params, catalogues, strict=True)], axis=1)
 
-    encode, repeat = session_encoder(specs), session_repeats(specs)
+    encode, shifts = session_encoder(specs), session_shifts(specs)
 
     @compiled
     def score(weights, z, items):
         scores = encode(weights, z, items) @ z.T
-        if repeat is not None:
-            scores = scores.at[jnp.arange(len(items))[:, None], items].add(repeat(weights, items))
+        if shifts is not None:
+            at, shift = shifts(weights, items)
+            scores = scores.at[jnp.arange(len(items))[:, None], at].add(shift)
         return scores.at[:, 0].set(0)
 
-    rank = ranker(encode, devices, repeat=repeat)
+    rank = ranker(encode, devices, shifts=shifts)
 
     def bind(params, catalogue):
         given = (params, catalogue) if several else ((params,), (catalogue,))
         recommenders = tuple({'recommender': own['recommender']} for own in given[0])
         z = table(recommenders, given[1])
-        near = tuple({n: rows[n] for n in tpad.GRAPH if n in rows} for rows in given[1])
+        near = tuple({n: rows[n] for n in tpad.GRAPHS if n in rows} for rows in given[1])
         weights = tuple(zip(recommenders, near, strict=True))
 
         def scores(items):

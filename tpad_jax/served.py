@@ -31,7 +31,7 @@ from tpad_jax.data import sessions
 from tpad_jax.errors import InputError
 from tpad_jax.models import tpad
 
-FOLDER, ABOUT, VERSION = 'served', 'served.json', 1
+FOLDER, ABOUT, VERSION = 'served', 'served.json', 2
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
                                    'tokenizer')
 WORDS = 'title', 'brand', 'category', 'description'  # of an Amazon item, in its text's order
@@ -47,8 +47,8 @@ class Served:
     Attributes:
       directory: WORKDIR/served. about: what served.json holds.
       specs: the modules of each recommender whose scores are added (one, most often), without their
-        MLLMs. weights: of each its parameters {'recommender': ...} and its rows of the global
-        graph, nested.
+        MLLMs. weights: of each its parameters {'recommender': ...} and its rows of the
+        graphs over items, nested.
       z: float32 [V+1, D], the item vectors. events: int64 [V+1], in the sessions trained on.
       ids, titles: lists of str, [0] being ''.
     """

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tpad_jax import served, topk
 from tpad_jax.errors import InputError
 from tpad_jax.parallel import compiled
-from tpad_jax.scoring import session_encoder, session_repeats
+from tpad_jax.scoring import session_encoder, session_shifts
 
 SIZES = 1, 16, 256  # rows of a compiled call: the least that holds what is asked
 MAX_K = 1000
@@ -71,7 +71,7 @@ class Recommender:
         self.trained = len(kept.ids) - 1
         encode = session_encoder(kept.specs)
         self._encode = compiled(encode)
-        self._search = compiled(topk.searcher(encode, session_repeats(kept.specs)),
+        self._search = compiled(topk.searcher(encode, session_shifts(kept.specs)),
                                 static_argnames='k')
         popular = 1 + np.argsort(-kept.events[1:], kind='stable').astype(np.int32)
         self._table = self._laid(kept.z, kept.ids, kept.titles, popular)
@@ -177,7 +177,7 @@ class Recommender:
     def embed_sessions(self, sessions: Sequence[Sequence[str]]) -> np.ndarray:
         """Session vectors h float32 [S, D]; the temperature is in them. NaN of an empty session.
 
-        With config.model.repeats the items of the session moreover get a shift of their scores,
+        With config.model.repeats or .together some items moreover get a shift of their scores,
         which no product of vectors says.
         """
         table = self._table

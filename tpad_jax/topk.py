@@ -31,7 +31,7 @@ def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
         those from `count` on are no items.
       count: int [], 1 + the number of items. k: at most the number of items.
       chunk: items at a time.
-      moved: (items int32 [B, N], what is added to their scores [B, N]), or None.
+      moved: (items int32 [B, M], what is added to their scores [B, M]), or None.
 
     Returns:
       scores float32 [B, k], falling, and items int32 [B, k]; equal scores by rising item.
@@ -65,15 +65,15 @@ def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
     return jax.lax.fori_loop(0, -(-total // chunk), body, none)
 
 
-def searcher(encode: Callable, repeat: Callable | None = None) -> Callable:
+def searcher(encode: Callable, shifts: Callable | None = None) -> Callable:
     """(weights, z, count, items int32 [B, N], *, k) -> scores, items [B, k] of `top_k`. Pure.
 
     Args:
-      encode: (weights, z, items) -> h. repeat: (weights, items) -> what is added to their scores
-        [B, N], or None; see `ranking.ranker`.
+      encode: (weights, z, items) -> h. shifts: (weights, items) -> items [B, M] and what is added
+        to their scores, or None; see `ranking.ranker`.
     """
     def search(weights, z, count, items, *, k):
-        moved = None if repeat is None else (items, repeat(weights, items))
+        moved = None if shifts is None else shifts(weights, items)
         return top_k(encode(weights, z, items), z, count, k, moved=moved)
 
     return search

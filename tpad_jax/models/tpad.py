@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
-from tpad_jax.models import lora, readings
+from tpad_jax.models import lora, readings, together
 from tpad_jax.models import stream as streams
 from tpad_jax.models.alignment import Adapter, Disentangle
 from tpad_jax.models.attention import row_keys
@@ -52,7 +52,9 @@ ENCODERS = {  # what config.model.encoder may name: (config.model, what all of t
     'gce_gnn': lambda model, **shared: GlobalGraphGNN(**shared),
 }
 EACH = 'attention',  # those that read every prefix at once, by their method `positions`
-GRAPH = 'near', 'near_weight'  # catalogue rows of the global item graph, see data/graph.py
+# Catalogue rows of the two graphs over items, see data/graph.py
+GRAPH, COMPANY = ('near', 'near_weight'), ('together', 'together_lift')
+GRAPHS = GRAPH + COMPANY
 OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, one per critic
     'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
     'foretell', 'foretell.tokens', 'vocabulary', 'h', 'h_each', 'z', 'repeat', 'popularity',
@@ -76,6 +78,8 @@ class TPAD:
       normalise: z and h have length one, and their products are divided by a learned temperature.
       temperature: where that starts.
       repeats: the items of a prefix get a learned shift of their scores, see repeats.py.
+      together: (strength, decay) of what the companions of a prefix's items get, see together.py,
+        or () for nothing.
       chunk: items an MLLM reads at a time in a step, 0: all; a backward pass then reads them again,
         chunk by chunk, and keeps the activations of one.
       teacher: another MLLM, which reads items for a distillation, or None.
@@ -99,6 +103,7 @@ class TPAD:
     normalise: bool = False
     temperature: float = 0.07
     repeats: bool = False
+    together: tuple[float, ...] = ()
     chunk: int = 0
     teacher: KnowledgeMLLM | None = None
     blended: bool = False
@@ -125,6 +130,7 @@ def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, 
         recommend=recommend, form=model.form, withhold=model.withhold,
         word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank,
         normalise=model.normalise, temperature=model.temperature, repeats=model.repeats,
+        together=(model.together_strength, model.together_decay) if model.together else (),
         chunk=chunk, teacher=teacher, blended=bool(model.blend.kind), reread=model.reread)
 
 
@@ -232,6 +238,13 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
 def repeat_shift(spec, params, items):
     """Added to the scores of a prefix's items int32 [B, N], where they stand: float32 [B, N]."""
     return last(shifts(params['recommender']['repeat'], items), items)
+
+
+def company_shift(spec, catalogue, items):
+    """Items [B, N K] and what is added to their scores, see `together.shifts`."""
+    strength, decay = spec.together
+    ids, lift = (catalogue[name] for name in COMPANY)
+    return together.shifts(ids, lift, items, strength=strength, decay=decay)
 
 
 def _near(spec, catalogue, items, z_table):
