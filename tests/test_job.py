@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
-from tpad_jax import compare, features, fitting, job, load, mirror, parallel, slices, writers
+from tpad_jax import compare, features, fitting, job, load, mirror, slices, writers
 from tpad_jax.data import builder, pipeline, sessions
 from tpad_jax.errors import InputError, Stopped
 
@@ -238,10 +238,10 @@ def run_through(config, workdir, when):
     Returns:
       Final parameters, how often the run was stopped, and how many steps it computed.
     """
-    stopped, steps, lift = 0, 0, parallel.Devices.lift
+    stopped, steps, lifted = 0, 0, fitting.lifted
 
-    def counting(self, step):
-        compiled = lift(self, step)
+    def counting(devices, spec):
+        compiled = lifted(devices, spec)
 
         def count(*args):
             nonlocal steps
@@ -250,7 +250,7 @@ def run_through(config, workdir, when):
         return count
 
     with stops(when) as stopping, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel.Devices, 'lift', counting)
+        patch.setattr(fitting, 'lifted', counting)
         while True:
             try:
                 with Recorded() as params:

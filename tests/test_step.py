@@ -241,7 +241,7 @@ def loop_events(monkeypatch, total, **knobs):
     loop = fitting.Loop(name='s', total=total, devices=RecordingDevices(events), batches=numbers,
                         checkpoints=NoCheckpoints(events), writer=writer, progress=progress,
                         **knobs)
-    spec = SimpleNamespace(fresh=frozenset(), skip=0)
+    spec = training.StepSpec(None, (), frozenset(), frozenset(), None, 0)
     fitting.fit(loop, spec, State(0, {}, {}, {}, {}), {})
     return events
 
@@ -288,8 +288,8 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
         save_every=2, eval_every=4, validate=taking(13, lambda *_: {'hit@20': 0.5}))
     monkeypatch.setattr(checkpoints, 'best', lambda expected: (4, checkpoints.held, {}),
                         raising=False)
-    found = fitting.fit(loop, SimpleNamespace(fresh=frozenset(), skip=0),
-                        State(0, {}, {}, {}, {}), {})[-1]
+    spec = training.StepSpec(None, (), frozenset(), frozenset(), None, 0)
+    found = fitting.fit(loop, spec, State(0, {}, {}, {}, {}), {})[-1]
     # lines of steps 2 and 4, and validation's own; saves of the same steps
     assert found['spent'] == {'compile': 11, 'input': 28 * ready, 'save': 10, 'log': 6,
                               'between': 16}

@@ -252,9 +252,11 @@ class Encoder:
                 'broken_images': c.broken}
 
     def _shapes(self, params):
-        c = self._content
-        shapes = jax.eval_shape(self._encode, params, c.image[:1], c.has_image[:1], c.tokens[:1])
-        return {name: x.shape[1:] for name, x in shapes.items()}
+        """Of a row; of the shapes of the first call, whose trace is this one."""
+        c, length = self._content, self._parts[0][0]
+        given = (jax.ShapeDtypeStruct((self._rows, *x.shape[1:]), x.dtype)
+                 for x in (c.image, c.has_image, c.tokens[:, :length]))
+        return {name: x.shape[1:] for name, x in self._read.eval_shape(params, *given).items()}
 
     def _used(self, params):
         """The part of the parameters that is read, on the devices as parallel.RULES have it."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,12 @@ def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | 
     state, logged = training.train_step(state.replace(frozen=shared['frozen']), batch,
                                         shared['catalogue'], spec=spec, axis=axis)
     return state.replace(frozen={}), logged
+
+
+@lru_cache(maxsize=8)
+def lifted(devices: Devices, spec: StepSpec) -> Callable:
+    """The step on the devices: a stage that is resumed, or a refit, finds it compiled."""
+    return devices.lift(partial(lean_step, spec=spec))
 
 
 @dataclass
@@ -113,7 +119,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     loop.writer.rewind(loop.name, number)
     processes.wait(f'{loop.name} begins')  # devices that meet for the first time are not waited for
     if not meta['done']:
-        step = loop.devices.lift(partial(lean_step, spec=spec))
+        step = lifted(loop.devices, spec)
         with (closing(loop.batches(number)) as batches,
               _profiled(loop) as profile, loop.progress(loop.name, loop.total, number) as bar):
             host = next(batches)

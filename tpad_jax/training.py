@@ -1,7 +1,8 @@
 """What a stage trains: its losses and modules, the step, and the state the step begins with."""
 
+import json
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -16,9 +17,9 @@ from tpad_jax.models import readings, tpad
 from tpad_jax.types import Batch, State
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepSpec:
-    """What is static in a train step.
+    """What is static in a train step; equal to another that was made of the same.
 
     Attributes:
       model: the modules. losses: (name, function, weight, keywords) of the stage.
@@ -26,6 +27,7 @@ class StepSpec:
       modules: (name, flax module) of the losses that have parameters of their own.
       skip: how many updates in a row may be left out because a number was not finite.
       parts: of a replica's rows, whose activations exist one after the other.
+      made_of: all that it was made of, hashable, or () where nothing else is the same.
     """
 
     model: tpad.TPAD
@@ -37,6 +39,14 @@ class StepSpec:
     modules: tuple = ()
     skip: int = 0
     parts: int = 1
+    made_of: tuple = field(default=(), init=False)  # `replace` leaves it out
+
+    def __eq__(self, other):
+        return self is other or (type(self) is type(other) and bool(self.made_of)
+                                 and self.made_of == other.made_of)
+
+    def __hash__(self):
+        return hash(self.made_of)
 
 
 def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
@@ -146,8 +156,15 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     tx, skip = optim.optimiser(config.stage[stage]), config.skip_not_finite
     if skip:
         tx = optax.apply_if_finite(tx, skip)
-    return StepSpec(model, chosen, needs, fresh, tx, seed, own_modules(config, chosen), skip,
+    modules = own_modules(config, chosen)
+    told = json.dumps([config.stage[stage].to_dict(), skip, {
+        name: config.losses[name].to_dict() for name, *_ in chosen}], default=str, sort_keys=True)
+    own = tuple((name, type(module), repr(module)) for name, module in modules)
+    made_of = told, tuple(fn for _, fn, *_ in chosen), own, stage, model, seed
+    spec = StepSpec(model, chosen, needs, fresh, tx, seed, modules, skip,
                     config.stage[stage].accumulate)
+    object.__setattr__(spec, 'made_of', made_of)
+    return spec
 
 
 def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
