@@ -24,7 +24,7 @@ MODEL = SimpleNamespace(
     features=D, width=D, critics={'align': 'separable', 'distil': 'bilinear'}, use_id=True,
     use_side=True, id_dropout=0.3, feature_dropout=0.2, gnn_steps=1, positions=True, dropout=0.3,
     item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
-    repeats=True, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
+    repeats=True, together=0, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
     lora_alpha=4.0, lora_rank=2, clusters=0, blend=SimpleNamespace(kind=''), reread=True,
     feature_hidden=0)
 TARGETS = r'^decoder/.*(attention/[qkvo]|down)$'
