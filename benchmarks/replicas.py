@@ -19,7 +19,9 @@ from pathlib import Path
 from benchmarks.checkout import ROOT, commit
 
 sys.path.insert(0, str(ROOT / 'tests'))
-import conftest  # noqa: F401  eight fake devices and a quick compiler, before jax
+from eight_devices import environment
+
+os.environ.update(environment())
 import jax
 from absl import app, logging
 from rich.console import Console

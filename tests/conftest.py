@@ -2,20 +2,11 @@
 
 import gc
 import os
-from pathlib import Path
 
 import pytest
+from eight_devices import environment
 
-FLAGS = ('--xla_force_host_platform_device_count=8',
-         # a fifth of the compile time, which is most of what these tests would take
-         '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false')
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-# What is compiled is kept, here and for what tests start: runs are many and alike.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR',
-                      str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.update(environment())
 # Tracing makes millions of objects that live; not to look through them time and again.
 gc.set_threshold(100_000, 50, 100)
 

@@ -128,6 +128,22 @@ def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
+def test_what_is_made_of_the_same_is_the_same_step():
+    """And is lifted once; what differs in anything, or was changed behind `make_spec`, is not."""
+    def spec(seed=3, **changes):
+        c = make_config().copy_and_resolve_references()
+        c.update_from_flattened_dict({k.replace('__', '.'): x for k, x in changes.items()})
+        return training.make_spec(c, 'recommend', model()[0], seed)
+
+    devices = parallel.choose('jit', 1)
+    one = spec()
+    assert fitting.lifted(devices, one) is fitting.lifted(devices, spec())
+    others = [spec(seed=4), spec(losses__next_item__weight=0.5), spec(skip_not_finite=2),
+              spec(stage__recommend__learning_rate=0.5), replace(one, losses=())]
+    assert one not in others
+    assert len({fitting.lifted(devices, other) for other in [one, *others]}) == 6
+
+
 def test_frozen_parameters_are_neither_copied_nor_given_away():
     spec, params, catalogue = model()
     full = training.make_spec(make_config(), 'recommend', spec, seed=5)

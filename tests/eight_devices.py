@@ -1,0 +1,19 @@
+"""Eight fake CPU devices and a quick compiler, for the jax that is imported behind it."""
+
+import os
+from pathlib import Path
+
+FLAGS = ('--xla_force_host_platform_device_count=8',
+         # a fifth of the compile time, which is most of what the tests would take
+         '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false')
+DEFAULTS = {
+    'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '2',
+    # what is compiled is kept, here and for what is started from here: runs are many and alike
+    'JAX_COMPILATION_CACHE_DIR': str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+
+def environment() -> dict[str, str]:
+    """Variables to lay over os.environ; what is set there already stays."""
+    flags = ' '.join([os.environ.get('XLA_FLAGS', ''), *FLAGS])
+    return {name: os.environ.get(name, x) for name, x in DEFAULTS.items()} | {'XLA_FLAGS': flags}
