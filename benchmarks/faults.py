@@ -280,7 +280,7 @@ def steps(lines: list[dict]) -> dict[str, int]:
 
 def written(file: Path) -> set[int]:
     """The training steps an event file tells of."""
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event
 
     data, at, found = file.read_bytes(), 0, set()
     while at + 12 <= len(data):  # length, its checksum, the event, its checksum

@@ -144,9 +144,10 @@ class Job:
         blank = {n: jnp.zeros((data.num_items + 1, *s)) for n, s in
                  (('k', (2, c.model.features)),
                   ('r', (2, c.model.features) if self.spec.blended else (2 * c.model.features,)))}
-        make = partial(tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
-                       rank=c.model.lora_rank, targets=c.model.lora_targets,
-                       image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length)
+        make = jax.jit(partial(  # followed once, though both its shapes and its values are asked
+            tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
+            rank=c.model.lora_rank, targets=c.model.lora_targets,
+            image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length))
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
         taught = {'teacher': teacher.shapes} if teacher else {}
         if c.mllm.checkpoint:  # said before gigabytes are read

@@ -14,8 +14,6 @@ import numpy as np
 from tpad_jax import (
     baselines,
     compare,
-    feature_figure,
-    figures,
     metrics,
     resampling,
     served,
@@ -257,6 +255,8 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
 
 def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> list[Path]:
     """Learning curves, mutual information, hit@K and the contact sheet in workdir/figures."""
+    from tpad_jax import feature_figure, figures  # only here: matplotlib takes a second to import
+
     out = job.workdir / 'figures'
     out.mkdir(parents=True, exist_ok=True)
     log = job.workdir / 'log.jsonl'

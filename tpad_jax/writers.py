@@ -25,9 +25,9 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpad_jax.errors import InputError
 
@@ -59,7 +59,7 @@ class Writer:
           step: int.
           values: {name: number}, numbers of Python, numpy or jax (which are fetched). Integers stay
             integers, others are rounded to 6 significant digits; one that is not finite is null
-            in the log and absent from the event file (where `@` reads `_`).
+            in the log and absent from the event file.
         """
         if self._file is None:
             return
@@ -70,7 +70,7 @@ class Writer:
         if stage not in self._events:
             self._events[stage] = _Events(self._events_dir / stage, self._purge.get(stage))
         self._events[stage].scalars(int(step), {
-            name.replace('@', '_'): value for name, value in values.items() if value is not None})
+            name: value for name, value in values.items() if value is not None})
 
     def rewind(self, stage, step):
         """Forgets what `stage` wrote after `step`, so that each step stands once after a resume.
@@ -113,21 +113,21 @@ class Writer:
 class _Events:
     """One event file, written here and now.
 
-    tensorboardX's own writer hands everything to a thread, which a full disk ends; then its queue
+    TensorBoard's own writer hands everything to a thread, which a full disk ends; then its queue
     fills up and the run stands still.
     """
 
     def __init__(self, directory, purge):
         directory.mkdir(parents=True, exist_ok=True)
-        name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
-        self._file, self._flushed = RecordWriter(str(directory / name)), 0.0
+        name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'
+        self._file, self._flushed = RecordWriter(open(directory / name, 'xb')), 0.0
         self._write(purge or 0, file_version='brain.Event:2')
         if purge is not None:
             self._write(purge, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step, values):
         for name, value in values.items():
-            self._write(step, summary=summary.scalar(name, value))
+            self._write(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self._file.flush()
             self._flushed = time.monotonic()
