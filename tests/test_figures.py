@@ -40,13 +40,18 @@ def log(tmp_path):
 
 
 def test_learning_curves_are_the_same_bytes_again_and_grow_with_the_stages(tmp_path, log):
-    figures.learning_curves(log, tmp_path / 'new' / 'a.png')
+    assert figures.learning_curves(log, tmp_path / 'new' / 'a.png')
     figures.learning_curves(log, tmp_path / 'b.png')
     assert (tmp_path / 'new' / 'a.png').read_bytes() == (tmp_path / 'b.png').read_bytes()
     one = [json.loads(line) for line in log.read_text().splitlines()[:19]]
     figures.learning_curves(write_log(tmp_path / 'one.jsonl', one), tmp_path / 'one.png')
     assert pixels(tmp_path / 'b.png').shape[0] == 2 * pixels(tmp_path / 'one.png').shape[0]
     assert count(tmp_path / 'one.png', figures.COLOURS[0]) > 100
+
+
+def test_where_no_stage_trained_there_is_no_curve(tmp_path):
+    assert not figures.learning_curves(write_log(tmp_path / 'log.jsonl', []), tmp_path / 'x.png')
+    assert not (tmp_path / 'x.png').exists()
 
 
 def test_mutual_information_is_drawn_only_where_logged(tmp_path, log):

@@ -51,8 +51,13 @@ def learning_curves(log_path, out_png):
     """One row per stage: the whole loss, its terms, and what validation says, over the steps.
 
     A term is any name without a slash but `loss` and `mi_*`; validation is `valid/*`.
+
+    Returns:
+      False, and no file, where no stage trained.
     """
     logged = stages(log_path)
+    if not logged:
+        return False
     with framed(out_png, (10.5, 2.6 * len(logged))) as figure:
         axes = figure.subplots(len(logged), 3, squeeze=False)
         for row, (stage, curves) in zip(axes, logged.items(), strict=True):
@@ -62,6 +67,7 @@ def learning_curves(log_path, out_png):
             _curves(row[0], f'{stage}: loss', whole)
             _curves(row[1], 'loss terms, unweighed', terms)
             _curves(row[2], 'validation', valid, markers=True)
+    return True
 
 
 def mutual_information(log_path, out_png, held=None):
