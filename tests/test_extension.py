@@ -69,6 +69,23 @@ def contrast(out, batch, *, axis=None, x='r', y='t', critic='critic.distil'):
     return Loss(value.reshape(batch.items.shape), batch.mask.astype(jnp.float32))
 
 
+def noisy(out, batch, *, axis=None, key=None, x='r'):
+    return (out[x] ** 2).mean(-1)[:, 0] * jax.random.uniform(key, batch.valid.shape)
+
+
+def noisy_by_row(out, batch, *, axis=None, key=None, x='r'):
+    drawn = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(batch.row)
+    return (out[x] ** 2).mean(-1)[:, 0] * drawn
+
+
+def counted(out, batch, *, axis=None, state=None, x='r'):
+    value = (out[x] ** 2).mean(-1)[:, 0]
+    return Loss(value, jnp.ones_like(value), state=state + 1)
+
+
+counted.initial_state = lambda: jnp.int32(0)
+
+
 def root(out, batch, *, axis=None, x='r'):
     return jnp.sqrt(out[x][:, 0, 0])
 
@@ -121,6 +138,19 @@ def chosen(**entries):
 def test_a_wrong_entry_is_one_sentence(entry, told):
     with pytest.raises(InputError, match=told):
         chosen(mine=entry)
+
+
+def test_what_a_stage_comes_too_early_for_is_refused_before_it():
+    c = config.get_config()
+    c.losses.mine = ConfigDict(dict(fn=f'{HERE}:pull', weight=1.0, stages='transfer', x='h'))
+    with pytest.raises(InputError, match=r'reads h, which stage transfer does not compute \(the '
+                                         'recommender reads r, which is there behind that stage'):
+        training.stage_losses(c, 'transfer')
+    c.model.recommend = 'k'  # that is there
+    assert 'mine' in [name for name, *_ in training.stage_losses(c, 'transfer')]
+    c.losses.mine.stages = 'knowledge'
+    with pytest.raises(InputError, match='the recommender reads k, which is there behind'):
+        training.stage_losses(c, 'knowledge')
 
 
 def test_a_module_that_does_not_import_says_why(tmp_path, monkeypatch):
@@ -314,6 +344,14 @@ def test_check_finds_what_is_not_masked_gathered_or_apart(fn, what):
     assert breaches(fn).keys() == what
 
 
+@pytest.mark.slow
+def test_check_says_how_draws_and_states_are_kept():
+    rows = breaches(noisy)['rows']
+    assert rows.endswith('by jax.random.fold_in(key, row), its row being of batch.row')
+    assert not breaches(noisy_by_row)
+    assert breaches(counted)['no rows'].endswith('a state goes on as it was where no row counts')
+
+
 def test_the_command_refuses_in_words(capsys):
     assert command.main(['check', f'{HERE}:pul']) == 2
     assert "has no 'pul', but 'pull'" in capsys.readouterr().out
@@ -328,10 +366,10 @@ def test_the_command_refuses_in_words(capsys):
 @pytest.mark.usefixtures('undrawn')
 def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small, tmp_path):
     c = test_job.changed(small, rivals={}, diagnostics=0, save_every=3, stage__transfer__steps=6,
-                         stage__joint__steps=6)
+                         stage__recommend__steps=6)
     c.unlock()
     c.losses.mine = ConfigDict(dict(
-        fn=f'{HERE}:headed', module=f'{HERE}:Head', weight=0.5, stages='transfer,joint',
+        fn=f'{HERE}:headed', module=f'{HERE}:Head', weight=0.5, stages='transfer,recommend',
         schedule=((0, 0.0), (5, 1.0))))
     ended = {}
 
@@ -347,17 +385,17 @@ def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small
 
     ran('whole', 'knowledge')
     shutil.copytree(tmp_path / 'whole', tmp_path / 'parts')
-    found = ran('whole', 'transfer,joint')['losses']
+    found = ran('whole', 'transfer,recommend')['losses']
     with pytest.raises(Stopped):
         ran('parts', 'transfer', (tmp_path / 'parts' / 'stages' / 'transfer' / '3').exists)
     assert ran('parts', 'transfer')['losses']['transfer'] == found['transfer']
     assert found['transfer']['weight/mine'] == pytest.approx(0.5)
     params = {key: out[0] for key, out in ended.items()}
-    own = sorted(path for path in params['whole', 'joint'] if path.startswith('loss/'))
+    own = sorted(path for path in params['whole', 'recommend'] if path.startswith('loss/'))
     assert own == ['loss/mine/Dense_0/bias', 'loss/mine/Dense_0/kernel']
     for path, x in params['whole', 'transfer'].items():
         np.testing.assert_array_equal(x, params['parts', 'transfer'][path], path)
-    kernel = [params['whole', stage][own[1]] for stage in ('transfer', 'joint')]
+    kernel = [params['whole', stage][own[1]] for stage in ('transfer', 'recommend')]
     assert 0 < np.abs(kernel[0] - kernel[1]).max() < 0.1  # on from where it was, not anew
 
 

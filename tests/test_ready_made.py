@@ -115,7 +115,7 @@ def test_refusals(tmp_path, file, changes, told):
 
 def test_only_attention_reads_every_prefix_at_once(tmp_path, file):
     changes = {'losses.next_item.h': 'h_each'}
-    with pytest.raises(InputError, match='reads h_each, which no stage'):
+    with pytest.raises(InputError, match='reads h_each, which stage recommend does not'):
         job.run(config(file, 'sr_gnn', **changes), tmp_path)
 
 

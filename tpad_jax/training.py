@@ -111,8 +111,9 @@ def stage_losses(config, stage: str) -> tuple:
             absent = sorted(losses.needs(name, function, keywords) - known)
             if absent:
                 why = sorted({missing[n] for n in absent if n in missing})
-                raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which no stage '
-                                 f'computes' + f' ({"; ".join(why)})' * bool(why)
+                raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which '
+                                 + (f'stage {stage} does not compute ({"; ".join(why)})' if why
+                                    else 'no stage computes')
                                  + f'; there are {", ".join(sorted(known))}')
             losses.check_call(name, function, keywords, bool(entry.get('module')))
             weight = losses.weigh(name, weight, entry.get('schedule', ()))
@@ -121,6 +122,10 @@ def stage_losses(config, stage: str) -> tuple:
         raise InputError(f'stage {stage} has no loss with a weight: give one of config.losses a '
                          f'weight and {stage!r} among its stages')
     return tuple(chosen)
+
+
+# Features that no stage before this one has left behind.
+LATER = {'knowledge': {'k', 'r'}, 'transfer': {'r'}}
 
 
 def _missing(config, stage):
@@ -136,6 +141,9 @@ def _missing(config, stage):
     if config.model.blend.kind:
         why = 'config.model.blend makes r, which no loss trains; set its weight to 0'
         out |= dict.fromkeys(('r', 'r_next', 'r.image', 'r.text'), why)
+    if late := LATER.get(stage, set()) & set(names(config.model.recommend)):
+        why = f'the recommender reads {", ".join(sorted(late))}, which is there behind that stage'
+        out |= dict.fromkeys(('h', 'h_each', 'z'), why)
     if stage == 'recommend':
         out |= dict.fromkeys(states, 'stage recommend reads no content')
     return out

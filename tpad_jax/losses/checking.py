@@ -57,7 +57,8 @@ def check(fn, keywords=(), module=None) -> Iterator[Finding]:
                          trial.repeats):
                 yield look()
     except InputError as error:
-        yield Finding(False, 'contract', str(error).replace(f'config.losses.{NAME}', 'it'))
+        told = str(error).replace(f'config.losses.{NAME}: ', '')
+        yield Finding(False, 'contract', told.replace(f'config.losses.{NAME}', 'it'))
     except Exception as error:  # the loss's own
         at = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in at if frame.filename == inspect.getsourcefile(fn)]
@@ -167,7 +168,8 @@ class Trial:
         if abs(slope - rise) <= max(0.02 * abs(rise), 0.01):
             return Finding(True, 'slope', 'the gradient is the slope of the value')
         return Finding(None, 'slope', f'the gradient says {slope:.4g} where the value rises by '
-                       f'{rise:.4g}: right where a gradient is stopped or corrected on purpose')
+                       f'{rise:.4g}: right where a gradient is stopped or corrected, or where the '
+                       'value has a kink')
 
     def padding(self):
         """What stands in padded rows, positions and tokens has no part in it."""
@@ -180,9 +182,11 @@ class Trial:
         """Nor does it matter whether padded rows are there."""
         keep = self.batch.valid
         raw, batch = jax.tree.map(lambda x: x[keep], (self.raw, self.batch))
+        why = 'the mean over rows is taken by combine'
+        if 'key' in inspect.signature(self.fn).parameters:
+            why = 'draw for each row by jax.random.fold_in(key, row), its row being of batch.row'
         return self._same('rows', self.one(self.params, raw, batch, self.state),
-                          'the number of padded rows changes {}; the mean over rows is taken by '
-                          'combine')
+                          f'the number of padded rows changes {{}}; {why}')
 
     def nobody(self):
         """Nothing but padding: zero, no gradient, the state as it was."""
@@ -193,8 +197,10 @@ class Trial:
             ('a metric', any(float(x) != 0 for x in logged.values())),
             ('the state', not _close(kept, self.state))) if bad]
         if what:
+            why = ('a state goes on as it was where no row counts' if what == ['the state']
+                   else 'divide by jnp.maximum(count, 1)')
             return Finding(False, 'no rows', f'{", ".join(what)} is not as it was, or not zero, '
-                           'in a batch of padding alone; divide by jnp.maximum(count, 1)')
+                           f'in a batch of padding alone; {why}')
         return Finding(True, 'no rows', 'a batch of padding alone gives zero and no gradient')
 
     def replicas(self):
