@@ -16,6 +16,8 @@ from tpad_jax.errors import InputError
 from tpad_jax.models import readings, tpad
 from tpad_jax.types import Batch, State
 
+LATER = {'knowledge': {'k', 'r'}, 'transfer': {'r'}}  # features that are there behind these stages
+
 
 @dataclass(frozen=True, eq=False)
 class StepSpec:
@@ -122,10 +124,6 @@ def stage_losses(config, stage: str) -> tuple:
         raise InputError(f'stage {stage} has no loss with a weight: give one of config.losses a '
                          f'weight and {stage!r} among its stages')
     return tuple(chosen)
-
-
-# Features that no stage before this one has left behind.
-LATER = {'knowledge': {'k', 'r'}, 'transfer': {'r'}}
 
 
 def _missing(config, stage):
