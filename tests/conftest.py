@@ -3,22 +3,29 @@
 import gc
 import os
 
+import psutil
 import pytest
 from eight_devices import environment
 
 os.environ.update(environment())
 # Tracing makes millions of objects that live; not to look through them time and again.
 gc.set_threshold(100_000, 50, 100)
+ENOUGH = 2.5 * 2**30  # bytes of a worker
 
 
 @pytest.fixture(scope='module', autouse=True)
 def _forgotten():
-    """What a module traced and compiled goes with it, or workers come to hold gigabytes."""
-    yield
-    import jax
+    """What was traced and compiled goes where a worker has come to hold gigabytes by it.
 
-    jax.clear_caches()
-    gc.collect()
+    Behind every module, whatever it holds, would take a quarter of the time: modules have much in
+    common.
+    """
+    yield
+    if psutil.Process().memory_info().rss > ENOUGH:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope='module')
