@@ -1,5 +1,6 @@
 """Losses from outside the tree: own parameters, schedules, refusals; the pages about it."""
 
+import contextlib
 import json
 import os
 import re
@@ -151,6 +152,17 @@ def test_what_a_stage_comes_too_early_for_is_refused_before_it():
     c.losses.mine.stages = 'knowledge'
     with pytest.raises(InputError, match='the recommender reads k, which is there behind'):
         training.stage_losses(c, 'knowledge')
+
+
+@pytest.mark.parametrize(('x', 'form', 'refused'), [
+    ('foretell', 'compressed', True), ('t', 'full', True), ('t', 'compressed', False)])
+def test_the_recommend_stage_reads_no_content(x, form, refused):
+    c = config.get_config()
+    c.model.form = form
+    c.losses.mine = entry('pull', x=x)
+    told = f'reads {x}, which stage recommend does not compute .stage recommend reads no content'
+    with pytest.raises(InputError, match=told) if refused else contextlib.nullcontext():
+        training.stage_losses(c, 'recommend')
 
 
 def test_a_module_that_does_not_import_says_why(tmp_path, monkeypatch):

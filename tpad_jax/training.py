@@ -143,7 +143,9 @@ def _missing(config, stage):
         why = f'the recommender reads {", ".join(sorted(late))}, which is there behind that stage'
         out |= dict.fromkeys(('h', 'h_each', 'z'), why)
     if stage == 'recommend':
-        out |= dict.fromkeys(states, 'stage recommend reads no content')
+        read = {'describe', 'describe.tokens', 'foretell', 'foretell.tokens'}
+        read |= {'t', 'c', 'p', 'interest'} if config.model.form == 'full' else set()
+        out |= dict.fromkeys(states | read, 'stage recommend reads no content')
     return out
 
 
