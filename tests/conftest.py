@@ -15,17 +15,17 @@ ENOUGH = 2.5 * 2**30  # bytes of a worker
 
 @pytest.fixture(scope='module', autouse=True)
 def _forgotten():
-    """What was traced and compiled goes where a worker has come to hold gigabytes by it.
+    """What a module leaves to be collected is, before the next one could be blamed for it.
 
-    Behind every module, whatever it holds, would take a quarter of the time: modules have much in
-    common.
+    What was traced and compiled goes only where a worker has come to hold gigabytes by it: modules
+    have much in common, and without it take a quarter more time.
     """
     yield
     if psutil.Process().memory_info().rss > ENOUGH:
         import jax
 
         jax.clear_caches()
-        gc.collect()
+    gc.collect()
 
 
 @pytest.fixture(scope='module')
