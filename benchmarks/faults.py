@@ -25,7 +25,6 @@ import os
 import platform
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -280,16 +279,10 @@ def steps(lines: list[dict]) -> dict[str, int]:
 
 def written(file: Path) -> set[int]:
     """The training steps an event file tells of."""
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-    data, at, found = file.read_bytes(), 0, set()
-    while at + 12 <= len(data):  # length, its checksum, the event, its checksum
-        size, = struct.unpack_from('<Q', data, at)
-        event = Event.FromString(data[at + 12:at + 12 + size])
-        at += 16 + size
-        if any(value.tag == 'loss' for value in event.summary.value):
-            found.add(event.step)
-    return found
+    return {event.step for event in LegacyEventFileLoader(str(file)).Load()
+            if any(value.tag == 'loss' for value in event.summary.value)}
 
 
 def read() -> dict:

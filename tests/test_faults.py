@@ -267,6 +267,10 @@ def test_steps_are_read_back_from_events(tmp_path):
     writer.close()
     file, = (tmp_path / 'events' / 'joint').iterdir()
     assert faults.written(file) == {4, 5}
+    file.write_bytes(file.read_bytes()[:-3])  # a kill in the middle of a line
+    assert faults.written(file) == {4, 5}
+    file.write_bytes(file.read_bytes()[:-150])
+    assert faults.written(file) == {4}
     assert faults.steps(faults.log(tmp_path)) == {'joint': 6}
 
 

@@ -16,7 +16,8 @@ from tpad_jax.errors import InputError
 from tpad_jax.models import readings, tpad
 from tpad_jax.types import Batch, State
 
-LATER = {'knowledge': {'k', 'r'}, 'transfer': {'r'}}  # features that are there behind these stages
+# Features that no stage before this one has left behind.
+LATER = {'knowledge': {'k', 'r'}, 'transfer': {'r'}}
 
 
 @dataclass(frozen=True, eq=False)
