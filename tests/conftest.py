@@ -24,8 +24,10 @@ def _forgotten():
     if psutil.Process().memory_info().rss > ENOUGH:
         import jax
 
+        gc.unfreeze()
         jax.clear_caches()
     gc.collect()
+    gc.freeze()  # what is left are caches: not to look through them behind every module
 
 
 @pytest.fixture(scope='module')

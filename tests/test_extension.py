@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from functools import lru_cache, partial
@@ -377,12 +376,12 @@ def test_the_command_refuses_in_words(capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures('undrawn')
 def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small, tmp_path):
-    c = test_job.changed(small, rivals={}, diagnostics=0, save_every=3, stage__transfer__steps=6,
-                         stage__recommend__steps=6)
+    c = test_job.changed(small, rivals={}, diagnostics=0, save_every=3, stage__knowledge__steps=6,
+                         stage__recommend__steps=6, model__recommend='k')
     c.unlock()
     c.losses.mine = ConfigDict(dict(
-        fn=f'{HERE}:headed', module=f'{HERE}:Head', weight=0.5, stages='transfer,recommend',
-        schedule=((0, 0.0), (5, 1.0))))
+        fn=f'{HERE}:headed', module=f'{HERE}:Head', weight=0.5, stages='knowledge,recommend',
+        schedule=((0, 0.0), (5, 1.0)), x='k'))
     ended = {}
 
     def ran(workdir, stages, stopping=lambda: False):
@@ -395,19 +394,17 @@ def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small
             patch.setattr(fitting, 'fit', recorded)
             return job.run(c, tmp_path / workdir, stopping)
 
-    ran('whole', 'knowledge')
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'parts')
-    found = ran('whole', 'transfer,recommend')['losses']
+    found = ran('whole', 'knowledge,recommend')['losses']
     with pytest.raises(Stopped):
-        ran('parts', 'transfer', (tmp_path / 'parts' / 'stages' / 'transfer' / '3').exists)
-    assert ran('parts', 'transfer')['losses']['transfer'] == found['transfer']
-    assert found['transfer']['weight/mine'] == pytest.approx(0.5)
+        ran('parts', 'knowledge', (tmp_path / 'parts' / 'stages' / 'knowledge' / '3').exists)
+    assert ran('parts', 'knowledge')['losses']['knowledge'] == found['knowledge']
+    assert found['knowledge']['weight/mine'] == pytest.approx(0.5)
     params = {key: out[0] for key, out in ended.items()}
     own = sorted(path for path in params['whole', 'recommend'] if path.startswith('loss/'))
     assert own == ['loss/mine/Dense_0/bias', 'loss/mine/Dense_0/kernel']
-    for path, x in params['whole', 'transfer'].items():
-        np.testing.assert_array_equal(x, params['parts', 'transfer'][path], path)
-    kernel = [params['whole', stage][own[1]] for stage in ('transfer', 'recommend')]
+    for path, x in params['whole', 'knowledge'].items():
+        np.testing.assert_array_equal(x, params['parts', 'knowledge'][path], path)
+    kernel = [params['whole', stage][own[1]] for stage in ('knowledge', 'recommend')]
     assert 0 < np.abs(kernel[0] - kernel[1]).max() < 0.1  # on from where it was, not anew
 
 

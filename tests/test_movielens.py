@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from configs import movielens
+from tests import tiny_base
 from tpad_jax import check
 from tpad_jax.data import pipeline, ready
 from tpad_jax.errors import InputError
@@ -122,6 +123,10 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     from tpad_jax import job
     c = movielens.get_config()
     c.data.ready = str(write(tmp_path))
+    (tmp_path / 'base').mkdir()
+    c.mllm.update(base=str(tiny_base.write(tmp_path / 'base')), image_size=tiny_base.SIDE,
+                  text_length=8)
+    c.model.features = tiny_base.WIDTH
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
     c.stages, c.model.recommend = 'knowledge,recommend', 'k'
     c.refit = True

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tpad_jax.data import images, text
 from tpad_jax.errors import InputError
+from tpad_jax.models import pretrained
 
 
 @pytest.mark.parametrize(('raw', 'plain'), [
@@ -92,6 +93,19 @@ def test_tokenize(tmp_path, monkeypatch):
     tokens = text.tokenize(['', 'blue mug', 'red mug blue blue mug', 'mug'], tmp_path, 4)
     assert tokens.tolist() == [[-1] * 4, [2, 3, -1, -1], [1, 3, 2, 2], [3, -1, -1, -1]]
     assert tokens.dtype == np.int32
+
+
+def test_the_bases_own_tokens_are_those_of_transformers(monkeypatch):
+    """It is read without the latter; long texts, odd characters, special tokens spelled out."""
+    rng = np.random.default_rng(0)
+    texts = ['', '<pad> Red <pad>', 'a<pad>b', 'x' * 500, ' ünïcödé ﬁ ½ 🙂 汉字\ttab ',
+             *(''.join(map(chr, row)) for row in rng.integers(32, 0x2FFF, (200, 30))),
+             *(' '.join(row) for row in rng.choice(['shoe', 'Brand', "it's", '$5.00'], (200, 9)))]
+    with monkeypatch.context() as patch:
+        patch.setattr(text, 'read_tokenizer', None)
+        found = text.tokenize(texts, pretrained.DEFAULT, 24)
+    monkeypatch.setattr(text, '_plain', lambda *_: None)
+    np.testing.assert_array_equal(found, text.tokenize(texts, pretrained.DEFAULT, 24))
 
 
 def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):

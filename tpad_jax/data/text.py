@@ -1,9 +1,11 @@
 """Item texts and side features: cleaning, tokens, and ids of brand, category and price level."""
 
 import html
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import polars as pl
 from tpad_jax.errors import InputError
 
 PRICE_LEVELS = 10
+# what tokenizer_config.json says of a tokenizer that needs no more than tokenizer.json
+PLAIN = {'tokenizer_class', 'backend', 'model_max_length', 'pad_token'}
 TOKENIZER_CHUNK = 8192  # texts per call, so that Python lists of ids stay small
 NESTED = 4  # levels of lists in a field whose words are read
 
@@ -67,15 +71,41 @@ def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.nda
     Raises:
       InputError: the directory holds no usable tokenizer.
     """
-    tokenizer = read_tokenizer(tokenizer_dir)
+    encode = _plain(Path(tokenizer_dir), length) or partial(
+        read_tokenizer(tokenizer_dir), add_special_tokens=False, truncation=True,
+        max_length=length, split_special_tokens=True)
     tokens = np.full((len(texts), length), -1, np.int32)
     for begin in range(0, len(texts), TOKENIZER_CHUNK):
-        chunk = tokenizer(texts[begin:begin + TOKENIZER_CHUNK], add_special_tokens=False,
-                          truncation=True, max_length=length, split_special_tokens=True)
+        chunk = encode(texts[begin:begin + TOKENIZER_CHUNK])
         for row, ids in zip(tokens[begin:begin + TOKENIZER_CHUNK], chunk['input_ids'],
                             strict=True):
             row[:len(ids)] = ids
     return tokens
+
+
+def _plain(directory, length):
+    """texts -> {'input_ids'} without `transformers`, which takes seconds to import.
+
+    None unless tokenizer.json says all of the tokenizer, as `train_tokenizer` leaves it.
+    """
+    try:
+        found = json.loads((directory / 'tokenizer_config.json').read_bytes())
+        if found['tokenizer_class'] != 'TokenizersBackend' or found.keys() - PLAIN:
+            return None
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(directory / 'tokenizer.json'))
+    except Exception:  # the library raises nothing narrower; `read_tokenizer` says what is wrong
+        return None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+
+    def encode(texts):
+        found = tokenizer.encode_batch(texts, add_special_tokens=False)
+        return {'input_ids': [one.ids for one in found]}
+
+    return encode
 
 
 def read_tokenizer(directory: str | Path):
