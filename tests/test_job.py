@@ -380,7 +380,8 @@ def test_raw_files_without_images_are_read_where_they_lie(whole, config, tmp_pat
     before = sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*'))
     found = job.run(changed(config, data__raw_dir=str(raw), data__core=1, data__valid=20,
                             data__test=30, data__gap_hours=0.1, data__max_length=7,
-                            stages='knowledge,transfer,recommend'), tmp_path / 'run')
+                            stages='knowledge,recommend', model__recommend='k'),
+                    tmp_path / 'run')
     assert 'oracle' not in found
     assert set(found['models']) == {'tpad', 'tpad_recommend', 'id_only', 'knowledge_only',
                                     *BASELINES}

@@ -37,7 +37,8 @@ from tpad_jax.types import Batch, State
 QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('knowledge', 'shard_map'),
          ('recommend', 'shard_map')}
 # `python -m benchmarks.replicas` runs these, too
-LONGEST = {*(('transfer', way) for way in ('shard_map', '4x2', '2x4', 'parts')),
+LONGEST = {('knowledge', '4x2'), ('recommend', '2x4'),
+           *(('transfer', way) for way in ('shard_map', '4x2', '2x4', 'parts')),
            *(('joint', way) for way in ('shard_map', 'pmap', '2x4', 'parts'))}
 CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.mark.slow)
          for stage in STAGES for way in WAYS if way != 'processes'  # see test_processes.py

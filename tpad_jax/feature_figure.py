@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from tpad_jax.diagnostics import unit
-from tpad_jax.figures import COLOURS, GREY, framed
 
 # The features of a snapshot and whose items colour their rows: a position's own, or what follows.
 FEATURES = {'k_image': 'items', 'k_text': 'items', 'r': 'items', 't': 'at', 'c': 'at', 'p': 'next'}
@@ -77,6 +76,8 @@ def draw(first: str, before: dict, last: str, after: dict, label: np.ndarray, ou
       label: int [V] of items 1..V, a category each, below 0 where it is unknown.
       out_png: file to write.
     """
+    from tpad_jax.figures import COLOURS, framed  # only here: matplotlib takes a second to import
+
     names, whole, share, inner, inside = lay(before, after)
     moments = ((first, before), (last, after))
     with framed(out_png, (11.0, 9.6)) as figure:
@@ -114,6 +115,8 @@ def farthest(laid: dict) -> float:
 
 def _colours(label, own):
     """A colour for each of the most common labels, grey for the others."""
+    from tpad_jax.figures import COLOURS, GREY
+
     common, counts = np.unique(label[label >= 0], return_counts=True)
     common = common[np.argsort(-counts, kind='stable')[:len(COLOURS) - 1]]
     of = dict(zip(common, COLOURS, strict=False))

@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from tpad_jax.writers import read_log
+from tpad_jax.writers import curves_of
 
 INK, GREY, PALE = '#222222', '#777777', '#dddddd'
 GREEN = '#009e73'  # the true next item, everywhere
@@ -55,7 +55,7 @@ def learning_curves(log_path, out_png):
     Returns:
       False, and no file, where no stage trained.
     """
-    logged = stages(log_path)
+    logged = curves_of(log_path)
     if not logged:
         return False
     with framed(out_png, (10.5, 2.6 * len(logged))) as figure:
@@ -87,7 +87,7 @@ def mutual_information(log_path, out_png, held=None):
     """
     logged = {
         stage: curves
-        for stage, curves in stages(log_path).items()
+        for stage, curves in curves_of(log_path).items()
         if any(_name(name)[:3] == 'mi_' for name in curves)
     }
     if not logged:
@@ -188,20 +188,6 @@ def contact_sheet(rows, out_png):
                     _tile(axis, starts[name] + place, y, image, title, frame)
             if number:
                 axis.plot([0, wide], [y - 0.1, y - 0.1], color=PALE, lw=0.6)
-
-
-def stages(log_path):
-    """{stage: {name: (steps, values)}} of every number in the log; null becomes nan, a gap."""
-    found = {}
-    for line in read_log(log_path):
-        curves = found.setdefault(line['stage'], {})
-        for name, value in line.items():
-            if name in ('stage', 'step') or isinstance(value, str):
-                continue
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(line['step'])
-            values.append(np.nan if value is None else value)
-    return found
 
 
 @contextlib.contextmanager

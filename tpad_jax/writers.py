@@ -162,6 +162,20 @@ def read_log(path):
     return lines
 
 
+def curves_of(log_path):
+    """{stage: {name: (steps, values)}} of every number in a log.jsonl; null becomes nan, a gap."""
+    found = {}
+    for line in read_log(log_path):
+        curves = found.setdefault(line['stage'], {})
+        for name, value in line.items():
+            if name in ('stage', 'step') or isinstance(value, str):
+                continue
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(line['step'])
+            values.append(math.nan if value is None else value)
+    return found
+
+
 def write_json(path, value):
     """Writes `value` to `path` at once or not at all.
 

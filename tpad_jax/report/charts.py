@@ -8,7 +8,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 POINTS = 250  # of a curve at most: more are not told apart on a page
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 28  # room around the axes
@@ -124,5 +123,7 @@ def _path(points):
 
 
 def _ticks(low, high, most, whole=False):
+    from matplotlib.ticker import MaxNLocator  # only here: slow to import
+
     return [t for t in MaxNLocator(most, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(
         low, high) if low <= t <= high]
