@@ -1,4 +1,4 @@
-"""The whole job on tiny Hugging Face checkpoints, kill -9 while the catalogue is encoded."""
+"""The whole job on tiny Hugging Face checkpoints; kill -9 while the catalogue is encoded."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import amazon
-from tests import tiny_hf
+from tests import tiny_base, tiny_hf
 from tpad_jax import job, merge
 from tpad_jax.models.hf import load, peft, spec
 
@@ -24,24 +24,28 @@ SMALL = {'parallel': 'jit', 'save_every': 4, 'rivals': {}, 'mllm.text_length': 1
 STEPS = dict(knowledge=3, transfer=3, recommend=6, joint=2)
 
 
-def config(directory, side, stages):
+def config(directory, side, stages, kind='checkpoint'):
     c = amazon.get_config('tiny')
     for name, steps in STEPS.items():
         c.stage[name].update(steps=steps, batch_size=8)
     c.stage.joint.update(eval_every=2, refresh_every=2)
     c.rivals = {}
     c.update_from_flattened_dict({k: v for k, v in SMALL.items() if k != 'rivals'})
-    c.mllm.update(checkpoint=str(directory), image_size=side)
+    c.mllm.update({kind: str(directory), 'image_size': side})
     c.stages = stages
     return c
 
 
-def killed(directory, side, workdir):
+def small(directory):
+    return config(directory, tiny_base.SIDE, 'knowledge', 'base')
+
+
+def killed(directory, workdir):
     """The knowledge stage by launch.py's means, killed once two parts of its rows are there."""
     program = f'''
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
-from tests.test_job_checkpoint import config
+from tests.test_job_checkpoint import small
 from tpad_jax import features, job
 from pathlib import Path
 import time
@@ -50,7 +54,7 @@ def slow(*args):
     save(*args)
     time.sleep(0.5)  # or it were over before the signal comes
 features._save = slow
-job.run(config({str(directory)!r}, {side}, 'knowledge'), {str(workdir)!r})
+job.run(small({str(directory)!r}), {str(workdir)!r})
 '''
     running = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], cwd=ROOT,
                                env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
@@ -66,13 +70,19 @@ job.run(config({str(directory)!r}, {side}, 'knowledge'), {str(workdir)!r})
 
 
 @pytest.mark.slow
-def test_all_stages_and_again_after_a_kill(tmp_path):
+def test_all_stages(tmp_path):
     directory = tiny_hf.save('qwen3_vl', tmp_path / 'checkpoint')
-    c = config(directory, 64, 'knowledge,transfer,joint')
-    whole = job.run(c, tmp_path / 'whole')
-    assert np.isfinite(whole['models']['tpad']['test']['mrr@20'])
-    killed(directory, 64, tmp_path / 'killed')
-    job.run(config(directory, 64, 'knowledge'), tmp_path / 'killed')
+    found = job.run(config(directory, 64, 'knowledge,transfer,joint'), tmp_path / 'run')
+    assert np.isfinite(found['models']['tpad']['test']['mrr@20'])
+
+
+@pytest.mark.slow
+def test_encoded_rows_after_a_kill(tmp_path):
+    (tmp_path / 'base').mkdir()
+    directory = tiny_base.write(tmp_path / 'base')
+    job.run(small(directory), tmp_path / 'whole')
+    killed(directory, tmp_path / 'killed')
+    job.run(small(directory), tmp_path / 'killed')
     stored = sorted(p.name for p in (tmp_path / 'killed/features/knowledge').iterdir())
     assert stored == ['k.manifest.json', 'k.npy']
     for name in stored:
