@@ -10,8 +10,7 @@ DEFAULTS = {
     'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '2',
     # what is compiled is kept, here and for what is started from here: runs are many and alike
     'JAX_COMPILATION_CACHE_DIR': str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'),
-    # to read a smaller program takes as long as to compile it
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.2'}
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
 
 def environment() -> dict[str, str]:
