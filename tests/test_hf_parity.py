@@ -1,6 +1,5 @@
 """Tiny random models of every family against torch, as benchmarks/parity.py compares them."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -91,15 +90,14 @@ def test_a_difference_is_above_the_bar(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_command_fails_where_a_bar_is_not_met(tmp_path):
+@pytest.mark.parametrize(('bar', 'status'), [(1e-2, 0), (1e-9, 1)])
+def test_command(tmp_path, bar, status):
     tiny_hf.save('qwen2_vl', tmp_path)
     out = tmp_path / 'parity.json'
     done = subprocess.run(
         [sys.executable, '-m', 'benchmarks.parity', f'--checkpoint={tmp_path}', '--side=48',
-         '--bar=1e-9', '--steps=2', f'--out={out}'], cwd=ROOT, capture_output=True, text=True,
+         f'--bar={bar}', '--steps=2', f'--out={out}'], cwd=ROOT, capture_output=True, text=True,
         check=False, timeout=600)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == status, done.stderr
     assert 'max_abs_diff=' in done.stdout
-    found = json.loads(out.read_text())['comparisons']
-    assert {True, False} == {f['good'] for f in found}  # inputs are equal, states only nearly
-    assert max(f.get('max_abs_diff', 0) for f in found) < 1e-2
+    assert out.is_file()

@@ -115,6 +115,14 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):
         text.tokenize(['a'], tmp_path, 4)
 
 
+@pytest.mark.parametrize('damage', [lambda file: file.unlink(), lambda file: file.write_text('{')])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    text.train_tokenizer(['a mug'], tmp_path, 300)
+    damage(tmp_path / 'tokenizer.json')
+    with pytest.raises(InputError, match=r'tokenizer\.json is no usable tokenizer .*copy the file'):
+        text.tokenize(['a'], tmp_path, 4)
+
+
 def test_a_tokenizer_brings_no_program(tmp_path):
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(
         {'tokenizer_class': 'Mine', 'auto_map': {'AutoTokenizer': ['mine.Mine', None]}}))

@@ -87,16 +87,24 @@ def _plain(directory, length):
     """texts -> {'input_ids'} without `transformers`, which takes seconds to import.
 
     None unless tokenizer.json says all of the tokenizer, as `train_tokenizer` leaves it.
+
+    Raises:
+      InputError: that file is missing or damaged.
     """
     try:
         found = json.loads((directory / 'tokenizer_config.json').read_bytes())
-        if found['tokenizer_class'] != 'TokenizersBackend' or found.keys() - PLAIN:
-            return None
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(directory / 'tokenizer.json'))
-    except Exception:  # the library raises nothing narrower; `read_tokenizer` says what is wrong
+    except (OSError, ValueError):
+        return None  # `read_tokenizer` knows other files, and says what is wrong
+    if (not isinstance(found, dict) or found.get('tokenizer_class') != 'TokenizersBackend'
+            or found.keys() - PLAIN):
         return None
+    from tokenizers import Tokenizer
+
+    file = directory / 'tokenizer.json'
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f'{file} is no usable tokenizer ({error}); copy the file anew') from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
