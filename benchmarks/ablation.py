@@ -27,8 +27,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from tpad_jax.core.startup import STOPPED, begin
 from tpad_jax.errors import Stopped
-from tpad_jax.process import STOPPED, begin
 
 FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('')
@@ -80,7 +80,8 @@ def knowledge(config, workdir: Path, stopping) -> Path:
 
 def train(config, workdir: Path, stopping, stages):
     """The job of `config` with its stages done."""
-    from tpad_jax import check, checkpoint, job, writers
+    from tpad_jax import check, checkpoint, job
+    from tpad_jax.core import writers
 
     check.check(config)
     made = job.Job(config, workdir, stopping)
@@ -184,7 +185,7 @@ def read(study: str, size: int) -> dict:
 
 def keep(study: str, size: int, one: dict) -> None:
     """Add a cell to the finished ones, whatever another process added meanwhile."""
-    from tpad_jax import writers
+    from tpad_jax.core import writers
 
     cells = read(study, size) | {(one['name'], one['seed']): one}
     KEPT.mkdir(exist_ok=True)

@@ -28,7 +28,8 @@ from rich.console import Console
 
 from benchmarks.mi import commit
 from configs import amazon
-from tpad_jax import losses, training, writers
+from tpad_jax import losses, training
+from tpad_jax.core import writers
 from tpad_jax.data import batches
 from tpad_jax.job import Job
 from tpad_jax.models import tpad

@@ -326,7 +326,7 @@ def main(argv):
     if missing:
         import jax
 
-        from tpad_jax import writers
+        from tpad_jax.core import writers
 
         jax.config.update('jax_platforms', 'cpu')
         logging.set_verbosity(logging.WARNING)

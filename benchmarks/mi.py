@@ -35,7 +35,7 @@ from scipy import stats
 
 from benchmarks.checkout import commit
 from tpad_jax import mutual_information as mi
-from tpad_jax import writers
+from tpad_jax.core import writers
 
 FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('.json')

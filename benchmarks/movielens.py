@@ -17,7 +17,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import compare, writers
+from tpad_jax import compare
+from tpad_jax.core import writers
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent

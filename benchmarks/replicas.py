@@ -29,7 +29,7 @@ from rich.table import Table
 from test_processes import together
 from tiny_stages import STAGES, WAYS, Run, agree, differences
 
-from tpad_jax import writers
+from tpad_jax.core import writers
 
 KEPT = Path(__file__).with_suffix('.json')
 

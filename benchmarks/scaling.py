@@ -32,7 +32,8 @@ from rich.console import Console
 
 from benchmarks.checkout import commit
 from configs import amazon
-from tpad_jax import parallel, training, writers
+from tpad_jax import parallel, training
+from tpad_jax.core import writers
 from tpad_jax.data import batches
 from tpad_jax.job import Job
 from tpad_jax.types import State

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import session_gnn_ours, session_gnn_peer
-from tpad_jax import memory, writers
+from tpad_jax.core import memory, writers
 
 FLAGS = flags.FLAGS
 BARS = {'train': 2.5, 'score': 4.0}  # times the peer's pairs/s

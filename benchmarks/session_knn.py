@@ -20,7 +20,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import baselines, metrics, writers
+from tpad_jax import baselines, metrics
+from tpad_jax.core import writers
 from tpad_jax.data import npz
 from tpad_jax.data.sessions import rows
 

@@ -13,7 +13,8 @@ from absl import app
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import baselines, compare, recommenders, writers
+from tpad_jax import baselines, compare, recommenders
+from tpad_jax.core import writers
 from tpad_jax.errors import InputError
 
 METRICS = ('hit@20', 'mrr@20')

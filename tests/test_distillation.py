@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict
 from scipy.special import log_softmax
 from tiny_stages import CONTENT, DATA, SIDE, SIZES, N, T, V, draw, make_config, model
 
-from tpad_jax import handover, kmeans, losses, parallel, training
+from tpad_jax import handover, losses, parallel, training
+from tpad_jax.core import kmeans
 from tpad_jax.data.batches import content_rows
 from tpad_jax.errors import InputError
 from tpad_jax.losses import distillation

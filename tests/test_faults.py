@@ -20,8 +20,9 @@ from benchmarks import faults
 from tests import test_job
 from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
 from tests.test_damage import halve
-from tpad_jax import features, job, train, trials, writers
+from tpad_jax import features, job, train, trials
 from tpad_jax.checkpoint import abstract, claim, enter
+from tpad_jax.core import writers
 from tpad_jax.data import pipeline
 from tpad_jax.errors import InputError
 

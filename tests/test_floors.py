@@ -143,9 +143,9 @@ def test_a_config_imports_no_jax():
 @pytest.mark.parametrize(('file', 'ours'), [
     ('launch.py', {'tpad_jax.train'}),
     ('tpad_jax/__init__.py', set()),
-    *((f'tpad_jax/{name}.py', {'tpad_jax.errors', 'tpad_jax.process'})
+    *((f'tpad_jax/{name}.py', {'tpad_jax.errors', 'tpad_jax.core.startup'})
       for name in ('recommend', 'export', 'serve')),
-    ('tpad_jax/train.py', {'tpad_jax.errors', 'tpad_jax.process'})])
+    ('tpad_jax/train.py', {'tpad_jax.errors', 'tpad_jax.core.startup'})])
 def test_jax_arrives_late(file, ours):
     """A wrong flag or --help should not wait for jax: it is imported inside functions."""
     top = ast.Module([node for node in tree(file).body

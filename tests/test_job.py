@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
-from tpad_jax import compare, features, fitting, job, load, mirror, slices, writers
+from tpad_jax import compare, features, fitting, job, load, mirror, slices
+from tpad_jax.core import writers
 from tpad_jax.data import builder, pipeline, sessions
 from tpad_jax.errors import InputError, Stopped
 

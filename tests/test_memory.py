@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tpad_jax import memory
+from tpad_jax.core import memory
 
 PROGRAM = """
 import resource, sys, threading

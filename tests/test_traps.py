@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 from configs import sessions as configs
-from tpad_jax import baselines, evaluate, job, metrics, parallel, slices, writers
+from tpad_jax import baselines, evaluate, job, metrics, parallel, slices
+from tpad_jax.core import writers
 from tpad_jax.data import builder, graph, pipeline, sessions, synthetic, text
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.models import tpad

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tpad_jax import writers
+from tpad_jax.core import writers
 from tpad_jax.errors import InputError
 
 

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from tpad_jax import compare, config, diagnostics, features, results, writers
+from tpad_jax import compare, config, diagnostics, features, results
+from tpad_jax.core import writers
 from tpad_jax.data import audit, sessions
 from tpad_jax.evaluate import oracle
 from tpad_jax.report import charts, gallery, stored

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpad_jax import metrics, resampling, slices, writers
+from tpad_jax import metrics, resampling, slices
+from tpad_jax.core import writers
 from tpad_jax.errors import InputError
 
 AT = 20

@@ -19,8 +19,8 @@ import json
 import sys
 from pathlib import Path
 
+from tpad_jax.core.startup import BROKEN, UNUSABLE, begin
 from tpad_jax.errors import UNWRITABLE, InputError
-from tpad_jax.process import BROKEN, UNUSABLE, begin
 
 PLATFORMS, MAX_ROWS = ('cpu', 'cuda', 'tpu'), 4096
 README = '''# {model} of {items} items

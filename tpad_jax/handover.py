@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpad_jax.core.kmeans import kmeans
 from tpad_jax.errors import InputError
-from tpad_jax.kmeans import kmeans
 from tpad_jax.models import blend
 from tpad_jax.models.critics import unit
 

@@ -31,11 +31,11 @@ from tpad_jax import (
     results,
     snapshots,
     training,
-    writers,
 )
 from tpad_jax.check import MAKES, STAGES, check, check_inputs
 from tpad_jax.checkpoint import Checkpoints, claim, enter
 from tpad_jax.config import names
+from tpad_jax.core import writers
 from tpad_jax.data import (
     batches,
     builder,

@@ -13,8 +13,8 @@ import sys
 import time
 from collections import deque
 
+from tpad_jax.core.startup import BROKEN, STOPPED, UNUSABLE, begin
 from tpad_jax.errors import UNWRITABLE, InputError
-from tpad_jax.process import BROKEN, STOPPED, UNUSABLE, begin
 
 TOLD = 20  # lines left out that are named; the rest is counted
 QUIET_SECONDS = 30  # between two lines of progress

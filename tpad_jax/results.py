@@ -11,16 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpad_jax import (
-    baselines,
-    compare,
-    metrics,
-    resampling,
-    served,
-    slices,
-    snapshots,
-    writers,
-)
+from tpad_jax import baselines, compare, metrics, resampling, served, slices, snapshots
+from tpad_jax.core import writers
 from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluate import evaluate, oracle
 from tpad_jax.fitting import SPENT

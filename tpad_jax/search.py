@@ -24,8 +24,8 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
+from tpad_jax.core.startup import STOPPED, UNUSABLE, begin
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.process import STOPPED, UNUSABLE, begin
 
 METRICS = ('hit@20', 'mrr@20')  # the one that decides, and the one that decides among its equals
 

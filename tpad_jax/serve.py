@@ -15,8 +15,8 @@ import socket
 import sys
 from pathlib import Path
 
+from tpad_jax.core.startup import BROKEN, UNUSABLE, begin
 from tpad_jax.errors import InputError
-from tpad_jax.process import BROKEN, UNUSABLE, begin
 
 
 def main(argv) -> int:

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from tpad_jax import diagnostics, losses, probes, writers
+from tpad_jax import diagnostics, losses, probes
+from tpad_jax.core import writers
 from tpad_jax.data import batches, sessions, wording
 from tpad_jax.models import tpad
 from tpad_jax.models.knowledge import MODALITIES

@@ -19,8 +19,8 @@ os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
 
 from ml_collections import config_flags
 
+from tpad_jax.core.startup import BROKEN, STOPPED, UNUSABLE, begin
 from tpad_jax.errors import UNWRITABLE, InputError, Stopped
-from tpad_jax.process import BROKEN, STOPPED, UNUSABLE, begin
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'File of get_config(), ":variant" behind.')
 # a value is optional, which absl allows of booleans alone

@@ -11,9 +11,9 @@ import sys
 
 import jax
 
+from tpad_jax.core.startup import UNUSABLE
 from tpad_jax.errors import InputError
 from tpad_jax.losses import checking, contract
-from tpad_jax.process import UNUSABLE
 
 SIGNS = {True: 'ok', False: 'NO', None: '--'}
 

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpad_jax.core.startup import UNUSABLE
 from tpad_jax.errors import InputError
-from tpad_jax.process import UNUSABLE
 
 
 def main(arguments: Sequence[str]) -> int:

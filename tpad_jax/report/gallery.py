@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tpad_jax import features, metrics, snapshots, writers
+from tpad_jax import features, metrics, snapshots
+from tpad_jax.core import writers
 from tpad_jax.data import images
 from tpad_jax.diagnostics import unit
 from tpad_jax.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tpad_jax import writers
+from tpad_jax.core import writers
 
 BETWEEN = ' > '
 NONE = Markup('<span class="none" title="nothing to average over">\N{EN DASH}</span>')

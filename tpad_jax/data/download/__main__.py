@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tpad_jax.core.startup import STOPPED, UNUSABLE, begin
 from tpad_jax.data import images
 from tpad_jax.data.download.hosts import Limits
 from tpad_jax.errors import UNWRITABLE, InputError, Stopped
-from tpad_jax.process import STOPPED, UNUSABLE, begin
 
 
 def table(report: dict) -> Table:

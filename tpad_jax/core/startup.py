@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from absl import logging
 
-from tpad_jax.memory import keep
+from tpad_jax.core.memory import keep
 
 BROKEN, UNUSABLE, STOPPED = 1, 2, 75  # exit statuses
 
