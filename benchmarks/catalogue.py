@@ -50,7 +50,8 @@ def cell(items: int, form: str, steps: int) -> dict:
     import numpy as np
     import optax
 
-    from tpad_jax import losses, parallel
+    from tpad_jax import losses
+    from tpad_jax.distributed import devices
     from tpad_jax.table import take
 
     name, keywords = FORMS[form]
@@ -69,11 +70,11 @@ def cell(items: int, form: str, steps: int) -> dict:
         updates, moments = tx.update(slope, moments, table)
         return optax.apply_updates(table, updates), moments, number + 1, value
 
-    make = parallel.compiled(lambda key: 0.1 * jax.random.normal(key, (items + 1, WIDTH)))
+    make = devices.compiled(lambda key: 0.1 * jax.random.normal(key, (items + 1, WIDTH)))
     shape = jax.eval_shape(make, jax.random.key(0))
     ids = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((BATCH, PREFIX), (BATCH,))]
     catalogue = {'warm': np.arange(items + 1) > 0, 'popularity': np.ones(items + 1, np.float32)}
-    run = parallel.compiled(step, donate_argnums=(0, 1, 2)).lower(
+    run = devices.compiled(step, donate_argnums=(0, 1, 2)).lower(
         shape, jax.eval_shape(tx.init, shape), jax.ShapeDtypeStruct((), jnp.int32), *ids,
         catalogue).compile()
     plan = run.memory_analysis()

@@ -32,9 +32,10 @@ from rich.console import Console
 
 from benchmarks.checkout import commit
 from configs import amazon
-from tpad_jax import parallel, training
+from tpad_jax import training
 from tpad_jax.core import writers
 from tpad_jax.data import batches
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.job import Job
 from tpad_jax.types import State
 
@@ -82,7 +83,7 @@ def prepare(folder) -> Job:
 
 def measure(job: Job, stage: str, count: int, turns: int = 7) -> dict:
     """One cell of the table."""
-    config, devices = job.config, parallel.choose('jit' if count == 1 else 'shard_map', count)
+    config, devices = job.config, distributed_devices.choose('jit' if count == 1 else 'shard_map', count)
     spec = training.make_spec(config, stage, job.spec, config.seed)
     state = training.start(spec, jax.tree.map(jnp.copy, job.params), config.stage[stage].train)
     drawn = batches.session_batches(

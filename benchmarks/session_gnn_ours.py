@@ -105,17 +105,18 @@ class Ours:
         from flax.traverse_util import flatten_dict
 
         from configs import sessions as configs
-        from tpad_jax import parallel, scoring, training
+        from tpad_jax import scoring, training
         from tpad_jax.data import batches
+        from tpad_jax.distributed import devices as distributed_devices
         from tpad_jax.models import tpad
 
         config = change(configs.get_config())
         batch = batch or config.stage.recommend.batch_size
-        devices = parallel.choose('auto', 0)
+        devices = distributed_devices.choose('auto', 0)
         model = tpad.build(None, config.model, recommend=(), items=self.num_items,
                            max_length=self.max_length, side_sizes=())
         spec = training.make_spec(config, 'recommend', model, config.seed)
-        make = parallel.compiled(partial(tpad.recommender_init, spec=model))
+        make = distributed_devices.compiled(partial(tpad.recommender_init, spec=model))
         params = {'recommender': make(jax.random.key(0), catalogue=self.catalogue)}
         params = flatten_dict(params, sep='/')
         every = config.stage.recommend.every_prefix

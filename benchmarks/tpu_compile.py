@@ -77,7 +77,8 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     from flax.traverse_util import flatten_dict
 
     from configs import amazon
-    from tpad_jax import ahead, fitting, parallel, plan, training
+    from tpad_jax import ahead, fitting, plan, training
+    from tpad_jax.distributed import devices as distributed_devices
     from tpad_jax.models import tpad
     from tpad_jax.models.hf.vlm import VLM
     from tpad_jax.types import Batch
@@ -85,7 +86,7 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     c = amazon.get_config('qwen3vl_2b')
     c.update_from_flattened_dict(changes)
     c.data.raw_dir = 'X'  # a real catalogue has no true attributes
-    devices = parallel.choose(how, c.devices, c.model_shards, there)
+    devices = distributed_devices.choose(how, c.devices, c.model_shards, there)
     side, text, n = c.mllm.image_size, c.mllm.text_length, c.data.max_length
     base = VLM(sizes(small), side, c.mllm.attention, c.mllm.remat, c.mllm.dtype, (1, 2, 3), (4,),
                (5, 6, 7))

@@ -11,8 +11,9 @@ import pytest
 import tiny_stages
 
 from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
-from tpad_jax import fitting, parallel, training
+from tpad_jax import fitting, training
 from tpad_jax.checkpoint import abstract, claim
+from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 
 pytestmark = LEFT_BEHIND
@@ -104,7 +105,7 @@ def fit(directory, scores=(0.2, 0.9, 0.1, 0.3), total=8):
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda *_: None)
     with opened(directory) as checkpoints:
         loop = fitting.Loop(
-            name='recommend', total=total, devices=parallel.choose('jit', 1), writer=writer,
+            name='recommend', total=total, devices=devices.choose('jit', 1), writer=writer,
             batches=lambda start: tiny_stages.draw('recommend', start), checkpoints=checkpoints,
             progress=lambda *_: nullcontext(lambda *_: None), log_every=2, save_every=100,
             eval_every=2, validate=lambda *_: {'hit@20': left.pop(0)})

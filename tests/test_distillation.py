@@ -11,9 +11,10 @@ from flax.traverse_util import flatten_dict
 from scipy.special import log_softmax
 from tiny_stages import CONTENT, DATA, SIDE, SIZES, N, T, V, draw, make_config, model
 
-from tpad_jax import handover, losses, parallel, training
+from tpad_jax import handover, losses, training
 from tpad_jax.core import kmeans
 from tpad_jax.data.batches import content_rows
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
 from tpad_jax.losses import distillation
 from tpad_jax.models import lora, readings, tpad
@@ -276,7 +277,7 @@ def test_eight_devices_are_one(taught, stage):
     first = training.start(step_spec, flat, config.stage[stage].train)
     found = []
     for way, count in (('jit', 1), ('pmap', 8)):
-        devices = parallel.choose(way, count)
+        devices = distributed_devices.choose(way, count)
         batch = next(draw(stage, 0, devices.shards)) | {'valid': np.arange(16) < 13}
         step = devices.lift(partial(training.train_step, spec=step_spec))
         state, logged = step(devices.share(jax.tree.map(jnp.copy, first)), devices.place(batch),

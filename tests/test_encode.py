@@ -13,8 +13,9 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import config as base
-from tpad_jax import encode, features, parallel
+from tpad_jax import encode, features
 from tpad_jax.data.pipeline import Content
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import tpad
 from tpad_jax.models.mllm import MLLM
@@ -134,7 +135,7 @@ def test_one_compilation_per_length():
 
 def test_all_devices_give_the_rows_of_one():
     """Four parts of every call, each on two devices that share a layer's kernels."""
-    devices = parallel.choose('shard_map', 8, 2)
+    devices = distributed_devices.choose('shard_map', 8, 2)
     found = make(('k',), devices=devices, rows=9)(model()[1])['k']
     assert found.sharding.is_fully_replicated
     assert len(found.devices()) == 8

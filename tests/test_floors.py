@@ -157,7 +157,7 @@ def test_jax_arrives_late(file, ours):
 
 @pytest.mark.parametrize(('place', 'says'), [
     ('tpad_jax/checkpoint.py', lambda file: 'orbax' in roots(file)),
-    ('tpad_jax/parallel.py', lambda file: bool(used(file) & {'pmap', 'shard_map'})),
+    ('tpad_jax/distributed/devices.py', lambda file: bool(used(file) & {'pmap', 'shard_map'})),
 ], ids=['orbax', 'pmap'])
 def test_one_place(place, says):
     assert [str(file) for file in FILES if says(file)] == [place]

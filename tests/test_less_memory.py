@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict
 from test_plan import FRAME, QWEN, small
 
 from tpad_jax import config as base
-from tpad_jax import losses, parallel
+from tpad_jax import losses
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import lora, tpad
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
@@ -97,7 +98,7 @@ def test_a_decoder_in_parts_reads_the_same():
     spec, side = small(QWEN, width=32, layers=2, vocab=64)
     module = VLM(spec, side, **FRAME)
     params = {'base': randomly(vlm.shapes(spec, side))}
-    devices = parallel.choose('shard_map', 8, 2)
+    devices = distributed_devices.choose('shard_map', 8, 2)
     names = 'attention/q attention/k attention/v gate up attention/o down'
     cuts = {f'base/decoder/layers/{name}/kernel': axis  # of [layers, in, out]; the rest is whole
             for name, axis in zip(names.split(), [2] * 5 + [1] * 2, strict=True)}

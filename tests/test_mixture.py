@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tpad_jax import config as base
-from tpad_jax import metrics, parallel
+from tpad_jax import metrics
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad
 from tpad_jax.scoring import scorer
 
@@ -31,7 +32,7 @@ def part(encoder, width, seed, repeats, **model):
 @pytest.mark.parametrize('kinds', [('gce_gnn', 'attention', 'sr_gnn')])
 def test_scores_and_ranks_are_those_of_the_sum(kinds):
     parts = [part(kind, 4 + 2 * i, i, repeats=i % 2 == 0) for i, kind in enumerate(kinds)]
-    devices = parallel.choose('jit', 1)
+    devices = distributed_devices.choose('jit', 1)
     rng = np.random.default_rng(5)
     items = rng.integers(1, V + 1, (16, N)) * (np.arange(N) < rng.integers(1, N + 1, (16, 1)))
     items = items.astype(np.int32)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny_stages import draw, make_config, model
 
-from tpad_jax import fitting, parallel, training
+from tpad_jax import fitting, training
 from tpad_jax.checkpoint import Checkpoints
+from tpad_jax.distributed import devices as distributed_devices
 
 STEPS, BAD = 6, 3  # the step whose batch holds the row that spoils it
 
@@ -49,7 +50,7 @@ def run(tmp_path, how, skip):
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda _, n, x: logged.update({n: x}))
     checkpoints = Checkpoints(tmp_path / 'stage')
     loop = fitting.Loop(
-        name='recommend', total=STEPS, devices=parallel.choose('jit', 1), checkpoints=checkpoints,
+        name='recommend', total=STEPS, devices=distributed_devices.choose('jit', 1), checkpoints=checkpoints,
         batches=lambda start: draw('recommend', start), writer=writer, log_every=2, save_every=100,
         progress=lambda *_: nullcontext(lambda *_: None), broken=tmp_path / 'not_finite')
     first = training.start(step, params, config.stage.recommend.train)
@@ -88,7 +89,7 @@ def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, h
     assert told.count('its update was left out, the 1. of this stage') == 1
     assert f'stage recommend, step {BAD}: ' in told
     state = training.start(step, model()[1], make_config().stage.recommend.train)
-    devices, drawn = parallel.choose('jit', 1), draw('recommend')
+    devices, drawn = distributed_devices.choose('jit', 1), draw('recommend')
     lifted = jax.jit(lambda *args: training.train_step(*args, spec=step, axis=None))
     for number in range(1, STEPS + 1):
         batch = devices.place(next(drawn))

@@ -12,8 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import amazon
-from tpad_jax import activations, ahead, parallel, plan, training
+from tpad_jax import activations, ahead, plan, training
 from tpad_jax import config as base
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import lora, tpad
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm
@@ -345,7 +346,7 @@ def test_the_catalogues_rows_are_exact():
 def test_a_device_holds_the_part_that_is_placed_there(model):
     parts = made(*small(QWEN))
     flat = flatten_dict(parts[2], sep='/')
-    placed = parallel.choose('shard_map', 8, model).shardings(flat)
+    placed = distributed_devices.choose('shard_map', 8, model).shardings(flat)
     held = sum(np.prod(placed[path].shard_shape(x.shape)) * 4 for path, x in flat.items())
     found = planned(parts, 'joint', model=model)
     assert found.frozen + found.trained == held

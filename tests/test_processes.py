@@ -18,7 +18,8 @@ import pytest
 import test_ready_made as ready
 from tiny_stages import STEPS, Run, agree, differences
 
-from tpad_jax import job, parallel, processes
+from tpad_jax import job
+from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
 
 STAGE = 'recommend'
@@ -30,8 +31,8 @@ def work(coordinator, process, directory, *stages):
     def store(found):
         (directory / f'{process}.pickle').write_bytes(pickle.dumps(found))
 
-    processes.join(coordinator, 2, int(process))
-    asking, found = processes.together(lambda: False), {}
+    hosts.join(coordinator, 2, int(process))
+    asking, found = hosts.together(lambda: False), {}
     for stage in stages:
         run = Run(stage, 'processes', directory / stage, lambda step: asking())
         found[stage] = run.metrics, *jax.device_get((run.params, run.rows)), run.traces
@@ -126,14 +127,14 @@ def test_a_whole_job_leaves_what_one_process_leaves(pair, tmp_path):
 def test_two_processes_go_by_shard_map_and_bring_equally_many(monkeypatch, how, says):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     with pytest.raises(InputError, match=says):
-        parallel.choose(how, 8)
+        devices.choose(how, 8)
 
 
 @pytest.mark.parametrize('given', [
     ('127.0.0.1:1', 0, -1), ('', 2, 0), ('127.0.0.1:1', 2, 2), ('127.0.0.1', 2, 0)])
 def test_a_process_that_is_not_named_whole_is_refused(given):
     with pytest.raises(InputError, match='give all three'):
-        processes.join(*given)
+        hosts.join(*given)
 
 
 if __name__ == '__main__':

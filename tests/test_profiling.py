@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import parallel, profiling
+from tpad_jax import profiling
+from tpad_jax.distributed import devices as distributed_devices
 
 
 def shape(*sizes):
@@ -82,7 +83,7 @@ def test_what_is_compiled_between_steps_is_none_of_their_affair(capsys):
 
 
 def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
-    devices = parallel.choose('jit', 1)
+    devices = distributed_devices.choose('jit', 1)
     one = profiling.Profile(tmp_path, 3, 'recommend', devices)
     one.count(jnp.matmul, shape(8, 16), shape(16, 4))
     for number in range(11, 20):  # a sitting that goes on from step 10
@@ -97,7 +98,7 @@ def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
 
 
 def test_a_stage_that_ends_early_ends_its_profile(tmp_path, capsys):
-    one = profiling.Profile(tmp_path, 50, 'joint', parallel.choose('jit', 1))
+    one = profiling.Profile(tmp_path, 50, 'joint', distributed_devices.choose('jit', 1))
     for number in (1, 2, 3, 4):
         one.after(number, 2, jnp.zeros(()), last=number == 4)
     assert json.loads((tmp_path / 'joint.json').read_text())['steps'] == [3, 4]

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import metrics, parallel, ranking
+from tpad_jax import metrics, ranking
+from tpad_jax.distributed import devices
 
 V, N, D, R = 700, 5, 6, 45
-ONE = parallel.choose('jit', 1)
+ONE = devices.choose('jit', 1)
 
 
 def last(weights, z, items):
@@ -68,7 +69,7 @@ def test_the_targets_own_score_is_the_one_in_its_row(error, monkeypatch):
 @pytest.mark.parametrize(('way', 'count'), [('pmap', 8), ('shard_map', 4)])
 def test_rows_spread_over_devices(way, count):
     weights, z, items, target = draw(seed=1)
-    rank = ranking.ranker(last, parallel.choose(way, count), chunk=64)
+    rank = ranking.ranker(last, devices.choose(way, count), chunk=64)
     for ours, theirs in zip(rank(weights, z, items, target, rows=20),
                             counted(weights, z, items, target), strict=True):
         np.testing.assert_array_equal(ours, theirs)

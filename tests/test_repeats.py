@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_ranking import ONE, D, N, draw, last
 
-from tpad_jax import losses, metrics, parallel, ranking
+from tpad_jax import losses, metrics, ranking
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import repeats
 from tpad_jax.types import Batch
 
@@ -56,7 +57,7 @@ def test_ranks_of_shifted_scores(way, chunk, rows):
     """Some targets stand in their own prefix."""
     weights, z, items, target = draw()
     target[::3] = items[::3, 0]
-    devices = ONE if way == 'jit' else parallel.choose(way, 8)
+    devices = ONE if way == 'jit' else distributed_devices.choose(way, 8)
     found = ranking.ranker(last, devices, shifts=shift_of, chunk=chunk)(weights, z, items, target,
                                                                       rows=rows)
     scores = shifted(np.asarray(last(weights, z, items)) @ z.T, *shift_of(None, items))

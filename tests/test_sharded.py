@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from tpad_jax import bundle, collectives, losses, parallel
+from tpad_jax import bundle, losses
 from tpad_jax.checkpoint import Checkpoints, abstract
+from tpad_jax.distributed import collectives
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
 from tpad_jax.types import State
 
@@ -85,7 +87,7 @@ SGD = optax.sgd(0.5)
 
 @lru_cache
 def one_device(form, rows):
-    return run(parallel.choose('jit', 1), ROWS[rows], FORMS[form], SGD)
+    return run(distributed_devices.choose('jit', 1), ROWS[rows], FORMS[form], SGD)
 
 
 @pytest.mark.parametrize('rows', ROWS)
@@ -94,7 +96,7 @@ def one_device(form, rows):
                                             ('sampled', '2x4')])
 def test_five_steps_are_those_of_one_device(form, mesh, rows):
     expected, values = one_device(form, rows)
-    found, same = run(parallel.choose('shard_map', *MESHES[mesh]), ROWS[rows], FORMS[form], SGD)
+    found, same = run(distributed_devices.choose('shard_map', *MESHES[mesh]), ROWS[rows], FORMS[form], SGD)
     np.testing.assert_allclose(same, values, rtol=1e-5)
     moved = np.abs(expected.params[TABLE] - make_state(ROWS[rows], SGD).params[TABLE]).max()
     assert moved > 0.05
@@ -106,7 +108,7 @@ def test_five_steps_are_those_of_one_device(form, mesh, rows):
 def test_each_device_holds_its_part_of_table_and_moments(mesh, rows):
     """Before a step and after it: bytes fall as one by the size of 'model'."""
     count, model = MESHES[mesh]
-    devices = parallel.choose('auto', count, model)
+    devices = distributed_devices.choose('auto', count, model)
     assert devices.how == 'shard_map'
     assert devices.shards == count // model
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))
@@ -130,8 +132,8 @@ def test_each_device_holds_its_part_of_table_and_moments(mesh, rows):
 def test_a_checkpoint_of_parts_fits_any_mesh(tmp_path):
     """Saved in parts, restored in parts, in other parts and whole; and saved whole too."""
     tx = optax.adamw(0.1)
-    ways = {'4x2': parallel.choose('shard_map', 8, 2), '2x4': parallel.choose('shard_map', 8, 4),
-            'jit': parallel.choose('jit', 1), 'pmap': parallel.choose('pmap', 8)}
+    ways = {'4x2': distributed_devices.choose('shard_map', 8, 2), '2x4': distributed_devices.choose('shard_map', 8, 4),
+            'jit': distributed_devices.choose('jit', 1), 'pmap': distributed_devices.choose('pmap', 8)}
     first = make_state(24, tx)
     for saver in ('4x2', 'jit'):
         state, _ = run(ways[saver], 24, FORMS['whole'], tx, steps=1)
@@ -152,7 +154,7 @@ def test_a_checkpoint_of_parts_fits_any_mesh(tmp_path):
 
 
 def test_what_no_rule_covers_is_refused():
-    devices = parallel.choose('shard_map', 8, 4)
+    devices = distributed_devices.choose('shard_map', 8, 4)
     with pytest.raises(InputError, match=rf'no rule .* fits params/{TABLE} \[23, 6\] in 4 parts'):
         devices.share({'params': {TABLE: jnp.ones((23, 6))}})
 
@@ -163,7 +165,7 @@ def test_only_the_item_table_is_in_parts():
               'opt_state/0/mu/recommender/fusion/id': True, 'recommender/fusion/id_norm': False,
               'my_recommender/fusion/id': False, 'recommender/fusion/feature_0/kernel': False}
     for model in (1, 2):
-        tree = parallel.choose('shard_map', 8, model).share({n: jnp.ones((4, 4)) for n in shapes})
+        tree = distributed_devices.choose('shard_map', 8, model).share({n: jnp.ones((4, 4)) for n in shapes})
         for path, x in tree.items():
             assert x.sharding.is_fully_replicated == (model == 1 or not shapes[path]), path
 
@@ -174,4 +176,4 @@ def test_only_the_item_table_is_in_parts():
     ('jit', 8, 2, 'needs shard_map, not jit')])
 def test_choose_refuses_what_cannot_be(way, count, model, says):
     with pytest.raises(InputError, match=says):
-        parallel.choose(way, count, model)
+        distributed_devices.choose(way, count, model)

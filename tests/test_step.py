@@ -28,8 +28,9 @@ from tiny_stages import (
 )
 
 from tpad_jax import config as base
-from tpad_jax import fitting, optim, parallel, training
+from tpad_jax import fitting, optim, training
 from tpad_jax.data import batches
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad
 from tpad_jax.types import Batch, State
 
@@ -65,7 +66,7 @@ def test_what_is_in_parts_takes_a_part_of_the_bytes(model_shards):
     spec, params, _ = model()
     full = training.make_spec(make_config(), 'joint', spec, seed=5)
     state = training.start(full, params, make_config().stage.joint.train)
-    devices = parallel.choose('shard_map', 8, model_shards)
+    devices = distributed_devices.choose('shard_map', 8, model_shards)
     cut = set()
     for path, x in {**devices.share(state.params), **devices.share(state.frozen)}.items():
         held = {shard.data.nbytes for shard in x.addressable_shards}
@@ -122,7 +123,7 @@ def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
         return full.tx.update(grads, opt_state, held)
 
     watched = replace(full, tx=full.tx._replace(update=gradients))
-    batch = parallel.choose('jit', 1).place(next(draw(stage)))
+    batch = distributed_devices.choose('jit', 1).place(next(draw(stage)))
     new, _ = jax.eval_shape(partial(training.train_step, spec=watched, axis=None), state, batch,
                             catalogue)
     assert asked == [set(state.params)]
@@ -136,7 +137,7 @@ def test_what_is_made_of_the_same_is_the_same_step():
         c.update_from_flattened_dict({k.replace('__', '.'): x for k, x in changes.items()})
         return training.make_spec(c, 'recommend', model()[0], seed)
 
-    devices = parallel.choose('jit', 1)
+    devices = distributed_devices.choose('jit', 1)
     one = spec()
     assert fitting.lifted(devices, one) is fitting.lifted(devices, spec())
     others = [spec(seed=4), spec(losses__next_item__weight=0.5), spec(skip_not_finite=2),
@@ -151,7 +152,7 @@ def test_frozen_parameters_are_neither_copied_nor_given_away():
     params = jax.tree.map(jnp.asarray, params)
     state = training.start(full, params, make_config().stage.recommend.train)
     assert all(x is params[path] for path, x in state.frozen.items())
-    devices = parallel.choose('jit', 1)
+    devices = distributed_devices.choose('jit', 1)
     batch = devices.place(next(draw('recommend')))
     lean = state.replace(frozen={})
     shared = {'catalogue': catalogue, 'frozen': state.frozen}
@@ -338,7 +339,7 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
     step = training.make_spec(config, 'recommend', spec, seed=5)
     found = {}
     for way, shards in (('jit', 1), ('pmap', 8), ('shard_map', 8)):
-        devices = parallel.choose(way, shards)
+        devices = distributed_devices.choose(way, shards)
         batch = next(with_fillers(batches.session_batches(
             DATA, max_length=N, every_prefix=False, batch_size=ROWS, seed=3, shards=shards)))
         assert (batch['places'] < 0).any()  # there is something to fill up

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from tests.test_mixture import N, V, part
-from tpad_jax import check, metrics, parallel, topk
+from tpad_jax import check, metrics, topk
 from tpad_jax import config as base
 from tpad_jax.data import graph
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.models import together, tpad
 from tpad_jax.scoring import scorer, session_encoder, session_shifts
@@ -91,9 +92,9 @@ def test_scores_ranks_and_lists_have_it(company):
                  for row in rows)
     items = prefixes()
     target = np.random.default_rng(6).integers(1, V + 1, len(items)).astype(np.int32)
-    score = scorer(specs, parallel.choose('jit', 1))(params, rows)
+    score = scorer(specs, devices.choose('jit', 1))(params, rows)
     plain = [replace(spec, together=()) for spec in specs]
-    without = scorer(tuple(plain), parallel.choose('jit', 1))(params, rows)(items)
+    without = scorer(tuple(plain), devices.choose('jit', 1))(params, rows)(items)
     wanted = without + 2 * added(company, items)
     wanted[:, 0] = 0
     np.testing.assert_allclose(score(items), wanted, rtol=1e-5, atol=1e-5)

@@ -10,10 +10,11 @@ import polars as pl
 import pytest
 
 from configs import sessions as configs
-from tpad_jax import baselines, evaluate, job, metrics, parallel, slices
+from tpad_jax import baselines, evaluate, job, metrics, slices
 from tpad_jax.core import writers
 from tpad_jax.data import builder, graph, pipeline, sessions, synthetic, text
 from tpad_jax.data.sessions import Rows, Sessions
+from tpad_jax.distributed import devices
 from tpad_jax.models import tpad
 from tpad_jax.scoring import scorer
 
@@ -63,7 +64,7 @@ def neural(encoder, **rates):
                             catalogue=catalogue)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.5, x.dtype), shapes)
-    return scorer(spec, parallel.choose('jit', 0))({'recommender': params}, catalogue)
+    return scorer(spec, devices.choose('jit', 0))({'recommender': params}, catalogue)
 
 
 SCORERS = {**{name: partial(baseline, name) for name in baselines.BASELINES},

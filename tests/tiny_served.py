@@ -19,9 +19,9 @@ from tpad_jax.data import images, text
 from tpad_jax.data.graph import companions, neighbours
 from tpad_jax.data.pipeline import Content, Data
 from tpad_jax.data.sessions import Sessions, counts
+from tpad_jax.distributed.devices import Devices
 from tpad_jax.models import tpad
 from tpad_jax.models.fusion import blank
-from tpad_jax.parallel import Devices
 from tpad_jax.scoring import scorer
 
 V, N, T = 30, 6, 8  # the last five items are in no session

@@ -12,11 +12,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import config as base
-from tpad_jax import encode, fitting, parallel, training
+from tpad_jax import encode, fitting, training
 from tpad_jax.checkpoint import Checkpoints
 from tpad_jax.data import batches
 from tpad_jax.data.pipeline import Content, Data
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad
 from tpad_jax.models.mllm import MLLM
 
@@ -124,7 +125,7 @@ class Run:
         self.spec = replace(training.make_spec(config, stage, spec, seed=5), parts=parts)
         self.first = training.start(self.spec, params, config.stage[stage].train)
         self.metrics, self.traces, count = {}, [], 0
-        devices = parallel.choose(*shape)
+        devices = distributed_devices.choose(*shape)
         step = training.train_step
 
         def counted(*args, **kwargs):

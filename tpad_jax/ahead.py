@@ -13,10 +13,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from tpad_jax import bases, parallel, plan
+from tpad_jax import bases, plan
 from tpad_jax.check import check
 from tpad_jax.config import names
 from tpad_jax.data import builder, npz, pipeline, ready, synthetic, text, wording
+from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
 from tpad_jax.models import tpad
 
@@ -123,7 +124,7 @@ def lines(config, workdir, said: str, items: int | None = None) -> list[str]:
     stages = check(config, among)
     c, workdir = config, Path(workdir)
     total, sizes, positions, source = facts(c, workdir, items)
-    devices = parallel.choose(c.parallel, c.devices, c.model_shards, among)
+    devices = distributed_devices.choose(c.parallel, c.devices, c.model_shards, among)
     catalogue, shared = rows(c, total, len(sizes)), dict(
         recommend=names(c.model.recommend), items=total, max_length=positions, side_sizes=sizes)
     key = jax.random.key(0)

@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-from tpad_jax import bases, handover, losses, parallel, recommenders, training
+from tpad_jax import bases, handover, losses, recommenders, training
 from tpad_jax.config import names
 from tpad_jax.data import amazon
+from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.losses import checking, distillation
 from tpad_jax.models import blend, critics, tpad
@@ -47,7 +48,7 @@ def check(config, among=None) -> tuple[str, ...]:
     _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
     _check_blend(config.model)
     _at_least(1, 'model_shards', config.model_shards)
-    shards = parallel.choose(config.parallel, config.devices, config.model_shards,
+    shards = devices.choose(config.parallel, config.devices, config.model_shards,
                              among).shards
     for stage in stages:
         _check_stage(config, stage, shards)

@@ -21,9 +21,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tpad_jax import bundle, features
+from tpad_jax.distributed.devices import AXIS, Devices, compiled
 from tpad_jax.errors import Stopped
 from tpad_jax.models import tpad
-from tpad_jax.parallel import AXIS, Devices, compiled
 
 ROWS = 120  # items per compiled call; the last call of a part is filled up
 PART = 16 * ROWS  # items per file of an unfinished store

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpad_jax import processes, profiling, training
+from tpad_jax import profiling, training
 from tpad_jax.checkpoint import Checkpoints, abstract
+from tpad_jax.distributed import hosts
+from tpad_jax.distributed.devices import Devices
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.parallel import Devices
 from tpad_jax.training import StepSpec
 from tpad_jax.types import Batch, State
 
@@ -117,7 +118,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     spent = meta['spent'] = dict.fromkeys(SPENT, 0.0) | meta.get('spent', {})
     number = first = int(state.step)
     loop.writer.rewind(loop.name, number)
-    processes.wait(f'{loop.name} begins')  # devices that meet for the first time are not waited for
+    hosts.wait(f'{loop.name} begins')  # devices that meet for the first time are not waited for
     if not meta['done']:
         step = lifted(loop.devices, spec)
         with (closing(loop.batches(number)) as batches,
@@ -265,7 +266,7 @@ def _listed(rows, most=5):
 
 def _validate(loop, meta, state, catalogue, number):
     """Score validation, remember it, and return the metric a checkpoint is chosen by."""
-    scores = processes.agreed(loop.validate(state, catalogue))
+    scores = hosts.agreed(loop.validate(state, catalogue))
     meta['history'] = [*meta['history'], {'step': number, **scores}]
     loop.writer.scalars(loop.name, number, {f'valid/{k}': v for k, v in scores.items()})
     meta['best'] = max(scores['hit@20'], -1.0 if meta['best'] is None else meta['best'])

@@ -23,9 +23,7 @@ from tpad_jax import (
     features,
     fitting,
     handover,
-    parallel,
     plan,
-    processes,
     profiling,
     recommenders,
     results,
@@ -48,6 +46,7 @@ from tpad_jax.data import (
     text,
     wording,
 )
+from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
 from tpad_jax.models import readings, tpad
@@ -72,10 +71,10 @@ class Job:
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.profile = profile
-        self.devices = parallel.choose(config.parallel, config.devices, config.model_shards)
+        self.devices = devices.choose(config.parallel, config.devices, config.model_shards)
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, 0.0, {}
         self.planted = self.content = None
-        with processes.one_first('data'):
+        with hosts.one_first('data'):
             self.data = self._read()
         self.max_length = config.data.max_length
         if self.planted is not None:
@@ -119,7 +118,7 @@ class Job:
             return
         base = self.base = bases.read(c)
         where = self.workdir / 'data'
-        with processes.one_first('content'):
+        with hosts.one_first('content'):
             if c.mllm.tokenizer == 'own':
                 text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
             self.content = pipeline.content(data, where, image_size=base.image_size,
@@ -160,7 +159,7 @@ class Job:
         if teacher:
             where = self.devices.own.shardings(teacher.shapes) if cut else None
             loaded = loaded | {'teacher': teacher.load(where)}
-        draw = parallel.compiled(
+        draw = devices.compiled(
             lambda key: {n: p for n, p in make(key).items() if n not in base.given})
         params = draw(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
@@ -180,7 +179,7 @@ class Job:
 
     def fresh(self, spec) -> dict:
         """A recommender's first parameters {path: array}, for the catalogue as it is counted."""
-        make = parallel.compiled(partial(tpad.recommender_init, spec=spec))
+        make = devices.compiled(partial(tpad.recommender_init, spec=spec))
         params = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
         return flatten_dict({'recommender': params}, sep='/')
 
@@ -353,7 +352,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
     finally:
         writer.close()
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
-    with processes.one_first('report'):  # the others find it finished
+    with hosts.one_first('report'):  # the others find it finished
         if jax.process_count() > 1:
             job.stopping = lambda: False  # they ask nothing meanwhile, and all must equally often
         if jax.process_index() == 0:

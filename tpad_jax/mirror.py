@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from tpad_jax import processes
+from tpad_jax.distributed import hosts
 from tpad_jax.errors import InputError
 
 MANIFEST = 'mirror.json'
@@ -168,7 +168,7 @@ def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
     if not where:
         yield
         return
-    with processes.one_first('mirror'):
+    with hosts.one_first('mirror'):
         first = jax.process_index() == 0
         mirror = Mirror(workdir, where)
         if first:

@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 
 from tpad_jax import bases, served
 from tpad_jax.data import images, text
+from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError
 from tpad_jax.models import tpad
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.parallel import compiled
 
 ROWS = 8  # items of a compiled call
 FIELDS = {'id', 'text', 'image', 'title', 'brand', 'category', 'description', 'price'}

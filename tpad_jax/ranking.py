@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax import collectives
-from tpad_jax.parallel import Devices
+from tpad_jax.distributed import collectives
+from tpad_jax.distributed.devices import Devices
 
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
 LANES = 256  # items that every product computes alike, whatever their number

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from tpad_jax.distributed.devices import Devices, compiled
 from tpad_jax.models import tpad
-from tpad_jax.parallel import Devices, compiled
 from tpad_jax.ranking import ranker
 from tpad_jax.types import Batch
 

@@ -20,9 +20,9 @@ from rich.console import Console
 from tpad_jax import diagnostics, losses, probes
 from tpad_jax.core import writers
 from tpad_jax.data import batches, sessions, wording
+from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import tpad
 from tpad_jax.models.knowledge import MODALITIES
-from tpad_jax.parallel import compiled
 from tpad_jax.types import Batch
 
 MOMENTS = {'knowledge': ('after',), 'transfer': ('before', 'after'), 'joint': ('before', 'after')}

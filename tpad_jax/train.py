@@ -94,10 +94,11 @@ def main(argv):
             from tpad_jax import ahead  # here: --help and a wrong flag need no jax
             print(*ahead.lines(CONFIG.value, workdir, PLAN.value, PLAN_ITEMS.value), sep='\n')
             return
-        from tpad_jax import job, mirror, processes
-        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        from tpad_jax import job, mirror
+        from tpad_jax.distributed import hosts
+        hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         with mirror.kept(workdir, MIRROR.value):
-            job.run(CONFIG.value, workdir, processes.together(stopping), profile=PROFILE.value)
+            job.run(CONFIG.value, workdir, hosts.together(stopping), profile=PROFILE.value)
     except InputError as error:
         refuse(error)
     except OSError as error:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 
-from tpad_jax import accumulation, collectives, losses, optim
+from tpad_jax import accumulation, losses, optim
 from tpad_jax.config import names
+from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
 from tpad_jax.models import readings, tpad
 from tpad_jax.types import Batch, State

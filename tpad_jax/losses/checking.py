@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from tpad_jax import collectives
+from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
 from tpad_jax.losses import combining, contract, example
 
@@ -212,7 +212,7 @@ class Trial:
         first = jax.tree.map(lambda x: x[0], many)
         return self._same('replicas', first, f'{example.REPLICAS} replicas and one differ in {{}}; '
                           'rows are compared with those of every replica by '
-                          'tpad_jax.collectives.gather(x, axis), and sums of them are '
+                          'tpad_jax.distributed.collectives.gather(x, axis), and sums of them are '
                           'collectives.total(x, axis)')
 
     def repeats(self):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 
-from tpad_jax import collectives
+from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
 from tpad_jax.losses.contract import checked, label, needs
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from tpad_jax import collectives
+from tpad_jax.distributed import collectives
 from tpad_jax.losses.pairs import flat, score_pairs
 from tpad_jax.models import bounds
 from tpad_jax.models.critics import unit

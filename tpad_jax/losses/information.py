@@ -9,7 +9,7 @@ rows whose scores exist at once, 0: all; values and gradients are the same.
 import jax
 import jax.numpy as jnp
 
-from tpad_jax import collectives
+from tpad_jax.distributed import collectives
 from tpad_jax.losses.pairs import flat, positions, scaled, score_pairs
 from tpad_jax.models import bounds
 from tpad_jax.types import Loss

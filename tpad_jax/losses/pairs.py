@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpad_jax import collectives
+from tpad_jax.distributed import collectives
 from tpad_jax.models import bounds
 
 

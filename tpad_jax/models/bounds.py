@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tpad_jax import collectives
+from tpad_jax.distributed import collectives
 
 
 class Blocks(NamedTuple):

@@ -1,0 +1,1 @@
+"""Devices, hosts and collectives: the only place that names pmap, shard_map or a mesh."""
