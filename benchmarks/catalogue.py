@@ -52,7 +52,7 @@ def cell(items: int, form: str, steps: int) -> dict:
 
     from tpad_jax import losses
     from tpad_jax.distributed import devices
-    from tpad_jax.table import take
+    from tpad_jax.nn.gather import take
 
     name, keywords = FORMS[form]
     loss = partial(getattr(losses, name), **keywords)

@@ -58,7 +58,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def page(module: str) -> str:
-    """The page of a module: tpad_jax.models.lora -> api/tpad_jax.models.lora.md."""
+    """The page of a module: tpad_jax.nn.linear -> api/tpad_jax.nn.linear.md."""
     return f'api/{module}.md'
 
 

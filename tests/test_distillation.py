@@ -17,9 +17,10 @@ from tpad_jax.data.batches import content_rows
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
 from tpad_jax.losses import distillation
-from tpad_jax.models import lora, readings, tpad
+from tpad_jax.models import readings, tpad
 from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
+from tpad_jax.nn import linear
 from tpad_jax.types import Batch
 
 B, L, P, W, C = 3, 4, 5, 7, 4
@@ -178,7 +179,7 @@ def taught():
         return {'base': found.pop('base'), 'knowledge': found}
 
     own = shapes(spec.knowledge)
-    make = partial(lora.init, rank=2, targets=config.model.lora_targets)
+    make = partial(linear.init, rank=2, targets=config.model.lora_targets)
     adapter = jax.eval_shape(make, jax.random.key(0), own['base'])
     own |= {'teacher': shapes(TEACHER), 'lora': {'knowledge': adapter, 'distil': adapter}}
     return config, spec, fill(own)

@@ -43,7 +43,7 @@ def tree(file):
 
 
 def module(file):
-    """tpad_jax/models/lora.py -> tpad_jax.models.lora."""
+    """tpad_jax/nn/linear.py -> tpad_jax.nn.linear."""
     return '.'.join(file.with_suffix('').parts).removesuffix('.__init__')
 
 
@@ -70,7 +70,7 @@ def modules(tree, file):
 
 
 def room(name):
-    """tpad_jax.models.lora -> models; None for what is not ours."""
+    """tpad_jax.nn.linear -> models; None for what is not ours."""
     parts = name.split('.')
     return parts[1] if parts[0] == 'tpad_jax' and len(parts) > 1 else None
 

@@ -22,10 +22,10 @@ from safetensors.numpy import load_file, save_file
 from benchmarks import parity_torch
 from tests import tiny_hf
 from tpad_jax.errors import InputError
-from tpad_jax.models import lora
 from tpad_jax.models.hf import export, keys, load, vlm
 from tpad_jax.models.hf import peft as adapters
 from tpad_jax.models.hf import spec as specs
+from tpad_jax.nn import linear
 
 # peft asks transformers by an older name
 pytestmark = pytest.mark.filterwarnings('ignore:.is_gradient_checkpointing:FutureWarning')
@@ -166,7 +166,7 @@ def case(name, tmp=None):
     directory = tiny_hf.save(name, tmp)
     spec, side = specs.read(directory), tiny_hf.side(name)
     params = load.load(directory, spec, dtype='float32')
-    pair = lora.init(jax.random.key(0), params, rank=RANK, targets=TARGETS[name])
+    pair = linear.init(jax.random.key(0), params, rank=RANK, targets=TARGETS[name])
     pair = jax.tree.map(lambda x: 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), pair)
     words = parity_torch.words(directory, spec)
     given = parity_torch.prompt(spec, side, left=True, words=words,
@@ -198,7 +198,7 @@ def forward(spec, side):
 def our_logits(made, pair, scale):
     directory, spec, params, _, given = made
     out = forward(spec, tiny_hf.side(directory.name.removeprefix('case_')))(
-        {'params': params, 'lora': lora.scaled(pair, scale)}, given.tokens.astype(np.int32),
+        {'params': params, 'lora': linear.scaled(pair, scale)}, given.tokens.astype(np.int32),
         given.mask, given.image)
     return np.asarray(out)[given.mask]
 
@@ -318,7 +318,7 @@ def test_options_that_are_not_implemented_are_named(option, word, tmp_path, tmp_
 
 def test_what_peft_cannot_hold_is_refused(tmp_path, tmp_path_factory):
     _, spec, params, pair, _ = case('llava', tmp_path_factory.getbasetemp() / 'case_llava')
-    patch = lora.init(jax.random.key(0), params, rank=RANK, targets='patch')
+    patch = linear.init(jax.random.key(0), params, rank=RANK, targets='patch')
     with pytest.raises(InputError, match='vision/patch'):
         adapters.save_adapter(tmp_path, patch, spec, RANK, ALPHA, 'base')
     with pytest.raises(InputError, match='not of rank 2'):

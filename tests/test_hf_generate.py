@@ -10,12 +10,12 @@ import tiny_hf
 
 from benchmarks import parity_torch
 from tpad_jax.errors import InputError
-from tpad_jax.models import lora
 from tpad_jax.models.hf import generate as generation
 from tpad_jax.models.hf import load, vlm
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.generate import generate
 from tpad_jax.models.hf.trie import build
+from tpad_jax.nn import linear
 
 BAR = 3e-5
 STEPS, EXTRA = 18, 6  # tokens written; room in the prompts beyond the longest
@@ -159,7 +159,7 @@ def test_stop_tokens(case, monkeypatch):
 
 def test_adapters_are_those_of_the_merged_kernels(small):
     model, params, tokens = small
-    adapter = lora.init(jax.random.key(0), {'decoder': params['decoder']}, rank=2,
+    adapter = linear.init(jax.random.key(0), {'decoder': params['decoder']}, rank=2,
                         targets='attention/[qv]$')
     pair = adapter['decoder']['layers']['attention']
     pair['q']['b'] = 0.5 * jax.random.normal(jax.random.key(1), pair['q']['b'].shape)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tpad_jax.models import lora
 from tpad_jax.models.hf import load, vlm
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.generate import generate
+from tpad_jax.nn import linear
 
 GOLDEN = Path(__file__).parent / 'golden'
 NAMES = sorted(p.name for p in GOLDEN.iterdir())
@@ -101,7 +101,7 @@ def test_some_tokens_alone(name):
     last = mask.sum(1) - 1
     at = np.stack([last, last // 2], axis=1)
     model = vlm.VLM(spec, image.shape[-2], remat='full')
-    adapter = lora.init(jax.random.key(0), params, rank=2, targets=r'^decoder/.*(q|k|down)$')
+    adapter = linear.init(jax.random.key(0), params, rank=2, targets=r'^decoder/.*(q|k|down)$')
     adapter = jax.tree.map(lambda x: x + 0.02, adapter)
 
     @partial(jax.jit, static_argnums=0)

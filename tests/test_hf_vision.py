@@ -17,10 +17,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from tpad_jax.errors import InputError
-from tpad_jax.models import lora
 from tpad_jax.models.hf import pixels, spec
 from tpad_jax.models.hf.grid_vit import GridTransformer, resampled, windows
 from tpad_jax.models.hf.vit import VisionTransformer
+from tpad_jax.nn import linear
 
 BAR = 3e-5  # parity, float32
 WRONG = 5 * BAR  # what a wrong piece costs at least
@@ -275,7 +275,7 @@ def test_places_are_resampled_corner_upon_corner():
 def test_an_adapter_reaches_every_layer_and_merger():
     side, params = 4, grid_params(grid_model('qwen3'), QWEN3)
     rng = np.random.default_rng(3)
-    adapter = lora.init(jax.random.key(1), params, rank=2, targets='layers|merger|deep')
+    adapter = linear.init(jax.random.key(1), params, rank=2, targets='layers|merger|deep')
     adapter = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), adapter)
     flat, low = flatten_dict(params), flatten_dict(adapter)
     merged = {k: v + low[*k[:-1], 'a'] @ low[*k[:-1], 'b'] if (*k[:-1], 'a') in low and

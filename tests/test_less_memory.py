@@ -12,11 +12,12 @@ from test_plan import FRAME, QWEN, small
 from tpad_jax import config as base
 from tpad_jax import losses
 from tpad_jax.distributed import devices as distributed_devices
-from tpad_jax.models import lora, tpad
+from tpad_jax.models import tpad
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM
+from tpad_jax.nn import linear
 
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8,), vision_layers=1)
 quick = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -40,7 +41,7 @@ def test_items_read_in_chunks_are_the_same_items():
         partial(knowledge.init, method='everything'), jax.random.key(0),
         jnp.zeros((1, 4, 4, 3), jnp.uint8), jnp.ones(1, bool), jnp.ones((1, 5), jnp.int32)))
     params = {'base': params['params'].pop('base'), 'knowledge': params['params']}
-    params['lora'] = {'distil': randomly(lora.init(
+    params['lora'] = {'distil': randomly(linear.init(
         jax.random.key(0), params['base'], rank=2, targets=base.get_config().model.lora_targets))}
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 23, (8, 5))

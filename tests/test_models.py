@@ -11,11 +11,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import scoring
-from tpad_jax.models import lora, stream, tpad
-from tpad_jax.models.attention import rotate
+from tpad_jax.models import stream, tpad
 from tpad_jax.models.mllm import MLLM
-from tpad_jax.models.transformer import Transformer
 from tpad_jax.models.vision import VisionTower
+from tpad_jax.nn import linear
+from tpad_jax.nn.attention import rotate
+from tpad_jax.nn.transformer import Transformer
 from tpad_jax.types import Batch
 
 B, N, V, D, M, T, SIDE = 6, 3, 7, 8, 2, 4, 8
@@ -276,7 +277,7 @@ def reading(params, adapter):
 
 def test_a_fresh_adapter_is_nothing_and_a_trained_one_is_a_change_of_the_kernels(params):
     targets = TARGETS
-    fresh = lora.init(jax.random.key(1), {'decoder': params['base']['decoder']}, rank=2,
+    fresh = linear.init(jax.random.key(1), {'decoder': params['base']['decoder']}, rank=2,
                       targets=targets)
     trained = params['lora']['knowledge']
     bare, adapted = reading(params, {}), reading(params, trained)
@@ -310,7 +311,7 @@ def test_a_reader_trains_its_own_adapter_only(params):
 
 def test_adapter_targets_that_match_nothing_are_refused(params):
     with pytest.raises(ValueError, match='matches no kernel'):
-        lora.init(jax.random.key(0), params['base'], rank=2, targets='nothing')
+        linear.init(jax.random.key(0), params['base'], rank=2, targets='nothing')
 
 
 # --- forward ------------------------------------------------------------------------------------

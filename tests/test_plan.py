@@ -15,11 +15,12 @@ from configs import amazon
 from tpad_jax import activations, ahead, plan, training
 from tpad_jax import config as base
 from tpad_jax.distributed import devices as distributed_devices
-from tpad_jax.models import lora, tpad
+from tpad_jax.models import tpad
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.decoder import Decoder
 from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.nn import linear
 from tpad_jax.types import Batch
 
 D, ITEMS = 16, 50
@@ -133,7 +134,7 @@ def kept_by_scan(spec, remat, dtype):
              jax.ShapeDtypeStruct((rows, 1, length, length), bool))
     params = jax.eval_shape(decoder.init, jax.random.key(0), *given)['params']
     adapter = jax.eval_shape(
-        partial(lora.init, rank=2, targets=r'(attention/[qkvo]|gate|up|down)$'),
+        partial(linear.init, rank=2, targets=r'(attention/[qkvo]|gate|up|down)$'),
         jax.random.key(0), params)
     # held in the computation's dtype; any other's cast copies would be kept as well
     params, adapter = jax.tree.map(lambda x: x.update(dtype=dtype), (params, adapter))

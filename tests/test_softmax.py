@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import softmax
+from tpad_jax.nn import softmax
 
 B, D = 6, 5
 

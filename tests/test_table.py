@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.models.fusion import Fusion, blank
-from tpad_jax.table import take
+from tpad_jax.nn.gather import take
 
 
 def test_take_is_indexing():

@@ -3,7 +3,7 @@
 import flax.linen as nn
 
 from tpad_jax.models.critics import MLP, unit
-from tpad_jax.models.lora import Linear
+from tpad_jax.nn.linear import Linear
 
 
 class Disentangle(nn.Module):

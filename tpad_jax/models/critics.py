@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models.lora import Linear
+from tpad_jax.nn.linear import Linear
 
 KINDS = ('dot', 'bilinear', 'separable', 'concatenated')  # of critics
 

@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models.attention import dropout
-from tpad_jax.models.lora import Linear, uniform
+from tpad_jax.nn.attention import dropout
+from tpad_jax.nn.linear import Linear, uniform
 
 NEVER = -1e9
 SLOPE = 0.2  # of the leaky rectifier, the paper's

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from tpad_jax.models import stream as streams
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.lora import Linear
 from tpad_jax.models.mllm import MLLM
-from tpad_jax.models.transformer import RMSNorm
+from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.transformer import RMSNorm
 
 MODALITIES = ('image', 'text')
 POOLING = ('summary', 'last', 'mean')  # how an item's features are read off its states

@@ -6,7 +6,7 @@
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models import lora
+from tpad_jax.nn import linear
 
 WHAT = 'image', 'text'  # the tokens of an item whose hidden states can be asked for
 # Who reads an item for that: K under the adapter 'knowledge', K under 'distil', a foreign teacher.
@@ -18,13 +18,13 @@ THERE = frozenset(f'{what}.there' for what in WHAT)
 def knowledge_variables(spec, params, adapter):
     """Variables of the Knowledge-MLLM under the LoRA tree named `adapter`."""
     return {'params': {**params['knowledge'], 'base': params['base']},
-            'lora': {'base': lora.scaled(params['lora'][adapter], spec.lora_scale)}}
+            'lora': {'base': linear.scaled(params['lora'][adapter], spec.lora_scale)}}
 
 
 def transfer_variables(spec, params):
     """Variables of the Transfer-MLLM."""
     return {'params': {**params['transfer'], 'base': params['base']},
-            'lora': {'base': lora.scaled(params['lora']['transfer'], spec.lora_scale)}}
+            'lora': {'base': linear.scaled(params['lora']['transfer'], spec.lora_scale)}}
 
 
 def vocabulary(params):

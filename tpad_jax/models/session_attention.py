@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models.attention import dropout
-from tpad_jax.models.lora import Linear
+from tpad_jax.nn.attention import dropout
+from tpad_jax.nn.linear import Linear
 
 NEVER = -1e9  # score of what may not be attended to; finite, so that padded rows stay finite
 

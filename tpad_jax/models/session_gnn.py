@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models.attention import dropout
-from tpad_jax.models.lora import uniform
+from tpad_jax.nn.attention import dropout
+from tpad_jax.nn.linear import uniform
 
 # Prefixes are short and N is the longest: a batch that holds no more than this share of [B, N]
 # positions, or than this many a row, is computed at that size (four items of twenty is the mean of

@@ -19,10 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
-from tpad_jax.models import lora, readings, together
+from tpad_jax.models import readings, together
 from tpad_jax.models import stream as streams
 from tpad_jax.models.alignment import Adapter, Disentangle
-from tpad_jax.models.attention import row_keys
 from tpad_jax.models.critics import Critic, GaussianQ, Score, unit
 from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.global_graph import GlobalGraphGNN
@@ -39,7 +38,9 @@ from tpad_jax.models.repeats import last, shifts
 from tpad_jax.models.session_attention import SessionAttention
 from tpad_jax.models.session_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
-from tpad_jax.table import take
+from tpad_jax.nn import linear
+from tpad_jax.nn.attention import row_keys
+from tpad_jax.nn.gather import take
 
 # Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
 # run.
@@ -165,7 +166,7 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
     del transfer['base']  # the two share one
     return {
         'base': base,
-        'lora': {n: lora.init(next(keys), base, rank=rank, targets=targets)
+        'lora': {n: linear.init(next(keys), base, rank=rank, targets=targets)
                  for n in ('knowledge', 'transfer', 'distil')},
         'knowledge': knowledge,
         'transfer': transfer,

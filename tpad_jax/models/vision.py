@@ -7,7 +7,7 @@ import einops
 import flax.linen as nn
 import jax.numpy as jnp
 
-from tpad_jax.models.transformer import Transformer
+from tpad_jax.nn.transformer import Transformer
 
 
 class VisionTower(nn.Module):

@@ -13,8 +13,8 @@ import numpy as np
 
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.layers import attend, rematerialised, rotate
-from tpad_jax.models.lora import Linear
-from tpad_jax.models.transformer import RMSNorm
+from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.transformer import RMSNorm
 
 
 def coordinates(spec: specs.Decoder) -> np.ndarray:

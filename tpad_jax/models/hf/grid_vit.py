@@ -13,8 +13,8 @@ import numpy as np
 from tpad_jax.errors import InputError
 from tpad_jax.models.hf import spec
 from tpad_jax.models.hf.layers import LayerNorm, activation, attend, rematerialised, rotate
-from tpad_jax.models.lora import Linear, uniform
-from tpad_jax.models.transformer import RMSNorm
+from tpad_jax.nn.linear import Linear, uniform
+from tpad_jax.nn.transformer import RMSNorm
 
 THETA = 10_000.0  # base of the rotary frequencies in all three
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from tpad_jax.models.hf import spec
 from tpad_jax.models.hf.layers import LayerNorm, activation, attend, rematerialised
-from tpad_jax.models.lora import Linear, uniform
+from tpad_jax.nn.linear import Linear, uniform
 
 
 class Attention(nn.Module):

@@ -18,8 +18,8 @@ from tpad_jax.models.hf.decoder import Decoder
 from tpad_jax.models.hf.grid_vit import GridTransformer
 from tpad_jax.models.hf.layers import activation
 from tpad_jax.models.hf.vit import VisionTransformer
-from tpad_jax.models.lora import Linear
 from tpad_jax.models.stream import Stream
+from tpad_jax.nn.linear import Linear
 
 
 class Projector(nn.Module):

@@ -5,7 +5,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models.lora import Linear
+from tpad_jax.nn.linear import Linear
 
 
 def rotate(x, positions, theta=10_000.0):

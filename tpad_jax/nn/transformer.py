@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models.attention import Attention
-from tpad_jax.models.lora import Linear
+from tpad_jax.nn.attention import Attention
+from tpad_jax.nn.linear import Linear
 
 
 class RMSNorm(nn.Module):

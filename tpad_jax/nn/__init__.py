@@ -1,0 +1,1 @@
+"""Layers and kernels that any model may use."""
