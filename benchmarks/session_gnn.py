@@ -2,7 +2,7 @@
 --data FILE.npz`.
 
 DIR holds the authors' model.py and utils.py, brought from outside this tree; FILE.npz ready-made
-sessions (see `tpad_jax/data/npz.py`). Both get the same rows (every prefix of every session, its
+sessions (see `tpad_jax/data/sources/ids.py`). Both get the same rows (every prefix of every session, its
 last --max_length items), width 100, the whole softmax, Adam at 1e-3 with an L2 penalty of 1e-5 and
 the same number of cores, each in a process of its own; they take turns, so that what else the
 machine does falls on both. The peer runs its own functions as its own loop calls them; ours are the

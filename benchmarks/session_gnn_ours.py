@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 
 from benchmarks.session_gnn_peer import fastest
-from tpad_jax.data import npz, sessions
+from tpad_jax.data import sessions
+from tpad_jax.data.sources import ids
 
 BATCH, WIDTH = 100, 100  # as published
 STEPS = 5000  # more than a cell runs: the static sizes of its batches hold for so many
@@ -45,7 +46,7 @@ CELLS = {
 
 def read(path, max_length):
     """V, and every prefix of the training and of the test sessions as rows."""
-    train, test, _ = npz.read(path)
+    train, test, _ = ids.read(path)
     return (int(max(train.items.max(), test.items.max())),
             *(sessions.rows(part, max_length) for part in (train, test)))
 
@@ -90,8 +91,8 @@ class Ours:
         import jax.numpy as jnp
 
         self.jax, self.max_length = jax, max_length
-        train, test, _ = npz.read(path)
-        self.data = npz.data(train, test, test)
+        train, test, _ = ids.read(path)
+        self.data = ids.data(train, test, test)
         self.num_items = self.data.num_items
         self.train_rows = sessions.rows(train, max_length)
         self.test_rows = sessions.rows(test, max_length)

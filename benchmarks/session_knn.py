@@ -1,6 +1,6 @@
 """Every session baseline over a whole test set: `python -m benchmarks.session_knn --data FILE.npz`.
 
-The file holds ready-made sessions (see `tpad_jax/data/npz.py`). Rows are every prefix of every test
+The file holds ready-made sessions (see `tpad_jax/data/sources/ids.py`). Rows are every prefix of every test
 session, ranked exactly against the whole catalogue; baselines are fitted on all training sessions
 and, with --trials above 1, tuned before on the last tenth of them (a drawn tenth with --noordered).
 Each runs in a process of its own, on one thread: on a quiet machine its seconds on the wall are
@@ -22,8 +22,8 @@ from rich.table import Table
 
 from tpad_jax import baselines, metrics
 from tpad_jax.core import writers
-from tpad_jax.data import npz
 from tpad_jax.data.sessions import rows
+from tpad_jax.data.sources import ids
 
 FLAGS = flags.FLAGS
 METHODS = [name for name in baselines.BASELINES if name != 'content_knn']  # there is no content
@@ -32,10 +32,10 @@ BAR = {'vsknn': 180, 'stan': 180}  # seconds
 
 def measure(name: str, path: str, ordered: bool, trials: int) -> dict:
     """Fits (tunes first, with `trials` above 1) and ranks every test row."""
-    train, test, _ = npz.read(path)
+    train, test, _ = ids.read(path)
     num_items = int(max(train.items.max(), test.items.max()))
     held = rows(test, max_length=int(np.diff(test.offsets).max()))
-    kept, valid = npz.hold_out(train, ordered=ordered, valid=0.1, seed=0)
+    kept, valid = ids.hold_out(train, ordered=ordered, valid=0.1, seed=0)
     began = clock()
     tuned = baselines.tune(name, kept, rows(valid, max_length=held.items.shape[1]), num_items,
                            trials=trials, final=train, ordered=ordered)

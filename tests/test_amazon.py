@@ -6,7 +6,8 @@ import json
 import polars as pl
 import pytest
 
-from tpad_jax.data import amazon, files
+from tpad_jax.data import untrusted
+from tpad_jax.data.sources import amazon
 from tpad_jax.errors import InputError
 
 TIME = 1_529_193_600  # 17 June 2018, midnight
@@ -108,7 +109,7 @@ def test_every_line_is_kept_or_counted_by_reason(tmp_path):
         b'[1, 2]', b'', b'   ', b'\xff\xfe{"asin": "B5"}', {'title': 'nameless'},
         item18('../../etc/passwd'), item18('B' * 33), item18(7), item18('B1', title='later'),
         b'[' * 200_000, b'{"asin": "B6", "x": ' + b'9' * 5000 + b'}',
-        b'{"asin": "B7", "x": "' + b'x' * files.MAX_LINE * 2 + b'"}',
+        b'{"asin": "B7", "x": "' + b'x' * untrusted.MAX_LINE * 2 + b'"}',
         item18('B8', title='half \ud800 a pair'),
     ], [
         review18('U', 'B1'), review18('U', 'B1'), review18('U', 'B1', TIME + 1),

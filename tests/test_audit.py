@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpad_jax.data import audit as lib
-from tpad_jax.data import shuffle
+from tpad_jax.data import shuffle_test
 from tpad_jax.data.sessions import DAY, Sessions, warm_items
 
 
@@ -159,7 +159,7 @@ def test_too_few_rows_promise_nothing():
 
 def by_loops(train, test, rule, size):
     """hit@20 and mrr@20 of a rule of `shuffle.RULES` on every prefix, in plain loops."""
-    longest, decay, both = shuffle.RULES[rule]
+    longest, decay, both = shuffle_test.RULES[rule]
     table = np.zeros((size, size))
     for session in np.split(train.items, train.offsets[1:-1]):
         for a in range(len(session)):
@@ -178,10 +178,10 @@ def by_loops(train, test, rule, size):
     return np.mean(hits, axis=0)
 
 
-@pytest.mark.parametrize('rule', shuffle.RULES)
+@pytest.mark.parametrize('rule', shuffle_test.RULES)
 def test_rules_equal_plain_loops(rule):
     train, test = walks(0, 150, items=60), walks(1, 40, items=60)
-    found = shuffle.shuffle_test(train, test)
+    found = shuffle_test.shuffle_test(train, test)
     size = 1 + int(max(train.items.max(), test.items.max()))
     assert found['rows'] == len(test.items) - len(test.start)
     assert [found[rule][metric]['before'] for metric in ('hit@20', 'mrr@20')] == pytest.approx(
@@ -190,7 +190,7 @@ def test_rules_equal_plain_loops(rule):
 
 def test_shuffling_keeps_sessions_and_loses_their_order():
     sessions = walks(0, 300)
-    mixed = shuffle.shuffled(sessions, np.random.default_rng(0))
+    mixed = shuffle_test.shuffled(sessions, np.random.default_rng(0))
     same = 0
     for begin, end in zip(sessions.offsets, sessions.offsets[1:], strict=False):
         old, new = sessions.items[begin:end], mixed.items[begin:end]
@@ -205,12 +205,12 @@ def test_shuffling_keeps_sessions_and_loses_their_order():
 
 def test_the_sample_is_seeded_and_bounded(monkeypatch):
     train, test = walks(0, 400), walks(1, 200)
-    monkeypatch.setattr(shuffle, 'SAMPLE', 70)
-    found = shuffle.shuffle_test(train, test)
+    monkeypatch.setattr(shuffle_test, 'SAMPLE', 70)
+    found = shuffle_test.shuffle_test(train, test)
     assert found['rows'] == 70
-    assert found == shuffle.shuffle_test(train, test)
-    assert found != shuffle.shuffle_test(train, test, seed=1)
-    monkeypatch.setattr(shuffle, 'SAMPLE', 280)  # the error of a mean falls as the root of rows
+    assert found == shuffle_test.shuffle_test(train, test)
+    assert found != shuffle_test.shuffle_test(train, test, seed=1)
+    monkeypatch.setattr(shuffle_test, 'SAMPLE', 280)  # the error of a mean falls as the root of rows
     errors = [found['markov']['hit@20']['error'] for found in
-              (found, shuffle.shuffle_test(train, test))]
+              (found, shuffle_test.shuffle_test(train, test))]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.35)

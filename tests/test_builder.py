@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tpad_jax.data import builder, pipeline, text
+from tpad_jax.data import catalogue, text
 from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError
 
 HOUR = 3600
@@ -64,8 +65,8 @@ def letters(data, sessions):
 
 def test_round_trip(raw, tmp_path):
     folder, baskets, start = raw
-    builder.prepare(folder, tmp_path / 'data', **OPTIONS)
-    data = pipeline.load(tmp_path / 'data')
+    amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS)
+    data = catalogue.load(tmp_path / 'data')
 
     assert data.asins == ['', 'B00A', 'B00B', 'B00C', 'B00D', 'B00E']
     assert data.num_items == 5
@@ -90,8 +91,8 @@ def test_round_trip(raw, tmp_path):
 
 def test_image_bytes_are_the_files(raw, tmp_path):
     folder = raw[0]
-    builder.prepare(folder, tmp_path / 'data', **OPTIONS)
-    images = pipeline.load(tmp_path / 'data').image_bytes
+    amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS)
+    images = catalogue.load(tmp_path / 'data').image_bytes
     assert len(images) == 6
     assert images[1] == (folder / 'images/B00A.jpg').read_bytes()
     assert images.read([0, 3, 2, 1]) == [b'', b'no image', b'', images[1]]
@@ -102,24 +103,24 @@ def test_image_bytes_are_the_files(raw, tmp_path):
 
 def test_sessions_are_those_of_the_pure_functions(tmp_path, monkeypatch):
     """On many random events, with a core: nothing is lost or reordered on the way to disk."""
-    monkeypatch.setattr(builder, 'SESSIONS_PER_RECORD', 7)
+    monkeypatch.setattr(amazon_tables, 'SESSIONS_PER_RECORD', 7)
     rng = np.random.default_rng(5)
     asins = [f'I{k:03d}' for k in range(40)]
     reviews = sorted({(f'u{rng.integers(30)}', asins[min(rng.geometric(0.08) - 1, 39)],
                        int(1_500_000_000 + rng.integers(400) * 900)) for _ in range(1500)})
     write_raw(tmp_path / 'raw', reviews, {asin: dict(title=asin) for asin in asins})
     options = dict(gap_hours=2, core=8, min_length=3, valid=0.2, test=0.1, seed=3)
-    builder.prepare(tmp_path / 'raw', tmp_path / 'data', **options)
-    data = pipeline.load(tmp_path / 'data')
+    amazon_tables.prepare(tmp_path / 'raw', tmp_path / 'data', **options)
+    data = catalogue.load(tmp_path / 'data')
 
-    raw = builder.amazon.read(tmp_path / 'raw')
+    raw = amazon_tables.amazon.read(tmp_path / 'raw')
     every = sessions_lib.cut(raw.interactions, by_day=False, gap_seconds=7200, seed=3, min_length=3)
     train, valid, test = sessions_lib.split(every, 0.2, 0.1)
     train = sessions_lib.k_core(train, 8, 3)
     for got, wanted in zip((data.train, data.valid, data.test), (train, valid, test), strict=True):
         for one, other in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(one, other)
-    assert len(builder.read_table(tmp_path / 'data', 'sessions', 'train')) > 3
+    assert len(amazon_tables.read_table(tmp_path / 'data', 'sessions', 'train')) > 3
     assert np.bincount(data.train.items)[np.unique(data.train.items)].min() >= 8
     assert data.texts == text.item_texts(raw.catalogue)
 
@@ -134,8 +135,8 @@ def test_2018_sessions_are_days(tmp_path):
     (folder / 'Toys_5.json').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     (folder / 'meta_Toys.json').write_text(
         ''.join(json.dumps(dict(asin=asin, title=asin)) + '\n' for asin in 'AB'))
-    builder.prepare(folder, tmp_path / 'data', **OPTIONS | dict(gap_hours=72))
-    data = pipeline.load(tmp_path / 'data')
+    amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS | dict(gap_hours=72))
+    data = catalogue.load(tmp_path / 'data')
     assert data.form == '2018'
     assert [len(split.start) for split in (data.train, data.valid, data.test)] == [2, 2, 2]
     assert np.diff(data.train.offsets).tolist() == [2, 2]
@@ -143,12 +144,12 @@ def test_2018_sessions_are_days(tmp_path):
 
 def test_finished_data_is_reused(raw, tmp_path, monkeypatch):
     folder = raw[0]
-    builder.prepare(folder, tmp_path / 'data', **OPTIONS)
+    amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS)
 
     def read(raw_dir):
         raise AssertionError('read again')
-    monkeypatch.setattr(builder.amazon, 'read', read)
-    builder.prepare(folder, tmp_path / 'data', **OPTIONS | dict(valid=2.0))
+    monkeypatch.setattr(amazon_tables.amazon, 'read', read)
+    amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS | dict(valid=2.0))
 
 
 def test_unfinished_data_is_rebuilt(raw, tmp_path, monkeypatch):
@@ -157,57 +158,57 @@ def test_unfinished_data_is_rebuilt(raw, tmp_path, monkeypatch):
     def stop(path, content):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(builder, '_write_json', stop)
+        patch.setattr(amazon_tables, '_write_json', stop)
         with pytest.raises(KeyboardInterrupt):
-            builder.prepare(folder, data_dir, **OPTIONS | dict(valid=1))
+            amazon_tables.prepare(folder, data_dir, **OPTIONS | dict(valid=1))
     with pytest.raises(InputError, match=r'prepared\.json does not exist'):
-        pipeline.load(data_dir)
+        catalogue.load(data_dir)
     (data_dir / 'mine.txt').write_text('keep')
-    builder.prepare(folder, data_dir, **OPTIONS)
-    assert len(pipeline.load(data_dir).valid.start) == 2
+    amazon_tables.prepare(folder, data_dir, **OPTIONS)
+    assert len(catalogue.load(data_dir).valid.start) == 2
     assert (data_dir / 'mine.txt').read_text() == 'keep'
 
 
 def test_other_data_is_refused(raw, tmp_path):
     folder, data_dir = raw[0], tmp_path / 'data'
-    builder.prepare(folder, data_dir, **OPTIONS)
+    amazon_tables.prepare(folder, data_dir, **OPTIONS)
     with pytest.raises(InputError, match=r'data was prepared with another core \(1 there, 2 now\)'):
-        builder.prepare(folder, data_dir, **OPTIONS | dict(core=2))
+        amazon_tables.prepare(folder, data_dir, **OPTIONS | dict(core=2))
     (folder / 'images' / 'B00B.jpg').write_bytes(jpeg('blue'))
     with pytest.raises(InputError, match='prepared with other raw files'):
-        builder.prepare(folder, data_dir, **OPTIONS)
+        amazon_tables.prepare(folder, data_dir, **OPTIONS)
 
 
 def test_another_layout_is_refused(raw, tmp_path, monkeypatch):
-    builder.prepare(raw[0], tmp_path / 'data', **OPTIONS)
-    monkeypatch.setattr(builder.Amazon, 'VERSION', '9.0.0')
+    amazon_tables.prepare(raw[0], tmp_path / 'data', **OPTIONS)
+    monkeypatch.setattr(amazon_tables.Amazon, 'VERSION', '9.0.0')
     with pytest.raises(InputError, match=r'version 1\.1\.0, this code reads 9\.0\.0'):
-        pipeline.load(tmp_path / 'data')
+        catalogue.load(tmp_path / 'data')
 
 
 def test_fingerprint_is_of_bytes_and_options(raw, tmp_path):
     folder = raw[0]
-    first = builder.fingerprint(folder, OPTIONS)
+    first = amazon_tables.fingerprint(folder, OPTIONS)
     folder.rename(tmp_path / 'moved')
     folder = tmp_path / 'moved'
-    assert builder.fingerprint(folder, OPTIONS) == first
-    others = [builder.fingerprint(folder, OPTIONS | dict(seed=1))]
+    assert amazon_tables.fingerprint(folder, OPTIONS) == first
+    others = [amazon_tables.fingerprint(folder, OPTIONS | dict(seed=1))]
     (folder / 'images/B00A.jpg').rename(folder / 'images/B00B.jpg')
-    others.append(builder.fingerprint(folder, OPTIONS))
+    others.append(amazon_tables.fingerprint(folder, OPTIONS))
     with (folder / 'Toys.jsonl').open('a') as file:
         file.write('\n')
-    others.append(builder.fingerprint(folder, OPTIONS))
+    others.append(amazon_tables.fingerprint(folder, OPTIONS))
     assert len({first, *others}) == 4
 
 
 def test_link_out_of_the_folder_is_not_read(raw, tmp_path):
     folder = raw[0]
-    before = builder.fingerprint(folder, OPTIONS)
+    before = amazon_tables.fingerprint(folder, OPTIONS)
     (tmp_path / 'secret.jpg').write_bytes(jpeg('green'))
     (folder / 'images/B00B.jpg').symlink_to(tmp_path / 'secret.jpg')
-    assert builder.fingerprint(folder, OPTIONS) == before
-    builder.prepare(folder, tmp_path / 'data', **OPTIONS)
-    assert pipeline.load(tmp_path / 'data').image_bytes[2] == b''
+    assert amazon_tables.fingerprint(folder, OPTIONS) == before
+    amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS)
+    assert catalogue.load(tmp_path / 'data').image_bytes[2] == b''
 
 
 def test_needs_no_tensorflow_and_says_nothing(raw, tmp_path):
@@ -226,16 +227,16 @@ assert not {{'tensorflow', 'torch', 'transformers'}} & set(sys.modules)
 
 
 def test_data_can_be_moved(raw, tmp_path):
-    builder.prepare(raw[0], tmp_path / 'data', **OPTIONS)
+    amazon_tables.prepare(raw[0], tmp_path / 'data', **OPTIONS)
     (tmp_path / 'data').rename(tmp_path / 'moved')
-    data = pipeline.load(str(tmp_path / 'moved'))
+    data = catalogue.load(str(tmp_path / 'moved'))
     assert data.asins[1] == 'B00A'
     assert data.image_bytes[3] == b'no image'
 
 
 def test_missing_price_is_null(raw, tmp_path):
-    builder.prepare(raw[0], tmp_path / 'data', **OPTIONS)
-    records = builder.read_table(tmp_path / 'data', 'items', 'items')
+    amazon_tables.prepare(raw[0], tmp_path / 'data', **OPTIONS)
+    records = amazon_tables.read_table(tmp_path / 'data', 'items', 'items')
     prices = [float(record['price']) for record in records]
     assert prices[0] == 1.5
     assert [math.isnan(price) for price in prices] == [False, True, False, False, False]

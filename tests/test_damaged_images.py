@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tpad_jax.data import builder, images, pipeline
+from tpad_jax.data import catalogue, images
+from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError
 
 SIDE = 16  # pixels
@@ -144,16 +145,16 @@ def write(folder, pictures):
 @pytest.fixture
 def read(tmp_path, monkeypatch):
     """-> the data of a list of pictures, and a function that reads their content."""
-    monkeypatch.setattr(pipeline.text, 'tokenize', lambda texts, *_: np.zeros((len(texts), 1)))
+    monkeypatch.setattr(catalogue.text, 'tokenize', lambda texts, *_: np.zeros((len(texts), 1)))
 
     def found(pictures):
         folder = write(tmp_path / 'raw', pictures)
-        builder.prepare(folder, tmp_path / 'data', gap_hours=1, core=1, min_length=1, valid=0.2,
+        amazon_tables.prepare(folder, tmp_path / 'data', gap_hours=1, core=1, min_length=1, valid=0.2,
                         test=0.2, seed=0)
-        return pipeline.load(tmp_path / 'data'), content
+        return catalogue.load(tmp_path / 'data'), content
 
     def content(data, bad_share=1.0):
-        return pipeline.content(data, tmp_path / 'data', image_size=SIDE, tokenizer_dir='',
+        return catalogue.content(data, tmp_path / 'data', image_size=SIDE, tokenizer_dir='',
                                 text_length=1, bad_share=bad_share)
     return found
 
@@ -163,7 +164,7 @@ def sown(read, tmp_path, count, seed):
     data, content = read([picture for _, picture, _ in made])
     found = content(data)
     listed = dict(line.split('\t') for line in
-                  (tmp_path / 'data' / pipeline.BAD_IMAGES).read_text().splitlines())
+                  (tmp_path / 'data' / catalogue.BAD_IMAGES).read_text().splitlines())
     counts = Counter()
     for number, (kind, picture, outcome) in enumerate(made, 1):
         with images.quiet():
@@ -218,7 +219,7 @@ def test_more_damage_than_the_share_is_refused_and_can_be_allowed(read, tmp_path
     assert told.startswith('3 of 20 images cannot be used (image_damaged: 1, image_empty')
     assert 'first B0017 image_empty_or_unreadable, B0018 image_of_unknown_format, B0019' in told
     assert 'raise config.data.bad_share=0.1' in told
-    assert str(tmp_path / 'data' / pipeline.BAD_IMAGES) in told
+    assert str(tmp_path / 'data' / catalogue.BAD_IMAGES) in told
     assert content(data, 0.15).pictures == {
         'read': 20, 'kept': 17, 'rejected': {'image_damaged': 1, 'image_empty_or_unreadable': 1,
                                              'image_of_unknown_format': 1}}

@@ -10,7 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tpad_jax.data import amazon, builder, files, text
+from tpad_jax.data import text, untrusted
+from tpad_jax.data.sources import amazon, amazon_tables
 from tpad_jax.errors import InputError
 
 TIME = 1_529_193_600
@@ -168,7 +169,7 @@ def test_damaged_lines_change_nothing_but_counts(tmp_path, form, seed):
     damage = Counter(raw.lines['rejected'])
     damage.subtract(alone.lines['rejected'])
     assert sum(damage.values()) == raw.lines['read'] - alone.lines['read'] > 700
-    assert not {reason for reason, n in damage.items() if n} & (files.WHOLE - {'blank_line'})
+    assert not {reason for reason, n in damage.items() if n} & (untrusted.WHOLE - {'blank_line'})
     assert {'bad_json', 'bad_encoding', 'bad_asin', 'bad_user', 'bad_time'} <= set(damage)
 
 
@@ -216,7 +217,7 @@ def test_a_cut_gzip_keeps_all_its_whole_lines(tmp_path):
     for end in (*rng.integers(2, len(packed), 30), len(packed) - 1):
         path.write_bytes(packed[:end])
         there = zlib.decompressobj(31).decompress(packed[:end]).split(b'\n')[:-1]
-        lines = files.Lines(path)
+        lines = untrusted.Lines(path)
         assert list(lines) == [json.loads(line) for line in there]
         assert lines.rejected == {'truncated_file': 1}
 
@@ -227,7 +228,7 @@ def test_what_lies_behind_damage_counts_by_its_bytes(tmp_path):
     packed, path = gzip.compress(content, 1), tmp_path / 'a.json.gz'
     assert len(packed) > 800_000  # what is read ahead is little beside it
     path.write_bytes(packed + b'no member of a gzip file' + packed)
-    lines = files.Lines(path)
+    lines = untrusted.Lines(path)
     count = sum(1 for _ in lines)
     assert count == 3000
     assert lines.rejected['damaged_file'] == 1
@@ -239,8 +240,8 @@ def test_what_lies_behind_damage_counts_by_its_bytes(tmp_path):
 
 @pytest.mark.parametrize('byte', [b'\x00', b'\n', b' '])
 def test_a_file_that_unpacks_without_end_is_left(tmp_path, monkeypatch, byte):
-    monkeypatch.setattr(files, 'MAX_UNPACKED', 2**16)
-    monkeypatch.setattr(files, 'MAX_LINE', 2**14)
+    monkeypatch.setattr(untrusted, 'MAX_UNPACKED', 2**16)
+    monkeypatch.setattr(untrusted, 'MAX_LINE', 2**14)
     path, given = tmp_path / 'a.json.gz', []
     path.write_bytes(gzip.compress(b'{"a": 1}\n' + byte * 2**20))
 
@@ -249,7 +250,7 @@ def test_a_file_that_unpacks_without_end_is_left(tmp_path, monkeypatch, byte):
             given.append(len(line := super().readline(size)))
             return line
     monkeypatch.setattr(gzip, 'GzipFile', Counted)
-    lines = files.Lines(path)
+    lines = untrusted.Lines(path)
     assert list(lines) == [{'a': 1}]
     assert lines.rejected['file_unpacks_without_end'] == 1
     assert sum(given) < 2**18
@@ -308,8 +309,8 @@ def test_the_share_reaches_the_reader_and_is_no_part_of_the_tables(tmp_path):
     folder = shared(tmp_path, bad_reviews=7)
     options = dict(gap_hours=1, core=1, min_length=1, valid=0.1, test=0.1, seed=0)
     with pytest.raises(InputError, match='raise config'):
-        builder.prepare(folder, tmp_path / 'data', **options, bad_share=0.05)
-    builder.prepare(folder, tmp_path / 'data', **options, bad_share=0.1)
-    before = builder.read_finished(tmp_path / 'data')
-    builder.prepare(folder, tmp_path / 'data', **options, bad_share=0.2)
-    assert builder.read_finished(tmp_path / 'data') == before
+        amazon_tables.prepare(folder, tmp_path / 'data', **options, bad_share=0.05)
+    amazon_tables.prepare(folder, tmp_path / 'data', **options, bad_share=0.1)
+    before = amazon_tables.read_finished(tmp_path / 'data')
+    amazon_tables.prepare(folder, tmp_path / 'data', **options, bad_share=0.2)
+    assert amazon_tables.read_finished(tmp_path / 'data') == before

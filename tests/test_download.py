@@ -13,10 +13,10 @@ from rich.console import Console
 
 from benchmarks import download as benchmark
 from benchmarks.picture_server import FOR_NOW, KINDS, LIMIT, PictureServer, encoded, raw
-from tpad_jax.data import amazon
 from tpad_jax.data.download import fetching, hosts, pictures
 from tpad_jax.data.download.__main__ import table
 from tpad_jax.data.download.journal import Begun, Journal
+from tpad_jax.data.sources import amazon
 from tpad_jax.errors import InputError, Stopped
 
 QUICK = hosts.Limits(per_host=16, pause=0, timeout=0.5, tries=2, backoff=0.02, max_bytes=LIMIT)

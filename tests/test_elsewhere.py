@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tpad_jax import features
-from tpad_jax.data import builder, synthetic
+from tpad_jax.data.sources import amazon_tables
+from tpad_jax.data.synthetic import planted
 
 ROOT = Path(__file__).parents[1]
 ITEMS = 400  # of which faiss wants 256 in training sessions
@@ -18,8 +19,8 @@ ITEMS = 400  # of which faiss wants 256 in training sessions
 @pytest.mark.slow
 def test_the_recipe_runs_on_what_a_run_leaves(tmp_path):
     run = tmp_path / 'run'
-    synthetic.write(run / 'raw', seed=0, items=ITEMS, train=600, valid=20, test=20)
-    builder.prepare(run / 'raw', run / 'data', gap_hours=24.0, core=1, min_length=2, valid=20,
+    planted.write(run / 'raw', seed=0, items=ITEMS, train=600, valid=20, test=20)
+    amazon_tables.prepare(run / 'raw', run / 'data', gap_hours=24.0, core=1, min_length=2, valid=20,
                     test=20, seed=0)
     rng = np.random.default_rng(0)
     for stage, name, shape in ('knowledge', 'k', (2, 16)), ('transfer', 'r', (32,)):

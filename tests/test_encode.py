@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import config as base
 from tpad_jax import encode, features
-from tpad_jax.data.pipeline import Content
+from tpad_jax.data.catalogue import Content
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import tpad

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from tpad_jax import baselines, evaluate, metrics, slices
-from tpad_jax.data import synthetic
 from tpad_jax.data.sessions import Rows, Sessions, rows, warm_items
+from tpad_jax.data.synthetic import planted as synthetic_planted
 from tpad_jax.errors import InputError
 
 V = 120
@@ -22,16 +22,16 @@ def as_sessions(padded):
 
 def split(planted, count, seed, warm_only=False):
     rng = np.random.default_rng(seed)
-    return as_sessions(synthetic.sample_sessions(planted, count, rng, warm_only))
+    return as_sessions(synthetic_planted.sample_sessions(planted, count, rng, warm_only))
 
 
 @pytest.fixture(scope='module')
 def world():
     """(train, test rows, warm, probabilities) of a small planted catalogue."""
-    planted = synthetic.draw(0, V)
+    planted = synthetic_planted.draw(0, V)
     train = split(planted, 800, 1, warm_only=True)
-    asins = ['', *(synthetic.asin(item) for item in range(1, V + 1))]
-    probabilities = synthetic.catalogue_probabilities(planted, asins)
+    asins = ['', *(synthetic_planted.asin(item) for item in range(1, V + 1))]
+    probabilities = synthetic_planted.catalogue_probabilities(planted, asins)
     return train, rows(split(planted, 300, 2), 8), warm_items(train, V), probabilities
 
 

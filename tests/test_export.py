@@ -13,7 +13,7 @@ import tpad_jax
 from tests import tiny_base, tiny_served
 from tests.tiny_served import V
 from tpad_jax import ann, export
-from tpad_jax.data import given
+from tpad_jax.data.sources import external_features
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_tables_and_vectors(run, tmp_path, monkeypatch):
     assert table['item_id'].to_list() == [f'I{n}' for n in range(1, V + 1)]
     np.testing.assert_array_equal(np.array(table['vector'].to_list(), np.float32),
                                   shop.embed_items())
-    found = given.read(out / 'item_vectors.safetensors', shop.ids)
+    found = external_features.read(out / 'item_vectors.safetensors', shop.ids)
     np.testing.assert_array_equal(found.rows[1:], shop.embed_items())
     vectors = pl.read_parquet(out / 'sessions.parquet')
     assert vectors['id'].to_list() == [str(n) for n in range(10)]

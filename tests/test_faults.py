@@ -23,7 +23,7 @@ from tests.test_damage import halve
 from tpad_jax import features, job, train, trials
 from tpad_jax.checkpoint import abstract, claim, enter
 from tpad_jax.core import writers
-from tpad_jax.data import pipeline
+from tpad_jax.data import catalogue
 from tpad_jax.errors import InputError
 
 pytestmark = LEFT_BEHIND
@@ -154,7 +154,7 @@ def test_files_that_are_mapped_say_that_the_disk_is_full(small_disk):
     assert features.read(where / 'store', 'k')[1:].all()
     pictures = SimpleNamespace(fingerprint='f' * 64, num_items=500, has_image=np.ones(501, bool))
     with pytest.raises(InputError, match=r'decoded pictures take 6,156,288 bytes and .* are free'):
-        pipeline._decode(pictures, 64, where / 'pixels.npy', where / 'there.npy')
+        catalogue._decode(pictures, 64, where / 'pixels.npy', where / 'there.npy')
 
 
 def test_a_journal_that_was_cut_goes_on(tmp_path):

@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from tpad_jax.data import files, given, images, npz, pipeline, ready, text
+from tpad_jax.data import catalogue, images, text, untrusted
+from tpad_jax.data.sources import external_features
+from tpad_jax.data.sources import folder as source_folder
+from tpad_jax.data.sources import ids as source_ids
 from tpad_jax.errors import InputError
 
 OPTIONS = dict(ordered=True, valid=0.1, seed=0)
@@ -58,14 +61,14 @@ def directory(folder, lines=None, **changes):
 
 
 def load(folder):
-    return ready.load(folder, words=('title',), sides=(), **OPTIONS)
+    return source_folder.load(folder, words=('title',), sides=(), **OPTIONS)
 
 
 @pytest.mark.parametrize(('line', 'told'), [
     (b'[' * 100_000, r'line 5 cannot be read \(bad_json\)'),
     (b'{"item": 5, "title": "\xe9"}', r'line 5 cannot be read \(bad_encoding\)'),
     (b'{"item": 5, "x": ' + b'9' * 5000 + b'}', 'line 5 cannot be read'),
-    (b'{"item": 5, "x": "' + b'x' * files.MAX_LINE + b'"}', r'line 5 .*\(line_too_long\)'),
+    (b'{"item": 5, "x": "' + b'x' * untrusted.MAX_LINE + b'"}', r'line 5 .*\(line_too_long\)'),
     (b'{"item": NaN}', 'line 5: every line'), (b'{"item": "1"}', 'line 5: every line'),
     (b'{"item": 4}', 'line 5: every line'), (b'\x00', r'line 5 cannot be read')])
 def test_a_line_that_says_no_item_is_refused(tmp_path, line, told):
@@ -177,7 +180,7 @@ def test_members_of_a_zip_that_lie_or_burst_are_items_without_image(tmp_path, mo
     assert 1000 < max(unpacked) <= 100_000
     assert not list(tmp_path.rglob('*.png'))  # nothing is unpacked to the disk
     monkeypatch.setattr(text, 'tokenize', lambda texts, *_: np.zeros((len(texts), 1)))
-    content = pipeline.content(found, tmp_path / 'data', image_size=4, tokenizer_dir='',
+    content = catalogue.content(found, tmp_path / 'data', image_size=4, tokenizer_dir='',
                                text_length=1)
     assert content.pictures == {'read': 9, 'kept': 2, 'rejected': {
         **found.lines['unused'], 'image_empty_or_unreadable': 2}}
@@ -244,7 +247,7 @@ def members(**changes):
 def test_arrays_that_are_none_are_refused(tmp_path, changes, told):
     path = packed(tmp_path / 'a.npz', members(**changes))
     with pytest.raises(InputError, match=told) as error:
-        npz.load(path, **OPTIONS)
+        source_ids.load(path, **OPTIONS)
     assert str(path) in str(error.value)
 
 
@@ -267,12 +270,12 @@ def test_offsets_and_ids_out_of_range_are_refused(tmp_path, changes, told):
 
 
 def test_an_npz_that_bursts_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr(npz, 'MAX_ARRAYS', 10**7)
+    monkeypatch.setattr(source_ids, 'MAX_ARRAYS', 10**7)
     path = packed(tmp_path / 'a.npz', members(train_items=array_of((10**7,), '<i1', bytes(10**7))))
     assert path.stat().st_size < 20_000
     monkeypatch.setattr(np, 'load', None)
     with pytest.raises(InputError, match='its arrays would take'):
-        npz.load(path, **OPTIONS)
+        source_ids.load(path, **OPTIONS)
 
 
 @pytest.mark.parametrize('content', [b'', b'PK\x05\x06', array_of((2,), data=bytes(16)),
@@ -280,7 +283,7 @@ def test_an_npz_that_bursts_is_refused_before_it_is_unpacked(tmp_path, monkeypat
 def test_what_is_no_npz_is_refused(tmp_path, content):
     (tmp_path / 'a.npz').write_bytes(content)
     with pytest.raises(InputError, match=r'a\.npz is no usable'):
-        npz.load(tmp_path / 'a.npz', **OPTIONS)
+        source_ids.load(tmp_path / 'a.npz', **OPTIONS)
 
 
 ASINS = ['', 'A', 'B']
@@ -344,5 +347,5 @@ def test_features_that_harm_are_refused(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     file = features(tmp_path, kind)
     with pytest.raises(InputError, match=r'a\.\w+'):
-        given.read(file, ASINS)
+        external_features.read(file, ASINS)
     assert not (tmp_path / 'run').exists()

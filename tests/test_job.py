@@ -13,7 +13,8 @@ from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
 from tpad_jax import compare, features, fitting, job, load, mirror, slices
 from tpad_jax.core import writers
-from tpad_jax.data import builder, pipeline, sessions
+from tpad_jax.data import catalogue, sessions
+from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError, Stopped
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
@@ -164,7 +165,7 @@ def test_it_is_served_as_it_was_ranked(whole, config):
     workdir, results, _ = whole
     shop = load(workdir)
     assert shop.model == results['models']['tpad']['is']
-    rows = sessions.rows(pipeline.load(workdir / 'data').test, config.data.max_length)
+    rows = sessions.rows(catalogue.load(workdir / 'data').test, config.data.max_length)
     items, _ = shop.first(rows.items[:, :shop.max_length], 10)
     above, equal = compare.read(workdir).ranks[shop.model]
     assert (equal == 1).all()
@@ -355,7 +356,7 @@ def test_unusable_data_leave_the_workdir_free(config, tmp_path):
     with pytest.raises(InputError, match='the split sizes'):
         job.run(changed(config, data__planted__valid=0), tmp_path / 'run')
     assert not (tmp_path / 'run' / 'config.json').exists()
-    assert not (tmp_path / 'run' / 'data' / builder.FINISHED).exists()
+    assert not (tmp_path / 'run' / 'data' / amazon_tables.FINISHED).exists()
 
 
 # --- seeds and raw files ------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import os
 import pytest
 from PIL import Image
 
-from tpad_jax.data import amazon, builder, images, pipeline
+from tpad_jax.data import catalogue, images
+from tpad_jax.data.sources import amazon, amazon_tables
 from tpad_jax.errors import InputError
 
 
@@ -42,9 +43,9 @@ def test_pictures_that_are_none_of_the_folder_are_counted(tmp_path, monkeypatch)
     (place / 'F.jpg').write_bytes(bytes(1001))
     (place / 'F.png').write_bytes(picture())  # the other is as good as not there
     (place / os.fsdecode(b'\xff\xe9.jpg')).write_bytes(picture())
-    builder.prepare(folder, tmp_path / 'data', gap_hours=1, core=1, min_length=1, valid=1, test=1,
+    amazon_tables.prepare(folder, tmp_path / 'data', gap_hours=1, core=1, min_length=1, valid=1, test=1,
                     seed=0)
-    data = pipeline.load(tmp_path / 'data')
+    data = catalogue.load(tmp_path / 'data')
     assert data.lines['unused'] == {'image_not_a_file': 5, 'image_link_outside': 1,
                                     'image_too_large': 1}
     assert [bool(one) for one in data.image_bytes] == [False] * 6 + [True]

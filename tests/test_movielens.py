@@ -12,7 +12,8 @@ from PIL import Image
 from configs import movielens
 from tests import tiny_base
 from tpad_jax import check
-from tpad_jax.data import pipeline, ready
+from tpad_jax.data import catalogue
+from tpad_jax.data.sources import folder
 from tpad_jax.errors import InputError
 
 pytestmark = pytest.mark.usefixtures('undrawn')
@@ -58,7 +59,7 @@ def write(directory, *, zipped=True, lines=None, **changes):
 
 def load(directory, **changes):
     options = dict(words=WORDS, sides=('year', 'genres'), ordered=True, valid=0.1, seed=0)
-    return ready.load(directory, **{**options, **changes})
+    return folder.load(directory, **{**options, **changes})
 
 
 @pytest.mark.parametrize('zipped', [True, False])
@@ -86,7 +87,7 @@ def test_content_has_pixels_and_tokens_of_an_own_tokenizer(tmp_path):
     from tpad_jax.data import text
     data = load(write(tmp_path))
     text.train_tokenizer(data.texts[1:], tmp_path / 'tokenizer', 400)
-    found = pipeline.content(data, tmp_path / 'made', image_size=4, text_length=8,
+    found = catalogue.content(data, tmp_path / 'made', image_size=4, text_length=8,
                              tokenizer_dir=tmp_path / 'tokenizer')
     assert (found.image[3, :, :, 0] == 60).all()
     assert found.broken == 0

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tpad_jax.data import graph, npz, sessions
+from tpad_jax.data import item_graphs, sessions
+from tpad_jax.data.sources import ids as source_ids
 from tpad_jax.errors import InputError
 
 
@@ -28,7 +29,7 @@ def whole(part):
 
 
 def test_the_last_sessions_validate_where_order_is_time(tmp_path):
-    data = npz.load(write(tmp_path / 'a.npz'), ordered=True, valid=0.25, seed=0)
+    data = source_ids.load(write(tmp_path / 'a.npz'), ordered=True, valid=0.25, seed=0)
     a = arrays()
     every = np.split(a['train_items'], a['train_offsets'][1:-1])
     assert whole(data.train) + whole(data.valid) == [tuple(x) for x in every]
@@ -41,7 +42,7 @@ def test_the_last_sessions_validate_where_order_is_time(tmp_path):
 
 def test_a_seeded_draw_validates_where_it_is_not(tmp_path):
     path = write(tmp_path / 'a.npz')
-    one, same, other = (npz.load(path, ordered=False, valid=10, seed=s) for s in (1, 1, 2))
+    one, same, other = (source_ids.load(path, ordered=False, valid=10, seed=s) for s in (1, 1, 2))
     assert whole(one.valid) == whole(same.valid) != whole(other.valid)
     assert one.fingerprint == same.fingerprint != other.fingerprint
     assert sorted(whole(one.train) + whole(one.valid)) == sorted(
@@ -51,7 +52,7 @@ def test_a_seeded_draw_validates_where_it_is_not(tmp_path):
 def test_test_sessions_change_nothing_that_is_trained_on(tmp_path):
     path = write(tmp_path / 'a.npz')
     other = write(tmp_path / 'b.npz', test_items=arrays()['test_items'][::-1].copy())
-    one, two = (npz.load(p, ordered=True, valid=0.1, seed=0) for p in (path, other))
+    one, two = (source_ids.load(p, ordered=True, valid=0.1, seed=0) for p in (path, other))
     assert whole(one.train) == whole(two.train)
     np.testing.assert_array_equal(one.warm, two.warm)
 
@@ -65,7 +66,7 @@ def test_test_sessions_change_nothing_that_is_trained_on(tmp_path):
 def test_refusals_name_file_and_array(tmp_path, changes, told):
     path = write(tmp_path / 'a.npz', **changes)
     with pytest.raises(InputError, match=told) as error:
-        npz.load(path, ordered=True, valid=0.1, seed=0)
+        source_ids.load(path, ordered=True, valid=0.1, seed=0)
     assert str(path) in str(error.value)
 
 
@@ -73,21 +74,21 @@ def test_a_missing_array_a_cut_file_and_no_file(tmp_path):
     path = tmp_path / 'a.npz'
     np.savez(path, train_items=np.array([1]))
     with pytest.raises(InputError, match='has no array train_offsets'):
-        npz.read(path)
+        source_ids.read(path)
     write(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match='is no usable'):
-        npz.read(path)
+        source_ids.read(path)
     with pytest.raises(InputError, match='cannot be read'):
-        npz.read(tmp_path / 'none.npz')
+        source_ids.read(tmp_path / 'none.npz')
     with pytest.raises(InputError, match=r'config\.data\.valid=40'):
-        npz.load(write(path), ordered=True, valid=40, seed=0)
+        source_ids.load(write(path), ordered=True, valid=40, seed=0)
 
 
 def test_the_global_graph_counts_both_ways_within_the_window():
     train = sessions.Sessions(np.array([1, 2, 3, 2, 4, 1, 2], np.int32), np.array([0, 5, 7]),
                               np.zeros(2, np.int64))
-    ids, weights = graph.neighbours(train, 5, window=2, most=2)
+    ids, weights = item_graphs.neighbours(train, 5, window=2, most=2)
     # by hand: 1-2 twice, 1-3 once, 2-3 twice (2 2 are one item), 2-4, 3-4 once
     np.testing.assert_array_equal(ids, [[0, 0], [2, 3], [1, 3], [2, 1], [2, 3], [0, 0]])
     np.testing.assert_allclose(weights, [[0, 0], [2 / 3, 1 / 3], [.5, .5], [2 / 3, 1 / 3],

@@ -8,9 +8,10 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from tpad_jax.data import batches, builder, pipeline
+from tpad_jax.data import batches, catalogue
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError
 
 V, N = 30, 4  # items; longest prefix, shorter than most sessions
@@ -24,7 +25,7 @@ def data():
     sessions = Sessions(rng.integers(1, V + 1, lengths.sum()).astype(np.int32),
                         np.append(0, np.cumsum(lengths)).astype(np.int64), np.arange(40))
     names = [''] + [f'A{item}' for item in range(1, V + 1)]
-    return pipeline.Data(asins=names, titles=names, texts=names, image_bytes=None,
+    return catalogue.Data(asins=names, titles=names, texts=names, image_bytes=None,
                          has_image=np.arange(V + 1) > 0, side=np.zeros((V + 1, 3), np.int32),
                          side_sizes=(1, 1, 1), train=sessions, valid=sessions, test=sessions,
                          warm=np.arange(V + 1) > 0, lines={}, audit={}, fingerprint='f',
@@ -35,7 +36,7 @@ def data():
 def content():
     """Every pixel and token of item i is i."""
     item = np.arange(V + 1)
-    return pipeline.Content(
+    return catalogue.Content(
         image=np.broadcast_to(item[:, None, None, None], (V + 1, 2, 2, 3)).astype(np.uint8),
         has_image=item % 2 == 1, tokens=np.repeat(item[:, None], 5, axis=1).astype(np.int32),
         broken=0)
@@ -166,7 +167,7 @@ def test_widest_batch_fits(content):
     items = np.arange(1, V + 1, dtype=np.int32)
     starts = np.arange(0, V + 1, N + 1)
     wide = Sessions(items, starts, np.arange(len(starts) - 1))
-    data = pipeline.Data([''] * (V + 1), [], [], None, None, None, (1, 1, 1), wide, wide, wide,
+    data = catalogue.Data([''] * (V + 1), [], [], None, None, None, (1, 1, 1), wide, wide, wide,
                          None, {}, {}, '', '2023')
     batch, = take(batches.session_batches(data, batch_size=6, seed=0, max_length=N, shards=2,
                                           every_prefix=False, content=content), 1)
@@ -216,7 +217,7 @@ def test_indivisible_batch_is_refused(data, content):
 
 def test_nothing_to_train_on_is_refused():
     none = Sessions(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
-    data = pipeline.Data([''], [], [], None, None, None, (1, 1, 1), none, none, none, None, {}, {},
+    data = catalogue.Data([''], [], [], None, None, None, (1, 1, 1), none, none, none, None, {}, {},
                          '', '2023')
     with pytest.raises(InputError, match='nothing to train on'):
         batches.session_batches(data, batch_size=2, seed=0, max_length=N)
@@ -231,7 +232,7 @@ def encoded(colour):
 def test_content_is_decoded_once(tmp_path, monkeypatch):
     """Item 1 red, 2 without a file, 3 broken, 4 blue; read back through the table of images."""
     pictures = [encoded('red'), b'', b'no image', encoded('blue')]
-    builder.write_table(tmp_path, 'images', {'images': [{'image': one} for one in pictures]})
+    amazon_tables.write_table(tmp_path, 'images', {'images': [{'image': one} for one in pictures]})
     vocabulary = {'[PAD]': 0, '[UNK]': 1, 'red': 2, 'toy': 3}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='[UNK]'))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -240,15 +241,15 @@ def test_content_is_decoded_once(tmp_path, monkeypatch):
     (tmp_path / 'words' / 'tokenizer_config.json').write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}')
     none = Sessions(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
-    data = pipeline.Data(asins=['', 'a', 'b', 'c', 'd'], titles=[],
+    data = catalogue.Data(asins=['', 'a', 'b', 'c', 'd'], titles=[],
                          texts=['', 'red toy', 'toy toy toy toy', 'unheard', ''],
-                         image_bytes=pipeline.ImageBytes(tmp_path),
+                         image_bytes=catalogue.ImageBytes(tmp_path),
                          has_image=np.array([False, True, False, True, True]), side=None,
                          side_sizes=(1, 1, 1), train=none, valid=none, test=none, warm=None,
                          lines={}, audit={}, fingerprint='f' * 64, form='2023')
 
     def content(size=8):
-        return pipeline.content(data, tmp_path, image_size=size, text_length=3,
+        return catalogue.content(data, tmp_path, image_size=size, text_length=3,
                                 tokenizer_dir=tmp_path / 'words')
     first = content()
     colours = np.zeros((5, 3), np.uint8)
@@ -267,7 +268,7 @@ def test_content_is_decoded_once(tmp_path, monkeypatch):
 
     def read(encoded, size):
         raise AssertionError('decoded again')
-    monkeypatch.setattr(pipeline.images, 'read', read)
+    monkeypatch.setattr(catalogue.images, 'read', read)
     again = content()
     np.testing.assert_array_equal(again.image, first.image)
     np.testing.assert_array_equal(again.has_image, first.has_image)

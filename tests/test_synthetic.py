@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from scipy.stats import chi2
 
-from tpad_jax.data import rendering, silhouettes, synthetic, wording
+from tpad_jax.data.synthetic import planted as synthetic_planted
+from tpad_jax.data.synthetic import rendering, silhouettes, wording
 from tpad_jax.errors import InputError
 
 
@@ -41,7 +42,7 @@ def prefixes_and_targets(sessions):
 
 
 def test_draw_keeps_the_definition():
-    planted = synthetic.draw(4, items=5000)
+    planted = synthetic_planted.draw(4, items=5000)
     for row, weights in enumerate(planted.category_weights):
         assert sorted(weights)[-4:] == [1e-4, 0.1, 0.3, 0.6]
         assert weights[row] == 1e-4
@@ -53,25 +54,25 @@ def test_draw_keeps_the_definition():
     for column, size in enumerate((12, 8, 5, 8, 5)):
         counts = np.bincount(planted.attributes[:, column], minlength=size)
         assert ((counts - 5000 / size) ** 2 / (5000 / size)).sum() < chi2.ppf(0.9999, size - 1)
-    assert not np.array_equal(planted.attributes, synthetic.draw(5, items=5000).attributes)
+    assert not np.array_equal(planted.attributes, synthetic_planted.draw(5, items=5000).attributes)
 
 
 @pytest.mark.parametrize('warm_only', [False, True])
 def test_probabilities_are_the_definition(warm_only):
-    planted = synthetic.draw(0, items=90)
+    planted = synthetic_planted.draw(0, items=90)
     prefixes = [[7], [3, 3], [1, 50, 90], [90, 2, 17, 44]]
     padded = np.array([prefix + [0] * (4 - len(prefix)) for prefix in prefixes])
-    got = synthetic.probabilities(planted, padded, warm_only)
+    got = synthetic_planted.probabilities(planted, padded, warm_only)
     want = np.stack([by_definition(planted, prefix, warm_only) for prefix in prefixes])
     np.testing.assert_allclose(got, want, rtol=1e-12)
     with pytest.raises(ValueError, match='empty'):
-        synthetic.probabilities(planted, np.zeros((1, 3), int))
+        synthetic_planted.probabilities(planted, np.zeros((1, 3), int))
 
 
 @pytest.mark.parametrize('warm_only', [False, True])
 def test_sessions_follow_the_first_item_and_length_laws(warm_only):
-    planted = synthetic.draw(1, items=40)
-    sessions = synthetic.sample_sessions(planted, 20_000, np.random.default_rng(0), warm_only)
+    planted = synthetic_planted.draw(1, items=40)
+    sessions = synthetic_planted.sample_sessions(planted, 20_000, np.random.default_rng(0), warm_only)
     lengths = (sessions > 0).sum(1)
     assert ((sessions > 0) == (np.arange(8) < lengths[:, None])).all()
     counts = np.bincount(lengths, minlength=9)[2:]
@@ -90,12 +91,12 @@ def test_sessions_follow_the_first_item_and_length_laws(warm_only):
 
 def oracle_errors(draws, warm_only=False):
     """Sampled minus exact hit@20 over all, warm and cold targets, in standard errors."""
-    planted = synthetic.draw(0)
-    sessions = synthetic.sample_sessions(planted, draws // 4, np.random.default_rng(9), warm_only)
+    planted = synthetic_planted.draw(0)
+    sessions = synthetic_planted.sample_sessions(planted, draws // 4, np.random.default_rng(9), warm_only)
     rows, targets = prefixes_and_targets(sessions)
     errors = {'all': [0.0, 0.0], 'warm': [0.0, 0.0], 'cold': [0.0, 0.0]}
     for begin in range(0, len(rows), 2000):
-        p = synthetic.probabilities(planted, rows[begin:begin + 2000], warm_only)
+        p = synthetic_planted.probabilities(planted, rows[begin:begin + 2000], warm_only)
         top = np.argpartition(-p, 20, axis=1)[:, :20]
         mass, cold = np.take_along_axis(p, top, 1), planted.cold[top]
         hit = top == targets[begin:begin + 2000, None] - 1
@@ -122,11 +123,11 @@ def test_the_oracle_equals_sampling_over_200_000_draws():
 
 @pytest.mark.parametrize('warm_only', [False, True])
 def test_what_follows_one_item_is_sampled_as_stated(warm_only):
-    planted = synthetic.draw(2, items=60)
+    planted = synthetic_planted.draw(2, items=60)
     popular = int(np.argmax(np.where(planted.cold, 0, planted.popularity))) + 1
-    sessions = synthetic.sample_sessions(planted, 60_000, np.random.default_rng(3), warm_only)
+    sessions = synthetic_planted.sample_sessions(planted, 60_000, np.random.default_rng(3), warm_only)
     followers = sessions[sessions[:, 0] == popular, 1] - 1
-    law = synthetic.probabilities(planted, np.array([[popular]]), warm_only)[0]
+    law = synthetic_planted.probabilities(planted, np.array([[popular]]), warm_only)[0]
     expected, counts = len(followers) * law, np.bincount(followers, minlength=60)
     kept = law > 0
     assert len(followers) > 1000
@@ -136,24 +137,24 @@ def test_what_follows_one_item_is_sampled_as_stated(warm_only):
 
 
 def test_smaller_samples_are_parts_of_larger_ones_and_chunks_change_nothing():
-    planted = synthetic.draw(0, items=50)
-    large = synthetic.sample_sessions(planted, 300, np.random.default_rng(1), chunk=64)
-    small = synthetic.sample_sessions(planted, 100, np.random.default_rng(1))
+    planted = synthetic_planted.draw(0, items=50)
+    large = synthetic_planted.sample_sessions(planted, 300, np.random.default_rng(1), chunk=64)
+    small = synthetic_planted.sample_sessions(planted, 100, np.random.default_rng(1))
     np.testing.assert_array_equal(large[:100], small)
 
 
 def test_catalogue_probabilities_follow_a_permuted_catalogue():
-    planted = synthetic.draw(0, items=30)
+    planted = synthetic_planted.draw(0, items=30)
     order = np.random.default_rng(0).permutation(30) + 1
-    asins = ['', *(synthetic.asin(k) for k in order)]
-    got = synthetic.catalogue_probabilities(planted, asins)(np.array([[5, 9, 0], [1, 0, 0]]))
-    want = synthetic.probabilities(planted, np.array([[order[4], order[8], 0], [order[0], 0, 0]]))
+    asins = ['', *(synthetic_planted.asin(k) for k in order)]
+    got = synthetic_planted.catalogue_probabilities(planted, asins)(np.array([[5, 9, 0], [1, 0, 0]]))
+    want = synthetic_planted.probabilities(planted, np.array([[order[4], order[8], 0], [order[0], 0, 0]]))
     assert (got[:, 0] == 0).all()
     for row in range(30):
         np.testing.assert_array_equal(got[:, row + 1], want[:, order[row] - 1])
     for unusable in (asins[:-1], [*asins[:-1], asins[1]], [*asins[:-1], 'B00000001X']):
         with pytest.raises(InputError):
-            synthetic.catalogue_probabilities(planted, unusable)
+            synthetic_planted.catalogue_probabilities(planted, unusable)
 
 
 def said_in(title, brand, description):
@@ -164,7 +165,7 @@ def said_in(title, brand, description):
 
 def test_texts_mention_attributes_at_the_stated_rates():
     items = 12_000
-    attributes = synthetic.draw(3, items).attributes
+    attributes = synthetic_planted.draw(3, items).attributes
     said = [said_in(*words) for words in zip(
         *wording.texts(attributes, np.random.default_rng(0)), strict=True)]
     for column, rate in enumerate((0.9, 0.9, 0.6, 0.4, 0.7)):
@@ -178,7 +179,7 @@ def test_texts_mention_attributes_at_the_stated_rates():
 
 
 def test_texts_are_short_and_of_few_words():
-    attributes = synthetic.draw(3, 12_000).attributes
+    attributes = synthetic_planted.draw(3, 12_000).attributes
     titles, brands, descriptions = wording.texts(attributes, np.random.default_rng(0))
     assert all(titles)
     for words in zip(titles, brands, descriptions, strict=True):
@@ -256,8 +257,8 @@ SMALL = {'items': 40, 'train': 50, 'valid': 10, 'test': 20}
 
 
 def test_write_leaves_the_sessions_it_sampled(tmp_path):
-    synthetic.write(tmp_path / 'raw', seed=6, **SMALL)
-    planted = synthetic.draw(6, 40)
+    synthetic_planted.write(tmp_path / 'raw', seed=6, **SMALL)
+    planted = synthetic_planted.draw(6, 40)
     lines = [json.loads(line) for line in (tmp_path / 'raw/Planted.jsonl').read_text().splitlines()]
     users = {}
     for line in lines:
@@ -269,7 +270,7 @@ def test_write_leaves_the_sessions_it_sampled(tmp_path):
     in_time = sorted(users.values())
     for before, after in pairwise(in_time):
         assert before[-1][0] < after[0][0]
-    cold = {synthetic.asin(k + 1) for k in np.flatnonzero(planted.cold)}
+    cold = {synthetic_planted.asin(k + 1) for k in np.flatnonzero(planted.cold)}
     assert len(cold) == 6
     training = {name for events in in_time[:50] for _, name in events}
     later = {name for events in in_time[50:] for _, name in events}
@@ -285,9 +286,9 @@ def test_write_leaves_the_sessions_it_sampled(tmp_path):
 
 
 def test_write_is_a_pure_function_of_its_options(tmp_path):
-    synthetic.write(tmp_path / 'a', seed=6, **SMALL)
-    synthetic.write(tmp_path / 'b', seed=6, **SMALL)
-    synthetic.write(tmp_path / 'scarce', seed=6, **{**SMALL, 'train': 20, 'noise': 0.24})
+    synthetic_planted.write(tmp_path / 'a', seed=6, **SMALL)
+    synthetic_planted.write(tmp_path / 'b', seed=6, **SMALL)
+    synthetic_planted.write(tmp_path / 'scarce', seed=6, **{**SMALL, 'train': 20, 'noise': 0.24})
     a, b, scarce = (digests(tmp_path / name) for name in ('a', 'b', 'scarce'))
     assert a == b
     assert a['meta_Planted.jsonl'] == scarce['meta_Planted.jsonl']
@@ -303,18 +304,18 @@ def test_write_is_a_pure_function_of_its_options(tmp_path):
 
 
 def test_write_never_mixes_two_catalogues(tmp_path):
-    synthetic.write(tmp_path / 'raw', seed=6, **SMALL)
+    synthetic_planted.write(tmp_path / 'raw', seed=6, **SMALL)
     before = digests(tmp_path / 'raw')
-    synthetic.write(tmp_path / 'raw', seed=6, **SMALL)
+    synthetic_planted.write(tmp_path / 'raw', seed=6, **SMALL)
     with pytest.raises(InputError, match='another directory'):
-        synthetic.write(tmp_path / 'raw', seed=7, **SMALL)
+        synthetic_planted.write(tmp_path / 'raw', seed=7, **SMALL)
     assert digests(tmp_path / 'raw') == before
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other/mine.txt').write_text('mine')
     with pytest.raises(InputError, match='no planted catalogue'):
-        synthetic.write(tmp_path / 'other', seed=6, **SMALL)
+        synthetic_planted.write(tmp_path / 'other', seed=6, **SMALL)
     with pytest.raises(InputError, match='noise'):
-        synthetic.write(tmp_path / 'new', seed=6, **SMALL, noise=-1)
+        synthetic_planted.write(tmp_path / 'new', seed=6, **SMALL, noise=-1)
     with pytest.raises(InputError, match='items'):
-        synthetic.write(tmp_path / 'new', seed=6, items=1)
+        synthetic_planted.write(tmp_path / 'new', seed=6, items=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['other', 'raw']

@@ -10,7 +10,7 @@ import pytest
 from tests.test_mixture import N, V, part
 from tpad_jax import check, metrics, topk
 from tpad_jax import config as base
-from tpad_jax.data import graph
+from tpad_jax.data import item_graphs
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
@@ -31,7 +31,7 @@ def train():
 
 @pytest.fixture(scope='module')
 def company(train):
-    return graph.companions(train, V, most=MOST)
+    return item_graphs.companions(train, V, most=MOST)
 
 
 def prefixes(count=16):

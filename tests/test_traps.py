@@ -12,8 +12,11 @@ import pytest
 from configs import sessions as configs
 from tpad_jax import baselines, evaluate, job, metrics, slices
 from tpad_jax.core import writers
-from tpad_jax.data import builder, graph, pipeline, sessions, synthetic, text
+from tpad_jax.data import catalogue as data_catalogue
+from tpad_jax.data import item_graphs, sessions, text
 from tpad_jax.data.sessions import Rows, Sessions
+from tpad_jax.data.sources import amazon_tables
+from tpad_jax.data.synthetic import planted
 from tpad_jax.distributed import devices
 from tpad_jax.models import tpad
 from tpad_jax.scoring import scorer
@@ -57,7 +60,7 @@ def neural(encoder, **rates):
     c = configs.get_config(f'diginetica,{encoder}').model
     c.update(width=8, features=8, **rates)
     spec = tpad.build(None, c, recommend=(), items=V, max_length=N, side_sizes=())
-    near, weight = graph.neighbours(TRAIN, V, most=4)
+    near, weight = item_graphs.neighbours(TRAIN, V, most=4)
     catalogue = jax.tree.map(jnp.asarray, {
         'warm': WARM, 'side': np.zeros((V + 1, 0), np.int32), 'near': near, 'near_weight': weight})
     shapes = jax.eval_shape(partial(tpad.recommender_init, spec=spec), jax.random.key(0),
@@ -240,7 +243,7 @@ def test_first_items_and_targets_in_a_prefix_are_caught():
 
 def raw_files(directory, half):
     """The planted catalogue's raw files, test sessions redrawn from one half of the items."""
-    synthetic.write(directory, seed=0, items=40, train=120, valid=20, test=40, noise=0.1)
+    planted.write(directory, seed=0, items=40, train=120, valid=20, test=40, noise=0.1)
     file = directory / 'Planted.jsonl'
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     begun = {}
@@ -251,15 +254,15 @@ def raw_files(directory, half):
     for line in lines:
         if line['user_id'] in last:
             item = int(rng.integers(1, 21)) + 20 * half
-            line['asin'] = line['parent_asin'] = synthetic.asin(item)
+            line['asin'] = line['parent_asin'] = planted.asin(item)
     file.write_text(''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def prepared(directory, half):
     raw_files(directory / 'raw', half)
-    builder.prepare(directory / 'raw', directory / 'data', gap_hours=0.1, core=5, min_length=2,
+    amazon_tables.prepare(directory / 'raw', directory / 'data', gap_hours=0.1, core=5, min_length=2,
                     valid=20, test=40, seed=0)
-    return pipeline.load(directory / 'data')
+    return data_catalogue.load(directory / 'data')
 
 
 @pytest.fixture(scope='module')
@@ -288,7 +291,7 @@ def test_tables_counted_on_test_are_caught(two):
         return {'warm': sessions.warm_items(both, data.num_items),
                 'filter': sessions.k_core(both, 8).items,
                 'popularity': slices.popularity_quartiles(counts),
-                'graph': graph.neighbours(both, data.num_items)}
+                'graph': item_graphs.neighbours(both, data.num_items)}
 
     a, b = (faulty(data) for data in two)
     assert not any(same(a[name], b[name]) for name in a)

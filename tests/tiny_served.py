@@ -16,8 +16,8 @@ from tests import tiny_base
 from tpad_jax import bases, encode, recommenders, served
 from tpad_jax.config import names
 from tpad_jax.data import images, text
-from tpad_jax.data.graph import companions, neighbours
-from tpad_jax.data.pipeline import Content, Data
+from tpad_jax.data.catalogue import Content, Data
+from tpad_jax.data.item_graphs import companions, neighbours
 from tpad_jax.data.sessions import Sessions, counts
 from tpad_jax.distributed.devices import Devices
 from tpad_jax.models import tpad

@@ -15,7 +15,7 @@ from tpad_jax import config as base
 from tpad_jax import encode, fitting, training
 from tpad_jax.checkpoint import Checkpoints
 from tpad_jax.data import batches
-from tpad_jax.data.pipeline import Content, Data
+from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad

@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from tpad_jax import bases, plan
 from tpad_jax.check import check
 from tpad_jax.config import names
-from tpad_jax.data import builder, npz, pipeline, ready, synthetic, text, wording
+from tpad_jax.data import catalogue as data_catalogue
+from tpad_jax.data import text
+from tpad_jax.data.sources import amazon_tables, folder, ids
+from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
 from tpad_jax.models import tpad
@@ -63,21 +66,21 @@ def facts(config, workdir: Path, items: int | None) -> tuple[int, tuple[int, ...
         sizes = () if c.npz else (1, 1, text.PRICE_LEVELS + 1)  # of brands nobody knows
         return items, sizes, c.max_length, '--plan_items'
     if c.npz:
-        data = npz.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
+        data = ids.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
         return data.num_items, (), c.max_length, c.npz
     if c.ready:
-        data = ready.load(c.ready, words=names(c.words), sides=names(c.sides), ordered=c.ordered,
+        data = folder.load(c.ready, words=names(c.words), sides=names(c.sides), ordered=c.ordered,
                           valid=c.valid, seed=c.seed)
         return data.num_items, data.side_sizes, c.max_length, c.ready
     if not c.raw_dir:
         sizes = (len(wording.BRANDS) + 1, len(wording.CATEGORIES) + 1, text.PRICE_LEVELS + 1)
-        longest = min(c.max_length, synthetic.LENGTHS[1] - 1)
+        longest = min(c.max_length, planted.LENGTHS[1] - 1)
         return c.planted['items'], sizes, longest, 'the planted catalogue'
     where = workdir / 'data'
-    if not (where / builder.FINISHED).is_file():
+    if not (where / amazon_tables.FINISHED).is_file():
         raise InputError(f'{where} holds no prepared data yet, so the number of items is not '
                          'known: say it with --plan_items=N, or name a workdir that has them')
-    data = pipeline.load(where)
+    data = data_catalogue.load(where)
     return data.num_items, data.side_sizes, c.max_length, str(where)
 
 

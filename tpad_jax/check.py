@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tpad_jax import bases, handover, losses, recommenders, training
 from tpad_jax.config import names
-from tpad_jax.data import amazon
+from tpad_jax.data.sources import amazon
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.losses import checking, distillation
@@ -126,7 +126,7 @@ def check(config, among=None) -> tuple[str, ...]:
                          'give one')
     if config.data.ready and not Path(config.data.ready).is_dir():
         raise InputError(f'config.data.ready={config.data.ready} is no directory; give one with '
-                         'sessions.npz and items.jsonl, see tpad_jax/data/ready.py')
+                         'sessions.npz and items.jsonl, see tpad_jax/data/sources/folder.py')
     if config.data.raw_dir:
         amazon.find(config.data.raw_dir)
     _one_of('mllm.tokenizer', config.mllm.tokenizer, ('', 'own'))
@@ -266,7 +266,7 @@ def _check_ready_made(config, stages):
                              'sessions; give one')
     if not Path(config.data.npz).is_file():
         raise InputError(f'config.data.npz={config.data.npz} is no file; give an .npz of sessions, '
-                         'see tpad_jax/data/npz.py')
+                         'see tpad_jax/data/sources/ids.py')
     if stages != ('recommend',) or config.model.recommend or any(
             names(rival.recommend) for rival in config.rivals.values()):
         raise InputError('config.data.npz holds item ids without content: set config.stages='

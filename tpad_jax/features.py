@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tpad_jax.data import given
+from tpad_jax.data.sources import external_features
 from tpad_jax.errors import InputError
 
 PARTIAL = '.partial'  # ends the names of files that are being written
 SHOWN = 5  # part numbers an error names
 
-read_external = given.read  # rows computed elsewhere, in a file of another form
+read_external = external_features.read  # rows computed elsewhere, in a file of another form
 
 
 def fill(directory, make: Callable[[list[int]], Iterable], *, parts: Sequence[np.ndarray],

@@ -34,18 +34,10 @@ from tpad_jax.check import MAKES, STAGES, check, check_inputs
 from tpad_jax.checkpoint import Checkpoints, claim, enter
 from tpad_jax.config import names
 from tpad_jax.core import writers
-from tpad_jax.data import (
-    batches,
-    builder,
-    graph,
-    npz,
-    pipeline,
-    ready,
-    sessions,
-    synthetic,
-    text,
-    wording,
-)
+from tpad_jax.data import batches, item_graphs, sessions, text
+from tpad_jax.data import catalogue as data_catalogue
+from tpad_jax.data.sources import amazon_tables, folder, ids
+from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
@@ -78,19 +70,19 @@ class Job:
             self.data = self._read()
         self.max_length = config.data.max_length
         if self.planted is not None:
-            self.max_length = min(self.max_length, synthetic.LENGTHS[1] - 1)
+            self.max_length = min(self.max_length, planted.LENGTHS[1] - 1)
         self.final = self.data
         last_only = config.data.protocol == 'published' and config.data.published_last_only
         split = partial(sessions.rows, max_length=self.max_length, every_prefix=not last_only)
         self.valid, self.test = split(self.data.valid), split(self.data.test)
 
-    def _read(self) -> pipeline.Data:
+    def _read(self) -> data_catalogue.Data:
         """Ready-made sessions, with content or without, raw files, or the planted catalogue."""
         c = self.config.data
         if c.npz:
-            return npz.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
+            return ids.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
         if c.ready:
-            return ready.load(c.ready, words=names(c.words), sides=names(c.sides),
+            return folder.load(c.ready, words=names(c.words), sides=names(c.sides),
                               ordered=c.ordered, valid=c.valid, seed=c.seed)
         cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed,
                    bad_share=c.bad_share)
@@ -99,11 +91,11 @@ class Job:
             cut.update(core=c.core, valid=c.valid, test=c.test)
         else:
             raw_dir, p = self.workdir / 'raw', c.planted
-            synthetic.write(raw_dir, **p)
-            self.planted = synthetic.draw(p.seed, p['items'])
+            planted.write(raw_dir, **p)
+            self.planted = planted.draw(p.seed, p['items'])
             cut.update(core=1, valid=p.valid, test=p.test)  # every session is a user of its own
-        builder.prepare(raw_dir, self.workdir / 'data', **cut)
-        return pipeline.load(self.workdir / 'data')
+        amazon_tables.prepare(raw_dir, self.workdir / 'data', **cut)
+        return data_catalogue.load(self.workdir / 'data')
 
     def build(self, stages, console) -> None:
         """Read content, the base and the first parameters; the slow part of preparing."""
@@ -121,7 +113,7 @@ class Job:
         with hosts.one_first('content'):
             if c.mllm.tokenizer == 'own':
                 text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
-            self.content = pipeline.content(data, where, image_size=base.image_size,
+            self.content = data_catalogue.content(data, where, image_size=base.image_size,
                                             tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
                                             else base.directory, text_length=c.mllm.text_length,
                                             bad_share=c.data.bad_share)
@@ -135,8 +127,8 @@ class Job:
                           f'{given.repeated} rows said twice', markup=False, highlight=False)
             self.catalogue['given'] = jnp.asarray(given.rows)
         if self.planted is not None:
-            self.probabilities = synthetic.catalogue_probabilities(self.planted, data.asins)
-            self.attributes = self.planted.attributes[synthetic.planted_ids(data.asins)[1:] - 1]
+            self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)
+            self.attributes = self.planted.attributes[planted.planted_ids(data.asins)[1:] - 1]
             hot = [np.eye(n, dtype=np.float32)[a]
                    for n, a in zip(wording.SIZES, self.attributes.T, strict=True)]
             self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
@@ -170,10 +162,10 @@ class Job:
         rows = {'warm': data.warm, 'side': data.side,
                 'popularity': sessions.counts(data.train, data.num_items).astype(np.float32)}
         if c.encoder == 'gce_gnn':
-            rows['near'], rows['near_weight'] = graph.neighbours(
+            rows['near'], rows['near_weight'] = item_graphs.neighbours(
                 data.train, data.num_items, window=c.near_window, most=c.near)
         if c.together:
-            rows['together'], rows['together_lift'] = graph.companions(
+            rows['together'], rows['together_lift'] = item_graphs.companions(
                 data.train, data.num_items, most=c.together)
         self.catalogue = {**self.catalogue, **jax.tree.map(jnp.asarray, rows)}
 

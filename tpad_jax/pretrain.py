@@ -22,7 +22,8 @@ import optax
 from absl import app, flags
 from PIL import Image
 
-from tpad_jax.data import images, rendering, text, wording
+from tpad_jax.data import images, text
+from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.models import pretrained
 from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.models.mllm import MLLM

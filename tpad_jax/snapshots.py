@@ -19,7 +19,8 @@ from rich.console import Console
 
 from tpad_jax import diagnostics, losses, probes
 from tpad_jax.core import writers
-from tpad_jax.data import batches, sessions, wording
+from tpad_jax.data import batches, sessions
+from tpad_jax.data.synthetic import wording
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import tpad
 from tpad_jax.models.knowledge import MODALITIES

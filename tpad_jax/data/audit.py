@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import expit
 
 from tpad_jax.data.sessions import DAY, Sessions
-from tpad_jax.data.shuffle import GAINS, shuffle_test
+from tpad_jax.data.shuffle_test import GAINS, shuffle_test
 
 MIN_SEEN = 6  # times a pair of items must be adjacent to say something about direction
 MIN_PAIRS = 30  # such pairs, below which the order test says nothing

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data.pipeline import Content, Data
+from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.errors import InputError
 
 SCANNED = 10_000  # steps whose batches are looked at beforehand, seconds of work

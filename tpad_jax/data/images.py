@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tpad_jax.data.files import Reason, inside
+from tpad_jax.data.untrusted import Reason, inside
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # whatever the file is called
 MAX_PIXELS = 40_000_000  # 120 MB decoded; a product photo has a tenth of it

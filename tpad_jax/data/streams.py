@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tpad_jax.data.files import Lines, Reason
+from tpad_jax.data.untrusted import Lines, Reason
 from tpad_jax.errors import InputError
 
 STREAM = '-'

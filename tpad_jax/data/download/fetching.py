@@ -25,7 +25,7 @@ from tpad_jax.data import images
 from tpad_jax.data.download.addresses import Guarded, Refused
 from tpad_jax.data.download.hosts import Failed, Host, Limits
 from tpad_jax.data.download.journal import VALIDATOR, Begun, Journal
-from tpad_jax.data.files import Reason
+from tpad_jax.data.untrusted import Reason
 from tpad_jax.errors import UNWRITABLE
 
 REDIRECTS, MAX_REDIRECTS = frozenset({301, 302, 303, 307, 308}), 5

@@ -6,7 +6,7 @@ import time
 from typing import NamedTuple
 
 from tpad_jax.data import images
-from tpad_jax.data.files import Reason
+from tpad_jax.data.untrusted import Reason
 
 LONGEST_HOLD = 600  # seconds; a host that wants more is left for another run
 GIVE_UP = 20  # pictures of a host in a row without an answer; the others are left for another run

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from tpad_jax.data.files import Lines
+from tpad_jax.data.untrusted import Lines
 from tpad_jax.errors import InputError
 
 # what If-Range may say: a strong entity tag, or a date; it goes into a request's head

@@ -13,12 +13,13 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tpad_jax.data import amazon, images
+from tpad_jax.data import images
 from tpad_jax.data.download.addresses import Guarded
 from tpad_jax.data.download.fetching import Fetcher, host_of
 from tpad_jax.data.download.hosts import Failed, Limits
 from tpad_jax.data.download.journal import Journal
-from tpad_jax.data.files import stay_inside
+from tpad_jax.data.sources import amazon
+from tpad_jax.data.untrusted import stay_inside
 from tpad_jax.errors import InputError
 
 POLL = 0.2  # seconds between two looks for a signal

@@ -6,7 +6,7 @@ cannot be seen. Everything else (place, size, pattern phase, background, noise) 
 
 import numpy as np
 
-from tpad_jax.data.silhouettes import GRID, MARGIN, distance_fields
+from tpad_jax.data.synthetic.silhouettes import GRID, MARGIN, distance_fields
 
 SIDE = 64
 NOISE = 0.12

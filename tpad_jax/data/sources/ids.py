@@ -18,9 +18,9 @@ import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.audit import audit
-from tpad_jax.data.files import DAMAGE, PACKINGS
-from tpad_jax.data.pipeline import Data
+from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.data.untrusted import DAMAGE, PACKINGS
 from tpad_jax.errors import InputError
 
 PARTS = 'train', 'test'

@@ -21,10 +21,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from tpad_jax.data import images, npz, text
+from tpad_jax.data import images, text
 from tpad_jax.data.audit import audit
-from tpad_jax.data.files import DAMAGE, PACKINGS, Lines, Reason, stay_inside
-from tpad_jax.data.pipeline import Data
+from tpad_jax.data.catalogue import Data
+from tpad_jax.data.sources import ids as source_ids
+from tpad_jax.data.untrusted import DAMAGE, PACKINGS, Lines, Reason, stay_inside
 from tpad_jax.errors import InputError
 
 SESSIONS, ITEMS, IMAGES = 'sessions.npz', ('items.jsonl', 'items.jsonl.gz'), 'images'
@@ -83,14 +84,14 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     """
     directory, words, sides = Path(directory), tuple(words), tuple(sides)
     stay_inside(directory / SESSIONS, directory)
-    train, test, digest = npz.read(directory / SESSIONS)
-    train, held = npz.hold_out(train, ordered=ordered, valid=valid, seed=seed)
-    found = npz.data(train, held, test)
+    train, test, digest = source_ids.read(directory / SESSIONS)
+    train, held = source_ids.hold_out(train, ordered=ordered, valid=valid, seed=seed)
+    found = source_ids.data(train, held, test)
     numbers = _numbers(directory / SESSIONS, found.num_items)
     file = next((directory / name for name in ITEMS if (directory / name).is_file()), None)
     if file is None:
         raise InputError(f'{directory} holds no items.jsonl or items.jsonl.gz; put the items '
-                         'there, a JSON object per line, see tpad_jax/data/ready.py')
+                         'there, a JSON object per line, see tpad_jax/data/sources/folder.py')
     stay_inside(file, directory)
     items, read, blank = _items(file)
     absent = [n for n in numbers[1:] if n not in items]
@@ -152,7 +153,7 @@ def _columns(values, warm):
 
 def _numbers(file, last):
     """The `item` of every id, int [V + 1]; [0] means nothing."""
-    found = npz.unpack(file)[0].get('catalog_item')
+    found = source_ids.unpack(file)[0].get('catalog_item')
     if found is None:
         return list(range(last + 1))
     if found.ndim != 1 or found.dtype.kind not in 'iu' or len(found) <= last:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import distance_transform_edt
 
-from tpad_jax.data.wording import CATEGORIES
+from tpad_jax.data.synthetic.wording import CATEGORIES
 
 MARGIN = 0.2  # the field reaches this far beyond the unit square the silhouettes stand in
 GRID = 140  # samples per side of the stored field

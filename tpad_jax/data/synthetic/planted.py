@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from tpad_jax.data import rendering, wording
+from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.errors import InputError
 
 # The definition. None of these is a knob.

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from tpad_jax.data import builder, images, text
+from tpad_jax.data import images, text
 from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data.files import SHOWN, reasons
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.data.sources import amazon_tables
+from tpad_jax.data.untrusted import SHOWN, reasons
 from tpad_jax.errors import InputError
 
 READ_CHUNK = 16_384  # records per read
@@ -31,7 +32,7 @@ class ImageBytes(Sequence):
     """The encoded images by item id; b'' for the padding item 0 and where there is none."""
 
     def __init__(self, data_dir):
-        self._source = builder.read_table(data_dir, 'images', 'images')
+        self._source = amazon_tables.read_table(data_dir, 'images', 'images')
 
     def __len__(self) -> int:
         return len(self._source) + 1
@@ -112,7 +113,7 @@ def load(data_dir) -> Data:
     Raises:
       InputError: nothing finished is in data_dir.
     """
-    finished = builder.read_finished(data_dir)
+    finished = amazon_tables.read_finished(data_dir)
     items = _items(data_dir)
     train, valid, test = (_sessions(data_dir, split) for split in ('train', 'valid', 'test'))
     warm = sessions_lib.warm_items(train, items.height)
@@ -220,16 +221,16 @@ def _decode(data: Data, size: int, image_file: Path, outcome_file: Path) -> None
 
 def _items(data_dir) -> pl.DataFrame:
     """-> the item table, row k being item id k + 1; price null where there is none."""
-    records = _records(builder.read_table(data_dir, 'items', 'items'))
+    records = _records(amazon_tables.read_table(data_dir, 'items', 'items'))
     words = [pl.Series(name, [record[name].decode() for record in records], pl.String)
-             for name in builder.WORDS]
+             for name in amazon_tables.WORDS]
     numbers = [pl.Series(name, [record[name] for record in records])
                for name in ('price', 'has_image')]
     return pl.DataFrame(words + numbers).with_columns(pl.col('price').fill_nan(None))
 
 
 def _sessions(data_dir, split: str) -> Sessions:
-    records = _records(builder.read_table(data_dir, 'sessions', split))
+    records = _records(amazon_tables.read_table(data_dir, 'sessions', split))
     items, lengths, start = (np.concatenate([record[key] for record in records])
                              for key in ('items', 'lengths', 'start'))
     return Sessions(items, np.append(0, np.cumsum(lengths)).astype(np.int64), start)

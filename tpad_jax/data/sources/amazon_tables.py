@@ -19,9 +19,10 @@ import numpy as np
 import polars as pl
 import tensorflow_datasets as tfds
 
-from tpad_jax.data import amazon, audit, images, text
+from tpad_jax.data import audit, images, text
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.data.sources import amazon
 from tpad_jax.errors import InputError
 
 FINISHED = 'prepared.json'

@@ -18,8 +18,8 @@ import numpy as np
 import polars as pl
 
 from tpad_jax.data import images as images_lib
-from tpad_jax.data.files import Lines, Reason, reasons, stay_inside
 from tpad_jax.data.text import clean
+from tpad_jax.data.untrusted import Lines, Reason, reasons, stay_inside
 from tpad_jax.errors import InputError, Stopped
 
 MAX_PRICE = 1e7  # dollars

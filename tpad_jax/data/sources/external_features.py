@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from safetensors import SafetensorError, safe_open
 
-from tpad_jax.data.files import DAMAGE
+from tpad_jax.data.untrusted import DAMAGE
 from tpad_jax.errors import InputError
 
 SHOWN = 5  # ids an error names
@@ -67,7 +67,7 @@ def read(file, asins: list[str]) -> Given:
     except FAILURES as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'{file} cannot be read as {file.suffix[1:]} of item features: '
-                         f'{why}; see tpad_jax/data/given.py') from error
+                         f'{why}; see tpad_jax/data/sources/external_features.py') from error
     if found.ndim != 2 or not 0 < found.shape[1] <= MAX_WIDTH or found.dtype.kind not in 'fiu':
         raise InputError(f'{file}: features are {found.dtype} {list(found.shape)}, but must be '
                          f'numbers [items, width], the width at most {MAX_WIDTH}')

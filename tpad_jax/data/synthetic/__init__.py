@@ -1,0 +1,1 @@
+"""The planted catalogue: items and sessions whose true transitions are known."""
