@@ -33,7 +33,7 @@ from tpad_jax.core import writers
 from tpad_jax.data import batches
 from tpad_jax.job import Job
 from tpad_jax.models import tpad
-from tpad_jax.models.critics import Critic, GaussianQ, Score
+from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score
 from tpad_jax.types import Batch
 
 LOSSES = ('align', 'distil', 'disentangle')

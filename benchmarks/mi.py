@@ -34,8 +34,8 @@ from rich.table import Table
 from scipy import stats
 
 from benchmarks.checkout import commit
-from tpad_jax import mutual_information as mi
 from tpad_jax.core import writers
+from tpad_jax.mutual_information import estimator as mi
 
 FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('.json')

@@ -10,7 +10,7 @@ import torch
 from jax.tree_util import Partial
 
 from tpad_jax import losses
-from tpad_jax.models import bounds
+from tpad_jax.mutual_information import bounds
 from tpad_jax.types import Batch
 
 # Programs of this size run in no time: compiling them is what takes it.

@@ -7,7 +7,7 @@ import pytest
 
 from tpad_jax import losses
 from tpad_jax.errors import InputError
-from tpad_jax.models import critics
+from tpad_jax.mutual_information import critics
 from tpad_jax.types import Batch, Loss
 
 
@@ -46,7 +46,7 @@ def test_combine_averages_weighs_logs_and_carries_state():
 
 def test_resolve_finds_own_and_foreign_functions():
     assert losses.resolve('align', 'infonce') is losses.infonce
-    assert losses.resolve('mine_own', 'tpad_jax.models.critics:unit') is critics.unit
+    assert losses.resolve('mine_own', 'tpad_jax.mutual_information.critics:unit') is critics.unit
 
 
 @pytest.mark.parametrize('fn', ['info_nce', 'no_such_package.x:f', 'tpad_jax.losses:nothing', ''])

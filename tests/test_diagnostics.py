@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tpad_jax import diagnostics, feature_figure, losses, probes, snapshots
-from tpad_jax.models.critics import GaussianQ, Score
+from tpad_jax.mutual_information.critics import GaussianQ, Score
 from tpad_jax.types import Batch
 
 RNG = np.random.default_rng(0)

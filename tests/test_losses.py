@@ -11,7 +11,8 @@ import pytest
 from tpad_jax import config, losses
 from tpad_jax.losses import checking, example, pairs
 from tpad_jax.losses.example import REPLICAS, B, D, N, V, make, make_params, named
-from tpad_jax.models import critics, tpad
+from tpad_jax.models import tpad
+from tpad_jax.mutual_information import critics
 
 PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
           if list(inspect.signature(fn).parameters)[:2] == ['out', 'batch']]

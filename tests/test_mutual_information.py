@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import mutual_information as mi
 from tpad_jax.errors import InputError
-from tpad_jax.models.critics import Critic, Score
+from tpad_jax.mutual_information import estimator as mi
+from tpad_jax.mutual_information.critics import Critic, Score
 
 SMALL = dict(hidden=32, width=8, batch=128, steps=400, learning_rate=1e-2)
 

@@ -9,9 +9,10 @@ from tpad_jax.data.sources import amazon
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.losses import checking, distillation
-from tpad_jax.models import blend, critics, tpad
+from tpad_jax.models import blend, tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
+from tpad_jax.mutual_information import critics
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind

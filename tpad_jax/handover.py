@@ -7,7 +7,7 @@ import numpy as np
 from tpad_jax.core.kmeans import kmeans
 from tpad_jax.errors import InputError
 from tpad_jax.models import blend
-from tpad_jax.models.critics import unit
+from tpad_jax.mutual_information.critics import unit
 
 
 def copied(params: dict, stage: str, copy: str) -> dict:

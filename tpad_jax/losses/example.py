@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.models import critics, repeats
+from tpad_jax.models import repeats
+from tpad_jax.mutual_information import critics
 from tpad_jax.types import Batch
 
 # rows, positions, items, width, modalities, text tokens, vocabulary, replicas

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from tpad_jax.distributed import collectives
 from tpad_jax.losses.pairs import flat, positions, scaled, score_pairs
-from tpad_jax.models import bounds
+from tpad_jax.mutual_information import bounds
 from tpad_jax.types import Loss
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.distributed import collectives
-from tpad_jax.models import bounds
+from tpad_jax.mutual_information import bounds
 
 
 class Positions(NamedTuple):

@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 
-from tpad_jax.models.critics import MLP, unit
+from tpad_jax.mutual_information.critics import MLP, unit
 from tpad_jax.nn.linear import Linear
 
 

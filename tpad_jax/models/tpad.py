@@ -22,7 +22,6 @@ from tpad_jax.errors import InputError
 from tpad_jax.models import readings, together
 from tpad_jax.models import stream as streams
 from tpad_jax.models.alignment import Adapter, Disentangle
-from tpad_jax.models.critics import Critic, GaussianQ, Score, unit
 from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.global_graph import GlobalGraphGNN
 from tpad_jax.models.hf.vlm import VLM
@@ -38,6 +37,7 @@ from tpad_jax.models.repeats import last, shifts
 from tpad_jax.models.session_attention import SessionAttention
 from tpad_jax.models.session_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
+from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score, unit
 from tpad_jax.nn import linear
 from tpad_jax.nn.attention import row_keys
 from tpad_jax.nn.gather import take

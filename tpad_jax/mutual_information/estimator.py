@@ -26,8 +26,8 @@ import optax
 from scipy import stats
 
 from tpad_jax.errors import InputError
-from tpad_jax.models import bounds
-from tpad_jax.models.critics import KINDS, Critic, GaussianQ, Score
+from tpad_jax.mutual_information import bounds
+from tpad_jax.mutual_information.critics import KINDS, Critic, GaussianQ, Score
 
 LOWER, UPPER, NEITHER = ('infonce', 'mine', 'nwj'), ('vclub', 'l1out'), ('jsd', 'smile')
 BOUNDS = (*LOWER, *UPPER, *NEITHER)
