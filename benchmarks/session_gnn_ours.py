@@ -133,7 +133,7 @@ class Ours:
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""
-        from tpad_jax.models.session_gnn import packed
+        from tpad_jax.models.sessions.sr_gnn import packed
 
         out = {}
         for name, cell in self.cells.items():

@@ -16,9 +16,9 @@ from tests import tiny_hf
 from tests.test_launch import CONFIG, assert_refused, start
 from tpad_jax import bases, check
 from tpad_jax.errors import InputError
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.mllm import MLLM
 
 # as the files say: the native side of the tower, the nearest to 256 of a grid of 16 pixels
 SIDES = {'llava': 32, 'qwen3_vl': 256}

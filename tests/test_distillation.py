@@ -17,9 +17,9 @@ from tpad_jax.data.batches import content_rows
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
 from tpad_jax.losses import distillation
-from tpad_jax.models import readings, tpad
+from tpad_jax.models import readers, tpad
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
-from tpad_jax.models.mllm import MLLM
 from tpad_jax.nn import linear
 from tpad_jax.types import Batch
 
@@ -205,7 +205,7 @@ def test_states_predict_from_what_stands_before(taught):
     rows = content_rows(CONTENT, np.array([[1, 2, 3, 4, 5]]))
     given = jnp.asarray(rows['image']), jnp.asarray(rows['has_image'])
     tokens = jnp.asarray(np.where(rows['tokens'] < 0, 1, rows['tokens']))
-    read = jit(lambda tokens, image: readings.item_states(
+    read = jit(lambda tokens, image: readers.item_states(
         spec, params, 'k', image, given[1], tokens))
     cells, words = read(tokens, given[0])
     assert cells.shape[1:] == (4, SIZES['width'])  # 8 pixels, halved twice
@@ -248,7 +248,7 @@ def test_chunks_change_no_reading(taught):
     _, spec, params = taught
     rows = content_rows(CONTENT, np.array([[1, 2, 3, 4, 5]]))
     given = [jnp.asarray(rows[n]) for n in ('image', 'has_image', 'tokens')]
-    whole, parts = (jit(partial(readings.item_states, s, params, 'r'))(*given)
+    whole, parts = (jit(partial(readers.item_states, s, params, 'r'))(*given)
                     for s in (spec, replace(spec, chunk=2)))
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -18,7 +18,7 @@ from tpad_jax.data.catalogue import Content
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.models import tpad
-from tpad_jax.models.mllm import MLLM
+from tpad_jax.models.builtin.mllm import MLLM
 
 V, T, SIDE, ROWS, PART = 53, 40, 8, 8, 16
 SIZES = dict(vocab=23, width=8, layers=1, heads=2, hidden=8, channels=(8, 8), vision_layers=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tpad_jax.models import tpad
-from tpad_jax.models.global_graph import NEVER, relations
+from tpad_jax.models.sessions.gce_gnn import NEVER, relations
 
 V, D, N = 9, 8, 5
 ITEMS = np.array([[3, 0, 0, 0, 0], [2, 5, 2, 0, 0], [1, 2, 3, 4, 5], [7, 7, 8, 7, 0],

@@ -13,10 +13,10 @@ from tpad_jax import config as base
 from tpad_jax import losses
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
-from tpad_jax.models.mllm import MLLM
 from tpad_jax.nn import linear
 
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8,), vision_layers=1)

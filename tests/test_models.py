@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import scoring
 from tpad_jax.models import stream, tpad
-from tpad_jax.models.mllm import MLLM
-from tpad_jax.models.vision import VisionTower
+from tpad_jax.models.builtin.mllm import MLLM
+from tpad_jax.models.builtin.vision import VisionTower
 from tpad_jax.nn import linear
 from tpad_jax.nn.attention import rotate
 from tpad_jax.nn.transformer import Transformer

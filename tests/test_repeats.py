@@ -8,7 +8,7 @@ from test_ranking import ONE, D, N, draw, last
 
 from tpad_jax import losses, metrics, ranking
 from tpad_jax.distributed import devices as distributed_devices
-from tpad_jax.models import repeats
+from tpad_jax.models.sessions import repeats
 from tpad_jax.types import Batch
 
 TABLE = np.array([-1.5, 0.5, 2.0, -0.25, 1.0], np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpad_jax.models.session_gnn import SessionGNN, packed, session_graph
+from tpad_jax.models.sessions.sr_gnn import SessionGNN, packed, session_graph
 from tpad_jax.nn.attention import row_keys
 
 V, N, D = 6, 7, 5  # few items: sessions return to them

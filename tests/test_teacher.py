@@ -12,9 +12,9 @@ from tests import test_job
 from tpad_jax import bases, features, job
 from tpad_jax import config as base
 from tpad_jax.errors import InputError
-from tpad_jax.models import pretrained
+from tpad_jax.models.builtin import files
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
-from tpad_jax.models.mllm import MLLM
 
 pytestmark = pytest.mark.usefixtures('undrawn')
 SIDE, WIDTH, changed = test_job.SIDE, test_job.WIDTH, test_job.changed
@@ -26,7 +26,7 @@ def make_base(directory, tokenizer, side=SIDE, features=WIDTH, **sizes):
     directory.mkdir(exist_ok=True)
     for file in tokenizer.glob('tokenizer*.json'):
         shutil.copy(file, directory)
-    sizes = dict(vocab=pretrained.load_sizes()['vocab'], width=24, layers=2, heads=2, hidden=32,
+    sizes = dict(vocab=files.load_sizes()['vocab'], width=24, layers=2, heads=2, hidden=32,
                  channels=(8,), vision_layers=1) | sizes
     model = KnowledgeMLLM(MLLM(**sizes), features)
     shapes = dict(jax.eval_shape(
@@ -36,7 +36,7 @@ def make_base(directory, tokenizer, side=SIDE, features=WIDTH, **sizes):
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: np.asarray(
         rng.normal(size=x.shape) * x.shape[-2] ** -0.5 if x.ndim > 1 else np.ones(x.shape)), shapes)
-    pretrained.save(directory, {**sizes, 'channels': list(sizes['channels']), 'image_size': side,
+    files.save(directory, {**sizes, 'channels': list(sizes['channels']), 'image_size': side,
                                 'features': features},
                     {'base': params.pop('base'), 'knowledge': params})
     return directory
@@ -51,7 +51,7 @@ def read(directory, **mllm):
 def test_which_teachers_are_taken(tmp_path):
     """Another base with the student's tokenizer and images; its sizes are its own."""
     assert read('') is None
-    directory = make_base(tmp_path / 'one', pretrained.DEFAULT, side=32, features=10, layers=1,
+    directory = make_base(tmp_path / 'one', files.DEFAULT, side=32, features=10, layers=1,
                           width=WIDTH)
     found = read(directory)
     assert found.reader.base.width == WIDTH

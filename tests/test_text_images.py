@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tpad_jax.data import images, text
 from tpad_jax.errors import InputError
-from tpad_jax.models import pretrained
+from tpad_jax.models.builtin import files
 
 
 @pytest.mark.parametrize(('raw', 'plain'), [
@@ -103,9 +103,9 @@ def test_the_bases_own_tokens_are_those_of_transformers(monkeypatch):
              *(' '.join(row) for row in rng.choice(['shoe', 'Brand', "it's", '$5.00'], (200, 9)))]
     with monkeypatch.context() as patch:
         patch.setattr(text, 'read_tokenizer', None)
-        found = text.tokenize(texts, pretrained.DEFAULT, 24)
+        found = text.tokenize(texts, files.DEFAULT, 24)
     monkeypatch.setattr(text, '_plain', lambda *_: None)
-    np.testing.assert_array_equal(found, text.tokenize(texts, pretrained.DEFAULT, 24))
+    np.testing.assert_array_equal(found, text.tokenize(texts, files.DEFAULT, 24))
 
 
 def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):

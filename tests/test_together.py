@@ -14,7 +14,8 @@ from tpad_jax.data import item_graphs
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
-from tpad_jax.models import together, tpad
+from tpad_jax.models import tpad
+from tpad_jax.models.sessions import companions
 from tpad_jax.scoring import scorer, session_encoder, session_shifts
 
 STRENGTH, DECAY, MOST = 0.6, 0.4, 4
@@ -72,7 +73,7 @@ def test_companions_by_plain_loops(train, company):
 def test_what_is_added_by_plain_loops(company):
     items = prefixes()
     items[0, :3] = 3, 4, 3  # one that comes again counts in both places
-    found, shift = together.shifts(*map(jnp.asarray, company), items, strength=STRENGTH,
+    found, shift = companions.shifts(*map(jnp.asarray, company), items, strength=STRENGTH,
                                    decay=DECAY)
     out = np.zeros((len(items), V + 1))
     for row, ids, by in zip(out, np.asarray(found), np.asarray(shift), strict=True):

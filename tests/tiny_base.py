@@ -6,18 +6,18 @@ from functools import partial
 import jax
 import numpy as np
 
-from tpad_jax.models import pretrained
+from tpad_jax.models.builtin import files
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
-from tpad_jax.models.mllm import MLLM
 
 SIDE, WIDTH = 16, 16
 
 
 def write(directory):
     """A base of random parameters, a sixth of the default's width. -> directory"""
-    for file in pretrained.DEFAULT.glob('tokenizer*.json'):
+    for file in files.DEFAULT.glob('tokenizer*.json'):
         shutil.copy(file, directory)
-    sizes = dict(vocab=pretrained.load_sizes(pretrained.DEFAULT)['vocab'], width=WIDTH, layers=1,
+    sizes = dict(vocab=files.load_sizes(files.DEFAULT)['vocab'], width=WIDTH, layers=1,
                  heads=2, hidden=24, channels=(8, 8), vision_layers=1)
     model = KnowledgeMLLM(MLLM(**sizes), WIDTH)
     shapes = jax.eval_shape(partial(model.init, method='everything'), jax.random.key(0),
@@ -28,6 +28,6 @@ def write(directory):
         rng.normal(size=x.shape) * x.shape[-2] ** -0.5 if x.ndim > 1 else np.ones(x.shape),
         np.float32), shapes)
     heads = {name: tree for name, tree in params.items() if name != 'base'}
-    pretrained.save(directory, {**sizes, 'channels': list(sizes['channels']), 'image_size': SIDE,
+    files.save(directory, {**sizes, 'channels': list(sizes['channels']), 'image_size': SIDE,
                                 'features': WIDTH}, {'base': params['base'], 'knowledge': heads})
     return directory

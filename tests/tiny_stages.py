@@ -19,7 +19,7 @@ from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad
-from tpad_jax.models.mllm import MLLM
+from tpad_jax.models.builtin.mllm import MLLM
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 # how, devices, those that share a part of the batch, parts a device reads its rows in

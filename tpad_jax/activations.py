@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.mllm import MLLM
 
 
 @dataclass(frozen=True)

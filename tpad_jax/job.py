@@ -41,7 +41,7 @@ from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
-from tpad_jax.models import readings, tpad
+from tpad_jax.models import readers, tpad
 from tpad_jax.scoring import foretold, scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
@@ -230,7 +230,7 @@ class Job:
         shared = dict(batch_size=c.batch_size, seed=self.config.seed,
                       **self.devices.drawn_here(c.accumulate))
         reads = (spec.fresh or spec.model.form == 'full' or spec.needs
-                 & ({'describe', 'foretell'} | readings.STATES | readings.THERE))
+                 & ({'describe', 'foretell'} | readers.STATES | readers.THERE))
         content = self.content if reads and stage != 'recommend' else None
         if stage == 'knowledge':
             draw = partial(batches.item_batches, self.data, content=content, **shared)

@@ -22,8 +22,8 @@ from tpad_jax import activations, optim
 from tpad_jax.check import MAKES, STAGES
 from tpad_jax.config import names
 from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.mllm import MLLM
 
 MOMENTS = {'adamw': 2, 'adam': 2, 'sgd': 0}
 SCORED = 'next_item', 'sampled_next_item'  # the losses over the catalogue

@@ -24,9 +24,9 @@ from PIL import Image
 
 from tpad_jax.data import images, text
 from tpad_jax.data.synthetic import rendering, wording
-from tpad_jax.models import pretrained
+from tpad_jax.models.builtin import files
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
-from tpad_jax.models.mllm import MLLM
 
 FLAGS = flags.FLAGS
 STREAM = 2**40  # a seed no catalogue uses: theirs are [seed, 1..7] with small seeds
@@ -126,11 +126,11 @@ def main(argv):
             base = params['base']
             rest = {n: p for n, p in params.items() if n != 'base'}
             sizes = {**SIZES, 'image_size': IMAGE, 'features': FEATURES}
-            pretrained.save(out, sizes, {'base': base, 'knowledge': rest})
+            files.save(out, sizes, {'base': base, 'knowledge': rest})
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('out', str(pretrained.DEFAULT), 'directory to write')
+    flags.DEFINE_string('out', str(files.DEFAULT), 'directory to write')
     flags.DEFINE_integer('items', 24_000, 'random items to learn from')
     flags.DEFINE_integer('steps', 700, 'training steps')
     flags.DEFINE_integer('batch', 128, 'items per step')

@@ -14,7 +14,7 @@ from tpad_jax import accumulation, losses, optim
 from tpad_jax.config import names
 from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
-from tpad_jax.models import readings, tpad
+from tpad_jax.models import readers, tpad
 from tpad_jax.types import Batch, State
 
 # Features that no stage before this one has left behind.
@@ -130,7 +130,7 @@ def stage_losses(config, stage: str) -> tuple:
 
 def _missing(config, stage):
     """{output: why} of those that a stage of this config cannot compute."""
-    states, out = readings.STATES | readings.THERE | {'teacher.vocabulary'}, {}
+    states, out = readers.STATES | readers.THERE | {'teacher.vocabulary'}, {}
     if config.model.encoder not in tpad.EACH:
         out['h_each'] = 'only config.model.encoder=attention reads a session once for all prefixes'
     if not config.mllm.teacher:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.models import repeats
+from tpad_jax.models.sessions import repeats
 from tpad_jax.mutual_information import critics
 from tpad_jax.types import Batch
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models import repeats
+from tpad_jax.models.sessions import repeats
 from tpad_jax.nn import softmax
 from tpad_jax.nn.gather import take
 from tpad_jax.types import Loss

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tpad_jax.models import stream as streams
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.mllm import MLLM
 from tpad_jax.nn.linear import Linear
 from tpad_jax.nn.transformer import RMSNorm
 

@@ -19,23 +19,24 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
-from tpad_jax.models import readings, together
+from tpad_jax.models import readers
 from tpad_jax.models import stream as streams
-from tpad_jax.models.alignment import Adapter, Disentangle
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.fusion import Fusion, blank
-from tpad_jax.models.global_graph import GlobalGraphGNN
+from tpad_jax.models.heads import Adapter, Disentangle
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
-from tpad_jax.models.mllm import MLLM
-from tpad_jax.models.readings import (
+from tpad_jax.models.readers import (
     distil_items,
     knowledge_variables,
     read_items,
     transfer_variables,
 )
-from tpad_jax.models.repeats import last, shifts
-from tpad_jax.models.session_attention import SessionAttention
-from tpad_jax.models.session_gnn import SessionGNN
+from tpad_jax.models.sessions import companions
+from tpad_jax.models.sessions.attention import SessionAttention
+from tpad_jax.models.sessions.gce_gnn import GlobalGraphGNN
+from tpad_jax.models.sessions.repeats import last, shifts
+from tpad_jax.models.sessions.sr_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
 from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score, unit
 from tpad_jax.nn import linear
@@ -59,7 +60,7 @@ GRAPHS = GRAPH + COMPANY
 OUTPUTS = frozenset({  # every name `forward` can provide, but critic.<name>, one per critic
     'items', 'next', 'warm', 'k', 't', 'c', 'p', 'r', 'r_next', 'describe', 'describe.tokens',
     'foretell', 'foretell.tokens', 'vocabulary', 'h', 'h_each', 'z', 'repeat', 'popularity',
-    'club', 'teacher.vocabulary', 'interest', 'cluster'}) | readings.STATES | readings.THERE
+    'club', 'teacher.vocabulary', 'interest', 'cluster'}) | readers.STATES | readers.THERE
 # Of these, what is not of a batch's rows but of the parameters and the catalogue alone.
 TABLES = frozenset({'warm', 'z', 'vocabulary', 'teacher.vocabulary', 'popularity', 'club',
                     'cluster'})
@@ -104,7 +105,7 @@ class TPAD:
     normalise: bool = False
     temperature: float = 0.07
     repeats: bool = False
-    together: tuple[float, ...] = ()
+    companions: tuple[float, ...] = ()
     chunk: int = 0
     teacher: KnowledgeMLLM | None = None
     blended: bool = False
@@ -245,7 +246,7 @@ def company_shift(spec, catalogue, items):
     """Items [B, N K] and what is added to their scores, see `together.shifts`."""
     strength, decay = spec.together
     ids, lift = (catalogue[name] for name in COMPANY)
-    return together.shifts(ids, lift, items, strength=strength, decay=decay)
+    return companions.shifts(ids, lift, items, strength=strength, decay=decay)
 
 
 def _near(spec, catalogue, items, z_table):
@@ -313,11 +314,11 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
                                                method='describe')
         out['describe.tokens'] = tokens
     if needs & {'describe', 'foretell', 'vocabulary'}:
-        out['vocabulary'] = readings.vocabulary(params)
-    if needs & (readings.STATES | readings.THERE):
-        out |= readings.row_states(spec, params, batch, needs)
+        out['vocabulary'] = readers.vocabulary(params)
+    if needs & (readers.STATES | readers.THERE):
+        out |= readers.row_states(spec, params, batch, needs)
     if 'teacher.vocabulary' in needs:
-        out['teacher.vocabulary'] = readings.vocabulary(params['teacher'])
+        out['teacher.vocabulary'] = readers.vocabulary(params['teacher'])
     if 'cluster' in needs:
         out['cluster'] = catalogue['cluster']
 

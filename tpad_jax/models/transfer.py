@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tpad_jax.models import stream as streams
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import MODALITIES, Writer, masked_mean, opening
-from tpad_jax.models.mllm import MLLM
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.linear import Linear, uniform
 from tpad_jax.nn.transformer import RMSNorm

@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tpad_jax.models import stream as streams
+from tpad_jax.models.builtin.vision import VisionTower
 from tpad_jax.models.stream import Stream
-from tpad_jax.models.vision import VisionTower
 from tpad_jax.nn.linear import Linear
 from tpad_jax.nn.transformer import Transformer
 

@@ -1,0 +1,1 @@
+"""The small multimodal language model that is committed with the package."""

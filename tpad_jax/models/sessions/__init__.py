@@ -1,0 +1,1 @@
+"""Session encoders: item vectors of a prefix to one vector."""
