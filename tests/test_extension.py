@@ -22,7 +22,7 @@ from tests import test_job
 from tpad_jax import config, fitting, job, losses, training
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.losses import __main__ as command
-from tpad_jax.losses import checking
+from tpad_jax.losses import check
 from tpad_jax.types import Batch, Loss
 
 ROOT = Path(__file__).parents[1]
@@ -321,7 +321,7 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
 
 
 def breaches(fn, keywords=(), module=None):
-    return {finding.what: finding.told for finding in checking.check(fn, keywords, module)
+    return {finding.what: finding.told for finding in check.check(fn, keywords, module)
             if finding.ok is False}
 
 

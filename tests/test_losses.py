@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tpad_jax import config, losses
-from tpad_jax.losses import checking, example, pairs
+from tpad_jax.losses import check, example, pairs
 from tpad_jax.losses.example import REPLICAS, B, D, N, V, make, make_params, named
 from tpad_jax.models import tpad
 from tpad_jax.mutual_information import critics
@@ -58,7 +58,7 @@ EVERY = {fn.__name__: fn for fn in PUBLIC} | FORMS
 def test_contract(fn):
     """Shape, finite, padding without influence, nothing but padding, 1 device == 8."""
     fn, keywords = (fn.func, fn.keywords) if isinstance(fn, partial) else (fn, {})
-    trial = checking.Trial(fn, keywords)
+    trial = check.Trial(fn, keywords)
     absent = losses.needs('it', fn, keywords) - trial.outputs
     assert not absent, f'add what `forward` calls {absent} to losses/example.py'
     found = [look() for look in (trial.shape, trial.finite, trial.slope, trial.padding, trial.fewer,

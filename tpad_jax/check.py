@@ -8,7 +8,8 @@ from tpad_jax.config import names
 from tpad_jax.data.sources import amazon
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
-from tpad_jax.losses import checking, distillation
+from tpad_jax.losses import check as losse_check
+from tpad_jax.losses import distillation
 from tpad_jax.models import blend, tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
@@ -184,7 +185,7 @@ def _check_stage(config, stage, shards):
         modules = dict(training.own_modules(config, chosen))
         for name, fn, _, keywords in chosen:
             if ':' in config.losses[name].fn:  # our own are tested
-                checking.shape(name, fn, keywords, modules.get(name))
+                losse_check.shape(name, fn, keywords, modules.get(name))
     _at_least(1, key + 'accumulate', c.accumulate)
     if c.batch_size < 1 or c.batch_size % (shards * c.accumulate):
         raise InputError(f'config.{key}batch_size={c.batch_size} must be a multiple of '

@@ -8,14 +8,14 @@ them when it starts. Optional keywords a loss may take: `state` (its own, from t
 `key` (the step's) and `head` (its own module, parameters bound, where the config names one).
 """
 
-from tpad_jax.losses.combining import bound, combine, first_parameters
+from tpad_jax.losses.clusters import clusters
+from tpad_jax.losses.combine import bound, combine, first_parameters
 from tpad_jax.losses.contract import ENTRY, check_call, needs, own_module, resolve, weigh
 from tpad_jax.losses.discrepancy import alignment_uniformity, mmd
 from tpad_jax.losses.distillation import mdist, rdist
+from tpad_jax.losses.generation import generation
 from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
-from tpad_jax.losses.language import generation
 from tpad_jax.losses.recommendation import next_item, sampled_next_item
-from tpad_jax.losses.sessions import clusters
 
 __all__ = ['ENTRY', 'alignment_uniformity', 'bound', 'check_call', 'club_fit', 'clusters',
            'combine', 'first_parameters', 'generation', 'infonce', 'jsd', 'l1out', 'mdist', 'mine',

@@ -13,7 +13,7 @@ import jax
 
 from tpad_jax.core.startup import UNUSABLE
 from tpad_jax.errors import InputError
-from tpad_jax.losses import checking, contract
+from tpad_jax.losses import check, contract
 
 SIGNS = {True: 'ok', False: 'NO', None: '--'}
 
@@ -42,7 +42,7 @@ def main(argv) -> int:
         print(f'{SIGNS[False]}  found      {error}')
         return UNUSABLE
     broken = False
-    for finding in checking.check(fn, keywords, head):
+    for finding in check.check(fn, keywords, head):
         print(f'{SIGNS[finding.ok]}  {finding.what:<9}  {finding.told}', flush=True)
         broken |= finding.ok is False
     return UNUSABLE if broken else 0

@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
-from tpad_jax.losses import combining, contract, example
+from tpad_jax.losses import combine, contract, example
 
 NAME = 'it'  # what the loss is called here
 AXIS = 'data'
@@ -86,7 +86,7 @@ class Trial:
         self.reads = contract.needs(NAME, fn, keywords) | GIVEN
         self.state = {NAME: fn.initial_state()} if hasattr(fn, 'initial_state') else {}
         if self.modules:
-            drawn = combining.first_parameters(
+            drawn = combine.first_parameters(
                 self.modules, self.losses, lambda p, r, b: (self.named(p, r, b), b),
                 (self.params, self.raw, self.batch), 0)
             self.params |= unflatten_dict(drawn, sep='/')
@@ -99,17 +99,17 @@ class Trial:
 
     def result(self, params, raw, batch):
         """What the function returns, as a `Loss`."""
-        return combining.called(
+        return combine.called(
             NAME, self.fn, self.keywords, self.named(params, raw, batch), batch, None,
             self.state.get(NAME), jax.random.key(0),
-            combining.bound(self.modules, params).get(NAME))
+            combine.bound(self.modules, params).get(NAME))
 
     def step(self, params, raw, batch, state, axis):
         """A train step's part of one loss: ((value, (state, metrics)), gradient)."""
         def objective(params):
-            value, new, logged = combining.combine(
+            value, new, logged = combine.combine(
                 self.losses, self.named(params, raw, batch), batch, state, axis=axis,
-                key=jax.random.key(3), heads=combining.bound(self.modules, params))
+                key=jax.random.key(3), heads=combine.bound(self.modules, params))
             return value, (new, logged)
 
         result, grads = jax.value_and_grad(objective, has_aux=True)(params)
@@ -240,9 +240,9 @@ class Trial:
             out |= {n: x for n, x in example.numbered(self.raw).items()
                     if n in example.POSITIONS and n in self.reads}
             out |= dict.fromkeys(scorers, example.LookUp(scores))
-            return combining.combine(self.losses, out, self.batch, self.state,
+            return combine.combine(self.losses, out, self.batch, self.state,
                                      key=jax.random.key(3),
-                                     heads=combining.bound(self.modules, self.params))[0]
+                                     heads=combine.bound(self.modules, self.params))[0]
 
         before, after = map(jit(value), (scores, moved.astype(np.float32)))
         if not np.isfinite(before):
