@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 from configs import amazon
 from tests import tiny_hf
 from tests.test_launch import CONFIG, assert_refused, start
-from tpad_jax import bases, check
+from tpad_jax import check
 from tpad_jax.errors import InputError
+from tpad_jax.features import bases
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM

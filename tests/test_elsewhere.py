@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tpad_jax import features
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.data.synthetic import planted
+from tpad_jax.features import store
 
 ROOT = Path(__file__).parents[1]
 ITEMS = 400  # of which faiss wants 256 in training sessions
@@ -24,7 +24,7 @@ def test_the_recipe_runs_on_what_a_run_leaves(tmp_path):
                     test=20, seed=0)
     rng = np.random.default_rng(0)
     for stage, name, shape in ('knowledge', 'k', (2, 16)), ('transfer', 'r', (32,)):
-        features.write(run / 'features' / stage, name, rng.normal(size=(ITEMS + 1, *shape)), {})
+        store.write(run / 'features' / stage, name, rng.normal(size=(ITEMS + 1, *shape)), {})
     page = (ROOT / 'docs/features_elsewhere.md').read_text()
     text = re.search(r'^```python\n(# elsewhere.py\n.*?)^```$', page, re.DOTALL | re.MULTILINE)[1]
     three = "{'knowledge k': k,"

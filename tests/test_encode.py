@@ -13,10 +13,11 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import config as base
-from tpad_jax import encode, features
 from tpad_jax.data.catalogue import Content
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.features import encoder as feature_encoder
+from tpad_jax.features import store
 from tpad_jax.models import tpad
 from tpad_jax.models.builtin.mllm import MLLM
 
@@ -56,7 +57,7 @@ def model():
 
 
 def make(names=('k', 'r'), **options):
-    return encode.encoder(model()[0], content(), names, **{'rows': ROWS, 'part': PART, **options})
+    return feature_encoder.encoder(model()[0], content(), names, **{'rows': ROWS, 'part': PART, **options})
 
 
 @lru_cache
@@ -100,7 +101,7 @@ def contents(directory):
     ([0, 0], 64, 1, [(16, [1, 2])])])
 def test_buckets(lengths, whole, part, expected):
     tokens = np.where(np.arange(whole) < np.append(0, lengths)[:, None], 0, -1)
-    found = encode.buckets(tokens, part)
+    found = feature_encoder.buckets(tokens, part)
     assert [(length, ids.tolist()) for length, ids in found] == expected
 
 
@@ -109,7 +110,7 @@ def test_buckets_give_the_rows_of_no_buckets():
     """Against one call that reads every item with all of its padding."""
     spec, params = model()
     c = content()
-    assert len(encode.buckets(c.tokens, PART)) == 2
+    assert len(feature_encoder.buckets(c.tokens, PART)) == 2
     everything = jax.jit(lambda p: (
         tpad.read_items(spec, p, 'knowledge', c.image, c.has_image, c.tokens),
         tpad.distil_items(spec, p, c.image, c.has_image, c.tokens)))(params)
@@ -154,7 +155,7 @@ def test_contents_are_gathered_by_a_thread_while_the_device_computes():
                 asked.append(threading.current_thread() is threading.main_thread())
             return c.image[at]
 
-    encoder = encode.encoder(model()[0], Content(Watched(), c.has_image, c.tokens, 0), ('k',),
+    encoder = feature_encoder.encoder(model()[0], Content(Watched(), c.has_image, c.tokens, 0), ('k',),
                              rows=ROWS, part=PART)
     seen = []
 
@@ -179,8 +180,8 @@ def test_contents_are_gathered_by_a_thread_while_the_device_computes():
 def test_a_store_holds_what_the_device_would_have(tmp_path):
     fill(tmp_path)
     for name in ('k', 'r'):
-        np.testing.assert_array_equal(features.read(tmp_path, name), rows()[name])
-        about = features.manifest(tmp_path, name)
+        np.testing.assert_array_equal(store.read(tmp_path, name), rows()[name])
+        about = store.manifest(tmp_path, name)
         assert about['counts'] == {'items': V, 'without_image': V - (V + 1) * 3 // 4,
                                    'broken_images': 2}
         assert about['parts'] == len(SIZES_OF_PARTS)
@@ -225,12 +226,12 @@ def test_fewer_items_per_call_go_on_with_the_same_parts(tmp_path):
     smaller = make(rows=4)
     smaller.fill(model()[1], tmp_path, smaller.made_by(model()[1], seed=0))
     for name in ('k', 'r'):
-        np.testing.assert_allclose(features.read(tmp_path, name), rows()[name], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(store.read(tmp_path, name), rows()[name], rtol=0, atol=2e-5)
 
 
 def test_a_finished_store_is_read_and_not_made_again(tmp_path, monkeypatch):
     first = made().leave(model()[1], tmp_path, seed=0)
-    monkeypatch.setattr(encode.Encoder, '_gather', lambda *_: pytest.fail('encoded again'))
+    monkeypatch.setattr(feature_encoder.Encoder, '_gather', lambda *_: pytest.fail('encoded again'))
     again = made().leave(model()[1], tmp_path, seed=0)
     for name in ('k', 'r'):
         np.testing.assert_array_equal(first[name], rows()[name])
@@ -238,19 +239,19 @@ def test_a_finished_store_is_read_and_not_made_again(tmp_path, monkeypatch):
 
 
 def test_rows_that_were_kept_are_left_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode.Encoder, '_gather', lambda *_: pytest.fail('encoded again'))
+    monkeypatch.setattr(feature_encoder.Encoder, '_gather', lambda *_: pytest.fail('encoded again'))
     found = made().leave(model()[1], tmp_path, rows={n: jnp.asarray(x) for n, x in rows().items()},
                          seed=0)
     assert found.keys() == rows().keys()
     for name in ('k', 'r'):
-        np.testing.assert_array_equal(features.read(tmp_path, name), rows()[name])
+        np.testing.assert_array_equal(store.read(tmp_path, name), rows()[name])
 
 
 @pytest.mark.slow
 def test_r_without_a_reading_of_its_own_is_read_under_the_adapter_of_k():
     spec, params = model()
     spec = replace(spec, reread=False)
-    one = encode.encoder(spec, content(), ('r',), rows=ROWS, part=PART)
+    one = feature_encoder.encoder(spec, content(), ('r',), rows=ROWS, part=PART)
     own = {**params, 'lora': {'knowledge': params['lora']['knowledge']}}
     c = content()
     expected = tpad.distil_items(spec, own, c.image[1:], c.has_image[1:], c.tokens[1:])
@@ -264,9 +265,9 @@ def test_r_without_a_reading_of_its_own_is_read_under_the_adapter_of_k():
     ('lora/distil/decoder/layers/attention/q/b', {'r'}),
     ('lora/transfer/decoder/layers/attention/q/b', set()),
     ('recommender/encoder/position', set())])
-@pytest.mark.parametrize('large', [encode.LARGE, 0])
+@pytest.mark.parametrize('large', [feature_encoder.LARGE, 0])
 def test_the_fingerprint_knows_every_parameter_that_is_read(monkeypatch, path, names, large):
-    monkeypatch.setattr(encode, 'LARGE', large)
+    monkeypatch.setattr(feature_encoder, 'LARGE', large)
     flat = flatten_dict(model()[1], sep='/')
     if path not in flat:
         path = next(p for p in flat if p.startswith(path.split('/')[0]))

@@ -20,11 +20,12 @@ from benchmarks import faults
 from tests import test_job
 from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
 from tests.test_damage import halve
-from tpad_jax import features, job, train, trials
+from tpad_jax import job, train, trials
 from tpad_jax.checkpoint import abstract, claim, enter
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue
 from tpad_jax.errors import InputError
+from tpad_jax.features import store
 
 pytestmark = LEFT_BEHIND
 base_dir, config = test_job.base_dir, test_job.config  # fixtures
@@ -144,14 +145,14 @@ def test_files_that_are_mapped_say_that_the_disk_is_full(small_disk):
     ids, rows = np.array_split(np.arange(1, 1201), 2), np.ones((600, 128), np.float32)
 
     def fill():
-        features.fill(where / 'store', lambda own: ((i, {'k': rows}) for i in own), parts=ids,
+        store.fill(where / 'store', lambda own: ((i, {'k': rows}) for i in own), parts=ids,
                       shapes={'k': (128,)}, made_by={'k': {'seed': 1}})
 
     with pytest.raises(OSError, match='No space left'):
         fill()
     remount('size=4m')
     fill()
-    assert features.read(where / 'store', 'k')[1:].all()
+    assert store.read(where / 'store', 'k')[1:].all()
     pictures = SimpleNamespace(fingerprint='f' * 64, num_items=500, has_image=np.ones(501, bool))
     with pytest.raises(InputError, match=r'decoded pictures take 6,156,288 bytes and .* are free'):
         catalogue._decode(pictures, 64, where / 'pixels.npy', where / 'there.npy')

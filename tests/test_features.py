@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 from safetensors.numpy import save_file
 
-from tpad_jax import features
 from tpad_jax.errors import InputError
+from tpad_jax.features import store
 
 V = 11
 PARTS = [np.array([2, 3, 7]), np.array([1, 11]), np.array([4, 5, 6]), np.array([8, 9, 10])]
@@ -88,7 +88,7 @@ class Fake:
 
 
 def filled(directory, make=None, **changes):
-    features.fill(directory, make or Fake(), **{
+    store.fill(directory, make or Fake(), **{
         'parts': PARTS, 'shapes': SHAPES, 'made_by': MADE_BY, 'counts': {'broken_images': 3},
         **changes})
 
@@ -108,15 +108,15 @@ def whole(tmp_path_factory):
 def test_a_store_holds_every_row_by_item_id(whole):
     assert set(contents(whole)) == {'k.npy', 'k.manifest.json', 'r.npy', 'r.manifest.json'}
     for name, shape in SHAPES.items():
-        rows = features.read(whole, name)
+        rows = store.read(whole, name)
         assert isinstance(rows, np.memmap)
         assert (rows.shape, rows.dtype) == ((V + 1, *shape), np.float32)
         assert not rows[0].any()
         expected = rows_of(range(1, V + 1))[name].astype(np.float32)
         np.testing.assert_array_equal(rows[1:], expected)
-        np.testing.assert_array_equal(features.read(whole, name, slice(3, 6)), expected[2:5])
-        assert isinstance(features.read(whole, name, slice(3, 6)), np.memmap)
-    about = features.manifest(whole, 'k')
+        np.testing.assert_array_equal(store.read(whole, name, slice(3, 6)), expected[2:5])
+        assert isinstance(store.read(whole, name, slice(3, 6)), np.memmap)
+    about = store.manifest(whole, 'k')
     assert about['fingerprint'] == MADE_BY['k']
     assert about['counts'] == {'broken_images': 3}
     assert (about['shape'], about['parts']) == ([V + 1, 2, 3], len(PARTS))
@@ -143,7 +143,7 @@ def test_resume_makes_only_what_is_missing(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         filled(tmp_path, Fake(only=2))
     with pytest.raises(InputError, match=r'2 of 4 parts are there'):
-        features.read(tmp_path, 'k')
+        store.read(tmp_path, 'k')
     with (tmp_path / 'r.00001.npy').open('r+b') as file:  # a part cut short is not there
         file.truncate(130)
     (tmp_path / 'k.00000.npy').unlink()
@@ -172,22 +172,22 @@ def test_other_features_are_refused_by_the_keys_that_differ(whole):
     with pytest.raises(InputError, match='layout was'):
         filled(whole, parts=PARTS[::-1])
     with pytest.raises(InputError, match='of other features'):
-        features.write(whole, 'k', features.read(whole, 'k'), {'checkpoint': 'another'})
+        store.write(whole, 'k', store.read(whole, 'k'), {'checkpoint': 'another'})
     assert contents(whole) == before
 
 
 def test_damaged_and_absent_stores_are_named(whole, tmp_path):
     with pytest.raises(InputError, match="holds no features 'k'"):
-        features.read(tmp_path, 'k')
+        store.read(tmp_path, 'k')
     (tmp_path / 'k.npy').write_bytes(b'')
     with pytest.raises(InputError, match=r'k\.npy has no k\.manifest\.json'):
         filled(tmp_path)
     (tmp_path / 'k.manifest.json').write_bytes((whole / 'k.manifest.json').read_bytes())
     with pytest.raises(InputError, match=r'k\.npy is damaged'):
-        features.read(tmp_path, 'k')
+        store.read(tmp_path, 'k')
     (tmp_path / 'k.manifest.json').write_text('{"shape": [1]}')
     with pytest.raises(InputError, match=r'k\.manifest\.json is damaged'):
-        features.read(tmp_path, 'k')
+        store.read(tmp_path, 'k')
 
 
 def test_rows_that_do_not_fit_a_part_are_no_rows(tmp_path):
@@ -198,9 +198,9 @@ def test_rows_that_do_not_fit_a_part_are_no_rows(tmp_path):
 def test_rows_that_are_there_are_written_whole(tmp_path):
     rows = np.ones((4, 2))
     for _ in range(2):
-        features.write(tmp_path, 'k', rows, {'stage': 'joint'}, {'items': 3})
+        store.write(tmp_path, 'k', rows, {'stage': 'joint'}, {'items': 3})
     assert set(contents(tmp_path)) == {'k.npy', 'k.manifest.json'}
-    np.testing.assert_array_equal(features.read(tmp_path, 'k'), [[0, 0], [1, 1], [1, 1], [1, 1]])
+    np.testing.assert_array_equal(store.read(tmp_path, 'k'), [[0, 0], [1, 1], [1, 1], [1, 1]])
     assert rows[0].all()  # the caller's stay
     assert json.loads((tmp_path / 'k.manifest.json').read_text())['counts'] == {'items': 3}
 
@@ -275,7 +275,7 @@ FORMS = ('npy', 'safetensors', 'safetensors-metadata', 'parquet', 'parquet-array
 
 @pytest.mark.parametrize('form', FORMS)
 def test_features_of_elsewhere_are_put_in_the_catalogues_order(tmp_path, form):
-    found = features.read_external(given(form, tmp_path), ASINS)
+    found = store.read_external(given(form, tmp_path), ASINS)
     assert (found.rows.shape, found.rows.dtype) == ((5, 3), np.float32)
     np.testing.assert_array_equal(found.rows, np.vstack([np.zeros(3), TABLE[[4, 1, 3, 0]]]))
     assert (found.unknown, found.some, found.repeated) == (2, ('X99', 'X98'), 0)
@@ -284,7 +284,7 @@ def test_features_of_elsewhere_are_put_in_the_catalogues_order(tmp_path, form):
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_every_float_becomes_float32(tmp_path, dtype):
     rows = TABLE.astype(dtype)
-    found = features.read_external(given('safetensors', tmp_path, rows=rows), ASINS)
+    found = store.read_external(given('safetensors', tmp_path, rows=rows), ASINS)
     np.testing.assert_array_equal(found.rows[1], rows[4].astype(np.float32))
 
 
@@ -292,17 +292,17 @@ def test_every_float_becomes_float32(tmp_path, dtype):
 def test_missing_items_are_counted_and_named(tmp_path, form):
     file = given(form, tmp_path, ids=['B02', 'a', 'b', 'c', 'd', 'e'])
     with pytest.raises(InputError, match='lacks 3 of 4 items: B01, Bücher, B04; add'):
-        features.read_external(file, ASINS)
+        store.read_external(file, ASINS)
 
 
 def test_repeated_rows_are_counted_and_must_agree(tmp_path):
     file = given('parquet', tmp_path, ids=[*OTHER, 'B02', 'X99'],
                  rows=np.vstack([TABLE, TABLE[1], TABLE[0]]))
-    found = features.read_external(file, ASINS)
+    found = store.read_external(file, ASINS)
     assert (found.repeated, found.unknown) == (1, 3)
     file = given('parquet', tmp_path, ids=[*OTHER, 'B02'], rows=np.vstack([TABLE, TABLE[0]]))
     with pytest.raises(InputError, match='1 rows differ from an earlier row of their item: B02'):
-        features.read_external(file, ASINS)
+        store.read_external(file, ASINS)
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -311,22 +311,22 @@ def test_what_is_not_finite_is_refused(tmp_path, form, value):
     rows = TABLE.copy()
     rows[3, 1] = value
     with pytest.raises(InputError, match='1 items are not finite: Bücher'):
-        features.read_external(given(form, tmp_path, rows=rows), ASINS)
+        store.read_external(given(form, tmp_path, rows=rows), ASINS)
     rows = TABLE.copy()
     rows[2, 1] = value  # of no item of ours
-    features.read_external(given(form, tmp_path, rows=rows), ASINS)
+    store.read_external(given(form, tmp_path, rows=rows), ASINS)
 
 
 @pytest.mark.parametrize('form', FORMS[:4])
 def test_nothing_at_all_is_refused(tmp_path, form):
     with pytest.raises(InputError):
-        features.read_external(given(form, tmp_path, [], TABLE[:0]), ASINS)
+        store.read_external(given(form, tmp_path, [], TABLE[:0]), ASINS)
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
     def refused(file, told, asins=ASINS):
         with pytest.raises(InputError, match=told):
-            features.read_external(file, asins)
+            store.read_external(file, asins)
 
     refused(tmp_path / 'clip.csv', r'read from \.npy, \.safetensors, \.parquet')
     refused(tmp_path / 'clip.npy', 'does not exist')

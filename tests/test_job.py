@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
-from tpad_jax import compare, features, fitting, job, load, mirror, slices
+from tpad_jax import compare, fitting, job, load, mirror, slices
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue, sessions
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.features import store
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
@@ -196,7 +197,7 @@ def test_files_of_a_run(whole):
         hits = (ranks['pop/above'] < 20).mean()
         assert abs(hits - results['models']['pop']['test']['hit@20']) < 0.15  # but for ties
     for name, width in (('k', (2, WIDTH)), ('r', (2 * WIDTH,))):
-        rows = features.read(workdir / 'features' / 'joint', name)
+        rows = store.read(workdir / 'features' / 'joint', name)
         assert rows.shape == (41, *width)
         assert not rows[0].any()
         assert np.isfinite(rows).all()

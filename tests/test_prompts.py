@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from configs import amazon
 from tests import tiny_hf
-from tpad_jax import bases
 from tpad_jax.data import prompts
 from tpad_jax.data.text import tokenize
 from tpad_jax.errors import InputError
+from tpad_jax.features import bases
 from tpad_jax.models import stream as streams
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import KnowledgeMLLM

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests import test_job
-from tpad_jax import bases, features, job
 from tpad_jax import config as base
+from tpad_jax import job
 from tpad_jax.errors import InputError
+from tpad_jax.features import bases, store
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
@@ -122,7 +123,7 @@ def test_a_run_that_blends_adapters(config, tmp_path):
         patch.setattr(job.encode.Encoder, 'leave', seen)
         found = job.run(c, tmp_path / 'run')
     assert ranks[0] >= {WIDTH}
-    r, k = (np.asarray(features.read(tmp_path / 'run/features' / stage, name))
+    r, k = (np.asarray(store.read(tmp_path / 'run/features' / stage, name))
             for stage, name in (('transfer', 'r'), ('knowledge', 'k')))
     assert r.shape == k.shape == (41, 2, WIDTH)
     assert np.abs(r - k)[1:].max() > 1e-3

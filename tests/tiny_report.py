@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from tpad_jax import compare, config, diagnostics, features, results
+from tpad_jax import compare, config, diagnostics, results
 from tpad_jax.core import writers
 from tpad_jax.data import audit, sessions
 from tpad_jax.evaluate import oracle
+from tpad_jax.features import store
 from tpad_jax.report import charts, gallery, stored
 from tpad_jax.report.values import BETWEEN
 
@@ -88,7 +89,7 @@ def write(workdir, *, content=True, seed=0, name='tiny'):
         found['oracle'], ranks['oracle'] = oracle(job.test, job.data.warm, job.probabilities)
         rng = np.random.default_rng(0)
         for n, shape in (('k', (2, 6)), ('r', (12,))):
-            features.write(workdir / 'features' / 'joint', n, rng.normal(size=(V + 1, *shape)), {})
+            store.write(workdir / 'features' / 'joint', n, rng.normal(size=(V + 1, *shape)), {})
         found['diagnostics'] = write_diagnostics(workdir, rng)
     write_log(workdir / 'log.jsonl', content)
     gallery.write(job, scorers, ranks, 'tpad_joint')

@@ -13,13 +13,14 @@ from PIL import Image
 
 from configs import amazon
 from tests import tiny_base
-from tpad_jax import bases, encode, recommenders, served
+from tpad_jax import recommenders, served
 from tpad_jax.config import names
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.item_graphs import companions, neighbours
 from tpad_jax.data.sessions import Sessions, counts
 from tpad_jax.distributed.devices import Devices
+from tpad_jax.features import bases, encoder
 from tpad_jax.models import tpad
 from tpad_jax.models.fusion import blank
 from tpad_jax.scoring import scorer
@@ -77,7 +78,7 @@ def write(workdir, base, *, mllm=True, reads=False, partner=None, **model):
         params = params | {'recommender': {**own, 'fusion': blank(own['fusion'], rows['warm'])}}
         made.append((spec, params))
     if reads:
-        rows |= encode.encoder(made[0][0], content, ('k', 'r'))(made[0][1])
+        rows |= encoder.encoder(made[0][0], content, ('k', 'r'))(made[0][1])
     specs, params = zip(*made, strict=True)
     several = len(specs) > 1
     scores = scorer(specs if several else specs[0], devices)(

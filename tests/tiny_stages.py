@@ -12,12 +12,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import config as base
-from tpad_jax import encode, fitting, training
+from tpad_jax import fitting, training
 from tpad_jax.checkpoint import Checkpoints
 from tpad_jax.data import batches
 from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.features import encoder as feature_encoder
 from tpad_jax.models import tpad
 from tpad_jax.models.builtin.mllm import MLLM
 
@@ -140,7 +141,7 @@ class Run:
                 self.traces.append(count)  # the batch of step t + 1 is drawn when t is dispatched
                 yield batch
 
-        encoder = encode.encoder(spec, CONTENT, ('k', 'r'))
+        encoder = feature_encoder.encoder(spec, CONTENT, ('k', 'r'))
         writer = SimpleNamespace(rewind=lambda *_: None, scalars=self.log)
         checkpoints = Checkpoints(directory)
         loop = fitting.Loop(

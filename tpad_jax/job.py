@@ -17,19 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax import (
-    bases,
-    encode,
-    features,
-    fitting,
-    handover,
-    plan,
-    profiling,
-    recommenders,
-    results,
-    snapshots,
-    training,
-)
+from tpad_jax import fitting, handover, plan, profiling, recommenders, results, snapshots, training
 from tpad_jax.check import MAKES, STAGES, check, check_inputs
 from tpad_jax.checkpoint import Checkpoints, claim, enter
 from tpad_jax.config import names
@@ -41,6 +29,8 @@ from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluate import evaluate
+from tpad_jax.features import bases, store
+from tpad_jax.features import encoder as feature_encoder
 from tpad_jax.models import readers, tpad
 from tpad_jax.scoring import foretold, scorer
 
@@ -122,7 +112,7 @@ class Job:
                                teacher=teacher and teacher.reader, **shared)
         self.count()
         if c.data.features:
-            given = features.read_external(c.data.features, data.asins)
+            given = store.read_external(c.data.features, data.asins)
             console.print(f'{c.data.features}: {given.unknown} ids of no item {list(given.some)}, '
                           f'{given.repeated} rows said twice', markup=False, highlight=False)
             self.catalogue['given'] = jnp.asarray(given.rows)
@@ -194,7 +184,7 @@ class Job:
         encoder = None
         if stage in MAKES:
             m = self.config.mllm
-            encoder = encode.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
+            encoder = feature_encoder.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
                                      part=m.encode_part, devices=self.devices.own)
         self.first = self.params
         (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,11 @@ import polars as pl
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from tpad_jax import bases, served
+from tpad_jax import served
 from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError
+from tpad_jax.features import bases
 from tpad_jax.models import tpad
 from tpad_jax.models.hf.vlm import VLM
 

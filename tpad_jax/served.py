@@ -25,10 +25,10 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tpad_jax import encode
 from tpad_jax.config import names
 from tpad_jax.data import sessions
 from tpad_jax.errors import InputError
+from tpad_jax.features import encoder
 from tpad_jax.models import tpad
 
 FOLDER, ABOUT, VERSION = 'served', 'served.json', 2
@@ -178,7 +178,7 @@ def _reader(job, bound) -> dict:
     """What reads an item but for a base that stayed as it was given."""
     if job.content is None:
         return {}
-    roots = set().union(*encode.reads(bound.specs[0]).values())
+    roots = set().union(*encoder.reads(bound.specs[0]).values())
     train = [job.config.stage[stage].train for stage in job.config.stage]
     flat = flatten_dict(bound.params[0], sep='/')
     return {path: x for path, x in flat.items()

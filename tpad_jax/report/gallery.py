@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tpad_jax import features, metrics, snapshots
+from tpad_jax import metrics, snapshots
 from tpad_jax.core import writers
 from tpad_jax.data import images
 from tpad_jax.diagnostics import unit
 from tpad_jax.errors import InputError
+from tpad_jax.features import store
 from tpad_jax.scoring import top
 
 FILE = Path('report') / 'gallery.json'
@@ -116,7 +117,7 @@ def _rows(job, best):
     for name, stage in made.items():
         directory = job.workdir / 'features' / stage
         if (directory / f'{name}.npy').is_file():
-            rows = features.read(directory, name, slice(1, None))
+            rows = store.read(directory, name, slice(1, None))
             found[name] = np.asarray(rows, np.float32).reshape(len(rows), -1)
     return found
 

@@ -20,9 +20,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpad_jax import bundle, features
+from tpad_jax import bundle
 from tpad_jax.distributed.devices import AXIS, Devices, compiled
 from tpad_jax.errors import Stopped
+from tpad_jax.features import store
 from tpad_jax.models import tpad
 
 ROWS = 120  # items per compiled call; the last call of a part is filled up
@@ -160,7 +161,7 @@ class Encoder:
                    'barrier': multihost_utils.sync_global_devices} if processes > 1 else {}
         if several:  # which do not ask equally often, as they would have to: it goes to its end
             stopping = bool
-        features.fill(directory, partial(self._make, params, progress, stopping),
+        store.fill(directory, partial(self._make, params, progress, stopping),
                       parts=[ids for _, ids in self._parts], shapes=self._shapes(params),
                       made_by=made_by, counts=self._counts(), **several)
 
@@ -175,12 +176,12 @@ class Encoder:
         made_by = self.made_by(params, **more)
         if rows and jax.process_index() == 0:
             for name in self.names:
-                features.write(directory, name, np.asarray(rows[name]), made_by[name],
+                store.write(directory, name, np.asarray(rows[name]), made_by[name],
                                self._counts())
         if rows:
             return {name: jnp.asarray(rows[name]) for name in self.names}
         self.fill(params, directory, made_by, progress, stopping)
-        return {name: jnp.array(features.read(directory, name)) for name in self.names}
+        return {name: jnp.array(store.read(directory, name)) for name in self.names}
 
     def _encode(self, params, image, has_image, tokens):
         rows = {}

@@ -1,0 +1,1 @@
+"""Items to rows of features in a store."""
