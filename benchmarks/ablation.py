@@ -126,8 +126,8 @@ def scores(job) -> dict:
     """
     import numpy as np
 
-    from tpad_jax import metrics
-    from tpad_jax.scoring import foretold, scorer
+    from tpad_jax.evaluation import metrics
+    from tpad_jax.evaluation.scorers import foretold, scorer
 
     rows, cold, c = job.test, ~job.data.warm, job.config
     cold[0] = False
@@ -202,7 +202,7 @@ def differences(cells: dict, name: str, reference: str) -> dict | None:
     """
     import numpy as np
 
-    from tpad_jax import resampling
+    from tpad_jax.evaluation import statistics
 
     seeds = [seed for other, seed in cells if other == name and (reference, seed) in cells]
     if not seeds or name == reference:
@@ -216,9 +216,9 @@ def differences(cells: dict, name: str, reference: str) -> dict | None:
         apart.append(np.stack([gap[0], gap[0] - gap[1], gap[1]], axis=1))
     apart = np.concatenate(apart)  # [S, 3]: a session of another seed is another session
     scale = np.array([best['all'], best['all'] - best['cold'], best['cold']])
-    drawn = resampling.bootstrap(apart[:, None], np.ones((len(apart), 1)))[:, 0] * len(apart)
+    drawn = statistics.bootstrap(apart[:, None], np.ones((len(apart), 1)))[:, 0] * len(apart)
     low, high = np.quantile(drawn / scale, [LEVEL / 2, 1 - LEVEL / 2], axis=0)
-    p = resampling.sign_flip(apart)
+    p = statistics.sign_flip(apart)
     out = {key: tuple(float(x[i]) for x in (apart.sum(axis=0) / scale, low, high, p))
            for i, key in enumerate(('all', 'warm', 'cold'))}
     return {**out, 'seeds': each}

@@ -17,8 +17,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import compare
 from tpad_jax.core import writers
+from tpad_jax.evaluation import compare
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent

@@ -106,9 +106,10 @@ class Ours:
         from flax.traverse_util import flatten_dict
 
         from configs import sessions as configs
-        from tpad_jax import scoring, training
+        from tpad_jax import training
         from tpad_jax.data import batches
         from tpad_jax.distributed import devices as distributed_devices
+        from tpad_jax.evaluation import scorers
         from tpad_jax.models import tpad
 
         config = change(configs.get_config())
@@ -129,7 +130,7 @@ class Ours:
                 'width': config.model.width, 'softmax': config.losses.next_item.dtype,
                 'state': devices.share(training.start(spec, params, '^recommender/')),
                 'step': devices.lift(partial(training.train_step, spec=spec)),
-                'bind': scoring.scorer(model, devices)}
+                'bind': scorers.scorer(model, devices)}
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""

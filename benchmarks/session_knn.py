@@ -20,10 +20,11 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import baselines, metrics
+from tpad_jax import baselines
 from tpad_jax.core import writers
 from tpad_jax.data.sessions import rows
 from tpad_jax.data.sources import ids
+from tpad_jax.evaluation import metrics
 
 FLAGS = flags.FLAGS
 METHODS = [name for name in baselines.BASELINES if name != 'content_knn']  # there is no content

@@ -13,9 +13,10 @@ from absl import app
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import baselines, compare, recommenders
+from tpad_jax import baselines, recommenders
 from tpad_jax.core import writers
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import compare
 
 METRICS = ('hit@20', 'mrr@20')
 KEPT = Path(__file__).with_suffix('.json')

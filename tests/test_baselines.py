@@ -6,9 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from tpad_jax import baselines, metrics
+from tpad_jax import baselines
 from tpad_jax.data.sessions import Sessions, rows
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import metrics
 from tpad_jax.trials import check_space
 
 V = 12

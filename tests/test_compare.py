@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tpad_jax import compare, metrics, resampling, results, slices
+from tpad_jax import results
 from tpad_jax.data.sessions import Rows
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import compare, metrics, slices, statistics
 
 
 def clusters(rng, count, p):
@@ -26,7 +27,7 @@ def clusters(rng, count, p):
 def test_sums_by_session_and_slice():
     values = np.array([[1., 10.], [2., 20.], [3., 30.], [4., 40.]])
     chosen = [np.ones(4, bool), np.array([True, False, True, False])]
-    total, weight = resampling.sliced(values, chosen, np.array([0, 0, 2, 2]))
+    total, weight = statistics.sliced(values, chosen, np.array([0, 0, 2, 2]))
     assert weight.tolist() == [[2, 1], [0, 0], [2, 1]]
     assert total.tolist() == [[[3, 30], [1, 10]], [[0, 0], [0, 0]], [[7, 70], [3, 30]]]
 
@@ -37,7 +38,7 @@ def test_intervals_cover_as_often_as_they_say():
     covered, naive, repeats, p = 0, 0, 300, 0.3
     for seed in range(repeats):
         total, weight = clusters(rng, 150, p)
-        low, high = resampling.intervals(total, weight, draws=200, seed=seed)[0, 0]
+        low, high = statistics.intervals(total, weight, draws=200, seed=seed)[0, 0]
         covered += low <= p <= high
         rows, mean = weight.sum(), total.sum() / weight.sum()
         naive += abs(mean - p) <= 1.96 * (mean * (1 - mean) / rows) ** 0.5
@@ -48,12 +49,12 @@ def test_intervals_cover_as_often_as_they_say():
 
 def test_the_bootstrap_spreads_as_the_ratio_estimator():
     total, weight = clusters(np.random.default_rng(1), 4000, 0.3)
-    samples = resampling.bootstrap(total, weight, draws=2000)[:, 0, 0]
+    samples = statistics.bootstrap(total, weight, draws=2000)[:, 0, 0]
     ratio = total.sum() / weight.sum()
     spread = ((total[:, 0] - ratio * weight) ** 2).sum() ** 0.5 / weight.sum()  # linearised
     assert samples.std() == pytest.approx(spread, rel=0.06)
     assert samples.mean() == pytest.approx(ratio, abs=4 * spread / 2000 ** 0.5)
-    low, high = resampling.intervals(total, weight)[0, 0]
+    low, high = statistics.intervals(total, weight)[0, 0]
     assert (high - low) / (2 * 1.96) == pytest.approx(spread, rel=0.08)
 
 
@@ -61,7 +62,7 @@ def test_a_slice_of_one_session_has_no_interval():
     total, weight = np.ones((5, 3, 1)), np.ones((5, 3))
     weight[1:, 1] = total[1:, 1] = 0
     weight[:, 2] = total[:, 2] = 0
-    edges = resampling.intervals(total, weight)
+    edges = statistics.intervals(total, weight)
     assert edges[0, 0].tolist() == [1, 1]
     assert np.isnan(edges[1:]).all()
 
@@ -71,7 +72,7 @@ def test_the_sign_flip_equals_scipys_permutation_test(count):
     """Every pattern, where there are few; sessions without a difference change nothing."""
     difference = np.random.default_rng(count).normal(0.4, 1, (count, 2)).round(1)
     difference[0] = 0
-    for column, p in zip(difference.T, resampling.sign_flip(difference), strict=True):
+    for column, p in zip(difference.T, statistics.sign_flip(difference), strict=True):
         found = stats.permutation_test((column,), np.sum, permutation_type='samples',
                                        n_resamples=np.inf, alternative='two-sided')
         assert p == pytest.approx(found.pvalue)
@@ -79,23 +80,23 @@ def test_the_sign_flip_equals_scipys_permutation_test(count):
 
 def test_drawn_signs_agree_with_the_normal_law():
     difference = np.random.default_rng(0).normal(0.12, 1, (400, 1))
-    p = resampling.sign_flip(difference)[0]
+    p = statistics.sign_flip(difference)[0]
     z = difference.sum() / (difference ** 2).sum() ** 0.5
     expected = 2 * stats.norm.sf(abs(z))
-    assert p == pytest.approx(expected, abs=4 * (expected / resampling.FLIPS) ** 0.5)
-    assert resampling.sign_flip(difference + 9)[0] == 1 / (resampling.FLIPS + 1)
+    assert p == pytest.approx(expected, abs=4 * (expected / statistics.FLIPS) ** 0.5)
+    assert statistics.sign_flip(difference + 9)[0] == 1 / (statistics.FLIPS + 1)
 
 
 def test_without_differences_p_is_one():
-    assert resampling.sign_flip(np.zeros((300, 2))).tolist() == [1, 1]
+    assert statistics.sign_flip(np.zeros((300, 2))).tolist() == [1, 1]
     # nor does rounding make one side more extreme than the other
     both = np.array([[0.1, -0.3, 0.2]] * 200).reshape(-1, 1)
-    assert resampling.sign_flip(both)[0] > 0.9
+    assert statistics.sign_flip(both)[0] > 0.9
 
 
 def test_the_sign_flip_is_level_under_no_difference():
     rng = np.random.default_rng(2)
-    p = resampling.sign_flip(rng.choice([-1., 0, 1], (60, 300)), flips=999)
+    p = statistics.sign_flip(rng.choice([-1., 0, 1], (60, 300)), flips=999)
     assert (p <= 0.05).mean() == pytest.approx(0.05, abs=0.045)
 
 

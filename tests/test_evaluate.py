@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import baselines, evaluate, metrics, slices
+from tpad_jax import baselines
 from tpad_jax.data.sessions import Rows, Sessions, rows, warm_items
 from tpad_jax.data.synthetic import planted as synthetic_planted
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import evaluate, metrics, slices
 
 V = 120
 

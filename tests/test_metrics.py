@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from tpad_jax import metrics
+from tpad_jax.evaluation import metrics
 
 BY_HAND = {
     'hit': lambda place, k: float(place <= k),

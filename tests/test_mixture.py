@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tpad_jax import config as base
-from tpad_jax import metrics
 from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.evaluation import metrics
+from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.models import tpad
-from tpad_jax.scoring import scorer
 
 V, N = 30, 5
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tpad_jax import scoring
+from tpad_jax.evaluation import scorers
 from tpad_jax.models import stream, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.builtin.vision import VisionTower
@@ -105,7 +105,7 @@ def differs(a, b):
 def test_t_foretells_by_its_critic_of_p_and_every_item(params):
     """Prefix by prefix, item by item."""
     catalogue, batch = make_catalogue(), make_batch()
-    found = scoring.foretold(SPEC)(params, catalogue)(batch.items)
+    found = scorers.foretold(SPEC)(params, catalogue)(batch.items)
     assert found.shape == (B, V + 1)
     assert (found[:, 0] == 0).all()
     out = forward(SPEC, params, batch.replace(valid=np.ones(B, bool)), catalogue,

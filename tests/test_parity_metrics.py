@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchmetrics.functional import retrieval
 
-from tpad_jax import metrics
+from tpad_jax.evaluation import metrics
 
 V, R = 60, 150
 PEERS = {'hit': retrieval.retrieval_hit_rate, 'mrr': retrieval.retrieval_reciprocal_rank,

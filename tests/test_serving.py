@@ -13,7 +13,7 @@ from tests import tiny_base, tiny_served
 from tests.tiny_served import N, V
 from tpad_jax import serving, topk
 from tpad_jax.errors import InputError
-from tpad_jax.scoring import top
+from tpad_jax.evaluation.scorers import top
 
 
 @pytest.fixture(scope='module')

@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from tpad_jax import metrics, session_knn
+from tpad_jax import session_knn
 from tpad_jax.data.sessions import Sessions, rows
+from tpad_jax.evaluation import metrics
 
 V = 15  # 14 and 15 stay cold
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from tests.test_mixture import N, V, part
-from tpad_jax import check, metrics, topk
+from tpad_jax import check, topk
 from tpad_jax import config as base
 from tpad_jax.data import item_graphs
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import metrics
+from tpad_jax.evaluation.scorers import scorer, session_encoder, session_shifts
 from tpad_jax.models import tpad
 from tpad_jax.models.sessions import companions
-from tpad_jax.scoring import scorer, session_encoder, session_shifts
 
 STRENGTH, DECAY, MOST = 0.6, 0.4, 4
 

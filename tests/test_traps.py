@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from configs import sessions as configs
-from tpad_jax import baselines, evaluate, job, metrics, slices
+from tpad_jax import baselines, job
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue as data_catalogue
 from tpad_jax.data import item_graphs, sessions, text
@@ -18,8 +18,9 @@ from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.data.synthetic import planted
 from tpad_jax.distributed import devices
+from tpad_jax.evaluation import evaluate, metrics, slices
+from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.models import tpad
-from tpad_jax.scoring import scorer
 
 V, N = 30, 6
 TABLES = 'train', 'valid', 'warm', 'side', 'side_sizes', 'titles'  # of pipeline.Data

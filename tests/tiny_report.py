@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from tpad_jax import compare, config, diagnostics, results
+from tpad_jax import config, diagnostics, results
 from tpad_jax.core import writers
 from tpad_jax.data import audit, sessions
-from tpad_jax.evaluate import oracle
+from tpad_jax.evaluation import compare
+from tpad_jax.evaluation.evaluate import oracle
 from tpad_jax.features import store
 from tpad_jax.report import charts, gallery, stored
 from tpad_jax.report.values import BETWEEN

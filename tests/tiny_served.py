@@ -20,10 +20,10 @@ from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.item_graphs import companions, neighbours
 from tpad_jax.data.sessions import Sessions, counts
 from tpad_jax.distributed.devices import Devices
+from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases, encoder
 from tpad_jax.models import tpad
 from tpad_jax.models.fusion import blank
-from tpad_jax.scoring import scorer
 
 V, N, T = 30, 6, 8  # the last five items are in no session
 

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from tpad_jax import metrics, session_knn
+from tpad_jax import session_knn
 from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import metrics
 from tpad_jax.trials import search
 
 LONGEST_RULE = 10  # steps between the two items of a rule

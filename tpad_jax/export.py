@@ -171,7 +171,8 @@ def _artefact(kept, directory, k, rows):
     from flax.traverse_util import flatten_dict, unflatten_dict
     from safetensors.numpy import save_file
 
-    from tpad_jax import scoring, topk
+    from tpad_jax import topk
+    from tpad_jax.evaluation import scorers
 
     total = len(kept.z)
     weights = {'z': np.pad(kept.z, ((0, topk.rounded(total) - total), (0, 0)))}
@@ -179,8 +180,8 @@ def _artefact(kept, directory, k, rows):
         weights |= {f'{i}/{path}': x for path, x in
                     flatten_dict({**params, 'rows': near}, sep='/').items()
                     if '/fusion/' not in path}  # is in z
-    search = topk.searcher(scoring.session_encoder(kept.specs),
-                           scoring.session_shifts(kept.specs))
+    search = topk.searcher(scorers.session_encoder(kept.specs),
+                           scorers.session_shifts(kept.specs))
 
     def recommend(weights, items):
         tree = unflatten_dict(weights, sep='/')

@@ -28,11 +28,11 @@ from tpad_jax.data.sources import amazon_tables, folder, ids
 from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.evaluate import evaluate
+from tpad_jax.evaluation.evaluate import evaluate
+from tpad_jax.evaluation.scorers import foretold, scorer
 from tpad_jax.features import bases, store
 from tpad_jax.features import encoder as feature_encoder
 from tpad_jax.models import readers, tpad
-from tpad_jax.scoring import foretold, scorer
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
 

@@ -17,9 +17,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tpad_jax import training
 from tpad_jax.config import names
 from tpad_jax.errors import InputError
-from tpad_jax.evaluate import evaluate
+from tpad_jax.evaluation.evaluate import evaluate
+from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.models import tpad
-from tpad_jax.scoring import scorer
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 KEPT = 'hit@20', 'mrr@20', 'ndcg@20'  # of validation

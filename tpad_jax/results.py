@@ -11,14 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpad_jax import baselines, compare, metrics, resampling, served, slices, snapshots
+from tpad_jax import baselines, served, snapshots
 from tpad_jax.core import writers
 from tpad_jax.data import audit, images, sessions
-from tpad_jax.evaluate import evaluate, oracle
+from tpad_jax.evaluation import compare, metrics, slices, statistics
+from tpad_jax.evaluation.evaluate import evaluate, oracle
+from tpad_jax.evaluation.scorers import top
 from tpad_jax.fitting import SPENT
 from tpad_jax.models import tpad
 from tpad_jax.report import gallery, page
-from tpad_jax.scoring import top
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure
@@ -151,7 +152,7 @@ def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict) -> None:
     earned = compare.gains(rank['above'], rank['equal'])
     known = warm[rows.target]
     session = np.unique(rows.session, return_inverse=True)[1]
-    edges = resampling.intervals(*resampling.sliced(
+    edges = statistics.intervals(*statistics.sliced(
         earned, (np.ones(len(earned), bool), known, ~known), session))
     for part, found in zip((result, result['slices']['warm'], result['slices']['cold']), edges,
                            strict=True):

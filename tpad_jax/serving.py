@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from tpad_jax import served, topk
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError
-from tpad_jax.scoring import session_encoder, session_shifts
+from tpad_jax.evaluation.scorers import session_encoder, session_shifts
 
 SIZES = 1, 16, 256  # rows of a compiled call: the least that holds what is asked
 MAX_K = 1000

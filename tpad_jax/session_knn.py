@@ -36,8 +36,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from tpad_jax import metrics
 from tpad_jax.data.sessions import Sessions, take
+from tpad_jax.evaluation import metrics
 
 
 def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int = 2000,

@@ -4,8 +4,8 @@ from collections import Counter
 
 from flax.traverse_util import flatten_dict
 
-from tpad_jax import compare
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import compare
 from tpad_jax.report import charts, curves, sections
 from tpad_jax.report.stored import Run, hit_curve
 from tpad_jax.report.values import Values

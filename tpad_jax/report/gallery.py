@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tpad_jax import metrics, snapshots
+from tpad_jax import snapshots
 from tpad_jax.core import writers
 from tpad_jax.data import images
 from tpad_jax.diagnostics import unit
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import metrics
+from tpad_jax.evaluation.scorers import top
 from tpad_jax.features import store
-from tpad_jax.scoring import top
 
 FILE = Path('report') / 'gallery.json'
 MODELS = 'tpad', 'knowledge_only', 'id_only'  # whose lists are shown, where a run has them

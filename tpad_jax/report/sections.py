@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tpad_jax import compare
+from tpad_jax.evaluation import compare
 from tpad_jax.report.gallery import MODELS
 from tpad_jax.report.values import NONE, Values
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.distributed.devices import Devices, compiled
+from tpad_jax.evaluation.device_ranks import ranker
 from tpad_jax.models import tpad
-from tpad_jax.ranking import ranker
 from tpad_jax.types import Batch
 
 

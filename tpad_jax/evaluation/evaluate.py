@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tpad_jax import compare, metrics, slices
 from tpad_jax.data.sessions import Rows
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import compare, metrics, slices
 
 Result = dict
 """{'rows': R, 'tied_share': s, 'hit@K', 'mrr@K', 'ndcg@K', 'expected_hit@K', ... per K, 'slices':

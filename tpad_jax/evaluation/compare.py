@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpad_jax import metrics, resampling, slices
 from tpad_jax.core import writers
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import metrics, slices, statistics
 
 AT = 20
 METRICS = tuple(f'{name}@{AT}' for name in metrics.GAINS)
@@ -148,7 +148,7 @@ def compare(first: Sequence[Run], second: Sequence[Run], models: tuple[str, str]
     chosen = {'all': np.ones(len(seed), bool), **slices.chosen(known)}
     return {'runs': [[str(run.path) for run in side] for side in (first, second)],
             'models': list(models), 'items': sorted({run.items for run in first}),
-            'sessions': int(session.max()) + 1, 'level': resampling.LEVEL,
+            'sessions': int(session.max()) + 1, 'level': statistics.LEVEL,
             'unknown_slices': unknown,
             'slices': _measured(earned, chosen, session, seed)}
 
@@ -259,11 +259,11 @@ def _common(first, second):
 
 def _measured(earned, chosen, session, seed):
     """float [R, 3, M] of A, B and A - B, {slice: bool [R]} -> 'slices' of `compare`."""
-    total, weight = resampling.sliced(earned.reshape(len(earned), -1), chosen.values(), session)
+    total, weight = statistics.sliced(earned.reshape(len(earned), -1), chosen.values(), session)
     shape = len(chosen), *earned.shape[1:]
-    edges = resampling.intervals(total, weight).reshape(*shape, 2)
+    edges = statistics.intervals(total, weight).reshape(*shape, 2)
     apart = total.reshape(len(total), *shape)[:, :, 2]
-    p = resampling.sign_flip(apart.reshape(len(total), -1)).reshape(shape[0], shape[2])
+    p = statistics.sign_flip(apart.reshape(len(total), -1)).reshape(shape[0], shape[2])
     out = {}
     for place, (name, rows) in enumerate(chosen.items()):
         out[name] = {'rows': int(rows.sum())}

@@ -1,0 +1,1 @@
+"""Exact ranks and metrics, slices, statistics and comparisons."""
