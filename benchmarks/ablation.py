@@ -80,8 +80,9 @@ def knowledge(config, workdir: Path, stopping) -> Path:
 
 def train(config, workdir: Path, stopping, stages):
     """The job of `config` with its stages done."""
-    from tpad_jax import check, checkpoint, job
+    from tpad_jax import check, job
     from tpad_jax.core import writers
+    from tpad_jax.training import checkpoint
 
     check.check(config)
     made = job.Job(config, workdir, stopping)

@@ -235,7 +235,7 @@ def compare(one: Path, two: Path) -> dict[str, list[str]]:
 
 def checkpoints(workdir: Path, wanted: set[str] | None = None) -> dict[str, str]:
     """{stage/step: digest of all its arrays, optimiser and all, and of what was noted with it}."""
-    from tpad_jax.checkpoint import Checkpoints
+    from tpad_jax.training.checkpoint import Checkpoints
 
     out = {}
     for stage in sorted(workdir.glob('stages/*')):

@@ -25,7 +25,8 @@ from absl import app, flags
 
 from benchmarks import tpu_compile
 from benchmarks.checkout import commit
-from tpad_jax import fitting, plan, profiling
+from tpad_jax import plan
+from tpad_jax.training import loop, profiling
 
 FLAGS = flags.FLAGS
 FILE = Path(__file__).with_suffix('.json')
@@ -65,7 +66,7 @@ def measure(rows: int, chunk: int, remat: str, small: bool) -> dict:
     step, arguments, planned, spec = tpu_compile.parts(
         jax.local_devices()[:1], changes, FLAGS.items, small, 'jit')
     state, batch, shared = arguments
-    counted = profiling.operations(partial(fitting.lean_step, spec=spec, axis=None), *arguments)
+    counted = profiling.operations(partial(loop.lean_step, spec=spec, axis=None), *arguments)
     begun = time.perf_counter()
     compiled = step.lower(*arguments).compile()
     seconds, memory = time.perf_counter() - begun, compiled.memory_analysis()

@@ -106,18 +106,18 @@ class Ours:
         from flax.traverse_util import flatten_dict
 
         from configs import sessions as configs
-        from tpad_jax import training
         from tpad_jax.data import batches
         from tpad_jax.distributed import devices as distributed_devices
         from tpad_jax.evaluation import scorers
         from tpad_jax.models import tpad
+        from tpad_jax.training import step
 
         config = change(configs.get_config())
         batch = batch or config.stage.recommend.batch_size
         devices = distributed_devices.choose('auto', 0)
         model = tpad.build(None, config.model, recommend=(), items=self.num_items,
                            max_length=self.max_length, side_sizes=())
-        spec = training.make_spec(config, 'recommend', model, config.seed)
+        spec = step.make_spec(config, 'recommend', model, config.seed)
         make = distributed_devices.compiled(partial(tpad.recommender_init, spec=model))
         params = {'recommender': make(jax.random.key(0), catalogue=self.catalogue)}
         params = flatten_dict(params, sep='/')
@@ -128,8 +128,8 @@ class Ours:
         return {'devices': devices, 'spec': spec, 'params': params, 'draw': draw, 'batch': batch,
                 'ranked': ranked, 'every': every, 'encoder': config.model.encoder,
                 'width': config.model.width, 'softmax': config.losses.next_item.dtype,
-                'state': devices.share(training.start(spec, params, '^recommender/')),
-                'step': devices.lift(partial(training.train_step, spec=spec)),
+                'state': devices.share(step.start(spec, params, '^recommender/')),
+                'step': devices.lift(partial(step.train_step, spec=spec)),
                 'bind': scorers.scorer(model, devices)}
 
     def facts(self) -> dict:
@@ -168,10 +168,10 @@ class Ours:
 
     def losses(self, weights, steps) -> list:
         """Of the first steps on the first training rows, by the peer's weights."""
-        from tpad_jax import training
+        from tpad_jax.training import step
 
         cell = next(iter(self.cells.values()))
-        state = cell['devices'].share(training.start(cell['spec'], self._taken(cell, weights),
+        state = cell['devices'].share(step.start(cell['spec'], self._taken(cell, weights),
                                                   '^recommender/'))
         found, rows, batch = [], self.train_rows, cell['batch']
         for number in range(steps):

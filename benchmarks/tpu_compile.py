@@ -77,10 +77,12 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     from flax.traverse_util import flatten_dict
 
     from configs import amazon
-    from tpad_jax import ahead, fitting, plan, training
+    from tpad_jax import ahead, plan
     from tpad_jax.distributed import devices as distributed_devices
     from tpad_jax.models import tpad
     from tpad_jax.models.hf.vlm import VLM
+    from tpad_jax.training import loop
+    from tpad_jax.training import step as training_step
     from tpad_jax.types import Batch
 
     c = amazon.get_config('qwen3vl_2b')
@@ -100,8 +102,8 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     held = jnp.dtype(c.mllm.param_dtype)
     flat = {path: x.update(dtype=held) if path.startswith('base/') else x
             for path, x in flatten_dict(shapes, sep='/').items()}
-    spec = training.make_spec(c, 'joint', model, c.seed)
-    state = jax.eval_shape(partial(training.start, spec, pattern=c.stage.joint.train), flat)
+    spec = training_step.make_spec(c, 'joint', model, c.seed)
+    state = jax.eval_shape(partial(training_step.start, spec, pattern=c.stage.joint.train), flat)
     rows = c.stage.joint.batch_size
     seen = devices.shards * (1 + rows // devices.shards * (n + 1))
     ints = dict(items=(rows, n), next=(rows, n), target=(rows,), row=(rows,), slots=(rows, n),
@@ -120,7 +122,7 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
                  placed({'catalogue': catalogue, 'frozen': state.frozen}))
     planned = plan.stage_plan(c, 'joint', base, flat, catalogue, shards=devices.shards,
                               model=devices.model, positions=n, side=side)
-    return devices.lift(partial(fitting.lean_step, spec=spec)), arguments, planned, spec
+    return devices.lift(partial(loop.lean_step, spec=spec)), arguments, planned, spec
 
 
 def cell(name: str, items: int, small: bool) -> dict:

@@ -14,9 +14,9 @@ import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpad_jax import bundle
-from tpad_jax.checkpoint import Checkpoints, abstract, claim, enter
 from tpad_jax.errors import InputError
+from tpad_jax.training import bundle
+from tpad_jax.training.checkpoint import Checkpoints, abstract, claim, enter
 
 # Orbax leaves the other reads of a damaged checkpoint to the garbage collector, which says so
 # whenever it comes by, or to an event loop that is gone by then.

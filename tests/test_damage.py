@@ -11,10 +11,11 @@ import pytest
 import tiny_stages
 
 from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
-from tpad_jax import fitting, training
-from tpad_jax.checkpoint import abstract, claim
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
+from tpad_jax.training import loop as training_loop
+from tpad_jax.training import step as training_step
+from tpad_jax.training.checkpoint import abstract, claim
 
 pytestmark = LEFT_BEHIND
 
@@ -101,15 +102,15 @@ def fit(directory, scores=(0.2, 0.9, 0.1, 0.3), total=8):
     """A small recommender's stage, validated every other step with these scores."""
     spec, params, catalogue = tiny_stages.model()
     c, left = tiny_stages.make_config(), list(scores)
-    step = training.make_spec(c, 'recommend', spec, seed=5)
+    step = training_step.make_spec(c, 'recommend', spec, seed=5)
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda *_: None)
     with opened(directory) as checkpoints:
-        loop = fitting.Loop(
+        loop = training_loop.Loop(
             name='recommend', total=total, devices=devices.choose('jit', 1), writer=writer,
             batches=lambda start: tiny_stages.draw('recommend', start), checkpoints=checkpoints,
             progress=lambda *_: nullcontext(lambda *_: None), log_every=2, save_every=100,
             eval_every=2, validate=lambda *_: {'hit@20': left.pop(0)})
-        return fitting.fit(loop, step, training.start(step, params, c.stage.recommend.train),
+        return training_loop.fit(loop, step, training_step.start(step, params, c.stage.recommend.train),
                            catalogue)
 
 

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from scipy.special import log_softmax
 from tiny_stages import CONTENT, DATA, SIDE, SIZES, N, T, V, draw, make_config, model
 
-from tpad_jax import handover, losses, training
+from tpad_jax import losses
 from tpad_jax.core import kmeans
 from tpad_jax.data.batches import content_rows
 from tpad_jax.distributed import devices as distributed_devices
@@ -21,6 +21,8 @@ from tpad_jax.models import readers, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.nn import linear
+from tpad_jax.training import handover
+from tpad_jax.training import step as training_step
 from tpad_jax.types import Batch
 
 B, L, P, W, C = 3, 4, 5, 7, 4
@@ -274,13 +276,13 @@ def test_eight_devices_are_one(taught, stage):
         else:
             loss.weight = 0.0
     flat = flatten_dict(params, sep='/')
-    step_spec = training.make_spec(config, stage, spec, seed=5)
-    first = training.start(step_spec, flat, config.stage[stage].train)
+    step_spec = training_step.make_spec(config, stage, spec, seed=5)
+    first = training_step.start(step_spec, flat, config.stage[stage].train)
     found = []
     for way, count in (('jit', 1), ('pmap', 8)):
         devices = distributed_devices.choose(way, count)
         batch = next(draw(stage, 0, devices.shards)) | {'valid': np.arange(16) < 13}
-        step = devices.lift(partial(training.train_step, spec=step_spec))
+        step = devices.lift(partial(training_step.train_step, spec=step_spec))
         state, logged = step(devices.share(jax.tree.map(jnp.copy, first)), devices.place(batch),
                              devices.share(catalogue))
         found.append((jax.device_get(state.params), jax.device_get(logged)))

@@ -21,11 +21,11 @@ from tests import test_job
 from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
 from tests.test_damage import halve
 from tpad_jax import job, train, trials
-from tpad_jax.checkpoint import abstract, claim, enter
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue
 from tpad_jax.errors import InputError
 from tpad_jax.features import store
+from tpad_jax.training.checkpoint import abstract, claim, enter
 
 pytestmark = LEFT_BEHIND
 base_dir, config = test_job.base_dir, test_job.config  # fixtures

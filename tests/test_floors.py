@@ -156,7 +156,7 @@ def test_jax_arrives_late(file, ours):
 
 
 @pytest.mark.parametrize(('place', 'says'), [
-    ('tpad_jax/checkpoint.py', lambda file: 'orbax' in roots(file)),
+    ('tpad_jax/training/checkpoint.py', lambda file: 'orbax' in roots(file)),
     ('tpad_jax/distributed/devices.py', lambda file: bool(used(file) & {'pmap', 'shard_map'})),
 ], ids=['orbax', 'pmap'])
 def test_one_place(place, says):

@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
-from tpad_jax import fitting, job, load, mirror
+from tpad_jax import job, load, mirror
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue, sessions
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation import compare, slices
 from tpad_jax.features import store
+from tpad_jax.training import loop as training_loop
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
@@ -57,14 +58,14 @@ class Recorded(dict):
 
     def __enter__(self):
         self._patch = pytest.MonkeyPatch()
-        fit = fitting.fit
+        fit = training_loop.fit
 
         def recorded(loop, *args):
             out = fit(loop, *args)
             self[loop.name] = out[0]
             return out
 
-        self._patch.setattr(fitting, 'fit', recorded)
+        self._patch.setattr(training_loop, 'fit', recorded)
         return self
 
     def __exit__(self, *_):
@@ -242,7 +243,7 @@ def run_through(config, workdir, when):
     Returns:
       Final parameters, how often the run was stopped, and how many steps it computed.
     """
-    stopped, steps, lifted = 0, 0, fitting.lifted
+    stopped, steps, lifted = 0, 0, training_loop.lifted
 
     def counting(devices, spec):
         compiled = lifted(devices, spec)
@@ -254,7 +255,7 @@ def run_through(config, workdir, when):
         return count
 
     with stops(when) as stopping, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting, 'lifted', counting)
+        patch.setattr(training_loop, 'lifted', counting)
         while True:
             try:
                 with Recorded() as params:

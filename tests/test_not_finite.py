@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tiny_stages import draw, make_config, model
 
-from tpad_jax import fitting, training
-from tpad_jax.checkpoint import Checkpoints
 from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.training import loop as training_loop
+from tpad_jax.training import step as training_step
+from tpad_jax.training.checkpoint import Checkpoints
 
 STEPS, BAD = 6, 3  # the step whose batch holds the row that spoils it
 
@@ -44,18 +45,18 @@ def run(tmp_path, how, skip):
     spec, params, catalogue = model()
     config = make_config().copy_and_resolve_references()
     config.skip_not_finite = skip
-    step = training.make_spec(config, 'recommend', spec, seed=5)
+    step = training_step.make_spec(config, 'recommend', spec, seed=5)
     step = replace(step, losses=(*step.losses, ('spoiled', spoiled(how), 1.0, {})))
     logged = {}
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda _, n, x: logged.update({n: x}))
     checkpoints = Checkpoints(tmp_path / 'stage')
-    loop = fitting.Loop(
+    loop = training_loop.Loop(
         name='recommend', total=STEPS, devices=distributed_devices.choose('jit', 1), checkpoints=checkpoints,
         batches=lambda start: draw('recommend', start), writer=writer, log_every=2, save_every=100,
         progress=lambda *_: nullcontext(lambda *_: None), broken=tmp_path / 'not_finite')
-    first = training.start(step, params, config.stage.recommend.train)
+    first = training_step.start(step, params, config.stage.recommend.train)
     try:
-        return fitting.fit(loop, step, first, catalogue), logged, step
+        return training_loop.fit(loop, step, first, catalogue), logged, step
     finally:
         checkpoints.close()
 
@@ -88,9 +89,9 @@ def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, h
     told = capsys.readouterr().err
     assert told.count('its update was left out, the 1. of this stage') == 1
     assert f'stage recommend, step {BAD}: ' in told
-    state = training.start(step, model()[1], make_config().stage.recommend.train)
+    state = training_step.start(step, model()[1], make_config().stage.recommend.train)
     devices, drawn = distributed_devices.choose('jit', 1), draw('recommend')
-    lifted = jax.jit(lambda *args: training.train_step(*args, spec=step, axis=None))
+    lifted = jax.jit(lambda *args: training_step.train_step(*args, spec=step, axis=None))
     for number in range(1, STEPS + 1):
         batch = devices.place(next(drawn))
         after, _ = lifted(state, batch, model()[2])

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from tpad_jax import config, optim
+from tpad_jax import config
 from tpad_jax.errors import InputError
+from tpad_jax.training import optimizer
 
 PARAMS = {'club/w': jnp.ones((2, 2)), 'critic/align/w': jnp.full((3, 2), 2.0),
           'other/b': jnp.ones(2)}
@@ -31,21 +32,21 @@ def steps(tx, count=3):
 def test_a_rate_is_a_learning_rate_of_its_own(optimiser):
     """Without decay and clip parameters do not know each other: any other rate for all of them."""
     own = dict(optimiser=optimiser, weight_decay=0.0, clip=1e9, schedule='constant')
-    plain = steps(optim.optimiser(stage(**own, learning_rate=1e-3)))
-    tenfold = steps(optim.optimiser(stage(**own, learning_rate=1e-2)))
-    found = steps(optim.optimiser(stage(**own, learning_rate=1e-3, rates=(('^club/', 10.0),))))
+    plain = steps(optimizer.optimiser(stage(**own, learning_rate=1e-3)))
+    tenfold = steps(optimizer.optimiser(stage(**own, learning_rate=1e-2)))
+    found = steps(optimizer.optimiser(stage(**own, learning_rate=1e-3, rates=(('^club/', 10.0),))))
     for path, expected in dict(plain, **{'club/w': tenfold['club/w']}).items():
         np.testing.assert_allclose(found[path], expected, rtol=1e-5)
 
 
 def test_rates_of_several_patterns_multiply():
-    tx = optim.rated(optax.sgd(1.0), (('^c', 2.0), ('align', 0.25)))
+    tx = optimizer.rated(optax.sgd(1.0), (('^c', 2.0), ('align', 0.25)))
     updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     for path, factor in {'club/w': 2, 'critic/align/w': 0.5, 'other/b': 1}.items():
         np.testing.assert_allclose(updates[path], -factor * GRADS[path], rtol=1e-6)
 
 
 def test_a_rate_of_nothing_is_refused():
-    tx = optim.optimiser(stage(rates=(('^clubs/', 10.0),)))
+    tx = optimizer.optimiser(stage(rates=(('^clubs/', 10.0),)))
     with pytest.raises(InputError, match="'\\^clubs/' in rates of a stage matches no parameter"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS)

@@ -12,7 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import amazon
-from tpad_jax import activations, ahead, plan, training
+from tpad_jax import activations, ahead, plan
 from tpad_jax import config as base
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad
@@ -21,6 +21,7 @@ from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.decoder import Decoder
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.nn import linear
+from tpad_jax.training import step as training_step
 from tpad_jax.types import Batch
 
 D, ITEMS = 16, 50
@@ -101,8 +102,8 @@ def planned(parts, stage='knowledge', shards=1, model=1, positions=4, **changes)
 
 def first_state(parts, stage):
     c, _, shapes, model, _ = parts
-    spec = training.make_spec(c, stage, model, 0)
-    return spec, jax.eval_shape(partial(training.start, spec, pattern=c.stage[stage].train),
+    spec = training_step.make_spec(c, stage, model, 0)
+    return spec, jax.eval_shape(partial(training_step.start, spec, pattern=c.stage[stage].train),
                                 flatten_dict(shapes, sep='/'))
 
 
@@ -174,7 +175,7 @@ def compiled_bytes(parts, stage='knowledge', positions=4):
                   has_image=jax.ShapeDtypeStruct((u,), bool),
                   image=jax.ShapeDtypeStruct((u, side, side, 3), jnp.uint8),
                   **{k: jax.ShapeDtypeStruct(s, jnp.int32) for k, s in shapes.items()})
-    step = jax.jit(partial(training.train_step, spec=spec, axis=None), donate_argnums=0)
+    step = jax.jit(partial(training_step.train_step, spec=spec, axis=None), donate_argnums=0)
     found = step.lower(state, batch, catalogue).compile().memory_analysis()
     return found.temp_size_in_bytes
 
@@ -218,13 +219,13 @@ def test_a_recommenders_step_is_near_the_compilers(chunk):
     shapes = jax.eval_shape(partial(tpad.recommender_init, spec=model), jax.random.key(0),
                             catalogue=catalogue)
     flat = flatten_dict({'recommender': shapes}, sep='/')
-    spec = training.make_spec(c, 'recommend', model, 0)
-    state = jax.eval_shape(partial(training.start, spec, pattern=c.stage.recommend.train), flat)
+    spec = training_step.make_spec(c, 'recommend', model, 0)
+    state = jax.eval_shape(partial(training_step.start, spec, pattern=c.stage.recommend.train), flat)
     rows = c.stage.recommend.batch_size
     ints = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in dict(
         items=(rows, n), next=(rows, n), target=(rows,), row=(rows,)).items()}
     batch = Batch(valid=jax.ShapeDtypeStruct((rows,), bool), **ints)
-    step = jax.jit(partial(training.train_step, spec=spec, axis=None), donate_argnums=0)
+    step = jax.jit(partial(training_step.train_step, spec=spec, axis=None), donate_argnums=0)
     compiled = step.lower(state, batch, catalogue).compile().memory_analysis().temp_size_in_bytes
     found = plan.stage_plan(c, 'recommend', None, flat, catalogue, shards=1, model=1, positions=n)
     # gradients are temporary, too

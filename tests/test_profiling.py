@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import profiling
 from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.training import profiling
 
 
 def shape(*sizes):

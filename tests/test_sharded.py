@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from tpad_jax import bundle, losses
-from tpad_jax.checkpoint import Checkpoints, abstract
+from tpad_jax import losses
 from tpad_jax.distributed import collectives
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
+from tpad_jax.training import bundle
+from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.types import State
 
 D, B, N = 8, 16, 3

@@ -28,10 +28,12 @@ from tiny_stages import (
 )
 
 from tpad_jax import config as base
-from tpad_jax import fitting, optim, training
 from tpad_jax.data import batches
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models import tpad
+from tpad_jax.training import loop as training_loop
+from tpad_jax.training import optimizer
+from tpad_jax.training import step as training_step
 from tpad_jax.types import Batch, State
 
 # each compiles for a quarter of a minute or more
@@ -64,8 +66,8 @@ def test_twenty_steps_are_those_of_one_device(runs, stage, way):
 def test_what_is_in_parts_takes_a_part_of_the_bytes(model_shards):
     """The item table and the decoder's kernels; the rest is whole on every device."""
     spec, params, _ = model()
-    full = training.make_spec(make_config(), 'joint', spec, seed=5)
-    state = training.start(full, params, make_config().stage.joint.train)
+    full = training_step.make_spec(make_config(), 'joint', spec, seed=5)
+    state = training_step.start(full, params, make_config().stage.joint.train)
     devices = distributed_devices.choose('shard_map', 8, model_shards)
     cut = set()
     for path, x in {**devices.share(state.params), **devices.share(state.frozen)}.items():
@@ -103,8 +105,8 @@ def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
 def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
     spec, params, catalogue = model()
     config = base.get_config()  # AdamW, whose state holds two arrays per trained one
-    full = training.make_spec(config, stage, spec, seed=5)
-    state = training.start(full, params, config.stage[stage].train)
+    full = training_step.make_spec(config, stage, spec, seed=5)
+    state = training_step.start(full, params, config.stage[stage].train)
     assert state.params.keys() | state.frozen.keys() == params.keys()
     assert not state.params.keys() & state.frozen.keys()
     assert any(path.startswith('base/') for path in state.frozen)
@@ -124,7 +126,7 @@ def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
 
     watched = replace(full, tx=full.tx._replace(update=gradients))
     batch = distributed_devices.choose('jit', 1).place(next(draw(stage)))
-    new, _ = jax.eval_shape(partial(training.train_step, spec=watched, axis=None), state, batch,
+    new, _ = jax.eval_shape(partial(training_step.train_step, spec=watched, axis=None), state, batch,
                             catalogue)
     assert asked == [set(state.params)]
     assert jax.tree.structure(new) == jax.tree.structure(state)
@@ -135,33 +137,33 @@ def test_what_is_made_of_the_same_is_the_same_step():
     def spec(seed=3, **changes):
         c = make_config().copy_and_resolve_references()
         c.update_from_flattened_dict({k.replace('__', '.'): x for k, x in changes.items()})
-        return training.make_spec(c, 'recommend', model()[0], seed)
+        return training_step.make_spec(c, 'recommend', model()[0], seed)
 
     devices = distributed_devices.choose('jit', 1)
     one = spec()
-    assert fitting.lifted(devices, one) is fitting.lifted(devices, spec())
+    assert training_loop.lifted(devices, one) is training_loop.lifted(devices, spec())
     others = [spec(seed=4), spec(losses__next_item__weight=0.5), spec(skip_not_finite=2),
               spec(stage__recommend__learning_rate=0.5), replace(one, losses=())]
     assert one not in others
-    assert len({fitting.lifted(devices, other) for other in [one, *others]}) == 6
+    assert len({training_loop.lifted(devices, other) for other in [one, *others]}) == 6
 
 
 def test_frozen_parameters_are_neither_copied_nor_given_away():
     spec, params, catalogue = model()
-    full = training.make_spec(make_config(), 'recommend', spec, seed=5)
+    full = training_step.make_spec(make_config(), 'recommend', spec, seed=5)
     params = jax.tree.map(jnp.asarray, params)
-    state = training.start(full, params, make_config().stage.recommend.train)
+    state = training_step.start(full, params, make_config().stage.recommend.train)
     assert all(x is params[path] for path, x in state.frozen.items())
     devices = distributed_devices.choose('jit', 1)
     batch = devices.place(next(draw('recommend')))
     lean = state.replace(frozen={})
     shared = {'catalogue': catalogue, 'frozen': state.frozen}
-    new, _ = devices.lift(partial(fitting.lean_step, spec=full))(lean, batch, shared)
+    new, _ = devices.lift(partial(training_loop.lean_step, spec=full))(lean, batch, shared)
     assert new.frozen == {}
     assert not any(x.is_deleted() for x in params.values())
     assert all(x.is_deleted() for x in lean.params.values())
     with pytest.raises(ValueError, match='matches no parameter'):
-        optim.split(params, '^nothing/')
+        optimizer.split(params, '^nothing/')
 
 
 @pytest.mark.parametrize('stage', STAGES)
@@ -246,7 +248,7 @@ def numbers(start):
 
 def loop_events(monkeypatch, total, **knobs):
     """What the loop does, in order."""
-    monkeypatch.setattr(fitting, 'abstract', lambda tree: tree)
+    monkeypatch.setattr(training_loop, 'abstract', lambda tree: tree)
     events = []
 
     @contextmanager
@@ -256,11 +258,11 @@ def loop_events(monkeypatch, total, **knobs):
     writer = SimpleNamespace(
         rewind=lambda *_: None,
         scalars=lambda stage, step, values: events.append(('logged', step)))
-    loop = fitting.Loop(name='s', total=total, devices=RecordingDevices(events), batches=numbers,
+    loop = training_loop.Loop(name='s', total=total, devices=RecordingDevices(events), batches=numbers,
                         checkpoints=NoCheckpoints(events), writer=writer, progress=progress,
                         **knobs)
-    spec = training.StepSpec(None, (), frozenset(), frozenset(), None, 0)
-    fitting.fit(loop, spec, State(0, {}, {}, {}, {}), {})
+    spec = training_step.StepSpec(None, (), frozenset(), frozenset(), None, 0)
+    training_loop.fit(loop, spec, State(0, {}, {}, {}, {}), {})
     return events
 
 
@@ -292,22 +294,22 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
             return fn(*args, **kwargs)
         return timed
 
-    monkeypatch.setattr(fitting, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(fitting, 'abstract', lambda tree: tree)
+    monkeypatch.setattr(training_loop, 'time', SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(training_loop, 'abstract', lambda tree: tree)
     monkeypatch.setattr(OnDevice, 'is_ready', lambda self: ready)
     devices, checkpoints = RecordingDevices(events), NoCheckpoints(events)
     monkeypatch.setattr(devices, 'lift', lambda step, lift=devices.lift: taking(11, lift(step)))
     monkeypatch.setattr(devices, 'place', taking(7, devices.place))
     monkeypatch.setattr(checkpoints, 'save', taking(5, checkpoints.save))
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=taking(3, lambda *_: None))
-    loop = fitting.Loop(
+    loop = training_loop.Loop(
         name='s', total=4, devices=devices, batches=numbers, writer=writer,
         checkpoints=checkpoints, progress=lambda *_: nullcontext(lambda *_: None), log_every=2,
         save_every=2, eval_every=4, validate=taking(13, lambda *_: {'hit@20': 0.5}))
     monkeypatch.setattr(checkpoints, 'best', lambda expected: (4, checkpoints.held, {}),
                         raising=False)
-    spec = training.StepSpec(None, (), frozenset(), frozenset(), None, 0)
-    found = fitting.fit(loop, spec, State(0, {}, {}, {}, {}), {})[-1]
+    spec = training_step.StepSpec(None, (), frozenset(), frozenset(), None, 0)
+    found = training_loop.fit(loop, spec, State(0, {}, {}, {}, {}), {})[-1]
     # lines of steps 2 and 4, and validation's own; saves of the same steps
     assert found['spent'] == {'compile': 11, 'input': 28 * ready, 'save': 10, 'log': 6,
                               'between': 16}
@@ -336,15 +338,15 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
                  'popularity': jnp.asarray(count)}
     params = tpad.recommender_init(jax.random.key(0), spec, catalogue)
     params = flatten_dict({'recommender': params}, sep='/')
-    step = training.make_spec(config, 'recommend', spec, seed=5)
+    step = training_step.make_spec(config, 'recommend', spec, seed=5)
     found = {}
     for way, shards in (('jit', 1), ('pmap', 8), ('shard_map', 8)):
         devices = distributed_devices.choose(way, shards)
         batch = next(with_fillers(batches.session_batches(
             DATA, max_length=N, every_prefix=False, batch_size=ROWS, seed=3, shards=shards)))
         assert (batch['places'] < 0).any()  # there is something to fill up
-        lifted = devices.lift(partial(training.train_step, spec=step))
-        state, logged = lifted(devices.share(training.start(step, params, '')),
+        lifted = devices.lift(partial(training_step.train_step, spec=step))
+        state, logged = lifted(devices.share(training_step.start(step, params, '')),
                                devices.place(batch), devices.share(catalogue))
         found[way] = jax.device_get((state.params, logged))
     for way in ('pmap', 'shard_map'):

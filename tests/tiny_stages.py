@@ -12,8 +12,6 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax import config as base
-from tpad_jax import fitting, training
-from tpad_jax.checkpoint import Checkpoints
 from tpad_jax.data import batches
 from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.sessions import Sessions
@@ -21,6 +19,9 @@ from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.features import encoder as feature_encoder
 from tpad_jax.models import tpad
 from tpad_jax.models.builtin.mllm import MLLM
+from tpad_jax.training import loop as training_loop
+from tpad_jax.training import step as training_step
+from tpad_jax.training.checkpoint import Checkpoints
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 # how, devices, those that share a part of the batch, parts a device reads its rows in
@@ -123,11 +124,11 @@ class Run:
         spec, params, catalogue = model()
         config = make_config()
         *shape, parts = WAYS[way]
-        self.spec = replace(training.make_spec(config, stage, spec, seed=5), parts=parts)
-        self.first = training.start(self.spec, params, config.stage[stage].train)
+        self.spec = replace(training_step.make_spec(config, stage, spec, seed=5), parts=parts)
+        self.first = training_step.start(self.spec, params, config.stage[stage].train)
         self.metrics, self.traces, count = {}, [], 0
         devices = distributed_devices.choose(*shape)
-        step = training.train_step
+        step = training_step.train_step
 
         def counted(*args, **kwargs):
             nonlocal count
@@ -144,7 +145,7 @@ class Run:
         encoder = feature_encoder.encoder(spec, CONTENT, ('k', 'r'))
         writer = SimpleNamespace(rewind=lambda *_: None, scalars=self.log)
         checkpoints = Checkpoints(directory)
-        loop = fitting.Loop(
+        loop = training_loop.Loop(
             name=stage, total=STEPS, devices=devices, batches=drawn, checkpoints=checkpoints,
             writer=writer, progress=lambda *_: nullcontext(lambda *_: None), log_every=1,
             stopping=lambda: stopping(len(self.traces) - 1),
@@ -153,8 +154,8 @@ class Run:
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if stage == 'joint' else None)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, 'train_step', counted)
-            self.params, self.rows, _ = fitting.fit(loop, self.spec, self.first, catalogue)
+            patch.setattr(training_step, 'train_step', counted)
+            self.params, self.rows, _ = training_loop.fit(loop, self.spec, self.first, catalogue)
         checkpoints.close()
 
     def log(self, stage, step, values):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tpad_jax import handover, losses, recommenders, training
+from tpad_jax import losses, recommenders
 from tpad_jax.config import names
 from tpad_jax.data.sources import amazon
 from tpad_jax.distributed import devices
@@ -11,10 +11,11 @@ from tpad_jax.errors import InputError
 from tpad_jax.features import bases
 from tpad_jax.losses import check as losse_check
 from tpad_jax.losses import distillation
-from tpad_jax.models import blend, tpad
+from tpad_jax.models import tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
 from tpad_jax.mutual_information import critics
+from tpad_jax.training import handover, merge_adapters, step
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
@@ -182,8 +183,8 @@ def _check_stage(config, stage, shards):
         raise InputError(f'config.{key}steps=0: only the knowledge stage may leave its model as it '
                          'is; leave the stage out of config.stages')
     if c.steps:
-        chosen = training.stage_losses(config, stage)
-        modules = dict(training.own_modules(config, chosen))
+        chosen = step.stage_losses(config, stage)
+        modules = dict(step.own_modules(config, chosen))
         for name, fn, _, keywords in chosen:
             if ':' in config.losses[name].fn:  # our own are tested
                 losse_check.shape(name, fn, keywords, modules.get(name))
@@ -251,7 +252,7 @@ def _check_blend(model):
         raise InputError(f'config.model.blend.kind={c.kind} makes an adapter that K reads items '
                          'again under, and config.model.reread=False reads none; leave one out')
     if c.kind:
-        _one_of('model.blend.kind', c.kind, blend.KINDS)
+        _one_of('model.blend.kind', c.kind, merge_adapters.KINDS)
         handover.parts(c)
     if not 0 < c.keep <= 1:
         raise InputError(f'config.model.blend.keep={c.keep} must be above 0 and at most 1')

@@ -17,9 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax import fitting, handover, plan, profiling, recommenders, results, snapshots, training
+from tpad_jax import plan, recommenders, results, snapshots
 from tpad_jax.check import MAKES, STAGES, check, check_inputs
-from tpad_jax.checkpoint import Checkpoints, claim, enter
 from tpad_jax.config import names
 from tpad_jax.core import writers
 from tpad_jax.data import batches, item_graphs, sessions, text
@@ -33,6 +32,10 @@ from tpad_jax.evaluation.scorers import foretold, scorer
 from tpad_jax.features import bases, store
 from tpad_jax.features import encoder as feature_encoder
 from tpad_jax.models import readers, tpad
+from tpad_jax.training import handover, profiling
+from tpad_jax.training import loop as training_loop
+from tpad_jax.training import step as training_step
+from tpad_jax.training.checkpoint import Checkpoints, claim, enter
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
 
@@ -176,7 +179,7 @@ class Job:
         """
         name = name or stage
         c = self.config.stage[stage]
-        spec = c.steps and training.make_spec(self.config, stage, self.spec, self.config.seed)
+        spec = c.steps and training_step.make_spec(self.config, stage, self.spec, self.config.seed)
         self.params = handover.copied(self.params, stage, c.copy)
         if spec and 'cluster' in spec.needs:
             self.catalogue['cluster'] = handover.clustered(
@@ -228,7 +231,7 @@ class Job:
             draw = partial(batches.session_batches, self.final, content=content,
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
-        params = training.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
+        params = training_step.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
         bind = foretold(spec.model) if stage == 'transfer' else scorer(spec.model, self.devices.own)
         validating = c.eval_every and steps is None
         refreshing, catalogue = c.refresh_every, self.catalogue
@@ -247,7 +250,7 @@ class Job:
             raise InputError(f'{checkpoints.directory} is of a finished stage, but no checkpoint '
                              'is left in it; restore them from a copy, or delete the folder to '
                              'train the stage again')
-        loop = fitting.Loop(
+        loop = training_loop.Loop(
             name=name, total=steps or c.steps, devices=self.devices,
             batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
             progress=progress, log_every=self.config.log_every, save_every=self.config.save_every,
@@ -260,7 +263,7 @@ class Job:
                 self.workdir / 'profile', self.profile, name, self.devices))
         begun = time.perf_counter()
         try:
-            out = fitting.fit(loop, spec, training.start(spec, params, c.train), catalogue)
+            out = training_loop.fit(loop, spec, training_step.start(spec, params, c.train), catalogue)
             self.spent[name] = {'all': out[-1]['seconds'], **out[-1]['spent']}
             return out
         finally:

@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tpad_jax import activations, optim
+from tpad_jax import activations
 from tpad_jax.check import MAKES, STAGES
 from tpad_jax.config import names
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.training import optimizer
 
 MOMENTS = {'adamw': 2, 'adam': 2, 'sgd': 0}
 SCORED = 'next_item', 'sampled_next_item'  # the losses over the catalogue
@@ -66,7 +67,7 @@ def stage_plan(config, name: str, base: VLM | MLLM | None, shapes: dict, catalog
       side: pixels of an image's.
     """
     c = config.stage[name]
-    trained, frozen = optim.split(shapes, c.train)
+    trained, frozen = optimizer.split(shapes, c.train)
 
     def bytes_of(tree):
         return sum(math.prod(x.shape) * x.dtype.itemsize // _parts(path, x.shape, model)

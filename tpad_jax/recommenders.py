@@ -14,12 +14,12 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tpad_jax import training
 from tpad_jax.config import names
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.models import tpad
+from tpad_jax.training import step
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 KEPT = 'hit@20', 'mrr@20', 'ndcg@20'  # of validation
@@ -56,7 +56,7 @@ class Trained:
         job = self.job
         job.pause()
         name = 'refit' if self.name == 'recommend' else f'{self.name}_refit'
-        spec = training.make_spec(job.config, 'recommend', self.model, job.config.seed)
+        spec = step.make_spec(job.config, 'recommend', self.model, job.config.seed)
         trained, _, found = job.fit(name, 'recommend', spec, writer, progress, None,
                                     {**self.blank, **job.fresh(self.model)}, self.record['chosen'])
         job.seconds[name] = found['seconds']
@@ -149,7 +149,7 @@ def _rival(job, name, folder, writer, progress):
         side_sizes=job.data.side_sizes if changes.get('use_side', c.model.use_side) else ())
     model = replace(job.spec, fusion=fusion,
                     recommend=names(changes['recommend']))
-    spec = training.make_spec(c, 'recommend', model, c.seed)
+    spec = step.make_spec(c, 'recommend', model, c.seed)
     blank = _others(job.params, *(f'loss/{loss}/' for loss, _ in spec.modules))
     params = blank | job.fresh(model)
     trained, _, record = job.fit(folder, 'recommend', spec, writer, progress, None, params)

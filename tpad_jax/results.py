@@ -17,9 +17,9 @@ from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluation import compare, metrics, slices, statistics
 from tpad_jax.evaluation.evaluate import evaluate, oracle
 from tpad_jax.evaluation.scorers import top
-from tpad_jax.fitting import SPENT
 from tpad_jax.models import tpad
 from tpad_jax.report import gallery, page
+from tpad_jax.training.loop import SPENT
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 CURVE = np.arange(1, 51)  # the K of the hit@K figure

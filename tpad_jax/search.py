@@ -58,7 +58,8 @@ def search_config(config, workdir, *, trials: int, stopping=lambda: False) -> di
             raise InputError(f'config.search.space names {key}, which the config has not')
     defaults = {key: current[key] for key in space}
     # here: --help and a wrong space need no jax, and memory is prepared before numpy comes
-    from tpad_jax import checkpoint, job
+    from tpad_jax import job
+    from tpad_jax.training import checkpoint
     from tpad_jax.trials import search
     checkpoint.claim(workdir, config.to_dict())
 

@@ -20,11 +20,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tpad_jax import bundle
 from tpad_jax.distributed.devices import AXIS, Devices, compiled
 from tpad_jax.errors import Stopped
 from tpad_jax.features import store
 from tpad_jax.models import tpad
+from tpad_jax.training import bundle
 
 ROWS = 120  # items per compiled call; the last call of a part is filled up
 PART = 16 * ROWS  # items per file of an unfinished store

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from tpad_jax import profiling, training
-from tpad_jax.checkpoint import Checkpoints, abstract
 from tpad_jax.distributed import hosts
 from tpad_jax.distributed.devices import Devices
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.training import StepSpec
+from tpad_jax.training import profiling
+from tpad_jax.training import step as training_step
+from tpad_jax.training.checkpoint import Checkpoints, abstract
+from tpad_jax.training.step import StepSpec
 from tpad_jax.types import Batch, State
 
 # What a stage's seconds go to beside its steps: compiling, waiting for input (at most), what saves
@@ -29,7 +30,7 @@ def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | 
     """`training.train_step` with the frozen parameters beside the state, which is donated: the base
     of a large model is never copied, and never goes through a step.
     """
-    state, logged = training.train_step(state.replace(frozen=shared['frozen']), batch,
+    state, logged = training_step.train_step(state.replace(frozen=shared['frozen']), batch,
                                         shared['catalogue'], spec=spec, axis=axis)
     return state.replace(frozen={}), logged
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from tpad_jax.core.kmeans import kmeans
 from tpad_jax.errors import InputError
-from tpad_jax.models import blend
 from tpad_jax.mutual_information.critics import unit
+from tpad_jax.training import merge_adapters
 
 
 def copied(params: dict, stage: str, copy: str) -> dict:
@@ -43,7 +43,7 @@ def blended(params: dict, config) -> dict:
     of, weights = parts(c)
     trees = [{tuple(path.split('/')[2:]): x for path, x in params.items()
               if path.startswith(f'lora/{name}/')} for name in of]
-    found, _ = blend.blend(jax.device_get(trees), kind=c.kind, weights=weights, keep=c.keep,
+    found, _ = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights, keep=c.keep,
                            rank=c.rank)
     rest = {path: x for path, x in params.items() if not path.startswith('lora/distil/')}
     return rest | {'/'.join(('lora', 'distil', *path)): jnp.asarray(x)

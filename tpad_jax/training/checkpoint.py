@@ -19,8 +19,8 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from tpad_jax import bundle
 from tpad_jax.errors import UNWRITABLE, InputError
+from tpad_jax.training import bundle
 
 # Changing these changes no result: where things lie, how often we look, on how many devices and in
 # how many parts.

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 
-from tpad_jax import accumulation, losses, optim
+from tpad_jax import losses
 from tpad_jax.config import names
 from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
 from tpad_jax.models import readers, tpad
+from tpad_jax.training import accumulation, optimizer
 from tpad_jax.types import Batch, State
 
 # Features that no stage before this one has left behind.
@@ -163,7 +164,7 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     chosen = stage_losses(config, stage)
     needs = frozenset().union(*(losses.needs(name, fn, kw) for name, fn, _, kw in chosen))
     fresh = frozenset(names(config.stage[stage].fresh))
-    tx, skip = optim.optimiser(config.stage[stage]), config.skip_not_finite
+    tx, skip = optimizer.optimiser(config.stage[stage]), config.skip_not_finite
     if skip:
         tx = optax.apply_if_finite(tx, skip)
     modules = own_modules(config, chosen)
@@ -205,7 +206,7 @@ def start(spec: StepSpec, params: dict, pattern: str) -> State:
     `pattern`: what trains, and with it the own parameters of the stage's losses.
     """
     own = tuple(f'loss/{name}/' for name, _ in spec.modules)
-    trained, frozen = optim.split(params, pattern, own)
+    trained, frozen = optimizer.split(params, pattern, own)
     loss_state = {name: fn.initial_state() for name, fn, _, _ in spec.losses
                   if hasattr(fn, 'initial_state')}
     # a copy: what trains is donated, and the caller keeps its parameters

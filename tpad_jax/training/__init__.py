@@ -1,0 +1,1 @@
+"""What trains a stage: step, loop, optimiser, checkpoints."""
