@@ -20,14 +20,14 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import baselines
+from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.data.sessions import rows
 from tpad_jax.data.sources import ids
 from tpad_jax.evaluation import metrics
 
 FLAGS = flags.FLAGS
-METHODS = [name for name in baselines.BASELINES if name != 'content_knn']  # there is no content
+METHODS = [name for name in rules.BASELINES if name != 'content_knn']  # there is no content
 BAR = {'vsknn': 180, 'stan': 180}  # seconds
 
 
@@ -38,10 +38,10 @@ def measure(name: str, path: str, ordered: bool, trials: int) -> dict:
     held = rows(test, max_length=int(np.diff(test.offsets).max()))
     kept, valid = ids.hold_out(train, ordered=ordered, valid=0.1, seed=0)
     began = clock()
-    tuned = baselines.tune(name, kept, rows(valid, max_length=held.items.shape[1]), num_items,
+    tuned = rules.tune(name, kept, rows(valid, max_length=held.items.shape[1]), num_items,
                            trials=trials, final=train, ordered=ordered)
     searched = clock()
-    fit, _ = baselines.BASELINES[name]
+    fit, _ = rules.BASELINES[name]
     extra = {'ordered': ordered} if name in ('vsknn', 'stan', 'vstan') else {}
     scorer = fit(train, num_items, **extra, **tuned.params)
     fitted = clock()

@@ -13,7 +13,8 @@ from absl import app
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import baselines, recommenders
+from tpad_jax import recommenders
+from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
@@ -38,7 +39,7 @@ def cell(directory: Path) -> dict:
     own = recommenders.NAME if config.get('partner') else config['model']['encoder']
     run, difference = [compare.read(directory)], {}
     for metric in METRICS:
-        best = max((n for n in found['models'] if n in baselines.BASELINES),
+        best = max((n for n in found['models'] if n in rules.BASELINES),
                    key=lambda name, m=metric: found['models'][name]['test'][m])
         both = compare.compare(run, run, (own, best))['slices']['all'][metric]
         difference[metric] = {'to': best, **{n: both[n] for n in (

@@ -6,11 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
-from tpad_jax import baselines
+from tpad_jax.baselines import rules
+from tpad_jax.baselines.tune import check_space
 from tpad_jax.data.sessions import Sessions, rows
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
-from tpad_jax.trials import check_space
 
 V = 12
 
@@ -68,7 +68,7 @@ def spread(scorer):
 
 
 def fitted(name, train=TRAIN):
-    fit, _ = baselines.BASELINES[name]
+    fit, _ = rules.BASELINES[name]
     return spread(fit(train, V, FEATURES) if name == 'content_knn' else fit(train, V))
 
 
@@ -85,18 +85,18 @@ def test_repeat_last_ranks_the_latest_first():
 
 def test_markov_counts_neighbours():
     expected = rule_scores(lambda lag: 1, 1, 0, 0.25)
-    found = spread(baselines.fit_markov(TRAIN, V, 0.25))(PREFIXES)
+    found = spread(rules.fit_markov(TRAIN, V, 0.25))(PREFIXES)
     np.testing.assert_allclose(found, expected, atol=1e-7)
     seen = np.array([b for s in LISTS for a, b in itertools.pairwise(s) if a == 3])
-    np.testing.assert_allclose(spread(baselines.fit_markov(TRAIN, V, 0))(PREFIXES)[0],
+    np.testing.assert_allclose(spread(rules.fit_markov(TRAIN, V, 0))(PREFIXES)[0],
                                np.bincount(seen, minlength=V + 1) / len(seen), atol=1e-7)
 
 
 @pytest.mark.parametrize('lag_power', [0, 1, 2])
 @pytest.mark.parametrize('decay', [0.0, 0.5, 1.0])
 def test_rules_by_loops(decay, lag_power):
-    for fit, both in ((baselines.fit_sr, False), (baselines.fit_ar, True)):
-        expected = rule_scores(lambda lag: lag ** -float(lag_power), baselines.LONGEST_RULE, decay,
+    for fit, both in ((rules.fit_sr, False), (rules.fit_ar, True)):
+        expected = rule_scores(lambda lag: lag ** -float(lag_power), rules.LONGEST_RULE, decay,
                                0.1, both)
         fitted = fit(TRAIN, V, decay=decay, lag_power=lag_power, backoff=0.1)
         found = spread(fitted)(PREFIXES)
@@ -122,7 +122,7 @@ def test_item_knn_is_the_cosine_of_sessions(shrink, repeats):
                 if both and (repeats or item != other):
                     expected[row, other] += weight * both / np.sqrt(
                         (n[item] + shrink) * (n[other] + shrink))
-    scorer = baselines.fit_item_knn(TRAIN, V, decay=0.5, shrink=shrink, repeats=repeats)
+    scorer = rules.fit_item_knn(TRAIN, V, decay=0.5, shrink=shrink, repeats=repeats)
     np.testing.assert_allclose(spread(scorer)(PREFIXES), expected, atol=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_content_knn_is_the_cosine_of_features(repeats):
     expected = [[sum(weight * cosine(item, other) for item, weight in prefix_weights(prefix, 0.5)
                      if repeats or item != other) for other in range(1, V + 1)]
                 for prefix in PREFIXES]
-    found = baselines.fit_content_knn(TRAIN, V, FEATURES, decay=0.5, repeats=repeats)(PREFIXES)
+    found = rules.fit_content_knn(TRAIN, V, FEATURES, decay=0.5, repeats=repeats)(PREFIXES)
     np.testing.assert_allclose(found[:, 1:], expected, atol=1e-6)
 
 
@@ -143,12 +143,12 @@ def test_content_knn_ties_equal_features_exactly_and_survives_missing_ones():
     features = np.tile(rng.normal(size=(1, 37)), (V + 1, 1))
     features[1:4] = rng.normal(size=(3, 37))
     features[4] = 0
-    scores = baselines.fit_content_knn(TRAIN, V, features)(np.array([[1, 2], [4, 0]], np.int32))
+    scores = rules.fit_content_knn(TRAIN, V, features)(np.array([[1, 2], [4, 0]], np.int32))
     assert len(np.unique(scores[0, 5:])) == 1
     assert (scores[1] == 0).all()
 
 
-@pytest.mark.parametrize('name', baselines.BASELINES)
+@pytest.mark.parametrize('name', rules.BASELINES)
 def test_scores_depend_on_their_row_alone(name):
     scorer = fitted(name)
     held = rows(sessions(drawn(5, 60, items=V)), 9)
@@ -164,9 +164,9 @@ def test_scores_depend_on_their_row_alone(name):
     np.testing.assert_array_equal(scorer(wider), together)
 
 
-@pytest.mark.parametrize('name', sorted(baselines.BASELINES.keys() - {'content_knn'}))
+@pytest.mark.parametrize('name', sorted(rules.BASELINES.keys() - {'content_knn'}))
 def test_all_but_content_is_sparse(name):
-    fit, _ = baselines.BASELINES[name]
+    fit, _ = rules.BASELINES[name]
     scores = fit(TRAIN, V)(PREFIXES)
     assert isinstance(scores, metrics.Sparse)
     assert (scores.found.dtype, scores.background.dtype) == (np.float32, np.float32)
@@ -182,9 +182,9 @@ def test_cold_items_get_nothing(name):
     assert not fitted(name)(PREFIXES)[:, V - 1:].any()
 
 
-@pytest.mark.parametrize('name', baselines.BASELINES)
+@pytest.mark.parametrize('name', rules.BASELINES)
 def test_every_space_holds_the_defaults(name):
-    fit, space = baselines.BASELINES[name]
+    fit, space = rules.BASELINES[name]
     keywords = inspect.signature(fit).parameters
     check_space(space, {key: keywords[key].default for key in space})
     free = {key for key, keyword in keywords.items() if keyword.default is not keyword.empty}
@@ -192,12 +192,12 @@ def test_every_space_holds_the_defaults(name):
 
 
 def test_tune_finds_the_best_it_tries(monkeypatch):
-    monkeypatch.setattr(baselines, 'TUNED_AT', 3)  # of so few items 20 are nearly all
+    monkeypatch.setattr(rules, 'TUNED_AT', 3)  # of so few items 20 are nearly all
     valid = rows(sessions(drawn(9, 30)), 9)
-    tuned = baselines.tune('markov', TRAIN, valid, V, trials=8, chunk=50)
+    tuned = rules.tune('markov', TRAIN, valid, V, trials=8, chunk=50)
     seen = {}
     for one in tuned.record['tried']:
-        scorer = baselines.fit_markov(TRAIN, V, **one['params'])
+        scorer = rules.fit_markov(TRAIN, V, **one['params'])
         counted = metrics.counts(scorer(valid.items), valid.target)
         seen[one['params']['backoff']] = metrics.hit(*counted, 3).mean()
         assert one['values'] == pytest.approx({'hit@3': seen[one['params']['backoff']],
@@ -207,21 +207,21 @@ def test_tune_finds_the_best_it_tries(monkeypatch):
     assert tuned.valid['hit@3'] == pytest.approx(max(seen.values()))
     assert seen[tuned.params['backoff']] == max(seen.values())
     assert (tuned.record['trials'], tuned.record['rows']) == (8, len(valid.target))
-    found = baselines.fit_markov(TRAIN, V, **tuned.params)
+    found = rules.fit_markov(TRAIN, V, **tuned.params)
     np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), spread(found)(PREFIXES))
 
 
 def test_a_budget_of_one_is_the_defaults():
     valid = rows(sessions(drawn(9, 30)), 9)
     for name, expected in (('sr', dict(decay=0.6, lag_power=1, backoff=0.1)), ('pop', {})):
-        tuned = baselines.tune(name, TRAIN, valid, V, trials=1)
+        tuned = rules.tune(name, TRAIN, valid, V, trials=1)
         assert tuned.params == expected
         assert tuned.record['trials'] == 1
 
 
 def test_tune_reads_a_sample_of_many_rows():
     valid = rows(sessions(drawn(9, 60)), 9)
-    tuned = baselines.tune('ar', TRAIN, valid, V, trials=1, rows=100, seed=3)
+    tuned = rules.tune('ar', TRAIN, valid, V, trials=1, rows=100, seed=3)
     assert tuned.record['rows'] == 100
     chosen = np.random.default_rng(3).choice(len(valid.target), 100, replace=False)
     counted = metrics.ranks(fitted('ar'), valid.items[chosen], valid.target[chosen], V)
@@ -230,19 +230,19 @@ def test_tune_reads_a_sample_of_many_rows():
 
 def test_tune_goes_on_from_its_journal(tmp_path, monkeypatch):
     valid = rows(sessions(drawn(9, 30)), 9)
-    whole = baselines.tune('markov', TRAIN, valid, V, trials=4)
+    whole = rules.tune('markov', TRAIN, valid, V, trials=4)
     stored = dict(storage=tmp_path / 'search.journal')
-    baselines.tune('markov', TRAIN, valid, V, trials=2, **stored)
+    rules.tune('markov', TRAIN, valid, V, trials=2, **stored)
     counted = []
     ranks = metrics.ranks
     monkeypatch.setattr(metrics, 'ranks', lambda *a, **b: counted.append(1) or ranks(*a, **b))
-    resumed = baselines.tune('markov', TRAIN, valid, V, trials=4, **stored)
+    resumed = rules.tune('markov', TRAIN, valid, V, trials=4, **stored)
     assert len(counted) == 2
     assert resumed.record == whole.record
 
 
 def test_tune_learns_that_only_the_last_item_matters(monkeypatch):
-    monkeypatch.setattr(baselines, 'TUNED_AT', 1)
+    monkeypatch.setattr(rules, 'TUNED_AT', 1)
     rng = np.random.default_rng(0)
     step = rng.permutation(30) + 1  # the successor of each item, among noise that goes before
 
@@ -251,48 +251,48 @@ def test_tune_learns_that_only_the_last_item_matters(monkeypatch):
         return sessions([np.append(row, step[row[-1] - 1]) for row in noise])
 
     train, valid = chained(400), rows(chained(100), 8, every_prefix=False)
-    tuned = baselines.tune('sr', train, valid, 30, trials=12)
+    tuned = rules.tune('sr', train, valid, 30, trials=12)
     assert tuned.params['decay'] < 0.3
-    usual = baselines.tune('sr', train, valid, 30, trials=1)
-    both_ways = baselines.tune('ar', train, valid, 30, trials=12)
+    usual = rules.tune('sr', train, valid, 30, trials=1)
+    both_ways = rules.tune('ar', train, valid, 30, trials=12)
     assert tuned.valid['hit@1'] > 0.8 > usual.valid['hit@1']
     assert tuned.valid['hit@1'] > both_ways.valid['hit@1']
 
 
 def test_tune_passes_features_on():
     valid = rows(sessions(drawn(9, 10)), 9)
-    tuned = baselines.tune('content_knn', TRAIN, valid, V, trials=3, features=FEATURES)
-    expected = baselines.fit_content_knn(TRAIN, V, FEATURES, **tuned.params)(PREFIXES)
+    tuned = rules.tune('content_knn', TRAIN, valid, V, trials=3, features=FEATURES)
+    expected = rules.fit_content_knn(TRAIN, V, FEATURES, **tuned.params)(PREFIXES)
     np.testing.assert_array_equal(tuned.scorer(PREFIXES), expected)
 
 
 def test_tune_fits_the_chosen_parameters_on_the_final_sessions():
     both = sessions([*LISTS, *drawn(9, 30)])
     valid = rows(sessions(drawn(9, 30)), 9)
-    tuned = baselines.tune('sr', TRAIN, valid, V, trials=3, final=both)
-    assert tuned.valid['hit@20'] == baselines.tune('sr', TRAIN, valid, V, trials=3).valid['hit@20']
-    expected = baselines.fit_sr(both, V, **tuned.params)
+    tuned = rules.tune('sr', TRAIN, valid, V, trials=3, final=both)
+    assert tuned.valid['hit@20'] == rules.tune('sr', TRAIN, valid, V, trials=3).valid['hit@20']
+    expected = rules.fit_sr(both, V, **tuned.params)
     np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), spread(expected)(PREFIXES))
 
 
 def test_tune_says_whether_the_order_of_sessions_is_known():
     valid = rows(sessions(drawn(9, 30)), 9)
     for ordered in (False, True):
-        tuned = baselines.tune('stan', TRAIN, valid, V, trials=1, ordered=ordered)
-        expected = baselines.BASELINES['stan'][0](TRAIN, V, ordered=ordered)
+        tuned = rules.tune('stan', TRAIN, valid, V, trials=1, ordered=ordered)
+        expected = rules.BASELINES['stan'][0](TRAIN, V, ordered=ordered)
         np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), spread(expected)(PREFIXES))
-    baselines.tune('sr', TRAIN, valid, V, trials=1, ordered=False)  # which reads no such thing
+    rules.tune('sr', TRAIN, valid, V, trials=1, ordered=False)  # which reads no such thing
 
 
 def test_tune_refuses_what_it_cannot_use():
     valid = rows(sessions(drawn(9, 5)), 9)
     with pytest.raises(InputError, match="unknown baseline 'fpmc'; choose from pop,"):
-        baselines.tune('fpmc', TRAIN, valid, V, trials=1)
+        rules.tune('fpmc', TRAIN, valid, V, trials=1)
     with pytest.raises(InputError, match='content_knn needs item features'):
-        baselines.tune('content_knn', TRAIN, valid, V, trials=1)
+        rules.tune('content_knn', TRAIN, valid, V, trials=1)
     with pytest.raises(InputError, match='sr reads no item features'):
-        baselines.tune('sr', TRAIN, valid, V, trials=1, features=FEATURES)
+        rules.tune('sr', TRAIN, valid, V, trials=1, features=FEATURES)
     with pytest.raises(InputError, match='validation split has no rows'):
-        baselines.tune('sr', TRAIN, rows(sessions([np.array([1])]), 9), V, trials=1)
+        rules.tune('sr', TRAIN, rows(sessions([np.array([1])]), 9), V, trials=1)
     with pytest.raises(InputError, match='sr: trials=0 must be 1 or more'):
-        baselines.tune('sr', TRAIN, valid, V, trials=0)
+        rules.tune('sr', TRAIN, valid, V, trials=0)

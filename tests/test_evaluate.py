@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tpad_jax import baselines
+from tpad_jax.baselines import rules
 from tpad_jax.data.sessions import Rows, Sessions, rows, warm_items
 from tpad_jax.data.synthetic import planted as synthetic_planted
 from tpad_jax.errors import InputError
@@ -186,7 +186,7 @@ def test_the_oracle_exceeds_every_scorer(world):
     train, test, warm, probabilities = world
     best, _ = evaluate.oracle(test, warm, probabilities)
     scorers = {f'noise {salt}': lambda items, salt=salt: noise(items, salt) for salt in range(3)}
-    for name, (fit, _) in baselines.BASELINES.items():
+    for name, (fit, _) in rules.BASELINES.items():
         extra = {'features': np.eye(V + 1)} if name == 'content_knn' else {}
         scorers[name] = fit(train, V, **extra)
     scorers['blurred'] = lambda items: np.sqrt(probabilities(items)) + noise(items) * 1e-3

@@ -20,7 +20,8 @@ from benchmarks import faults
 from tests import test_job
 from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
 from tests.test_damage import halve
-from tpad_jax import job, train, trials
+from tpad_jax import job, train
+from tpad_jax.baselines import tune
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue
 from tpad_jax.errors import InputError
@@ -160,7 +161,7 @@ def test_files_that_are_mapped_say_that_the_disk_is_full(small_disk):
 
 def test_a_journal_that_was_cut_goes_on(tmp_path):
     def search(most):
-        return trials.search(lambda p, n: {'hit@20': -p['x'] ** 2}, {'x': ('float', -1.0, 1.0)},
+        return tune.search(lambda p, n: {'hit@20': -p['x'] ** 2}, {'x': ('float', -1.0, 1.0)},
                              {'x': 0.5}, trials=most, seed=0, storage=tmp_path / 'journal')
 
     search(3)

@@ -13,8 +13,8 @@ from rich.console import Console
 from configs import sessions as public
 from tpad_jax import config as base
 from tpad_jax import search as search_lib
+from tpad_jax.baselines.tune import search
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.trials import search
 
 SPACE = {'x': ('float', -2.0, 2.0), 'rate': ('log', 1e-4, 1.0), 'n': ('int', 1, 5),
          'kind': ('choice', ('a', 'b'))}

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tpad_jax import session_knn
+from tpad_jax.baselines import neighbours as baseline_neighbours
 from tpad_jax.data.sessions import Sessions, rows
 from tpad_jax.evaluation import metrics
 
@@ -88,7 +88,7 @@ def vsknn_loop(row, k, sample_size, position_power, cosine, step_power, idf_weig
          repeats=False),
 ], ids=['paper', 'all', 'options'])
 def test_vsknn_by_loops(options):
-    found = metrics.dense(session_knn.fit_vsknn(TRAIN, V, **options)(HELD))
+    found = metrics.dense(baseline_neighbours.fit_vsknn(TRAIN, V, **options)(HELD))
     assert_proportional(found, [vsknn_loop(row, **options) for row in HELD])
 
 
@@ -117,49 +117,49 @@ SEQUENTIAL = dict(lambda4=1.7, idf_weight=2.0, after=True, repeats=False)
 
 
 def test_stan_by_loops():
-    found = metrics.dense(session_knn.fit_stan(TRAIN, V, **STAN)(HELD))
+    found = metrics.dense(baseline_neighbours.fit_stan(TRAIN, V, **STAN)(HELD))
     assert_proportional(found, [stan_loop(row, **STAN) for row in HELD])
     whole = STAN | dict(k=1000, sample_size=1000, repeats=False)
-    found = metrics.dense(session_knn.fit_stan(TRAIN, V, **whole)(HELD))
+    found = metrics.dense(baseline_neighbours.fit_stan(TRAIN, V, **whole)(HELD))
     assert_proportional(found, [stan_loop(row, **whole) for row in HELD])
 
 
 @pytest.mark.parametrize('changed', [{}, dict(after=False), dict(repeats=True)], ids=str)
 def test_vstan_by_loops(changed):
     options = STAN | SEQUENTIAL | changed
-    found = metrics.dense(session_knn.fit_vstan(TRAIN, V, **options)(HELD))
+    found = metrics.dense(baseline_neighbours.fit_vstan(TRAIN, V, **options)(HELD))
     assert_proportional(found, [stan_loop(row, **options) for row in HELD])
 
 
 def test_without_its_additions_vstan_is_stan():
-    stan = session_knn.fit_stan(TRAIN, V, **STAN)(HELD)
-    plain = session_knn.fit_vstan(TRAIN, V, **STAN, lambda4=np.inf, idf_weight=0.0)(HELD)
+    stan = baseline_neighbours.fit_stan(TRAIN, V, **STAN)(HELD)
+    plain = baseline_neighbours.fit_vstan(TRAIN, V, **STAN, lambda4=np.inf, idf_weight=0.0)(HELD)
     np.testing.assert_array_equal(metrics.dense(plain), metrics.dense(stan))
 
 
 def test_a_recent_session_weighs_more_and_an_old_one_is_not_sampled():
     train = sessions([[1, 2], [1, 3], [1, 4]])
     row = np.array([[1]], np.int32)
-    score = metrics.dense(session_knn.fit_stan(train, 4, lambda2=0.5)(row))[0]
+    score = metrics.dense(baseline_neighbours.fit_stan(train, 4, lambda2=0.5)(row))[0]
     assert score[4] > score[3] > score[2] > 0
     assert score[3] / score[4] == pytest.approx(math.exp(-1 / 3 / 0.5))
-    score = metrics.dense(session_knn.fit_vsknn(train, 4, sample_size=2)(row))[0]
+    score = metrics.dense(baseline_neighbours.fit_vsknn(train, 4, sample_size=2)(row))[0]
     assert score[2] == 0 < score[3]
     # of equally similar ones the more recent
-    assert metrics.dense(session_knn.fit_vsknn(train, 4, k=1)(row))[0, 2:].argmax() == 2
+    assert metrics.dense(baseline_neighbours.fit_vsknn(train, 4, k=1)(row))[0, 2:].argmax() == 2
 
 
 def test_however_steep_the_recency_the_latest_candidate_counts():
     train = sessions([[1, 2], *[[3, 4]] * 5000])
-    score = metrics.dense(session_knn.fit_stan(train, 4, lambda2=1e-4)(np.array([[1]], np.int32)))
+    score = metrics.dense(baseline_neighbours.fit_stan(train, 4, lambda2=1e-4)(np.array([[1]], np.int32)))
     assert score[0, 2] > 0
 
 
 def test_an_item_far_behind_is_found_however_steep_the_weights():
     row = np.array([[1, *[9] * 60]], np.int32)  # no session holds 9
-    steep = session_knn.fit_vstan(sessions([[1, 2], [3, 4]]), 9, lambda1=0.3, lambda4=0.3)
+    steep = baseline_neighbours.fit_vstan(sessions([[1, 2], [3, 4]]), 9, lambda1=0.3, lambda4=0.3)
     assert metrics.dense(steep(row))[0, 2] > 0.01
-    vanishing = session_knn.fit_vstan(sessions([[1, 2], [3, 4]]), 9, lambda1=0.01, lambda4=0.01)
+    vanishing = baseline_neighbours.fit_vstan(sessions([[1, 2], [3, 4]]), 9, lambda1=0.01, lambda4=0.01)
     assert np.isfinite(metrics.dense(vanishing(row))).all()
 
 
@@ -167,7 +167,7 @@ def test_where_the_order_means_nothing_recency_is_off():
     lists = [[1, 2], [1, 3], [1, 4]] * 20
     row = np.array([[1]], np.int32)
     unordered = sessions(lists, ordered=False)
-    for fit in (session_knn.fit_stan, session_knn.fit_vstan):
+    for fit in (baseline_neighbours.fit_stan, baseline_neighbours.fit_vstan):
         score = metrics.dense(fit(unordered, 4)(row))[0]
         assert score[2] == score[3] == score[4] > 0
         same = fit(sessions(lists), 4, ordered=False)(row)
@@ -175,14 +175,14 @@ def test_where_the_order_means_nothing_recency_is_off():
         assert len(set(metrics.dense(fit(sessions(lists), 4)(row))[0, 2:])) == 3
     # the last sessions are sampled no more often than the first
     blocks = sessions([[1, 2]] * 200 + [[1, 3]] * 200, ordered=False)
-    score = metrics.dense(session_knn.fit_vsknn(blocks, 3, k=100, sample_size=100)(row))[0]
+    score = metrics.dense(baseline_neighbours.fit_vsknn(blocks, 3, k=100, sample_size=100)(row))[0]
     assert 0.5 < score[2] / score[3] < 2
-    latest = session_knn.fit_vsknn(blocks, 3, k=100, sample_size=100, ordered=True)(row)
+    latest = baseline_neighbours.fit_vsknn(blocks, 3, k=100, sample_size=100, ordered=True)(row)
     assert metrics.dense(latest)[0, 2] == 0
 
 
-@pytest.mark.parametrize('fit', [session_knn.fit_vsknn, session_knn.fit_stan,
-                                 session_knn.fit_vstan])
+@pytest.mark.parametrize('fit', [baseline_neighbours.fit_vsknn, baseline_neighbours.fit_stan,
+                                 baseline_neighbours.fit_vstan])
 def test_rows_without_neighbours_score_nothing(fit):
     scorer = fit(TRAIN, V)
     alone = metrics.dense(scorer(np.array([[V, 0], [V - 1, V]], np.int32)))
@@ -193,7 +193,7 @@ def test_rows_without_neighbours_score_nothing(fit):
 
 
 def test_latest_places():
-    row, item, place, length = session_knn.latest_places(
+    row, item, place, length = baseline_neighbours.latest_places(
         np.array([[4, 2, 4, 0], [7, 0, 0, 0], [1, 1, 1, 1]], np.int32))
     assert row.tolist() == [0, 0, 1, 2]
     assert item.tolist() == [4, 2, 7, 1]

@@ -10,7 +10,8 @@ import polars as pl
 import pytest
 
 from configs import sessions as configs
-from tpad_jax import baselines, job
+from tpad_jax import job
+from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue as data_catalogue
 from tpad_jax.data import item_graphs, sessions, text
@@ -53,7 +54,7 @@ def score(items):
 
 def baseline(name):
     features = {'features': np.random.default_rng(0).normal(size=(V + 1, 5))}
-    return baselines.BASELINES[name][0](TRAIN, V, **features if name == 'content_knn' else {})
+    return rules.BASELINES[name][0](TRAIN, V, **features if name == 'content_knn' else {})
 
 
 def neural(encoder, **rates):
@@ -71,7 +72,7 @@ def neural(encoder, **rates):
     return scorer(spec, devices.choose('jit', 0))({'recommender': params}, catalogue)
 
 
-SCORERS = {**{name: partial(baseline, name) for name in baselines.BASELINES},
+SCORERS = {**{name: partial(baseline, name) for name in rules.BASELINES},
            **{name: partial(neural, name) for name in tpad.ENCODERS},
            'repeats': partial(neural, 'attention', repeats=True)}
 

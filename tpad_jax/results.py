@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpad_jax import baselines, served, snapshots
+from tpad_jax import served, snapshots
+from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.data import audit, images, sessions
 from tpad_jax.evaluation import compare, metrics, slices, statistics
@@ -167,12 +168,12 @@ def baseline_scorers(job, features: np.ndarray) -> dict:
     data, out = job.config.data, {}
     # ready-made sessions carry no time to tell from
     ordered = data.ordered if data.npz or data.ready else None
-    for name in baselines.BASELINES:
+    for name in rules.BASELINES:
         job.pause()
         if name == 'content_knn' and features is None:
             continue  # no stage has read the items
         given = features if name == 'content_knn' else None
-        out[name] = baselines.tune(name, job.data.train, job.valid, job.data.num_items,
+        out[name] = rules.tune(name, job.data.train, job.valid, job.data.num_items,
                                    trials=job.config.search.trials, seed=job.config.seed,
                                    storage=job.workdir / 'search.journal', features=given,
                                    final=job.final.train, ordered=ordered)

@@ -59,8 +59,8 @@ def search_config(config, workdir, *, trials: int, stopping=lambda: False) -> di
     defaults = {key: current[key] for key in space}
     # here: --help and a wrong space need no jax, and memory is prepared before numpy comes
     from tpad_jax import job
+    from tpad_jax.baselines.tune import search
     from tpad_jax.training import checkpoint
-    from tpad_jax.trials import search
     checkpoint.claim(workdir, config.to_dict())
 
     def objective(params, number):

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from tpad_jax import session_knn
+from tpad_jax.baselines import neighbours
+from tpad_jax.baselines.tune import search
 from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
-from tpad_jax.trials import search
 
 LONGEST_RULE = 10  # steps between the two items of a rule
 TUNED_AT = 20  # K of the hit@K that `tune` maximises, as every model's selection does
@@ -39,7 +39,7 @@ def fit_repeat_last(train: Sessions, num_items: int) -> metrics.Scorer:
     del train
 
     def scorer(items):
-        row, item, place, _ = session_knn.latest_places(items)
+        row, item, place, _ = neighbours.latest_places(items)
         return _sparse(sp.csr_array((place, (row, item)), shape=(len(items), num_items + 1)))
 
     return scorer
@@ -136,11 +136,11 @@ BASELINES = {
     'item_knn': (fit_item_knn, {'decay': _DECAY, 'shrink': ('float', 0.0, 100.0),
                                 'repeats': _YES_NO}),
     'content_knn': (fit_content_knn, {'decay': _DECAY, 'repeats': _YES_NO}),
-    'vsknn': (session_knn.fit_vsknn, {
+    'vsknn': (neighbours.fit_vsknn, {
         **_NEIGHBOURS, 'position_power': ('float', 0.0, 4.0), 'cosine': _YES_NO,
         'step_power': ('float', 0.0, 3.0), 'idf_weight': _IDF}),
-    'stan': (session_knn.fit_stan, {**_NEIGHBOURS, **_LAMBDAS}),
-    'vstan': (session_knn.fit_vstan, {
+    'stan': (neighbours.fit_stan, {**_NEIGHBOURS, **_LAMBDAS}),
+    'vstan': (neighbours.fit_vstan, {
         **_NEIGHBOURS, **_LAMBDAS, 'lambda4': ('log', 0.3, 30.0), 'idf_weight': _IDF,
         'after': _YES_NO}),
 }

@@ -1,0 +1,1 @@
+"""Rules and neighbours that every model is compared with."""
