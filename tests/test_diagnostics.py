@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from tpad_jax import diagnostics, feature_figure, losses, probes, snapshots
+from tpad_jax import feature_figure, losses
+from tpad_jax.diagnostics import clouds as diagnostic_clouds
+from tpad_jax.diagnostics import probes, snapshots
 from tpad_jax.mutual_information.critics import GaussianQ, Score
 from tpad_jax.types import Batch
 
@@ -18,43 +20,43 @@ def rotation(n):
 
 
 def test_effective_rank_of_known_spectra():
-    assert diagnostics.effective_rank(3 * rotation(12)) == pytest.approx(12)
-    assert diagnostics.effective_rank(np.outer(np.arange(1, 9), np.ones(5))) == pytest.approx(1)
-    assert diagnostics.effective_rank(np.zeros((4, 3))) == 0
+    assert diagnostic_clouds.effective_rank(3 * rotation(12)) == pytest.approx(12)
+    assert diagnostic_clouds.effective_rank(np.outer(np.arange(1, 9), np.ones(5))) == pytest.approx(1)
+    assert diagnostic_clouds.effective_rank(np.zeros((4, 3))) == 0
     # singular values 3 and 1: shares 3/4 and 1/4
     two = rotation(6)[:, :2] @ np.diag([3, 1]) @ rotation(5)[:2]
-    assert diagnostics.effective_rank(two) == pytest.approx(
+    assert diagnostic_clouds.effective_rank(two) == pytest.approx(
         np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25)))
 
 
 def test_alignment_and_uniformity_of_known_clouds():
     x = RNG.normal(size=(30, 7))
-    assert diagnostics.alignment(x, 5 * x) == pytest.approx(0)
-    assert diagnostics.alignment(x, -x) == pytest.approx(4)
+    assert diagnostic_clouds.alignment(x, 5 * x) == pytest.approx(0)
+    assert diagnostic_clouds.alignment(x, -x) == pytest.approx(4)
     quarter = np.stack([np.cos([0, np.pi / 3]), np.sin([0, np.pi / 3])], 1)
-    assert diagnostics.alignment(quarter, quarter[[0, 0]]) == pytest.approx((0 + 1) / 2)
+    assert diagnostic_clouds.alignment(quarter, quarter[[0, 0]]) == pytest.approx((0 + 1) / 2)
     # an orthonormal frame: every pair at squared distance 2
-    assert diagnostics.uniformity(4 * rotation(9)) == pytest.approx(-4)
-    assert diagnostics.uniformity(np.ones((6, 3))) == pytest.approx(0)
+    assert diagnostic_clouds.uniformity(4 * rotation(9)) == pytest.approx(-4)
+    assert diagnostic_clouds.uniformity(np.ones((6, 3))) == pytest.approx(0)
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     pairs = [np.exp(-2 * ((a - b) ** 2).sum()) for i, a in enumerate(unit)
              for j, b in enumerate(unit) if i != j]
-    assert diagnostics.uniformity(x) == pytest.approx(np.log(np.mean(pairs)))
+    assert diagnostic_clouds.uniformity(x) == pytest.approx(np.log(np.mean(pairs)))
     cosines = [a @ b for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j]
-    assert diagnostics.mean_cosine(x) == pytest.approx(np.mean(cosines))
+    assert diagnostic_clouds.mean_cosine(x) == pytest.approx(np.mean(cosines))
 
 
 def test_cka_and_cross_correlation():
     x, y = RNG.normal(size=(40, 6)), RNG.normal(size=(40, 4))
     moved = 3 * x @ rotation(6) + 5
-    assert diagnostics.linear_cka(x, moved) == pytest.approx(1)
+    assert diagnostic_clouds.linear_cka(x, moved) == pytest.approx(1)
     center = np.eye(40) - 1 / 40
     k, m = (center @ a @ a.T @ center for a in (x, y))  # by its definition, over Gram matrices
-    assert diagnostics.linear_cka(x, y) == pytest.approx(
+    assert diagnostic_clouds.linear_cka(x, y) == pytest.approx(
         (k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()))
-    assert diagnostics.linear_cka(x, np.ones((40, 3))) == 0
+    assert diagnostic_clouds.linear_cka(x, np.ones((40, 3))) == 0
     whole = np.corrcoef(x.T, y.T)[:6, 6:]
-    assert diagnostics.cross_correlation(x, y) == pytest.approx(np.sqrt((whole ** 2).mean()))
+    assert diagnostic_clouds.cross_correlation(x, y) == pytest.approx(np.sqrt((whole ** 2).mean()))
 
 
 @pytest.mark.parametrize(('name', 'cloud', 'says'), [
@@ -67,19 +69,19 @@ def test_cka_and_cross_correlation():
     ('c', RNG.normal(size=(200, 8)) @ RNG.normal(size=(8, 64)) + 1, []),
 ], ids=['a line', 'far from the origin', 'one point', 'zeros', 'Gaussian', 'few rows', 'narrow'])
 def test_a_collapse_is_told_where_there_is_one(name, cloud, says):
-    told = diagnostics.warnings({name: diagnostics.feature(cloud)}, {}, 'after stage joint')
+    told = diagnostic_clouds.warnings({name: diagnostic_clouds.feature(cloud)}, {}, 'after stage joint')
     assert len(told) == bool(says)
     for line in told:
         assert line.startswith(f'After stage joint the feature {name} has collapsed: ')
-        assert f'Remedy: {diagnostics.REMEDIES[name[0]]}' in line
+        assert f'Remedy: {diagnostic_clouds.REMEDIES[name[0]]}' in line
         reasons = ('effective rank', 'mean cosine', 'variance')
         assert [r for r in reasons if r in line.split('Remedy')[0]] == says
 
 
 def test_estimates_that_say_nothing_are_told():
     fine = {'log_q/club_fit': 0.2, 'room/align': 1.0, 'mi_align': 3.0, 'align': -3.0}
-    assert not diagnostics.warnings({}, fine, 'after stage transfer')
-    q, full, none = diagnostics.warnings({}, {
+    assert not diagnostic_clouds.warnings({}, fine, 'after stage transfer')
+    q, full, none = diagnostic_clouds.warnings({}, {
         'log_q/club_fit': -0.1, 'room/align': 0.1, 'mi_disentangle': -0.3}, 'after stage transfer')
     assert 'which no mutual information is' in none
     assert 'no vCLUB figure' in q

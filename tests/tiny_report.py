@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from tpad_jax import config, diagnostics, results
+from tpad_jax import config, results
 from tpad_jax.core import writers
 from tpad_jax.data import audit, sessions
+from tpad_jax.diagnostics import clouds as diagnostic_clouds
 from tpad_jax.evaluation import compare
 from tpad_jax.evaluation.evaluate import oracle
 from tpad_jax.features import store
@@ -103,7 +104,7 @@ def write_diagnostics(workdir, rng):
               for n in ('k_image', 'k_text', 'r', 't', 'c', 'p')}
     ids = {n: rng.integers(1, V + 1, 30) for n in ('items', 'at', 'next')}
     found = {'sessions': 20, 'pairs': {}, 'held_out': {'mi_align': 1.25}, 'warnings': [],
-             'features': {n: diagnostics.feature(x) for n, x in clouds.items()},
+             'features': {n: diagnostic_clouds.feature(x) for n, x in clouds.items()},
              'probes': {'r': {'brand': {'accuracy': 0.75, 'chance': 0.3}}}}
     (workdir / 'diagnostics').mkdir()
     for moment in ('before', 'after'):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tpad_jax.diagnostics import unit
+from tpad_jax.diagnostics.clouds import unit
 
 # The features of a snapshot and whose items colour their rows: a position's own, or what follows.
 FEATURES = {'k_image': 'items', 'k_text': 'items', 'r': 'items', 't': 'at', 'c': 'at', 'p': 'next'}

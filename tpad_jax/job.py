@@ -17,7 +17,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax import plan, recommenders, results, snapshots
+from tpad_jax import plan, recommenders, results
 from tpad_jax.check import MAKES, STAGES, check, check_inputs
 from tpad_jax.config import names
 from tpad_jax.core import writers
@@ -25,6 +25,7 @@ from tpad_jax.data import batches, item_graphs, sessions, text
 from tpad_jax.data import catalogue as data_catalogue
 from tpad_jax.data.sources import amazon_tables, folder, ids
 from tpad_jax.data.synthetic import planted, wording
+from tpad_jax.diagnostics import snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation.evaluate import evaluate

@@ -11,10 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpad_jax import served, snapshots
+from tpad_jax import served
 from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.data import audit, images, sessions
+from tpad_jax.diagnostics import snapshots
 from tpad_jax.evaluation import compare, metrics, slices, statistics
 from tpad_jax.evaluation.evaluate import evaluate, oracle
 from tpad_jax.evaluation.scorers import top

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tpad_jax import snapshots
 from tpad_jax.core import writers
 from tpad_jax.data import images
-from tpad_jax.diagnostics import unit
+from tpad_jax.diagnostics import snapshots
+from tpad_jax.diagnostics.clouds import unit
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
 from tpad_jax.evaluation.scorers import top

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpad_jax import snapshots
 from tpad_jax.core import writers
+from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare, metrics
 from tpad_jax.report import gallery

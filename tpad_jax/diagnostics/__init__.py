@@ -1,0 +1,1 @@
+"""What features say: probes, ranks, mutual information."""
