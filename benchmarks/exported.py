@@ -66,7 +66,7 @@ def alone(shop, run, scratch):
 
 def approximate(shop):
     """Recall of the graph, and sessions per second of both."""
-    from tpad_jax import ann
+    from tpad_jax.serving import ann
 
     begun = time.perf_counter()
     index = ann.build(shop.embed_items())

@@ -34,14 +34,14 @@ def enlarged(run, directory, items):
     import polars as pl
     from safetensors.numpy import load_file, save_file
 
-    from tpad_jax import served
+    from tpad_jax.serving import artifact
 
-    shutil.copytree(run / served.FOLDER, directory / served.FOLDER)
+    shutil.copytree(run / artifact.FOLDER, directory / artifact.FOLDER)
     for name in ('config.json', 'results.json'):
         shutil.copy(run / name, directory)
-    folder = directory / served.FOLDER
-    about = json.loads((folder / served.ABOUT).read_text())
-    arrays, table = load_file(folder / served.MODEL), pl.read_parquet(folder / served.ITEMS)
+    folder = directory / artifact.FOLDER
+    about = json.loads((folder / artifact.ABOUT).read_text())
+    arrays, table = load_file(folder / artifact.MODEL), pl.read_parquet(folder / artifact.ITEMS)
     rng, own = np.random.default_rng(0), about['items']
     drawn = rng.integers(1, own + 1, items - own)
     z = arrays['z'][drawn] + 0.05 * rng.normal(size=(len(drawn), arrays['z'].shape[1]))
@@ -49,13 +49,13 @@ def enlarged(run, directory, items):
     z = (z * norm / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
     arrays['z'] = np.concatenate([arrays['z'], z])
     arrays['events'] = np.pad(arrays['events'], (0, len(drawn)))
-    save_file(arrays, folder / served.MODEL)
+    save_file(arrays, folder / artifact.MODEL)
     more = [f'N{n:09d}' for n in range(len(drawn))]
     pl.concat([table, pl.DataFrame({'item_id': more, 'title': more})]).write_parquet(
-        folder / served.ITEMS)
+        folder / artifact.ITEMS)
     about['items'] = items
-    about['digests'] = {name: served._digest(folder / name) for name in about['digests']}
-    (folder / served.ABOUT).write_text(json.dumps(about))
+    about['digests'] = {name: artifact._digest(folder / name) for name in about['digests']}
+    (folder / artifact.ABOUT).write_text(json.dumps(about))
 
 
 def write_sessions(file, ids, count, longest):

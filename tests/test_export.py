@@ -12,8 +12,9 @@ import pytest
 import tpad_jax
 from tests import tiny_base, tiny_served
 from tests.tiny_served import V
-from tpad_jax import ann, export
+from tpad_jax import export
 from tpad_jax.data.sources import external_features
+from tpad_jax.serving import ann
 
 pytestmark = pytest.mark.slow
 

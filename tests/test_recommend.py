@@ -11,7 +11,8 @@ import pytest
 
 import tpad_jax
 from tests import tiny_base, tiny_served
-from tpad_jax import recommend, serving
+from tpad_jax import recommend
+from tpad_jax.serving import recommender
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +33,7 @@ def command(run, monkeypatch, capfd):
     return call
 
 
-SESSIONS = [[f'I{n}' for n in row if n] for row in tiny_served.prefixes(serving.SIZES[-1] + 9)]
+SESSIONS = [[f'I{n}' for n in row if n] for row in tiny_served.prefixes(recommender.SIZES[-1] + 9)]
 
 
 def write(file, sessions=SESSIONS, broken=()):
@@ -135,8 +136,8 @@ def test_a_signal_keeps_what_was_answered(command, tmp_path):
     status, _, told = command('--sessions', write(tmp_path / 'sessions.jsonl'), '--out', out,
                               stopping=lambda: True)
     assert status == 75
-    assert f'stopped behind line {serving.SIZES[-1]}; what was answered lies in {out}.' in told
-    assert len((tmp_path / 'out.jsonl.partial').read_text().splitlines()) == serving.SIZES[-1]
+    assert f'stopped behind line {recommender.SIZES[-1]}; what was answered lies in {out}.' in told
+    assert len((tmp_path / 'out.jsonl.partial').read_text().splitlines()) == recommender.SIZES[-1]
 
 
 @pytest.mark.parametrize(('argv', 'said'), [

@@ -14,8 +14,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests import tiny_base, tiny_served
 from tests.tiny_served import V
-from tpad_jax import batching, service, serving
-from tpad_jax.pictures import Pictures
+from tpad_jax.serving import batching, http, recommender
+from tpad_jax.serving.pictures import Pictures
 
 pytestmark = pytest.mark.slow  # what it answers with is in test_serving.py, in every run
 
@@ -40,8 +40,8 @@ def driven(app, work):
 
 
 def test_it_answers_as_the_object(run):
-    shop = serving.load(run)
-    app = service.app(shop, run)
+    shop = recommender.load(run)
+    app = http.app(shop, run)
     sessions = [['I3', 'no such', 'I4'], [], *([f'I{n}' for n in row if n]
                                                for row in tiny_served.prefixes(20))]
     like = shop.recommend(sessions, k=7)
@@ -69,9 +69,9 @@ def test_it_answers_as_the_object(run):
 
 
 def test_a_new_item(run, tmp_path):
-    shop = serving.load(run)
+    shop = recommender.load(run)
     kept = tmp_path / 'added.safetensors'
-    app = service.app(shop, run, added=str(kept))
+    app = http.app(shop, run, added=str(kept))
     picture = {'image': ('x.png', tiny_served.picture(3), 'image/png')}
 
     async def work(client):
@@ -92,7 +92,7 @@ def test_a_new_item(run, tmp_path):
     assert (image.status_code, image.headers['content-type']) == (200, 'image/png')
     assert [one['id'] for one in items.json()['items']] == [f'I{V}', 'new']
     assert not found.json()['answers'][0]['empty']
-    other = serving.load(run)
+    other = recommender.load(run)
     other.restore_added(kept)
     np.testing.assert_array_equal(other.embed_items(['new']), shop.embed_items(['new']))
     with pytest.raises(ValueError, match='items that are there already'):
@@ -100,7 +100,7 @@ def test_a_new_item(run, tmp_path):
     kept.write_bytes(kept.read_bytes()[:50])
     with pytest.raises(ValueError, match='holds no added items'):
         other.restore_added(kept)
-    alone = service.app(other, run, new_items=False)
+    alone = http.app(other, run, new_items=False)
     assert driven(alone, lambda client: client.post('/items', data={'id': 'x'})).status_code == 405
 
 
@@ -115,7 +115,7 @@ def test_a_new_item(run, tmp_path):
     ('{"sessions": [[1]]}', 422, 'valid string'), ('{', 422, 'JSON'),
     (json.dumps({'sessions': [['I' * 2**20]]}), 413, 'at most 1048576 bytes')])
 def test_limits(run, body, status, said):
-    app = service.app(serving.load(run), run)
+    app = http.app(recommender.load(run), run)
     app._inner.router.lifespan_context = lambda app: _nothing()  # no device is asked
     answer = driven(app, lambda client: client.post(
         '/recommend', content=body, headers={'content-type': 'application/json'}))
@@ -175,7 +175,7 @@ def test_requests_share_calls_and_the_queue_is_bounded():
                 assert (await answer)[0].tolist() == [[n] * (1 + len(rows[n]))] * len(rows[n])
         await closing
         assert len(shop.calls) == 3
-        assert max(shop.calls) <= serving.SIZES[-1]
+        assert max(shop.calls) <= recommender.SIZES[-1]
 
     asyncio.run(go())
 
@@ -196,8 +196,8 @@ def test_a_failed_call_is_reported_to_those_it_was_for():
 
 
 def test_overload_and_a_request_that_takes_too_long(run):
-    shop = serving.load(run)
-    app = service.app(shop, run, limits=service.Limits(waiting=1, seconds=0.3))
+    shop = recommender.load(run)
+    app = http.app(shop, run, limits=http.Limits(waiting=1, seconds=0.3))
     held, first = threading.Event(), shop.first
 
     def slow(rows, k):
@@ -233,8 +233,8 @@ def test_pictures_stay_in_their_folder(tmp_path):
 
 
 def test_nothing_that_its_description_allows_or_forbids_ends_in_a_defect(run):
-    shop = serving.load(run)
-    app = service.app(shop, run)._inner
+    shop = recommender.load(run)
+    app = http.app(shop, run)._inner
     schema = schemathesis.openapi.from_asgi('/openapi.json', app)
     seen = set()
     for operation in schema.get_all_operations():

@@ -11,9 +11,9 @@ import pytest
 import tpad_jax
 from tests import tiny_base, tiny_served
 from tests.tiny_served import N, V
-from tpad_jax import serving, topk
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.scorers import top
+from tpad_jax.serving import recommender, topk
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,7 @@ def copy(made, tmp_path):
 def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
     _, scores = tiny_served.write(tmp_path / 'run', base, **model)
     shop = tpad_jax.load(tmp_path / 'run')
-    rows = tiny_served.prefixes(serving.SIZES[1] + 5)
+    rows = tiny_served.prefixes(recommender.SIZES[1] + 5)
     items, found = shop.first(rows, 7)
     whole = scores(rows)
     np.testing.assert_array_equal(items, top(whole, 7))
@@ -91,14 +91,14 @@ def test_sessions_of_ids(made):
 
 
 def test_more_sessions_than_a_call_holds_and_one_compilation_per_size(made):
-    shop = serving.load(made[0])
-    rows = tiny_served.prefixes(serving.SIZES[-1] + 3)
+    shop = recommender.load(made[0])
+    rows = tiny_served.prefixes(recommender.SIZES[-1] + 3)
     items, _ = shop.first(rows, 5)
     for begin in range(0, len(rows), 50):
         np.testing.assert_array_equal(shop.first(rows[begin:begin + 50], 4)[0],
                                       items[begin:begin + 50, :4])
     shop.first(rows[:2], 6), shop.first(rows[:1], 7)
-    assert shop._search._cache_size() == len(serving.SIZES)
+    assert shop._search._cache_size() == len(recommender.SIZES)
 
 
 def test_vectors_score(made):
@@ -148,7 +148,7 @@ def test_a_new_item_is_read_as_the_catalogue_was(base, tmp_path, model):
 
 
 def test_a_new_item_is_recommended_and_clicked(made, copy):
-    shop = serving.load(copy)
+    shop = recommender.load(copy)
     rows = tiny_served.prefixes(20)
     sessions = [[f'I{n}' for n in row if n] for row in rows]
     before = shop.recommend(sessions, k=V)
@@ -195,12 +195,12 @@ def test_a_base_that_moved(made, copy, base, tmp_path):
     (copy / 'served/served.json').write_text(json.dumps(about))
     item = {'id': 'new', **tiny_served.fields(V)}
     with pytest.raises(InputError, match=r'cannot be read .*say where it lies now by base=DIR'):
-        serving.load(copy).add_items([item])
-    found = serving.load(copy, base=moved).add_items([item])
+        recommender.load(copy).add_items([item])
+    found = recommender.load(copy, base=moved).add_items([item])
     np.testing.assert_allclose(found, made[-1].embed_items([f'I{V}']), rtol=1e-4, atol=1e-5)
     (moved / 'config.json').write_text((moved / 'config.json').read_text() + '\n')
     with pytest.raises(InputError, match='another base than the run was made with'):
-        serving.load(copy, base=moved).add_items([item])
+        recommender.load(copy, base=moved).add_items([item])
 
 
 # --- what is refused ----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.test_mixture import N, V, part
-from tpad_jax import check, topk
+from tpad_jax import check
 from tpad_jax import config as base
 from tpad_jax.data import item_graphs
 from tpad_jax.data.sessions import Sessions
@@ -18,6 +18,7 @@ from tpad_jax.evaluation import metrics
 from tpad_jax.evaluation.scorers import scorer, session_encoder, session_shifts
 from tpad_jax.models import tpad
 from tpad_jax.models.sessions import companions
+from tpad_jax.serving import topk
 
 STRENGTH, DECAY, MOST = 0.6, 0.4, 4
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import amazon
 from tests import tiny_base
-from tpad_jax import recommenders, served
+from tpad_jax import recommenders
 from tpad_jax.config import names
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Content, Data
@@ -24,6 +24,7 @@ from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases, encoder
 from tpad_jax.models import tpad
 from tpad_jax.models.fusion import blank
+from tpad_jax.serving import artifact
 
 V, N, T = 30, 6, 8  # the last five items are in no session
 
@@ -85,7 +86,7 @@ def write(workdir, base, *, mllm=True, reads=False, partner=None, **model):
         params if several else params[0], (rows,) * len(specs) if several else rows)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / 'config.json').write_text('{}')
-    served.write(job, 'tpad_recommend', scores)
+    artifact.write(job, 'tpad_recommend', scores)
     (workdir / 'results.json').write_text(json.dumps({}))
     return job, scores
 

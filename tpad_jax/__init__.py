@@ -7,6 +7,6 @@ def load(workdir, **options):
         shop = tpad_jax.load('runs/amazon')
         shop.recommend([['P000000123', 'P000000045']], k=20).items
     """
-    from tpad_jax import serving
+    from tpad_jax.serving import recommender
 
-    return serving.load(workdir, **options)
+    return recommender.load(workdir, **options)

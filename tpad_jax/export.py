@@ -106,14 +106,17 @@ def export(run, directory: Path, k: int = 20, rows: int = 64, sessions: str | No
     Raises:
       InputError: the run, k or the sessions are unusable, or --ann has no sessions or no faiss.
     """
-    from tpad_jax import served, serving  # here: --help and a wrong flag need no jax
+    from tpad_jax.serving import (
+        artifact,
+        recommender,  # here: --help and a wrong flag need no jax
+    )
 
     if ann and sessions is None:
         raise InputError('--ann has to say its recall: give --sessions=FILE to measure it on')
     if not 1 <= rows <= MAX_ROWS:
         raise InputError(f'--rows={rows}: a number from 1 to {MAX_ROWS} is needed')
-    kept = served.read(run)
-    shop = serving.Recommender(kept)
+    kept = artifact.read(run)
+    shop = recommender.Recommender(kept)
     list(shop.begin(shop.rows([[]])[0], k))  # refuses a k out of bounds
     directory.mkdir(parents=True, exist_ok=True)
     about = {'model': kept.about['model'], 'items': len(kept.ids) - 1, 'k': k, 'rows': rows,
@@ -171,8 +174,8 @@ def _artefact(kept, directory, k, rows):
     from flax.traverse_util import flatten_dict, unflatten_dict
     from safetensors.numpy import save_file
 
-    from tpad_jax import topk
     from tpad_jax.evaluation import scorers
+    from tpad_jax.serving import topk
 
     total = len(kept.z)
     weights = {'z': np.pad(kept.z, ((0, topk.rounded(total) - total), (0, 0)))}
@@ -204,18 +207,18 @@ def _sessions(shop, file, directory):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tpad_jax.data import streams
+    from tpad_jax.serving import session_files
 
-    source, kept = streams.Source(file), []
+    source, kept = session_files.Source(file), []
     schema = pa.schema([('line', pa.int64()), ('id', pa.string()),
                         ('vector', pa.list_(pa.float32()))])
     with pq.ParquetWriter(directory / 'sessions.parquet', schema) as out:
-        for asked in streams.in_batches(source, streams.FLUSH):
+        for asked in session_files.in_batches(source, session_files.FLUSH):
             h = shop.embed_sessions([one.session for one in asked])
             edges = pa.array(np.arange(len(h) + 1, dtype=np.int32) * h.shape[1])
             out.write_table(pa.table([
                 pa.array([one.line for one in asked], pa.int64()),
-                pa.array([streams.said(one.id) for one in asked], pa.string()),
+                pa.array([session_files.said(one.id) for one in asked], pa.string()),
                 pa.ListArray.from_arrays(edges, pa.array(h.ravel()))], schema=schema))
             if not kept:
                 kept = h, shop.rows([one.session for one in asked])[0]
@@ -226,7 +229,7 @@ def _sessions(shop, file, directory):
 
 
 def _ann(shop, vectors, rows, k, directory):
-    from tpad_jax import ann
+    from tpad_jax.serving import ann
 
     index = ann.build(shop.embed_items())
     ann.write(index, directory / 'items.faiss')

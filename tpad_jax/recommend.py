@@ -2,7 +2,7 @@
 
 Sessions are read, answered and written in batches of one shape, so that nothing is compiled twice
 and memory stays flat. A line that is no session is named on stderr and left out; answers name the
-ids of their sessions, or their lines. What files look like: tpad_jax/data/streams.py.
+ids of their sessions, or their lines. What files look like: tpad_jax/serving/session_files.py.
 
 Exit status: 0 done, 1 a number was not finite or a defect, 2 unusable input in one sentence (more
 lines than --bad_share left out is such; what was answered stays), 75 stopped by SIGINT or SIGTERM.
@@ -60,8 +60,10 @@ def run(given, stopping=lambda: False) -> int:
     Raises:
       InputError: the run, the file or k is unusable, or too many lines are no sessions.
     """
-    from tpad_jax import serving  # here: --help and a wrong flag need no jax
-    from tpad_jax.data import streams
+    from tpad_jax.serving import (
+        recommender,  # here: --help and a wrong flag need no jax
+        session_files,
+    )
 
     told = 0
 
@@ -71,11 +73,11 @@ def run(given, stopping=lambda: False) -> int:
         if told <= TOLD:
             _say(f'{given.sessions}: line {line} is left out: {reason}')
 
-    source = streams.Source(given.sessions, tell)
-    shop = serving.load(given.run)
+    source = session_files.Source(given.sessions, tell)
+    shop = recommender.load(given.run)
     if given.added:
         shop.restore_added(given.added)
-    sink = streams.Sink(given.out, shop.ids, given.scores)
+    sink = session_files.Sink(given.out, shop.ids, given.scores)
     count = {'sessions': 0, 'empty': 0, 'unknown': 0}
     begun = spoke = time.monotonic()
     pending, stopped = deque(), False
@@ -88,7 +90,7 @@ def run(given, stopping=lambda: False) -> int:
         count['unknown'] += sum(map(len, unknown))
 
     try:
-        for asked in streams.in_batches(source, serving.SIZES[-1]):
+        for asked in session_files.in_batches(source, recommender.SIZES[-1]):
             rows, unknown = shop.rows([one.session for one in asked])
             for finish in shop.begin(rows, given.k):
                 pending.append((asked, unknown, rows, finish))

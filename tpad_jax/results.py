@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpad_jax import served
 from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.data import audit, images, sessions
@@ -21,6 +20,7 @@ from tpad_jax.evaluation.evaluate import evaluate, oracle
 from tpad_jax.evaluation.scorers import top
 from tpad_jax.models import tpad
 from tpad_jax.report import gallery, page
+from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
@@ -71,7 +71,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
         out |= {'probes': {n: x['accuracy'] for n, x in read.items()}} if read else {}
     draw_figures(job, scorers, ranks, truth_ranks)
     if own is not None:
-        served.write(job, own, scorers[own])
+        artifact.write(job, own, scorers[own])
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     made = write_page(job, out, scorers, ranks, console)
     console.print(writers.table(out))

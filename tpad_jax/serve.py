@@ -57,21 +57,21 @@ async def serve(given, stopping=lambda: False) -> int:
     try:
         import uvicorn  # here: extras, and --help needs none
 
-        from tpad_jax import service
+        from tpad_jax.serving import http
     except ImportError as error:
         raise InputError(f'{error.name} is not installed; pip install "tpad_jax[serve]"') from error
-    from tpad_jax import serving
+    from tpad_jax.serving import recommender
 
     if (given.k < 1 or given.waiting < 1 or not 0 < given.timeout < 3600 or given.grace < 0
             or not 0 <= given.port < 2**16):
         raise InputError('--k and --waiting are at least 1, --timeout lies between 0 and 3600 '
                          'seconds, --grace is not negative and --port below 65536')
-    shop = serving.load(given.run, base=given.base)
+    shop = recommender.load(given.run, base=given.base)
     if given.added and Path(given.added).is_file():
         shop.restore_added(given.added)
-    limits = service.Limits(k=given.k, waiting=given.waiting, seconds=given.timeout)
-    count = service.Count()
-    app = service.app(shop, given.run, limits=limits, new_items=not given.no_new_items,
+    limits = http.Limits(k=given.k, waiting=given.waiting, seconds=given.timeout)
+    count = http.Count()
+    app = http.app(shop, given.run, limits=limits, new_items=not given.no_new_items,
                       added=given.added, count=count)
     try:
         listening = socket.create_server((given.host, given.port), backlog=2048)

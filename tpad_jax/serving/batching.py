@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from tpad_jax.serving import SIZES, Recommender
+from tpad_jax.serving.recommender import SIZES, Recommender
 
 
 class Overloaded(Exception):

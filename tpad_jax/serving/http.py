@@ -30,10 +30,10 @@ from prometheus_client import (
 )
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from tpad_jax.batching import Batcher, Overloaded
 from tpad_jax.errors import InputError
-from tpad_jax.pictures import Pictures
-from tpad_jax.serving import MAX_K, SIZES, Recommender
+from tpad_jax.serving.batching import Batcher, Overloaded
+from tpad_jax.serving.pictures import Pictures
+from tpad_jax.serving.recommender import MAX_K, SIZES, Recommender
 
 PAGE = Path(__file__).with_name('demo.html')
 RETRY = {'Retry-After': '1'}  # seconds

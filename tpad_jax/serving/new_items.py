@@ -16,13 +16,13 @@ import polars as pl
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from tpad_jax import served
 from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
 from tpad_jax.models import tpad
 from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.serving import artifact
 
 ROWS = 8  # items of a compiled call
 FIELDS = {'id', 'text', 'image', 'title', 'brand', 'category', 'description', 'price'}
@@ -40,7 +40,7 @@ class Reader:
         reads features that no MLLM makes.
     """
 
-    def __init__(self, kept: served.Served, base: str = ''):
+    def __init__(self, kept: artifact.Served, base: str = ''):
         about, self._kept = kept.about, kept
         if about['mllm'] is None:
             raise InputError(f'{kept.directory}: the run is of item ids alone, without pictures '
@@ -61,11 +61,11 @@ class Reader:
         if found.fingerprint != about['base']:
             raise InputError(f'{found.directory} is another base than the run was made with; say '
                              'where that lies by base=DIR')
-        self._specs = tuple(served.spec_of(about, i, found.module) for i in range(len(kept.specs)))
+        self._specs = tuple(artifact.spec_of(about, i, found.module) for i in range(len(kept.specs)))
         self._side, self._length = found.image_size, mllm['text_length']
-        own = kept.directory / served.TOKENIZER
+        own = kept.directory / artifact.TOKENIZER
         self._tokenizer = own if mllm['tokenizer'] else found.directory
-        params = served.reader_params(kept)
+        params = artifact.reader_params(kept)
         if not any(path.startswith('base/') for path in params):
             shapes = {} if isinstance(found.module, VLM) else bases.shapes_of(
                 self._specs[0].knowledge, found.image_size)

@@ -18,10 +18,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tpad_jax import served, topk
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
+from tpad_jax.serving import artifact, topk
 
 SIZES = 1, 16, 256  # rows of a compiled call: the least that holds what is asked
 MAX_K = 1000
@@ -64,7 +64,7 @@ class Recommender:
       trained: number of items the run knew; those above it were added.
     """
 
-    def __init__(self, kept: served.Served, base: str = ''):
+    def __init__(self, kept: artifact.Served, base: str = ''):
         self._kept, self._base, self._reader = kept, base, None
         self._adding = threading.Lock()
         self.model, self.max_length = kept.about['model'], kept.about['max_length']
@@ -213,9 +213,9 @@ class Recommender:
             return self._add(list(items))
 
     def _add(self, items):
-        from tpad_jax import newcomers  # here: only a new item needs what reads items
+        from tpad_jax.serving import new_items  # here: only a new item needs what reads items
 
-        newcomers.checked(items, self._kept.about['words'])
+        new_items.checked(items, self._kept.about['words'])
         names = [item['id'] for item in items]
         table = self._table
         for place, name in enumerate(names):
@@ -224,7 +224,7 @@ class Recommender:
         if not items:
             return np.zeros((0, table.z.shape[1]), np.float32)
         if self._reader is None:
-            self._reader = newcomers.Reader(self._kept, self._base)
+            self._reader = new_items.Reader(self._kept, self._base)
         vectors = self._reader(items)
         self._append(vectors, names, [_title(item) for item in items])
         return vectors
@@ -241,7 +241,7 @@ class Recommender:
         """Leave the added items in a .safetensors file, for `restore_added` of a later process."""
         table, first = self._table, self.trained + 1
         about = {'ids': table.ids[first:], 'titles': table.titles[first:],
-                 'model': self._kept.about['digests'][served.MODEL]}
+                 'model': self._kept.about['digests'][artifact.MODEL]}
         partial = Path(f'{file}.partial')
         save_file({'vectors': np.asarray(table.z)[first:len(table.ids)]}, partial,
                   {key: json.dumps(x) for key, x in about.items()})
@@ -260,10 +260,10 @@ class Recommender:
             ids, titles = about['ids'], about['titles']
             if vectors.shape != (len(ids), self._table.z.shape[1]) or len(titles) != len(ids):
                 raise ValueError(f'{list(vectors.shape)} vectors for {len(ids)} ids')
-        except served.UNREADABLE as error:
+        except artifact.UNREADABLE as error:
             raise InputError(f'{file} holds no added items ({type(error).__name__}: {error}); '
                              'name another file, or delete it and add them again') from error
-        if about['model'] != self._kept.about['digests'][served.MODEL]:
+        if about['model'] != self._kept.about['digests'][artifact.MODEL]:
             raise InputError(f'{file} holds items that were read for another run; name its own')
         with self._adding:
             if ids and not self._table.number.keys().isdisjoint(ids):
@@ -292,7 +292,7 @@ def load(workdir, *, base: str = '') -> Recommender:
     Raises:
       InputError: no such run, one that is not finished or has no recommender, or a damaged file.
     """
-    return Recommender(served.read(workdir), base)
+    return Recommender(artifact.read(workdir), base)
 
 
 def _filled(rows):
