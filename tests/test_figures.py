@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tpad_jax import figures
 from tpad_jax.errors import InputError
+from tpad_jax.report import figures
 
 
 def write_log(path, lines):

@@ -250,7 +250,10 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
 
 def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> list[Path]:
     """Learning curves, mutual information, hit@K and the contact sheet in workdir/figures."""
-    from tpad_jax import feature_figure, figures  # only here: matplotlib takes a second to import
+    from tpad_jax.report import (
+        feature_plot,
+        figures,  # only here: matplotlib takes a second to import
+    )
 
     out = job.workdir / 'figures'
     out.mkdir(parents=True, exist_ok=True)
@@ -261,7 +264,7 @@ def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> 
     figures.mutual_information(log, out / 'mutual_information.png', held)
     clouds = snapshots.clouds(job.workdir)
     if clouds is not None:
-        feature_figure.draw(*clouds, snapshots.category(job), out / 'features.png')
+        feature_plot.draw(*clouds, snapshots.category(job), out / 'features.png')
 
     def curve(rank):
         return metrics.hit(rank['above'][:, None], rank['equal'][:, None], CURVE).mean(0)

@@ -76,7 +76,10 @@ def draw(first: str, before: dict, last: str, after: dict, label: np.ndarray, ou
       label: int [V] of items 1..V, a category each, below 0 where it is unknown.
       out_png: file to write.
     """
-    from tpad_jax.figures import COLOURS, framed  # only here: matplotlib takes a second to import
+    from tpad_jax.report.figures import (  # only here: matplotlib takes a second to import
+        COLOURS,
+        framed,
+    )
 
     names, whole, share, inner, inside = lay(before, after)
     moments = ((first, before), (last, after))
@@ -115,7 +118,7 @@ def farthest(laid: dict) -> float:
 
 def _colours(label, own):
     """A colour for each of the most common labels, grey for the others."""
-    from tpad_jax.figures import COLOURS, GREY
+    from tpad_jax.report.figures import COLOURS, GREY
 
     common, counts = np.unique(label[label >= 0], return_counts=True)
     common = common[np.argsort(-counts, kind='stable')[:len(COLOURS) - 1]]
