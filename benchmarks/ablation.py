@@ -80,11 +80,11 @@ def knowledge(config, workdir: Path, stopping) -> Path:
 
 def train(config, workdir: Path, stopping, stages):
     """The job of `config` with its stages done."""
-    from tpad_jax import check, job
     from tpad_jax.core import writers
+    from tpad_jax.job import job, validate
     from tpad_jax.training import checkpoint
 
-    check.check(config)
+    validate.check(config)
     made = job.Job(config, workdir, stopping)
     checkpoint.claim(workdir, config.to_dict(), made.data.fingerprint)
     made.build(stages, Console(quiet=True))
@@ -100,7 +100,7 @@ def train(config, workdir: Path, stopping, stages):
 
 def cell(study: str, name: str, size: int, seed: int, workdir: Path, stopping) -> dict:
     """Run or resume a cell to its end."""
-    from tpad_jax import results
+    from tpad_jax.job import results
 
     config = make_config(name, size, seed)
     stages = tuple(config.stages.split(','))

@@ -31,7 +31,7 @@ from configs import amazon
 from tpad_jax import losses
 from tpad_jax.core import writers
 from tpad_jax.data import batches
-from tpad_jax.job import Job
+from tpad_jax.job.job import Job
 from tpad_jax.models import tpad
 from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score
 from tpad_jax.training import step as training_step

@@ -35,7 +35,7 @@ from configs import amazon
 from tpad_jax.core import writers
 from tpad_jax.data import batches
 from tpad_jax.distributed import devices as distributed_devices
-from tpad_jax.job import Job
+from tpad_jax.job.job import Job
 from tpad_jax.training import step as training_step
 from tpad_jax.types import State
 

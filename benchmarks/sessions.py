@@ -13,11 +13,11 @@ from absl import app
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax import recommenders
 from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
+from tpad_jax.job import recommenders
 
 METRICS = ('hit@20', 'mrr@20')
 KEPT = Path(__file__).with_suffix('.json')

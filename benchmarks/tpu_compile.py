@@ -5,7 +5,7 @@
 Qwen3-VL-2B's sizes in bfloat16 under three adapters, a catalogue of 100,000 items, all losses of
 stage joint: the step a run takes, lifted by `parallel.Devices` over the devices of a topology, and
 compiled by the TPU's own compiler on this CPU, of shapes alone: no parameter is ever held. Beside
-the compiler's memory stands `tpad_jax.plan`'s. `export` lowers the step for 'cuda' and 'tpu' by
+the compiler's memory stands `tpad_jax.job.plan`'s. `export` lowers the step for 'cuda' and 'tpu' by
 `jax.export`, which compiles nothing.
 
 It needs the libtpu that goes with this jax (`pip install "jax[tpu]"`), no accelerator, some 10 GB
@@ -77,8 +77,8 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     from flax.traverse_util import flatten_dict
 
     from configs import amazon
-    from tpad_jax import ahead, plan
     from tpad_jax.distributed import devices as distributed_devices
+    from tpad_jax.job import ahead, plan
     from tpad_jax.models import tpad
     from tpad_jax.models.hf.vlm import VLM
     from tpad_jax.training import loop
@@ -168,7 +168,7 @@ def apart(name: str) -> dict:
 
 def show(cells: list[dict]) -> Table:
     """The cells as a table, GiB per device."""
-    from tpad_jax.ahead import KINDS
+    from tpad_jax.job.ahead import KINDS
     table = Table(title='stage joint, Qwen3-VL-2B, GiB per device', title_justify='left', box=None)
     for column in ('devices', 'data x model', 'of', 'held', 'planned', 'temporary', 'planned',
                    'program', 'plan / compiler', 'CPU s'):

@@ -33,7 +33,7 @@ def _forgotten():
 @pytest.fixture(scope='module')
 def undrawn():
     """For runs whose figures nobody looks at: none is drawn, which takes seconds each."""
-    from tpad_jax import results
+    from tpad_jax.job import results
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results, 'draw_figures', lambda *_: [])

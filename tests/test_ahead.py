@@ -10,8 +10,8 @@ import pytest
 
 from configs import amazon
 from tests import tiny_hf
-from tpad_jax import ahead
 from tpad_jax.errors import InputError
+from tpad_jax.job import ahead
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from configs import amazon
 from tests import tiny_hf
 from tests.test_launch import CONFIG, assert_refused, start
-from tpad_jax import check
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
+from tpad_jax.job import validate
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
@@ -183,10 +183,10 @@ def test_another_models_tokenizer_is_refused(copied):
 
 def test_a_run_refuses_before_it_begins(saved):
     with pytest.raises(InputError, match=r'^config\.mllm\.checkpoint=/nowhere holds no config'):
-        check.check(config(checkpoint='/nowhere'))
+        validate.check(config(checkpoint='/nowhere'))
     with pytest.raises(InputError, match=r'config\.mllm\.attention'):
-        check.check(config(checkpoint=saved[1], attention='flash'))
-    assert check.check(config(checkpoint=saved[1]))
+        validate.check(config(checkpoint=saved[1], attention='flash'))
+    assert validate.check(config(checkpoint=saved[1]))
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tpad_jax import check
 from tpad_jax import config as base
 from tpad_jax.errors import InputError
+from tpad_jax.job import validate
 from tpad_jax.training import handover, merge_adapters
 
 SHAPES = {('layers', 'q'): (3, 6, 4), ('layers', 'down'): (3, 4, 7), ('head',): (5, 5)}
@@ -117,4 +117,4 @@ def test_refused(changes, told):
     config = base.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError, match=told):
-        check.check(config)
+        validate.check(config)

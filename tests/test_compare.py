@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tpad_jax import results
 from tpad_jax.data.sessions import Rows
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare, metrics, slices, statistics
+from tpad_jax.job import results
 
 
 def clusters(rng, count, p):

@@ -19,8 +19,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import test_job
-from tpad_jax import config, job, losses
+from tpad_jax import config, losses
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.job import job
 from tpad_jax.losses import __main__ as command
 from tpad_jax.losses import check
 from tpad_jax.training import loop as training_loop
@@ -430,7 +431,7 @@ def test_a_page_followed_to_the_letter(page, tmp_path):
             continue
         if language == 'sh':
             name = re.search(r'--config=(\w+)\.py', text)[1]
-            text = f'python -c "import {name} as m; from tpad_jax.check import check; ' \
+            text = f'python -c "import {name} as m; from tpad_jax.job.validate import check; ' \
                    'check(m.get_config())"'
         done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], cwd=tmp_path, text=True,
                               capture_output=True, check=False,

@@ -20,12 +20,13 @@ from benchmarks import faults
 from tests import test_job
 from tests.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
 from tests.test_damage import halve
-from tpad_jax import job, train
+from tpad_jax import train
 from tpad_jax.baselines import tune
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue
 from tpad_jax.errors import InputError
 from tpad_jax.features import store
+from tpad_jax.job import job
 from tpad_jax.training.checkpoint import abstract, claim, enter
 
 pytestmark = LEFT_BEHIND

@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
-from tpad_jax import job, load, mirror
+from tpad_jax import load
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue, sessions
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation import compare, slices
 from tpad_jax.features import store
+from tpad_jax.job import job, mirror
 from tpad_jax.training import loop as training_loop
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')

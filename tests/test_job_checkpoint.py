@@ -12,7 +12,8 @@ import pytest
 
 from configs import amazon
 from tests import tiny_base, tiny_hf
-from tpad_jax import job, merge
+from tpad_jax import merge
+from tpad_jax.job import job
 from tpad_jax.models.hf import load, peft, spec
 
 pytestmark = pytest.mark.usefixtures('undrawn')

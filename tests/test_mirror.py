@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from tpad_jax import mirror
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.job import mirror
 
 FIRST = {'config.json': '{"seed": 0}', 'log.jsonl': 'one\n', 'stages/transfer/2/a': 'aa',
          'stages/transfer/2/metadata': 'mm', 'features/knowledge/k.npy': 'kk',

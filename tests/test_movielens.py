@@ -11,10 +11,10 @@ from PIL import Image
 
 from configs import movielens
 from tests import tiny_base
-from tpad_jax import check
 from tpad_jax.data import catalogue
 from tpad_jax.data.sources import folder
 from tpad_jax.errors import InputError
+from tpad_jax.job import validate
 
 pytestmark = pytest.mark.usefixtures('undrawn')
 WORDS = 'genres', 'year', 'title', 'tags'
@@ -113,15 +113,15 @@ def test_unknown_fields_and_two_sources_are_refused(tmp_path):
     c = movielens.get_config()
     c.data.ready = str(tmp_path / 'nowhere')
     with pytest.raises(InputError, match='is no directory'):
-        check.check(c)
+        validate.check(c)
     c.data.update(ready=str(tmp_path), raw_dir=str(tmp_path))
     with pytest.raises(InputError, match='two sources'):
-        check.check(c)
+        validate.check(c)
 
 
 @pytest.mark.slow
 def test_the_job_refits_all_and_tests_all(tmp_path):
-    from tpad_jax import job
+    from tpad_jax.job import job
     c = movielens.get_config()
     c.data.ready = str(write(tmp_path))
     (tmp_path / 'base').mkdir()

@@ -12,9 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import amazon
-from tpad_jax import activations, ahead, plan
 from tpad_jax import config as base
 from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.job import activations, ahead, plan
 from tpad_jax.models import tpad
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm

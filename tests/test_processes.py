@@ -18,9 +18,9 @@ import pytest
 import test_ready_made as ready
 from tiny_stages import STEPS, Run, agree, differences
 
-from tpad_jax import job
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.job import job
 
 STAGE = 'recommend'
 TOLD = 6  # the step behind which the second process is told to stop

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import sessions as table
 from configs import sessions as configs
-from tpad_jax import job, recommenders, results
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.job import job, recommenders, results
 
 pytestmark = pytest.mark.usefixtures('undrawn')
 

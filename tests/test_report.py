@@ -15,9 +15,9 @@ from rich.console import Console
 
 from tests import tiny_report
 from tests.tiny_report import EVIL, Page, V
-from tpad_jax import results
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
+from tpad_jax.job import results
 from tpad_jax.report import __main__ as command
 from tpad_jax.report import charts, comparison, gallery, page, stored
 

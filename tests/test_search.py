@@ -180,7 +180,7 @@ def runs(monkeypatch):
         hit = 0.5 - abs(np.log10(config.stage.recommend.learning_rate) + 3) / 10
         return {'valid': {'hit@20': hit + config.model.use_side / 10, 'mrr@20': 0.1, 'ndcg@20': 0}}
 
-    monkeypatch.setattr('tpad_jax.job.run', run)
+    monkeypatch.setattr('tpad_jax.job.job.run', run)
     return seen
 
 

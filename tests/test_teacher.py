@@ -10,9 +10,9 @@ import pytest
 
 from tests import test_job
 from tpad_jax import config as base
-from tpad_jax import job
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases, store
+from tpad_jax.job import job
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.test_mixture import N, V, part
-from tpad_jax import check
 from tpad_jax import config as base
 from tpad_jax.data import item_graphs
 from tpad_jax.data.sessions import Sessions
@@ -16,6 +15,7 @@ from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
 from tpad_jax.evaluation.scorers import scorer, session_encoder, session_shifts
+from tpad_jax.job import validate
 from tpad_jax.models import tpad
 from tpad_jax.models.sessions import companions
 from tpad_jax.serving import topk
@@ -118,4 +118,4 @@ def test_the_config_is_checked(key, value, told):
     c = base.get_config()
     c.model[key] = value
     with pytest.raises(InputError, match=told):
-        check.check(c)
+        validate.check(c)

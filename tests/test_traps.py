@@ -10,7 +10,6 @@ import polars as pl
 import pytest
 
 from configs import sessions as configs
-from tpad_jax import job
 from tpad_jax.baselines import rules
 from tpad_jax.core import writers
 from tpad_jax.data import catalogue as data_catalogue
@@ -21,6 +20,7 @@ from tpad_jax.data.synthetic import planted
 from tpad_jax.distributed import devices
 from tpad_jax.evaluation import evaluate, metrics, slices
 from tpad_jax.evaluation.scorers import scorer
+from tpad_jax.job import job
 from tpad_jax.models import tpad
 
 V, N = 30, 6

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from tpad_jax import config, results
+from tpad_jax import config
 from tpad_jax.core import writers
 from tpad_jax.data import audit, sessions
 from tpad_jax.diagnostics import clouds as diagnostic_clouds
 from tpad_jax.evaluation import compare
 from tpad_jax.evaluation.evaluate import oracle
 from tpad_jax.features import store
+from tpad_jax.job import results
 from tpad_jax.report import charts, gallery, stored
 from tpad_jax.report.values import BETWEEN
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 from configs import amazon
 from tests import tiny_base
-from tpad_jax import recommenders
 from tpad_jax.config import names
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Content, Data
@@ -22,6 +21,7 @@ from tpad_jax.data.sessions import Sessions, counts
 from tpad_jax.distributed.devices import Devices
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases, encoder
+from tpad_jax.job import recommenders
 from tpad_jax.models import tpad
 from tpad_jax.models.fusion import blank
 from tpad_jax.serving import artifact

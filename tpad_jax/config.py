@@ -27,7 +27,7 @@ def get_config():
 
     c.refit = False  # train the chosen recommender anew on training and validation sessions
     # what a second recommender, trained beside the first, changes of this config (nested); both
-    # scores are added, see tpad_jax/recommenders.py. Empty: there is none
+    # scores are added, see tpad_jax/job/recommenders.py. Empty: there is none
     c.partner = ConfigDict()
     c.search = ConfigDict(dict(
         trials=8,  # budget of every model's and baseline's search; 1: what the config says

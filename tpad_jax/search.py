@@ -58,8 +58,8 @@ def search_config(config, workdir, *, trials: int, stopping=lambda: False) -> di
             raise InputError(f'config.search.space names {key}, which the config has not')
     defaults = {key: current[key] for key in space}
     # here: --help and a wrong space need no jax, and memory is prepared before numpy comes
-    from tpad_jax import job
     from tpad_jax.baselines.tune import search
+    from tpad_jax.job import job
     from tpad_jax.training import checkpoint
     checkpoint.claim(workdir, config.to_dict())
 

@@ -91,11 +91,11 @@ def main(argv):
     workdir = WORKDIR.value or f'runs/{CONFIG.value.name}'
     try:
         if PLAN.value not in (None, 'false'):
-            from tpad_jax import ahead  # here: --help and a wrong flag need no jax
+            from tpad_jax.job import ahead  # here: --help and a wrong flag need no jax
             print(*ahead.lines(CONFIG.value, workdir, PLAN.value, PLAN_ITEMS.value), sep='\n')
             return
-        from tpad_jax import job, mirror
         from tpad_jax.distributed import hosts
+        from tpad_jax.job import job, mirror
         hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         with mirror.kept(workdir, MIRROR.value):
             job.run(CONFIG.value, workdir, hosts.together(stopping), profile=PROFILE.value)

@@ -69,7 +69,7 @@ def write(job, name: str, scores) -> None:
     Args:
       job: job.Job. name: of the model. scores: its scorer, see `scoring.scorer`.
     """
-    from tpad_jax.recommenders import partnered  # here: to be served takes no training code
+    from tpad_jax.job.recommenders import partnered  # here: to be served takes no training code
 
     directory, bound = job.workdir / FOLDER, scores.bound
     directory.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from tpad_jax import plan
-from tpad_jax.check import check
 from tpad_jax.config import names
 from tpad_jax.data import catalogue as data_catalogue
 from tpad_jax.data import text
@@ -23,6 +21,8 @@ from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.distributed import devices as distributed_devices
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
+from tpad_jax.job import plan
+from tpad_jax.job.validate import check
 from tpad_jax.models import tpad
 
 KINDS = {'v5e': 15.75, 'v6e': 31.25}  # GiB a program may use of a chip's 16 and 32

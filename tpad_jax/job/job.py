@@ -17,8 +17,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax import plan, recommenders, results
-from tpad_jax.check import MAKES, STAGES, check, check_inputs
 from tpad_jax.config import names
 from tpad_jax.core import writers
 from tpad_jax.data import batches, item_graphs, sessions, text
@@ -32,6 +30,8 @@ from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import foretold, scorer
 from tpad_jax.features import bases, store
 from tpad_jax.features import encoder as feature_encoder
+from tpad_jax.job import plan, recommenders, results
+from tpad_jax.job.validate import MAKES, STAGES, check, check_inputs
 from tpad_jax.models import readers, tpad
 from tpad_jax.training import handover, profiling
 from tpad_jax.training import loop as training_loop

@@ -3,12 +3,13 @@
 import re
 from pathlib import Path
 
-from tpad_jax import losses, recommenders
+from tpad_jax import losses
 from tpad_jax.config import names
 from tpad_jax.data.sources import amazon
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
+from tpad_jax.job import recommenders
 from tpad_jax.losses import check as losse_check
 from tpad_jax.losses import distillation
 from tpad_jax.models import tpad

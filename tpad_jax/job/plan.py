@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tpad_jax import activations
-from tpad_jax.check import MAKES, STAGES
 from tpad_jax.config import names
 from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.job import activations
+from tpad_jax.job.validate import MAKES, STAGES
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.training import optimizer
