@@ -80,7 +80,8 @@ def knowledge(config, workdir: Path, stopping) -> Path:
 
 def train(config, workdir: Path, stopping, stages):
     """The job of `config` with its stages done."""
-    from tpad_jax.core import writers
+    from tpad_jax.core import console as console_lib
+    from tpad_jax.core import log
     from tpad_jax.job import job, validate
     from tpad_jax.training import checkpoint
 
@@ -88,11 +89,11 @@ def train(config, workdir: Path, stopping, stages):
     made = job.Job(config, workdir, stopping)
     checkpoint.claim(workdir, config.to_dict(), made.data.fingerprint)
     made.build(stages, Console(quiet=True))
-    writer = writers.Writer(workdir)
+    writer = log.Writer(workdir)
     try:
         for stage in stages:
             made.pause()
-            made.run_stage(stage, writer, writers.progress)
+            made.run_stage(stage, writer, console_lib.progress)
     finally:
         writer.close()
     return made
@@ -186,11 +187,11 @@ def read(study: str, size: int) -> dict:
 
 def keep(study: str, size: int, one: dict) -> None:
     """Add a cell to the finished ones, whatever another process added meanwhile."""
-    from tpad_jax.core import writers
+    from tpad_jax.core import files
 
     cells = read(study, size) | {(one['name'], one['seed']): one}
     KEPT.mkdir(exist_ok=True)
-    writers.write_json(KEPT / f'{study}_{size}.json',
+    files.write_json(KEPT / f'{study}_{size}.json',
                        {'cells': [cells[key] for key in sorted(cells)]})
 
 

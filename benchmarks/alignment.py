@@ -29,12 +29,12 @@ from rich.console import Console
 from benchmarks.mi import commit
 from configs import amazon
 from tpad_jax import losses
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.data import batches
 from tpad_jax.job.job import Job
 from tpad_jax.models import tpad
 from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score
-from tpad_jax.training import step as training_step
+from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch
 
 LOSSES = ('align', 'distil', 'disentangle')
@@ -122,7 +122,7 @@ def seconds(*calls, turns=15, least=0.2):
 def against_products(count=1024, width=256):
     """The losses of fixed shapes beside their products."""
     modules, params, features, batch = case((count, 1), width)
-    chosen = training_step.stage_losses(amazon.get_config(), 'transfer')
+    chosen = step_lib.stage_losses(amazon.get_config(), 'transfer')
     picked = tuple(one for one in chosen if one[0] in LOSSES)
     run, operands, shapes = products(count, width)
     singles = [partial(alone((one,), modules), features, params, batch) for one in picked]
@@ -143,8 +143,8 @@ def of_joint_step():
         job = Job(config, Path(folder), lambda: False)
         job.build(('joint',), Console(quiet=True))
     stage = config.stage.joint
-    spec = training_step.make_spec(config, 'joint', job.spec, config.seed)
-    state = training_step.start(spec, job.params, stage.train)
+    spec = step_lib.make_spec(config, 'joint', job.spec, config.seed)
+    state = step_lib.start(spec, job.params, stage.train)
     zeros = {'k': (2, config.model.features), 'r': (2 * config.model.features,)}
     catalogue = job.catalogue | {n: jnp.zeros((job.data.num_items + 1, *s))
                                  for n, s in zeros.items()}
@@ -153,7 +153,7 @@ def of_joint_step():
         batch_size=stage.batch_size, seed=config.seed, shards=1, start_step=0, steps=stage.steps)
     batch = Batch(**jax.tree.map(jnp.asarray, next(drawn)))
     drawn.close()
-    step = jax.jit(partial(training_step.train_step, spec=spec, axis=None))
+    step = jax.jit(partial(step_lib.train_step, spec=spec, axis=None))
     tree = unflatten_dict({**state.frozen, **state.params}, sep='/')
     out = jax.jit(partial(tpad.forward, spec.model, needs=spec.needs, fresh=spec.fresh))(
         tree, batch, catalogue, key=jax.random.key(0))
@@ -193,7 +193,7 @@ def main(argv):
                                  MEMORY), ('joint', of_joint_step, JOINT)):
         found[name] = measure()
         print(shown.format(**found[name]), flush=True)
-        writers.write_json(Path(__file__).with_suffix('.json'), found)
+        files.write_json(Path(__file__).with_suffix('.json'), found)
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from tpad_jax.data import images
 from tpad_jax.distributed import collectives
-from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.vlm import VLM, shapes, size
 
@@ -102,7 +102,7 @@ def parameters(spec: specs.Spec, dtype):
 def ours(spec, params, tokens, image, dtype, how):
     """A function that reads the rows once and waits."""
     model = VLM(spec, SIDE, how, dtype=dtype)
-    devices = distributed_devices.choose('auto', 0)
+    devices = devices_lib.choose('auto', 0)
 
     def last(module, tokens, image):
         here = jnp.full((len(tokens), 1), tokens.shape[1] - 1)

@@ -326,7 +326,7 @@ def main(argv):
     if missing:
         import jax
 
-        from tpad_jax.core import writers
+        from tpad_jax.core import files as files_lib
 
         jax.config.update('jax_platforms', 'cpu')
         logging.set_verbosity(logging.WARNING)
@@ -336,7 +336,7 @@ def main(argv):
             print(f'run {number}: {one["moment"]} hit {one["hit"]} in {one["stage"]}, again '
                   f'{one["again"]}, failed {one["failed"]}, {one["seconds"]:.0f} s', flush=True)
             runs = read() | {(one['seed'], one['run']): one}
-            writers.write_json(KEPT, {
+            files_lib.write_json(KEPT, {
                 'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__,
                 'save_every': SAVE_EVERY, 'runs': [runs[key] for key in sorted(runs)]})
     found = read()

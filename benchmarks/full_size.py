@@ -3,7 +3,7 @@
 Qwen3-VL-2B's sizes in bfloat16 under three adapters and a catalogue of 100,000 items, all losses of
 stage joint, on random parameters and random content: what `benchmarks.tpu_compile` compiles for
 TPUs, here taken for real. Prints and writes to full_size.json what compiling took, the compiler's
-memory and what was in use at most beside `tpad_jax.job.plan`'s sums, seconds a step, the operations of
+memory, peak use beside `tpad_jax.job.plan`'s sums, seconds a step, the operations of
 its products and their share of the device's peak. `--small` is a model that a CPU can run, to try
 this out; nothing is written then.
 """

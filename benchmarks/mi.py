@@ -34,7 +34,7 @@ from rich.table import Table
 from scipy import stats
 
 from benchmarks.checkout import commit
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.mutual_information import estimator as mi
 
 FLAGS = flags.FLAGS
@@ -222,7 +222,7 @@ def main(argv):
         for key, cell in made.items():
             print(f'{key}: {cell["value"]:.3f} +- {cell["error"]:.3f}, truth {cell["truth"]:.3f}, '
                   f'{cell["seconds"]:.0f} s {cell["warning"]}', flush=True)
-        writers.write_json(KEPT, {
+        files.write_json(KEPT, {
             'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__,
             'steps': STEPS, 'critic': {'hidden': HIDDEN, 'width': WIDTH}, 'rate': RATE,
             'cells': read() | made})  # another process may have added some

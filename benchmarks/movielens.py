@@ -17,7 +17,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.evaluation import compare
 
 FLAGS = flags.FLAGS
@@ -86,7 +86,7 @@ def main(argv):
             run(int(seed), workdir)
         if (workdir / 'results.json').is_file():
             workdirs.append(workdir)
-            writers.write_json(HERE / 'movielens.json', gather(workdirs))
+            files.write_json(HERE / 'movielens.json', gather(workdirs))
     if workdirs:
         Console(width=140).print(show(gather(workdirs)))
 

@@ -7,8 +7,9 @@ written greedily with a cache and, of tiny models or with --gradients, gradients
 comparison, closes with the largest differences of hidden states and logits, and leaves with status
 1 if anything is above its bar.
 
-`--write_golden` writes what tests/test_hf_golden.py reads: a tiny bfloat16 checkpoint per family,
-and torch's float32 outputs on it. Torch runs first and is gone when ours is loaded.
+`--write_golden` writes the input of tests/models/hf/test_hf_golden.py: a
+tiny bfloat16 checkpoint per family, and torch's float32 outputs on it. Torch runs first and is gone
+when ours is loaded.
 """
 
 import json

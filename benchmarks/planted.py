@@ -15,7 +15,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax.core import writers
+from tpad_jax.core import files
+from tpad_jax.evaluation import tables
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
@@ -39,7 +40,7 @@ def main(argv):
     seeds, cells, rows = [int(s) for s in FLAGS.seeds], [], {}
     for seed in seeds:
         results = run(seed, Path(FLAGS.workdir) / f'seed{seed}')
-        shares = writers.shares(results)
+        shares = tables.shares(results)
         cells.append({'planted_seed': seed, 'commit': results['provenance']['commit'],
                       'date': results['provenance']['date'], 'seconds': results['seconds'],
                       'shares': shares, 'probes': results['probes'],
@@ -58,7 +59,7 @@ def main(argv):
     seconds = ', '.join(f'{c["seconds"]["total"]:.0f}' for c in cells)
     print(f'TPAD at least {worst} of the oracle (bars {BARS}), {near} of true_attributes (bars '
           f'{OF_TRUE}); seconds {seconds}; peak memory {peak:.2f} GiB')
-    writers.write_json(HERE / 'planted.json', {'cells': cells, 'peak_gib': peak})
+    files.write_json(HERE / 'planted.json', {'cells': cells, 'peak_gib': peak})
 
 
 if __name__ == '__main__':

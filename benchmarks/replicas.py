@@ -5,8 +5,9 @@ large shows: on one device; on eight by pmap and by shard_map; on 4 x 2 and 2 x 
 MLLM on each of the second axis; on one that reads its rows in four parts; in two processes of four
 devices each. Beside each: the largest difference to one device of what is logged in any step
 (as a share of 1 and the value) and of any parameter at the end, and how far the parameters had
-gone. Leaves with 1 where either is above 1e-5 or no parameter went 1e-2. tests/test_step.py and
-tests/test_processes.py hold all but what compiles longest to the same.
+gone. Leaves with 1 where either is above 1e-5 or no parameter went 1e-2.
+tests/training/test_step.py and tests/distributed/test_hosts.py hold all but
+what compiles longest to the same.
 """
 
 import os
@@ -19,17 +20,17 @@ from pathlib import Path
 from benchmarks.checkout import ROOT, commit
 
 sys.path.insert(0, str(ROOT / 'tests'))
-from eight_devices import environment
+from tests.eight_devices import environment
 
 os.environ.update(environment())
 import jax
 from absl import app, logging
 from rich.console import Console
 from rich.table import Table
-from test_processes import together
-from tiny_stages import STAGES, WAYS, Run, agree, differences
 
-from tpad_jax.core import writers
+from tests.distributed.test_hosts import together
+from tests.tiny_stages import STAGES, WAYS, Run, agree, differences
+from tpad_jax.core import files
 
 KEPT = Path(__file__).with_suffix('.json')
 
@@ -58,7 +59,7 @@ def main(argv):
                 print(cell, flush=True)
             jax.clear_caches()
     Console(width=100).print(table)
-    writers.write_json(KEPT, {
+    files.write_json(KEPT, {
         'commit': commit(), 'date': datetime.now(UTC).strftime('%Y-%m-%d'),
         'machine': platform.machine(), 'cpus': os.cpu_count(), 'jax': jax.__version__,
         'cells': cells})

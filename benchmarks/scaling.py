@@ -32,11 +32,11 @@ from rich.console import Console
 
 from benchmarks.checkout import commit
 from configs import amazon
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.data import batches
-from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.job.job import Job
-from tpad_jax.training import step as training_step
+from tpad_jax.training import step as step_lib
 from tpad_jax.types import State
 
 KEPT = Path(__file__).with_suffix('.json')
@@ -83,9 +83,9 @@ def prepare(folder) -> Job:
 
 def measure(job: Job, stage: str, count: int, turns: int = 7) -> dict:
     """One cell of the table."""
-    config, devices = job.config, distributed_devices.choose('jit' if count == 1 else 'shard_map', count)
-    spec = training_step.make_spec(config, stage, job.spec, config.seed)
-    state = training_step.start(spec, jax.tree.map(jnp.copy, job.params), config.stage[stage].train)
+    config, devices = job.config, devices_lib.choose('jit' if count == 1 else 'shard_map', count)
+    spec = step_lib.make_spec(config, stage, job.spec, config.seed)
+    state = step_lib.start(spec, jax.tree.map(jnp.copy, job.params), config.stage[stage].train)
     drawn = batches.session_batches(
         job.data, content=job.content if stage == 'transfer' else None, batch_size=ROWS * count,
         max_length=job.max_length, every_prefix=config.stage[stage].every_prefix, seed=0,
@@ -94,7 +94,7 @@ def measure(job: Job, stage: str, count: int, turns: int = 7) -> dict:
     drawn.close()
     wanted = needed(stage, state, job.spec, ROWS * count, job.max_length) if count > 1 else {}
     state = devices.share(state)
-    step = devices.lift(partial(training_step.train_step, spec=spec)).lower(
+    step = devices.lift(partial(step_lib.train_step, spec=spec)).lower(
         state, batch, catalogue).compile()
     times = []
     for _ in range(turns):
@@ -133,7 +133,7 @@ def main(argv):
                     job = job or prepare(folder)
                     cell = measure(job, stage, count)
                     cells.append(cell)
-                    writers.write_json(KEPT, about | {'cells': cells})
+                    files.write_json(KEPT, about | {'cells': cells})
                 print(shown(cell), flush=True)
 
 

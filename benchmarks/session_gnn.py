@@ -2,7 +2,7 @@
 --data FILE.npz`.
 
 DIR holds the authors' model.py and utils.py, brought from outside this tree; FILE.npz ready-made
-sessions (see `tpad_jax/data/sources/ids.py`). Both get the same rows (every prefix of every session, its
+sessions (`data/sources/ids.py`). Both get the same rows (every prefix of every session, its
 last --max_length items), width 100, the whole softmax, Adam at 1e-3 with an L2 penalty of 1e-5 and
 the same number of cores, each in a process of its own; they take turns, so that what else the
 machine does falls on both. The peer runs its own functions as its own loop calls them; ours are the
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import session_gnn_ours, session_gnn_peer
-from tpad_jax.core import memory, writers
+from tpad_jax.core import files, startup
 
 FLAGS = flags.FLAGS
 BARS = {'train': 2.5, 'score': 4.0}  # times the peer's pairs/s
@@ -93,7 +93,7 @@ def main(argv):
     peer = Side(session_gnn_peer.Peer, FLAGS.peer, *shared, session_gnn_ours.BATCH,
                 session_gnn_ours.WIDTH)
     # what launch.py does for itself
-    ours = Side(session_gnn_ours.Ours, *shared, environment=memory.ENVIRONMENT)
+    ours = Side(session_gnn_ours.Ours, *shared, environment=startup.ENVIRONMENT)
     cells = ['peer', *session_gnn_ours.CELLS]
     facts = {'peer': peer('facts'), **ours('facts')}
     parity = check_parity(peer, ours)
@@ -117,7 +117,7 @@ def main(argv):
            'machine': {'cpus': os.cpu_count(), 'processor': platform.processor(),
                        'load': os.getloadavg(), 'date': time.strftime('%Y-%m-%d')}}
     show(out)
-    writers.write_json(Path(FLAGS.out), out)
+    files.write_json(Path(FLAGS.out), out)
 
 
 def summary(rates, facts) -> dict:

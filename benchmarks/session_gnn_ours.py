@@ -107,18 +107,18 @@ class Ours:
 
         from configs import sessions as configs
         from tpad_jax.data import batches
-        from tpad_jax.distributed import devices as distributed_devices
+        from tpad_jax.distributed import devices as devices_lib
         from tpad_jax.evaluation import scorers
         from tpad_jax.models import tpad
         from tpad_jax.training import step
 
         config = change(configs.get_config())
         batch = batch or config.stage.recommend.batch_size
-        devices = distributed_devices.choose('auto', 0)
+        devices = devices_lib.choose('auto', 0)
         model = tpad.build(None, config.model, recommend=(), items=self.num_items,
                            max_length=self.max_length, side_sizes=())
         spec = step.make_spec(config, 'recommend', model, config.seed)
-        make = distributed_devices.compiled(partial(tpad.recommender_init, spec=model))
+        make = devices_lib.compiled(partial(tpad.recommender_init, spec=model))
         params = {'recommender': make(jax.random.key(0), catalogue=self.catalogue)}
         params = flatten_dict(params, sep='/')
         every = config.stage.recommend.every_prefix

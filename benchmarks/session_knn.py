@@ -1,6 +1,6 @@
 """Every session baseline over a whole test set: `python -m benchmarks.session_knn --data FILE.npz`.
 
-The file holds ready-made sessions (see `tpad_jax/data/sources/ids.py`). Rows are every prefix of every test
+The file holds ready-made sessions (`data/sources/ids.py`). Rows are every prefix of every test
 session, ranked exactly against the whole catalogue; baselines are fitted on all training sessions
 and, with --trials above 1, tuned before on the last tenth of them (a drawn tenth with --noordered).
 Each runs in a process of its own, on one thread: on a quiet machine its seconds on the wall are
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpad_jax.baselines import rules
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.data.sessions import rows
 from tpad_jax.data.sources import ids
 from tpad_jax.evaluation import metrics
@@ -83,7 +83,7 @@ def main(argv):
         print(name, *shown, flush=True)
         if spent[0] > BAR.get(name, np.inf):
             print(f'{name} took {spent[0]:.0f} s, above its bar of {BAR[name]} s')
-        writers.write_json(FLAGS.out, {
+        files.write_json(FLAGS.out, {
             'seconds': ['wall', 'CPU'], 'data': Path(FLAGS.data).name, 'ordered': FLAGS.ordered,
             'cpus': os.cpu_count(), 'machine': platform.machine(),
             'python': platform.python_version(), 'numpy': np.__version__, 'methods': cells})

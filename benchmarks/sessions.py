@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpad_jax.baselines import rules
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
 from tpad_jax.job import recommenders
@@ -84,7 +84,7 @@ def main(argv):
     for directory in map(Path, argv[1:]):
         one = cell(directory)
         cells[f'{one["config"]}, seed {one["seed"]}'] = one
-    writers.write_json(KEPT, cells)
+    files.write_json(KEPT, cells)
     for one in cells.values():
         Console(width=120).print(show(one), '')
         print(one['verdict'], '\n')

@@ -77,18 +77,18 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     from flax.traverse_util import flatten_dict
 
     from configs import amazon
-    from tpad_jax.distributed import devices as distributed_devices
+    from tpad_jax.distributed import devices as devices_lib
     from tpad_jax.job import ahead, plan
     from tpad_jax.models import tpad
     from tpad_jax.models.hf.vlm import VLM
     from tpad_jax.training import loop
-    from tpad_jax.training import step as training_step
+    from tpad_jax.training import step as step_lib
     from tpad_jax.types import Batch
 
     c = amazon.get_config('qwen3vl_2b')
     c.update_from_flattened_dict(changes)
     c.data.raw_dir = 'X'  # a real catalogue has no true attributes
-    devices = distributed_devices.choose(how, c.devices, c.model_shards, there)
+    devices = devices_lib.choose(how, c.devices, c.model_shards, there)
     side, text, n = c.mllm.image_size, c.mllm.text_length, c.data.max_length
     base = VLM(sizes(small), side, c.mllm.attention, c.mllm.remat, c.mllm.dtype, (1, 2, 3), (4,),
                (5, 6, 7))
@@ -102,8 +102,8 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     held = jnp.dtype(c.mllm.param_dtype)
     flat = {path: x.update(dtype=held) if path.startswith('base/') else x
             for path, x in flatten_dict(shapes, sep='/').items()}
-    spec = training_step.make_spec(c, 'joint', model, c.seed)
-    state = jax.eval_shape(partial(training_step.start, spec, pattern=c.stage.joint.train), flat)
+    spec = step_lib.make_spec(c, 'joint', model, c.seed)
+    state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.stage.joint.train), flat)
     rows = c.stage.joint.batch_size
     seen = devices.shards * (1 + rows // devices.shards * (n + 1))
     ints = dict(items=(rows, n), next=(rows, n), target=(rows,), row=(rows,), slots=(rows, n),

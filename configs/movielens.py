@@ -2,7 +2,7 @@
 
     python launch.py --config=configs/movielens.py --config.data.ready=DIR
 
-`DIR` holds sessions.npz, items.jsonl.gz and images.zip as tpad_jax/data/sources/folder.py says; any other
+`DIR` holds sessions.npz, items.jsonl.gz and images.zip (tpad_jax/data/sources/folder.py); any other
 directory of that form will do, once `config.data.words` names its fields. Sessions are short of
 data (some 5,000 for 3,500 films), so everything here is restraint.
 """

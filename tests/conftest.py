@@ -5,7 +5,8 @@ import os
 
 import psutil
 import pytest
-from eight_devices import environment
+
+from tests.eight_devices import environment
 
 os.environ.update(environment())
 # Tracing makes millions of objects that live; not to look through them time and again.

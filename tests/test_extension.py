@@ -18,14 +18,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from tests import test_job
+from tests.job import test_job
 from tpad_jax import config, losses
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job
 from tpad_jax.losses import __main__ as command
 from tpad_jax.losses import check
-from tpad_jax.training import loop as training_loop
-from tpad_jax.training import step as training_step
+from tpad_jax.training import loop as loop_lib
+from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch, Loss
 
 ROOT = Path(__file__).parents[1]
@@ -116,8 +116,8 @@ def entry(fn, **keywords):
 def chosen(**entries):
     c = config.get_config()
     c.losses.update(entries)
-    found = training_step.stage_losses(c, 'recommend')
-    return found, training_step.own_modules(c, found)
+    found = step_lib.stage_losses(c, 'recommend')
+    return found, step_lib.own_modules(c, found)
 
 
 # --- what a config may say of a loss --------------------------------------------------------------
@@ -148,12 +148,12 @@ def test_what_a_stage_comes_too_early_for_is_refused_before_it():
     c.losses.mine = ConfigDict(dict(fn=f'{HERE}:pull', weight=1.0, stages='transfer', x='h'))
     with pytest.raises(InputError, match=r'reads h, which stage transfer does not compute \(the '
                                          'recommender reads r, which is there behind that stage'):
-        training_step.stage_losses(c, 'transfer')
+        step_lib.stage_losses(c, 'transfer')
     c.model.recommend = 'k'  # that is there
-    assert 'mine' in [name for name, *_ in training_step.stage_losses(c, 'transfer')]
+    assert 'mine' in [name for name, *_ in step_lib.stage_losses(c, 'transfer')]
     c.losses.mine.stages = 'knowledge'
     with pytest.raises(InputError, match='the recommender reads k, which is there behind'):
-        training_step.stage_losses(c, 'knowledge')
+        step_lib.stage_losses(c, 'knowledge')
 
 
 @pytest.mark.parametrize(('x', 'form', 'refused'), [
@@ -164,7 +164,7 @@ def test_the_recommend_stage_reads_no_content(x, form, refused):
     c.losses.mine = entry('pull', x=x)
     told = f'reads {x}, which stage recommend does not compute .stage recommend reads no content'
     with pytest.raises(InputError, match=told) if refused else contextlib.nullcontext():
-        training_step.stage_losses(c, 'recommend')
+        step_lib.stage_losses(c, 'recommend')
 
 
 def test_a_module_that_does_not_import_says_why(tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def started():
     """A stage of one loss with a head on a made-up recommender, and its first parameters."""
     found, modules = chosen(next_item=dict(weight=0.0),
                             mine=entry('headed', module=f'{HERE}:Head', fields=dict(width=5)))
-    spec = training_step.StepSpec(None, found, frozenset({'r'}), frozenset(), optax.sgd(0.1), 3, modules)
+    spec = step_lib.StepSpec(None, found, frozenset({'r'}), frozenset(), optax.sgd(0.1), 3, modules)
     params = {'a/w': jnp.ones((2, 2)), 'b': jnp.ones(3)}
 
     def outputs(params, batch):
@@ -251,7 +251,7 @@ def test_own_parameters_come_from_the_seed_and_the_name_alone():
 def test_own_parameters_train_whatever_the_pattern_and_others_do_not():
     spec, params, own = started()
     others = {'loss/other/w': jnp.ones(2)}
-    state = training_step.start(spec, {**params, **own, **others}, '^(a|loss)')
+    state = step_lib.start(spec, {**params, **own, **others}, '^(a|loss)')
     assert state.params.keys() == {'a/w', *own}
     assert state.frozen.keys() == {'b', *others}
 
@@ -314,10 +314,10 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
     with pytest.raises(FloatingPointError, match=(
             'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60'
             )):
-        training_loop._log(loop, spec, None, recent, {})
+        loop_lib._log(loop, spec, None, recent, {})
     slope = {**clean, 'optim/grad_norm': np.inf, 'not_finite': np.full((B, 2), -1)}
     with pytest.raises(FloatingPointError, match='step 4: optim/grad_norm not finite, while every'):
-        training_loop._log(loop, spec, None, [(4, slope)], {})
+        loop_lib._log(loop, spec, None, [(4, slope)], {})
 
 
 # --- losses check ---------------------------------------------------------------------------------
@@ -389,12 +389,12 @@ def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small
 
     def ran(workdir, stages, stopping=lambda: False):
         c.stages = stages
-        fit = training_loop.fit
+        fit = loop_lib.fit
         with pytest.MonkeyPatch.context() as patch:
             def recorded(loop, *args):
                 out = ended[workdir, loop.name] = fit(loop, *args)
                 return out
-            patch.setattr(training_loop, 'fit', recorded)
+            patch.setattr(loop_lib, 'fit', recorded)
             return job.run(c, tmp_path / workdir, stopping)
 
     found = ran('whole', 'knowledge,recommend')['losses']

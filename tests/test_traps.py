@@ -11,8 +11,8 @@ import pytest
 
 from configs import sessions as configs
 from tpad_jax.baselines import rules
-from tpad_jax.core import writers
-from tpad_jax.data import catalogue as data_catalogue
+from tpad_jax.core import console, log
+from tpad_jax.data import catalogue as catalogue_lib
 from tpad_jax.data import item_graphs, sessions, text
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.data.sources import amazon_tables
@@ -262,9 +262,10 @@ def raw_files(directory, half):
 
 def prepared(directory, half):
     raw_files(directory / 'raw', half)
-    amazon_tables.prepare(directory / 'raw', directory / 'data', gap_hours=0.1, core=5, min_length=2,
+    amazon_tables.prepare(directory / 'raw', directory / 'data',
+                          gap_hours=0.1, core=5, min_length=2,
                     valid=20, test=40, seed=0)
-    return data_catalogue.load(directory / 'data')
+    return catalogue_lib.load(directory / 'data')
 
 
 @pytest.fixture(scope='module')
@@ -386,8 +387,8 @@ def chosen(directory, test, spoil=lambda made: None):
     made = job.Job(c, directory / 'run', lambda: False)
     spoil(made)
     made.build(('recommend',), None)
-    writer = writers.Writer(directory / 'run')
-    made.run_stage('recommend', writer, writers.progress)
+    writer = log.Writer(directory / 'run')
+    made.run_stage('recommend', writer, console.progress)
     writer.close()
     return made.record['history'], made.record['chosen'], made.params
 

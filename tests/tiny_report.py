@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from tpad_jax import config
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.data import audit, sessions
-from tpad_jax.diagnostics import clouds as diagnostic_clouds
-from tpad_jax.evaluation import compare
+from tpad_jax.diagnostics import clouds as clouds_lib
+from tpad_jax.evaluation import compare, tables
 from tpad_jax.evaluation.evaluate import oracle
 from tpad_jax.features import store
 from tpad_jax.job import results
@@ -105,12 +105,12 @@ def write_diagnostics(workdir, rng):
               for n in ('k_image', 'k_text', 'r', 't', 'c', 'p')}
     ids = {n: rng.integers(1, V + 1, 30) for n in ('items', 'at', 'next')}
     found = {'sessions': 20, 'pairs': {}, 'held_out': {'mi_align': 1.25}, 'warnings': [],
-             'features': {n: diagnostic_clouds.feature(x) for n, x in clouds.items()},
+             'features': {n: clouds_lib.feature(x) for n, x in clouds.items()},
              'probes': {'r': {'brand': {'accuracy': 0.75, 'chance': 0.3}}}}
     (workdir / 'diagnostics').mkdir()
     for moment in ('before', 'after'):
         np.savez(workdir / 'diagnostics' / f'transfer-{moment}.npz', **clouds, **ids)
-        writers.write_json(workdir / 'diagnostics' / f'transfer-{moment}.json', found)
+        files.write_json(workdir / 'diagnostics' / f'transfer-{moment}.json', found)
     del found['warnings']
     return {'transfer': {'before': found, 'after': found}, 'warnings': ['A feature is flat.']}
 
@@ -180,7 +180,7 @@ def check(workdir, page=None):
         check_figure(e, run.results, e['data-from'].split(BETWEEN))
     for e in (e for e in page.all('data') if 'data-share' in e):
         model, of = e['data-share'].split(BETWEEN)
-        share = 100 if model == 'oracle' else 100 * writers.shares(run.results)[model][of]
+        share = 100 if model == 'oracle' else 100 * tables.shares(run.results)[model][of]
         check_rounding(e['text'], share)
     check_charts(page, run)
     check_gallery(page, run)

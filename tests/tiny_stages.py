@@ -15,12 +15,12 @@ from tpad_jax import config as base
 from tpad_jax.data import batches
 from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.sessions import Sessions
-from tpad_jax.distributed import devices as distributed_devices
-from tpad_jax.features import encoder as feature_encoder
+from tpad_jax.distributed import devices as devices_lib
+from tpad_jax.features import encoder as encoder_lib
 from tpad_jax.models import tpad
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.training import loop as training_loop
-from tpad_jax.training import step as training_step
+from tpad_jax.training import loop as loop_lib
+from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
@@ -124,11 +124,11 @@ class Run:
         spec, params, catalogue = model()
         config = make_config()
         *shape, parts = WAYS[way]
-        self.spec = replace(training_step.make_spec(config, stage, spec, seed=5), parts=parts)
-        self.first = training_step.start(self.spec, params, config.stage[stage].train)
+        self.spec = replace(step_lib.make_spec(config, stage, spec, seed=5), parts=parts)
+        self.first = step_lib.start(self.spec, params, config.stage[stage].train)
         self.metrics, self.traces, count = {}, [], 0
-        devices = distributed_devices.choose(*shape)
-        step = training_step.train_step
+        devices = devices_lib.choose(*shape)
+        step = step_lib.train_step
 
         def counted(*args, **kwargs):
             nonlocal count
@@ -142,10 +142,10 @@ class Run:
                 self.traces.append(count)  # the batch of step t + 1 is drawn when t is dispatched
                 yield batch
 
-        encoder = feature_encoder.encoder(spec, CONTENT, ('k', 'r'))
+        encoder = encoder_lib.encoder(spec, CONTENT, ('k', 'r'))
         writer = SimpleNamespace(rewind=lambda *_: None, scalars=self.log)
         checkpoints = Checkpoints(directory)
-        loop = training_loop.Loop(
+        loop = loop_lib.Loop(
             name=stage, total=STEPS, devices=devices, batches=drawn, checkpoints=checkpoints,
             writer=writer, progress=lambda *_: nullcontext(lambda *_: None), log_every=1,
             stopping=lambda: stopping(len(self.traces) - 1),
@@ -154,8 +154,8 @@ class Run:
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if stage == 'joint' else None)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training_step, 'train_step', counted)
-            self.params, self.rows, _ = training_loop.fit(loop, self.spec, self.first, catalogue)
+            patch.setattr(step_lib, 'train_step', counted)
+            self.params, self.rows, _ = loop_lib.fit(loop, self.spec, self.first, catalogue)
         checkpoints.close()
 
     def log(self, stage, step, values):

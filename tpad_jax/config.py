@@ -4,8 +4,21 @@
     c = config.get_config()
 """
 
+import copy
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from tpad_jax.errors import InputError
+
+STAGES = ('knowledge', 'transfer', 'recommend', 'joint')  # in the order of a run
+# rows of the catalogue that a stage writes
+MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}
+# What a partner may change of config.model, where these come from
+PARTNER_CHANGES = (
+    'width', 'use_id', 'use_side', 'id_dropout', 'feature_hidden', 'feature_dropout', 'encoder',
+    'gnn_steps', 'positions', 'layers', 'heads', 'near', 'near_window', 'dropout', 'item_dropout',
+    'recommend', 'normalise', 'temperature', 'repeats')
 
 
 def get_config():
@@ -266,3 +279,35 @@ def stage(**changes):
 def names(text: str) -> tuple[str, ...]:
     """A knob that names several: 'a,b' -> ('a', 'b'); '' -> ()."""
     return tuple(part for part in text.split(',') if part)
+
+
+def partnered(config):
+    """The partner's whole config: the run's, with config.partner laid over it.
+
+    Raises:
+      InputError: config.partner names a key that does not exist, or one that is no recommender's.
+    """
+    other = copy.deepcopy(config)
+    changes = other.partner.to_dict()
+    other.partner = {}
+    other.lock()
+    try:
+        other.update(changes)
+    except (KeyError, TypeError) as error:
+        raise InputError(f'config.partner does not fit the config: {error.args[0]}') from error
+    before = dict(_flat(config))
+    for key, value in _flat(other):
+        if key.startswith(('partner', 'losses.', 'stage.recommend.')) or value == before.get(key):
+            continue
+        if key not in {f'model.{name}' for name in PARTNER_CHANGES}:
+            raise InputError(f'config.partner changes {key}, which both recommenders share; change '
+                             f'losses, stage.recommend, or of model {", ".join(PARTNER_CHANGES)}')
+    return other
+
+
+def _flat(tree, prefix=''):
+    for key, value in tree.items():
+        if isinstance(value, ConfigDict):
+            yield from _flat(value, f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}', value

@@ -144,7 +144,7 @@ def export(run, directory: Path, k: int = 20, rows: int = 64, sessions: str | No
 def _items(kept, run, directory):
     import polars as pl
 
-    from tpad_jax.features import store as feature_store
+    from tpad_jax.features import store as store_lib
 
     z = kept.z[1:]
     columns = {'item_id': kept.ids[1:], 'title': kept.titles[1:], 'events': kept.events[1:],
@@ -153,7 +153,7 @@ def _items(kept, run, directory):
     _keyed(directory / 'item_vectors.safetensors', z, kept.ids)
     store = run / 'features' / kept.about['features']
     if (store / 'r.npy').is_file():
-        r = feature_store.read(store, 'r')[1:]
+        r = store_lib.read(store, 'r')[1:]
         columns['features'] = r = r.reshape(len(r), -1)
         _keyed(directory / 'item_features.safetensors', r, kept.ids)
     pl.DataFrame(columns).write_parquet(directory / 'items.parquet')

@@ -72,7 +72,7 @@ def search_config(config, workdir, *, trials: int, stopping=lambda: False) -> di
                           storage=workdir / 'search.journal', name=config.name)
     values = next(one['values'] for one in record['tried'] if one['trial'] == record['best'])
     out = {'overrides': best, 'valid': values, 'space': space, **record}
-    # not by writers.write_json, which rounds: overrides are what was tried, to the last digit
+    # not by files.write_json, which rounds: overrides are what was tried, to the last digit
     (workdir / 'best.json').write_text(json.dumps(out, indent=1) + '\n')
     return out
 

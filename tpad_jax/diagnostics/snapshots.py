@@ -18,10 +18,11 @@ import numpy as np
 from rich.console import Console
 
 from tpad_jax import losses
-from tpad_jax.core import writers
+from tpad_jax.config import MAKES
+from tpad_jax.core import files
 from tpad_jax.data import batches, sessions
 from tpad_jax.data.synthetic import wording
-from tpad_jax.diagnostics import clouds as diagnostic_clouds
+from tpad_jax.diagnostics import clouds as clouds_lib
 from tpad_jax.diagnostics import probes
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import tpad
@@ -29,7 +30,6 @@ from tpad_jax.models.knowledge import MODALITIES
 from tpad_jax.types import Batch
 
 MOMENTS = {'knowledge': ('after',), 'transfer': ('before', 'after'), 'joint': ('before', 'after')}
-MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # what is probed after it
 READ = ('k', 't', 'c', 'p', 'r', 'r_next')  # of positions, from `tpad.forward`
 PAIRS = {'align': ('k', 'c'), 'distil': ('r_next', 'p'), 'disentangle': ('c', 'p')}
 ROWS = 64  # sessions a call reads
@@ -63,12 +63,12 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
         if moment == 'after' and before.is_file():
             was = _load(before)
             for name, figures in found['features'].items():
-                figures['cka_before'] = diagnostic_clouds.linear_cka(was[name], clouds[name])
+                figures['cka_before'] = clouds_lib.linear_cka(was[name], clouds[name])
         directory.mkdir(parents=True, exist_ok=True)
         np.savez(directory / f'{stage}-{moment}.npz',
                  **{n: x.astype(np.float16) if x.dtype == np.float32 else x
                     for n, x in clouds.items()})
-        writers.write_json(file, found)  # last: without it nothing is there
+        files.write_json(file, found)  # last: without it nothing is there
         spent = job.seconds.get('diagnostics', 0.0) + time.perf_counter() - begun
         job.seconds['diagnostics'] = spent
     found = json.loads(file.read_text())
@@ -195,19 +195,19 @@ def _look(job, stage, moment, spec, encoder):
         inside = at[at < some * rows.items.shape[1]]
         for name, (x, y) in PAIRS.items():
             common = embedded.get(name)
-            out['pairs'][f'{x},{y}'] = diagnostic_clouds.pair(
+            out['pairs'][f'{x},{y}'] = clouds_lib.pair(
                 *(a[:len(inside)] for a in (of[x], of[y])),
                 common and tuple(np.asarray(a)[inside] for a in common))
     if moment == 'after':
         cut = {name: np.asarray(job.catalogue[name])[1:] for name in MAKES[stage]}
         out['probes'] = {name: probes.attributes(x, labels(job), job.data.warm[1:],
                                                  job.config.seed) for name, x in cut.items()}
-    out['features'] = {name: diagnostic_clouds.feature(x) for name, x in found.items()}
+    out['features'] = {name: clouds_lib.feature(x) for name, x in found.items()}
     news = {name: x for name, x in out['features'].items()
             if stage != 'transfer' or not name.startswith('k_')}  # those were told before
     told = (moment == 'after' or stage == 'transfer')
     held = out['held_out'] if moment == 'after' else {}  # q is not fitted yet
-    out['warnings'] = diagnostic_clouds.warnings(news, held, f'{moment} stage {stage}') if told else []
+    out['warnings'] = clouds_lib.warnings(news, held, f'{moment} stage {stage}') if told else []
     return out, {**found, **kept}
 
 

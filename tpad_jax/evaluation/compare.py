@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics, slices, statistics
 
@@ -294,7 +294,7 @@ def _cells(cell):
 def _write(path, found):
     """The JSON file, or a refusal."""
     try:
-        writers.write_json(path, found)
+        files.write_json(path, found)
     except OSError as error:
         raise InputError(f'{path} cannot be written ({error.strerror}); choose another --json'
                          ) from error

@@ -1,16 +1,12 @@
-"""A scorer on every row of a split, overall and by slices, against target and true distribution.
+"""A scorer on every row of a split, overall and by slices, against target and true distribution."""
 
-`python -m tpad_jax.evaluate --compare RUN_A RUN_B` compares what two finished runs left behind.
-"""
-
-import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from tpad_jax.data.sessions import Rows
 from tpad_jax.errors import InputError
-from tpad_jax.evaluation import compare, metrics, slices
+from tpad_jax.evaluation import metrics, slices
 
 Result = dict
 """{'rows': R, 'tied_share': s, 'hit@K', 'mrr@K', 'ndcg@K', 'expected_hit@K', ... per K, 'slices':
@@ -130,7 +126,3 @@ def _held(items, width):
 def _ratio(value, weight):
     """The value over the weight as a plain float, or None over nothing, which JSON can say."""
     return float(value / weight) if weight > 0 else None
-
-
-if __name__ == '__main__':
-    sys.exit(compare.main(sys.argv[1:]))

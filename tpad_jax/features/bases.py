@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 
 from tpad_jax.data import prompts, text
 from tpad_jax.errors import InputError
-from tpad_jax.models.builtin import files as builtin_files
+from tpad_jax.models.builtin import files as files_lib
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import load, peft, spec, vlm
 from tpad_jax.models.hf.vlm import VLM
@@ -152,7 +152,7 @@ def _default(config):
             raise InputError(f'config.mllm.{key}={config.mllm[key]} is for checkpoints, and the '
                              f'small base knows {only!r} only: set it so, or name a checkpoint '
                              'with config.mllm.checkpoint=DIR')
-    found, features = _small(Path(config.mllm.base or builtin_files.DEFAULT))
+    found, features = _small(Path(config.mllm.base or files_lib.DEFAULT))
     side = found.image_size
     for key, have, want in (('mllm.image_size', config.mllm.image_size or side, side),
                             ('model.features', config.model.features, features)):
@@ -163,13 +163,13 @@ def _default(config):
 
 def _small(directory):
     """A small base, and the width of the features its heads were made for."""
-    sizes = builtin_files.load_sizes(directory)
+    sizes = files_lib.load_sizes(directory)
     side, features = sizes.pop('image_size'), sizes.pop('features')
     sizes['channels'] = tuple(sizes['channels'])
 
     def parameters(shapes, shardings=None):
         del shardings  # a million parameters lie whole on every device
-        return builtin_files.load_params(directory, shapes)
+        return files_lib.load_params(directory, shapes)
 
     return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters,
                 _digest(directory, ('config.json', 'params.safetensors'))), features

@@ -20,11 +20,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tpad_jax.core.digest import digest
 from tpad_jax.distributed.devices import AXIS, Devices, compiled
 from tpad_jax.errors import Stopped
 from tpad_jax.features import store
 from tpad_jax.models import tpad
-from tpad_jax.training import bundle
 
 ROWS = 120  # items per compiled call; the last call of a part is filled up
 PART = 16 * ROWS  # items per file of an unfinished store
@@ -150,7 +150,7 @@ class Encoder:
 
         Args:
           params: nested. made_by: of this encoder and these params.
-          progress: a bar like writers.progress. stopping: asked after every call.
+          progress: a bar like console.progress. stopping: asked after every call.
 
         Raises:
           InputError: the store is of something else. FloatingPointError: a row is not finite.
@@ -283,7 +283,7 @@ def _under(path, roots):
 def _digest(x) -> str:
     """Dtype, shape and bytes of an array; a large one's bytes are summed up on its device."""
     if x.nbytes >= LARGE:
-        mark = f'{int(bundle.digest(x)):08x}'
+        mark = f'{int(digest(x)):08x}'
     else:
         mark = hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
     return f'{jnp.dtype(x.dtype).name} {list(x.shape)} {mark}'

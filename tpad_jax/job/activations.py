@@ -1,7 +1,7 @@
 """What a train step holds beside its parameters, estimated from sizes alone.
 
 What each layer keeps for its backward pass, what runs beside it, and what a recommender makes of
-its catalogue. tests/test_plan.py and benchmarks/tpu_compile.py hold the sums to compilers' figures.
+its catalogue. tests/job/test_plan.py and benchmarks/tpu_compile.py check the sums.
 """
 
 from dataclasses import dataclass

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.config import names
-from tpad_jax.data import catalogue as data_catalogue
+from tpad_jax.data import catalogue as catalogue_lib
 from tpad_jax.data import text
 from tpad_jax.data.sources import amazon_tables, folder, ids
 from tpad_jax.data.synthetic import planted, wording
-from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
 from tpad_jax.job import plan
@@ -81,7 +81,7 @@ def facts(config, workdir: Path, items: int | None) -> tuple[int, tuple[int, ...
     if not (where / amazon_tables.FINISHED).is_file():
         raise InputError(f'{where} holds no prepared data yet, so the number of items is not '
                          'known: say it with --plan_items=N, or name a workdir that has them')
-    data = data_catalogue.load(where)
+    data = catalogue_lib.load(where)
     return data.num_items, data.side_sizes, c.max_length, str(where)
 
 
@@ -128,7 +128,7 @@ def lines(config, workdir, said: str, items: int | None = None) -> list[str]:
     stages = check(config, among)
     c, workdir = config, Path(workdir)
     total, sizes, positions, source = facts(c, workdir, items)
-    devices = distributed_devices.choose(c.parallel, c.devices, c.model_shards, among)
+    devices = devices_lib.choose(c.parallel, c.devices, c.model_shards, among)
     catalogue, shared = rows(c, total, len(sizes)), dict(
         recommend=names(c.model.recommend), items=total, max_length=positions, side_sizes=sizes)
     key = jax.random.key(0)

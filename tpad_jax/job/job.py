@@ -17,25 +17,27 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax.config import names
-from tpad_jax.core import writers
+from tpad_jax.config import MAKES, STAGES, names
+from tpad_jax.core import console as console_lib
+from tpad_jax.core import log
 from tpad_jax.data import batches, item_graphs, sessions, text
-from tpad_jax.data import catalogue as data_catalogue
+from tpad_jax.data import catalogue as catalogue_lib
 from tpad_jax.data.sources import amazon_tables, folder, ids
 from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
+from tpad_jax.evaluation import tables
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import foretold, scorer
 from tpad_jax.features import bases, store
-from tpad_jax.features import encoder as feature_encoder
+from tpad_jax.features import encoder as encoder_lib
 from tpad_jax.job import plan, recommenders, results
-from tpad_jax.job.validate import MAKES, STAGES, check, check_inputs
+from tpad_jax.job.validate import check, check_inputs
 from tpad_jax.models import readers, tpad
 from tpad_jax.training import handover, profiling
-from tpad_jax.training import loop as training_loop
-from tpad_jax.training import step as training_step
+from tpad_jax.training import loop as loop_lib
+from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints, claim, enter
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
@@ -70,7 +72,7 @@ class Job:
         split = partial(sessions.rows, max_length=self.max_length, every_prefix=not last_only)
         self.valid, self.test = split(self.data.valid), split(self.data.test)
 
-    def _read(self) -> data_catalogue.Data:
+    def _read(self) -> catalogue_lib.Data:
         """Ready-made sessions, with content or without, raw files, or the planted catalogue."""
         c = self.config.data
         if c.npz:
@@ -89,7 +91,7 @@ class Job:
             self.planted = planted.draw(p.seed, p['items'])
             cut.update(core=1, valid=p.valid, test=p.test)  # every session is a user of its own
         amazon_tables.prepare(raw_dir, self.workdir / 'data', **cut)
-        return data_catalogue.load(self.workdir / 'data')
+        return catalogue_lib.load(self.workdir / 'data')
 
     def build(self, stages, console) -> None:
         """Read content, the base and the first parameters; the slow part of preparing."""
@@ -107,7 +109,7 @@ class Job:
         with hosts.one_first('content'):
             if c.mllm.tokenizer == 'own':
                 text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
-            self.content = data_catalogue.content(data, where, image_size=base.image_size,
+            self.content = catalogue_lib.content(data, where, image_size=base.image_size,
                                             tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
                                             else base.directory, text_length=c.mllm.text_length,
                                             bad_share=c.data.bad_share)
@@ -180,7 +182,7 @@ class Job:
         """
         name = name or stage
         c = self.config.stage[stage]
-        spec = c.steps and training_step.make_spec(self.config, stage, self.spec, self.config.seed)
+        spec = c.steps and step_lib.make_spec(self.config, stage, self.spec, self.config.seed)
         self.params = handover.copied(self.params, stage, c.copy)
         if spec and 'cluster' in spec.needs:
             self.catalogue['cluster'] = handover.clustered(
@@ -188,7 +190,7 @@ class Job:
         encoder = None
         if stage in MAKES:
             m = self.config.mllm
-            encoder = feature_encoder.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
+            encoder = encoder_lib.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
                                      part=m.encode_part, devices=self.devices.own)
         self.first = self.params
         (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)
@@ -232,7 +234,7 @@ class Job:
             draw = partial(batches.session_batches, self.final, content=content,
                            every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
                            **shared)
-        params = training_step.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
+        params = step_lib.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
         bind = foretold(spec.model) if stage == 'transfer' else scorer(spec.model, self.devices.own)
         validating = c.eval_every and steps is None
         refreshing, catalogue = c.refresh_every, self.catalogue
@@ -251,7 +253,7 @@ class Job:
             raise InputError(f'{checkpoints.directory} is of a finished stage, but no checkpoint '
                              'is left in it; restore them from a copy, or delete the folder to '
                              'train the stage again')
-        loop = training_loop.Loop(
+        loop = loop_lib.Loop(
             name=name, total=steps or c.steps, devices=self.devices,
             batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
             progress=progress, log_every=self.config.log_every, save_every=self.config.save_every,
@@ -264,7 +266,7 @@ class Job:
                 self.workdir / 'profile', self.profile, name, self.devices))
         begun = time.perf_counter()
         try:
-            out = training_loop.fit(loop, spec, training_step.start(spec, params, c.train), catalogue)
+            out = loop_lib.fit(loop, spec, step_lib.start(spec, params, c.train), catalogue)
             self.spent[name] = {'all': out[-1]['seconds'], **out[-1]['spent']}
             return out
         finally:
@@ -311,26 +313,26 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
             raise InputError(f'{written} is damaged ({error}); delete it, and the same command '
                              'makes it again from the checkpoints') from error
         if set(stages) <= set(found['provenance']['stages']):
-            console.print(writers.table(found))
+            console.print(tables.table(found))
             console.print(f'{written}: finished {found["provenance"]["date"]}, nothing was trained '
                           'now; --workdir=DIR begins anew', markup=False, highlight=False)
             return found
     job.build(stages, console)
     results.introduce(job, console)
-    writer = writers.Writer(workdir)
+    writer = log.Writer(workdir)
     scorers, chosen, knowledge = {}, {}, None
     try:
         for stage in STAGES:
             if stage not in stages and stage not in finished:
                 continue
             job.pause()
-            job.run_stage(stage, writer, writers.progress)
+            job.run_stage(stage, writer, console_lib.progress)
             if stage == 'knowledge':
                 knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
             if stage == 'recommend' and until == 'validation':
                 return {'valid': job.record['valid']}
             if stage == 'recommend':
-                scorers, chosen = recommenders.beside(job, writer, writers.progress)
+                scorers, chosen = recommenders.beside(job, writer, console_lib.progress)
             elif stage == 'joint':
                 bind = scorer(job.spec, job.devices.own)
                 scorers['tpad_joint'] = bind(job.nested(), job.catalogue)

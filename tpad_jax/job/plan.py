@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tpad_jax.config import names
-from tpad_jax.distributed import devices as distributed_devices
+from tpad_jax.config import MAKES, STAGES, names
+from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.job import activations
-from tpad_jax.job.validate import MAKES, STAGES
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.training import optimizer
@@ -164,8 +163,8 @@ def _weight(stage, key, loss):
 
 def _parts(path, shape, model):
     """How many devices of the axis 'model' share an array (see parallel.RULES)."""
-    for pattern, spec in distributed_devices.RULES:
-        cut = [n for n, axis in zip(shape, spec, strict=False) if axis == distributed_devices.MODEL]
+    for pattern, spec in devices_lib.RULES:
+        cut = [n for n, axis in zip(shape, spec, strict=False) if axis == devices_lib.MODEL]
         if re.search(pattern, path) and all(n % model == 0 for n in cut):
             return model if cut else 1
     return 1  # refused where it is placed

@@ -12,10 +12,9 @@ import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
-from tpad_jax.config import names
-from tpad_jax.errors import InputError
+from tpad_jax.config import names, partnered
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.models import tpad
@@ -24,10 +23,6 @@ from tpad_jax.training import step
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 KEPT = 'hit@20', 'mrr@20', 'ndcg@20'  # of validation
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
-# What a partner may change of config.model, where these come from
-CHANGES = ('width', 'use_id', 'use_side', 'id_dropout', 'feature_hidden', 'feature_dropout',
-           'encoder', 'gnn_steps', 'positions', 'layers', 'heads', 'near', 'near_window', 'dropout',
-           'item_dropout', 'recommend', 'normalise', 'temperature', 'repeats')
 
 
 @dataclass
@@ -61,30 +56,6 @@ class Trained:
                                     {**self.blank, **job.fresh(self.model)}, self.record['chosen'])
         job.seconds[name] = found['seconds']
         self.params = {**self.params, **trained}
-
-
-def partnered(config):
-    """The partner's whole config: the run's, with config.partner laid over it.
-
-    Raises:
-      InputError: config.partner names a key that does not exist, or one that is no recommender's.
-    """
-    other = copy.deepcopy(config)
-    changes = other.partner.to_dict()
-    other.partner = {}
-    other.lock()
-    try:
-        other.update(changes)
-    except (KeyError, TypeError) as error:
-        raise InputError(f'config.partner does not fit the config: {error.args[0]}') from error
-    before = flatten_dict(config.to_dict(), sep='.')
-    for key, value in flatten_dict(other.to_dict(), sep='.').items():
-        if key.startswith(('partner', 'losses.', 'stage.recommend.')) or value == before.get(key):
-            continue
-        if key not in {f'model.{name}' for name in CHANGES}:
-            raise InputError(f'config.partner changes {key}, which both recommenders share; change '
-                             f'losses, stage.recommend, or of model {", ".join(CHANGES)}')
-    return other
 
 
 def beside(job, writer, progress) -> tuple[dict, dict]:

@@ -12,10 +12,12 @@ import jax
 import numpy as np
 
 from tpad_jax.baselines import rules
-from tpad_jax.core import writers
+from tpad_jax.core import console as console_lib
+from tpad_jax.core import files
+from tpad_jax.core import log as log_lib
 from tpad_jax.data import audit, images, sessions
 from tpad_jax.diagnostics import snapshots
-from tpad_jax.evaluation import compare, metrics, slices, statistics
+from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate, oracle
 from tpad_jax.evaluation.scorers import top
 from tpad_jax.models import tpad
@@ -74,7 +76,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
         artifact.write(job, own, scorers[own])
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     made = write_page(job, out, scorers, ranks, console)
-    console.print(writers.table(out))
+    console.print(tables.table(out))
     console.print(spent(job.spent), highlight=False)
     console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
                   + f'report: {made}  ' * bool(made) + f'{job.seconds["total"]:.0f} s',
@@ -204,7 +206,7 @@ def introduce(job, console):
               else job.config.data.npz or job.config.data.ready or job.config.data.raw_dir)
     pictures = ('no content' if job.content is None
                 else f'{facts["items_without_image"]} without image')
-    writers.print_header(f'TPAD  {job.config.name}', {
+    console_lib.print_header(f'TPAD  {job.config.name}', {
         'data': source,
         **({'sessions read': _said(facts['lines'])} if job.content is None else
            {'raw lines': _said(facts['lines']), 'images': _said(facts['images'])}),
@@ -225,13 +227,13 @@ def _said(counts):
 def final_losses(job) -> dict:
     """{run of steps: {'step': n, loss or metric: value}} as training last logged them."""
     return {line['stage']: {name: x for name, x in line.items() if name != 'stage'}
-            for line in writers.read_log(job.workdir / 'log.jsonl') if 'loss' in line}
+            for line in log_lib.read_log(job.workdir / 'log.jsonl') if 'loss' in line}
 
 
 def provenance(job) -> dict:
     """Config, code version and machine of a run."""
     config, commit = job.config, ''
-    if (Path(__file__).parents[1] / '.git').exists() and shutil.which('git'):
+    if (Path(__file__).parents[2] / '.git').exists() and shutil.which('git'):
         commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
                                 capture_output=True, text=True, check=False).stdout.strip()
     return {'config': config.to_dict(), 'seed': config.seed, 'commit': commit or 'not a checkout',
@@ -326,4 +328,4 @@ def write(job, results: dict, ranks: dict) -> None:
     stored = compare.contents(rows.session, rows.target, data.fingerprint, data.num_items, features,
                               ranks)
     np.savez_compressed(job.workdir / compare.FILE, **stored)
-    writers.write_json(job.workdir / 'results.json', results)
+    files.write_json(job.workdir / 'results.json', results)

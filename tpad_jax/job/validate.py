@@ -4,22 +4,18 @@ import re
 from pathlib import Path
 
 from tpad_jax import losses
-from tpad_jax.config import names
+from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.data.sources import amazon
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
-from tpad_jax.job import recommenders
-from tpad_jax.losses import check as losse_check
+from tpad_jax.losses import check as check_lib
 from tpad_jax.losses import distillation
 from tpad_jax.models import tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
 from tpad_jax.mutual_information import critics
 from tpad_jax.training import handover, merge_adapters, step
-
-STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
-MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}  # rows a stage leaves behind
 
 
 def check(config, among=None) -> tuple[str, ...]:
@@ -119,7 +115,7 @@ def check(config, among=None) -> tuple[str, ...]:
         if 'joint' in stages:
             raise InputError('config.partner adds the scores of a second recommender, which stage '
                              'joint does not train; leave one of the two out')
-        check(recommenders.partnered(config), among)
+        check(partnered(config), among)
     if config.data.npz:
         _check_ready_made(config, stages)
         return stages
@@ -156,7 +152,7 @@ def check_inputs(config, stages, finished) -> None:
     """
     own = names(config.model.recommend)
     if config.partner:
-        own += names(recommenders.partnered(config).model.recommend)
+        own += names(partnered(config).model.recommend)
     rivals = [row for rival in config.rivals.values() for row in names(rival.recommend)]
     reads = {'transfer': ('k',), 'recommend': (*own, *rivals), 'joint': ('k', 'r')}
     made = {'true'}  # comes with the planted catalogue
@@ -188,7 +184,7 @@ def _check_stage(config, stage, shards):
         modules = dict(step.own_modules(config, chosen))
         for name, fn, _, keywords in chosen:
             if ':' in config.losses[name].fn:  # our own are tested
-                losse_check.shape(name, fn, keywords, modules.get(name))
+                check_lib.shape(name, fn, keywords, modules.get(name))
     _at_least(1, key + 'accumulate', c.accumulate)
     if c.batch_size < 1 or c.batch_size % (shards * c.accumulate):
         raise InputError(f'config.{key}batch_size={c.batch_size} must be a multiple of '

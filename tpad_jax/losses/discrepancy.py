@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from tpad_jax.distributed import collectives
 from tpad_jax.losses.pairs import flat, score_pairs
 from tpad_jax.mutual_information import bounds
-from tpad_jax.mutual_information.critics import unit
+from tpad_jax.nn.mlp import unit
 from tpad_jax.types import Loss
 
 

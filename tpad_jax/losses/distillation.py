@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
-from tpad_jax.mutual_information.critics import unit
+from tpad_jax.nn.mlp import unit
 from tpad_jax.types import Loss
 
 KINDS = ('forward', 'reverse', 'symmetric', 'js', 'skewed')

@@ -4,9 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.mutual_information.critics import MLP
 from tpad_jax.nn.attention import row_keys
 from tpad_jax.nn.linear import Linear, uniform
+from tpad_jax.nn.mlp import MLP
 
 
 class Fusion(nn.Module):

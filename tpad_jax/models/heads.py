@@ -2,8 +2,8 @@
 
 import flax.linen as nn
 
-from tpad_jax.mutual_information.critics import MLP, unit
 from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.mlp import MLP, unit
 
 
 class Disentangle(nn.Module):

@@ -38,10 +38,11 @@ from tpad_jax.models.sessions.gce_gnn import GlobalGraphGNN
 from tpad_jax.models.sessions.repeats import last, shifts
 from tpad_jax.models.sessions.sr_gnn import SessionGNN
 from tpad_jax.models.transfer import TransferMLLM
-from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score, unit
+from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score
 from tpad_jax.nn import linear
 from tpad_jax.nn.attention import row_keys
 from tpad_jax.nn.gather import take
+from tpad_jax.nn.mlp import unit
 
 # Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
 # run.

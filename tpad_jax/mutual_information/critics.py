@@ -1,7 +1,6 @@
 """Critics: score functions of pairs, and vCLUB's variational family."""
 
 import math
-from collections.abc import Callable
 
 import flax
 import flax.linen as nn
@@ -9,22 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.mlp import MLP, unit
 
 KINDS = ('dot', 'bilinear', 'separable', 'concatenated')  # of critics
-
-
-class MLP(nn.Module):
-    """Two layers. [..., I] -> [..., features]."""
-
-    hidden: int
-    features: int
-    out: Callable = nn.initializers.lecun_uniform()  # of the second layer's kernel
-
-    @nn.compact
-    def __call__(self, x):
-        """Apply to the last axis of x."""
-        x = nn.gelu(Linear(self.hidden, use_bias=True, name='in')(x))
-        return Linear(self.features, use_bias=True, kernel=self.out, name='out')(x)
 
 
 class Critic(nn.Module):
@@ -133,8 +119,3 @@ class Score:
         if factors is None:
             return jax.vmap(lambda a, b: self(a[None], b[None])[0, 0])(x, y)
         return (factors[0] * factors[1]).sum(-1)
-
-
-def unit(x):
-    """x scaled to length one along its last axis; zero stays zero, with a finite gradient."""
-    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)

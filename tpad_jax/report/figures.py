@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from scipy.optimize import isotonic_regression
 
-from tpad_jax.core.writers import curves_of
+from tpad_jax.core.log import curves_of
 
 INK, GREY, PALE = '#222222', '#777777', '#dddddd'
 GREEN = '#009e73'  # the true next item, everywhere

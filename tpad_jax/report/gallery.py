@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tpad_jax.core import writers
+from tpad_jax.core import files
 from tpad_jax.data import images
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.diagnostics.clouds import unit
@@ -70,7 +70,7 @@ def write(job, scorers: dict, ranks: dict, best: str) -> Path | None:
                                     None if truth is None else truth[number]) for item in said}})
     told = np.unique(np.concatenate([found.ravel() for found in lists.values()]))
     near = {name: _nearest(x, told) for name, x in clouds.items()}
-    writers.write_json(file, {
+    files.write_json(file, {
         'models': shown, 'items': _items(job, sessions, near), 'sessions': sessions,
         'sides': list(clouds), 'catalogue': job.data.num_items, 'colours': _colours(job)})
     return file

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpad_jax.core import writers
+from tpad_jax.core import log as log_lib
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare, metrics
@@ -59,7 +59,7 @@ def read(path) -> Run:
     if shown is None and 'images' in results['data'] and 'tpad' in results['models']:
         absent.append(f'{path / gallery.FILE} is not there: no gallery; delete '
                       f'{path / RESULTS}, and the command of the run makes both again')
-    return Run(path, results, writers.curves_of(log) if log.is_file() else {},
+    return Run(path, results, log_lib.curves_of(log) if log.is_file() else {},
                compare.read(path) if ranks.is_file() else None, shown, _clouds(path),
                tuple(absent))
 

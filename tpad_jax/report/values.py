@@ -2,7 +2,7 @@
 
     <data value="0.655498" data-from="models > tpad > test > hit@20" data-scale="100">65.55</data>
 
-So a page can be held to results.json figure by figure, which tests/test_report.py does.
+So a page can be held to results.json figure by figure, which tests/report/test_report.py does.
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tpad_jax.core import writers
+from tpad_jax.evaluation import tables
 
 BETWEEN = ' > '
 NONE = Markup('<span class="none" title="nothing to average over">\N{EN DASH}</span>')
@@ -22,7 +22,7 @@ class Values:
 
     def __init__(self, results: dict, run: int | None = None):
         self.results, self._before = results, () if run is None else (f'run {run}',)
-        self._shares = writers.shares(results)
+        self._shares = tables.shares(results)
 
     def get(self, *path: Any) -> Any:
         """What stands at a path of keys and places, or None where there is nothing."""

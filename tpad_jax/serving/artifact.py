@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tpad_jax.config import names
+from tpad_jax.config import names, partnered
 from tpad_jax.data import sessions
 from tpad_jax.errors import InputError
 from tpad_jax.features import encoder
@@ -69,8 +69,6 @@ def write(job, name: str, scores) -> None:
     Args:
       job: job.Job. name: of the model. scores: its scorer, see `scoring.scorer`.
     """
-    from tpad_jax.job.recommenders import partnered  # here: to be served takes no training code
-
     directory, bound = job.workdir / FOLDER, scores.bound
     directory.mkdir(parents=True, exist_ok=True)
     configs = [job.config, partnered(job.config)][:len(bound.specs)]

@@ -61,7 +61,8 @@ class Reader:
         if found.fingerprint != about['base']:
             raise InputError(f'{found.directory} is another base than the run was made with; say '
                              'where that lies by base=DIR')
-        self._specs = tuple(artifact.spec_of(about, i, found.module) for i in range(len(kept.specs)))
+        self._specs = tuple(artifact.spec_of(about, i, found.module)
+                            for i in range(len(kept.specs)))
         self._side, self._length = found.image_size, mllm['text_length']
         own = kept.directory / artifact.TOKENIZER
         self._tokenizer = own if mllm['tokenizer'] else found.directory

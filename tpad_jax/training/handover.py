@@ -6,7 +6,7 @@ import numpy as np
 
 from tpad_jax.core.kmeans import kmeans
 from tpad_jax.errors import InputError
-from tpad_jax.mutual_information.critics import unit
+from tpad_jax.nn.mlp import unit
 from tpad_jax.training import merge_adapters
 
 
@@ -43,8 +43,8 @@ def blended(params: dict, config) -> dict:
     of, weights = parts(c)
     trees = [{tuple(path.split('/')[2:]): x for path, x in params.items()
               if path.startswith(f'lora/{name}/')} for name in of]
-    found, _ = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights, keep=c.keep,
-                           rank=c.rank)
+    found, _ = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights,
+                                    keep=c.keep, rank=c.rank)
     rest = {path: x for path, x in params.items() if not path.startswith('lora/distil/')}
     return rest | {'/'.join(('lora', 'distil', *path)): jnp.asarray(x)
                    for path, x in found.items()}

@@ -16,7 +16,7 @@ from tpad_jax.distributed import hosts
 from tpad_jax.distributed.devices import Devices
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.training import profiling
-from tpad_jax.training import step as training_step
+from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.training.step import StepSpec
 from tpad_jax.types import Batch, State
@@ -30,7 +30,7 @@ def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | 
     """`training.train_step` with the frozen parameters beside the state, which is donated: the base
     of a large model is never copied, and never goes through a step.
     """
-    state, logged = training_step.train_step(state.replace(frozen=shared['frozen']), batch,
+    state, logged = step_lib.train_step(state.replace(frozen=shared['frozen']), batch,
                                         shared['catalogue'], spec=spec, axis=axis)
     return state.replace(frozen={}), logged
 

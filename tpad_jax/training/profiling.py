@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from tpad_jax.core import writers
+from tpad_jax.core import files
 
 # Dense bfloat16 products a second of one device, by the vendors' data sheets.
 PEAKS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-80GB': 312e12,
@@ -186,7 +186,7 @@ class Profile:
         share = self.operations / seconds / count / most
         if jax.process_index() > 0:
             return
-        writers.write_json(self.directory / f'{self.stage}.json', {
+        files.write_json(self.directory / f'{self.stage}.json', {
             'stage': self.stage, 'steps': [begun, ended], 'seconds': seconds,
             'operations': self.operations, 'share': share, 'peak': most, 'peak of': what,
             'memory': used, 'memory of': whose, 'device': own[0].device_kind,

@@ -24,7 +24,7 @@ import numpy as np
 from tpad_jax.data import images, text
 from tpad_jax.data.audit import audit
 from tpad_jax.data.catalogue import Data
-from tpad_jax.data.sources import ids as source_ids
+from tpad_jax.data.sources import ids as ids_lib
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS, Lines, Reason, stay_inside
 from tpad_jax.errors import InputError
 
@@ -84,9 +84,9 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     """
     directory, words, sides = Path(directory), tuple(words), tuple(sides)
     stay_inside(directory / SESSIONS, directory)
-    train, test, digest = source_ids.read(directory / SESSIONS)
-    train, held = source_ids.hold_out(train, ordered=ordered, valid=valid, seed=seed)
-    found = source_ids.data(train, held, test)
+    train, test, digest = ids_lib.read(directory / SESSIONS)
+    train, held = ids_lib.hold_out(train, ordered=ordered, valid=valid, seed=seed)
+    found = ids_lib.data(train, held, test)
     numbers = _numbers(directory / SESSIONS, found.num_items)
     file = next((directory / name for name in ITEMS if (directory / name).is_file()), None)
     if file is None:
@@ -153,7 +153,7 @@ def _columns(values, warm):
 
 def _numbers(file, last):
     """The `item` of every id, int [V + 1]; [0] means nothing."""
-    found = source_ids.unpack(file)[0].get('catalog_item')
+    found = ids_lib.unpack(file)[0].get('catalog_item')
     if found is None:
         return list(range(last + 1))
     if found.ndim != 1 or found.dtype.kind not in 'iu' or len(found) <= last:

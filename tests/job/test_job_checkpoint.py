@@ -1,0 +1,113 @@
+"""The whole job on tiny Hugging Face checkpoints; kill -9 while the catalogue is encoded."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import amazon
+from tests import tiny_base, tiny_hf
+from tpad_jax import merge
+from tpad_jax.job import job
+from tpad_jax.models.hf import load, peft, spec
+
+pytestmark = pytest.mark.usefixtures('undrawn')
+ROOT = Path(__file__).parents[2]
+SMALL = {'parallel': 'jit', 'save_every': 4, 'rivals': {}, 'mllm.text_length': 12,
+         'mllm.encode_rows': 4, 'mllm.encode_part': 8, 'model.features': 16, 'model.width': 16,
+         'model.lora_rank': 2, 'data.planted.items': 40, 'data.planted.train': 120,
+         'data.planted.valid': 20, 'data.planted.test': 30}
+STEPS = dict(knowledge=3, transfer=3, recommend=6, joint=2)
+
+
+def config(directory, side, stages, kind='checkpoint'):
+    c = amazon.get_config('tiny')
+    for name, steps in STEPS.items():
+        c.stage[name].update(steps=steps, batch_size=8)
+    c.stage.joint.update(eval_every=2, refresh_every=2)
+    c.rivals = {}
+    c.update_from_flattened_dict({k: v for k, v in SMALL.items() if k != 'rivals'})
+    c.mllm.update({kind: str(directory), 'image_size': side})
+    c.stages = stages
+    return c
+
+
+def small(directory):
+    return config(directory, tiny_base.SIDE, 'knowledge', 'base')
+
+
+def killed(directory, workdir):
+    """The knowledge stage by launch.py's means, killed once two parts of its rows are there."""
+    program = f'''
+import sys
+sys.path[:0] = [{str(ROOT)!r}]
+from tests.job.test_job_checkpoint import small
+from tpad_jax import features, job
+from pathlib import Path
+import time
+save = features._save
+def slow(*args):
+    save(*args)
+    time.sleep(0.5)  # or it were over before the signal comes
+features._save = slow
+job.run(small({str(directory)!r}), {str(workdir)!r})
+'''
+    running = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], cwd=ROOT,
+                               env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store = workdir / 'features/knowledge'
+    while running.poll() is None and not (store / 'k.00001.npy').exists():
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    parts = sorted(p.name for p in store.iterdir())
+    assert 'k.npy' not in parts
+    assert 2 <= sum(name.startswith('k.0') for name in parts) < 5
+
+
+@pytest.mark.slow
+def test_all_stages(tmp_path):
+    directory = tiny_hf.save('qwen3_vl', tmp_path / 'checkpoint')
+    found = job.run(config(directory, 64, 'knowledge,transfer,joint'), tmp_path / 'run')
+    assert np.isfinite(found['models']['tpad']['test']['mrr@20'])
+
+
+@pytest.mark.slow
+def test_encoded_rows_after_a_kill(tmp_path):
+    (tmp_path / 'base').mkdir()
+    directory = tiny_base.write(tmp_path / 'base')
+    job.run(small(directory), tmp_path / 'whole')
+    killed(directory, tmp_path / 'killed')
+    job.run(small(directory), tmp_path / 'killed')
+    stored = sorted(p.name for p in (tmp_path / 'killed/features/knowledge').iterdir())
+    assert stored == ['k.manifest.json', 'k.npy']
+    for name in stored:
+        one, two = (tmp_path / run / 'features/knowledge' / name for run in ('whole', 'killed'))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_llava_leaves_adapters_that_change_it(tmp_path):
+    directory = tiny_hf.save('llava', tmp_path / 'checkpoint')
+    c = config(directory, 32, 'knowledge,transfer')
+    c.mllm.pooling, c.model.form = 'last', 'full'
+    c.losses.gen_transfer.by_row = True
+    job.run(c, tmp_path / 'run')
+    adapters = tmp_path / 'run/adapters'
+    assert {p.name for p in adapters.iterdir()} == {'knowledge', 'transfer', 'distil'}
+    tree, scale = peft.load_adapter(adapters / 'knowledge', spec.read(directory))
+    assert scale == c.model.lora_alpha / c.model.lora_rank
+    assert np.abs(tree['decoder']['layers']['attention']['q']['b']).max() > 0
+    out = tmp_path / 'merged'
+    assert merge.main([str(directory), str(adapters / 'knowledge'), str(out)]) == 0
+    found = spec.read(directory)
+    before, after = (load.load(d, found, dtype='float32') for d in (directory, out))
+    kernel, b = before['decoder']['layers']['down']['kernel'], tree['decoder']['layers']['down']
+    np.testing.assert_allclose(after['decoder']['layers']['down']['kernel'],
+                               kernel + scale * b['a'] @ b['b'], atol=1e-6)
+    assert merge.main([str(directory)]) == 2

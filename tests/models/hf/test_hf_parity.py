@@ -1,0 +1,103 @@
+"""Tiny random models of every family against torch, as benchmarks/parity.py compares them."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip('torch')
+
+from benchmarks import parity, parity_torch
+from tests import tiny_hf
+from tpad_jax.models.hf import load
+from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf.vlm import VLM
+
+ROOT = Path(__file__).parents[3]
+
+
+def compared(name, directory, *, seed=0, side=None, steps=0, with_gradients=False):
+    tiny_hf.save(name, directory, seed=seed)
+    found = parity.judged(directory, side or tiny_hf.side(name), name, dtype='float32',
+                          steps=steps, with_gradients=with_gradients)
+    wrong = [f for f in found if not f['good']]
+    assert not wrong, wrong
+    return {f['what'] for f in found}
+
+
+@pytest.mark.slow
+def test_greedy_tokens_and_gradients(tmp_path):
+    found = compared('qwen3_vl_tied', tmp_path, steps=6, with_gradients=True)
+    assert 'tokens' in found
+    assert sum(f.startswith('gradient of') for f in found) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', tiny_hf.NAMES)
+def test_everything(name, tmp_path):
+    compared(name, tmp_path, seed=1, steps=32, with_gradients=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('side', [16, 80])
+@pytest.mark.parametrize('name', ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'])
+def test_other_sizes_of_images(name, side, tmp_path):
+    """Beside torch in float64: in float32 its own rounding comes to 2.8e-5 in one of these."""
+    tiny_hf.save(name, tmp_path, seed=2)
+    spec = specs.read(tmp_path)
+    # on the right: a row that attends to nothing, as padding on the left does, is NaN in float64
+    given = parity_torch.prompt(spec, side, left=False, words=parity_torch.words(tmp_path, spec),
+                                images=tiny_hf.images(3, side))
+    there = parity_torch.load(tmp_path, 'float64')
+    hidden, logits, _ = parity_torch.run(
+        there, parity_torch.keywords(there, tmp_path, given, spec), spec)
+    params = load.load(tmp_path, spec, dtype='float32')
+    found = parity.forward(VLM(spec, side))(params, *parity._arrays(given))
+    for here, expected in ((np.stack(found[0]), hidden), (np.asarray(found[1])[None],
+                                                          logits[None])):
+        assert np.abs(here - expected)[:, given.mask].max() <= parity.TINY_BAR
+
+
+def test_rows_differ_in_images_and_length(tmp_path):
+    tiny_hf.save('llava', tmp_path)
+    spec = specs.read(tmp_path)
+    words, images = parity_torch.words(tmp_path, spec), tiny_hf.images(3, 32)
+    left, right = (parity_torch.prompt(spec, 32, left=x, words=words, images=images)
+                   for x in (True, False))
+    held = (right.tokens == spec.image_id).sum(1)
+    np.testing.assert_array_equal(held, [0, 16, 32])
+    assert not left.mask[:2, 0].any()
+    assert not right.mask[:2, -1].any()
+    assert left.mask[:, -1].all()
+    assert right.mask[:, 0].all()
+    np.testing.assert_array_equal(left.tokens[left.mask], right.tokens[right.mask])
+
+
+def test_a_difference_is_above_the_bar(tmp_path, monkeypatch):
+    tiny_hf.save('llava', tmp_path)
+    read = specs.read
+
+    def other(directory):
+        spec = read(directory)
+        return replace(spec, decoder=replace(spec.decoder, theta=1e4))
+
+    monkeypatch.setattr(specs, 'read', other)
+    found = parity.judged(tmp_path, 32, 'llava', dtype='float32', steps=0, with_gradients=False)
+    assert {f['what'] for f in found if f['good']} == {'inputs'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('bar', 'status'), [(1e-2, 0), (1e-9, 1)])
+def test_command(tmp_path, bar, status):
+    tiny_hf.save('qwen2_vl', tmp_path)
+    out = tmp_path / 'parity.json'
+    done = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.parity', f'--checkpoint={tmp_path}', '--side=48',
+         f'--bar={bar}', '--steps=2', f'--out={out}'], cwd=ROOT, capture_output=True, text=True,
+        check=False, timeout=600)
+    assert done.returncode == status, done.stderr
+    assert 'max_abs_diff=' in done.stdout
+    assert out.is_file()

@@ -1,0 +1,27 @@
+"""A perceptron of two layers, and vectors of length one."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from tpad_jax.nn.linear import Linear
+
+
+class MLP(nn.Module):
+    """Two layers. [..., I] -> [..., features]."""
+
+    hidden: int
+    features: int
+    out: Callable = nn.initializers.lecun_uniform()  # of the second layer's kernel
+
+    @nn.compact
+    def __call__(self, x):
+        """Apply to the last axis of x."""
+        x = nn.gelu(Linear(self.hidden, use_bias=True, name='in')(x))
+        return Linear(self.features, use_bias=True, kernel=self.out, name='out')(x)
+
+
+def unit(x):
+    """x scaled to length one along its last axis; zero stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
