@@ -106,7 +106,7 @@ class TPAD:
     normalise: bool = False
     temperature: float = 0.07
     repeats: bool = False
-    companions: tuple[float, ...] = ()
+    together: tuple[float, ...] = ()
     chunk: int = 0
     teacher: KnowledgeMLLM | None = None
     blended: bool = False
