@@ -1,9 +1,34 @@
 """Files that are written completely or not at all."""
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+PARTIAL = '.partial'  # suffix of a file that is not finished; nothing reads or copies one
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Write a file completely or not at all.
+
+    Args:
+      path: the file to create or replace. Its directory must exist.
+
+    Yields:
+      The path to write to, `path` with the suffix PARTIAL in the same directory. It replaces `path`
+      when the block ends without an error and is removed otherwise.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path, value):
@@ -18,10 +43,9 @@ def write_json(path, value):
 
 
 def write_text(path, text):
-    """Writes `text` to `path` at once or not at all."""
-    part = path.with_name(path.name + '.part')
-    part.write_text(text)
-    os.replace(part, path)
+    """Write `text` to `path` at once or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def _plain(value):
