@@ -188,8 +188,7 @@ def test_files_of_a_run(whole):
         assert any((workdir / 'events' / stage).iterdir())
     assert [s for name, s, what in log if (name, what) == ('joint', 'valid')] == [2, 4, 5]
     assert [s for name, s, what in log if (name, what) == ('transfer', 'valid')] == [3, 5]
-    assert {f.stem for f in (workdir / 'figures').glob('*.png')} == {
-        'learning_curves', 'mutual_information', 'features', 'hit_at_k', 'contact_sheet'}
+    assert [f.name for f in (workdir / 'figures').iterdir()] == ['contact_sheet.png']
     found = results['diagnostics']['joint']['after']
     assert found['features'].keys() == {'k_image', 'k_text', 't', 'c', 'p', 'r'}
     assert found['held_out'].keys() >= {'mi_align', 'mi_distil', 'mi_disentangle'}

@@ -140,9 +140,8 @@ def test_a_failed_page_loses_no_results(tmp_path, monkeypatch, capsys):
     job = tiny_report.fake_job(tmp_path)
     tiny_report.write_log(tmp_path / 'log.jsonl', content=True)
     monkeypatch.setattr(results, 'baseline_scorers', lambda *_: {})
-    monkeypatch.setattr(results, 'draw_figures', lambda *_: [])
     monkeypatch.setattr(results, 'oracle_scores', lambda _: (None, None))
-    monkeypatch.setattr(results.served, 'write', lambda *_: None)
+    monkeypatch.setattr(results.artifact, 'write', lambda *_: None)
     scorers = {'tpad_recommend': tiny_report.scorer_of(0)}
     job.spent = {'recommend': {n: 0.0 for n in ('all', *results.SPENT)}}
     monkeypatch.setattr(results.page, 'write', lambda workdir: json.loads(

@@ -15,19 +15,15 @@ from tpad_jax.baselines import rules
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
-from tpad_jax.data import audit, images, sessions
+from tpad_jax.data import audit, sessions
 from tpad_jax.diagnostics import snapshots
-from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
+from tpad_jax.evaluation import compare, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate, oracle
-from tpad_jax.evaluation.scorers import top
-from tpad_jax.models import tpad
-from tpad_jax.report import gallery, page
+from tpad_jax.report import contact_sheet, gallery, page
 from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
 
 SELECT = 'hit@20'  # the one metric of validation everything is chosen by
-CURVE = np.arange(1, 51)  # the K of the hit@K figure
-SHOWN, PICTURE = 6, 64  # sessions on the contact sheet, pixels of a picture on it
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
 
@@ -71,14 +67,13 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
         out['diagnostics'] = found
         read = found.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
         out |= {'probes': {n: x['accuracy'] for n, x in read.items()}} if read else {}
-    draw_figures(job, scorers, ranks, truth_ranks)
     if own is not None:
         artifact.write(job, own, scorers[own])
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     made = write_page(job, out, scorers, ranks, console)
     console.print(tables.table(out))
     console.print(spent(job.spent), highlight=False)
-    console.print(f'{job.workdir / "results.json"}  figures: {job.workdir / "figures"}  '
+    console.print(f'{job.workdir / "results.json"}  '
                   + f'report: {made}  ' * bool(made) + f'{job.seconds["total"]:.0f} s',
                   highlight=False, soft_wrap=True)
     return out
@@ -93,6 +88,7 @@ def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path 
     best = results['models'].get('tpad', {}).get('is', '')
     try:
         gallery.write(job, scorers, ranks, best)
+        contact_sheet.write(job.workdir)
         return page.write(job.workdir)
     except Exception as error:  # whatever it is, a finished run is not lost over a page
         console.print(f'The page could not be made ({type(error).__name__}: {error}); the results '
@@ -248,77 +244,6 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
     if job.probabilities is None:
         return None, None
     return oracle(job.test, job.final.warm, job.probabilities, counts=training_counts(job))
-
-
-def draw_figures(job, scorers: dict, ranks: dict, oracle_ranks: dict | None) -> list[Path]:
-    """Learning curves, mutual information, hit@K and the contact sheet in workdir/figures."""
-    from tpad_jax.report import (
-        feature_plot,
-        figures,  # only here: matplotlib takes a second to import
-    )
-
-    out = job.workdir / 'figures'
-    out.mkdir(parents=True, exist_ok=True)
-    log = job.workdir / 'log.jsonl'
-    figures.learning_curves(log, out / 'learning_curves.png')
-    held = {stage: {moment: x['held_out'] for moment, x in found.items()}
-            for stage, found in snapshots.collect(job.workdir).items() if stage != 'warnings'}
-    figures.mutual_information(log, out / 'mutual_information.png', held)
-    clouds = snapshots.clouds(job.workdir)
-    if clouds is not None:
-        feature_plot.draw(*clouds, snapshots.category(job), out / 'features.png')
-
-    def curve(rank):
-        return metrics.hit(rank['above'][:, None], rank['equal'][:, None], CURVE).mean(0)
-
-    figures.hit_curves({n: curve(ranks[n]) for n in _curve_names(ranks)},
-                       None if oracle_ranks is None else curve(oracle_ranks), out / 'hit_at_k.png')
-    if job.content is not None:
-        compared = {n: scorers[n] for n in ('tpad', 'id_only') if n in scorers}
-        figures.contact_sheet(contact_rows(job, compared), out / 'contact_sheet.png')
-    return sorted(out.glob('*.png'))
-
-
-def _curve_names(ranks):
-    """At most eight: TPAD and what it is compared with first."""
-    order = ('tpad', *tpad.ENCODERS, 'knowledge_only', 'true_attributes', 'id_only', 'markov',
-             'item_knn', 'stan', 'vstan', 'content_knn')
-    return [name for name in order if name in ranks][:8]
-
-
-def contact_rows(job, scorers: dict) -> list[dict]:
-    """Test rows for `figures.contact_sheet`: drawn by the run's seed, of 2 items or more."""
-    rows, data = job.test, job.data
-    long = np.flatnonzero((rows.items > 0).sum(1) >= 2)
-    if not len(long):
-        long = np.arange(len(rows.target))
-    rng = np.random.default_rng(job.config.seed)
-    chosen = np.sort(rng.choice(long, min(SHOWN, len(long)), replace=False))
-
-    def picture(item):
-        if not job.content.has_image[item]:
-            return None
-        with images.quiet():
-            return images.decode(data.image_bytes[item], PICTURE)
-
-    lists = {}
-    for name, scorer in scorers.items():
-        lists[name] = np.concatenate([top(scores, 5) for _, scores in metrics.scored(
-            scorer, rows.items[chosen], data.num_items)])
-    sheet = []
-    for number, row in enumerate(chosen):
-        prefix = [i for i in rows.items[row] if i]
-        target = rows.target[row]
-        best = {name: list(found[number]) for name, found in lists.items()}
-        sheet.append({
-            'prefix': [picture(i) for i in prefix], 'target': picture(target),
-            'models': {name: [picture(i) for i in items] for name, items in best.items()},
-            'hits': {name: items.index(target) if target in items else None
-                     for name, items in best.items()},
-            'titles': {'prefix': [data.titles[i] for i in prefix], 'target': data.titles[target],
-                       'models': {name: [data.titles[i] for i in items]
-                                  for name, items in best.items()}}})
-    return sheet
 
 
 def write(job, results: dict, ranks: dict) -> None:

@@ -123,7 +123,8 @@ def _path(points):
 
 
 def _ticks(low, high, most, whole=False):
-    from matplotlib.ticker import MaxNLocator  # only here: slow to import
-
-    return [t for t in MaxNLocator(most, integer=whole, steps=[1, 2, 2.5, 5, 10]).tick_values(
-        low, high) if low <= t <= high]
+    """Round numbers from `low` to `high`, at most `most` steps apart; `whole`: integers."""
+    rough = max((high - low) / most, float(whole))
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough - 1e-9)
+    return [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]

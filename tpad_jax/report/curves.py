@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tpad_jax.report import charts, feature_plot
+from tpad_jax.report import charts, planes
 from tpad_jax.report.stored import Run, hit_curve
 
 KS = np.arange(1, 51)
@@ -110,29 +110,29 @@ def hits(run: Run, names: list[str]) -> dict | None:
 
 
 def clouds(run: Run) -> dict | None:
-    """Features before alignment and after it, see `feature_figure`: panels of dots by colour."""
+    """Features before alignment and after it, see `planes`: panels of dots by colour."""
     if run.clouds is None:
         return None
     first, before, last, after = run.clouds
-    names, whole, share, inner, inside = feature_plot.lay(before, after)
+    names, whole, share, inner, inside = planes.lay(before, after)
     place = {int(i): n for i, n in ((run.gallery or {}).get('colours') or {}).items()}
     moments = []
     for side, (title, found) in enumerate(((first, before), (last, after))):
-        some = {name: feature_plot.some_of(len(found[name])) for name in names}
+        some = {name: planes.drawn_rows(len(found[name])) for name in names}
         panels = []
         for name in names:
-            of = found[feature_plot.FEATURES[name]][some[name]]
+            of = found[planes.FEATURES[name]][some[name]]
             own = np.array([place.get(int(item), 7) for item in of])
             own[own > 6] = 7  # the less common ones, in grey
             cloud = inner[side, name][some[name]]
-            panels.append((feature_plot.NAMES.get(name, name), charts.scatter(
+            panels.append((planes.NAMES.get(name, name), charts.scatter(
                 {int(n): cloud[own == n] for n in np.unique(own)[::-1]},
-                feature_plot.farthest(inner))))
+                planes.farthest(inner))))
         moments.append({'title': title, 'panels': panels, 'whole': charts.scatter(
             {n: whole[side, name][some[name]] for n, name in enumerate(names)},
-            feature_plot.farthest(whole))})
+            planes.farthest(whole))})
     return {'moments': moments, 'share': share, 'inside': inside, 'coloured': bool(place),
-            'names': [feature_plot.NAMES.get(name, name) for name in names]}
+            'names': [planes.NAMES.get(name, name) for name in names]}
 
 
 def _chart(log, name, stages, title, unit='', wide=False):

@@ -3,13 +3,13 @@
 import base64
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 import jinja2
 from flax.traverse_util import flatten_dict
 from markupsafe import Markup
 
+from tpad_jax.core import files
 from tpad_jax.data import audit
 from tpad_jax.report import charts, curves, sections, stored
 from tpad_jax.report.stored import Run
@@ -39,9 +39,8 @@ def save(file: Path, template: str, **given) -> Path:
         **given, style=Markup(style), style_hash=_digest(style),
         script=Markup(script), script_hash=_digest(script))
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + '.part')
-    part.write_text(text, encoding='utf-8')
-    os.replace(part, file)
+    with files.replacing(file) as partial:
+        partial.write_text(text, encoding='utf-8')
     return file
 
 
