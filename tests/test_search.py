@@ -78,6 +78,23 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_been(tmp_path, stop):
     assert more == search(quality, SPACE, DEFAULTS, trials=12, seed=0)
 
 
+@pytest.mark.parametrize('stop', [0, 2])
+def test_a_killed_trial_is_measured_again(tmp_path, stop):
+    """A kill runs no handler: the journal shows a trial that is still running."""
+    code = ('import os, sys; from tests import test_search as t; '
+            'from tpad_jax.baselines.tune import search; '
+            f'search(lambda p, n: os._exit(9) if n == {stop} else t.quality(p), t.SPACE, '
+            'defaults=t.DEFAULTS, trials=4, seed=0, storage=sys.argv[1])')
+    journal = tmp_path / 'search.journal'
+    done = subprocess.run([sys.executable, '-c', code, str(journal)], check=False)
+    assert done.returncode == 9
+    numbers = []
+    found = search(lambda p, n: numbers.append(n) or quality(p), SPACE, DEFAULTS, trials=4, seed=0,
+                   storage=journal)
+    assert numbers == [*range(stop, 4)]
+    assert found == search(quality, SPACE, DEFAULTS, trials=4, seed=0)
+
+
 def test_searches_share_a_journal_by_name(tmp_path):
     stored = dict(trials=3, storage=tmp_path / 'search.journal')
     one = search(quality, SPACE, DEFAULTS, seed=0, name='one', **stored)
@@ -144,18 +161,18 @@ def test_a_trial_that_diverges_counts_and_never_wins(tmp_path):
 
 
 @pytest.mark.parametrize(('axis', 'default', 'message'), [
-    (('float', 1.0), 1.0, 'is no axis'),
-    (('float', 2.0, 1.0), 1.0, 'is no axis'),
-    (('log', 0.0, 1.0), 0.5, 'is no axis'),
-    (('choice', ()), 1, 'is no axis'),
-    (('normal', 0, 1), 1, 'is no axis'),
-    (('int', 1, 3), 4, 'does not hold its default 4'),
-    (('choice', ('a', 'b')), 'c', "does not hold its default 'c'"),
+    (('float', 1.0), 1.0, 'not an axis'),
+    (('float', 2.0, 1.0), 1.0, 'not an axis'),
+    (('log', 0.0, 1.0), 0.5, 'not an axis'),
+    (('choice', ()), 1, 'not an axis'),
+    (('normal', 0, 1), 1, 'not an axis'),
+    (('int', 1, 3), 4, 'excludes its default 4'),
+    (('choice', ('a', 'b')), 'c', "excludes its default 'c'"),
 ])
 def test_an_unusable_space_is_refused(axis, default, message):
     with pytest.raises(InputError, match=f'knn: x of .*{message}'):
         search(quality, {'x': axis}, {'x': default}, trials=2, seed=0, name='knn')
-    with pytest.raises(InputError, match='trials=0 must be 1 or more'):
+    with pytest.raises(InputError, match='trials=0: too few'):
         search(quality, SPACE, DEFAULTS, trials=0, seed=0)
 
 

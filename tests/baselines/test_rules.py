@@ -294,5 +294,5 @@ def test_tune_refuses_what_it_cannot_use():
         rules.tune('sr', TRAIN, valid, V, trials=1, features=FEATURES)
     with pytest.raises(InputError, match='validation split has no rows'):
         rules.tune('sr', TRAIN, rows(sessions([np.array([1])]), 9), V, trials=1)
-    with pytest.raises(InputError, match='sr: trials=0 must be 1 or more'):
+    with pytest.raises(InputError, match='sr: trials=0: too few'):
         rules.tune('sr', TRAIN, valid, V, trials=0)
