@@ -46,7 +46,7 @@ CELLS = {
 
 def read(path, max_length):
     """V, and every prefix of the training and of the test sessions as rows."""
-    train, test, _ = ids.read(path)
+    train, test, *_ = ids.read(path)
     return (int(max(train.items.max(), test.items.max())),
             *(sessions.rows(part, max_length) for part in (train, test)))
 
@@ -91,7 +91,7 @@ class Ours:
         import jax.numpy as jnp
 
         self.jax, self.max_length = jax, max_length
-        train, test, _ = ids.read(path)
+        train, test, *_ = ids.read(path)
         self.data = ids.data(train, test, test)
         self.num_items = self.data.num_items
         self.train_rows = sessions.rows(train, max_length)

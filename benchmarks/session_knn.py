@@ -33,7 +33,7 @@ BAR = {'vsknn': 180, 'stan': 180}  # seconds
 
 def measure(name: str, path: str, ordered: bool, trials: int) -> dict:
     """Fits (tunes first, with `trials` above 1) and ranks every test row."""
-    train, test, _ = ids.read(path)
+    train, test, *_ = ids.read(path)
     num_items = int(max(train.items.max(), test.items.max()))
     held = rows(test, max_length=int(np.diff(test.offsets).max()))
     kept, valid = ids.hold_out(train, ordered=ordered, valid=0.1, seed=0)

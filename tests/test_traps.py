@@ -12,7 +12,6 @@ import pytest
 from configs import sessions as configs
 from tpad_jax.baselines import rules
 from tpad_jax.core import console, log
-from tpad_jax.data import catalogue as catalogue_lib
 from tpad_jax.data import item_graphs, sessions, text
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.data.sources import amazon_tables
@@ -265,7 +264,7 @@ def prepared(directory, half):
     amazon_tables.prepare(directory / 'raw', directory / 'data',
                           gap_hours=0.1, core=5, min_length=2,
                     valid=20, test=40, seed=0)
-    return catalogue_lib.load(directory / 'data')
+    return amazon_tables.load(directory / 'data')
 
 
 @pytest.fixture(scope='module')

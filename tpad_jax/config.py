@@ -117,7 +117,10 @@ def tiny(c):
 def data():
     """Where items and sessions come from and how they are cut."""
     return ConfigDict(dict(
-        raw_dir='',  # directory of one category's raw Amazon files; empty: the planted catalogue
+        # which source of data/sources to read: a registered name, or 'module:object' for your own;
+        # empty: the one whose option below is set, and the planted catalogue where none is
+        source='',
+        raw_dir='',  # directory of one category's raw Amazon files
         features='',  # file of item features computed elsewhere (data/given.py): the rows 'given'
         npz='',  # file of ready-made sessions of item ids (data/npz.py), in place of raw files
         ready='',  # directory of ready-made sessions whose items have content (data/ready.py)

@@ -243,7 +243,7 @@ def test_content_is_decoded_once(tmp_path, monkeypatch):
     none = Sessions(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
     data = catalogue.Data(asins=['', 'a', 'b', 'c', 'd'], titles=[],
                          texts=['', 'red toy', 'toy toy toy toy', 'unheard', ''],
-                         image_bytes=catalogue.ImageBytes(tmp_path),
+                         image_bytes=amazon_tables.ImageBytes(tmp_path),
                          has_image=np.array([False, True, False, True, True]), side=None,
                          side_sizes=(1, 1, 1), train=none, valid=none, test=none, warm=None,
                          lines={}, audit={}, fingerprint='f' * 64, form='2023')

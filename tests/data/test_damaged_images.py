@@ -152,7 +152,7 @@ def read(tmp_path, monkeypatch):
         amazon_tables.prepare(folder, tmp_path / 'data',
                               gap_hours=1, core=1, min_length=1, valid=0.2,
                         test=0.2, seed=0)
-        return catalogue.load(tmp_path / 'data'), content
+        return amazon_tables.load(tmp_path / 'data'), content
 
     def content(data, bad_share=1.0):
         return catalogue.content(data, tmp_path / 'data', image_size=SIDE, tokenizer_dir='',

@@ -7,7 +7,7 @@ import os
 import pytest
 from PIL import Image
 
-from tpad_jax.data import catalogue, images
+from tpad_jax.data import images
 from tpad_jax.data.sources import amazon, amazon_tables
 from tpad_jax.errors import InputError
 
@@ -46,7 +46,7 @@ def test_pictures_that_are_none_of_the_folder_are_counted(tmp_path, monkeypatch)
     amazon_tables.prepare(folder, tmp_path / 'data',
                           gap_hours=1, core=1, min_length=1, valid=1, test=1,
                     seed=0)
-    data = catalogue.load(tmp_path / 'data')
+    data = amazon_tables.load(tmp_path / 'data')
     assert data.lines['unused'] == {'image_not_a_file': 5, 'image_link_outside': 1,
                                     'image_too_large': 1}
     assert [bool(one) for one in data.image_bytes] == [False] * 6 + [True]

@@ -35,8 +35,8 @@ def test_it_is_printed_and_nothing_else_happens(tmp_path):
                          capture_output=True)
     assert run.returncode == 0, run.stderr
     first, *stages = run.stdout.splitlines()
-    assert first == ('Planned for 80 items (the planted catalogue), prefixes of 7 and 8 device(s) '
-                     'of 15.75 GiB; nothing was computed.')
+    assert first == ('Planned for 80 items (the planted catalogue, seed 0), prefixes of 7 and 8 '
+                     'device(s) of 15.75 GiB; nothing was computed.')
     assert [line.split()[2] for line in stages] == ['knowledge,', 'transfer,', 'recommend,',
                                                     'joint,']
     assert not list(tmp_path.iterdir())
@@ -99,5 +99,5 @@ def test_what_is_said_of_data(tmp_path, ids):
         ahead.facts(c, tmp_path, None)
     with pytest.raises(InputError, match='--plan_items=0 must be 1'):
         ahead.facts(c, tmp_path, 0)
-    c.data.npz = ids
+    c.data.update(raw_dir='', npz=ids)
     assert ahead.facts(c, tmp_path, None) == (7, (), 20, ids)

@@ -14,7 +14,7 @@ from tests.tiny_base import SIDE, WIDTH
 from tpad_jax import load
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log as log_lib
-from tpad_jax.data import catalogue, sessions
+from tpad_jax.data import sessions
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation import compare, slices
@@ -170,7 +170,7 @@ def test_it_is_served_as_it_was_ranked(whole, config):
     workdir, results, _ = whole
     shop = load(workdir)
     assert shop.model == results['models']['tpad']['is']
-    rows = sessions.rows(catalogue.load(workdir / 'data').test, config.data.max_length)
+    rows = sessions.rows(amazon_tables.load(workdir / 'data').test, config.data.max_length)
     items, _ = shop.first(rows.items[:, :shop.max_length], 10)
     above, equal = compare.read(workdir).ranks[shop.model]
     assert (equal == 1).all()

@@ -112,7 +112,7 @@ def test_unknown_fields_and_two_sources_are_refused(tmp_path):
         load(write(tmp_path), words=('plot',))
     c = movielens.get_config()
     c.data.ready = str(tmp_path / 'nowhere')
-    with pytest.raises(InputError, match='is no directory'):
+    with pytest.raises(InputError, match='not a directory'):
         validate.check(c)
     c.data.update(ready=str(tmp_path), raw_dir=str(tmp_path))
     with pytest.raises(InputError, match='two sources'):

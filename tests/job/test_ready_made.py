@@ -98,7 +98,7 @@ def test_the_published_protocol_may_score_last_items_only(tmp_path, file):
     ({'stages': 'knowledge,recommend'}, 'item ids without content'),
     ({'model.recommend': 'k'}, 'item ids without content'),
     ({'data.raw_dir': 'somewhere'}, 'two sources'),
-    ({'data.npz': 'nowhere.npz'}, 'is no file'),
+    ({'data.npz': 'nowhere.npz'}, 'not a file'),
     ({'data.protocol': 'theirs'}, 'choose from ours, published'),
     ({'model.encoder': 'gru'}, 'choose from attention, sr_gnn, gce_gnn'),
     ({'model.heads': 3}, 'must be a multiple of'),

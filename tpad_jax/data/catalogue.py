@@ -12,44 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 
 from tpad_jax.data import images, text
-from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
-from tpad_jax.data.sources import amazon_tables
 from tpad_jax.data.untrusted import SHOWN, reasons
 from tpad_jax.errors import InputError
 
-READ_CHUNK = 16_384  # records per read
 DECODE_CHUNK = 512  # images held encoded at a time, twice
 BAD_IMAGES = 'bad_images.txt'  # the items whose images could not be decoded, and why
 DECODED = 1  # an image's outcome; larger ones are places in REASONS
 REASONS = ('', '', *images.REASONS)
-
-
-class ImageBytes(Sequence):
-    """The encoded images by item id; b'' for the padding item 0 and where there is none."""
-
-    def __init__(self, data_dir):
-        self._source = amazon_tables.read_table(data_dir, 'images', 'images')
-
-    def __len__(self) -> int:
-        return len(self._source) + 1
-
-    def __getitem__(self, item: int) -> bytes:
-        return self.read([item])[0]
-
-    def read(self, items: Sequence[int]) -> list[bytes]:
-        """The encoded images of several item ids at once.
-
-        Raises:
-          IndexError: an id is not in 0..V.
-        """
-        if any(not 0 <= item < len(self) for item in items):
-            raise IndexError(f'item ids are 0..{len(self) - 1}')
-        records = iter(self._source.__getitems__([int(item) - 1 for item in items if item]))
-        return [next(records)['image'] if item else b'' for item in items]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +42,7 @@ class Data:
     asins: list[str]
     titles: list[str]
     texts: list[str]
-    image_bytes: ImageBytes
+    image_bytes: Sequence[bytes] | None
     has_image: np.ndarray
     side: np.ndarray
     side_sizes: tuple[int, int, int]
@@ -105,26 +77,6 @@ class Content:
     tokens: np.ndarray
     broken: int
     pictures: dict = field(default_factory=dict)
-
-
-def load(data_dir) -> Data:
-    """Reads what `builder.prepare` wrote, all but the images.
-
-    Raises:
-      InputError: nothing finished is in data_dir.
-    """
-    finished = amazon_tables.read_finished(data_dir)
-    items = _items(data_dir)
-    train, valid, test = (_sessions(data_dir, split) for split in ('train', 'valid', 'test'))
-    warm = sessions_lib.warm_items(train, items.height)
-    side, side_sizes = text.side_features(items, warm)
-    vocabulary = text.side_vocabulary(items, warm)
-    return Data(asins=['', *items['asin']], titles=['', *items['title']],
-                texts=['', *items['text']], image_bytes=ImageBytes(data_dir),
-                has_image=np.append(False, items['has_image'].to_numpy()),
-                side=side, side_sizes=side_sizes, train=train, valid=valid, test=test, warm=warm,
-                lines=finished['lines'], audit=finished['audit'],
-                fingerprint=finished['fingerprint'], form=finished['form'], vocabulary=vocabulary)
 
 
 def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length: int,
@@ -217,25 +169,3 @@ def _decode(data: Data, size: int, image_file: Path, outcome_file: Path) -> None
         np.save(file, outcome, allow_pickle=False)
     os.replace(part_image, image_file)
     os.replace(part_outcome, outcome_file)
-
-
-def _items(data_dir) -> pl.DataFrame:
-    """-> the item table, row k being item id k + 1; price null where there is none."""
-    records = _records(amazon_tables.read_table(data_dir, 'items', 'items'))
-    words = [pl.Series(name, [record[name].decode() for record in records], pl.String)
-             for name in amazon_tables.WORDS]
-    numbers = [pl.Series(name, [record[name] for record in records])
-               for name in ('price', 'has_image')]
-    return pl.DataFrame(words + numbers).with_columns(pl.col('price').fill_nan(None))
-
-
-def _sessions(data_dir, split: str) -> Sessions:
-    records = _records(amazon_tables.read_table(data_dir, 'sessions', split))
-    items, lengths, start = (np.concatenate([record[key] for record in records])
-                             for key in ('items', 'lengths', 'start'))
-    return Sessions(items, np.append(0, np.cumsum(lengths)).astype(np.int64), start)
-
-
-def _records(source) -> list[dict]:
-    return [record for begin in range(0, len(source), READ_CHUNK)
-            for record in source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))]

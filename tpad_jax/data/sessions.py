@@ -40,6 +40,35 @@ class Rows(NamedTuple):
     session: np.ndarray
 
 
+def check(sessions: Sessions, name: str, num_items: int) -> None:
+    """Refuse sessions that nothing can be trained or tested on.
+
+    Args:
+      sessions: of one split.
+      name: what messages call them, such as 'FILE: train'.
+      num_items: V.
+
+    Raises:
+      InputError: the offsets do not cut the items into sessions, an item id is not in 1..V, or no
+        session has two items.
+    """
+    items, offsets = sessions.items, sessions.offsets
+    # neighbours are compared because a difference of unsigned numbers would wrap around
+    if (len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(items)
+            or (offsets[1:] < offsets[:-1]).any()):
+        raise InputError(f'{name}_offsets: they do not cut {len(items)} events into sessions. '
+                         f'Expected numbers that rise from 0 to {len(items)}, one more than '
+                         'sessions. Fix: write the offsets of every session and the end.')
+    wrong = np.flatnonzero((items < 1) | (items > num_items))
+    if len(wrong):
+        raise InputError(f'{name}_items[{wrong[0]}]={items[wrong[0]]}: not an item id. Expected '
+                         f'1..{num_items}. Fix: number the items from 1.')
+    if not (offsets[1:] - offsets[:-1] > 1).any():
+        raise InputError(f'{name}: none of its {len(offsets) - 1} sessions has two items. Expected '
+                         'at least one session in which an item follows another. Fix: give longer '
+                         'sessions, or split them otherwise.')
+
+
 def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int,
         min_length: int = 2) -> Sessions:
     """Cuts each user's events into sessions, sorted by their start.

@@ -14,10 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.config import names
-from tpad_jax.data import catalogue as catalogue_lib
-from tpad_jax.data import text
-from tpad_jax.data.sources import amazon_tables, folder, ids
-from tpad_jax.data.synthetic import planted, wording
+from tpad_jax.data import sources, text
+from tpad_jax.data.synthetic import wording
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
@@ -60,29 +58,15 @@ def facts(config, workdir: Path, items: int | None) -> tuple[int, tuple[int, ...
     Raises:
       InputError: raw files that are not prepared yet and no `items`.
     """
-    c = config.data
+    longest = config.data.max_length
+    source = sources.chosen(config)
     if items is not None:
         if items < 1:
             raise InputError(f'--plan_items={items} must be 1 or more')
-        sizes = () if c.npz else (1, 1, text.PRICE_LEVELS + 1)  # of brands nobody knows
-        return items, sizes, c.max_length, '--plan_items'
-    if c.npz:
-        data = ids.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
-        return data.num_items, (), c.max_length, c.npz
-    if c.ready:
-        data = folder.load(c.ready, words=names(c.words), sides=names(c.sides), ordered=c.ordered,
-                          valid=c.valid, seed=c.seed)
-        return data.num_items, data.side_sizes, c.max_length, c.ready
-    if not c.raw_dir:
-        sizes = (len(wording.BRANDS) + 1, len(wording.CATEGORIES) + 1, text.PRICE_LEVELS + 1)
-        longest = min(c.max_length, planted.LENGTHS[1] - 1)
-        return c.planted['items'], sizes, longest, 'the planted catalogue'
-    where = workdir / 'data'
-    if not (where / amazon_tables.FINISHED).is_file():
-        raise InputError(f'{where} holds no prepared data yet, so the number of items is not '
-                         'known: say it with --plan_items=N, or name a workdir that has them')
-    data = catalogue_lib.load(where)
-    return data.num_items, data.side_sizes, c.max_length, str(where)
+        side = (1, 1, text.PRICE_LEVELS + 1) if source.content else ()  # of brands nobody knows
+        return items, side, longest, '--plan_items'
+    total, side = sources.sizes(config, workdir)
+    return total, side, min(longest, source.longest or longest), sources.origin(config)
 
 
 def rows(config, items: int, sides: int) -> dict:
@@ -102,14 +86,15 @@ def rows(config, items: int, sides: int) -> dict:
     if c.encoder == 'gce_gnn':
         add('near', c.near, dtype=jnp.int32)
         add('near_weight', c.near)
-    if config.data.npz:
+    source = sources.chosen(config)
+    if not source.content:
         return out
     add('k', 2, c.features)
     add('r', *((2, c.features) if c.blend.kind else (2 * c.features,)))
     if config.data.features:
         raise InputError('--plan does not know how wide the rows of config.data.features are; '
                          'leave it and the row given out to plan the rest')
-    if not (config.data.raw_dir or config.data.ready):
+    if source.world:
         add('true', sum(wording.SIZES))
     return out
 
@@ -132,7 +117,7 @@ def lines(config, workdir, said: str, items: int | None = None) -> list[str]:
     catalogue, shared = rows(c, total, len(sizes)), dict(
         recommend=names(c.model.recommend), items=total, max_length=positions, side_sizes=sizes)
     key = jax.random.key(0)
-    if c.data.npz:
+    if not sources.chosen(c).content:
         base, side, spec = None, 0, tpad.build(None, c.model, **shared)
         shapes = {'recommender': jax.eval_shape(partial(tpad.recommender_init, spec=spec), key,
                                                 catalogue=catalogue)}

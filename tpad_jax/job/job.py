@@ -20,9 +20,8 @@ from rich.console import Console
 from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
-from tpad_jax.data import batches, item_graphs, sessions, text
+from tpad_jax.data import batches, item_graphs, sessions, sources, text
 from tpad_jax.data import catalogue as catalogue_lib
-from tpad_jax.data.sources import amazon_tables, folder, ids
 from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.distributed import devices, hosts
@@ -61,37 +60,16 @@ class Job:
         self.profile = profile
         self.devices = devices.choose(config.parallel, config.devices, config.model_shards)
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, 0.0, {}
-        self.planted = self.content = None
+        self.content = None
+        self.source = sources.chosen(config)
+        self.planted = self.source.world(config) if self.source.world else None
         with hosts.one_first('data'):
-            self.data = self._read()
-        self.max_length = config.data.max_length
-        if self.planted is not None:
-            self.max_length = min(self.max_length, planted.LENGTHS[1] - 1)
+            self.data = sources.load(config, workdir)
+        self.max_length = min(config.data.max_length, self.source.longest or config.data.max_length)
         self.final = self.data
         last_only = config.data.protocol == 'published' and config.data.published_last_only
         split = partial(sessions.rows, max_length=self.max_length, every_prefix=not last_only)
         self.valid, self.test = split(self.data.valid), split(self.data.test)
-
-    def _read(self) -> catalogue_lib.Data:
-        """Ready-made sessions, with content or without, raw files, or the planted catalogue."""
-        c = self.config.data
-        if c.npz:
-            return ids.load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
-        if c.ready:
-            return folder.load(c.ready, words=names(c.words), sides=names(c.sides),
-                              ordered=c.ordered, valid=c.valid, seed=c.seed)
-        cut = dict(gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed,
-                   bad_share=c.bad_share)
-        if c.raw_dir:
-            raw_dir = Path(c.raw_dir)
-            cut.update(core=c.core, valid=c.valid, test=c.test)
-        else:
-            raw_dir, p = self.workdir / 'raw', c.planted
-            planted.write(raw_dir, **p)
-            self.planted = planted.draw(p.seed, p['items'])
-            cut.update(core=1, valid=p.valid, test=p.test)  # every session is a user of its own
-        amazon_tables.prepare(raw_dir, self.workdir / 'data', **cut)
-        return catalogue_lib.load(self.workdir / 'data')
 
     def build(self, stages, console) -> None:
         """Read content, the base and the first parameters; the slow part of preparing."""
@@ -99,7 +77,7 @@ class Job:
         self.probabilities = None
         shared = dict(recommend=names(c.model.recommend), items=data.num_items,
                       max_length=self.max_length, side_sizes=data.side_sizes)
-        if c.data.npz:
+        if not self.source.content:
             self.spec = tpad.build(None, c.model, **shared)
             self.count()
             self.params = self.fresh(self.spec)

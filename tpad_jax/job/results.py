@@ -15,7 +15,7 @@ from tpad_jax.baselines import rules
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
-from tpad_jax.data import audit, sessions
+from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.evaluation import compare, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate, oracle
@@ -165,8 +165,7 @@ def baseline_scorers(job, features: np.ndarray) -> dict:
     Where the recommender was refitted, they are, too, on the same sessions.
     """
     data, out = job.config.data, {}
-    # ready-made sessions carry no time to tell from
-    ordered = data.ordered if data.npz or data.ready else None
+    ordered = None if job.source.timed else data.ordered
     for name in rules.BASELINES:
         job.pause()
         if name == 'content_knn' and features is None:
@@ -197,13 +196,10 @@ def data_facts(job) -> dict:
 def introduce(job, console):
     """The run's first lines: which data, how it was cut, and what the audit says of it."""
     data, facts = job.data, data_facts(job)
-    source = ('the planted catalogue (config.data.raw_dir is empty), seed '
-              f'{job.config.data.planted.seed}' if job.planted is not None
-              else job.config.data.npz or job.config.data.ready or job.config.data.raw_dir)
     pictures = ('no content' if job.content is None
                 else f'{facts["items_without_image"]} without image')
     console_lib.print_header(f'TPAD  {job.config.name}', {
-        'data': source,
+        'data': sources.origin(job.config),
         **({'sessions read': _said(facts['lines'])} if job.content is None else
            {'raw lines': _said(facts['lines']), 'images': _said(facts['images'])}),
         'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tpad_jax import losses
 from tpad_jax.config import MAKES, STAGES, names, partnered
-from tpad_jax.data.sources import amazon
+from tpad_jax.data import sources
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
@@ -100,8 +100,8 @@ def check(config, among=None) -> tuple[str, ...]:
         _one_of(f'model.critics.{name}', kind, critics.KINDS)
     for row in names(config.model.recommend):
         _one_of('model.recommend', row, ('k', 'r', 'given', 'true'))
-    if 'true' in names(config.model.recommend) and (
-            config.data.raw_dir or config.data.npz or config.data.ready):
+    source = sources.chosen(config)
+    if 'true' in names(config.model.recommend) and not source.world:
         raise InputError("config.model.recommend names 'true', the attributes the planted "
                          'catalogue was drawn with, and other data have none; name k, r or given')
     _check_rivals(config)
@@ -116,20 +116,13 @@ def check(config, among=None) -> tuple[str, ...]:
             raise InputError('config.partner adds the scores of a second recommender, which stage '
                              'joint does not train; leave one of the two out')
         check(partnered(config), among)
-    if config.data.npz:
-        _check_ready_made(config, stages)
+    source.check(config)
+    if not source.content:
+        _check_without_content(config, stages)
         return stages
     if config.data.protocol == 'published':
         raise InputError('config.data.protocol=published is said of ready-made sessions alone: '
                          'give them with --config.data.npz=FILE')
-    if config.data.ready and config.data.raw_dir:
-        raise InputError('config.data.ready and config.data.raw_dir name two sources of sessions; '
-                         'give one')
-    if config.data.ready and not Path(config.data.ready).is_dir():
-        raise InputError(f'config.data.ready={config.data.ready} is no directory; give one with '
-                         'sessions.npz and items.jsonl, see tpad_jax/data/sources/folder.py')
-    if config.data.raw_dir:
-        amazon.find(config.data.raw_dir)
     _one_of('mllm.tokenizer', config.mllm.tokenizer, ('', 'own'))
     if config.mllm.tokenizer and config.mllm.checkpoint:
         raise InputError(f'config.mllm.tokenizer={config.mllm.tokenizer}: a checkpoint reads the '
@@ -256,22 +249,17 @@ def _check_blend(model):
     _at_least(0, 'model.blend.rank', c.rank)
 
 
-def _check_ready_made(config, stages):
+def _check_without_content(config, stages):
     """Refuse what needs content where there are only sessions of ids."""
     if config.data.features:
-        raise InputError('config.data.features is keyed by item ids as shops have them, and '
-                         'config.data.npz holds numbers alone; leave one of the two empty')
-    for other in ('raw_dir', 'ready'):
-        if config.data[other]:
-            raise InputError(f'config.data.npz and config.data.{other} name two sources of '
-                             'sessions; give one')
-    if not Path(config.data.npz).is_file():
-        raise InputError(f'config.data.npz={config.data.npz} is no file; give an .npz of sessions, '
-                         'see tpad_jax/data/sources/ids.py')
+        raise InputError(f'config.data.features={config.data.features!r}: {sources.origin(config)} '
+                         'holds sessions of item ids without content. Expected a source with '
+                         'content. Fix: leave config.data.features empty.')
     if stages != ('recommend',) or config.model.recommend or any(
             names(rival.recommend) for rival in config.rivals.values()):
-        raise InputError('config.data.npz holds item ids without content: set config.stages='
-                         'recommend and leave config.model.recommend and that of every rival empty')
+        raise InputError(f'{sources.origin(config)} holds item ids without content. Expected '
+                         "config.stages='recommend', and config.model.recommend and that of every "
+                         'rival empty. Fix: set these.')
 
 
 def _check_rivals(config):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tpad_jax.data import catalogue, text
 from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data import text
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError
 
@@ -66,7 +66,7 @@ def letters(data, sessions):
 def test_round_trip(raw, tmp_path):
     folder, baskets, start = raw
     amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS)
-    data = catalogue.load(tmp_path / 'data')
+    data = amazon_tables.load(tmp_path / 'data')
 
     assert data.asins == ['', 'B00A', 'B00B', 'B00C', 'B00D', 'B00E']
     assert data.num_items == 5
@@ -92,7 +92,7 @@ def test_round_trip(raw, tmp_path):
 def test_image_bytes_are_the_files(raw, tmp_path):
     folder = raw[0]
     amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS)
-    images = catalogue.load(tmp_path / 'data').image_bytes
+    images = amazon_tables.load(tmp_path / 'data').image_bytes
     assert len(images) == 6
     assert images[1] == (folder / 'images/B00A.jpg').read_bytes()
     assert images.read([0, 3, 2, 1]) == [b'', b'no image', b'', images[1]]
@@ -111,7 +111,7 @@ def test_sessions_are_those_of_the_pure_functions(tmp_path, monkeypatch):
     write_raw(tmp_path / 'raw', reviews, {asin: dict(title=asin) for asin in asins})
     options = dict(gap_hours=2, core=8, min_length=3, valid=0.2, test=0.1, seed=3)
     amazon_tables.prepare(tmp_path / 'raw', tmp_path / 'data', **options)
-    data = catalogue.load(tmp_path / 'data')
+    data = amazon_tables.load(tmp_path / 'data')
 
     raw = amazon_tables.amazon.read(tmp_path / 'raw')
     every = sessions_lib.cut(raw.interactions, by_day=False, gap_seconds=7200, seed=3, min_length=3)
@@ -136,7 +136,7 @@ def test_2018_sessions_are_days(tmp_path):
     (folder / 'meta_Toys.json').write_text(
         ''.join(json.dumps(dict(asin=asin, title=asin)) + '\n' for asin in 'AB'))
     amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS | dict(gap_hours=72))
-    data = catalogue.load(tmp_path / 'data')
+    data = amazon_tables.load(tmp_path / 'data')
     assert data.form == '2018'
     assert [len(split.start) for split in (data.train, data.valid, data.test)] == [2, 2, 2]
     assert np.diff(data.train.offsets).tolist() == [2, 2]
@@ -162,10 +162,10 @@ def test_unfinished_data_is_rebuilt(raw, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             amazon_tables.prepare(folder, data_dir, **OPTIONS | dict(valid=1))
     with pytest.raises(InputError, match=r'prepared\.json does not exist'):
-        catalogue.load(data_dir)
+        amazon_tables.load(data_dir)
     (data_dir / 'mine.txt').write_text('keep')
     amazon_tables.prepare(folder, data_dir, **OPTIONS)
-    assert len(catalogue.load(data_dir).valid.start) == 2
+    assert len(amazon_tables.load(data_dir).valid.start) == 2
     assert (data_dir / 'mine.txt').read_text() == 'keep'
 
 
@@ -183,7 +183,7 @@ def test_another_layout_is_refused(raw, tmp_path, monkeypatch):
     amazon_tables.prepare(raw[0], tmp_path / 'data', **OPTIONS)
     monkeypatch.setattr(amazon_tables.Amazon, 'VERSION', '9.0.0')
     with pytest.raises(InputError, match=r'version 1\.1\.0, this code reads 9\.0\.0'):
-        catalogue.load(tmp_path / 'data')
+        amazon_tables.load(tmp_path / 'data')
 
 
 def test_fingerprint_is_of_bytes_and_options(raw, tmp_path):
@@ -208,16 +208,17 @@ def test_link_out_of_the_folder_is_not_read(raw, tmp_path):
     (folder / 'images/B00B.jpg').symlink_to(tmp_path / 'secret.jpg')
     assert amazon_tables.fingerprint(folder, OPTIONS) == before
     amazon_tables.prepare(folder, tmp_path / 'data', **OPTIONS)
-    assert catalogue.load(tmp_path / 'data').image_bytes[2] == b''
+    assert amazon_tables.load(tmp_path / 'data').image_bytes[2] == b''
 
 
 def test_needs_no_tensorflow_and_says_nothing(raw, tmp_path):
     """In a process of its own, where nothing else has imported anything."""
     program = f"""
 import sys
-from tpad_jax.data import batches, builder, pipeline
-builder.prepare({str(raw[0])!r}, {str(tmp_path / 'data')!r}, **{OPTIONS!r})
-data = pipeline.load({str(tmp_path / 'data')!r})
+from tpad_jax.data import batches
+from tpad_jax.data.sources import amazon_tables
+amazon_tables.prepare({str(raw[0])!r}, {str(tmp_path / 'data')!r}, **{OPTIONS!r})
+data = amazon_tables.load({str(tmp_path / 'data')!r})
 next(batches.session_batches(data, batch_size=2, seed=0, max_length=3))
 assert not {{'tensorflow', 'torch', 'transformers'}} & set(sys.modules)
 """
@@ -229,7 +230,7 @@ assert not {{'tensorflow', 'torch', 'transformers'}} & set(sys.modules)
 def test_data_can_be_moved(raw, tmp_path):
     amazon_tables.prepare(raw[0], tmp_path / 'data', **OPTIONS)
     (tmp_path / 'data').rename(tmp_path / 'moved')
-    data = catalogue.load(str(tmp_path / 'moved'))
+    data = amazon_tables.load(str(tmp_path / 'moved'))
     assert data.asins[1] == 'B00A'
     assert data.image_bytes[3] == b'no image'
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tpad_jax.data import item_graphs, sessions
+from tpad_jax import config
+from tpad_jax.data import item_graphs, sessions, sources
 from tpad_jax.data.sources import ids as ids_lib
 from tpad_jax.errors import InputError
 
@@ -37,7 +38,6 @@ def test_the_last_sessions_validate_where_order_is_time(tmp_path):
     assert data.num_items == 13
     assert not data.warm[[0, 13]].any()
     assert data.lines == {'read': 50, 'kept': 50, 'rejected': {}}
-    assert data.audit['tie_share'] is None
 
 
 def test_a_seeded_draw_validates_where_it_is_not(tmp_path):
@@ -59,9 +59,9 @@ def test_test_sessions_change_nothing_that_is_trained_on(tmp_path):
 
 @pytest.mark.parametrize(('changes', 'told'), [
     (dict(test_items=np.array([1.5])), 'test_items is float64'),
-    (dict(train_offsets=np.array([0, 5, 3])), 'train_offsets must rise from 0'),
+    (dict(train_offsets=np.array([0, 5, 3])), 'train_offsets: .* rise from 0'),
     (dict(train_items=np.array([1, 0, 2]), train_offsets=np.array([0, 3])),
-     r'train_items\[1\] is no item id'),
+     r'train_items\[1\]=0: not an item id'),
     (dict(test_items=np.array([[1]], object)), 'is no usable')])
 def test_refusals_name_file_and_array(tmp_path, changes, told):
     path = write(tmp_path / 'a.npz', **changes)
@@ -108,3 +108,47 @@ def test_places_are_the_positions_that_hold_items():
         for process in range(2):
             most = max(most, *(length[part].sum() for part in np.split(row[process::2], 2)))
     assert width == min(10, -(-most // 32) * 32)
+
+
+def empty(part):
+    return {f'{part}_items': np.zeros(0, int), f'{part}_offsets': np.zeros(1, int)}
+
+
+def singles(part):
+    return {f'{part}_items': np.arange(1, 9), f'{part}_offsets': np.arange(9)}
+
+
+@pytest.mark.parametrize('part', ['train', 'test'])
+@pytest.mark.parametrize(('damage', 'message'), [
+    (empty, 'offsets: they do not cut 0 events'),
+    (lambda part: {**empty(part), f'{part}_offsets': np.zeros(0, int)}, 'offsets: they do not cut'),
+    (lambda part: {**empty(part), f'{part}_offsets': np.zeros(9, int)}, 'has two items'),
+    (singles, ': none of its 8 sessions has two items'),
+    (lambda part: {f'{part}_offsets': np.array([0, 9, 5, 12], np.uint64)}, 'offsets: they do not'),
+    (lambda part: {f'{part}_offsets': np.array([2, 9])}, 'offsets: they do not cut'),
+])
+def test_a_split_that_nothing_can_be_counted_on_is_named(tmp_path, part, damage, message):
+    path = write(tmp_path / 'a.npz', **damage(part))
+    with pytest.raises(InputError, match=f'{path}: {part}.*{message}'):
+        ids_lib.load(path, ordered=True, valid=0.25, seed=0)
+
+
+def test_a_validation_of_single_items_is_named(tmp_path):
+    c = config.get_config()
+    items = np.append(np.tile([1, 2], 30), np.arange(1, 11))
+    offsets = np.append(np.arange(0, 61, 2), np.arange(61, 71))
+    c.data.npz = str(write(tmp_path / 'a.npz', train_items=items, train_offsets=offsets))
+    c.data.valid = 10
+    with pytest.raises(InputError, match=r'a\.npz: valid: none of its 10 sessions has two items'):
+        sources.load(c, tmp_path)
+
+
+def test_sessions_without_items_are_dropped_and_counted(tmp_path):
+    plain = arrays()
+    path = write(tmp_path / 'a.npz')
+    padded = write(tmp_path / 'b.npz', **{
+        f'{part}_offsets': np.repeat(plain[f'{part}_offsets'], 2) for part in ('train', 'test')})
+    one, two = (ids_lib.load(p, ordered=True, valid=0.25, seed=0) for p in (path, padded))
+    for split in ('train', 'valid', 'test'):
+        assert whole(getattr(one, split)) == whole(getattr(two, split))
+    assert two.lines == {'read': 102, 'kept': 50, 'rejected': {'empty_session': 52}}

@@ -1,1 +1,202 @@
-"""One reader per source of items and sessions."""
+"""The registry of data sources: one entry for every form that items and sessions come in.
+
+A run reads exactly one source. `config.data.source` names it: a registered name, or 'module:object'
+for an entry (or a plain loading function) in a module on the import path. Where that option is
+empty, the source is the one whose own option is set (`config.data.npz`, say), and the planted
+catalogue where none is set.
+"""
+
+import hashlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.audit import audit
+from tpad_jax.data.catalogue import Data
+from tpad_jax.errors import InputError
+
+DEFAULT = 'planted'
+
+
+class Sizes(NamedTuple):
+    """What memory planning has to know of a source.
+
+    Attributes:
+      items: V, the padding item not counted.
+      side: number of ids of every side feature, 0 (unknown) included.
+    """
+
+    items: int
+    side: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source.
+
+    Attributes:
+      load: reads it: (config, workdir) -> `catalogue.Data`. It may write to `workdir / 'data'`.
+        An empty `fingerprint` or `audit` of the result is filled in by `sources.load`.
+      check: refuses unusable options and missing files before anything is read or created.
+      sizes: the sizes without reading what is large; None: they are taken from the loaded data.
+      content: whether items have texts and pictures. Without, only the recommender can be trained.
+      timed: whether the sessions' start times are times; else `config.data.ordered` decides.
+      longest: the longest prefix there is; 0: `config.data.max_length` alone limits it.
+      world: the known next-item distribution behind the sessions; None: there is none.
+    """
+
+    load: Callable[[Any, Path], Data]
+    check: Callable[[Any], None] = lambda config: None
+    sizes: Callable[[Any, Path], Sizes] | None = None
+    content: bool = True
+    timed: bool = True
+    longest: int = 0
+    world: Callable[[Any], Any] | None = None
+
+
+# By name, which is also the option of config.data that selects the source. Where an entry is text,
+# only the chosen one is imported: tables take seconds, and sessions of ids need none.
+SOURCES: dict[str, Source | str] = {
+    'npz': 'tpad_jax.data.sources.ids:SOURCE',
+    'ready': 'tpad_jax.data.sources.folder:SOURCE',
+    'raw_dir': 'tpad_jax.data.sources.amazon_tables:SOURCE',
+    DEFAULT: 'tpad_jax.data.synthetic.planted:SOURCE',
+}
+
+
+def register(name: str, source: Source | str) -> None:
+    """Add a source, which a value of `config.data.<name>` or `config.data.source=<name>` selects.
+
+    Args:
+      name: an identifier that no other source has.
+      source: the entry, or 'module:object' to import it once it is chosen.
+
+    Raises:
+      InputError: the name is taken.
+    """
+    if SOURCES.get(name, source) != source:
+        raise InputError(f'data source {name!r}: the name is taken. Expected a name other than '
+                         f'{", ".join(SOURCES)}. Fix: register the source under another name.')
+    SOURCES[name] = source
+
+
+def selected(config) -> str:
+    """Name the source that a config selects, not yet resolved.
+
+    Args:
+      config: the run's.
+
+    Returns:
+      A key of SOURCES or 'module:object'.
+
+    Raises:
+      InputError: two sources are selected.
+    """
+    named = config.data.get('source', '')
+    keys = [name for name in SOURCES if name != DEFAULT and config.data.get(name)]
+    if len({*keys, *filter(None, [named])}) > 1:
+        options = [f'config.data.{key}={config.data[key]!r}'
+                   for key in (*['source'] * bool(named), *keys)]
+        raise InputError(f'{" and ".join(options)} name two sources of sessions. Expected one. '
+                         'Fix: leave the others empty.')
+    return named or next(iter(keys), DEFAULT)
+
+
+def chosen(config) -> Source:
+    """Look up the source of a config.
+
+    Args:
+      config: the run's.
+
+    Returns:
+      The entry; of a plain function, one with content.
+
+    Raises:
+      InputError: two sources are selected, or one that cannot be found.
+    """
+    name = selected(config)
+    source = SOURCES.get(name, name)
+    if isinstance(source, str):
+        try:
+            source = pkgutil.resolve_name(source if ':' in source else '')
+        except Exception as error:  # importing somebody's module can raise anything
+            raise InputError(
+                f'config.data.source={name!r}: no such source ({type(error).__name__}: {error}). '
+                f'Expected one of {", ".join(SOURCES)}, or module:object. Fix: correct the name, '
+                'or run in the directory that holds the module.') from error
+    return source if isinstance(source, Source) else Source(source)
+
+
+def origin(config) -> str:
+    """Describe in words where the data come from: a path, a name or the planted catalogue."""
+    name = selected(config)
+    if name == DEFAULT:
+        return f'the planted catalogue, seed {config.data.planted.seed}'
+    return str(config.data.get(name) or name)
+
+
+def sizes(config, workdir: Path) -> Sizes:
+    """Find the sizes of a source, at the price of loading it where its entry has no shorter way.
+
+    Args:
+      config: the run's.
+      workdir: the run's directory.
+
+    Raises:
+      InputError: as the source's own functions.
+    """
+    source = chosen(config)
+    if source.sizes:
+        return source.sizes(config, Path(workdir))
+    data = source.load(config, Path(workdir))
+    return Sizes(data.num_items, data.side_sizes)
+
+
+def load(config, workdir: Path) -> Data:
+    """Load the source of a config and check that a run can use what it returned.
+
+    Args:
+      config: the run's.
+      workdir: the run's directory.
+
+    Returns:
+      The data, with an audit and a fingerprint.
+
+    Raises:
+      InputError: as the source's own functions; tables of unequal length, an item id out of range,
+        or a split without two items in any session.
+    """
+    data = chosen(config).load(config, Path(workdir))
+    _check(data, origin(config))
+    if not data.audit:
+        report = audit(data.train, data.valid, data.test, data.warm, form=data.form,
+                       ties=float('nan'))
+        data = replace(data, audit=report)
+    return data if data.fingerprint else replace(data, fingerprint=_fingerprint(data))
+
+
+def _check(data: Data, name: str) -> None:
+    """Refuse data that would fail later, and less clearly."""
+    rows = data.num_items + 1
+    for field in ('titles', 'texts', 'has_image', 'side', 'warm'):
+        if len(getattr(data, field)) != rows:
+            raise InputError(f'{name}: {field} has {len(getattr(data, field))} rows. Expected '
+                             f'{rows}, the padding item and {rows - 1} items. Fix: correct the '
+                             'source.')
+    for split in ('train', 'valid', 'test'):
+        sessions_lib.check(getattr(data, split), f'{name}: {split}', data.num_items)
+
+
+def _fingerprint(data: Data) -> str:
+    """sha256 (hex) of the items and sessions of a source that computes none itself."""
+    digest = hashlib.sha256(repr((data.asins, data.texts)).encode(errors='surrogatepass'))
+    for array in (data.side, *data.train, *data.valid, *data.test):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for item in np.flatnonzero(data.has_image):
+        digest.update(hashlib.sha256(data.image_bytes[int(item)]).digest())
+    return digest.hexdigest()

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,13 +21,39 @@ import tensorflow_datasets as tfds
 
 from tpad_jax.data import audit, images, text
 from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
-from tpad_jax.data.sources import amazon
+from tpad_jax.data.sources import Sizes, Source, amazon
 from tpad_jax.errors import InputError
 
 FINISHED = 'prepared.json'
+READ_CHUNK = 16_384  # records per read
 SESSIONS_PER_RECORD = 1024  # one by one, a million sessions take a minute to read
 WORDS = ('asin', 'title', 'text', 'brand', 'category')  # the columns of `items` that hold a string
+
+
+class ImageBytes(Sequence):
+    """The encoded images by item id; b'' for the padding item 0 and where there is none."""
+
+    def __init__(self, data_dir):
+        self._source = read_table(data_dir, 'images', 'images')
+
+    def __len__(self) -> int:
+        return len(self._source) + 1
+
+    def __getitem__(self, item: int) -> bytes:
+        return self.read([item])[0]
+
+    def read(self, items: Sequence[int]) -> list[bytes]:
+        """The encoded images of several item ids at once.
+
+        Raises:
+          IndexError: an id is not in 0..V.
+        """
+        if any(not 0 <= item < len(self) for item in items):
+            raise IndexError(f'item ids are 0..{len(self) - 1}')
+        records = iter(self._source.__getitems__([int(item) - 1 for item in items if item]))
+        return [next(records)['image'] if item else b'' for item in items]
 
 
 class Amazon(tfds.core.GeneratorBasedBuilder):
@@ -117,6 +143,26 @@ def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, 
     _write_json(data_dir / FINISHED, dict(version=str(Amazon.VERSION), fingerprint=identity,
                                           options=options, form=raw.form, lines=raw.lines,
                                           audit=report))
+
+
+def load(data_dir) -> Data:
+    """Reads what `prepare` wrote, all but the images.
+
+    Raises:
+      InputError: nothing finished is in data_dir.
+    """
+    finished = read_finished(data_dir)
+    items = _items(data_dir)
+    train, valid, test = (_sessions(data_dir, split) for split in ('train', 'valid', 'test'))
+    warm = sessions_lib.warm_items(train, items.height)
+    side, side_sizes = text.side_features(items, warm)
+    vocabulary = text.side_vocabulary(items, warm)
+    return Data(asins=['', *items['asin']], titles=['', *items['title']],
+                texts=['', *items['text']], image_bytes=ImageBytes(data_dir),
+                has_image=np.append(False, items['has_image'].to_numpy()),
+                side=side, side_sizes=side_sizes, train=train, valid=valid, test=test, warm=warm,
+                lines=finished['lines'], audit=finished['audit'],
+                fingerprint=finished['fingerprint'], form=finished['form'], vocabulary=vocabulary)
 
 
 def fingerprint(raw_dir, options: dict) -> str:
@@ -210,3 +256,63 @@ def _write_json(path: Path, content: dict) -> None:
     partial = path.with_suffix('.partial')
     partial.write_text(json.dumps(content, indent=1, allow_nan=False))
     os.replace(partial, path)
+
+
+def _items(data_dir) -> pl.DataFrame:
+    """-> the item table, row k being item id k + 1; price null where there is none."""
+    records = _records(read_table(data_dir, 'items', 'items'))
+    words = [pl.Series(name, [record[name].decode() for record in records], pl.String)
+             for name in WORDS]
+    numbers = [pl.Series(name, [record[name] for record in records])
+               for name in ('price', 'has_image')]
+    return pl.DataFrame(words + numbers).with_columns(pl.col('price').fill_nan(None))
+
+
+def _sessions(data_dir, split: str) -> Sessions:
+    records = _records(read_table(data_dir, 'sessions', split))
+    items, lengths, start = (np.concatenate([record[key] for record in records])
+                             for key in ('items', 'lengths', 'start'))
+    return Sessions(items, np.append(0, np.cumsum(lengths)).astype(np.int64), start)
+
+
+def _records(source) -> list[dict]:
+    return [record for begin in range(0, len(source), READ_CHUNK)
+            for record in source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))]
+
+
+def prepared(config, raw_dir: Path, workdir: Path, **cutting) -> Data:
+    """Prepare the raw files in the workdir, once, and load the tables.
+
+    Args:
+      config: the run's.
+      raw_dir: folder of the raw files.
+      workdir: the run's directory.
+      **cutting: `core`, `valid` and `test` of `prepare`.
+
+    Raises:
+      InputError: as `prepare`.
+    """
+    c = config.data
+    prepare(raw_dir, workdir / 'data', gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed,
+            bad_share=c.bad_share, **cutting)
+    return load(workdir / 'data')
+
+
+def _load(config, workdir: Path) -> Data:
+    c = config.data
+    return prepared(config, Path(c.raw_dir), workdir, core=c.core, valid=c.valid, test=c.test)
+
+
+def _sizes(config, workdir: Path) -> Sizes:
+    """The sizes of tables that an earlier run prepared: reading raw files takes too long here."""
+    del config
+    directory = workdir / 'data'
+    if not (directory / FINISHED).is_file():
+        raise InputError(f'{directory}: no prepared data yet, so the number of items is not known. '
+                         'Expected the workdir of an earlier run. Fix: give --plan_items=N.')
+    data = load(directory)
+    return Sizes(data.num_items, data.side_sizes)
+
+
+SOURCE = Source(load=_load, check=lambda config: amazon.find(config.data.raw_dir) and None,
+                sizes=_sizes)

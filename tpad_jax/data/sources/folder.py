@@ -21,9 +21,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from tpad_jax.config import names as fields_of
 from tpad_jax.data import images, text
-from tpad_jax.data.audit import audit
 from tpad_jax.data.catalogue import Data
+from tpad_jax.data.sources import Source
 from tpad_jax.data.sources import ids as ids_lib
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS, Lines, Reason, stay_inside
 from tpad_jax.errors import InputError
@@ -84,7 +85,7 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     """
     directory, words, sides = Path(directory), tuple(words), tuple(sides)
     stay_inside(directory / SESSIONS, directory)
-    train, test, digest = ids_lib.read(directory / SESSIONS)
+    train, test, digest, _ = ids_lib.read(directory / SESSIONS)
     train, held = ids_lib.hold_out(train, ordered=ordered, valid=valid, seed=seed)
     found = ids_lib.data(train, held, test)
     numbers = _numbers(directory / SESSIONS, found.num_items)
@@ -132,7 +133,6 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
         lines={'read': read, 'kept': len(own) - 1,
                'rejected': {'in no session': len(items) - len(own) + 1, **blank},
                'unused': unused},
-        audit=audit(train, held, test, warm, form='npz', ties=float('nan')),
         fingerprint=whole.hexdigest())
 
 
@@ -215,3 +215,20 @@ def _usable(member):
     if member.file_size > images.MAX_BYTES:
         return Reason('image_too_large')
     return member.filename
+
+
+def _check(config) -> None:
+    if not Path(config.data.ready).is_dir():
+        raise InputError(f'config.data.ready={config.data.ready!r}: not a directory. Expected one '
+                         'with sessions.npz and items.jsonl, see tpad_jax/data/sources/folder.py. '
+                         'Fix: correct the path.')
+
+
+def _load(config, workdir: Path) -> Data:
+    del workdir
+    c = config.data
+    return load(c.ready, words=fields_of(c.words), sides=fields_of(c.sides), ordered=c.ordered,
+                valid=c.valid, seed=c.seed)
+
+
+SOURCE = Source(load=_load, check=_check, timed=False)

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data.audit import audit
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
+from tpad_jax.data.sources import Source
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS
 from tpad_jax.errors import InputError
 
@@ -45,12 +45,11 @@ def load(path, *, ordered: bool, valid: float, seed: int) -> Data:
     Raises:
       InputError: naming the file, the array in it and what is wrong.
     """
-    train, test, digest = read(path)
+    train, test, digest, empty = read(path)
     train, held = hold_out(train, ordered=ordered, valid=valid, seed=seed)
     found = data(train, held, test)
     options = f'{ordered} {valid} {seed}'
-    return replace(found, audit=audit(train, held, test, found.warm, form='npz',
-                                      ties=float('nan')),
+    return replace(found, lines=counted(found.lines, empty),
                    fingerprint=hashlib.sha256(f'{digest} {options}'.encode()).hexdigest())
 
 
@@ -67,8 +66,24 @@ def data(train: Sessions, valid: Sessions, test: Sessions) -> Data:
                 form='npz')
 
 
-def read(path) -> tuple[Sessions, Sessions, str]:
-    """-> training sessions, test sessions and the sha256 of the file. Raises as `load` does."""
+def counted(lines: dict, empty: int) -> dict:
+    """Add the sessions without items, which `read` drops, to the counts of `data`."""
+    rejected = {'empty_session': empty} if empty else {}
+    return {**lines, 'read': lines['read'] + empty, 'rejected': rejected}
+
+
+def read(path) -> tuple[Sessions, Sessions, str, int]:
+    """Read both parts of a file; sessions without items are dropped.
+
+    Args:
+      path: the .npz.
+
+    Returns:
+      Training sessions, test sessions, the sha256 of the file and the number of empty sessions.
+
+    Raises:
+      InputError: as `load`.
+    """
     path = Path(path)
     arrays, digest = unpack(path)
     for name in (f'{part}_{what}' for part in PARTS for what in ('items', 'offsets')):
@@ -76,13 +91,15 @@ def read(path) -> tuple[Sessions, Sessions, str]:
             raise InputError(f'{path} has no array {name}; it must hold '
                              'train_items, train_offsets, test_items and test_offsets')
     parts = [_sessions(path, name, arrays) for name in PARTS]
+    empty = sum(int((np.diff(part.offsets) == 0).sum()) for part in parts)
+    parts = [sessions_lib.take(part, np.flatnonzero(np.diff(part.offsets))) for part in parts]
     largest = max(part.items.max() for part in parts)
     if largest > MAX_ITEMS:
         there = len(np.unique(np.concatenate([part.items for part in parts])))
         if largest > MAX_GAPS * there:
             raise InputError(f'{path}: the largest item id is {largest}, but only {there} ids '
                              'occur; number the items 1..V')
-    return *parts, digest
+    return *parts, digest, empty
 
 
 def unpack(path: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -139,13 +156,22 @@ def _sessions(path, name: str, arrays: dict) -> Sessions:
         if array.ndim != 1 or array.dtype.kind not in 'iu':
             raise InputError(f'{path}: {key} is {array.dtype} {list(array.shape)}; it must be one '
                              'row of integers')
-    if (len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(items)
-            or (offsets[1:] < offsets[:-1]).any()):  # a difference could overflow
-        raise InputError(f'{path}: {name}_offsets must rise from 0 to {len(items)}, the length of '
-                         f'{name}_items')
-    if not len(items) or items.min() < 1 or items.max() >= 2 ** 31 - 1:
-        where = int(np.argmax((items < 1) | (items >= 2 ** 31 - 1))) if len(items) else 0
-        raise InputError(f'{path}: {name}_items[{where}] is no item id; ids are 1..V and there '
-                         'must be some')
-    return Sessions(items.astype(np.int32), offsets.astype(np.int64),
-                    np.zeros(len(offsets) - 1, np.int64))
+    # checked before they are converted: a large id or offset would wrap around
+    sessions = Sessions(items, offsets, np.zeros(max(len(offsets) - 1, 0), np.int64))
+    sessions_lib.check(sessions, f'{path}: {name}', 2 ** 31 - 2)
+    return Sessions(items.astype(np.int32), offsets.astype(np.int64), sessions.start)
+
+
+def _check(config) -> None:
+    if not Path(config.data.npz).is_file():
+        raise InputError(f'config.data.npz={config.data.npz!r}: not a file. Expected an .npz of '
+                         'sessions, see tpad_jax/data/sources/ids.py. Fix: correct the path.')
+
+
+def _load(config, workdir: Path) -> Data:
+    del workdir
+    c = config.data
+    return load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
+
+
+SOURCE = Source(load=_load, check=_check, content=False, timed=False)

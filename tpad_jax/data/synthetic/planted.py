@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from tpad_jax.data import text
+from tpad_jax.data.sources import Sizes, Source
 from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.errors import InputError
 
@@ -323,3 +325,24 @@ def _fill(directory, planted, options):
         for user, session in enumerate(sessions.tolist())
         for place, item in enumerate(session) if item))
     (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')
+
+
+def _load(config, workdir):
+    """Writes the raw files and reads them as any others, without k-core."""
+    from tpad_jax.data.sources import amazon_tables  # seconds, which drawing alone does not need
+
+    c = config.data.planted
+    write(workdir / 'raw', **c)
+    # every session is a user, so that k-core and a share of the sessions mean nothing
+    return amazon_tables.prepared(config, workdir / 'raw', workdir, core=1, valid=c.valid,
+                                  test=c.test)
+
+
+def _sizes(config, workdir):
+    del workdir
+    return Sizes(config.data.planted['items'],
+                 (len(wording.BRANDS) + 1, len(wording.CATEGORIES) + 1, text.PRICE_LEVELS + 1))
+
+
+SOURCE = Source(load=_load, sizes=_sizes, longest=LENGTHS[1] - 1,
+                world=lambda config: draw(config.data.planted.seed, config.data.planted['items']))
