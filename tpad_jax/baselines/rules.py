@@ -20,6 +20,7 @@ import scipy.sparse as sp
 
 from tpad_jax.baselines import neighbours
 from tpad_jax.baselines.tune import search
+from tpad_jax.data.item_graphs import followers
 from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
@@ -47,7 +48,7 @@ def fit_repeat_last(train: Sessions, num_items: int) -> metrics.Scorer:
 
 def fit_markov(train: Sessions, num_items: int, backoff: float = 0.1) -> metrics.Scorer:
     """First-order transitions: (1 - backoff) P(next | last) + backoff P(next), by counts."""
-    return _rule_scorer(_pairs(train, num_items, 1, 0), train, num_items, 0, backoff)
+    return _rule_scorer(followers(train, num_items, 1), train, num_items, 0, backoff)
 
 
 def fit_sr(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float = 1,
@@ -61,14 +62,14 @@ def fit_sr(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float
       lag_power: 0: all steps count alike.
       backoff: share of popularity in the score.
     """
-    rules = _pairs(train, num_items, LONGEST_RULE, lag_power)
+    rules = followers(train, num_items, LONGEST_RULE, lag_power)
     return _rule_scorer(rules, train, num_items, decay, backoff)
 
 
 def fit_ar(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float = 1,
            backoff: float = 0.1) -> metrics.Scorer:
     """Association rules: `fit_sr` counted in both directions, so blind to order."""
-    rules = _pairs(train, num_items, LONGEST_RULE, lag_power)
+    rules = followers(train, num_items, LONGEST_RULE, lag_power)
     return _rule_scorer(rules + rules.T, train, num_items, decay, backoff)
 
 
@@ -215,22 +216,6 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, trials: int
 def _popularity(train, num_items):
     """Share of each item among the training events: float64 [V + 1]."""
     return counts(train, num_items) / max(len(train.items), 1)
-
-
-def _pairs(train, num_items, longest, lag_power):
-    """Weight of (item, item up to `longest` steps later): csr float64 [V + 1, V + 1].
-
-    An item that follows itself counts: repeats are transitions too.
-    """
-    owner = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-    before, after, weight = [], [], []
-    for lag in range(1, min(longest, len(owner) - 1) + 1):
-        same = owner[lag:] == owner[:-lag]
-        before.append(train.items[:-lag][same])
-        after.append(train.items[lag:][same])
-        weight.append(np.full(same.sum(), float(lag) ** -lag_power))
-    cells = np.concatenate(before), np.concatenate(after)
-    return sp.csr_array((np.concatenate(weight), cells), shape=(num_items + 1, num_items + 1))
 
 
 def _prefix(items, decay, num_items):

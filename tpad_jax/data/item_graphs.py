@@ -1,8 +1,6 @@
-"""Two graphs over items: which stand near each other in training sessions, and which share them.
+"""Item pairs counted in sessions: followers, neighbours and companions.
 
-Source: Wang et al. 2020 (GCE-GNN), section 3.1: items at most `window` steps apart are neighbours,
-whichever comes first; an edge weighs how often it occurs; every item keeps its heaviest edges.
-Counted on training sessions alone: a graph that has seen a test session holds its targets.
+Models and baselines count on training sessions alone: a graph of test sessions holds their targets.
 """
 
 import numpy as np
@@ -11,42 +9,65 @@ import scipy.sparse as sp
 from tpad_jax.data.sessions import Sessions
 
 
+def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float = 0.0
+              ) -> sp.csr_array:
+    """Sum the weights of every pair of an item and one up to `longest` steps later.
+
+    An item that follows itself counts: a repetition is a transition too.
+
+    Args:
+      sessions: S sessions.
+      num_items: V.
+      longest: largest number of steps between the two items.
+      lag_power: a pair `steps` apart weighs steps^-lag_power; 0: every pair weighs 1.
+
+    Returns:
+      csr float64 [V + 1, V + 1], row the earlier item, column the later one.
+    """
+    owner = np.repeat(np.arange(len(sessions.offsets) - 1), np.diff(sessions.offsets))
+    before, after, weight = [owner[:0]], [owner[:0]], [np.zeros(0)]
+    for lag in range(1, min(longest, len(owner) - 1) + 1):
+        same = owner[lag:] == owner[:-lag]
+        before.append(sessions.items[:-lag][same])
+        after.append(sessions.items[lag:][same])
+        weight.append(np.full(same.sum(), float(lag) ** -lag_power))
+    cells = np.concatenate(before), np.concatenate(after)
+    return sp.csr_array((np.concatenate(weight), cells), shape=(num_items + 1, num_items + 1))
+
+
 def neighbours(train: Sessions, num_items: int, *, window: int = 3, most: int = 12
                ) -> tuple[np.ndarray, np.ndarray]:
-    """Each item's heaviest neighbours.
+    """Find the items that occur most often close to each item, in either order.
+
+    Source: Wang et al. 2020 (GCE-GNN), section 3.1. An edge weighs how often its pair occurs, and
+    every item keeps its heaviest edges [paper].
 
     Args:
       train: S training sessions.
       num_items: V.
       window: longest distance of a pair, in steps.
-      most: neighbours kept per item; equal weights by item id.
+      most: neighbours kept per item; equal weights are ordered by item id.
 
     Returns:
       ids int32 [V + 1, most], 0 where there are fewer, and weights float32 [V + 1, most], each
       row's summing to 1 (or 0: an item without neighbours).
     """
-    owner = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-    pairs = []
-    for lag in range(1, min(window, len(owner) - 1) + 1):
-        inside = (owner[lag:] == owner[:-lag]) & (train.items[lag:] != train.items[:-lag])
-        pairs.append(np.stack([train.items[:-lag][inside], train.items[lag:][inside]]))
-    a, b = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), np.int32)
-    shape = num_items + 1, num_items + 1
-    once = sp.csr_array((np.ones(len(a), np.float32), (a, b)), shape=shape)
-    ids, weights = _heaviest(sp.coo_array(once + once.T), most)
+    directed = followers(train, num_items, window)
+    ids, weights = _heaviest(_without_loops(directed + directed.T), most)
     return ids, weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
 
 
 def companions(train: Sessions, num_items: int, *, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each item's companions: those that share most sessions with it, for how many they are in.
+    """Find the items that share most sessions with each item, relative to how frequent they are.
 
-    An edge weighs the sessions that hold both, over the square root of those that hold the
-    companion, as a cosine has it; what is kept of an item's is then scaled to a lift over chance,
-    which is 1 on average over the catalogue.
+    An edge weighs the sessions that hold both items, divided by the square root of those that hold
+    the companion, as in a cosine. The kept edges of an item are scaled to a lift over chance, which
+    is 1 on average over the catalogue [ours].
 
     Args:
-      train: S training sessions; one of n different items makes n^2 edges. num_items: V.
-      most: companions kept per item; equal weights by item id.
+      train: S training sessions; a session of n different items makes n^2 edges.
+      num_items: V.
+      most: companions kept per item; equal weights are ordered by item id.
 
     Returns:
       ids int32 [V + 1, most], 0 where there are fewer, and lifts float32 [V + 1, most], each row's
@@ -57,14 +78,18 @@ def companions(train: Sessions, num_items: int, *, most: int) -> tuple[np.ndarra
                         shape=(len(train.offsets) - 1, num_items + 1))
     held.sum_duplicates()
     held.data[:] = 1
-    graph = sp.coo_array(held.T @ held)
-    other = graph.row != graph.col
-    sessions = np.maximum(held.sum(axis=0), 1)
-    weight = graph.data[other] / np.sqrt(sessions[graph.col[other]])
-    ids, lifts = _heaviest(sp.coo_array(
-        (weight, (graph.row[other], graph.col[other])), shape=graph.shape), most)
+    graph = _without_loops(held.T @ held)
+    graph.data = graph.data / np.sqrt(np.maximum(held.sum(axis=0), 1)[graph.col])
+    ids, lifts = _heaviest(graph, most)
     total = lifts.sum(axis=1, keepdims=True)
     return ids, np.where(total > 0, num_items * lifts / np.where(total > 0, total, 1), 0)
+
+
+def _without_loops(graph: sp.csr_array) -> sp.coo_array:
+    graph = sp.coo_array(graph)
+    other = graph.row != graph.col
+    return sp.coo_array((graph.data[other], (graph.row[other], graph.col[other])),
+                        shape=graph.shape)
 
 
 def _heaviest(graph: sp.coo_array, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,8 @@ symmetric one loses what closeness told it. Where neither loses, there is no ord
 import numpy as np
 import scipy.sparse as sp
 
+from tpad_jax.core import ties
+from tpad_jax.data.item_graphs import followers
 from tpad_jax.data.sessions import Rows, Sessions, rows
 
 AT = 20  # K of the metrics
@@ -47,7 +49,7 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
             total = len(scored.target)
             picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
         for name, (steps, decay, both) in RULES.items():
-            table = _pairs(one, size, steps)
+            table = followers(one, size - 1, steps, lag_power=1)
             table = sp.csr_array(table + table.T) if both else table
             found[name].append(_places(table, scored, picked, decay) if len(picked) else None)
     return {'rows': len(picked),
@@ -59,17 +61,6 @@ def shuffled(sessions: Sessions, rng: np.random.Generator) -> Sessions:
     """The same sessions, the items of each in a random order."""
     owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
     return sessions._replace(items=sessions.items[np.lexsort((rng.random(len(owner)), owner))])
-
-
-def _pairs(sessions: Sessions, size: int, longest: int) -> sp.csr_array:
-    """Sum of 1 / steps over (item, an item up to `longest` steps later): csr f64 [size, size]."""
-    owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
-    out = sp.csr_array((size, size))
-    for steps in range(1, min(longest, len(owner) - 1) + 1):
-        same = owner[steps:] == owner[:-steps]
-        cells = sessions.items[:-steps][same], sessions.items[steps:][same]
-        out = out + sp.csr_array((np.full(same.sum(), 1 / steps), cells), shape=(size, size))
-    return out
 
 
 def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
@@ -96,9 +87,7 @@ def _summary(gain: np.ndarray, before: tuple | None, after: tuple | None) -> dic
     """A metric before and after; ties earn the mean over their orders."""
     if before is None:
         return {'before': None, 'after': None, 'error': None}
-    until = np.append(0, np.cumsum(gain))
-    earned = [(until[np.minimum(above + equal, AT)] - until[np.minimum(above, AT)]) / equal
-              for above, equal in (before, after)]
+    earned = [ties.mean_gain(gain, above, equal, AT) for above, equal in (before, after)]
     error = (earned[0] - earned[1]).std() / len(earned[0]) ** 0.5
     return {'before': float(earned[0].mean()), 'after': float(earned[1].mean()),
             'error': float(error)}

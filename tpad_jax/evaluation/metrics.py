@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
+from tpad_jax.core import ties
+
 
 class Sparse(NamedTuple):
     """Scores found + background: some cells of a row, and a back-off that all rows share.
@@ -184,8 +186,7 @@ def mean_gain(name, above, equal, k):
       float64 [...], the mean gain over the places above + 1 .. above + equal.
     """
     gains = GAINS[name](np.arange(1, np.max(k) + 1, dtype=np.float64))
-    until = np.append(0, np.cumsum(gains))  # gains of the first 0, 1, .. places together
-    return (until[np.minimum(above + equal, k)] - until[np.minimum(above, k)]) / equal
+    return ties.mean_gain(gains, above, equal, k)
 
 
 def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndarray:
