@@ -36,6 +36,9 @@ def get_config():
     c.parallel = 'auto'  # 'auto' (jit on one device, else pmap), 'jit', 'pmap' or 'shard_map'
     c.xla_flags = ''  # for the compiler, set before jax starts
     c.devices = 0  # how many devices of this process to use, 0: all
+    # of float32 matrix products outside the MLLM: 'float32', 'tensorfloat32', 'bfloat16' or
+    # 'default', which rounds operands to bfloat16 on TPUs and to TF32 on GPUs
+    c.precision = 'float32'
     c.model_shards = 1  # devices that share one part of a batch and hold a part of the table each
 
     c.refit = False  # train the chosen recommender anew on training and validation sessions

@@ -336,7 +336,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(model__form='whole', stage__transfer__eval_every=0), "config.model.form names 'whole'"),
     (dict(model__recommend='r,q'), "config.model.recommend names 'q'"),
     (dict(model__critics__align='cosine'), "config.model.critics.align names 'cosine'"),
-    (dict(parallel='threads'), "config.parallel='threads' is unknown"),
+    (dict(parallel='threads'), "config.parallel='threads': unknown value"),
     (dict(devices=9), 'config.devices=9, but this process has 8'),
     (dict(data__raw_dir='/no/such/place'), '/no/such/place: no such directory'),
     (dict(mllm__base='/no/such/base'), '/no/such/base holds no base'),

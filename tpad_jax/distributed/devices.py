@@ -1,4 +1,4 @@
-"""The one place that says jit, pmap or shard_map, and puts batches and parameters on devices."""
+"""The only module that chooses between jit, pmap and shard_map and places arrays on devices."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from tpad_jax.core.precision import PRECISIONS, at_precision
 from tpad_jax.errors import InputError
 from tpad_jax.types import Batch
 
@@ -18,12 +19,12 @@ AXIS = 'data'
 MODEL = 'model'
 ITEMS = r'(^|/)recommender/fusion/id$'  # the table that grows with the catalogue
 
-# How an array of a state lies on the axis 'model': the first rule whose pattern is found in its
-# path and whose parts are whole decides. An optimiser's moments have the path of their parameter at
-# the end of their own. V+1 rows that do not divide leave the table to its columns; one for which
-# neither fits has no rule.
-# A checkpoint's decoder is cut so that a layer needs one sum over 'model' behind its attention and
-# one behind its MLP; kernels are stacked over layers, [layers, in, out].
+# How an array of a state is partitioned along the axis 'model'. The first rule applies that matches
+# the array's path and cuts it into equal parts. The path of an optimiser's moments ends with the
+# path of their parameter. The item table is cut by columns where its V+1 rows do not divide. An
+# array that fits no rule is an error.
+# The decoder of a checkpoint is cut so that a layer needs one sum over 'model' after its attention
+# and one after its MLP. Kernels are stacked over layers, [layers, in, out].
 LAYERS = r'(^|/)base/decoder/layers/'
 RULES = (
     (ITEMS, PartitionSpec(MODEL, None)),
@@ -34,78 +35,103 @@ RULES = (
 )
 
 
-def compiled(fn: Callable, platform: str | None = None, **options) -> Callable:
-    """jax.jit, which on CPU stops at LLVM's first level: half the compile time, the same speed.
+def compiled(fn: Callable, platform: str | None = None, precision: str = 'float32',
+             **options) -> Callable:
+    """Compile a function with jax.jit at a precision of float32 products.
 
-    XLA_FLAGS that name a level go before. `platform`: compiled for, None: this process's own.
+    On CPU, LLVM stops at its first optimisation level: half the compile time, the same speed. A
+    level that XLA_FLAGS names has priority.
+
+    Args:
+      fn: the function.
+      platform: the platform to compile for. None: the default backend.
+      precision: of products outside the MLLM, one of PRECISIONS.
+      **options: more arguments of jax.jit.
+
+    Returns:
+      The jitted function.
     """
     level = 'xla_backend_optimization_level'
     quick = ((platform or jax.default_backend()) == 'cpu'
              and level not in os.environ.get('XLA_FLAGS', ''))
-    return jax.jit(fn, compiler_options={level: 1} if quick else None, **options)
+    return jax.jit(at_precision(fn, precision), compiler_options={level: 1} if quick else None,
+                   **options)
 
 
 @dataclass(frozen=True)
 class Devices:
-    """How a step is spread over devices.
+    """How a step is distributed over devices.
 
     Attributes:
       how: 'jit' (one device), 'pmap' or 'shard_map'.
-      devices: the devices used, in batch order, those of a process beside each other.
-      model: neighbours that share one part of the batch and hold a part of each sharded parameter.
-      processes: whose devices these are, equally many of each.
+      devices: the devices used, in batch order. The devices of a process are adjacent.
+      model: adjacent devices that share one part of the batch. Each holds a part of every sharded
+        parameter.
+      processes: number of processes. Each has the same number of devices.
+      precision: of float32 products outside the MLLM, one of PRECISIONS.
     """
 
     how: str
     devices: tuple
     model: int = 1
     processes: int = 1
+    precision: str = 'float32'
 
     @property
     def shards(self) -> int:
-        """Parts a batch is cut in."""
+        """Number of parts that a batch is cut into."""
         return len(self.devices) // self.model
 
     def drawn_here(self, accumulate: int = 1) -> dict:
-        """Which rows of a batch this process draws and how they are cut, as data/batches.py takes
-        it; each device's share in `accumulate` parts.
+        """Return the rows of a batch that this process draws, as arguments of data/batches.py.
+
+        Args:
+          accumulate: parts into which each device cuts its rows.
         """
         return dict(processes=self.processes, shards=self.shards // self.processes * accumulate,
                     process=jax.process_index() if self.processes > 1 else 0)
 
     @property
     def own(self) -> 'Devices':
-        """Devices of this process alone, for what each process does for itself."""
+        """The devices of this process, for work that processes do not share."""
         if self.processes == 1:
             return self
         mine = tuple(d for d in self.devices if d.process_index == jax.process_index())
         how = 'jit' if len(mine) == 1 else self.how
-        return Devices(how, mine, self.model)
+        return Devices(how, mine, self.model, precision=self.precision)
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of the devices: 'data', and 'model' where parameters are sharded."""
+        """The mesh of the devices: axis 'data', and axis 'model' where parameters are sharded."""
         if self.model == 1:
             return Mesh(np.array(self.devices), (AXIS,))
         return Mesh(np.array(self.devices).reshape(-1, self.model), (AXIS, MODEL))
 
     def lift(self, step: Callable) -> Callable:
-        """The step (state, batch, catalogue, *, axis) compiled for these devices; state is donated.
+        """Compile a step for these devices. The state is donated.
 
-        State and catalogue have no device axis whichever way, so a checkpoint fits all three.
+        State and catalogue never have a device axis, so a checkpoint fits jit, pmap and shard_map.
+
+        Args:
+          step: (state, batch, catalogue, *, axis) -> new state.
+
+        Returns:
+          (state, batch, catalogue) -> new state.
         """
-        lifted = partial(compiled, platform=self.devices[0].platform, donate_argnums=0)
+        lifted = partial(compiled, platform=self.devices[0].platform, donate_argnums=0,
+                         precision=self.precision)
         if self.how == 'jit':
             return lifted(partial(step, axis=None))
         if self.how == 'pmap':
-            return jax.pmap(partial(step, axis=AXIS), axis_name=AXIS, in_axes=(None, 0, None),
-                            out_axes=None, donate_argnums=0, devices=self.devices)
-        if self.shards == 1:  # and nothing to map over
+            return jax.pmap(at_precision(partial(step, axis=AXIS), self.precision), axis_name=AXIS,
+                            in_axes=(None, 0, None), out_axes=None, donate_argnums=0,
+                            devices=self.devices)
+        if self.shards == 1:  # the batch stays in one part
             step = partial(step, axis=None)
         else:
             shared, split = PartitionSpec(), PartitionSpec(AXIS)
-            # Only 'data' is the step's own affair; what 'model' needs, the compiler adds.
-            # check_vma=False: the step averages gradients itself (True would sum them already)
+            # The step handles 'data' itself; the compiler adds communication along 'model'.
+            # check_vma=False: the step averages gradients itself (True would already sum them)
             step = jax.shard_map(partial(step, axis=AXIS), mesh=self.mesh,
                                  in_specs=(shared, split, shared), out_specs=shared,
                                  axis_names={AXIS}, check_vma=False)
@@ -117,16 +143,19 @@ class Devices:
         return lifted(step if self.model == 1 else placed)
 
     def split(self):
-        """Where a batch lies: its rows in as many parts as there are shards."""
+        """Return the sharding of a batch: its rows in as many parts as there are shards."""
         if self.how == 'jit':
             return SingleDeviceSharding(self.devices[0])
         return NamedSharding(self.mesh, PartitionSpec(AXIS))
 
     def shardings(self, tree):
-        """Where each array of a tree lies when it is shared: whole everywhere, or by `RULES`.
+        """Return the sharding of each shared array: a copy on every device, or parts by `RULES`.
+
+        Args:
+          tree: arrays, or shapes.
 
         Raises:
-          InputError: no rule fits an array.
+          InputError: an array fits no rule.
         """
         if self.how == 'jit':
             return jax.tree.map(lambda _: SingleDeviceSharding(self.devices[0]), tree)
@@ -140,91 +169,109 @@ class Devices:
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
     def share(self, tree):
-        """The same arrays for every part of the batch, each device with its part of them.
+        """Place arrays that every part of the batch reads, each by its sharding.
 
-        Every process gives the same.
+        Args:
+          tree: arrays, the same in every process.
         """
         if self.processes == 1:
             return jax.device_put(tree, self.shardings(tree))
-        return jax.tree.map(_laid, tree, self.shardings(tree))
+        return jax.tree.map(_place_shared, tree, self.shardings(tree))
 
     def local(self, tree):
-        """Shared arrays whole and as this process's own; what they are already with one process."""
+        """Copy shared arrays completely into this process. With one process, return them as is."""
         if self.processes == 1:
             return tree
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        tree = jax.tree.map(lambda x: jax.device_put(x, whole), tree)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        tree = jax.tree.map(lambda x: jax.device_put(x, everywhere), tree)
         return jax.tree.map(lambda x: jnp.asarray(np.asarray(x.addressable_data(0))), tree)
 
     def place(self, batch: dict) -> Batch:
-        """A host batch {field: numpy [shards * b, ...]} on the devices; returns at once.
+        """Send a host batch to the devices, without waiting for the transfer.
 
-        Each of several processes gives the rows of its own devices.
+        Args:
+          batch: {field: numpy [shards * b, ...]}. With several processes, the rows of this
+            process's devices.
         """
         batch = Batch.of(batch)
         if self.processes > 1:
-            lay = partial(jax.make_array_from_process_local_data, self.split())
-            return jax.tree.map(lay, batch)
+            place = partial(jax.make_array_from_process_local_data, self.split())
+            return jax.tree.map(place, batch)
         if self.how == 'pmap':
             batch = jax.tree.map(lambda x: x.reshape(self.shards, -1, *x.shape[1:]), batch)
         return jax.device_put(batch, self.split())
 
 
-def choose(parallel: str, count: int, model: int = 1, among=None) -> Devices:
-    """Devices for `config.parallel`, `config.devices` (0: all) and `config.model_shards`.
+def choose(parallel: str, count: int, model: int = 1, among=None,
+           precision: str = 'float32') -> Devices:
+    """Choose the devices of a run.
 
-    `among`: the devices there are, None: this process's. Those of another machine's topology do to
-    compile for it, and for arithmetic anything that can be counted. They are one process's.
+    Every process brings the same number of devices. Devices that share a parameter belong to one
+    process.
 
-    Of several processes each brings as many; devices that share a parameter are of one process.
+    Args:
+      parallel: config.parallel.
+      count: config.devices, devices per process. 0: all.
+      model: config.model_shards.
+      among: devices to choose from, treated as those of one process. Devices of another machine's
+        topology serve to compile for it, and any countable objects serve for arithmetic. None: the
+        devices of this process.
+      precision: config.precision.
 
     Raises:
-      InputError: no such way, more devices asked for than there are, or no whole parts of them; or
-        several processes that have unequal numbers of devices or are to go another way than
-        shard_map.
+      InputError: an unknown option, more devices than there are, a number that `model` does not
+        divide, processes with different numbers of devices, or several processes without shard_map.
     """
-    ways = ('auto', 'jit', 'pmap', 'shard_map')
-    if parallel not in ways:
-        raise InputError(f'config.parallel={parallel!r} is unknown; choose {", ".join(ways)}')
+    for option, value, choices in (('parallel', parallel, ('auto', 'jit', 'pmap', 'shard_map')),
+                                   ('precision', precision, PRECISIONS)):
+        if value not in choices:
+            raise InputError(f'config.{option}={value!r}: unknown value. Expected one of '
+                             f'{", ".join(choices)}. Fix: choose one of these')
     local = list(jax.local_devices() if among is None else among)
     if not 0 <= count <= len(local):
-        there = 'this process has' if among is None else 'there are'
-        raise InputError(f'config.devices={count}, but {there} {len(local)}; '
-                         'choose at most that many, or 0 for all')
+        raise InputError(f'config.devices={count}: {len(local)} devices are available. Expected 0 '
+                         f'to {len(local)}. Fix: choose a number in this range; 0 takes all')
     count = count or len(local)
     if model < 1 or (model > 1 and count % model):
-        raise InputError(f'config.model_shards={model} does not divide the {count} devices; choose '
-                         'a divisor of their number, or 1 to keep parameters whole')
+        raise InputError(f'config.model_shards={model}: does not divide the {count} devices. '
+                         'Expected a divisor. Fix: choose a divisor, or 1 to copy parameters to '
+                         'every device')
     how, processes = parallel, jax.process_count() if among is None else 1
     if how == 'auto':
         how = 'shard_map' if model > 1 or processes > 1 else 'jit' if count == 1 else 'pmap'
     if model > 1 and how != 'shard_map':
-        raise InputError(f'config.model_shards={model} needs shard_map, not {how}; set '
-                         'config.parallel=shard_map or auto')
+        raise InputError(f'config.model_shards={model}: config.parallel={how!r} cannot shard '
+                         'parameters. Expected shard_map. Fix: set config.parallel=shard_map or '
+                         'auto')
     if processes == 1:
-        return Devices(how, tuple(local[:1] if how == 'jit' else local[:count]), model)
+        return Devices(how, tuple(local[:1] if how == 'jit' else local[:count]), model,
+                       precision=precision)
     if how != 'shard_map':
-        raise InputError(f'config.parallel={how} is for one process, and there are {processes}; '
-                         'set it to shard_map or auto')
+        raise InputError(f'config.parallel={how!r}: works in one process, but there are '
+                         f'{processes}. Expected shard_map. Fix: set config.parallel=shard_map or '
+                         'auto')
     each = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
-    if any(len(found) < count or len(found) != len(each[0]) for found in each):
-        raise InputError(f'the processes have {", ".join(str(len(found)) for found in each)} '
-                         'devices; give each the same number')
-    return Devices(how, tuple(d for found in each for d in found[:count]), model, processes)
+    counts = [len(devices) for devices in each]
+    if min(counts) < count or len(set(counts)) > 1:
+        raise InputError(f'config.devices={count}: the processes have '
+                         f'{", ".join(map(str, counts))} devices. Expected the same number in '
+                         'every process. Fix: start every process with the same number')
+    return Devices(how, tuple(d for devices in each for d in devices[:count]), model, processes,
+                   precision)
 
 
-def _laid(x, sharding):
-    """An array that every process has, where a sharding over all of them wants it."""
+def _place_shared(x, sharding):
+    """Place an array that every process has by a sharding over all processes."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, sharding)
     x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _rule(path: str, shape: tuple, model: int) -> PartitionSpec:
-    found = [spec for pattern, spec in RULES if re.search(pattern, path)]
-    for spec in found:
-        if all(n % model == 0 for n, axis in zip(shape, spec, strict=False) if axis == MODEL):
+    for pattern, spec in RULES:
+        if re.search(pattern, path) and all(
+                n % model == 0 for n, axis in zip(shape, spec, strict=False) if axis == MODEL):
             return spec
-    raise InputError(f'no rule of parallel.RULES fits {path} {list(shape)} in {model} parts; '
-                     'choose config.model_shards to divide its rows or its width')
+    raise InputError(f'config.model_shards={model}: does not divide {path} {list(shape)}. Expected '
+                     'a divisor of its rows or of its width. Fix: choose such a number')

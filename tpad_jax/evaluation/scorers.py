@@ -83,14 +83,14 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
     if not several:
         specs = (specs,)
 
-    @compiled
+    @partial(compiled, precision=devices.precision)
     def table(params, catalogues):
         return jnp.concatenate([tpad.z_table(spec, *own) for spec, *own in
                                 zip(specs, params, catalogues, strict=True)], axis=1)
 
     encode, shifts = session_encoder(specs), session_shifts(specs)
 
-    @compiled
+    @partial(compiled, precision=devices.precision)
     def score(weights, z, items):
         scores = encode(weights, z, items) @ z.T
         if shifts is not None:

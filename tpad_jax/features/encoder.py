@@ -95,7 +95,7 @@ class Encoder:
         self._split = where
         if isinstance(where, NamedSharding):
             self._split = NamedSharding(where.mesh, PartitionSpec(AXIS))
-        self._read = compiled(self._encode)
+        self._read = compiled(self._encode, precision=self._devices.precision)
         self._lay = compiled(_lay, donate_argnums=0, out_shardings=where)
         self._whole = where
 

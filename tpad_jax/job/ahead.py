@@ -113,7 +113,7 @@ def lines(config, workdir, said: str, items: int | None = None) -> list[str]:
     stages = check(config, among)
     c, workdir = config, Path(workdir)
     total, sizes, positions, source = facts(c, workdir, items)
-    devices = devices_lib.choose(c.parallel, c.devices, c.model_shards, among)
+    devices = devices_lib.choose(c.parallel, c.devices, c.model_shards, among, c.precision)
     catalogue, shared = rows(c, total, len(sizes)), dict(
         recommend=names(c.model.recommend), items=total, max_length=positions, side_sizes=sizes)
     key = jax.random.key(0)

@@ -58,7 +58,8 @@ class Job:
         """Prepare data and parameters; `stopping` is asked between and within stages."""
         self.config, self.workdir, self.stopping = config, workdir, stopping
         self.profile = profile
-        self.devices = devices.choose(config.parallel, config.devices, config.model_shards)
+        self.devices = devices.choose(config.parallel, config.devices, config.model_shards,
+                                      precision=config.precision)
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, 0.0, {}
         self.content = None
         self.source = sources.chosen(config)

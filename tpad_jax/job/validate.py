@@ -49,8 +49,8 @@ def check(config, among=None) -> tuple[str, ...]:
     _one_of('model.encoder', config.model.encoder, tpad.ENCODERS)
     _check_blend(config.model)
     _at_least(1, 'model_shards', config.model_shards)
-    shards = devices.choose(config.parallel, config.devices, config.model_shards,
-                             among).shards
+    shards = devices.choose(config.parallel, config.devices, config.model_shards, among,
+                            config.precision).shards
     for stage in stages:
         _check_stage(config, stage, shards)
     for key in ('save_every', 'log_every'):

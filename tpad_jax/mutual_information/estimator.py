@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from scipy import stats
 
+from tpad_jax.core.precision import exact_products
 from tpad_jax.errors import InputError
 from tpad_jax.mutual_information import bounds
 from tpad_jax.mutual_information.critics import KINDS, Critic, GaussianQ, Score
@@ -141,6 +142,7 @@ def from_pairs(key, data, step, batch):
 
 
 @partial(jax.jit, static_argnames=('spec', 'draw'))
+@exact_products
 def fit(key, data, spec: Training, draw: Callable = from_pairs):
     """Train a critic; one compiled program.
 
@@ -245,6 +247,7 @@ def report(bound, score, x, y, *, batch=256, seen=None, curve=None, level=0.95, 
 
 
 @partial(jax.jit, static_argnames=('bound', 'batch'))
+@exact_products
 def _in_batches(bound, score, x, y, batch):
     def one(pairs):
         scores, own, negative = _batch(score, *pairs)
@@ -270,6 +273,7 @@ class Sums(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=('of', 'chunk'))
+@exact_products
 def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024) -> Sums:
     """Sums of a function of f(x_i, y_j) over the j != i of each i, and over the i of each j.
 

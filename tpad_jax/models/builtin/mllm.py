@@ -7,6 +7,7 @@ readers are written against these.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
 from tpad_jax.models.builtin.vision import VisionTower
 from tpad_jax.models.stream import Stream
@@ -43,6 +44,7 @@ class MLLM(nn.Module):
                               embedding_init=nn.initializers.normal(self.width**-0.5))
         self.decoder = Transformer(self.layers, self.heads, self.hidden)
 
+    @mllm_precision
     def frame(self, image, there) -> Stream:
         """Images uint8 [B, H, W, 3], there bool [B] -> their tokens [B, P, D]."""
         x = self.projector[1](nn.gelu(self.projector[0](self.vision(image))))
@@ -61,6 +63,7 @@ class MLLM(nn.Module):
         """Token ids int32 [..., T], mask bool [..., T] -> their part of a stream."""
         return streams.plain(self.words(tokens), mask)
 
+    @mllm_precision
     def __call__(self, stream: Stream, at=None):
         """Read a stream [B, L] -> hidden states [B, L, D] after the last norm, or of tokens at
         int32 [B, n] alone, [B, n, D].

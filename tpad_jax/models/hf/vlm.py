@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
 from tpad_jax.models.hf import pixels
 from tpad_jax.models.hf import spec as specs
@@ -79,6 +80,7 @@ class VLM(nn.Module):
         """D, of the decoder."""
         return self.spec.decoder.width
 
+    @mllm_precision
     def see(self, image, there) -> Stream:
         """Images uint8 [..., side, side, 3], there bool [...] -> their tokens [..., P, D]."""
         s, lead = self.spec, image.shape[:-3]
@@ -141,6 +143,7 @@ class VLM(nn.Module):
                                                   a, b), seen, said)
         return out.replace(mask=mask)
 
+    @mllm_precision
     def __call__(self, stream: Stream, every=False, at=None):
         """Read a stream [B, L]. -> states [B, L, D] after the last norm; every: and behind each
         layer, [layers, B, L, D]; at int32 [B, n]: of these tokens alone, [B, n, D].
@@ -153,6 +156,7 @@ class VLM(nn.Module):
                                     stream.deep, every=every, at=at)
         return (h, states) if every else h
 
+    @mllm_precision
     def decode(self, stream: Stream, cache: dict, index):
         """Read on where a cache ends.
 
@@ -181,6 +185,7 @@ class VLM(nn.Module):
         return dict(k=jnp.zeros(shape, self.dtype), v=jnp.zeros(shape, self.dtype),
                     mask=jnp.zeros((rows, length), bool), position=jnp.zeros(rows, jnp.int32))
 
+    @mllm_precision
     def logits(self, h):
         """States [..., D] -> float32 [..., V]."""
         if self.spec.decoder.tied:
