@@ -3,8 +3,10 @@
 The stage that compiles quickest stands for all; `python -m benchmarks.replicas` runs each of them.
 """
 
+import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -55,22 +57,28 @@ def work(coordinator, process, directory, *stages):
     return store(found)
 
 
-def together(directory, *stages):
-    """What both processes found of the stages."""
-    with socket.socket() as one:
-        one.bind(('127.0.0.1', 0))
-        coordinator = f'127.0.0.1:{one.getsockname()[1]}'
+def two(arguments, seconds=1200):
+    """Run python with (coordinator, number) -> arguments twice; exit statuses, stdout, stderr."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        coordinator = f'127.0.0.1:{free.getsockname()[1]}'
     changes = {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', 'device_count=4'),
                'PYTHONPATH': str(Path(__file__).parents[2])}
-    running = [subprocess.Popen([sys.executable, __file__, coordinator, str(i), directory, *stages],
-                                env=os.environ | changes, stderr=subprocess.PIPE,
-                                text=True) for i in range(2)]
+    running = [subprocess.Popen([sys.executable, *arguments(coordinator, str(i))],
+                                env=os.environ | changes, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for i in range(2)]
     try:
-        errors = [run.communicate(timeout=1200)[1] for run in running]
+        output = [run.communicate(timeout=seconds) for run in running]
     finally:
         for run in running:
             run.kill()
-    assert [run.returncode for run in running] == [0, 0], errors
+    return [run.returncode for run in running], *zip(*output, strict=True)
+
+
+def together(directory, *stages):
+    """What both processes found of the stages."""
+    codes, _, errors = two(lambda coordinator, i: (__file__, coordinator, i, directory, *stages))
+    assert codes == [0, 0], errors
     return [pickle.loads((directory / f'{i}.pickle').read_bytes()) for i in range(2)]
 
 
@@ -122,8 +130,49 @@ def test_a_whole_job_leaves_what_one_process_leaves(pair, tmp_path):
     assert written[0] == written[1]  # by one of them alone
 
 
+FAILING = """
+import json
+import sys
+from tpad_jax.distributed import hosts
+from tpad_jax.errors import InputError, Stopped
+
+coordinator, process, failing, meeting = sys.argv[1:]
+hosts.join(coordinator, 2, int(process))
+done = []
+try:
+    with getattr(hosts, meeting)('data'):
+        if process == failing:
+            raise InputError('config.json: damaged')
+        done.append('block')
+except InputError as error:
+    done.append(str(error))
+try:
+    with hosts.one_first('images'):
+        if process == failing:
+            raise Stopped('at step 3')
+except Stopped as error:
+    done.append(str(error))
+print(json.dumps(done))
+"""
+
+
+@pytest.mark.parametrize(('meeting', 'failing', 'before', 'where'), [
+    ('one_first', '0', [], 'data'),  # the other process has not entered the block
+    ('one_first', '1', ['block'], 'data, other processes'), ('joined', '1', ['block'], 'data')])
+def test_an_error_in_one_process_ends_all(meeting, failing, before, where):
+    codes, output, errors = two(lambda coordinator, i: (
+        '-c', FAILING, coordinator, i, failing, meeting), seconds=60)
+    assert codes == [0, 0], errors
+    found = {str(i): json.loads(lines.splitlines()[-1]) for i, lines in enumerate(output)}
+    assert found.pop(failing) == ['config.json: damaged', 'at step 3']
+    *done, failed, stopped = next(iter(found.values()))
+    assert done == before
+    assert failed.startswith(f"process {failing} failed in '{where}': InputError: config.json: ")
+    assert re.fullmatch(f"process {failing} stopped in 'images.*': at step 3", stopped)
+
+
 @pytest.mark.parametrize(('how', 'says'), [
-    ('pmap', 'is for one process, and there are 2'), ('auto', 'processes have 8, 0 devices')])
+    ('pmap', 'works in one process, but there are 2'), ('auto', 'processes have 8, 0 devices')])
 def test_two_processes_go_by_shard_map_and_bring_equally_many(monkeypatch, how, says):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)
     with pytest.raises(InputError, match=says):
@@ -133,7 +182,7 @@ def test_two_processes_go_by_shard_map_and_bring_equally_many(monkeypatch, how, 
 @pytest.mark.parametrize('given', [
     ('127.0.0.1:1', 0, -1), ('', 2, 0), ('127.0.0.1:1', 2, 2), ('127.0.0.1', 2, 0)])
 def test_a_process_that_is_not_named_whole_is_refused(given):
-    with pytest.raises(InputError, match='give all three'):
+    with pytest.raises(InputError, match='Fix: give all three'):
         hosts.join(*given)
 
 
