@@ -78,7 +78,8 @@ def differences(runs: list[Run], names: list[str], trained: list[str],
         try:
             rows = []
             for model in shared:
-                found = compare.compare([run.ranks], [first.ranks], (model, model))['slices']['all']
+                found = compare.compare([run.ranks], [first.ranks], (model, model),
+                                        sliced=False)['slices']['all']
                 rows.append((model, {metric: sections.told(found[metric]) for metric in METRICS}))
             out.append({'name': name, 'rows': rows, 'why': '' if rows else
                         'they have no model in common.'})

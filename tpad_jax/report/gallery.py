@@ -177,7 +177,7 @@ def _picture(encoded):
     with images.quiet():
         pixels = images.decode(encoded, PICTURE)
     packed = io.BytesIO()
-    Image.fromarray(pixels).save(packed, 'WEBP', quality=QUALITY, method=6)
+    Image.fromarray(pixels).save(packed, 'WEBP', quality=QUALITY)
     return 'data:image/webp;base64,' + base64.b64encode(packed.getvalue()).decode()
 
 

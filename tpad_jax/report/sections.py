@@ -32,8 +32,8 @@ def best(models: dict, names: list[str]) -> str:
 
 def difference(ranks: compare.Run, main: str, other: str) -> dict:
     """hit@20 of one model minus another's on the same rows, in words, from `compare`."""
-    found = compare.compare([ranks], [ranks], (main, other))['slices']['all'][SELECT]
-    return {'other': other, **told(found)}
+    found = compare.compare([ranks], [ranks], (main, other), sliced=False)['slices']['all']
+    return {'other': other, **told(found[SELECT])}
 
 
 def told(cell: dict) -> dict:
