@@ -27,7 +27,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax.core.startup import STOPPED, begin
+from tpad_jax.core.cli import STOPPED
+from tpad_jax.core.startup import begin
 from tpad_jax.errors import Stopped
 
 FLAGS = flags.FLAGS

@@ -13,6 +13,7 @@ import tpad_jax
 from tests import tiny_base, tiny_served
 from tests.tiny_served import V
 from tpad_jax import export
+from tpad_jax.core import startup
 from tpad_jax.data.sources import external_features
 from tpad_jax.serving import ann
 
@@ -49,7 +50,7 @@ def sessions_of(rows):
 
 def written(run, tmp_path, monkeypatch, *argv):
     """The run's object and the directory of its export."""
-    monkeypatch.setattr(export, 'begin', lambda flags: None)
+    monkeypatch.setattr(startup, 'prepare', lambda: None)
     assert export.main([str(run), str(tmp_path / 'out'), '--k', '7', '--rows', '16',
                         *map(str, argv)]) == 0
     return tpad_jax.load(run), tmp_path / 'out'
@@ -113,17 +114,17 @@ def test_recall():
 
 
 @pytest.mark.parametrize(('argv', 'said'), [
-    (['--ann'], '--ann has to say its recall'), (['--k', '0'], 'k=0: a whole number from 1'),
-    (['--rows', '0'], '--rows=0: a number from 1 to 4096'),
+    (['--ann'], '--ann needs sessions'), (['--k', '0'], 'k=0: a whole number from 1'),
+    (['--rows', '0'], '--rows: 0: out of range. Expected from 1 to 4096'),
     (['--sessions', '/nowhere.jsonl'], '/nowhere.jsonl does not exist')])
 def test_unusable_arguments(run, tmp_path, monkeypatch, capsys, argv, said):
-    monkeypatch.setattr(export, 'begin', lambda flags: None)
+    monkeypatch.setattr(startup, 'prepare', lambda: None)
     assert export.main([str(run), str(tmp_path / 'out'), *argv]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_directory_that_cannot_be_made(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, 'begin', lambda flags: None)
+    monkeypatch.setattr(startup, 'prepare', lambda: None)
     (tmp_path / 'file').write_text('')
     assert export.main([str(run), str(tmp_path / 'file')]) == 2
-    assert 'choose another DIR' in capsys.readouterr().err
+    assert f'{tmp_path}/file: File exists; finished work is kept' in capsys.readouterr().err

@@ -120,7 +120,7 @@ def test_an_interrupt_saves_and_says_so(tmp_path):
     assert run.returncode == 75, err
     last = err.splitlines()[-1]
     assert last.startswith('launch.py: stopped in stage knowledge after step ')
-    assert last.endswith('; the same command goes on from there')
+    assert last.endswith('; run the same command again to resume')
     assert 'Traceback' not in err
     step = int(last.split('after step ')[1].split(';')[0])
     saved = tmp_path / 'run' / 'stages' / 'knowledge'

@@ -12,6 +12,7 @@ import pytest
 import tpad_jax
 from tests import tiny_base, tiny_served
 from tpad_jax import recommend
+from tpad_jax.core import startup
 from tpad_jax.serving import recommender
 
 
@@ -26,7 +27,7 @@ def run(tmp_path_factory):
 def command(run, monkeypatch, capfd):
     """argv behind the run -> exit status, standard output, standard error."""
     def call(*argv, stopping=lambda: False):
-        monkeypatch.setattr(recommend, 'begin', lambda flags: stopping)
+        monkeypatch.setattr(startup, 'begin', lambda: stopping)
         status = recommend.main([str(run), *map(str, argv)])
         return status, *capfd.readouterr()
 
@@ -91,8 +92,8 @@ def test_lines_that_are_no_sessions(command, tmp_path):
     assert len(found) == 32
     for line, reason in ((2, 'bad_json'), (4, 'no_session'), (6, 'session_of_no_item_ids'),
                          (10, 'bad_json'), (38, 'bad_encoding')):
-        assert f'line {line} is left out: {reason}' in told
-    assert '5 lines left out' in told
+        assert f'line {line} is skipped: {reason}' in told
+    assert '5 lines skipped' in told
     assert 'line 5 ' not in told  # a blank line is no damage
     assert (found[2]['line'], found[2]['unknown']) == (7, ['no', '7'])
     assert (found[4]['id'], found[4]['empty']) == ({'a': 1}, True)
@@ -104,7 +105,7 @@ def test_tables_in_and_out(command, run, tmp_path):
     pl.DataFrame({'id': range(len(sessions)), 'session': sessions}).write_parquet(given)
     status, printed, told = command('--sessions', given, '--k', 4, '--out', out)
     assert (status, printed) == (0, '')
-    assert 'line 21 is left out: no_session' in told
+    assert 'line 21 is skipped: no_session' in told
     table = pl.read_parquet(out)
     like = tpad_jax.load(run).recommend([*SESSIONS[:20], [], ['I1', 'no']], k=4)
     assert table['items'].to_list() == like.items
@@ -127,7 +128,7 @@ def test_too_many_lines_left_out(command, tmp_path):
     assert '--bad_share=0.04' in told
     assert not out.exists()
     partial = tmp_path / 'out.jsonl.partial'
-    assert f'what was answered lies in {partial}' in told
+    assert f'The answers so far are in {partial}' in told
     assert len(partial.read_text().splitlines()) == 20
 
 
@@ -136,7 +137,7 @@ def test_a_signal_keeps_what_was_answered(command, tmp_path):
     status, _, told = command('--sessions', write(tmp_path / 'sessions.jsonl'), '--out', out,
                               stopping=lambda: True)
     assert status == 75
-    assert f'stopped behind line {recommender.SIZES[-1]}; what was answered lies in {out}.' in told
+    assert f'stopped after line {recommender.SIZES[-1]}. The answers so far are in {out}.' in told
     assert len((tmp_path / 'out.jsonl.partial').read_text().splitlines()) == recommender.SIZES[-1]
 
 

@@ -10,6 +10,7 @@ from playwright.sync_api import sync_playwright
 from benchmarks import service as load
 from tests import tiny_base, tiny_served
 from tpad_jax import serve
+from tpad_jax.core import startup
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
@@ -73,10 +74,10 @@ def test_the_page_in_a_browser(run, tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'said'), [
-    (['nowhere'], 'holds no run'), (['--k', '0'], '--k and --waiting are at least 1'),
-    (['--port', '99999'], '--port below 65536')])
+    (['nowhere'], 'holds no run'), (['--k', '0'], '--k: 0: out of range. Expected 1 or more'),
+    (['--port', '99999'], '--port: 99999: out of range. Expected from 0 to 65535')])
 def test_refusals(run, monkeypatch, capsys, argv, said):
-    monkeypatch.setattr(serve, 'begin', lambda flags: lambda: False)
+    monkeypatch.setattr(startup, 'begin', lambda: lambda: False)
     assert serve.main([str(run), *argv] if argv[0][0] == '-' else argv) == 2
     told = capsys.readouterr().err
     assert told.count('\n') == 1
@@ -84,10 +85,10 @@ def test_refusals(run, monkeypatch, capsys, argv, said):
 
 
 def test_a_port_that_is_taken(run, monkeypatch, capsys):
-    monkeypatch.setattr(serve, 'begin', lambda flags: lambda: False)
+    monkeypatch.setattr(startup, 'begin', lambda: lambda: False)
     with socket.create_server(('127.0.0.1', 0)) as taken:
         port = taken.getsockname()[1]
         assert serve.main([str(run), '--port', str(port)]) == 2
     told = capsys.readouterr().err
-    assert f'127.0.0.1:{port} cannot be listened on' in told
+    assert f'127.0.0.1:{port} is not available' in told
     assert told.count('\n') == 1

@@ -119,7 +119,7 @@ def _data():
                 side=side, side_sizes=sizes, train=train, valid=train, test=train, warm=warm,
                 lines={}, audit={}, fingerprint='f', form='2018',
                 vocabulary=text.side_vocabulary(table, warm))
-    tokens = text.tokenize(texts, tiny_base.pretrained.DEFAULT, T)
+    tokens = text.tokenize(texts, tiny_base.files.DEFAULT, T)
     return data, Content(image=pixels, has_image=seen, tokens=tokens, broken=0)
 
 

@@ -5,6 +5,8 @@
 """
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -301,8 +303,8 @@ def partnered(config):
         other.update(changes)
     except (KeyError, TypeError) as error:
         raise InputError(f'config.partner does not fit the config: {error.args[0]}') from error
-    before = dict(_flat(config))
-    for key, value in _flat(other):
+    before = dict(flat(config))
+    for key, value in flat(other):
         if key.startswith(('partner', 'losses.', 'stage.recommend.')) or value == before.get(key):
             continue
         if key not in {f'model.{name}' for name in PARTNER_CHANGES}:
@@ -311,9 +313,10 @@ def partnered(config):
     return other
 
 
-def _flat(tree, prefix=''):
+def flat(tree: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a nested config as ('a.b.c', value)."""
     for key, value in tree.items():
         if isinstance(value, ConfigDict):
-            yield from _flat(value, f'{prefix}{key}.')
+            yield from flat(value, f'{prefix}{key}.')
         else:
             yield f'{prefix}{key}', value

@@ -1,4 +1,4 @@
-"""What ends a run before its time and is no defect: unusable input, and a signal."""
+"""Exceptions that end a command and are not defects: unusable input, and a signal."""
 
 import errno
 
@@ -6,14 +6,14 @@ import errno
 class InputError(ValueError):
     """Unusable input or config.
 
-    The message is one sentence that names the file, line, field or key and the remedy; `launch.py`
-    prints it and leaves with status 2 before anything is computed.
+    The message is one sentence that names the file, line, field or key, the rule and the fix. A
+    command prints it and exits with status 2 before anything is computed.
     """
 
 
-# What the system calls a place that nothing more can be written to: full, too large, or read-only.
+# Error numbers of a disk or directory that takes no more data: full, too large or read-only.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved. `launch.py` leaves with status 75."""
+    """A signal asked the run to stop, and its state is saved. A command exits with status 75."""

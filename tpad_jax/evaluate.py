@@ -5,4 +5,4 @@ import sys
 from tpad_jax.evaluation import compare
 
 if __name__ == '__main__':
-    sys.exit(compare.main(sys.argv[1:]))
+    sys.exit(compare.main())

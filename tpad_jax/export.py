@@ -1,27 +1,27 @@
-"""A finished run for programs without this package: `python -m tpad_jax.export RUN DIR`.
+"""Export a finished run for programs without this package: `python -m tpad_jax.export RUN DIR`.
 
-    item_ids.json            the item ids by number, from 1 on
+    item_ids.json            the item ids in the order of their numbers, from 1
     items.parquet            item_id, title, events, vector (z) and features (r, if the run has it)
     item_vectors.safetensors, item_features.safetensors
-                             the same, in the form that config.data.features reads
-    recommender.jax          sessions -> scores and items, a jax.export artefact
+                             the same in the form that config.data.features reads
+    recommender.jax          sessions -> scores and items, an artefact of jax.export
     weights.safetensors      its first argument
     sessions.parquet         line, id and vector of every session of --sessions
-    items.faiss              with --ann: the vectors in a graph, for approximate lists
-    README.md, export.json   how it is loaded by jax alone; what it is, and the recall of --ann
+    items.faiss              with --ann: a graph of the vectors, for approximate lists
+    README.md, export.json   how to load it with jax alone; its contents, and the recall of --ann
 
-Exit status: 0 done, 1 a number was not finite or a defect, 2 unusable input in one sentence.
+Exit status: 0 done, 1 a number was not finite or a defect, 2 unusable input in one sentence, 75
+stopped by SIGINT or SIGTERM.
 """
 
-import argparse
-import errno
 import json
 import sys
 from pathlib import Path
 
-from tpad_jax.core.startup import BROKEN, UNUSABLE, begin
-from tpad_jax.errors import UNWRITABLE, InputError
+from tpad_jax.core import cli, files, startup
+from tpad_jax.errors import InputError
 
+K = 20  # items per list, or all items of a smaller catalogue
 PLATFORMS, MAX_ROWS = ('cpu', 'cuda', 'tpu'), 4096
 README = '''# {model} of {items} items
 
@@ -39,11 +39,13 @@ def read(file):
     """The arrays of a .safetensors file."""
     data = open(file, 'rb').read()
     size = 8 + int.from_bytes(data[:8], 'little')
-    found = {{name: (x['shape'], data[size + x['data_offsets'][0]:size + x['data_offsets'][1]])
-             for name, x in json.loads(data[8:size]).items()}}
-    whole = 'near', 'together'  # these hold item numbers
-    dtype = {{name: np.int32 if name.endswith(whole) else np.float32 for name in found}}
-    return {{name: np.frombuffer(x, dtype[name]).reshape(s) for name, (s, x) in found.items()}}
+    arrays = {{}}
+    for name, x in json.loads(data[8:size]).items():
+        # these two hold item numbers
+        dtype = np.int32 if name.endswith(('near', 'together')) else np.float32
+        begin, end = x['data_offsets']
+        arrays[name] = np.frombuffer(data[size + begin:size + end], dtype).reshape(x['shape'])
+    return arrays
 
 
 recommend = jax.jit(export.deserialize(bytearray(open('recommender.jax', 'rb').read())).call)
@@ -51,124 +53,123 @@ weights = jax.device_put(read('weights.safetensors'))
 ids = ['', *json.load(open('item_ids.json'))]
 number = {{name: n for n, name in enumerate(ids)}}
 
-session = [ids[1], ids[2]]  # in the order of time; ids that are not in `number` are left out
-known = [number[name] for name in session][-{length}:]
-rows = np.zeros(({rows}, {length}), np.int32)  # {rows} sessions a call; rows of zeros fill it up
+session = [ids[1], ids[2]]  # in the order of time
+known = [number[name] for name in session if name in number][-{length}:]
+rows = np.zeros(({rows}, {length}), np.int32)  # {rows} sessions a call; rows of zeros are padding
 rows[0, :len(known)] = known
 scores, items = recommend(weights, rows)  # [{rows}, {k}], best first
 print([ids[n] for n in items[0].tolist()])
 ```
 
-A session of which nothing is left says nothing: give it the items with most `events` instead.
-`vector` times a session's vector is its score{but}.
+A session without a known item has no list of its own: recommend the items with most `events`.
+The product of `vector` and a session's vector is the score of the item{but}.
 '''
 
 
-def main(argv) -> int:
-    """Export the run that argv names and return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tpad_jax.export', allow_abbrev=False,
-        description='Writes a finished run as files that need no tpad_jax.')
+@cli.command('tpad_jax.export')
+def main(argv: list[str]) -> None:
+    """Export a run and print its files."""
+    parser = cli.Parser('tpad_jax.export', 'Writes a finished run as files that need no tpad_jax.')
     parser.add_argument('run', help='workdir of a finished run')
-    parser.add_argument('directory', type=Path, help='made if absent')
-    parser.add_argument('--k', type=int, default=20, help='items per list, default 20')
-    parser.add_argument('--rows', type=int, default=64, help='sessions per call, default 64')
+    parser.add_argument('directory', type=Path, help='created if absent')
+    parser.add_argument('--k', type=int, help=f'items per list, default {K}')
+    parser.add_argument('--rows', type=cli.number(int, 1, MAX_ROWS), default=64,
+                        help='sessions per call, default 64')
     parser.add_argument('--sessions', metavar='FILE',
                         help='.jsonl, .jsonl.gz or .parquet: their vectors are written, too')
+    parser.add_argument('--bad_share', type=cli.number(float, 0, 1), default=0.05,
+                        help='share of the lines of --sessions that may be skipped, default 0.05')
     parser.add_argument('--ann', action='store_true',
                         help='an index for approximate lists, its recall measured on --sessions')
-    given = parser.parse_args(argv)
-    begin('')
-    try:
-        told = export(given.run, given.directory, given.k, given.rows, given.sessions, given.ann)
-    except InputError as error:
-        return _said(error, UNUSABLE)
-    except FloatingPointError as error:
-        return _said(error, BROKEN)
-    except OSError as error:
-        if error.errno not in (*UNWRITABLE, errno.EEXIST, errno.ENOTDIR):
-            raise
-        return _said(f'{error.filename or given.directory}: {error.strerror}; choose another DIR',
-                     UNUSABLE)
-    print(*told, sep='\n')
-    return 0
+    args = parser.parse_args(argv)
+    startup.prepare()
+    print(*export(**vars(args)), sep='\n')
 
 
-def export(run, directory: Path, k: int = 20, rows: int = 64, sessions: str | None = None,
-           ann: bool = False) -> list[str]:
-    """Write all files and return a line for each.
+def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 64,
+           sessions: str | None = None, bad_share: float = 0.05, ann: bool = False) -> list[str]:
+    """Write all files.
 
     Args:
-      run: workdir of a finished run. directory: made if absent. k: items per list. rows: sessions
-        per call of the artefact. sessions: a file of them, whose vectors are written. ann: an index
-        for approximate lists, too.
+      run: workdir of a finished run.
+      directory: created if absent.
+      k: items per list. None: K, or all items of a smaller catalogue.
+      rows: sessions per call of the artefact.
+      sessions: file of sessions whose vectors are written.
+      bad_share: share of the lines of `sessions` that may be skipped, in 0..1.
+      ann: whether to write an index for approximate lists, too.
+
+    Returns:
+      Lines to print, one per file.
 
     Raises:
-      InputError: the run, k or the sessions are unusable, or --ann has no sessions or no faiss.
+      InputError: the run, k or the sessions are unusable, or `ann` has no sessions or no faiss.
     """
-    from tpad_jax.serving import (
-        artifact,
-        recommender,  # here: --help and a wrong flag need no jax
-    )
+    from tpad_jax.serving import artifact, recommender  # here: --help does not wait for jax
 
     if ann and sessions is None:
-        raise InputError('--ann has to say its recall: give --sessions=FILE to measure it on')
-    if not 1 <= rows <= MAX_ROWS:
-        raise InputError(f'--rows={rows}: a number from 1 to {MAX_ROWS} is needed')
-    kept = artifact.read(run)
-    shop = recommender.Recommender(kept)
+        raise InputError('--ann needs sessions to measure its recall. Fix: give --sessions=FILE')
+    served = artifact.read(run)
+    shop = recommender.Recommender(served)
+    total = len(served.ids) - 1
+    k = min(K, total) if k is None else k
     list(shop.begin(shop.rows([[]])[0], k))  # refuses a k out of bounds
     directory.mkdir(parents=True, exist_ok=True)
-    about = {'model': kept.about['model'], 'items': len(kept.ids) - 1, 'k': k, 'rows': rows,
-             'max_length': shop.max_length, 'data': kept.about['data']}
-    _items(kept, Path(run), directory)
-    _artefact(kept, directory, k, rows)
-    moved = [what for what, given in (
-        ('the items it holds itself', [spec.repeats for spec in kept.specs]),
-        ('their companions', [spec.together for spec in kept.specs])) if any(given)]
-    but = f', but for the shift of {" and ".join(moved)}' if moved else ''
-    (directory / 'README.md').write_text(README.format(length=shop.max_length, **about, but=but))
+    about = {'model': served.about['model'], 'items': total, 'k': k, 'rows': rows,
+             'max_length': shop.max_length, 'data': served.about['data']}
+    _write_items(served, Path(run), directory)
+    _write_recommender(served, directory, k, rows)
+    shifts = [items for items, shifted in (
+        ('the items it holds itself', [spec.repeats for spec in served.specs]),
+        ('their companions', [spec.together for spec in served.specs])) if any(shifted)]
+    but = f', but for the shift of {" and ".join(shifts)}' if shifts else ''
+    files.write_text(directory / 'README.md',
+                     README.format(length=shop.max_length, **about, but=but))
     if sessions is not None:
-        vectors, known = _sessions(shop, sessions, directory)
+        vectors, prefixes = _write_sessions(shop, sessions, bad_share, directory)
     if ann:
-        about['ann'] = _ann(shop, vectors, known, k, directory)
-    (directory / 'export.json').write_text(json.dumps(about, indent=1) + '\n')
-    told = [f'{directory / file.name}  {file.stat().st_size:,} bytes'
-            for file in sorted(directory.iterdir()) if file.is_file()]
+        about['ann'] = _write_ann(shop, vectors, prefixes, k, directory)
+    files.write_json(directory / 'export.json', about)
+    lines = [f'{directory / file.name}: {file.stat().st_size:,} bytes'
+             for file in sorted(directory.iterdir()) if file.is_file()]
     if ann:
-        told.append(f'recall@{k} of items.faiss on {about["ann"]["sessions"]} sessions: '
-                    f'{about["ann"]["recall"]:.4f}')
-    return told
+        lines.append(f'recall@{k} of items.faiss on {about["ann"]["sessions"]} sessions: '
+                     f'{about["ann"]["recall"]:.4f}')
+    return lines
 
 
-def _items(kept, run, directory):
+def _write_items(served, run, directory):
+    """Write the tables of all items."""
     import polars as pl
 
-    from tpad_jax.features import store as store_lib
+    from tpad_jax.features import store
 
-    z = kept.z[1:]
-    columns = {'item_id': kept.ids[1:], 'title': kept.titles[1:], 'events': kept.events[1:],
+    z = served.z[1:]
+    columns = {'item_id': served.ids[1:], 'title': served.titles[1:], 'events': served.events[1:],
                'vector': z}
-    (directory / 'item_ids.json').write_text(json.dumps(kept.ids[1:]))
-    _keyed(directory / 'item_vectors.safetensors', z, kept.ids)
-    store = run / 'features' / kept.about['features']
-    if (store / 'r.npy').is_file():
-        r = store_lib.read(store, 'r')[1:]
+    files.write_text(directory / 'item_ids.json', json.dumps(served.ids[1:]))
+    _write_keyed(directory / 'item_vectors.safetensors', z, served.ids)
+    features = run / 'features' / served.about['features']
+    if (features / 'r.npy').is_file():
+        r = store.read(features, 'r')[1:]
         columns['features'] = r = r.reshape(len(r), -1)
-        _keyed(directory / 'item_features.safetensors', r, kept.ids)
-    pl.DataFrame(columns).write_parquet(directory / 'items.parquet')
+        _write_keyed(directory / 'item_features.safetensors', r, served.ids)
+    with files.replacing(directory / 'items.parquet') as partial:
+        pl.DataFrame(columns).write_parquet(partial)
 
 
-def _keyed(file, rows, ids):
-    """Rows and their ids, as data/given.py reads them."""
+def _write_keyed(file, rows, ids):
+    """Write rows and their ids in the form that data/sources/external_features.py reads."""
     import numpy as np
     from safetensors.numpy import save_file
 
     words = np.frombuffer('\n'.join(ids[1:]).encode() + b'\n', np.uint8)
-    save_file({'features': np.ascontiguousarray(rows), 'ids': words}, file)
+    with files.replacing(file) as partial:
+        save_file({'features': np.ascontiguousarray(rows), 'ids': words}, partial)
 
 
-def _artefact(kept, directory, k, rows):
+def _write_recommender(served, directory, k, rows):
+    """Write the compiled search and its weights."""
     import jax
     import numpy as np
     from flax.traverse_util import flatten_dict, unflatten_dict
@@ -177,73 +178,77 @@ def _artefact(kept, directory, k, rows):
     from tpad_jax.evaluation import scorers
     from tpad_jax.serving import topk
 
-    total = len(kept.z)
-    weights = {'z': np.pad(kept.z, ((0, topk.rounded(total) - total), (0, 0)))}
-    for i, (params, near) in enumerate(kept.weights):
-        weights |= {f'{i}/{path}': x for path, x in
-                    flatten_dict({**params, 'rows': near}, sep='/').items()
-                    if '/fusion/' not in path}  # is in z
-    search = topk.searcher(scorers.session_encoder(kept.specs),
-                           scorers.session_shifts(kept.specs))
+    total = len(served.z)
+    weights = {'z': np.pad(served.z, ((0, topk.rounded(total) - total), (0, 0)))}
+    for i, (params, near) in enumerate(served.weights):
+        flat = flatten_dict({**params, 'rows': near}, sep='/')
+        # z holds the output of the fusion already
+        weights |= {f'{i}/{path}': x for path, x in flat.items() if '/fusion/' not in path}
+    search = topk.searcher(scorers.session_encoder(served.specs),
+                           scorers.session_shifts(served.specs))
 
     def recommend(weights, items):
         tree = unflatten_dict(weights, sep='/')
-        own = tuple(({'recommender': tree[i]['recommender']}, tree[i].get('rows', {}))
-                    for i in map(str, range(len(kept.specs))))
-        return search(own, weights['z'], total, items, k=k)
+        models = tuple(({'recommender': tree[i]['recommender']}, tree[i].get('rows', {}))
+                       for i in map(str, range(len(served.specs))))
+        return search(models, weights['z'], total, items, k=k)
 
-    shape = rows, kept.about['max_length']
-    made = jax.export.export(jax.jit(recommend), platforms=PLATFORMS)(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
-        jax.ShapeDtypeStruct(shape, np.int32))
-    (directory / 'recommender.jax').write_bytes(made.serialize())
-    save_file({path: np.ascontiguousarray(x) for path, x in weights.items()},
-              directory / 'weights.safetensors')
+    shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
+              jax.ShapeDtypeStruct((rows, served.about['max_length']), np.int32))
+    exported = jax.export.export(jax.jit(recommend), platforms=PLATFORMS)(*shapes)
+    with files.replacing(directory / 'recommender.jax') as partial:
+        partial.write_bytes(exported.serialize())
+    with files.replacing(directory / 'weights.safetensors') as partial:
+        save_file({path: np.ascontiguousarray(x) for path, x in weights.items()}, partial)
 
 
-def _sessions(shop, file, directory):
-    """Vectors of the sessions of a file, written as they come; -> vectors and rows of the first."""
+def _write_sessions(shop, file, bad_share, directory):
+    """Write the vectors of the sessions of a file, batch by batch.
+
+    Returns:
+      Vectors float32 [S, D] and prefixes int32 [S, N] of the first batch.
+    """
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from tpad_jax.serving import session_files
 
-    source, kept = session_files.Source(file), []
+    source, first = session_files.Source(file), None
     schema = pa.schema([('line', pa.int64()), ('id', pa.string()),
                         ('vector', pa.list_(pa.float32()))])
-    with pq.ParquetWriter(directory / 'sessions.parquet', schema) as out:
-        for asked in session_files.in_batches(source, session_files.FLUSH):
-            h = shop.embed_sessions([one.session for one in asked])
+    with (files.replacing(directory / 'sessions.parquet') as partial,
+          pq.ParquetWriter(partial, schema) as out):
+        for sessions in session_files.in_batches(source, session_files.FLUSH):
+            h = shop.embed_sessions([session.session for session in sessions])
             edges = pa.array(np.arange(len(h) + 1, dtype=np.int32) * h.shape[1])
             out.write_table(pa.table([
-                pa.array([one.line for one in asked], pa.int64()),
-                pa.array([session_files.said(one.id) for one in asked], pa.string()),
+                pa.array([session.line for session in sessions], pa.int64()),
+                pa.array([session_files.said(session.id) for session in sessions], pa.string()),
                 pa.ListArray.from_arrays(edges, pa.array(h.ravel()))], schema=schema))
-            if not kept:
-                kept = h, shop.rows([one.session for one in asked])[0]
-    source.check(0.05)
-    if not kept:
-        raise InputError(f'{file} holds no session')
-    return kept
+            if first is None:
+                first = h, shop.rows([session.session for session in sessions])[0]
+        source.check(bad_share)
+    if first is None:
+        raise InputError(f'{file} has no session. Fix: give a file with sessions')
+    return first
 
 
-def _ann(shop, vectors, rows, k, directory):
+def _write_ann(shop, vectors, prefixes, k, directory):
+    """Write the index for approximate lists and measure its recall on sessions with known items."""
     from tpad_jax.serving import ann
 
+    known = prefixes[:, 0] > 0
+    if not known.any():
+        raise InputError('--ann measures its recall on the first sessions of --sessions, and none '
+                         'of them names an item of the run. Fix: give sessions of its items')
     index = ann.build(shop.embed_items())
     ann.write(index, directory / 'items.faiss')
-    there = rows[:, 0] > 0
-    found, _ = ann.search(index, vectors[there], k)
-    return {'sessions': int(there.sum()),
-            'recall': ann.recall(found, shop.first(rows[there], k)[0]),
+    lists, _ = ann.search(index, vectors[known], k)
+    return {'sessions': int(known.sum()),
+            'recall': ann.recall(lists, shop.first(prefixes[known], k)[0]),
             'neighbours': ann.NEIGHBOURS, 'looked at': ann.SEARCH}
 
 
-def _said(text, status):
-    print(f'tpad_jax.export: {" ".join(str(text).split())}', file=sys.stderr)
-    return status
-
-
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,41 +1,49 @@
-"""An adapter into its checkpoint: `python -m tpad_jax.merge CHECKPOINT ADAPTER OUT`.
+"""Merge an adapter into its checkpoint: `python -m tpad_jax.merge CHECKPOINT ADAPTER OUT`.
 
-ADAPTER is a directory in PEFT's form, as a run on a checkpoint leaves it under `adapters/`, or as
-`peft` wrote it. OUT becomes a Hugging Face directory that `transformers` loads, with the files,
-names and dtypes of CHECKPOINT.
+ADAPTER is a directory in PEFT's form: written by a run on a checkpoint below `adapters/`, or by
+`peft`. OUT becomes a Hugging Face directory that `transformers` loads, with the files, names and
+dtypes of CHECKPOINT.
 """
 
 import sys
+from pathlib import Path
 
-from tpad_jax.errors import InputError
+from tpad_jax.core import cli
 from tpad_jax.models.hf import export, load, peft, spec
 
 
-def merge(checkpoint, adapter, out):
-    """Write CHECKPOINT with ADAPTER summed into its kernels to OUT.
+def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
+    """Write a checkpoint with an adapter added to its kernels.
+
+    Args:
+      checkpoint: Hugging Face directory.
+      adapter: directory in PEFT's form.
+      out: directory to create.
+
+    Returns:
+      `out`.
 
     Raises:
-      InputError: a directory is not what it should be, or `out` exists.
+      InputError: a directory is not of its form, or `out` exists.
     """
-    found = spec.read(checkpoint)
-    pairs, scale = peft.load_adapter(adapter, found)
-    kinds = {t.dtype for t in load.stored(checkpoint) if t.dtype is not None}
-    # sums are float32 whatever this is; it is what the result will have, where there is one
-    params = load.load(checkpoint, found, dtype=kinds.pop() if len(kinds) == 1 else 'float32')
+    description = spec.read(checkpoint)
+    pairs, scale = peft.load_adapter(adapter, description)
+    dtypes = {t.dtype for t in load.stored(checkpoint) if t.dtype is not None}
+    # sums are float32 in any case; a checkpoint of one dtype is written in it
+    params = load.load(checkpoint, description, dtype=dtypes.pop() if len(dtypes) == 1 else
+                       'float32')
     return export.export(export.merge(params, pairs, scale), checkpoint, out)
 
 
-def main(argv=None):
-    """Merge and say where; status 2 and one sentence on unusable input."""
-    args = sys.argv[1:] if argv is None else argv
-    try:
-        if len(args) != 3:
-            raise InputError('give three directories: CHECKPOINT ADAPTER OUT')
-        print(merge(*args))
-    except InputError as error:
-        print(f'tpad_jax.merge: {error}', file=sys.stderr)
-        return 2
-    return 0
+@cli.command('tpad_jax.merge')
+def main(argv: list[str]) -> None:
+    """Merge and print the new directory."""
+    parser = cli.Parser('tpad_jax.merge', 'Merges an adapter into its checkpoint.')
+    parser.add_argument('checkpoint', help='Hugging Face directory')
+    parser.add_argument('adapter', help="directory in PEFT's form")
+    parser.add_argument('out', help='directory to create')
+    args = parser.parse_args(argv)
+    print(merge(args.checkpoint, args.adapter, args.out))
 
 
 if __name__ == '__main__':

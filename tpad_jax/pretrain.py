@@ -1,15 +1,16 @@
 """Pretrain the small default base: `python -m tpad_jax.pretrain --out=DIR`.
 
-An MLLM trained from nothing in minutes is no MLLM. This one is taught once, on single items of the
-planted kind (images, texts, attribute questions) from random streams that no catalogue uses: it
-knows what things are, as a real MLLM does, and nothing of what follows what. Questions come in
-random
-order: the writer is given the name of an attribute, never a value, and answers from the features
-alone. Every eighth step it writes the item's own text. Words and whole modalities are withheld
-from the reader.
+A real MLLM cannot be trained in minutes. This base learns once, from single random items of the
+planted kind: images, texts and questions about attributes. Its random streams are used by no
+catalogue. So it knows what items are, as a real MLLM does, and no transition between items.
+
+A question gives the writer the name of an attribute, never a value; the writer answers from the
+features alone. The questions of an item come in random order. Every eighth step it writes the
+item's text instead. Words and whole modalities are withheld from the reader.
 """
 
 import io
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,25 +20,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
 from PIL import Image
 
+from tpad_jax.core import cli
 from tpad_jax.data import images, text
 from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
 
-FLAGS = flags.FLAGS
-STREAM = 2**40  # a seed no catalogue uses: theirs are [seed, 1..7] with small seeds
+STREAM = 2**40  # a seed that no catalogue uses: theirs are [seed, 1..7] below 2^32
 SIZES = {'vocab': 1280, 'width': 128, 'layers': 2, 'heads': 4, 'hidden': 256,
          'channels': [32, 64, 128], 'vision_layers': 2}
 IMAGE, TEXT, FEATURES = 32, 32, 64
 CAPTION = 2 * len(wording.ATTRIBUTES)  # tokens: name, value, name, value, ...
 
 
-def make_items(count):
-    """`count` random items: attributes, uint8 images [count, 32, 32, 3] out of JPEG, texts."""
+def make_items(count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Draw random items.
+
+    Args:
+      count: number of items.
+
+    Returns:
+      int32 [count, attributes], uint8 [count, 32, 32, 3] decoded from JPEG, and texts.
+    """
     rng = np.random.default_rng([STREAM, 0])
     attributes = np.stack([rng.integers(0, n, count) for n in wording.SIZES], 1).astype(np.int32)
     titles, brands, descriptions = wording.texts(attributes, rng)
@@ -53,8 +60,8 @@ def make_items(count):
     return attributes, pictures, texts
 
 
-def shuffled_captions(attributes, rng):
-    """Captions of all attributes, clauses in random order."""
+def shuffled_captions(attributes: np.ndarray, rng: np.random.Generator) -> list[str]:
+    """Write the captions of items with their clauses (name, value) in random order."""
     out = []
     for caption in wording.caption(attributes):
         words = caption.split()
@@ -63,10 +70,21 @@ def shuffled_captions(attributes, rng):
     return out
 
 
-def objective(model, params, key, image, tokens, target, questions):
-    """Mean cross entropy of the target text given the features of a partly withheld item.
+def objective(model: KnowledgeMLLM, params: dict, key: jax.Array, image: jax.Array,
+              tokens: jax.Array, target: jax.Array, questions: bool) -> jax.Array:
+    """Compute the mean cross entropy of a target text, from features of a partly withheld item.
 
-    questions: the target is (name, value) pairs, of which the names are given and the values asked.
+    Args:
+      model: the Knowledge-MLLM.
+      params: its parameters.
+      key: of all draws.
+      image: uint8 [B, 32, 32, 3].
+      tokens: int32 [B, T] of the item's text, -1 pads.
+      target: int32 [B, L] tokens to write, -1 pads.
+      questions: whether `target` is (name, value) pairs. Then names are given and values asked.
+
+    Returns:
+      float32 scalar.
     """
     keys = jax.random.split(key, 4)
     rows = image.shape[0]
@@ -86,53 +104,57 @@ def objective(model, params, key, image, tokens, target, questions):
     return (loss * weight).sum() / weight.sum()
 
 
-def main(argv):
+@cli.command('tpad_jax.pretrain')
+def main(argv: list[str]) -> None:
     """Make the items, train the tokenizer and the model, write the directory."""
-    del argv
-    out = Path(FLAGS.out)
-    attributes, pictures, texts = make_items(FLAGS.items)
+    parser = cli.Parser('tpad_jax.pretrain', 'Pretrains the small default base.')
+    parser.add_argument('--out', type=Path, default=files.DEFAULT, metavar='DIR',
+                        help='directory to write')
+    parser.add_argument('--items', type=cli.number(int, 1), default=24_000,
+                        help='random items to learn from')
+    parser.add_argument('--steps', type=cli.number(int, 1), default=700, help='training steps')
+    parser.add_argument('--batch', type=cli.number(int, 1), default=128, help='items per step')
+    parser.add_argument('--lr', type=cli.number(float, 0, 1e9), default=2e-3,
+                        help='peak learning rate')
+    args = parser.parse_args(argv)
+    attributes, pictures, texts = make_items(args.items)
     rng = np.random.default_rng([STREAM, 1])
-    questions = shuffled_captions(attributes, rng)
-    text.train_tokenizer([*texts, *questions], out, SIZES['vocab'])
-    tokens = text.tokenize(['', *texts], out, TEXT)[1:]
-    targets = text.tokenize(['', *questions], out, CAPTION + 1)[1:]
-    assert ((targets >= 0).sum(1) == CAPTION).all()  # every word is one token
-    targets = targets[:, :CAPTION]
+    captions = shuffled_captions(attributes, rng)
+    text.train_tokenizer([*texts, *captions], args.out, SIZES['vocab'])
+    tokens = text.tokenize(['', *texts], args.out, TEXT)[1:]
+    answers = text.tokenize(['', *captions], args.out, CAPTION + 1)[1:]
+    assert ((answers >= 0).sum(1) == CAPTION).all()  # every word is one token
+    answers = answers[:, :CAPTION]
     model = KnowledgeMLLM(MLLM(**{**SIZES, 'channels': tuple(SIZES['channels'])}), FEATURES)
     params = nn.unbox(jax.jit(partial(model.init, method='everything'))(
         jax.random.key(0), pictures[:1], np.ones(1, bool), tokens[:1])['params'])
-    schedule = optax.warmup_cosine_decay_schedule(0, FLAGS.lr, FLAGS.steps // 8, FLAGS.steps)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.02))
-    opt_state = tx.init(params)
+    schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 8, args.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0),
+                            optax.adamw(schedule, weight_decay=0.02))
+    opt_state = optimizer.init(params)
 
-    @partial(jax.jit, donate_argnums=(0, 1), static_argnames='asked')
-    def step(params, opt_state, number, image, words, target, asked):
+    @partial(jax.jit, donate_argnums=(0, 1), static_argnames='questions')
+    def step(params, opt_state, number, image, tokens, target, questions):
         key = jax.random.fold_in(jax.random.key(1), number)
         loss, grads = jax.value_and_grad(partial(objective, model))(
-            params, key, image, words, target, asked)
-        updates, opt_state = tx.update(grads, opt_state, params)
+            params, key, image, tokens, target, questions)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
     started = time.time()
-    for number in range(FLAGS.steps):
-        rows = rng.integers(0, FLAGS.items, FLAGS.batch)
-        asked = number % 8 != 7
-        target = targets[rows] if asked else tokens[rows]
+    for number in range(args.steps):
+        rows = rng.integers(0, args.items, args.batch)
+        questions = number % 8 != 7
+        target = answers[rows] if questions else tokens[rows]
         params, opt_state, loss = step(params, opt_state, number, pictures[rows], tokens[rows],
-                                       target, asked)
-        if number % 100 == 98 or number + 1 == FLAGS.steps:
-            print(f'step {number + 1} loss {float(loss):.3f} {time.time() - started:.0f} s',
-                  flush=True)
-            base = params['base']
-            rest = {n: p for n, p in params.items() if n != 'base'}
+                                       target, questions)
+        if number % 100 == 98 or number + 1 == args.steps:
+            print(f'step: {number + 1}  loss: {float(loss):.3f}  time: {time.time() - started:.0f} '
+                  's', flush=True)
+            readers = {name: tree for name, tree in params.items() if name != 'base'}
             sizes = {**SIZES, 'image_size': IMAGE, 'features': FEATURES}
-            files.save(out, sizes, {'base': base, 'knowledge': rest})
+            files.save(args.out, sizes, {'base': params['base'], 'knowledge': readers})
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('out', str(files.DEFAULT), 'directory to write')
-    flags.DEFINE_integer('items', 24_000, 'random items to learn from')
-    flags.DEFINE_integer('steps', 700, 'training steps')
-    flags.DEFINE_integer('batch', 128, 'items per step')
-    flags.DEFINE_float('lr', 2e-3, 'peak learning rate')
-    app.run(main)
+    sys.exit(main())

@@ -1,84 +1,93 @@
-"""Hyper-parameter search for a config's model, on validation; test is never scored.
+"""Search the hyper-parameters of a config's model on validation; test rows are never scored.
 
     python -m tpad_jax.search --config=configs/sessions.py:diginetica --trials=12 --workdir=DIR \
         [--config.KEY=VALUE ...]
 
-Searches `config.search.space`: a config that mirrors the keys it searches and holds an axis of
-`trials` for each, as in dict(stage=dict(recommend=dict(learning_rate=('log', 1e-4, 1e-2)))). The
-first trial is the config as it stands. Trial n is a run of its own in DIR/trial_00n that ends
-before test; the same command goes on from where the search was stopped, inside a trial or between
-two. A larger --trials adds to a finished search. DIR/best.json holds the overrides found.
+`config.search.space` mirrors the keys to search and holds an axis for each, as in
+dict(stage=dict(recommend=dict(learning_rate=('log', 1e-4, 1e-2)))); tpad_jax/baselines/tune.py
+lists the axes. The first trial is the config itself. Trial n is a run in DIR/trial_00n that ends
+before the test. The same command resumes a search that was stopped within or between trials. A
+larger --trials extends a finished search. DIR/best.json holds the best overrides.
+
+Exit status: as `python -m tpad_jax.train`.
 """
 
 import copy
 import json
-import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags
-
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's C++ remarks
-
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from tpad_jax.core.startup import STOPPED, UNUSABLE, begin
-from tpad_jax.errors import InputError, Stopped
+from tpad_jax import train
+from tpad_jax.config import flat
+from tpad_jax.core import cli, files, startup
+from tpad_jax.errors import InputError
 
-METRICS = ('hit@20', 'mrr@20')  # the one that decides, and the one that decides among its equals
+METRICS = ('hit@20', 'mrr@20')  # the first decides; the second decides between equals
 
 
-def search_config(config, workdir, *, trials: int, stopping=lambda: False) -> dict:
-    """Runs or resumes the search and writes best.json.
+def search_config(config: ConfigDict, workdir: str | Path, *, trials: int,
+                  stopping: Callable[[], bool] = lambda: False) -> dict:
+    """Run or resume the search and write best.json.
 
     Args:
-      config: of a job, with `search.space`; its `seed` is the search's too.
-      workdir: where the trials live.
-      trials: budget, earlier ones of this workdir included.
+      config: of a job, with `search.space`. Its `seed` is also the seed of the search.
+      workdir: directory of the trials.
+      trials: budget, with the trials that the workdir already has.
       stopping: as in `job.run`.
 
     Returns:
-      What best.json holds: 'overrides' {config key: value}, 'valid' {metric: value} of them, and
-      the record of `trials.search`.
+      The content of best.json: 'overrides' {config key: value}, their 'valid' {metric: value},
+      'space', and the record of `tune.search`.
 
     Raises:
-      InputError: unusable config or space, or the workdir of another search. Stopped: `stopping`
-        answered True; the same call goes on. FloatingPointError: every trial diverged.
+      InputError: the config or space is unusable, or the workdir holds another search.
+      Stopped: `stopping` returned True. The same call resumes the search.
+      FloatingPointError: every trial diverged.
     """
     workdir = Path(workdir)
-    space = _flat(config.search.space)
+    space, current = dict(flat(config.search.space)), dict(flat(config))
     if not space:
-        raise InputError('config.search.space is empty: give it an axis for every key to be '
-                         'searched, see tpad_jax/search.py')
-    current = _flat(config)
+        raise InputError('config.search.space is empty. Expected an axis for every key to search; '
+                         'see tpad_jax/search.py')
     for key in space:
         if key not in current:
-            raise InputError(f'config.search.space names {key}, which the config has not')
+            raise InputError(f'config.search.space names {key}, which is not a key of the config')
     defaults = {key: current[key] for key in space}
-    # here: --help and a wrong space need no jax, and memory is prepared before numpy comes
+    # imported here: --help and a wrong space do not wait for jax
     from tpad_jax.baselines.tune import search
     from tpad_jax.job import job
     from tpad_jax.training import checkpoint
     checkpoint.claim(workdir, config.to_dict())
 
-    def objective(params, number):
-        chosen = override(config, params)
-        found = job.run(chosen, workdir / f'trial_{number:03d}', stopping, until='validation')
-        return {metric: found['valid'][metric] for metric in METRICS}
+    def objective(params, trial):
+        results = job.run(override(config, params), workdir / f'trial_{trial:03d}', stopping,
+                          until='validation')
+        return {metric: results['valid'][metric] for metric in METRICS}
 
     best, record = search(objective, space, defaults, trials=trials, seed=config.seed,
                           storage=workdir / 'search.journal', name=config.name)
-    values = next(one['values'] for one in record['tried'] if one['trial'] == record['best'])
-    out = {'overrides': best, 'valid': values, 'space': space, **record}
-    # not by files.write_json, which rounds: overrides are what was tried, to the last digit
-    (workdir / 'best.json').write_text(json.dumps(out, indent=1) + '\n')
-    return out
+    values = next(trial['values'] for trial in record['tried'] if trial['trial'] == record['best'])
+    result = {'overrides': best, 'valid': values, 'space': space, **record}
+    # write_json would round the overrides
+    files.write_text(workdir / 'best.json', json.dumps(result, indent=1) + '\n')
+    return result
 
 
-def override(config, params: dict):
-    """A copy of the config with {key: value} laid over it.
+def override(config: ConfigDict, params: dict) -> ConfigDict:
+    """Copy a config and set keys of the copy.
+
+    Args:
+      config: of a job.
+      params: {key: value}, such as {'model.dropout': 0.1}.
+
+    Returns:
+      The copy.
 
     Raises:
       InputError: a value is of another type than the config's.
@@ -89,55 +98,40 @@ def override(config, params: dict):
             config.update_from_flattened_dict({key: value})
         except TypeError as error:
             raise InputError(f'config.search.space.{key} proposes {value!r}, but the config holds '
-                             f'another type there ({error})') from error
+                             f'another type ({error})') from error
     return config
 
 
-def _flat(config, lead=''):
-    """A nested config as {'a.b.c': value}."""
-    out = {}
-    for key, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        out |= _flat(value, f'{lead}{key}.') if nested else {f'{lead}{key}': value}
+def table(result: dict) -> Table:
+    """Format the result of `search_config`: a row per trial in percent, the best one bold."""
+    out = Table(title=f'{result["trials"]} trials on validation, %', title_justify='left', box=None)
+    for name in ('trial', *METRICS, *result['overrides']):
+        out.add_column(name.split('.')[-1], justify='right', no_wrap=True)
+    for trial in result['tried']:
+        values = [f'{100 * trial["values"][metric]:.2f}' if 'values' in trial else 'failed'
+                  for metric in METRICS]
+        params = [f'{x:.4g}' if isinstance(x, float) else str(x) for x in trial['params'].values()]
+        out.add_row(str(trial['trial']), *values, *params,
+                    style='bold' if trial['trial'] == result['best'] else None)
     return out
 
 
-def table(found: dict) -> Table:
-    """What `search_config` returns, a row per trial, the best one bold; in percent."""
-    made = Table(title=f'{found["trials"]} trials on validation, %', title_justify='left', box=None)
-    for head in ('trial', *METRICS, *found['overrides']):
-        made.add_column(head.split('.')[-1], justify='right', no_wrap=True)
-    for one in found['tried']:
-        values = [f'{100 * one["values"][metric]:.2f}' for metric in METRICS] if (
-            'values' in one) else ['failed'] * len(METRICS)
-        shown = [f'{x:.4g}' if isinstance(x, float) else str(x) for x in one['params'].values()]
-        made.add_row(str(one['trial']), *values, *shown,
-                     style='bold' if one['trial'] == found['best'] else None)
-    return made
-
-
-def main(argv):
-    """Search; turn signals and refusals into exit statuses, as launch.py does."""
-    del argv
-    config = flags.FLAGS.config
-    stopping = begin(config.get('xla_flags', ''))
-    workdir = flags.FLAGS.workdir or f'runs/{config.name}_search'
-    try:
-        found = search_config(config, workdir, trials=flags.FLAGS.trials, stopping=stopping)
-    except InputError as error:
-        print(f'tpad_jax.search: {error}', file=sys.stderr)
-        sys.exit(UNUSABLE)
-    except Stopped as stopped:
-        print(f'tpad_jax.search: {stopped}; the same command goes on from there', file=sys.stderr)
-        sys.exit(STOPPED)
-    Console().print(table(found))
+@cli.command('tpad_jax.search')
+def main(argv: list[str]) -> None:
+    """Search, print the table of trials and the flags of the best one."""
+    values = train.parse(argv, str(__doc__), _flags)
+    config, workdir = values.config, values.workdir or f'runs/{values.config.name}_search'
+    stopping = startup.begin(config.get('xla_flags', ''))
+    result = search_config(config, workdir, trials=values.trials, stopping=stopping)
+    Console().print(table(result))
     print(f'{workdir}/best.json:',
-          *(f'--config.{key}={value}' for key, value in found['overrides'].items()))
+          *(f'--config.{key}={value}' for key, value in result['overrides'].items()))
+
+
+def _flags(values):
+    flags.DEFINE_integer('trials', 12, 'Number of trials, the config itself included.',
+                         lower_bound=1, flag_values=values)
 
 
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', None, 'File in configs/, ":variant" behind it.')
-    flags.DEFINE_string('workdir', None, 'Where the search lives; default runs/<name>_search.')
-    flags.DEFINE_integer('trials', 12, 'Budget, the config itself included.')
-    flags.mark_flag_as_required('config')
-    app.run(main)
+    sys.exit(main())

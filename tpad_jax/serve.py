@@ -1,7 +1,7 @@
 """Serve a finished run over HTTP: `python -m tpad_jax.serve RUN`; see docs/serving.md.
 
-A first SIGTERM or SIGINT: no more connections are taken, /ready says 503, what was accepted is
-answered, and the process leaves. A second one does not wait.
+At the first SIGTERM or SIGINT the service takes no more connections, /ready answers 503, accepted
+requests are answered, and the process exits. A second signal ends it at once.
 
 Exit status: 0 stopped by a signal with every accepted request answered, 1 some were not within
 --grace seconds, or a defect, 2 unusable input in one sentence.
@@ -13,77 +13,80 @@ import contextlib
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tpad_jax.core.startup import BROKEN, UNUSABLE, begin
+from tpad_jax.core import cli, startup
 from tpad_jax.errors import InputError
 
+NAME = 'tpad_jax.serve'
 
-def main(argv) -> int:
-    """Serve the run that argv names until a signal; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tpad_jax.serve', allow_abbrev=False,
-        description='Answers sessions over HTTP by a finished run.')
-    add = parser.add_argument
+
+@cli.command(NAME)
+def main(argv: list[str]) -> int:
+    """Serve a run until a signal; return the exit status."""
+    parser = cli.Parser(NAME, 'Answers sessions over HTTP by a finished run.')
+    add, number = parser.add_argument, cli.number
     add('run', type=Path, help='workdir of a finished run')
-    add('--host', default='127.0.0.1', help='default 127.0.0.1: this machine alone')
-    add('--port', type=int, default=8000, help='default 8000; 0: any that is free')
-    add('--k', type=int, default=20, help='the longest list that is served, default 20')
-    add('--waiting', type=int, default=4096, help='sessions that may wait, default 4096')
-    add('--timeout', type=float, default=10.0, help='seconds until a request is given up')
-    add('--grace', type=int, default=30, help='seconds to answer in when a signal came')
-    add('--no_new_items', action='store_true', help='no item can be added')
+    add('--host', default='127.0.0.1', help='default 127.0.0.1: only this machine')
+    add('--port', type=number(int, 0, 2**16 - 1), default=8000, help='default 8000, 0: any')
+    add('--k', type=number(int, 1), default=20,
+        help='items of the longest list, default 20; a smaller catalogue lowers it')
+    add('--waiting', type=number(int, 1), default=4096,
+        help='sessions that may wait, default 4096')
+    add('--timeout', type=number(float, 0.001, 3600), default=10.0,
+        help='seconds until a request is given up, default 10')
+    add('--grace', type=number(int, 0), default=30,
+        help='seconds to answer accepted requests after a signal, default 30')
+    add('--no_new_items', action='store_true', help='refuse to add items')
     add('--added', default='', metavar='FILE', help='keeps the added items over a restart')
-    add('--base', default='', metavar='DIR', help='where the run\'s MLLM lies, if it was moved')
-    given = parser.parse_args(argv)
-    stopping = begin('')
-    try:
-        with asyncio.Runner(loop_factory=_loop()) as runner:
-            return runner.run(serve(given, stopping))
-    except InputError as error:
-        print(f'tpad_jax.serve: {error}', file=sys.stderr)
-        return UNUSABLE
+    add('--base', default='', metavar='DIR', help="where the run's MLLM is, if it was moved")
+    args = parser.parse_args(argv)
+    stopping = startup.begin()
+    with asyncio.Runner(loop_factory=_loop()) as runner:
+        return runner.run(serve(args, stopping))
 
 
-async def serve(given, stopping=lambda: False) -> int:
-    """Listen until a signal and return the exit status.
+async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda: False) -> int:
+    """Listen until a signal.
 
     Args:
-      given: the parsed arguments. stopping: whether a signal came before this listens to them.
+      args: the parsed arguments.
+      stopping: whether a signal came before this function listens to signals.
+
+    Returns:
+      The exit status.
 
     Raises:
-      InputError: the run cannot be served, its packages are missing, or the port cannot be had.
+      InputError: the run cannot be served, packages are missing, or the port is not available.
     """
     try:
-        import uvicorn  # here: extras, and --help needs none
+        import uvicorn  # here: of an extra, and --help needs none
 
         from tpad_jax.serving import http
     except ImportError as error:
-        raise InputError(f'{error.name} is not installed; pip install "tpad_jax[serve]"') from error
+        raise InputError(f'{error.name} is not installed. Fix: pip install "tpad_jax[serve]"'
+                         ) from error
     from tpad_jax.serving import recommender
 
-    if (given.k < 1 or given.waiting < 1 or not 0 < given.timeout < 3600 or given.grace < 0
-            or not 0 <= given.port < 2**16):
-        raise InputError('--k and --waiting are at least 1, --timeout lies between 0 and 3600 '
-                         'seconds, --grace is not negative and --port below 65536')
-    shop = recommender.load(given.run, base=given.base)
-    if given.added and Path(given.added).is_file():
-        shop.restore_added(given.added)
-    limits = http.Limits(k=given.k, waiting=given.waiting, seconds=given.timeout)
+    shop = recommender.load(args.run, base=args.base)
+    if args.added and Path(args.added).is_file():
+        shop.restore_added(args.added)
+    limits = http.Limits(k=args.k, waiting=args.waiting, seconds=args.timeout)
     count = http.Count()
-    app = http.app(shop, given.run, limits=limits, new_items=not given.no_new_items,
-                      added=given.added, count=count)
+    app = http.app(shop, args.run, limits=limits, new_items=not args.no_new_items,
+                   added=args.added, count=count)
     try:
-        listening = socket.create_server((given.host, given.port), backlog=2048)
+        listening = socket.create_server((args.host, args.port), backlog=2048)
     except OSError as error:
-        raise InputError(f'{given.host}:{given.port} cannot be listened on ({error}); choose '
-                         'another --host or --port') from error
-    # else a body waits for the acknowledgement of its headers, 40 ms
+        raise InputError(f'{args.host}:{args.port} is not available ({error}). Fix: choose another '
+                         '--host or --port') from error
+    # without it a body waits 40 ms for the acknowledgement of its headers
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = uvicorn.Server(uvicorn.Config(
         app, log_level='warning', access_log=False, lifespan='on',
-        timeout_graceful_shutdown=given.grace))
-    server.capture_signals = contextlib.nullcontext  # they are ours, and end in a status of ours
+        timeout_graceful_shutdown=args.grace))
+    server.capture_signals = contextlib.nullcontext  # handled below, with an exit status
 
     def stop():
         server.force_exit = count.stopping
@@ -98,15 +101,15 @@ async def serve(given, stopping=lambda: False) -> int:
         await asyncio.sleep(0.02)
     if server.started:
         host, port = listening.getsockname()[:2]
-        _say(f'{shop.model} of {len(shop.ids) - 1} items at http://{host}:{port}, its page at / '
-             'and what can be asked at /docs')
+        cli.say(NAME, f'{shop.model} of {len(shop.ids) - 1} items at http://{host}:{port}, its '
+                'page at /, the interface at /docs')
     await task
-    _say(f'{count.accepted} requests accepted, {count.answered} answered')
-    return 0 if count.answered == count.accepted else BROKEN
+    cli.say(NAME, f'{count.accepted} requests accepted, {count.answered} answered')
+    return 0 if count.answered == count.accepted else cli.BROKEN
 
 
 def _loop():
-    """The quicker event loop where it is installed; Windows has none."""
+    """Return the factory of a faster event loop where it is installed; Windows has none."""
     try:
         import uvloop
     except ImportError:
@@ -114,9 +117,5 @@ def _loop():
     return uvloop.new_event_loop
 
 
-def _say(text):
-    print(f'tpad_jax.serve: {text}', file=sys.stderr, flush=True)
-
-
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -1,118 +1,132 @@
 """Run TPAD: `python -m tpad_jax.train --config=FILE [--workdir=DIR] [--config.KEY=VALUE ...]`.
 
-FILE defines get_config(), which starts from tpad_jax.config; what it names is looked for on the
-import path and in the current directory.
+FILE is a Python file that defines get_config(), such as configs/amazon.py. The name of a config of
+this package also works, as in --config=amazon or --config=amazon:tiny. Modules that the config
+names, such as one with a loss, are imported from the import path or the current directory.
 
 Exit status: 0 done, 1 a number was not finite or a defect, 2 unusable input or config in one
-sentence, 75 stopped by SIGINT or SIGTERM with its state saved (the same command goes on).
+sentence, 75 stopped by SIGINT or SIGTERM with the state saved; run the same command to resume.
 """
 
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
-
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA's C++ remarks
-os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-
+from absl import flags
 from ml_collections import config_flags
 
-from tpad_jax.core.startup import BROKEN, STOPPED, UNUSABLE, begin
-from tpad_jax.errors import UNWRITABLE, InputError, Stopped
+from tpad_jax.core import cli, startup
+from tpad_jax.errors import InputError
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'File of get_config(), ":variant" behind.')
-# a value is optional, which absl allows of booleans alone
-PLAN = flags.DEFINE_flag(flags.Flag(
-    flags.ArgumentParser(), flags.ArgumentSerializer(), 'plan', None,
-    'Print what memory every stage will take and stop: on the devices here, or on those named, '
-    'as --plan=v5e-8, --plan=v6e-8 or --plan=24gib-8.', boolean=True))
-PLAN_ITEMS = flags.DEFINE_integer('plan_items', None, 'With --plan: for so many items, no data '
-                                  'read.')
-PROFILE = flags.DEFINE_integer('profile', 0, 'Trace and time so many steps of every stage, into '
-                               'WORKDIR/profile.', lower_bound=0)
-# Where a run has several processes: each is started with the same command but for its number.
-COORDINATOR = flags.DEFINE_string('coordinator', '', 'HOST:PORT, where process 0 of several '
-                                  'listens; the hosts of a TPU slice find each other without.')
-PROCESSES = flags.DEFINE_integer('processes', 0, 'How many processes there are.')
-PROCESS = flags.DEFINE_integer('process', -1, 'The number of this one, from 0.')
-MIRROR = flags.DEFINE_string('mirror', '', 'Where a copy of the workdir is kept while it runs, as '
-                             'gs://BUCKET/RUN or a directory; an empty workdir begins with it.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; default runs/<config name>.')
+# the configs of this package: in a checkout, and in an installed wheel
+CONFIGS = (Path(__file__).parents[1] / 'configs', Path(__file__).parent / 'configs')
 
 
-def command() -> str:
-    """What a sentence about this process begins with: the file or the module that was started."""
-    started = Path(sys.argv[0]).name
-    return 'tpad_jax.train' if started == Path(__file__).name else started
+@cli.command('tpad_jax.train')
+def main(argv: list[str]) -> None:
+    """Run the job that argv describes, or plan its memory."""
+    values = parse(argv, str(__doc__), _flags)
+    config, workdir = values.config, values.workdir or f'runs/{values.config.name}'
+    stopping = startup.begin(config.get('xla_flags', ''))
+    # imported here: --help and a wrong flag do not wait for jax
+    if values.plan not in (None, 'false'):
+        from tpad_jax.job import ahead
+        print(*ahead.lines(config, workdir, values.plan, values.plan_items), sep='\n')
+        return
+    from tpad_jax.distributed import hosts
+    from tpad_jax.job import job, mirror
+    hosts.join(values.coordinator, values.processes, values.process)
+    with mirror.kept(workdir, values.mirror):
+        job.run(config, workdir, hosts.together(stopping), profile=values.profile)
 
 
-def parse(argv):
-    """The flags, or one sentence and status 2; `--help` leaves with 0."""
-    if os.getcwd() not in sys.path and '' not in sys.path:
-        sys.path.append(os.getcwd())  # a loss may stand beside the config
+def parse(argv: Sequence[str], doc: str, define: Callable[[flags.FlagValues], None]):
+    """Parse the flags of a command that runs a config.
+
+    Args:
+      argv: arguments of the command.
+      doc: text that --help prints above the flags.
+      define: adds the flags of the command, besides --config and --workdir.
+
+    Returns:
+      The absl flag values: `config` is the locked ConfigDict with all overrides.
+
+    Raises:
+      InputError: a flag, the config or a key of it is not usable.
+      SystemExit: --help was printed.
+    """
+    if not {os.getcwd(), ''} & set(sys.path):
+        sys.path.append(os.getcwd())  # for a module with a loss in the same directory as the config
+    argv = ['', *_resolved(argv)]
+    values = flags.FlagValues()  # not absl's global ones, which other libraries fill
+    config_flags.DEFINE_config_file('config', None, 'File or name of the config; ":VARIANT" may '
+                                    'follow.', flag_values=values, sys_argv=argv)
+    flags.DEFINE_string('workdir', None, 'Directory of the run. Default: runs/<config.name>.',
+                        flag_values=values)
+    define(values)
+    if {'--help', '-h', '--helpfull'} & set(argv):
+        print(doc, values.get_help(), sep='\n')
+        raise SystemExit(0)
     try:
-        rest = flags.FLAGS(argv)
-        # a file that could not be read says so only when it is looked into
-        name = None if CONFIG.value is None else CONFIG.value.name
-    except SystemExit:  # absl printed the help and left, with 1
-        sys.exit(0)
+        rest = values(argv)
+        # a file that cannot be read raises at the first access
+        name = None if values.config is None else values.config.name
     except (AttributeError, KeyError) as error:
-        told = re.sub(r'[\\\'"]', '', str(error.args[0]).replace('\\n', '. '))  # a repr of a repr
-        refuse(f'the config has no such key: {told}')
+        text = re.sub(r'[\\\'"]', '', str(error.args[0]).replace('\\n', '. '))  # a repr of a repr
+        raise InputError(f'the config has no such key: {text}') from error
     except (flags.Error, ImportError, OSError, SyntaxError, TypeError, ValueError) as error:
-        refuse(error)
+        text, traceback, lines = str(error).strip().partition('Traceback (most recent call last)')
+        # a config that raised: the last line of its traceback is the reason
+        raise InputError(lines.splitlines()[-1] if traceback else text) from error
     if len(rest) > 1:
-        refuse(f'unknown argument {rest[1]!r}; every setting is a flag, --config.KEY=VALUE')
+        raise InputError(f'unknown argument {rest[1]!r}. Expected flags only, such as '
+                         '--config.KEY=VALUE')
     if name is None:
-        refuse('name a config, for example --config=configs/amazon.py')
-    return rest
+        raise InputError('name a config, for example --config=configs/amazon.py')
+    return values
 
 
-def refuse(error):
-    """Say what cannot be used, in one line, and leave with status 2."""
-    lead, traceback, text = str(error).strip().partition('Traceback (most recent call last)')
-    if traceback:  # the config raised it: its last line says why
-        lead, text = '', text.splitlines()[-1]
-    say(lead + text)
-    sys.exit(UNUSABLE)
+def _resolved(argv):
+    """Replace the bare name of a config by its file: 'amazon:tiny' -> '.../amazon.py:tiny'."""
+    argv = list(argv)
+    for i, argument in enumerate(argv):
+        flag, equals, text = argument.partition('=')
+        if flag.lstrip('-') != 'config' or not argument.startswith('-'):
+            continue
+        if not equals and i + 1 < len(argv):  # --config NAME, two arguments
+            i, flag, text = i + 1, '', argv[i + 1]
+        name, colon, variant = text.partition(':')
+        if not re.fullmatch(r'\w+', name) or Path(name).is_file():
+            continue
+        configs = {file.stem: file for folder in CONFIGS for file in folder.glob('[!_]*.py')}
+        if name not in configs:
+            raise InputError(f'--config={name!r}: there is no such config. Expected a file, or one '
+                             f'of {", ".join(sorted(configs))}')
+        argv[i] = f'{flag}{equals}{configs[name]}{colon}{variant}'
+    return argv
 
 
-def say(text):
-    """One line on stderr."""
-    print(f'{command()}: ' + ' '.join(str(text).split()), file=sys.stderr)
-
-
-def main(argv):
-    """Run the job, or plan it; turn signals and refusals into exit statuses."""
-    del argv
-    stopping = begin(CONFIG.value.get('xla_flags', ''))
-    workdir = WORKDIR.value or f'runs/{CONFIG.value.name}'
-    try:
-        if PLAN.value not in (None, 'false'):
-            from tpad_jax.job import ahead  # here: --help and a wrong flag need no jax
-            print(*ahead.lines(CONFIG.value, workdir, PLAN.value, PLAN_ITEMS.value), sep='\n')
-            return
-        from tpad_jax.distributed import hosts
-        from tpad_jax.job import job, mirror
-        hosts.join(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        with mirror.kept(workdir, MIRROR.value):
-            job.run(CONFIG.value, workdir, hosts.together(stopping), profile=PROFILE.value)
-    except InputError as error:
-        refuse(error)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        refuse(f'{error.filename or "the workdir"}: {error.strerror}; what is finished is kept: '
-               'mend that, and the same command goes on from there')
-    except FloatingPointError as error:
-        say(error)
-        sys.exit(BROKEN)
-    except Stopped as stopped:
-        say(f'{stopped}; the same command goes on from there')
-        sys.exit(STOPPED)
+def _flags(values):
+    # absl allows a flag without a value for booleans only
+    flags.DEFINE_flag(flags.Flag(
+        flags.ArgumentParser(), flags.ArgumentSerializer(), 'plan', None,
+        'Print the memory that every stage takes, and stop. --plan is for the devices of this '
+        'machine; --plan=v5e-8, --plan=v6e-8 or --plan=24gib-8 name others.', boolean=True), values)
+    flags.DEFINE_integer('plan_items', None, 'With --plan: the number of items. No data are read.',
+                         lower_bound=1, flag_values=values)
+    flags.DEFINE_integer('profile', 0, 'Trace and time this many steps of every stage, into '
+                         'WORKDIR/profile.', lower_bound=0, flag_values=values)
+    # a run of several processes: each gets the same command with another --process
+    flags.DEFINE_string('coordinator', '', 'HOST:PORT where process 0 of several listens. The '
+                        'hosts of a TPU slice need none.', flag_values=values)
+    flags.DEFINE_integer('processes', 0, 'Number of processes.', lower_bound=0, flag_values=values)
+    flags.DEFINE_integer('process', -1, 'Number of this process, from 0.', flag_values=values)
+    flags.DEFINE_string('mirror', '', 'Directory or gs://BUCKET/RUN that gets a copy of the '
+                        'workdir during the run. An empty workdir starts from it.',
+                        flag_values=values)
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse)
+    sys.exit(main())

@@ -14,7 +14,7 @@ import resource, sys, threading
 from tpad_jax.core import startup
 
 if sys.argv[1] == 'keep':
-    assert startup.keep()
+    assert startup.keep_memory()
 
 def touch():
     return len(b'x' * (80 << 20))  # above what a thread's own arena holds

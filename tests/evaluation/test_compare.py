@@ -333,7 +333,7 @@ def test_the_commands_sides(tmp_path, capsys):
     for arguments, told in (([str(a)], 'names 1 side'), ([*command, str(a)], 'names 3 side'),
                             ([str(a), f'{b},{b}'], '1 and 2 runs cannot be paired'),
                             ([str(a), str(tmp_path / 'none')], 'does not exist'),
-                            ([*command, '--json', str(a)], 'cannot be written')):
+                            ([*command, '--json', str(a)], f'{a}: Is a directory')):
         assert compare.main(['--compare', *arguments]) == 2
         out, err = capsys.readouterr()
         assert (out, told in err, err.count('\n')) == ('', True, 1)

@@ -181,21 +181,16 @@ def test_the_command_says_it_in_a_sentence(tmp_path, monkeypatch, capsys, number
         raise OSError(number, os.strerror(number), '/runs/log.jsonl')
 
     monkeypatch.setattr(job, 'run', run)
-    monkeypatch.setattr(train, 'begin', lambda _: lambda: False)
-    given = dict(CONFIG=ConfigDict({'name': 'x'}), WORKDIR=str(tmp_path), PLAN=None,
-                 COORDINATOR='', PROCESSES=0, PROCESS=-1, MIRROR='', PROFILE=0)
-    for flag, value in given.items():
-        monkeypatch.setattr(train, flag, SimpleNamespace(value=value))
-    if number == errno.ENOENT:  # a defect: the traceback says where
+    monkeypatch.setattr(train.startup, 'begin', lambda _: lambda: False)
+    argv = ['--config=configs/amazon.py', f'--workdir={tmp_path}']
+    if number == errno.ENOENT:  # a defect: the traceback shows the place
         with pytest.raises(OSError, match='No such file'):
-            train.main([])
+            train.main(argv)
         return
-    with pytest.raises(SystemExit) as left:
-        train.main([])
-    assert left.value.code == train.UNUSABLE
+    assert train.main(argv) == 2
     told = capsys.readouterr().err
     assert told.count('\n') == 1
-    assert f'/runs/log.jsonl: {os.strerror(number)}; what is finished is kept' in told
+    assert f'/runs/log.jsonl: {os.strerror(number)}; finished work is kept' in told
 
 
 # --- read-only ----------------------------------------------------------------------------------

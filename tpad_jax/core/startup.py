@@ -1,4 +1,4 @@
-"""How a command of this package begins: its memory, the compiler's flags, the signals it heeds."""
+"""Start of a process that computes: memory, environment, compiler flags and signals."""
 
 import ctypes
 import os
@@ -8,24 +8,32 @@ from collections.abc import Callable
 
 from absl import logging
 
-BROKEN, UNUSABLE, STOPPED = 1, 2, 75  # exit statuses
-# glibc's <malloc.h>
+from tpad_jax.errors import InputError
+
+# parameters of mallopt in glibc's <malloc.h>
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
-# the same, said to a process before it starts
+# the same settings as environment variables, for a process that is not started yet
 ENVIRONMENT = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**63 - 1),
                'MALLOC_ARENA_MAX': '1'}
+# Variables of jax that change the types of results, and their only usable values in lower case.
+# All parameters, features and checkpoints are 32 bits wide; libraries below rely on promotion.
+REQUIRED = {'JAX_ENABLE_X64': ('', '0', 'false', 'f', 'no', 'n', 'off'),
+            'JAX_NUMPY_DTYPE_PROMOTION': ('', 'standard'),
+            'JAX_NUMPY_RANK_PROMOTION': ('', 'allow', 'warn')}
 
 
-def begin(xla_flags: str) -> Callable[[], bool]:
-    """Prepare this process; call it before numpy or jax is imported.
+def begin(xla_flags: str = '') -> Callable[[], bool]:
+    """Prepare this process and listen to signals. Call it before numpy or jax is imported.
 
     Args:
-      xla_flags: of the config; those in the environment stand before them, and so give way.
+      xla_flags: of the config. Flags in the environment come first, so the config's win.
 
     Returns:
-      A function that answers whether SIGINT or SIGTERM came. A second one does not wait.
+      A function that returns whether SIGINT or SIGTERM came. A second signal ends the process.
+
+    Raises:
+      InputError: as in `prepare`.
     """
-    logging.set_verbosity(logging.WARNING)  # jax and tfds narrate at INFO
     received = []
 
     def stop(number, frame):
@@ -35,23 +43,51 @@ def begin(xla_flags: str) -> Callable[[], bool]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
-    keep()
+    prepare(xla_flags)
     return lambda: bool(received)
 
 
-def keep() -> bool:
-    """Tell the C library to keep what is freed.
+def prepare(xla_flags: str = '') -> None:
+    """Prepare this process to compute. Call it before numpy or jax is imported.
 
-    Call it before numpy or jax is imported: threads that are there have arenas of their own, which
-    cannot hold blocks above 64 MiB and map them.
+    Args:
+      xla_flags: of the config. Flags in the environment come first, so the config's win.
 
-    By default every large block is mapped and unmapped again, and the system zeroes its pages one
-    by one as they are touched: over a quarter of a train step's processor time, where the step
+    Raises:
+      InputError: the environment sets jax to types that this package does not compute with.
+    """
+    check_environment()
+    logging.set_verbosity(logging.WARNING)  # jax and tensorflow_datasets log much at INFO
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA logs from C++
+    os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
+    keep_memory()
+
+
+def check_environment() -> None:
+    """Refuse environment variables that give jax other types than this package computes with.
+
+    Raises:
+      InputError: naming the variable.
+    """
+    for name, usable in REQUIRED.items():
+        value = os.environ.get(name, '')
+        if value.lower() not in usable:
+            raise InputError(f'{name}={value!r}: this package computes in 32 bits with the usual '
+                             f'promotion of types. Expected one of {", ".join(usable[1:])}. '
+                             f'Fix: unset {name}')
+
+
+def keep_memory() -> bool:
+    """Let the C library keep memory that is freed. Call it before numpy or jax is imported.
+
+    By default glibc maps and unmaps every large block, and the system zeroes its pages one by one
+    as they are touched. That takes over a quarter of the processor time of a train step, which
     needs tens of megabytes for a moment. The price: the process holds its peak until it ends.
+    Threads that exist already have their own arenas, which cannot hold blocks above 64 MiB.
 
     Returns:
-      Whether that could be done: on Linux with glibc.
+      Whether the C library was set: True on Linux with glibc.
     """
     if platform.libc_ver()[0] != 'glibc':
         return False

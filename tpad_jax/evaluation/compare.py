@@ -4,8 +4,6 @@
 interval and a p-value are over sessions, and a difference is always paired row by row.
 """
 
-import argparse
-import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -17,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpad_jax.core import files
+from tpad_jax.core import cli, files
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics, slices, statistics
 
@@ -183,35 +181,30 @@ def show(found: dict, console: Console) -> None:
                       + ', '.join(found['unknown_slices']), highlight=False)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """The command; the exit status is 0, or 2 after one sentence on what cannot be used."""
-    parser = argparse.ArgumentParser(
-        prog='python -m tpad_jax.evaluate', allow_abbrev=False,
-        description='Compares two models on the same test rows by the ranks their runs stored.')
+@cli.command('tpad_jax.evaluate')
+def main(argv: list[str]) -> None:
+    """Compare the runs and print the tables."""
+    parser = cli.Parser('tpad_jax.evaluate', 'Compares two models on the same test rows by the '
+                        'ranks that their runs stored.')
     parser.add_argument('--compare', nargs='+', required=True, metavar='RUN',
-                        help='workdirs of A and of B, several seeds with commas between; one side '
+                        help='workdirs of A and of B, several seeds separated by commas; one side '
                              'alone compares two of its models')
     parser.add_argument('--model', default='tpad', help='the model on both sides')
     parser.add_argument('--models', nargs=2, metavar=('A', 'B'), help='the model of each side')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='also written there')
-    given = parser.parse_args(arguments)
-    try:
-        if len(given.compare) > 2 or (len(given.compare) == 1 and not given.models):
-            raise InputError(f'--compare names {len(given.compare)} side(s): give two, or one and '
-                             'two --models of it')
-        sides = [[read(path) for path in side.split(',')] for side in given.compare]
-        models = tuple(given.models or (given.model, given.model))
-        found = compare(sides[0], sides[-1], models)
-        if given.json is not None:
-            _write(given.json, found)
-    except InputError as error:
-        print(f'tpad_jax.evaluate: {error}', file=sys.stderr)
-        return 2
+    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the result to FILE')
+    args = parser.parse_args(argv)
+    if len(args.compare) > 2 or (len(args.compare) == 1 and not args.models):
+        raise InputError(f'--compare names {len(args.compare)} side(s). Expected two, or one and '
+                         'two --models of it')
+    sides = [[read(path) for path in side.split(',')] for side in args.compare]
+    models = tuple(args.models or (args.model, args.model))
+    result = compare(sides[0], sides[-1], models)
+    if args.json is not None:
+        files.write_json(args.json, result)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    show(found, console)
-    return 0
+    show(result, console)
 
 
 def _check(file, name, array, shape, least, most=np.inf):
@@ -291,12 +284,3 @@ def _cells(cell):
         out.append(escape(f'{100 * cell[key]:{form}}{shown}'))
     p = '< .001' if cell['p'] < 0.001 else f'{cell["p"]:.3f}'
     return (*out, p, f'{100 * cell["won"]:.1f}', f'{100 * cell["lost"]:.1f}')
-
-
-def _write(path, found):
-    """The JSON file, or a refusal."""
-    try:
-        files.write_json(path, found)
-    except OSError as error:
-        raise InputError(f'{path} cannot be written ({error.strerror}); choose another --json'
-                         ) from error

@@ -327,8 +327,8 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(tmp_path):
         report = benchmark.last_report(images)
         assert benchmark.adds_up(report)
         assert report['left'] > 0
-        assert err == (f'tpad_jax.data.download: {report["left"]} pictures left; the same command '
-                       'goes on from there\n')
+        assert err == (f'tpad_jax.data.download: {report["left"]} pictures left; run the same '
+                       'command again to resume\n')
         first = benchmark.asked_so_far(server)
         have = {int(part.stem[1:]): part.stat().st_size for part in images.glob('*.part')}
         report = get(tmp_path)

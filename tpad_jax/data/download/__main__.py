@@ -12,15 +12,16 @@ one sentence, 75 stopped by SIGINT or SIGTERM (the same command goes on).
 
 import sys
 
-from absl import app, flags
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpad_jax.core.startup import STOPPED, UNUSABLE, begin
+from tpad_jax.core import cli, startup
 from tpad_jax.data import images
 from tpad_jax.data.download.hosts import Limits
-from tpad_jax.errors import UNWRITABLE, InputError, Stopped
+from tpad_jax.errors import InputError, Stopped
+
+NAME = 'tpad_jax.data.download'
 
 
 def table(report: dict) -> Table:
@@ -47,84 +48,59 @@ def table(report: dict) -> Table:
     return made
 
 
-def _flags():
-    default = Limits()
-    flags.DEFINE_integer('jobs', default.jobs, 'Requests at once.', 1, 256)
-    flags.DEFINE_integer('per_host', default.per_host, 'Of them to one host.', 1, 256)
-    flags.DEFINE_float('pause', default.pause, 'Seconds between the beginnings of two requests to '
-                       'one host.', 0)
-    flags.DEFINE_float('timeout', default.timeout, 'Seconds without a byte.', 0.01)
-    flags.DEFINE_integer('tries', default.tries, 'Of an address, where a time-out or 5xx is no '
-                         'answer.', 1)
-    flags.DEFINE_float('backoff', default.backoff, 'Seconds before the second try, and twice that '
-                       'before the third.', 0)
-    flags.DEFINE_integer('max_bytes', default.max_bytes, 'Of a picture; larger ones are not read '
-                         'by the job either.', 1, images.MAX_BYTES)
-    flags.DEFINE_string('user_agent', default.user_agent, 'Who asks; say where you can be reached.')
-    flags.DEFINE_boolean('allow_private', False, 'Ask addresses of private networks and of this '
-                         'machine too.')
-    flags.DEFINE_boolean('again', False, 'Ask again for what failed for good.')
-    flags.DEFINE_boolean('unreviewed', False, 'Also the pictures of items that no review names.')
-    flags.DEFINE_float('bad_share', 0.05, 'Share of damaged lines of a raw file that refuses it.',
-                       0, 1)
-
-
-def refuse(error):
-    """Say what cannot be used, in one line, and leave with status 2."""
-    _say(error)
-    sys.exit(UNUSABLE)
-
-
-def _say(text):
-    print('tpad_jax.data.download: ' + ' '.join(str(text).split()), file=sys.stderr)
-
-
-def parse(argv):
-    """The folder behind the flags, or one sentence and status 2; `--help` leaves with 0."""
-    try:
-        rest = flags.FLAGS(argv)
-    except SystemExit:  # absl printed the help and left, with 1
-        sys.exit(0)
-    except flags.Error as error:
-        refuse(error)
-    if len(rest) != 2:
-        refuse('name one folder of raw files: python -m tpad_jax.data.download RAW_DIR')
-    if not flags.FLAGS.user_agent.isprintable() or not flags.FLAGS.user_agent.isascii():
-        refuse('--user_agent holds what a request cannot: use printable ASCII')
-    return rest
-
-
-def main(argv):
-    """Download; turn signals and refusals into exit statuses, as launch.py does."""
-    stopping = begin('')
-    # here: --help and a wrong flag need no reader of raw files
+@cli.command(NAME)
+def main(argv: list[str]) -> int:
+    """Download, print the counts and return the exit status."""
+    args = _parser().parse_args(argv)
+    if not args.user_agent.isprintable() or not args.user_agent.isascii():
+        raise InputError('--user_agent holds characters that a request cannot carry. Expected '
+                         'printable ASCII')
+    stopping = startup.begin()
+    # here: --help and a wrong flag do not wait for the readers of raw files
     from tpad_jax.data.download.pictures import download
-    values = flags.FLAGS
-    limits = Limits(**{name: values[name].value for name in Limits._fields})
-    try:
-        report = download(argv[1], limits, allow_private=values.allow_private, again=values.again,
-                          unreviewed=values.unreviewed, bad_share=values.bad_share,
-                          stopping=stopping)
-    except InputError as error:
-        refuse(error)
-    except Stopped as stopped:
-        _say(f'{stopped}; nothing was asked yet')
-        sys.exit(STOPPED)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        refuse(f'{error.filename or argv[1]}: {error.strerror}; what is finished is kept: mend '
-               'that, and the same command goes on from there')
+    limits = Limits(**{name: getattr(args, name) for name in Limits._fields})
+    report = download(args.folder, limits, allow_private=args.allow_private, again=args.again,
+                      unreviewed=args.unreviewed, bad_share=args.bad_share, stopping=stopping)
     Console().print(table(report))
     if report['left'] and stopping():
-        _say(f'{report["left"]} pictures left; the same command goes on from there')
-        sys.exit(STOPPED)
+        raise Stopped(f'{report["left"]} pictures left')
     if report['failed'] and not report['fetched'] + report['there']:
-        why = ', '.join(report['reasons'])
-        refuse(f'no picture could be had ({why}); see {argv[1]}/images/download.json' + (
-            ', and --allow_private for a server of your own') * ('address_refused' in why))
+        reasons = ', '.join(report['reasons'])
+        private = ', and --allow_private for a server of your own' * ('address_refused' in reasons)
+        raise InputError(f'no picture was fetched ({reasons}); see '
+                         f'{args.folder}/images/download.json{private}')
+    return 0
+
+
+def _parser():
+    default = Limits()
+    parser = cli.Parser(NAME, 'Downloads the pictures of the items of a raw Amazon category.')
+    add, number = parser.add_argument, cli.number
+    add('folder', metavar='RAW_DIR', help='folder of raw files')
+    add('--jobs', type=number(int, 1, 256), default=default.jobs,
+        help='requests at once, default %(default)s')
+    add('--per_host', type=number(int, 1, 256), default=default.per_host,
+        help='requests at once to one host, default %(default)s')
+    add('--pause', type=number(float, 0, 1e9), default=default.pause,
+        help='seconds between the starts of two requests to one host, default %(default)s')
+    add('--timeout', type=number(float, 0.01, 1e9), default=default.timeout,
+        help='seconds without a byte, default %(default)s')
+    add('--tries', type=number(int, 1), default=default.tries,
+        help='tries of an address after a time-out or a status 5xx, default %(default)s')
+    add('--backoff', type=number(float, 0, 1e9), default=default.backoff,
+        help='seconds before the second try, doubled before each later one, default %(default)s')
+    add('--max_bytes', type=number(int, 1, images.MAX_BYTES), default=default.max_bytes,
+        help='largest size of a picture; the job reads no larger ones, default %(default)s')
+    add('--user_agent', default=default.user_agent,
+        help='name of the client, with an address where you can be reached')
+    add('--allow_private', action='store_true',
+        help='also ask addresses of private networks and of this machine')
+    add('--again', action='store_true', help='ask again for pictures that failed for good')
+    add('--unreviewed', action='store_true', help='also items that no review names')
+    add('--bad_share', type=number(float, 0, 1), default=0.05,
+        help='share of damaged lines that refuses a raw file, default %(default)s')
+    return parser
 
 
 if __name__ == '__main__':
-    _flags()
-    app.run(main, flags_parser=parse)
+    sys.exit(main())
