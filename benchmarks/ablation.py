@@ -84,11 +84,11 @@ def train(config, workdir: Path, stopping, stages):
     from tpad_jax.core import console as console_lib
     from tpad_jax.core import log
     from tpad_jax.job import job, validate
-    from tpad_jax.training import checkpoint
+    from tpad_jax.training import workdir as workdir_lib
 
     validate.check(config)
     made = job.Job(config, workdir, stopping)
-    checkpoint.claim(workdir, config.to_dict(), made.data.fingerprint)
+    workdir_lib.claim(workdir, config.to_dict(), made.data.fingerprint)
     made.build(stages, Console(quiet=True))
     writer = log.Writer(workdir)
     try:

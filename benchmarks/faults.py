@@ -86,7 +86,7 @@ def folders(workdir: Path) -> dict[str, list[str]]:
 
 def unfinished(names) -> list[int]:
     """Steps whose folders have a temporary name."""
-    return [int(name.split('.')[0]) for name in names if '.orbax-checkpoint-tmp' in name]
+    return [int(name.split('.')[0]) for name in names if '.partial' in name and '-old' not in name]
 
 
 def whole() -> tuple[Path, dict]:

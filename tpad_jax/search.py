@@ -62,16 +62,17 @@ def search_config(config: ConfigDict, workdir: str | Path, *, trials: int,
     # imported here: --help and a wrong space do not wait for jax
     from tpad_jax.baselines.tune import search
     from tpad_jax.job import job
-    from tpad_jax.training import checkpoint
-    checkpoint.claim(workdir, config.to_dict())
+    from tpad_jax.training import workdir as workdir_lib
+    workdir_lib.claim(workdir, config.to_dict())
 
     def objective(params, trial):
         results = job.run(override(config, params), workdir / f'trial_{trial:03d}', stopping,
                           until='validation')
         return {metric: results['valid'][metric] for metric in METRICS}
 
-    best, record = search(objective, space, defaults, trials=trials, seed=config.seed,
-                          storage=workdir / 'search.journal', name=config.name)
+    with workdir_lib.locked(workdir):
+        best, record = search(objective, space, defaults, trials=trials, seed=config.seed,
+                              storage=workdir / 'search.journal', name=config.name)
     values = next(trial['values'] for trial in record['tried'] if trial['trial'] == record['best'])
     result = {'overrides': best, 'valid': values, 'space': space, **record}
     # write_json would round the overrides

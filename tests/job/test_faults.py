@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import faults
 from tests.job import test_job
-from tests.training.test_checkpoint import LEFT_BEHIND, assert_same, make_state, opened
+from tests.training.test_checkpoint import assert_same, make_state, opened
 from tests.training.test_damaged_checkpoints import halve
 from tpad_jax import train
 from tpad_jax.baselines import tune
@@ -28,9 +28,9 @@ from tpad_jax.data import catalogue
 from tpad_jax.errors import InputError
 from tpad_jax.features import store
 from tpad_jax.job import job
-from tpad_jax.training.checkpoint import abstract, claim, enter
+from tpad_jax.training.checkpoint import abstract
+from tpad_jax.training.workdir import claim, enter
 
-pytestmark = LEFT_BEHIND
 base_dir, config = test_job.base_dir, test_job.config  # fixtures
 WIDTH = 60_000  # of a state: 480 kB
 
@@ -213,9 +213,9 @@ def unprivileged(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures('unprivileged')
 def test_a_workdir_of_somebody_else():
-    with pytest.raises(InputError, match=r'run cannot be made \(Permission denied\); choose'):
+    with pytest.raises(InputError, match=r'=run: cannot be created \(Permission denied\). Fix:'):
         enter(Path('run'), ConfigDict())
-    with pytest.raises(InputError, match=r'\. cannot be written to; choose another --workdir'):
+    with pytest.raises(InputError, match=r'=\.: cannot be written to. Fix:'):
         enter(Path('.'), ConfigDict())
 
 
@@ -225,8 +225,8 @@ def test_a_read_only_disk(small_disk):
     with opened(where / 'c') as checkpoints:
         checkpoints.save(1, state, {})
     remount('ro')
-    for workdir, told in ((where, 'cannot be written to'), (where / 'run', 'cannot be made')):
-        with pytest.raises(InputError, match=f'{workdir} {told}.*choose another --workdir'):
+    for workdir, told in ((where, 'cannot be written to'), (where / 'run', 'cannot be created')):
+        with pytest.raises(InputError, match=f'{workdir}: {told}.*choose another --workdir'):
             enter(workdir, ConfigDict())
     with (pytest.raises(InputError, match='Read-only file system'), opened(where / 'd')):
         pass

@@ -351,7 +351,7 @@ def test_refused_before_anything_is_made(config, tmp_path, changes, told):
 def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
     (tmp_path / 'file').write_text('not a directory')
     for workdir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
-        with pytest.raises(InputError, match='cannot be made'):
+        with pytest.raises(InputError, match='cannot be created'):
             job.run(config, workdir)
     assert (tmp_path / 'file').read_text() == 'not a directory'
 

@@ -172,7 +172,8 @@ def _small(directory):
         return files_lib.load_params(directory, shapes)
 
     return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters,
-                _digest(directory, ('config.json', 'params.safetensors'))), features
+                _digest({name: directory / name for name in ('config.json', 'params.safetensors')})
+                ), features
 
 
 def _checkpoint(c):
@@ -192,9 +193,7 @@ def _checkpoint(c):
         return {'base': load.load(directory, found, dtype=c.param_dtype,
                                   sharding=shardings and shardings['base'])}
 
-    files = sorted(p.name for p in directory.iterdir()
-                   if p.suffix in FILES and p.is_file())
-    return Base(module, directory, side, ('base',), parameters, _digest(directory, files))
+    return Base(module, directory, side, ('base',), parameters, fingerprint(directory))
 
 
 def _side(found):
@@ -205,14 +204,30 @@ def _side(found):
     return max(1, round(SIDE / unit)) * unit
 
 
-def _digest(directory, names):
+def fingerprint(path: str | Path) -> str:
+    """Digest of an input's content, the same wherever it is stored.
+
+    Args:
+      path: a file, or a directory, of which the files of parameters, sizes and tokenizer count.
+
+    Returns:
+      16 hexadecimal digits, or 'absent'.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _digest({'': path})
+    if path.is_dir():
+        return _digest({p.name: p for p in sorted(path.iterdir()) if p.suffix in FILES})
+    return 'absent'
+
+
+def _digest(paths):
     """Of small files all bytes; of large ones the size and samples from end to end.
 
-    Reading 16 GB is no check; one changed layer is more than the gap between samples.
+    Reading 16 GB takes too long; a changed layer is larger than the gap between samples.
     """
     out = hashlib.sha256()
-    for name in names:
-        file = Path(directory) / name
+    for name, file in paths.items():
         if not file.is_file():
             continue  # the one who reads it says so
         size = file.stat().st_size

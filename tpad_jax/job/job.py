@@ -37,7 +37,8 @@ from tpad_jax.models import readers, tpad
 from tpad_jax.training import handover, profiling
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
-from tpad_jax.training.checkpoint import Checkpoints, claim, enter
+from tpad_jax.training.checkpoint import Checkpoints
+from tpad_jax.training.workdir import claim, enter, locked
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
 
@@ -281,6 +282,11 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
     finished = {s for s in STAGES if (workdir / 'stages' / s / DONE).is_file()}
     check_inputs(config, stages, finished)
     enter(workdir, config)
+    with locked(workdir):
+        return _run(config, workdir, stopping, until, profile, stages, finished, console)
+
+
+def _run(config, workdir, stopping, until, profile, stages, finished, console) -> dict:
     begun = time.perf_counter()
     job = Job(config, workdir, stopping, profile)
     claim(workdir, config.to_dict(), job.data.fingerprint)

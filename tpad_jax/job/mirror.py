@@ -29,7 +29,7 @@ from tpad_jax.errors import InputError
 MANIFEST = 'mirror.json'
 EVERY = 30.0  # seconds between two looks at the workdir
 MADE_AGAIN = 'raw', 'data', 'profile'  # from the same files, by the same command, or not at all
-UNFINISHED = re.compile(r'\.orbax-checkpoint-tmp|\.part$|\.tmp$')
+UNFINISHED = re.compile(r'\.orbax-checkpoint-tmp|\.partial$|\.part$|\.tmp$')
 # What grows while it is copied: any version of it will do, a run cuts off what came too late.
 GROWING = re.compile(r'^(log\.jsonl|search\.journal|events/.*)$')
 CHECKPOINT = re.compile(r'^stages/[^/]+/\d+/')  # of which every file is needed

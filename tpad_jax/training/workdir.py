@@ -1,0 +1,197 @@
+"""Which run a workdir belongs to, and that only one process group uses it at a time."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from tpad_jax.core import files
+from tpad_jax.distributed import hosts
+from tpad_jax.errors import InputError
+from tpad_jax.features import bases
+
+# Version of a workdir's files. Version 1 had no such key; its checkpoints joined all arrays.
+FORMAT = 2
+# Keys that change no result: how often the run saves and logs, and on how many devices it runs.
+FREE_KEYS = frozenset({'parallel', 'devices', 'model_shards', 'accumulate', 'stages', 'save_every',
+                       'bad_share'})
+# Keys of sessions. The fingerprint of the data covers their content, so the paths may change.
+SOURCES = ('data.npz', 'data.ready', 'data.raw_dir')
+# Keys of other inputs. Their content is compared instead of the path.
+INPUTS = ('data.features', 'mllm.base', 'mllm.checkpoint', 'mllm.teacher')
+LOCK = 'run.lock'
+
+
+def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
+    """Make `workdir` the run of `config`, or check that it already is.
+
+    The first run writes `config.json`. A later run must have the same config and data. Keys that
+    change no result (`FREE_KEYS` and those that begin with `log_`, at any depth) may differ, and
+    inputs may move.
+
+    Args:
+      workdir: str or Path. Created if absent.
+      config: nested dict. Values that JSON does not know are written as their str.
+      fingerprint: of the data, or None where no data is read yet. The first one given is kept.
+
+    Raises:
+      InputError: config or data differ; the message names every differing key with both values.
+    """
+    path = Path(workdir) / 'config.json'
+    config = json.loads(json.dumps(config, default=str))
+    record = {'format': FORMAT, 'config': config, 'fingerprint': fingerprint,
+              'inputs': _inputs(config)}
+    if path.exists():
+        before = _read(path)
+        changes = _changes(before, record)
+        if changes:
+            raise InputError(f'{path} belongs to another run: {"; ".join(changes)}. Fix: set them '
+                             'back, or choose another workdir.')
+        if before['fingerprint'] is not None or fingerprint is None:
+            return
+        record = {**before, 'fingerprint': fingerprint}
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # not by files.write_json, which rounds
+        files.write_text(path, json.dumps(record, indent=1) + '\n')
+
+
+def enter(workdir: Path, config) -> None:
+    """Create the workdir, or check that the existing one can be used.
+
+    Args:
+      workdir: the run's directory.
+      config: ConfigDict of the run.
+
+    Raises:
+      InputError: it cannot be created or written to, its path cannot be used, or it belongs to
+        another config.
+    """
+    if re.match('[a-z0-9]+:/', str(workdir)):  # a Path of gs://, which would be created here
+        bucket = str(workdir).replace(':/', '://', 1)
+        raise InputError(f'--workdir={bucket}: not a directory. Data is mapped into memory and '
+                         'files are renamed, which a bucket does not offer. Fix: name a local '
+                         f'directory, and --mirror={bucket} for a copy there.')
+    # Orbax takes the whole path for a glob pattern when it looks for a checkpoint's files.
+    special = re.search(r'[\[\]\\]', str(Path(workdir).absolute()))
+    if special:
+        raise InputError(f'--workdir={workdir}: the character {special[0]!r} in the path '
+                         f'{Path(workdir).absolute()} is not supported, because checkpoints below '
+                         'it could not be read. Fix: choose a path without it.')
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'--workdir={workdir}: cannot be created ({error.strerror}). Fix: choose '
+                         'another --workdir.') from error
+    # by the ids that will write, where the system can tell
+    if not os.access(workdir, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(f'--workdir={workdir}: cannot be written to. Fix: choose another '
+                         '--workdir.')
+    if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
+        claim(workdir, config.to_dict())
+
+
+@contextlib.contextmanager
+def locked(workdir) -> Iterator[None]:
+    """Keep a second run out of a workdir.
+
+    The operating system holds the lock and releases it when the process ends, even by a kill. On a
+    file system without locks nothing is kept out. Of several processes, process 0 holds it.
+
+    Args:
+      workdir: an existing directory.
+
+    Raises:
+      InputError: another run uses the workdir; the message names its host, process and start time.
+    """
+    with contextlib.ExitStack() as stack:
+        with hosts.joined(f'lock of {workdir}'):
+            if jax.process_index() == 0:
+                # Never removed: a process that has just opened it would lock a file without a name.
+                lock = stack.enter_context(open(Path(workdir) / LOCK, 'a+', encoding='utf-8'))
+                _lock(lock, workdir)
+        yield
+
+
+def _lock(file, workdir):
+    """Lock an open file and write who holds it, or raise InputError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise InputError(f'--workdir={workdir}: another run uses it ({file.read().strip()}). Fix: '
+                         'wait for that run, stop it, or choose another --workdir.') from error
+    except OSError:  # a network file system without locks
+        pass
+    file.truncate(0)
+    now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
+    file.write(f'host {socket.gethostname()}, process {os.getpid()}, since {now}\n')
+    file.flush()
+
+
+def _read(path):
+    """The record of config.json."""
+    try:
+        record = json.loads(path.read_text())
+        config, _ = record['config'], record['fingerprint']
+        _flat(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{path}: not a config written by this program ({type(error).__name__}: '
+                         f'{error}). Fix: choose another workdir, restore the file, or delete it '
+                         'if this is the config of the run there.') from error
+    found = record.get('format', 1)
+    if found != FORMAT:
+        raise InputError(f'{path}: this workdir has format {found}, written by another version of '
+                         f'tpad_jax, and this version reads format {FORMAT}. Fix: choose another '
+                         'workdir, or finish the run with the version that began it.')
+    return record
+
+
+def _changes(before, now):
+    """What differs between two records of config.json, in words."""
+    old, new = _comparable(before), _comparable(now)
+    if before['fingerprint'] is not None and now['fingerprint'] is not None:
+        source = next((key for key in SOURCES if _flat(now['config']).get(key)), 'data')
+        old[f'the content of {source}'] = json.dumps(before['fingerprint'])
+        new[f'the content of {source}'] = json.dumps(now['fingerprint'])
+    return [f'{key} was {old.get(key, "absent")} and is now {new.get(key, "absent")}'
+            for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def _comparable(record):
+    """{key: value as JSON} of a config, without free keys; of inputs their content."""
+    flat = {key: json.dumps(value) for key, value in _flat(record['config']).items()
+            if not _free(key)}
+    for key, content in record['inputs'].items():
+        flat[key] = f'content {content}'
+    return flat
+
+
+def _inputs(config):
+    """{key: fingerprint} of the inputs that the config names."""
+    flat = _flat(config)
+    return {key: bases.fingerprint(flat[key]) for key in INPUTS if flat.get(key)}
+
+
+def _free(key):
+    if key.startswith('losses.'):  # a loss's `stages` change results
+        return False
+    return key in SOURCES or any(part in FREE_KEYS or part.startswith('log_')
+                                 for part in key.split('.'))
+
+
+def _flat(tree, prefix=''):
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f'{prefix}{key}.')
+        else:
+            flat[prefix + key] = value
+    return flat
