@@ -16,6 +16,7 @@ from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import device_ranks
 from tpad_jax.job import validate
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.mutual_information import estimator
 from tpad_jax.mutual_information.critics import GaussianQ
 from tpad_jax.training import step as step_lib
@@ -23,7 +24,7 @@ from tpad_jax.types import Batch
 
 PRODUCTS = ('dot_general', 'conv_general_dilated')
 # flax names the scope of the base MLLM's methods; both readers call them
-MLLM = ('base.', 'base/')
+INSIDE = ('base.', 'base/')
 
 
 def products(jaxpr, scope=''):
@@ -47,11 +48,27 @@ def test_products_of_a_train_step():
     traced = step.trace(state, batch, catalogue)
     inside, outside = [], []
     for where, used in products(traced.jaxpr.jaxpr):
-        (inside if any(name in where for name in MLLM) else outside).append((where, used))
+        (inside if any(name in where for name in INSIDE) else outside).append((where, used))
     assert len(inside) > 20
     assert len(outside) > 20
     assert {used for _, used in inside} == {(jax.lax.Precision.DEFAULT,) * 2}
     assert {used for _, used in outside} == {(jax.lax.Precision.HIGH,) * 2}
+
+
+def test_a_setting_of_the_process_reaches_the_mllm():
+    """`benchmarks.parity` compares on any device in full float32."""
+    model, tokens = MLLM(**tiny.SIZES), jnp.ones((2, 3), jnp.int32)
+
+    def read(m):
+        return m(m.say(tokens, tokens > 0))
+
+    params = jax.eval_shape(partial(model.init, method=read), jax.random.key(0))
+    with jax.default_matmul_precision('highest'):
+        for apply in (model.apply, devices_lib.compiled(model.apply, precision='bfloat16',
+                                                        static_argnames='method')):
+            found = {used for _, used in products(jax.make_jaxpr(
+                partial(apply, method=read))(params).jaxpr)}
+            assert found == {(jax.lax.Precision.HIGHEST,) * 2}
 
 
 @pytest.mark.parametrize('how', ['jit', 'pmap', 'shard_map'])

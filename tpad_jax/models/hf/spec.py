@@ -1,18 +1,20 @@
-"""What a checkpoint's config.json says of a model, as plain numbers; anything unknown is refused.
+"""Read the config.json of a checkpoint as plain numbers, and refuse what is not implemented.
 
-`transformers` reads the file and brings older forms up to date. Theta and M-RoPE sections are taken
-from `rope_parameters`, never from a class's default, and what a wrong guess would silently change
-(family, tower, decoder, rope type, activation) is named in a refusal.
+`transformers` reads the file and updates older forms. Theta and M-RoPE sections come from
+`rope_parameters`, never from the default of a class. An unknown family, tower, decoder, rope type
+or activation would silently change the result, so each is refused by name.
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tpad_jax.errors import InputError
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_pytorch_tanh', 'quick_gelu')
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP and Qwen3-VL
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,21 @@ class Decoder:
     """A causal decoder: RMSNorm, grouped-query attention, SwiGLU.
 
     Attributes:
-      kv_heads: key and value heads, each shared by heads / kv_heads query heads.
-      hidden: inner width of the SwiGLU. eps: of the norms. theta: base of the rotary frequencies.
-      qkv_bias: q, k and v have biases. qk_norm: q and k pass an RMSNorm per head.
-      sections: rotary frequencies per position coordinate (M-RoPE), (): one coordinate.
-      interleaved: coordinates alternate over the frequencies (Qwen3-VL), not in blocks.
-      tied: the output embedding is the input's.
+      vocab: number of tokens.
+      width: of the states.
+      layers: number of blocks.
+      heads: query heads.
+      kv_heads: key and value heads. Each serves heads / kv_heads query heads.
+      head_dim: width of a head.
+      hidden: inner width of the SwiGLU.
+      eps: of the norms.
+      theta: base of the rotary frequencies.
+      qkv_bias: whether q, k and v have biases.
+      qk_norm: whether q and k pass an RMSNorm per head.
+      sections: rotary frequencies per position coordinate (M-RoPE). (): one coordinate.
+      interleaved: whether coordinates alternate over the frequencies (Qwen3-VL). Otherwise they
+        form blocks.
+      tied: whether input and output share the embedding.
     """
 
     vocab: int
@@ -49,13 +60,22 @@ class Tower:
     """A CLIP or SigLIP vision transformer at its native, square resolution.
 
     Attributes:
-      layers: blocks that run: all, or without the last for the last but one's states.
-      stored: blocks the checkpoint holds.
-      image, patch: pixels. has_class: a class token stands first (CLIP); keep_class: it stays.
-      pre_norm: a norm before the blocks (CLIP). eps: of the norms.
+      kind: 'clip' or 'siglip'.
+      width: of the states.
+      layers: blocks that run. One less than `stored` gives the states of the last but one.
+      stored: blocks in the checkpoint.
+      heads: attention heads.
+      hidden: inner width of the MLP.
+      image: side of an image in pixels.
+      patch: side of a patch in pixels.
+      activation: of the MLP.
+      eps: of the norms.
+      has_class: whether a class token comes first (CLIP).
+      keep_class: whether the output includes the class token.
+      pre_norm: whether a norm comes before the blocks (CLIP).
     """
 
-    kind: str  # 'clip' or 'siglip'
+    kind: str
     width: int
     layers: int
     stored: int
@@ -75,14 +95,23 @@ class Grid:
     """A Qwen vision transformer: rotary positions in two dimensions, neighbours merged at the end.
 
     Attributes:
-      patch, merge: pixels of a patch, patches of a merged token's side.
-      out: width of the merged tokens. activation: of the blocks.
-      places: side of the learned table of positions that is resampled (Qwen3-VL), 0: none.
-      window: pixels of an attention window's side (Qwen2.5-VL), 0: none; full: blocks without.
-      deep: blocks whose states also become features for the decoder's first layers (DeepStack).
+      kind: 'qwen2', 'qwen2_5' or 'qwen3'.
+      width: of the states.
+      layers: number of blocks.
+      heads: attention heads.
+      hidden: inner width of the MLP.
+      patch: side of a patch in pixels.
+      merge: side of a merged token in patches.
+      out: width of the merged tokens.
+      activation: of the blocks.
+      eps: of the norms.
+      places: side of the learned table of positions, which is resampled (Qwen3-VL). 0: no table.
+      window: side of an attention window in pixels (Qwen2.5-VL). 0: no windows.
+      full: blocks that attend outside of windows.
+      deep: blocks whose states also become features of the decoder's first layers (DeepStack).
     """
 
-    kind: str  # 'qwen2', 'qwen2_5' or 'qwen3'
+    kind: str
     width: int
     layers: int
     heads: int
@@ -100,15 +129,20 @@ class Grid:
 
 @dataclass(frozen=True)
 class Spec:
-    """A whole vision-language model.
+    """A complete vision-language model.
 
     Attributes:
-      family: transformers' model_type.
-      projector: activation between tower and decoder (LLaVA; '': a Grid merges instead).
-      projector_bias: its layers have biases. newline: a learned token ends every image (OneVision).
-      image_id: the token that holds an image token's place in a prompt.
-      start_ids, end_ids: tokens before and behind an image.
-      mean, std: of the pixels' channels, on 0..1.
+      family: model_type of transformers.
+      decoder: its decoder.
+      vision: its vision transformer.
+      projector: activation between tower and decoder (LLaVA). '': a Grid merges instead.
+      projector_bias: whether the projector's layers have biases.
+      newline: whether a learned token ends every image (OneVision).
+      image_id: the placeholder of an image token in a prompt.
+      start_ids: tokens before an image.
+      end_ids: tokens after an image.
+      mean: of the pixels per channel, on 0..1.
+      std: of the pixels per channel, on 0..1.
     """
 
     family: str
@@ -124,7 +158,10 @@ class Spec:
     std: tuple[float, float, float]
 
     def cells(self, side: int) -> tuple[int, int]:
-        """Rows and columns of an image's tokens at `side` pixels, height and width.
+        """Return the rows and columns of an image's tokens.
+
+        Args:
+          side: height and width of the image in pixels.
 
         Raises:
           InputError: the vision tower cannot read an image of this size.
@@ -132,190 +169,202 @@ class Spec:
         v = self.vision
         if isinstance(v, Tower):
             if side != v.image:
-                raise InputError(f'config.mllm.image_size={side}, but this vision tower reads '
-                                 f'{v.image} pixels only; set it so')
+                raise InputError(f'config.mllm.image_size={side}: this vision tower reads one size '
+                                 f'of images. Expected {v.image} pixels. Fix: set it to {v.image}')
             return (v.image // v.patch,) * 2
         unit = v.patch * v.merge
         if side < unit or side % unit:
-            raise InputError(f'config.mllm.image_size={side} must be a multiple of {unit} pixels, '
-                             f'a merged token of this vision tower')
+            raise InputError(f'config.mllm.image_size={side}: a token of this vision tower covers '
+                             f'{unit} pixels. Expected a multiple of {unit}. Fix: choose one')
         return (side // unit,) * 2
 
     def image_tokens(self, side: int) -> int:
-        """Tokens an image of `side` pixels takes in a prompt, start_ids and end_ids not counted."""
+        """Return the tokens of an image in a prompt, without start_ids and end_ids.
+
+        Args:
+          side: height and width of the image in pixels.
+        """
         rows, columns = self.cells(side)
-        extra = self.newline + (isinstance(self.vision, Tower) and self.vision.keep_class)
-        return rows * columns + int(extra)
+        class_token = isinstance(self.vision, Tower) and self.vision.keep_class
+        return rows * columns + int(self.newline) + int(class_token)
 
 
 def read(directory) -> Spec:
-    """The Spec of a checkpoint directory.
+    """Read the Spec of a checkpoint directory.
 
     Raises:
-      InputError: no config.json, or one of an architecture, rope type, activation or option that
-        is not implemented here.
+      InputError: config.json is missing, or it names an architecture, rope type, activation or
+        option that is not implemented.
     """
     file = Path(directory) / 'config.json'
     if not file.is_file():
-        raise InputError(f'{directory} holds no checkpoint: there is no config.json; give the '
-                         'directory of a Hugging Face model')
+        raise InputError(f'{directory}: this directory has no config.json. Expected the directory '
+                         'of a Hugging Face model. Fix: correct the path')
     from transformers import AutoConfig  # slow to import
 
     try:
         family = json.loads(file.read_text()).get('model_type')
     except (ValueError, AttributeError) as error:
-        raise InputError(f'{file} is no JSON object: {error}') from error
-    if family not in FAMILIES:
-        raise InputError(f'{file}: model_type {family!r} is not implemented; there are '
-                         f'{", ".join(FAMILIES)}')
+        raise InputError(f'{file}: not a JSON object ({error}). Expected the config.json of a '
+                         'Hugging Face model. Fix: download the file again') from error
+    _only(file, 'model_type', family, FAMILIES)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f'{file}: {str(error).splitlines()[0]}') from error
-    return FAMILIES[family](file, config, _preprocessing(directory))
+        raise InputError(f'{file}: transformers cannot read it: {str(error).splitlines()[0]}. Fix: '
+                         'download the file again') from error
+    return _with_pixels(FAMILIES[family](file, config), directory)
 
 
-def _llava(file, config, pixels):
+def _llava(file, config):
     v, layer = config.vision_config, config.vision_feature_layer
-    if isinstance(layer, list | tuple):
-        raise InputError(f'{file}: vision_feature_layer={list(layer)} joins several layers, which '
-                         'is not implemented; one layer is')
+    _only(file, 'vision_config.model_type', v.model_type,
+          ('clip_vision_model', 'siglip_vision_model'))
+    depth = v.num_hidden_layers
+    # a list joins the states of several layers
+    _only(file, 'vision_feature_layer', layer, (*range(-depth, 0), *range(1, depth + 1)))
     strategy = config.vision_feature_select_strategy
-    _known(file, 'vision_feature_select_strategy', strategy, ('default', 'full'))
-    _known(file, 'vision_config.model_type', v.model_type,
-           ('clip_vision_model', 'siglip_vision_model'))
-    clip = v.model_type == 'clip_vision_model'
-    run = v.num_hidden_layers + 1 + layer if layer < 0 else layer
-    if not 0 < run <= v.num_hidden_layers:
-        raise InputError(f'{file}: vision_feature_layer={layer} is none of the vision tower\'s '
-                         f'{v.num_hidden_layers} layers')
-    # OneVision never drops a token of its (SigLIP) tower, whatever its strategy is called
-    onevision = config.model_type == 'llava_onevision'
-    if not clip and strategy == 'default' and not onevision:
-        raise InputError(f'{file}: vision_feature_select_strategy=default drops the first token, '
-                         'which is a patch with a SigLIP tower; such checkpoints say full')
-    if onevision and clip:
-        raise InputError(f'{file}: llava_onevision with a CLIP tower is not implemented')
+    clip, onevision = v.model_type == 'clip_vision_model', config.model_type == 'llava_onevision'
+    if onevision:
+        # OneVision keeps all tokens of its SigLIP tower with either strategy
+        _only(file, 'vision_config.model_type', v.model_type, ('siglip_vision_model',))
+    # 'default' drops the first token, which is a patch with SigLIP
+    _only(file, 'vision_feature_select_strategy', strategy,
+          ('default', 'full') if clip or onevision else ('full',))
     tower = Tower(
-        'clip' if clip else 'siglip', v.hidden_size, run, v.num_hidden_layers,
-        v.num_attention_heads, v.intermediate_size, v.image_size, v.patch_size,
-        _activation(file, 'vision_config.hidden_act', v.hidden_act), v.layer_norm_eps, clip,
-        clip and strategy == 'full', clip)
+        kind='clip' if clip else 'siglip', width=v.hidden_size,
+        layers=depth + 1 + layer if layer < 0 else layer, stored=depth,
+        heads=v.num_attention_heads, hidden=v.intermediate_size, image=v.image_size,
+        patch=v.patch_size, activation=_activation(file, 'vision_config.hidden_act', v.hidden_act),
+        eps=v.layer_norm_eps, has_class=clip, keep_class=clip and strategy == 'full',
+        pre_norm=clip)
     text = config.text_config
-    _known(file, 'text_config.model_type', text.model_type, ('llama', 'qwen2', 'qwen3', 'mistral'))
-    decoder = _decoder(file, text, config, qkv_bias=text.model_type == 'qwen2',
-                       qk_norm=text.model_type == 'qwen3')
-    activation = _activation(file, 'projector_hidden_act', config.projector_hidden_act)
-    mean, std = pixels or ((CLIP_MEAN, CLIP_STD) if clip else ((0.5,) * 3, (0.5,) * 3))
+    _only(file, 'text_config.model_type', text.model_type, ('llama', 'qwen2', 'qwen3', 'mistral'))
     image_id = getattr(config, 'image_token_id', None)
-    image_id = config.image_token_index if image_id is None else image_id
-    return Spec(config.model_type, decoder, tower, activation, config.multimodal_projector_bias,
-                onevision, image_id, (), (), mean, std)
+    return Spec(
+        config.model_type, _decoder(file, config, text.model_type), tower,
+        _activation(file, 'projector_hidden_act', config.projector_hidden_act),
+        config.multimodal_projector_bias, onevision,
+        config.image_token_index if image_id is None else image_id, (), (),
+        CLIP_MEAN if clip else HALF, CLIP_STD if clip else HALF)
 
 
-def _qwen(file, config, pixels):
+def _qwen(file, config):
     v, kind = config.vision_config, config.model_type.removesuffix('_vl')
-    head = v.hidden_size if kind != 'qwen2' else v.embed_dim
-    hidden = v.intermediate_size if kind != 'qwen2' else int(v.embed_dim * v.mlp_ratio)
+    first, windowed, third = (kind == name for name in ('qwen2', 'qwen2_5', 'qwen3'))
+    width = v.embed_dim if first else v.hidden_size
     grid = Grid(
-        kind, head, v.depth, v.num_heads, hidden, v.patch_size, v.spatial_merge_size,
-        v.hidden_size if kind == 'qwen2' else v.out_hidden_size,
-        _activation(file, 'vision_config.hidden_act', v.hidden_act), 1e-6,
-        round(v.num_position_embeddings ** 0.5) if kind == 'qwen3' else 0,
-        v.window_size if kind == 'qwen2_5' else 0,
-        tuple(v.fullatt_block_indexes) if kind == 'qwen2_5' else (),
-        tuple(v.deepstack_visual_indexes) if kind == 'qwen3' else ())
-    if v.temporal_patch_size != 2:
-        raise InputError(f'{file}: vision_config.temporal_patch_size={v.temporal_patch_size} is '
-                         'not implemented; 2 is')
-    theta = getattr(v, 'rope_parameters', None) or {}
-    if theta.get('rope_theta', 10_000.0) != 10_000.0:
-        raise InputError(f'{file}: vision_config.rope_parameters.rope_theta={theta["rope_theta"]} '
-                         'is not implemented; 10000 is')
+        kind=kind, width=width, layers=v.depth, heads=v.num_heads,
+        hidden=int(width * v.mlp_ratio) if first else v.intermediate_size, patch=v.patch_size,
+        merge=v.spatial_merge_size, out=v.hidden_size if first else v.out_hidden_size,
+        activation=_activation(file, 'vision_config.hidden_act', v.hidden_act), eps=1e-6,
+        places=round(v.num_position_embeddings ** 0.5) if third else 0,
+        window=v.window_size if windowed else 0,
+        full=tuple(v.fullatt_block_indexes) if windowed else (),
+        deep=tuple(v.deepstack_visual_indexes) if third else ())
+    _only(file, 'vision_config.temporal_patch_size', v.temporal_patch_size, (2,))
+    rope = getattr(v, 'rope_parameters', None) or {}
+    _only(file, 'vision_config.rope_parameters.rope_theta', rope.get('rope_theta', 10_000.0),
+          (10_000.0,))
     if list(grid.deep) != sorted({i for i in grid.deep if i < v.depth}):
-        raise InputError(f'{file}: vision_config.deepstack_visual_indexes={list(grid.deep)} must '
-                         f'be rising and below depth, {v.depth}')
-    if kind == 'qwen2_5' and grid.window < grid.patch * grid.merge:
+        raise InputError(f'{file}: vision_config.deepstack_visual_indexes={list(grid.deep)} is '
+                         f'unusable. Expected rising numbers below the depth, {v.depth}. Fix: copy '
+                         'the value of the original model')
+    if windowed and grid.window < grid.patch * grid.merge:
         raise InputError(f'{file}: vision_config.window_size={grid.window} is smaller than a '
-                         f'merged token, {grid.patch * grid.merge}')
-    rope = _rope(file, config.text_config)
-    if 'mrope_section' not in rope:
-        raise InputError(f'{file}: text_config.rope_parameters has no mrope_section; copy it from '
-                         'the model this checkpoint was made of')
-    decoder = _decoder(file, config.text_config, config, qkv_bias=kind != 'qwen3',
-                       qk_norm=kind == 'qwen3', sections=tuple(rope['mrope_section']),
-                       interleaved=kind == 'qwen3')
-    mean, std = pixels or (((0.5,) * 3, (0.5,) * 3) if kind == 'qwen3' else (CLIP_MEAN, CLIP_STD))
-    return Spec(config.model_type, decoder, grid, '', True, False, config.image_token_id,
-                (config.vision_start_token_id,), (config.vision_end_token_id,), mean, std)
+                         f'merged token. Expected at least {grid.patch * grid.merge} pixels. Fix: '
+                         'copy the value of the original model')
+    if 'mrope_section' not in _rope(file, config.text_config):
+        raise InputError(f'{file}: text_config.rope_parameters lacks mrope_section. Expected '
+                         'rotary frequencies per coordinate. Fix: copy those of the original '
+                         'model')
+    return Spec(
+        config.model_type, _decoder(file, config, kind, mrope=True), grid, '', True, False,
+        config.image_token_id, (config.vision_start_token_id,), (config.vision_end_token_id,),
+        HALF if third else CLIP_MEAN, HALF if third else CLIP_STD)
 
 
 FAMILIES = {'llava': _llava, 'llava_onevision': _llava, 'qwen2_vl': _qwen, 'qwen2_5_vl': _qwen,
             'qwen3_vl': _qwen}
 
 
-def _decoder(file, text, whole, *, qkv_bias, qk_norm, sections=(), interleaved=False):
+def _decoder(file, config, kind, mrope=False):
+    text = config.text_config
     rope = _rope(file, text)
-    _known(file, 'text_config.hidden_act', text.hidden_act, ('silu',))
-    for option in ('mlp_bias', 'use_sliding_window'):
-        if getattr(text, option, False):
-            raise InputError(f'{file}: text_config.{option}=true is not implemented')
-    if getattr(text, 'attention_bias', False):
-        raise InputError(f'{file}: text_config.attention_bias=true is not implemented')
-    if text.model_type == 'mistral' and text.sliding_window is not None:
-        raise InputError(f'{file}: text_config.sliding_window={text.sliding_window} is not '
-                         'implemented; null is')
+    _only(file, 'text_config.hidden_act', text.hidden_act, ('silu',))
+    for option in ('mlp_bias', 'attention_bias', 'use_sliding_window'):
+        _only(file, f'text_config.{option}', getattr(text, option, False) or False, (False,))
+    if text.model_type == 'mistral':
+        _only(file, 'text_config.sliding_window', text.sliding_window, (None,))
     head_dim = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
+    sections = tuple(rope['mrope_section']) if mrope else ()
     if sections and sum(sections) != head_dim // 2:
-        raise InputError(f'{file}: mrope_section {list(sections)} does not add up to half a head, '
-                         f'{head_dim // 2}')
-    tied = bool(whole.tie_word_embeddings)
-    return Decoder(text.vocab_size, text.hidden_size, text.num_hidden_layers,
-                   text.num_attention_heads, text.num_key_value_heads, head_dim,
-                   text.intermediate_size, text.rms_norm_eps, float(rope['rope_theta']), qkv_bias,
-                   qk_norm, sections, interleaved, tied)
+        raise InputError(f'{file}: mrope_section={list(sections)} does not fit a head. Expected '
+                         f'the sum {head_dim // 2}, half a head. Fix: copy the value of the '
+                         'original model')
+    return Decoder(
+        vocab=text.vocab_size, width=text.hidden_size, layers=text.num_hidden_layers,
+        heads=text.num_attention_heads, kv_heads=text.num_key_value_heads, head_dim=head_dim,
+        hidden=text.intermediate_size, eps=text.rms_norm_eps, theta=float(rope['rope_theta']),
+        qkv_bias=kind in ('qwen2', 'qwen2_5'), qk_norm=kind == 'qwen3', sections=sections,
+        interleaved=mrope and kind == 'qwen3', tied=bool(config.tie_word_embeddings))
 
 
 def _rope(file, text):
     rope = getattr(text, 'rope_parameters', None)
     if not rope or 'rope_theta' not in rope:
-        raise InputError(f'{file}: text_config.rope_parameters has no rope_theta')
+        raise InputError(f'{file}: text_config.rope_parameters lacks rope_theta. Expected the base '
+                         'of the rotary frequencies. Fix: copy it from the original model')
     kind = rope.get('rope_type', rope.get('type', 'default'))
-    _known(file, 'text_config.rope_parameters.rope_type', kind, ('default', 'mrope'))
+    _only(file, 'text_config.rope_parameters.rope_type', kind, ('default', 'mrope'))
     return rope
 
 
 def _activation(file, key, name):
-    _known(file, key, name, ACTIVATIONS)
+    _only(file, key, name, ACTIVATIONS)
     return name
 
 
-def _known(file, key, value, choices):
-    if value not in choices:
-        raise InputError(f'{file}: {key} {value!r} is not implemented; there are '
-                         f'{", ".join(choices)}')
+def _only(file, key, value, choices):
+    """Refuse a value that is not one of the implemented ones."""
+    if value not in tuple(choices):
+        raise InputError(f'{file}: {key}={value!r} is not implemented. Expected '
+                         f'{" or ".join(map(repr, choices))}. Fix: choose another checkpoint')
 
 
-def _preprocessing(directory):
-    """Mean and std of the pixels from preprocessor_config.json, None where there is no such file.
+def _with_pixels(spec: Spec, directory) -> Spec:
+    """Set mean and std of the pixels as the checkpoint's image processor has them.
+
+    Like transformers, prefer the processor_config.json that holds an image processor to
+    preprocessor_config.json. The models divide pixels by 255, then apply mean and std. Both are
+    scaled here so that the result is that of the image processor's options.
 
     Raises:
-      InputError: the file cannot be read, or asks for another rescaling than to 0..1.
+      InputError: the file cannot be read, or a value in it is unusable.
     """
-    file = Path(directory) / 'preprocessor_config.json'
-    if not file.is_file():
-        file = Path(directory) / 'processor_config.json'  # where transformers 5 nests it
-        if not file.is_file():
-            return None
     try:
-        found = json.loads(file.read_text())
-        found = found.get('image_processor', found)
-        scale = found.get('rescale_factor', 1 / 255)
-        if 'image_mean' not in found:
-            return None
-        mean, std = (tuple(float(x) for x in found[n]) for n in ('image_mean', 'image_std'))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file} is no image processor\'s config: {error}') from error
-    if abs(scale - 1 / 255) > 1e-6:
-        raise InputError(f'{file}: rescale_factor {scale} is not implemented; 1/255 is')
-    return mean, std
+        for name, part in (('processor_config.json', 'image_processor'),
+                           ('preprocessor_config.json', None)):
+            file = Path(directory) / name
+            options = json.loads(file.read_text()) if file.is_file() else {}
+            options = options.get(part) if part else options
+            if options:
+                break
+        else:
+            return spec
+        flags = [options.get(key, True) for key in ('do_rescale', 'do_normalize')]
+        if not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError('do_rescale and do_normalize must be true or false')
+        scale = 255 * float(options.get('rescale_factor', 1 / 255)) if flags[0] else 255.0
+        mean, std = ((options.get('image_mean', list(spec.mean)),
+                      options.get('image_std', list(spec.std)))
+                     if flags[1] else (0.0, 1.0))
+        # a single number counts for all channels
+        mean, std = (tuple(float(x) / scale for x in (v if isinstance(v, list) else 3 * [v]))
+                     for v in (mean, std))
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or 0 in std:
+            raise ValueError('image_mean and image_std must be 3 finite numbers, std not 0')
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f'{file}: unusable config of an image processor ({error}). Expected the '
+                         'file of the original model. Fix: download it again') from error
+    return replace(spec, mean=mean, std=std)
