@@ -252,14 +252,14 @@ def test_arrays_that_are_none_are_refused(tmp_path, changes, told):
 
 
 @pytest.mark.parametrize(('changes', 'told'), [
-    (dict(train_offsets=np.array([0, 2**63 - 1, -2**63, -1, 60])), 'must rise from 0 to 60'),
-    (dict(train_offsets=np.array([0, 2**64 - 1, 60], np.uint64)), 'must rise from 0 to 60'),
-    (dict(train_offsets=np.array([-3, 60])), 'must rise'),
-    (dict(train_offsets=np.array([0, 61])), 'must rise'),
+    (dict(train_offsets=np.array([0, 2**63 - 1, -2**63, -1, 60])), 'rise from 0 to 60'),
+    (dict(train_offsets=np.array([0, 2**64 - 1, 60], np.uint64)), 'rise from 0 to 60'),
+    (dict(train_offsets=np.array([-3, 60])), 'rise from 0'),
+    (dict(train_offsets=np.array([0, 61])), 'rise from 0'),
     (dict(train_offsets=np.array(60)), r'train_offsets is int64 \[\]'),
-    (dict(test_items=np.full(15, 2**31)), r'test_items\[0\] is no item id'),
-    (dict(test_items=np.full(15, -1)), r'test_items\[0\] is no item id'),
-    (dict(test_items=np.full(15, 2**64 - 1, np.uint64)), r'test_items\[0\] is no item id'),
+    (dict(test_items=np.full(15, 2**31)), r'test_items\[0\]=-?\d+: not an item id'),
+    (dict(test_items=np.full(15, -1)), r'test_items\[0\]=-?\d+: not an item id'),
+    (dict(test_items=np.full(15, 2**64 - 1, np.uint64)), r'test_items\[0\]=-?\d+: not an item id'),
     (dict(test_items=np.full(15, 2**31 - 2)), 'the largest item id is 2147483646, but only 5 ids'),
     (dict(catalog_item=np.array([{}] * 5, object)), 'is no usable'),
     (dict(catalog_item=np.ones((5, 5), int)), r'catalog_item is int64 \[5, 5\]')])
@@ -349,3 +349,11 @@ def test_features_that_harm_are_refused(tmp_path, monkeypatch, kind):
     with pytest.raises(InputError, match=r'a\.\w+'):
         external_features.read(file, ASINS)
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_id(tmp_path):
+    np.save(tmp_path / 'f.npy', np.eye(2))
+    (tmp_path / 'f.npy.ids').write_bytes('B1\r\nB2\r\n'.encode('utf-8-sig'))
+    found = external_features.read(tmp_path / 'f.npy', ['', 'B2', 'B1'])
+    np.testing.assert_array_equal(found.rows[1:], np.eye(2)[::-1])
+    assert not found.unknown

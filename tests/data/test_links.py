@@ -48,7 +48,7 @@ def test_pictures_that_are_none_of_the_folder_are_counted(tmp_path, monkeypatch)
                     seed=0)
     data = amazon_tables.load(tmp_path / 'data')
     assert data.lines['unused'] == {'image_not_a_file': 5, 'image_link_outside': 1,
-                                    'image_too_large': 1}
+                                    'image_too_large': 1, 'image_without_item': 1}
     assert [bool(one) for one in data.image_bytes] == [False] * 6 + [True]
 
 
@@ -77,5 +77,5 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, make):
     if make is os.mkdir:
         assert not amazon.read(folder).files[2:]
     else:
-        with pytest.raises(InputError, match=r'images( is no folder|: a link that leads out)'):
+        with pytest.raises(InputError, match=r'images(: not a directory|: a link that leads out)'):
             amazon.read(folder)

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tpad_jax.data.untrusted import Reason, inside
 
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # whatever the file is called
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # told by the content of a file, not by its name
+ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif')  # of file names, in any case
 MAX_PIXELS = 40_000_000  # 120 MB decoded; a product photo has a tenth of it
 MAX_BYTES = 32 * 2**20  # of a file; a product photo has a hundredth of it
 MAX_SCANS = 200  # of a progressive JPEG; each goes over all pixels, and genuine ones have ten or so
@@ -25,12 +26,17 @@ LARGE = 4_000_000  # pixels; larger images are decoded one at a time, by one thr
 EMPTY, UNKNOWN, TOO_MANY_PIXELS, DAMAGED = REASONS = tuple(map(Reason, (
     'image_empty_or_unreadable', 'image_of_unknown_format', 'image_of_too_many_pixels',
     'image_damaged')))
-NOT_THERE, WITHOUT_ITEM = 'image_not_there', 'image_without_item'
-WHOLE = frozenset({NOT_THERE, WITHOUT_ITEM})  # reasons for no image that are no damage
+NOT_THERE, WITHOUT_ITEM, REPEATED = 'image_not_there', 'image_without_item', 'image_repeated'
+WHOLE = frozenset({NOT_THERE, WITHOUT_ITEM, REPEATED})  # reasons that do not mean damage
 # what Pillow raises on damaged bytes of these formats; its own size guard warns, then raises
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
            RuntimeError, OverflowError, MemoryError, struct.error, zlib.error,
            Image.DecompressionBombError, Warning)
+# EXIF orientation -> how viewers turn the picture
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), start=2))
 # a lock would not do: what an image took stays with the thread that decoded it
 _alone = ThreadPoolExecutor(1)
 
@@ -46,8 +52,8 @@ def read(data: bytes, size: int) -> np.ndarray | Reason:
 
     The whole picture is resized to the square without bars, so its aspect is not kept; transparent
     parts turn white, as on a shop's page. A picture that has this size already keeps its pixels.
-    A file that ends early is damaged, however much of the picture is there. What a file says
-    beside the pixels (which side is up, how many frames) is not heeded.
+    A file that ends early is damaged, however much of the picture is there. The picture is turned
+    as its EXIF orientation asks for, as viewers do.
 
     Args:
       data: bytes of a JPEG, PNG, WebP or GIF (first frame) file.
@@ -87,6 +93,22 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def by_stem(folder: Path) -> dict[str, list[Path]]:
+    """List the pictures of a folder by their names without ending.
+
+    Args:
+      folder: the folder. Files that are not finished or whose name ends otherwise are not listed.
+
+    Returns:
+      {stem: paths in the order of ENDINGS}, sorted.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    out = {path.stem: [] for path in paths}
+    for path in sorted(paths, key=lambda path: ENDINGS.index(path.suffix.lower())):
+        out[path.stem].append(path)
+    return out
+
+
 def unusable(path: Path, folder: Path) -> Reason | None:
     """Why an image file of a folder is not read, None if it is: its path, kind or size."""
     if not path.is_file():
@@ -105,6 +127,7 @@ def _square(image, size):
     # the picture ends in the last pixel, which stands for fewer than the others
     drafted = image.draft('RGB', (11 * size // 10, 11 * size // 10))
     box = drafted and drafted[1]
+    turn = _turn(image)
     if image.mode.startswith('I;16'):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -112,4 +135,13 @@ def _square(image, size):
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     if image.mode != 'RGB':  # else a copy, a tenth of the time
         image = image.convert('RGB')
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    return np.asarray(image.transpose(turn) if turn is not None else image)
+
+
+def _turn(image) -> Image.Transpose | None:
+    """The transposition that an image's EXIF orientation asks for; None without one."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _DAMAGE:  # metadata may be damaged where the pixels are not
+        return None

@@ -72,12 +72,15 @@ class Lines:
         if len(self.damaged) < SHOWN:
             self.damaged.append((self.number, reason))
 
-    def check(self, bad_share: float, knob: str = 'config.data.bad_share') -> None:
+    def check(self, bad_share: float, knob: str = 'config.data.bad_share',
+              hints: dict[str, str] | None = None) -> None:
         """Refuse the file where more than a share of it is damaged; call it at the end.
 
         Args:
           bad_share: of the lines, in 0..1. Those rejected for a reason in WHOLE are not damaged;
-            what could not be unpacked counts by its bytes. knob: what sets it.
+            what could not be unpacked counts by its bytes.
+          knob: the option that sets it.
+          hints: {reason: what to do about it}.
 
         Raises:
           InputError: with the counts by reason and the first damaged lines.
@@ -87,10 +90,30 @@ class Lines:
         if share + (1 - share) * self.unread <= bad_share:
             return
         cut = f', and {self.unread:.0%} of it cannot be unpacked' if self.unread else ''
+        raise self.refusal(f'{sum(bad.values())} of {self.number} lines are damaged{cut}', hints or
+                           {}, f'a share of at most {knob}={bad_share}',
+                           f'get the file again or correct it, or raise {knob} to drop these lines')
+
+    def refusal(self, what: str, hints: dict[str, str], expected: str,
+                fix: str = 'get the file again or correct it') -> InputError:
+        """Word the refusal of the file.
+
+        Args:
+          what: what is wrong.
+          hints: {reason: what to do about it}; that of the most frequent reason replaces `fix`.
+          expected: the rule.
+          fix: what to do.
+
+        Returns:
+          The error, with the counts by reason and the first damaged lines.
+        """
+        bad = Counter({reason: n for reason, n in self.rejected.items() if reason not in WHOLE})
         first = ', '.join(f'line {number} {reason}' for number, reason in self.damaged)
-        raise InputError(f'{self.path}: {sum(bad.values())} of {self.number} lines are damaged '
-                         f'({reasons(bad)}; first {first}){cut}; get the file anew or mend it, or '
-                         f'raise {knob}={bad_share} to go on without them')
+        if bad:
+            fix = hints.get(bad.most_common(1)[0][0], fix)
+        counted = f' ({reasons(bad or self.rejected)}{"; first " + first if first else ""})'
+        return InputError(f'{self.path}: {what}{counted * bool(self.rejected)}. Expected '
+                          f'{expected}. Fix: {fix}.')
 
     def _lines(self) -> Iterator[bytes | Reason]:
         try:
@@ -174,5 +197,5 @@ def _record(line: bytes) -> dict | Reason:
     except UnicodeDecodeError:
         return Reason('bad_encoding')
     except (ValueError, RecursionError):  # the latter from brackets nested by the thousand
-        return Reason('bad_json')
+        return Reason('python_dict' if line.lstrip().startswith((b"{'", b'{u')) else 'bad_json')
     return record if isinstance(record, dict) else Reason('bad_json')

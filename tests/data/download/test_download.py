@@ -195,7 +195,7 @@ def test_addresses_of_both_forms(tmp_path):
                 'A2': {'imageURL': 'small'}, 'A3': {'imageURL': [{'a': 1}, 7, None, '', ['x']]},
                 'A4': {'imageURLHighRes': [long]}, 'A5': {}, '../A6': {'imageURL': ['x']}}.items():
             file.write(json.dumps({'asin': asin, **fields}) + '\n')
-    found = amazon.pictures(tmp_path / '18')
+    found = amazon.read_urls(tmp_path / '18')
     assert found.urls == {'B0000': ('http://a/0',), 'A1': ('large', 'next', 'small'),
                           'A2': ('small',), 'A3': ('x',), 'A4': (), 'A5': ()}
     assert found.reviewed == {'B0000'}
@@ -209,7 +209,7 @@ def test_addresses_of_both_forms(tmp_path):
                        {'variant': 'MAIN', 'thumb': 't', 'large': None, 'hi_res': 'h'}],
                 'A2': [7, None, {'large': ['x']}, []], 'A3': 'x', 'A4': {'large': ['x']}}.items():
             file.write(json.dumps({'parent_asin': asin, 'images': images}) + '\n')
-    found = amazon.pictures(tmp_path / '23')
+    found = amazon.read_urls(tmp_path / '23')
     assert found.urls == {'B0000': ('http://a/0',), 'A1': ('h', 't', 'back'), 'A2': ('x',),
                           'A3': (), 'A4': ()}
 

@@ -122,10 +122,10 @@ def test_every_line_is_kept_or_counted_by_reason(tmp_path):
     raw = amazon.read(tmp_path)
     assert raw.catalogue['title'].to_list() == ['title B1', 'title B2', 'half a pair']
     assert raw.lines['rejected'] == {
-        'bad_asin': 4, 'bad_encoding': 1, 'bad_json': 5, 'bad_time': 8, 'bad_user': 2,
+        'bad_asin': 4, 'bad_encoding': 1, 'bad_json': 4, 'bad_time': 7, 'bad_user': 2,
         'blank_line': 2, 'duplicate_item': 1, 'duplicate_review': 1, 'item_without_metadata': 1,
         'line_too_long': 1, 'missing_asin': 2, 'missing_reviewerID': 1,
-        'missing_unixReviewTime': 1}
+        'missing_unixReviewTime': 1, 'python_dict': 1, 'time_in_milliseconds': 1}
     assert (raw.lines['read'], raw.lines['kept']) == (17 + 19, 3 + 3)
     assert balanced(raw)
 
@@ -169,7 +169,9 @@ def test_images_inside_are_found_and_links_out_are_not_followed(tmp_path):
     raw = amazon.read(raw_dir)
     names = [path and path.removeprefix(str(raw_dir)) for path in raw.catalogue['image']]
     assert names == ['/images/B1.jpg', '/images/B2.png', None, '/images/B4.jpg']
-    assert raw.lines['unused'] == {'image_link_outside': 1, 'image_without_item': 1}
+    assert raw.lines['unused'] == {
+        'image_link_outside': 1, 'image_of_unknown_ending': 1, 'image_repeated': 1,
+        'image_without_item': 2}
     assert [path.name for path in raw.files[2:]] == ['B1.jpg', 'B2.png', 'B4.jpg']
 
 
@@ -193,7 +195,7 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path):
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
     ('A.jsonl', b'', 'A.jsonl: none of its 0 lines'),
-    ('A.jsonl', b'<html>\n<p>404\n', r'bad_json: 2\); every line .* user_id and timestamp'),
+    ('A.jsonl', b'<html>\n<p>404\n', r'bad_json: 2; first line 1 .* user_id and timestamp'),
     ('meta_A.jsonl', b'{"asin": "B1"}\n', 'missing_parent_asin: 1'),
     ('A.jsonl.gz', b'<html>', 'A.jsonl.gz: not a gzip file')])
 def test_files_without_a_usable_line_are_refused(tmp_path, name, content, message):
@@ -211,3 +213,76 @@ def test_a_data_file_that_links_out_is_refused(tmp_path):
     (tmp_path / 'raw' / 'A.jsonl').symlink_to(tmp_path / 'A.jsonl')
     with pytest.raises(InputError, match='leads out of'):
         amazon.read(tmp_path / 'raw')
+
+
+CASES = [
+    ('12,99', 12.99), ('19,5', 19.5), ('3,50 - 4,50', 3.5), ('1,2,3', None), ('$.99', 0.99),
+    ('$12.99 ($0.43 / Ounce)', 12.99), ('1,250', 1250), ('$1,250,000.50', 1250000.5),
+    ('1.250,00', 1250), ('12.345.678,9', None), ('$9.00 - $5.00', 5), ('from $12', 12), ('5.', 5),
+    ('1,23,456', None), ('12,9999', None), ('$', None), ('5 (', None), ('.', None), (1e3, 1000),
+    ('1.234.567,89', 1234567.89)]
+
+
+def test_prices_in_every_spelling(tmp_path):
+    write18(tmp_path, [item18(f'B{k:02d}', price=price) for k, (price, _) in enumerate(CASES)],
+            [review18('U', 'B00')])
+    raw = amazon.read(tmp_path)
+    assert raw.catalogue['price'].to_list() == pytest.approx([value for _, value in CASES])
+    assert raw.lines['unused'] == {'price': sum(value is None for _, value in CASES)}
+
+
+def test_no_price_and_no_brand_of_the_datasets_library(tmp_path):
+    write23(tmp_path, [{'parent_asin': 'B1', 'title': 't', 'price': 'None', 'store': 'None'}],
+            [review23('U', 'B1')])
+    raw = amazon.read(tmp_path)
+    assert raw.catalogue.select('brand', 'price').rows() == [('', None)]
+    assert not raw.lines['unused']
+
+
+def test_numbers_are_read_as_their_digits_and_other_values_counted(tmp_path):
+    write23(tmp_path, [
+        {'parent_asin': 'B1', 'title': 1984, 'store': 7, 'categories': [[1, 'x']],
+         'description': [2.5, True, None, 'words']},
+        {'parent_asin': 'B2', 'title': {'en': 'x'}, 'store': [True]},
+        {'parent_asin': 'B3', 'title': 10**30, 'store': []}], [review23('U', 'B1')])
+    raw = amazon.read(tmp_path)
+    assert raw.catalogue.select('title', 'brand', 'category', 'description').rows() == [
+        ('1984', '7', '1 > x', '2.5 words'), ('', '', '', ''), ('', '', '', '')]
+    assert raw.lines['unused'] == {'brand': 1, 'title': 2}
+
+
+def test_picture_files_may_end_in_any_case(tmp_path):
+    names = ('B1.JPG', 'B2.jpeg', 'B3.webp', 'B4.PNG', 'B5.GIF', 'B6.bmp', 'B7.jpg.partial',
+             'B7.partial', 'B1.png', 'notes.txt')
+    write23(tmp_path, [{'parent_asin': f'B{k}'} for k in range(1, 8)], [review23('U', 'B1')])
+    (tmp_path / 'images').mkdir()
+    for name in names:
+        (tmp_path / 'images' / name).write_bytes(b'x')
+    raw = amazon.read(tmp_path)
+    assert [path.name for path in raw.files[2:]] == list(names[:5])
+    assert raw.lines['unused'] == {'image_of_unknown_ending': 1, 'image_repeated': 1}
+
+
+@pytest.mark.parametrize(('form', 'changes', 'message'), [
+    ('2023', {'timestamp': TIME}, 'the times look like seconds: multiply'),
+    ('2018', {'unixReviewTime': TIME * 1000}, 'the times look like milliseconds: divide'),
+    ('2018', {'reviewerID': 7}, 'user as a text of at most 256 characters, a number in quotes'),
+    ('2023', {'parent_asin': 'B.1'}, r'letters, digits, - and _ \(no dot')])
+@pytest.mark.parametrize('good', [0, 1])
+def test_a_misread_unit_or_id_is_named(tmp_path, form, changes, message, good):
+    """Where no line is usable, and where more than the share is not."""
+    write, item, review = {'2018': (write18, item18('B1'), review18('U', 'B1')),
+                           '2023': (write23, {'parent_asin': 'B1'}, review23('U', 'B1'))}[form]
+    write(tmp_path, [item], [review] * good + [{**review, **changes}] * 9)
+    with pytest.raises(InputError, match=message):
+        amazon.read(tmp_path, 0.05)
+
+
+def test_the_form_of_2014_is_named(tmp_path):
+    write18(tmp_path, [repr(item18('B1')).encode()], [review18('U', 'B1')])
+    with pytest.raises(InputError, match=r'meta_Gift_Cards.*python_dict: 1.*Python dictionaries, '
+                                         r'as in the 2014 form.*ast\.literal_eval'):
+        amazon.read(tmp_path)
+    (tmp_path / 'Gift_Cards_5.json.gz').rename(tmp_path / 'reviews_Gift_Cards_5.json.gz')
+    with pytest.raises(InputError, match=r'reviews_Gift_Cards_5\.json\.gz is a name of the 2014 '):
+        amazon.find_files(tmp_path)

@@ -234,7 +234,7 @@ def test_what_lies_behind_damage_counts_by_its_bytes(tmp_path):
     assert lines.rejected['damaged_file'] == 1
     assert 0.3 < lines.unread < 0.51
     lines.check(0.6)
-    with pytest.raises(InputError, match=r'a\.json\.gz: .*damaged_file.* of it cannot be unpacked'):
+    with pytest.raises(InputError, match=r'a\.json\.gz: .*of it cannot be unpacked .damaged_file'):
         lines.check(0.2)
 
 
@@ -290,7 +290,7 @@ def test_more_damage_than_the_share_is_refused_with_its_place(tmp_path):
     told = str(error.value)
     assert told.startswith(f'{folder / "X_5.json"}: 7 of 100 lines are damaged (missing_reviewerID')
     assert 'first line 61 missing_reviewerID, line 62 missing_reviewerID, line 63' in told
-    assert 'raise config.data.bad_share=0.05' in told
+    assert 'at most config.data.bad_share=0.05' in told
     with pytest.raises(InputError, match=r'meta_X\.json: 4 of 100 .*bad_json: 4; first line 41 '):
         amazon.read(folder, 0.03)
     raw = amazon.read(folder, 0.07)

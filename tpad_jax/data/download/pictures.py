@@ -63,7 +63,7 @@ def download(raw_dir: str | Path, limits: Limits = DEFAULT, *, allow_private: bo
       OSError: the disk can be written no more; what is finished is kept.
     """
     folder = Path(raw_dir) / 'images'
-    found = amazon.pictures(raw_dir, bad_share, stopping)
+    found = amazon.read_urls(raw_dir, bad_share, stopping)
     stay_inside(folder, Path(raw_dir))
     if folder.exists() and not folder.is_dir():
         raise InputError(f'{folder} is no folder; move it away, the pictures go into one of this '

@@ -1,7 +1,7 @@
 """Raw Amazon files (UCSD 2018 and 2023, one JSON object per line) -> catalogue and interactions.
 
-A folder holds one category: reviews, metadata and, optionally, `images/<asin>.jpg` or `.png`, which
-data/download/ gets from the addresses that the metadata hold.
+A folder holds one category: reviews, metadata and, optionally, pictures as `images/<asin>.jpg` (or
+.jpeg, .png, .webp, .gif), which data/download/ fetches from the addresses in the metadata.
 2018: `X_5.json[.gz]` or `X.json[.gz]`, and `meta_X.json[.gz]`. 2023: `X.jsonl[.gz]` and
 `meta_X.jsonl[.gz]`. The files are read line by line; every line is kept or counted as rejected.
 Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.03952 (2023 form).
@@ -10,78 +10,62 @@ Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.0395
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import polars as pl
 
+from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images as images_lib
-from tpad_jax.data.text import clean
-from tpad_jax.data.untrusted import Lines, Reason, reasons, stay_inside
+from tpad_jax.data.sources import amazon_fields
+from tpad_jax.data.sources.amazon_fields import FIELDS, Fields
+from tpad_jax.data.untrusted import Lines, Reason, stay_inside
 from tpad_jax.errors import InputError, Stopped
 
-MAX_PRICE = 1e7  # dollars
-EARLIEST, LATEST = 788_918_400, 4_102_444_800  # seconds: 1995 (Amazon's first year) to 2100
-CATEGORY_LEVELS = 4  # of the path; what 2018 files list beyond are sales arguments
-CATEGORY_LENGTH = 60  # characters; longer "levels" are sales arguments too
-PRICE_LENGTH = 60  # characters; longer "prices" are pages
-USER_LENGTH = 256  # characters; genuine ones have some 28
-URLS, URL_LENGTH = 3, 2000  # of an item's pictures, how many are kept; characters
-
-_ASIN = re.compile(r'[A-Za-z0-9_-]{1,32}')
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
 _REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
-_PRICE = re.compile(r'(?:from\s)?\s*\$?\s*(\d[\d,]*(?:\.\d+)?)(?:\s*-\s*\$?\s*\d[\d,.]*)?',
-                    re.IGNORECASE)
-# a rule of a style sheet ends in sight, or the time would be quadratic in the text's length
-_PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]{0,99}:')
-_BYLINE = re.compile(r'by\s*\n')  # "by\n    Microsoft", scraped with its label
-
-
-class _Fields(NamedTuple):
-    """How a form calls its fields."""
-
-    asin: str
-    user: str
-    time: str
-    units: int  # of time in a second
-    brand: str
-    category: str
-    main_category: str
-    features: str
-    pictures: str  # the list whose members hold addresses of pictures; '' if the line itself does
-    urls: tuple[str, ...]  # of these, the one to take first
-
-
-# 2018's imageURL is a thumbnail of 40 pixels; 2023's large has some 500, more than any tower reads,
-# and hi_res several times that
-_FIELDS = {
-    '2018': _Fields('asin', 'reviewerID', 'unixReviewTime', 1, 'brand', 'category', 'main_cat',
-                    'feature', '', ('imageURLHighRes', 'imageURL')),
-    '2023': _Fields('parent_asin', 'user_id', 'timestamp', 1000, 'store', 'categories',
-                    'main_category', 'features', 'images', ('large', 'hi_res', 'thumb')),
+_OF_2014 = re.compile(r'reviews_.+\.json(\.gz)?')
+# what to do about lines that most of a file is rejected for
+HINTS = {
+    'python_dict': 'these are Python dictionaries, as in the 2014 form of the data: write every '
+                   'line as JSON, for example by json.dumps(ast.literal_eval(line))',
+    'time_in_seconds': 'the times look like seconds: multiply them by 1000',
+    'time_in_milliseconds': 'the times look like milliseconds: divide them by 1000',
+    'bad_user': f'write every user as a text of at most {amazon_fields.USER_LENGTH} characters, a '
+                'number in quotes',
+    'bad_asin': 'write every item id as a text of at most 32 letters, digits, - and _ (no dot: the '
+                'id names the picture file)',
 }
 
 
-class Found(NamedTuple):
-    """The raw files of a folder."""
+class RawFiles(NamedTuple):
+    """The raw files of a folder.
+
+    Attributes:
+      reviews: path.
+      metadata: path.
+      form: '2018' or '2023'.
+    """
 
     reviews: Path
     metadata: Path
-    form: str  # '2018' or '2023'
+    form: str
 
 
 class Raw(NamedTuple):
-    """What the raw files hold.
+    """The content of the raw files.
 
-    catalogue: V rows sorted by asin (row k is item id k + 1): asin, title, brand, category,
-      description (str, '' if none), price (f32 dollars, null if none), image (path or null).
-    interactions: user (int64, anonymous number), item (int32 id), time (int64 seconds), sorted.
-    lines: over all lines of both files, 'read' = 'kept' + sum of 'rejected' {reason: count}; and
-      'unused' {what: count}, parts of kept lines (and images) that could not be used.
-    form: '2018' or '2023'. files: reviews, metadata, and every image in use.
+    Attributes:
+      catalogue: V rows sorted by asin (row k is item id k + 1): asin, title, brand, category,
+        description (str, '' if none), price (f32 dollars, null if none), image (path or null).
+      interactions: user (int64, anonymous number), item (int32 id), time (int64 seconds), sorted.
+      lines: over all lines of both files, 'read' = 'kept' + sum of 'rejected' {reason: count}; and
+        'unused' {what: count}, parts of kept lines (and images) that could not be used.
+      form: '2018' or '2023'.
+      files: reviews, metadata, and every image in use.
     """
 
     catalogue: pl.DataFrame
@@ -91,12 +75,13 @@ class Raw(NamedTuple):
     files: tuple[Path, ...]
 
 
-class Pictures(NamedTuple):
-    """Where the items' pictures are said to be.
+class PictureUrls(NamedTuple):
+    """Addresses of the items' pictures.
 
-    urls: {asin: at most URLS addresses as they are written, the one to take first}, of every item.
-    reviewed: the asins that a usable review names. lines: as of `Raw`; a review that is there
-      twice is kept twice.
+    Attributes:
+      urls: {asin: at most URLS addresses as they are written, the preferred one first}.
+      reviewed: the asins that a usable review names.
+      lines: as of `Raw`; a repeated review counts as kept.
     """
 
     urls: dict[str, tuple[str, ...]]
@@ -104,268 +89,232 @@ class Pictures(NamedTuple):
     lines: dict
 
 
-def find(raw_dir: str | Path) -> Found:
-    """Finds the one category's files in `raw_dir`.
+def find_files(raw_dir: str | Path) -> RawFiles:
+    """Find the files of one category.
+
+    Args:
+      raw_dir: the folder.
+
+    Returns:
+      The paths and the form.
 
     Raises:
-      InputError: no such folder, no metadata or no reviews, or more than one candidate.
+      InputError: no such folder, no metadata or no reviews, more than one candidate, or files in
+        the form of 2014.
     """
     raw_dir = Path(raw_dir)
+    expected = ('Expected X_5.json[.gz] and meta_X.json[.gz] (2018) or X.jsonl[.gz] and '
+                'meta_X.jsonl[.gz] (2023), X being the category. Fix: ')
     if not raw_dir.is_dir():
-        raise InputError(f'{raw_dir}: no such directory; give the folder that holds X_5.json.gz '
-                         'and meta_X.json.gz (2018) or X.jsonl.gz and meta_X.jsonl.gz (2023)')
+        raise InputError(f'{raw_dir}: no such directory. {expected}give the folder that holds '
+                         'them.')
     names = sorted(path.name for path in raw_dir.iterdir() if path.is_file())
+    old = next(filter(_OF_2014.fullmatch, names), None)
+    if old:
+        raise InputError(f'{raw_dir}: {old} is a name of the 2014 form of the data, which is not '
+                         f'read. {expected}download the 2018 or 2023 files of the category; or '
+                         f'take "reviews_" off the name, and {HINTS["python_dict"]}.')
     metadata = [match for match in map(_METADATA.fullmatch, names) if match]
     if not metadata:
-        raise InputError(f'{raw_dir}: no meta_X.json[.gz] (2018) or meta_X.jsonl[.gz] (2023) file; '
-                         'put the metadata of the category there, beside its reviews')
+        raise InputError(f'{raw_dir}: no meta_X.json[.gz] or meta_X.jsonl[.gz]. {expected}put the '
+                         'metadata into the directory of the reviews.')
     category, extension = metadata[0][1], metadata[0][2]
     others = {match[1] for match in map(_REVIEWS.fullmatch, names) if match} - {category}
     others |= {match[1] for match in metadata} - {category}
     if others:
         raise InputError(f'{raw_dir}: files of several categories ({category}, '
-                         f'{", ".join(sorted(others))}); give each category a folder of its own')
+                         f'{", ".join(sorted(others))}). {expected}give each category a separate '
+                         'folder.')
     cores = ('', '_5') if extension == 'json' else ('',)
     wanted = {f'{category}{core}.{extension}{gz}' for core in cores for gz in ('', '.gz')}
     reviews = [name for name in names if name in wanted]
     for several in ([match[0] for match in metadata], reviews):
         if len(several) > 1:
-            raise InputError(f'{raw_dir}: {" and ".join(several)} may be the same data; keep one')
+            raise InputError(f'{raw_dir}: {" and ".join(several)} may be the same data. {expected}'
+                             'keep one.')
     if not reviews:
-        raise InputError(f'{raw_dir}: no reviews for {metadata[0][0]}; put one of '
-                         f'{", ".join(sorted(wanted))} there')
+        raise InputError(f'{raw_dir}: no reviews for {metadata[0][0]}. {expected}put one of '
+                         f'{", ".join(sorted(wanted))} there.')
     for name in (metadata[0][0], reviews[0]):
         stay_inside(raw_dir / name, raw_dir)
-    return Found(raw_dir / reviews[0], raw_dir / metadata[0][0],
-                 '2018' if extension == 'json' else '2023')
+    return RawFiles(raw_dir / reviews[0], raw_dir / metadata[0][0],
+                    '2018' if extension == 'json' else '2023')
 
 
 def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
-    """Reads a category's reviews, metadata and image names.
+    """Read a category's reviews, metadata and image names.
 
-    Of several metadata lines with one asin the first usable counts ('duplicate_item'); so of
-    several reviews of one user for one item at one second ('duplicate_review'). A review of an
-    item the metadata do not have is rejected ('item_without_metadata').
+    Of several metadata lines with one asin the first usable one counts ('duplicate_item'), and so
+    of several reviews of one user for one item at one second ('duplicate_review'). A review of an
+    item without metadata is rejected ('item_without_metadata').
     2023's milliseconds are cut to seconds. An item without reviews stays in the catalogue.
 
     Args:
       raw_dir: the folder.
-      bad_share: of a file's lines that may be damaged, see `files.Lines.check`.
+      bad_share: share of a file's lines that may be damaged, see `untrusted.Lines.check`.
+
+    Returns:
+      Catalogue, interactions and counts.
 
     Raises:
-      InputError: as `find`; a file that is not what its name says, without a usable line, or with
-        more damaged ones than `bad_share`.
+      InputError: as `find_files`; a file whose content does not fit its name, without a usable
+        line, or with more damaged ones than `bad_share`.
     """
-    found = find(raw_dir)
-    unused = Counter()
-    items, item_lines = _read_items(found.metadata, _FIELDS[found.form], unused, bad_share)
-    images = _images(Path(raw_dir), unused)
-    unused['image_without_item'] = len(images.keys() - items.keys())
+    paths, unused = find_files(raw_dir), Counter()
+    fields = FIELDS[paths.form]
+    items, item_lines = _read_items(
+        paths.metadata, fields, partial(amazon_fields.describe, fields=fields, unused=unused),
+        bad_share)
+    images = find_images(Path(raw_dir), items, unused)
     asins = sorted(items)
     catalogue = pl.DataFrame(
         [(asin, *items[asin], str(images[asin]) if asin in images else None) for asin in asins],
         schema={'asin': pl.String, 'title': pl.String, 'brand': pl.String, 'category': pl.String,
                 'description': pl.String, 'price': pl.Float32, 'image': pl.String}, orient='row')
     ids = {asin: number for number, asin in enumerate(asins, start=1)}
-    interactions, review_lines = _read_reviews(found.reviews, _FIELDS[found.form], ids,
-                                               bad_share)
-    lines = {'read': item_lines.total() + review_lines.total(),
-             'kept': item_lines.pop('kept') + review_lines.pop('kept'),
-             'rejected': dict(sorted((item_lines + review_lines).items())),
-             'unused': {what: count for what, count in sorted(unused.items()) if count}}
-    files = (found.reviews, found.metadata, *(images[asin] for asin in asins if asin in images))
-    return Raw(catalogue, interactions, lines, found.form, files)
+    events = Lines(paths.reviews)
+    interactions = _interactions(_read_events(events, fields, ids, bad_share), ids)
+    events.rejected['duplicate_review'] = (
+        events.number - events.rejected.total() - len(interactions))
+    used = (images[asin] for asin in asins if asin in images)
+    return Raw(catalogue, interactions, _counts(item_lines, events, unused), paths.form,
+               (paths.reviews, paths.metadata, *used))
 
 
-def pictures(raw_dir: str | Path, bad_share: float = 1.0,
-             stopping: Callable[[], bool] = lambda: False) -> Pictures:
-    """Reads the addresses of pictures that the metadata hold; no picture is asked for.
+def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
+              stopping: Callable[[], bool] = lambda: False) -> PictureUrls:
+    """Read the addresses of pictures in the metadata; no picture is requested.
 
     Args:
-      raw_dir, bad_share: as in `read`.
-      stopping: asked at every line whether to leave off.
+      raw_dir: the folder.
+      bad_share: as in `read`.
+      stopping: called at every line; True stops.
+
+    Returns:
+      Addresses, reviewed items and counts.
 
     Raises:
-      InputError: as `read`. Stopped: `stopping` answered True.
+      InputError: as `read`, or the pictures have a form that is not known.
+      Stopped: `stopping` returned True.
     """
-    found = find(raw_dir)
-    fields, unused, urls, reviewed = _FIELDS[found.form], Counter(), {}, set()
-    items, reviews = Lines(found.metadata), Lines(found.reviews)
-    for lines in (items, reviews):
-        for record in lines:
-            if stopping():
-                raise Stopped(f'line {lines.number} of {lines.path} was being read')
-            asin = _asin(record, fields) if lines is items else _event(record, fields, urls)
-            if isinstance(asin, Reason):
-                lines.reject(asin)
-            elif lines is reviews:
-                reviewed.add(record[fields.asin])
-            elif asin in urls:
-                lines.reject('duplicate_item')
+    paths, unused = find_files(raw_dir), Counter()
+    fields = FIELDS[paths.form]
+    urls, item_lines = _read_items(
+        paths.metadata, fields, partial(amazon_fields.urls, fields=fields, unused=unused),
+        bad_share, stopping)
+    unknown = unused['images_of_unknown_form']
+    if unknown and not any(urls.values()):
+        raise InputError(f'{paths.metadata}: `{fields.pictures}` of {unknown} items has an unknown '
+                         f'form. Expected a list of objects with {" or ".join(fields.urls)}, or an '
+                         'object with a list for each. Fix: write the addresses in that form.')
+    events = Lines(paths.reviews)
+    reviewed = {asin for _, asin, _ in _read_events(events, fields, urls, bad_share, stopping)}
+    return PictureUrls(urls, reviewed, _counts(item_lines, events, unused))
+
+
+def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
+    """Find the picture of every item, whatever the case of its ending.
+
+    Args:
+      raw_dir: the folder that holds `images/`.
+      items: asins, for `in`.
+      unused: increased by the reasons why other files are not used.
+
+    Returns:
+      {asin: path}; of several pictures the one whose ending comes first in `images.ENDINGS`.
+
+    Raises:
+      InputError: `images` leads out of the folder or is a file.
+    """
+    folder = raw_dir / 'images'
+    stay_inside(folder, raw_dir)
+    if not folder.exists():
+        return {}
+    if not folder.is_dir():
+        raise InputError(f'{folder}: not a directory. Expected one with the pictures. Fix: move '
+                         'the file away.')
+    usable = {}
+    for asin, paths in images_lib.by_stem(folder).items():
+        for path in paths:
+            why = images_lib.unusable(path, raw_dir)
+            if not why and asin not in items:
+                why = images_lib.WITHOUT_ITEM
+            elif not why and asin in usable:
+                why = images_lib.REPEATED
+            if why:
+                unused[why] += 1
             else:
-                urls[asin] = _urls(record, fields, unused)
-        if lines.number == lines.rejected.total():
-            raise _nothing_usable(lines, fields.asin)
-        lines.check(bad_share)
-    read, rejected = items.number + reviews.number, items.rejected + reviews.rejected
-    return Pictures(urls, reviewed, {
-        'read': read, 'kept': read - rejected.total(), 'rejected': dict(sorted(rejected.items())),
-        'unused': {what: count for what, count in sorted(unused.items()) if count}})
+                usable[asin] = path
+    unused['image_of_unknown_ending'] += sum(
+        path.stem in items and path.suffix.lower() not in (*images_lib.ENDINGS, PARTIAL)
+        for path in folder.iterdir())
+    return usable
 
 
-def _urls(record: dict, fields: _Fields, unused: Counter) -> tuple[str, ...]:
-    """The addresses of a metadata line's pictures, the main picture's first, none twice."""
-    images = record.get(fields.pictures) if fields.pictures else [record]
-    images = [one for one in images if isinstance(one, dict)] if isinstance(images, list) else []
-    images.sort(key=lambda one: one.get('variant') != 'MAIN')  # where it says which is
-    found = [url for one in images for name in fields.urls for url in _strings(one.get(name))]
-    usable = [url for url in dict.fromkeys(found) if 0 < len(url) <= URL_LENGTH]
-    unused['url_too_long'] += sum(len(url) > URL_LENGTH for url in found)
-    return tuple(usable[:URLS])
+def _usable(lines: Lines, parse: Callable[[dict], object], bad_share: float, expected: str,
+            stopping: Callable[[], bool]) -> Iterator:
+    """Yield what `parse` makes of each line; a line is rejected for the Reason it returns."""
+    for record in lines:
+        if stopping():
+            raise Stopped(f'line {lines.number} of {lines.path} was being read')
+        value = parse(record)
+        if isinstance(value, Reason):
+            lines.reject(value)
+        else:
+            yield value
+    if lines.number == lines.rejected.total():
+        raise lines.refusal(f'none of its {lines.number} lines is usable', HINTS, 'a JSON object '
+                            f'in UTF-8 with {expected} in every line')
+    lines.check(bad_share, hints=HINTS)
 
 
-def _read_items(path: Path, fields: _Fields, unused: Counter, bad_share) -> tuple[dict, Counter]:
-    """-> {asin: (title, brand, category, description, price)}, lines by outcome."""
+def _never() -> bool:
+    return False
+
+
+def _read_items(path: Path, fields: Fields, parse: Callable[[dict], tuple], bad_share: float,
+                stopping: Callable[[], bool] = _never) -> tuple[dict[str, tuple], Lines]:
+    """-> {asin: what `parse` makes of its first usable line}, the lines."""
     items, lines = {}, Lines(path)
-    for record in lines:
-        asin = _asin(record, fields)
+
+    def new_item(record):
+        asin = amazon_fields.item_id(record, fields)
         if isinstance(asin, Reason):
-            lines.reject(asin)
-        elif asin in items:
-            lines.reject('duplicate_item')
-        else:
-            items[asin] = _describe(record, fields, unused)
-    if not items:
-        raise _nothing_usable(lines, fields.asin)
-    lines.check(bad_share)
-    return items, lines.rejected + Counter(kept=len(items))
+            return asin
+        return Reason('duplicate_item') if asin in items else (asin, parse(record))
+
+    for asin, value in _usable(lines, new_item, bad_share, fields.asin, stopping):
+        items[asin] = value
+    return items, lines
 
 
-def _read_reviews(path: Path, fields: _Fields, ids: dict[str, int], bad_share
-                  ) -> tuple[pl.DataFrame, Counter]:
-    """-> interactions, lines by outcome."""
-    users, lines = {}, Lines(path)
+def _read_events(lines: Lines, fields: Fields, items, bad_share: float,
+                 stopping: Callable[[], bool] = _never) -> Iterator[tuple[str, str, int]]:
+    """-> (user, asin, seconds) of every usable review."""
+    parse = partial(amazon_fields.event, fields=fields, items=items)
+    return _usable(lines, parse, bad_share, f'{fields.asin}, {fields.user} and {fields.time}',
+                   stopping)
+
+
+def _interactions(events: Iterator[tuple[str, str, int]], ids: dict[str, int]) -> pl.DataFrame:
+    """Events as a sorted table, none of them twice."""
+    users = {}
     user, item, time = array('q'), array('i'), array('q')
-    for record in lines:
-        event = _event(record, fields, ids)
-        if isinstance(event, Reason):
-            lines.reject(event)
-        else:
-            user.append(users.setdefault(event[0], len(users)))
-            item.append(event[1])
-            time.append(event[2])
-    if not user:
-        raise _nothing_usable(lines, f'{fields.asin}, {fields.user} and {fields.time}')
-    lines.check(bad_share)
+    for name, asin, seconds in events:
+        user.append(users.setdefault(name, len(users)))
+        item.append(ids[asin])
+        time.append(seconds)
     # users are numbered by their sorted names, so that no number depends on the order of lines
     number = np.empty(len(users), np.int64)
     number[[users[name] for name in sorted(users)]] = np.arange(len(users))
-    events = pl.DataFrame({'user': number[np.frombuffer(user, np.int64)],
-                           'item': np.frombuffer(item, np.int32),
-                           'time': np.frombuffer(time, np.int64)})
-    interactions = events.unique().sort('user', 'time', 'item')
-    return interactions, lines.rejected + Counter(
-        kept=len(interactions), duplicate_review=len(events) - len(interactions))
+    table = pl.DataFrame({'user': number[np.frombuffer(user, np.int64)],
+                          'item': np.frombuffer(item, np.int32),
+                          'time': np.frombuffer(time, np.int64)})
+    return table.unique().sort('user', 'time', 'item')
 
 
-def _asin(record: dict, fields: _Fields) -> str:
-    """The item's asin, or the reason it is unusable; an asin becomes part of a path."""
-    asin = record.get(fields.asin)
-    if asin is None:
-        return Reason(f'missing_{fields.asin}')
-    return asin if isinstance(asin, str) and _ASIN.fullmatch(asin) else Reason('bad_asin')
-
-
-def _event(record: dict, fields: _Fields, ids: dict[str, int]) -> tuple[str, int, int] | Reason:
-    """-> (user, item id, seconds), or why not."""
-    asin, user, time = _asin(record, fields), record.get(fields.user), record.get(fields.time)
-    if isinstance(asin, Reason):
-        return asin
-    if user is None or time is None:
-        return Reason(f'missing_{fields.user if user is None else fields.time}')
-    if not isinstance(user, str) or not 0 < len(user) <= USER_LENGTH:
-        return Reason('bad_user')
-    if isinstance(time, bool) or not isinstance(time, int | float):
-        return Reason('bad_time')
-    if not EARLIEST <= time // fields.units < LATEST:
-        return Reason('bad_time')
-    if asin not in ids:
-        return Reason('item_without_metadata')
-    return user, ids[asin], int(time // fields.units)
-
-
-def _describe(record: dict, fields: _Fields, unused: Counter) -> tuple:
-    """-> (title, brand, category, description, price) of a metadata line."""
-    title = _words(record.get('title'))
-    unused['title'] += bool(record.get('title')) and not title
-    brand = record.get(fields.brand)
-    if isinstance(brand, str) and (label := _BYLINE.match(brand := brand.lstrip())):
-        brand = brand[label.end():]
-    brand = _words(brand)
-    category = _category(record.get(fields.category)) or _words(record.get(fields.main_category))
-    # many 2023 items have an empty description and say everything in their list of features
-    description = _words(record.get('description')) or _words(record.get(fields.features))
-    price = _price(record.get('price'))
-    unused['price'] += record.get('price') not in (None, '') and price is None
-    return title, brand, category, description, price
-
-
-def _strings(value: object) -> list[str]:
-    """The texts in a field that holds a text, a list of texts, or lists of them."""
-    parts = value if isinstance(value, list) else [value]
-    parts = [text for part in parts for text in (part if isinstance(part, list) else [part])]
-    return [text for text in parts if isinstance(text, str)]
-
-
-def _words(value: object) -> str:
-    """Plain text of a field, without the parts that are a web page's program or style sheet."""
-    parts = (clean(text) for text in _strings(value) if not _PAGE_CODE.search(text))
-    return ' '.join(part for part in parts if part)
-
-
-def _category(value: object) -> str:
-    """The category path "a > b > c", up to the first level that is no name of a category."""
-    path = []
-    for text in _strings(value)[:CATEGORY_LEVELS]:
-        level = clean(text)
-        if not level or len(level) > CATEGORY_LENGTH or level[-1] in '.!':
-            break
-        if level not in path:
-            path.append(level)
-    return ' > '.join(path)
-
-
-def _price(value: object) -> float | None:
-    """Dollars; of a range "$5.00 - $9.00" the lower end; None if there is no price."""
-    if isinstance(value, str):
-        match = len(value) <= PRICE_LENGTH and _PRICE.fullmatch(value.strip())
-        value = float(match[1].replace(',', '')) if match else None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 <= value < MAX_PRICE else None
-
-
-def _images(raw_dir: Path, unused: Counter) -> dict[str, Path]:
-    """-> {asin: image file}; of a JPEG and a PNG the JPEG."""
-    folder = raw_dir / 'images'
-    stay_inside(folder, raw_dir)
-    if not folder.is_dir():
-        if folder.exists():
-            raise InputError(f'{folder} is no folder; put the pictures into one of this name')
-        return {}
-    images = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in ('.jpg', '.png') or not _ASIN.fullmatch(path.stem):
-            continue
-        why = images_lib.unusable(path, raw_dir)
-        if why:
-            unused[why] += 1
-        else:
-            images.setdefault(path.stem, path)
-    return images
-
-
-def _nothing_usable(lines: Lines, fields: str) -> InputError:
-    return InputError(f'{lines.path}: none of its {lines.number} lines is usable '
-                      f'({reasons(lines.rejected)}); every line must be a JSON object in UTF-8 '
-                      f'with {fields}')
+def _counts(items: Lines, events: Lines, unused: Counter) -> dict:
+    total, rejected = items.number + events.number, items.rejected + events.rejected
+    return {'read': total, 'kept': total - rejected.total(),
+            'rejected': dict(sorted(rejected.items())),
+            'unused': {what: count for what, count in sorted(unused.items()) if count}}

@@ -171,10 +171,11 @@ def fingerprint(raw_dir, options: dict) -> str:
     Raises:
       InputError: raw_dir does not hold one category's files.
     """
-    raw_dir, found = Path(raw_dir), amazon.find(raw_dir)
-    pictures = sorted(path for path in raw_dir.glob('images/*')
-                      if not images.unusable(path, raw_dir))
-    paths = [found.metadata, found.reviews, *pictures]
+    raw_dir, files = Path(raw_dir), amazon.find_files(raw_dir)
+    folder = raw_dir / 'images'
+    pictures = sorted(path for paths in images.by_stem(folder).values() for path in paths
+                      if not images.unusable(path, raw_dir)) if folder.is_dir() else []
+    paths = [files.metadata, files.reviews, *pictures]
     whole = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         for path, digest in zip(paths, pool.map(_digest, paths), strict=True):
@@ -314,5 +315,5 @@ def _sizes(config, workdir: Path) -> Sizes:
     return Sizes(data.num_items, data.side_sizes)
 
 
-SOURCE = Source(load=_load, check=lambda config: amazon.find(config.data.raw_dir) and None,
+SOURCE = Source(load=_load, check=lambda config: amazon.find_files(config.data.raw_dir) and None,
                 sizes=_sizes)

@@ -157,5 +157,5 @@ def _parquet(file):
 
 def _lines(text: bytes) -> list[str]:
     """Lines, the last one ended or not; only a newline ends one."""
-    lines = text.decode().split('\n')
+    lines = text.decode('utf-8-sig').split('\n')
     return [line.rstrip('\r') for line in (lines[:-1] if lines[-1] == '' else lines)]

@@ -1,0 +1,221 @@
+"""The fields of a raw Amazon line -> values, or the reason why the line cannot be used.
+
+2018 and 2023 differ in the names of their fields. Numbers where a text is expected are read as
+their digits. What cannot be read in a line that is kept is counted as unused.
+"""
+
+import math
+import re
+from collections import Counter
+from itertools import zip_longest
+from typing import NamedTuple
+
+from tpad_jax.data.text import clean
+from tpad_jax.data.untrusted import Reason
+
+MAX_PRICE = 1e7  # dollars
+EARLIEST, LATEST = 788_918_400, 4_102_444_800  # seconds: 1995 (Amazon's first year) to 2100
+CATEGORY_LEVELS = 4  # of the path; 2018 files list sales arguments after them
+CATEGORY_LENGTH = 60  # characters; longer "levels" are sales arguments too
+PRICE_LENGTH = 60  # characters; longer "prices" are pages
+USER_LENGTH = 256  # characters; genuine ones have some 28
+URLS, URL_LENGTH = 3, 2000  # addresses kept of an item's pictures, characters of an address
+ABSENT = (None, '', 'None')  # `datasets.to_json` writes 'None' where there is no value
+
+ASIN = re.compile(r'[A-Za-z0-9_-]{1,32}')
+# thousands in groups of three, then decimals; or at most two decimals after a comma
+_NUMBER = (r'(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2}'
+           r'|\d+\.?\d*|\.\d+)')
+_PRICE = re.compile(rf'(?:from\s)?\s*\$?\s*({_NUMBER})(?:\s*-\s*\$?\s*({_NUMBER}))?'
+                    r'\s*(?:\([^()]*\))?', re.IGNORECASE)
+# a rule of a style sheet ends within 99 characters: else the time would be quadratic
+_PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]{0,99}:')
+_BYLINE = re.compile(r'by\s*\n')  # "by\n    Microsoft", scraped with its label
+
+
+class Fields(NamedTuple):
+    """Names of a form's fields.
+
+    Attributes:
+      asin: the item.
+      user: the reviewer.
+      time: of the review.
+      units: of `time` in a second.
+      brand: the maker.
+      category: the path of categories.
+      main_category: the fallback where the path is empty.
+      features: the fallback where `description` is empty.
+      pictures: the list whose members hold addresses of pictures; '': the line itself does.
+      urls: the fields with an address, the preferred one first.
+    """
+
+    asin: str
+    user: str
+    time: str
+    units: int
+    brand: str
+    category: str
+    main_category: str
+    features: str
+    pictures: str
+    urls: tuple[str, ...]
+
+
+# 2018's imageURL is a thumbnail of 40 pixels; 2023's large has some 500, more than any tower reads,
+# and hi_res several times that
+FIELDS = {
+    '2018': Fields('asin', 'reviewerID', 'unixReviewTime', 1, 'brand', 'category', 'main_cat',
+                   'feature', '', ('imageURLHighRes', 'imageURL')),
+    '2023': Fields('parent_asin', 'user_id', 'timestamp', 1000, 'store', 'categories',
+                   'main_category', 'features', 'images', ('large', 'hi_res', 'thumb')),
+}
+
+
+def item_id(record: dict, fields: Fields) -> str | Reason:
+    """Read an item's asin, which becomes part of a path.
+
+    Args:
+      record: a line of either file.
+      fields: names of the form.
+
+    Returns:
+      The asin, or the reason why it is unusable.
+    """
+    asin = record.get(fields.asin)
+    if asin is None:
+        return Reason(f'missing_{fields.asin}')
+    return asin if isinstance(asin, str) and ASIN.fullmatch(asin) else Reason('bad_asin')
+
+
+def event(record: dict, fields: Fields, items) -> tuple[str, str, int] | Reason:
+    """Read who reviewed what and when.
+
+    Args:
+      record: a line of the reviews.
+      fields: names of the form.
+      items: the asins of the metadata, for `in`.
+
+    Returns:
+      User, asin and seconds since 1970, or the reason why the line is unusable.
+    """
+    asin, user, time = item_id(record, fields), record.get(fields.user), record.get(fields.time)
+    if isinstance(asin, Reason):
+        return asin
+    if user is None or time is None:
+        return Reason(f'missing_{fields.user if user is None else fields.time}')
+    if not isinstance(user, str) or not 0 < len(user) <= USER_LENGTH:
+        return Reason('bad_user')
+    if isinstance(time, bool) or not isinstance(time, int | float):
+        return Reason('bad_time')
+    if not EARLIEST <= time // fields.units < LATEST:
+        for unit, per_second in (('seconds', 1), ('milliseconds', 1000)):
+            if EARLIEST <= time // per_second < LATEST:
+                return Reason(f'time_in_{unit}')
+        return Reason('bad_time')
+    return (user, asin, int(time // fields.units)) if asin in items else Reason(
+        'item_without_metadata')
+
+
+def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
+    """Read what a metadata line says about its item.
+
+    Args:
+      record: a line of the metadata.
+      fields: names of the form.
+      unused: increased by the name of every field whose value cannot be used.
+
+    Returns:
+      Title, brand, category, description (str, '' if none) and price (dollars, None if none).
+    """
+    brand = record.get(fields.brand)
+    if isinstance(brand, str) and (label := _BYLINE.match(brand := brand.lstrip())):
+        brand = brand[label.end():]
+    texts = {
+        'title': _words(record.get('title')),
+        'brand': '' if brand in ABSENT else _words(brand),
+        'category': _category(record.get(fields.category)) or _words(
+            record.get(fields.main_category)),
+        # many 2023 items have an empty description and put everything into their list of features
+        'description': _words(record.get('description')) or _words(record.get(fields.features)),
+    }
+    price = _price(record.get('price'))
+    for name, value in (('title', record.get('title')), ('brand', brand)):
+        unused[name] += bool(value) and value not in ABSENT and not texts[name]
+    unused['price'] += record.get('price') not in ABSENT and price is None
+    return *texts.values(), price
+
+
+def urls(record: dict, fields: Fields, unused: Counter) -> tuple[str, ...]:
+    """Read the addresses of an item's pictures.
+
+    Args:
+      record: a line of the metadata.
+      fields: names of the form.
+      unused: increased where an address is too long or the pictures have an unknown form.
+
+    Returns:
+      At most URLS different addresses, those of the main picture first.
+    """
+    pictures = record.get(fields.pictures) if fields.pictures else [record]
+    if isinstance(pictures, dict):  # `datasets.to_json` writes a dict of lists
+        columns = [value if isinstance(value, list) else [value] for value in pictures.values()]
+        pictures = [dict(zip(pictures, row, strict=True)) for row in zip_longest(*columns)]
+    entries = [entry for entry in pictures if isinstance(entry, dict)] if isinstance(
+        pictures, list) else []
+    unused['images_of_unknown_form'] += bool(pictures) and not entries
+    entries.sort(key=lambda entry: entry.get('variant') != 'MAIN')
+    addresses = [url for entry in entries for name in fields.urls
+                 for url in _strings(entry.get(name)) if isinstance(url, str)]
+    unused['url_too_long'] += sum(len(url) > URL_LENGTH for url in addresses)
+    usable = [url for url in dict.fromkeys(addresses) if 0 < len(url) <= URL_LENGTH]
+    return tuple(usable[:URLS])
+
+
+def _strings(value: object) -> list:
+    """The values in a field that holds one, a list of them, or lists of them."""
+    parts = value if isinstance(value, list) else [value]
+    return [leaf for part in parts for leaf in (part if isinstance(part, list) else [part])]
+
+
+def _texts(value: object) -> list[str]:
+    """The texts in a field; a number is its digits."""
+    return [str(leaf) for leaf in _strings(value)
+            if isinstance(leaf, str) or _is_number(leaf)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and (
+        abs(value) < 1e15 if math.isfinite(value) else False)
+
+
+def _words(value: object) -> str:
+    """Plain text of a field, without the parts that are a web page's program or style sheet."""
+    parts = (clean(text) for text in _texts(value) if not _PAGE_CODE.search(text))
+    return ' '.join(part for part in parts if part)
+
+
+def _category(value: object) -> str:
+    """The category path "a > b > c", up to the first level that cannot be a category's name."""
+    path = []
+    for text in _texts(value)[:CATEGORY_LEVELS]:
+        level = clean(text)
+        if not level or len(level) > CATEGORY_LENGTH or level[-1] in '.!':
+            break
+        if level not in path:
+            path.append(level)
+    return ' > '.join(path)
+
+
+def _price(value: object) -> float | None:
+    """Dollars; of a range "$5.00 - $9.00" the lower end; None without a price."""
+    if isinstance(value, str):
+        match = len(value) <= PRICE_LENGTH and _PRICE.fullmatch(value.strip())
+        value = min(map(_dollars, filter(None, match.groups()))) if match else None
+    return float(value) if _is_number(value) and 0 <= value < MAX_PRICE else None
+
+
+def _dollars(number: str) -> float:
+    """'1,250.00', '1.250,00', '12,99' and '.99' as floats."""
+    if re.search(r',\d{1,2}$', number):  # the comma is the decimal point
+        number = number.replace('.', '').replace(',', '.')
+    return float(number.replace(',', ''))
