@@ -100,6 +100,15 @@ def test_write_json_is_strict_and_whole(tmp_path):
     assert [x.name for x in path.parent.iterdir()] == ['results.json']
 
 
+@pytest.mark.parametrize(('value', 'written'), [
+    (0.6543214, 0.654321), (-0.6543216, -0.654322), (123.45678949, 123.456789), (1e-3, 0.001),
+    (0.0123456789, 0.012346), (0.00012345678, 0.000123457), (1e-7, 1e-7), (-1.5e-12, -1.5e-12),
+    (0.0, 0.0), (1 / 3 * 1e-9, 3.33333e-10)])
+def test_small_numbers_keep_significant_digits(tmp_path, value, written):
+    files.write_json(tmp_path / 'x.json', {'x': value, 'row': [np.float64(value)]})
+    assert json.loads((tmp_path / 'x.json').read_text()) == {'x': written, 'row': [written]}
+
+
 def scores(hit, expected=None, warm=None, cold=None):
     made = {'hit@20': hit, 'mrr@20': hit / 2, 'ndcg@20': hit / 4}
     made['slices'] = {'warm': {}, 'cold': {}}

@@ -32,10 +32,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path, value):
-    """Writes `value` to `path` at once or not at all.
+    """Write a JSON file completely or not at all.
 
-    Floats are rounded to 6 digits after the point, integers stay integers, what is not finite
-    becomes null, numpy and jax scalars become numbers, tuples and arrays lists.
+    Integers stay integers, NumPy and JAX scalars become numbers, tuples and arrays become lists,
+    and a float that is not finite becomes null. Other floats keep 6 decimals, and below 0.001
+    they keep 6 significant digits, so that 1e-7 does not read 0.
+
+    Args:
+      path: the file to create or replace. Its directory is created if absent.
+      value: nested dicts, lists, arrays, numbers and strings.
+
+    Raises:
+      TypeError: JSON cannot hold `value`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,5 +64,9 @@ def _plain(value):
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return round(value, 6) if math.isfinite(value) else None
+        return _rounded(value) if math.isfinite(value) else None
     return value
+
+
+def _rounded(value):
+    return round(value, 6) if abs(value) >= 1e-3 else float(f'{value:.6g}')
