@@ -100,7 +100,7 @@ def test_adapters_of_a_run_are_blended_under_the_name_distil():
 @pytest.mark.parametrize(('changes', 'told'), [
     ({'model.blend.kind': 'product'}, 'config.model.blend.kind names'),
     ({'model.blend.kind': 'sum', 'model.blend.of': 'distil'}, 'config.model.blend.of='),
-    ({'model.blend.kind': 'sum', 'model.blend.weights': '1'}, 'give one number for each of'),
+    ({'model.blend.kind': 'sum', 'model.blend.weights': '1'}, 'expected one number for each of'),
     ({'model.blend.kind': 'sum', 'model.reread': False}, 'leave one out'),
     ({'model.blend.keep': 0.0}, 'config.model.blend.keep=0.0 must be above 0'),
     ({'model.blend.kind': 'sum'}, 'reads r.*, which stage transfer does not compute '

@@ -61,7 +61,7 @@ def test_convolutions_count_as_the_compiler_counts_them(groups):
 def test_a_step_compiled_again_is_told_with_the_field_that_changed(capsys):
     fn = jax.jit(lambda batch: batch['items'] * 2)
     first = {'items': np.zeros((4, 3), np.int32), 'valid': np.ones(4, bool), 'image': None}
-    watched = profiling.Watched('transfer', first)
+    watched = profiling.CompileWatch('transfer', first)
     for number, batch in enumerate((first, first, {**first, 'items': np.zeros((2, 3), np.int32)}),
                                    1):
         with watched.step(number, batch, new=number == 1):
@@ -75,7 +75,7 @@ def test_a_step_compiled_again_is_told_with_the_field_that_changed(capsys):
 
 def test_what_is_compiled_between_steps_is_none_of_their_affair(capsys):
     batch = {'items': np.zeros((4, 3), np.int32)}
-    watched = profiling.Watched('joint', batch)
+    watched = profiling.CompileWatch('joint', batch)
     jax.jit(lambda x: x + 17)(batch['items'])
     with watched.step(2, batch, new=False):
         pass

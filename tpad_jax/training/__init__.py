@@ -1,1 +1,1 @@
-"""What trains a stage: step, loop, optimiser, checkpoints."""
+"""Training of a stage: step, loop, optimizer, checkpoints, workdir."""

@@ -1,4 +1,4 @@
-"""What stages hand to each other beside rows: copied and blended adapters, clusters of items."""
+"""Data that passes between stages besides rows: copied and blended adapters, clusters of items."""
 
 import jax
 import jax.numpy as jnp
@@ -7,30 +7,80 @@ import numpy as np
 from tpad_jax.core.kmeans import kmeans
 from tpad_jax.errors import InputError
 from tpad_jax.nn.mlp import unit
-from tpad_jax.training import merge_adapters
+from tpad_jax.training import merge_adapters, optimizer
+
+
+def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
+    """Refuse settings of a stage that do not fit the parameters or the catalogue.
+
+    Call it for every stage before the first one is trained.
+
+    Args:
+      config: the run's.
+      stage: of config.STAGES.
+      spec: step.StepSpec of the stage, or None where the stage trains nothing.
+      params: {path: array or shape}, all parameters of the run.
+      items: number of items.
+
+    Raises:
+      InputError: `train`, `rates` or `copy` matches no parameter, or there are fewer items than
+        clusters.
+    """
+    c = config.stage[stage]
+    copied(params, stage, c.copy)
+    if spec is None:
+        return
+    # Parameters of a loss's module are drawn when its stage starts. Only their prefix is known,
+    # so rates of such parameters are checked then.
+    modules = tuple(f'loss/{name}/' for name, _ in spec.modules)
+    try:
+        trained, _ = optimizer.split({**params, **dict.fromkeys(modules)}, c.train, modules)
+        rates = [rate for rate in c.rates if not (modules and 'loss' in rate[0])]
+        optimizer.check_rates(rates, trained)
+    except InputError as error:
+        raise InputError(f'config.stage.{stage}: {error}') from error
+    if 'cluster' in spec.needs and config.model.clusters > items:
+        raise InputError(f'config.model.clusters={config.model.clusters}: there are {items} items. '
+                         'Fix: choose at most that many.')
 
 
 def copied(params: dict, stage: str, copy: str) -> dict:
-    """Parameters {path: array} with those under b as those under a, `copy` being 'a->b' or ''.
+    """Copy the parameters below one path to another.
+
+    Args:
+      params: {path: array}.
+      stage: of config.STAGES, for the message.
+      copy: 'a->b', or '' to copy nothing.
+
+    Returns:
+      `params`, where those below b have the values of those below a.
 
     Raises:
-      InputError: a or b is no place of parameters.
+      InputError: there are no parameters below a, or other ones below b.
     """
     if not copy:
         return params
     source, _, target = copy.partition('->')
-    found = {target + path.removeprefix(source): x for path, x in params.items()
-             if path.startswith(source + '/')}
-    if not found or not found.keys() <= params.keys():
-        raise InputError(f'config.stage.{stage}.copy={copy!r} does not lead from parameters to '
-                         'parameters')
-    return {**params, **found}
+    copies = {target + path.removeprefix(source): x for path, x in params.items()
+              if path.startswith(source + '/')}
+    if not copies or not copies.keys() <= params.keys():
+        raise InputError(f'config.stage.{stage}.copy={copy!r}: does not lead from parameters to '
+                         f'parameters. Expected two prefixes a->b of paths such as {min(params)!r}')
+    return {**params, **copies}
 
 
 def clustered(k, count: int, seed: int):
-    """Every item's cluster by its features k [V+1, M, D], for the loss `clusters`. -> int32 [V+1]
+    """Cluster the items by their features, for the loss `clusters`.
 
-    Each modality's feature has length one, so that none outweighs the other.
+    Each modality's feature is scaled to length one, so that all count equally.
+
+    Args:
+      k: float32 [V+1, M, D]. Features; row 0 is no item.
+      count: number of clusters.
+      seed: of the first centres.
+
+    Returns:
+      int32 [V+1]. Every item's cluster, and 0 in row 0.
     """
     points = np.asarray(unit(k)).reshape(len(k), -1)
     labels, _ = kmeans(points[1:], count, seed=seed)
@@ -38,32 +88,47 @@ def clustered(k, count: int, seed: int):
 
 
 def blended(params: dict, config) -> dict:
-    """Parameters {path: array} with lora/distil as config.model.blend says, of its own rank."""
+    """Replace the adapter lora/distil by a blend of others, as config.model.blend describes.
+
+    Args:
+      params: {path: array}, all parameters.
+      config: the run's.
+
+    Returns:
+      All parameters. The rank of the blend may differ from that of the adapter before.
+    """
     c = config.model.blend
-    of, weights = parts(c)
+    adapters, weights = parts(c)
     trees = [{tuple(path.split('/')[2:]): x for path, x in params.items()
-              if path.startswith(f'lora/{name}/')} for name in of]
-    found, _ = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights,
+              if path.startswith(f'lora/{name}/')} for name in adapters]
+    blend, _ = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights,
                                     keep=c.keep, rank=c.rank)
     rest = {path: x for path, x in params.items() if not path.startswith('lora/distil/')}
     return rest | {'/'.join(('lora', 'distil', *path)): jnp.asarray(x)
-                   for path, x in found.items()}
+                   for path, x in blend.items()}
 
 
 def parts(c) -> tuple[list[str], tuple[float, ...]]:
-    """Names and weights of config.model.blend.
+    """Read the names and weights of the adapters to blend.
+
+    Args:
+      c: config.model.blend.
+
+    Returns:
+      Names, and one weight for each.
 
     Raises:
-      InputError: an adapter no stage trains by itself, or not one weight for each.
+      InputError: an adapter that no stage trains by itself, or not one weight for each.
     """
-    of = c.of.split(',')
-    if not of or not set(of) <= {'knowledge', 'transfer'}:
-        raise InputError(f'config.model.blend.of={c.of!r}: name adapters, knowledge or transfer')
+    adapters = c.of.split(',')
+    if not set(adapters) <= {'knowledge', 'transfer'}:
+        raise InputError(f'config.model.blend.of={c.of!r}: not a list of adapters. Fix: name '
+                         'knowledge or transfer.')
     try:
         weights = tuple(float(x) for x in c.weights.split(','))
     except ValueError:
         weights = ()
-    if len(weights) != len(of) or not sum(weights):
-        raise InputError(f'config.model.blend.weights={c.weights!r}: give one number for each of '
-                         f'{c.of}, not adding up to 0')
-    return of, weights
+    if len(weights) != len(adapters) or not sum(weights):
+        raise InputError(f'config.model.blend.weights={c.weights!r}: expected one number for each '
+                         f'of {c.of}, with a sum other than 0. Fix: give as many.')
+    return adapters, weights

@@ -125,7 +125,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
         with (closing(loop.batches(number)) as batches,
               _profiled(loop) as profile, loop.progress(loop.name, loop.total, number) as bar):
             host = next(batches)
-            watched, recent = profiling.Watched(loop.name, host), []
+            watched, recent = profiling.CompileWatch(loop.name, host), []
             batch = loop.devices.place(host)
             if profile:
                 profile.count(partial(lean_step, spec=spec, axis=None), state, Batch.of(host),

@@ -1,4 +1,4 @@
-"""Which parameters a stage trains, and the optimiser they get."""
+"""Which parameters a stage trains, and their optimizer."""
 
 import math
 import re
@@ -8,19 +8,27 @@ import optax
 from tpad_jax.errors import InputError
 
 
-def split(params: dict, pattern: str, own: tuple = ()) -> tuple[dict, dict]:
-    """Parameters {path: array} whose path matches the regex, and the rest: (trained, frozen).
+def split(params: dict, pattern: str, modules: tuple = ()) -> tuple[dict, dict]:
+    """Split parameters into those that a stage trains and the rest.
 
-    own: beginnings of paths below 'loss/' that train whatever the regex says; the others there
-    belong to losses of other stages and do not.
+    Args:
+      params: {path: array}.
+      pattern: regex over paths. It does not decide for paths below 'loss/'.
+      modules: prefixes below 'loss/' of the parameters that the stage's losses train. The other
+        parameters there belong to losses of other stages.
+
+    Returns:
+      (trained, frozen).
 
     Raises:
-      InputError: nothing matches.
+      InputError: no parameter is trained.
     """
     trained = {path: x for path, x in params.items()
-               if (path.startswith(own) if path.startswith('loss/') else re.search(pattern, path))}
+               if (path.startswith(modules) if path.startswith('loss/')
+                   else re.search(pattern, path))}
     if not trained:
-        raise InputError(f'the train pattern {pattern!r} of a stage matches no parameter')
+        raise InputError(f'train={pattern!r}: matches no parameter. Expected a regex over paths '
+                         f'such as {min(params)!r}')
     return trained, {path: x for path, x in params.items() if path not in trained}
 
 
@@ -34,6 +42,9 @@ def schedule(stage):
 
     Args:
       stage: config.stage.*.
+
+    Returns:
+      A schedule of optax.
     """
     warmup = round(stage.warmup * stage.steps)
     if stage.schedule == 'constant':
@@ -44,21 +55,38 @@ def schedule(stage):
                                               max(stage.steps, warmup + 1))
 
 
-def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformation:
-    """`tx` with some parameters' updates times a factor, as a learning rate of their own would.
+def check_rates(rates, paths) -> None:
+    """Refuse a pattern of `rates` that matches no trained parameter.
 
     Args:
-      rates: ((regex over parameter paths, factor), ...); of several that match, all count.
+      rates: ((regex over parameter paths, factor), ...).
+      paths: of the trained parameters.
 
     Raises:
-      InputError: at the first use, a regex that matches nothing that trains.
+      InputError: a pattern matches none of them.
+    """
+    for pattern, _ in rates:
+        if not any(re.search(pattern, path) for path in paths):
+            raise InputError(f'rates: the pattern {pattern!r} matches no trained parameter. '
+                             f'Expected a regex over paths such as {min(paths)!r}')
+
+
+def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformation:
+    """Multiply the updates of some parameters by a factor, as a separate learning rate would.
+
+    Args:
+      tx: the optimizer.
+      rates: ((regex over parameter paths, factor), ...). The factors of all matches are multiplied.
+
+    Returns:
+      `tx` followed by the factors.
+
+    Raises:
+      InputError: at the first use, a regex matches no trained parameter.
     """
     def scale(updates, state, params=None):
         del params
-        for pattern, _ in rates:
-            if not any(re.search(pattern, path) for path in updates):
-                raise InputError(f'the pattern {pattern!r} in rates of a stage matches no '
-                                 'parameter that it trains')
+        check_rates(rates, updates)
         factors = {path: math.prod(factor for pattern, factor in rates if re.search(pattern, path))
                    for path in updates}
         return {path: x * factors[path] for path, x in updates.items()}, state
@@ -68,12 +96,18 @@ def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformati
     return optax.chain(tx, optax.GradientTransformation(lambda _: optax.EmptyState(), scale))
 
 
-def optimiser(stage) -> optax.GradientTransformation:
-    """The optimiser config.stage.*.optimiser names.
+def optimizer(stage) -> optax.GradientTransformation:
+    """Make the optimizer that config.stage.*.optimiser names.
 
-    'adamw': Loshchilov and Hutter 2019, behind a clip of the global norm. 'adam': Kingma and Ba
-    2015, weight_decay an L2 penalty in every gradient, no clip; what SR-GNN was published with.
-    'sgd': bare, at the peak rate.
+    'adamw': Loshchilov and Hutter 2019, after a clip of the global norm. 'adam': Kingma and Ba
+    2015, weight_decay an L2 penalty in every gradient, no clip; SR-GNN was published with it.
+    'sgd': plain, at the peak rate.
+
+    Args:
+      stage: config.stage.*.
+
+    Returns:
+      The optimizer with the stage's schedule and rates.
     """
     if stage.optimiser == 'sgd':
         tx = optax.sgd(stage.learning_rate)

@@ -1,4 +1,4 @@
-"""What a step costs: its matrix products counted, its time and memory measured, a trace kept."""
+"""The cost of a step: matrix products counted, time and memory measured, a trace recorded."""
 
 import math
 import resource
@@ -18,24 +18,29 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from tpad_jax.core import files
 
-# Dense bfloat16 products a second of one device, by the vendors' data sheets.
+# Dense bfloat16 operations a second of one device, from the vendors' data sheets.
 PEAKS = {'NVIDIA H200': 989e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA A100-SXM4-80GB': 312e12,
          'NVIDIA A100-SXM4-40GB': 312e12, 'TPU v4': 275e12, 'TPU v5 lite': 197e12,
          'TPU v5': 459e12, 'TPU v6 lite': 918e12}
-SIDE = 2048  # of the product that stands for the peak of a device of no known one
+SIDE = 2048  # of the square product that measures the peak of a device not in PEAKS
 COMPILING = '/jax/core/compile/backend_compile_duration'
-_compiled: dict[int, int] = {}  # programs that were compiled so far, by thread
+_compiled: dict[int, int] = {}  # number of programs compiled so far, by thread
 
 
 def operations(fn: Callable, *args) -> float:
-    """Floating point operations of the matrix products and convolutions of fn(*args).
+    """Count the floating point operations of the matrix products and convolutions of fn(*args).
 
-    They are read off its jaxpr: a product of [M, K] and [K, N] is 2 M K N, the body of a scan is
-    counted as often as it runs, of branches the largest. What a backward pass computes again is
-    counted again; a kernel that is no product of XLA's (attention='cudnn') is not seen.
+    They are counted in the jaxpr. A product of [M, K] and [K, N] has 2 M K N, the body of a scan
+    counts as often as it runs (XLA's cost analysis counts it once), and of branches the largest
+    counts. Recomputation in a backward pass counts too. A custom kernel (attention='cudnn') does
+    not count.
 
     Args:
-      fn: a function jax can trace. args: arrays, or their shapes.
+      fn: a function that JAX can trace.
+      *args: arrays, or their shapes.
+
+    Returns:
+      Number of operations.
     """
     return _products(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -58,22 +63,22 @@ def _products(jaxpr) -> float:
 
 
 def _each(eqn) -> float:
-    """Multiplications and additions behind one number of a product or convolution, in pairs."""
+    """Pairs of a multiplication and an addition for one output of a product or convolution."""
     left, right = (x.aval.shape for x in eqn.invars[:2])
     if eqn.primitive.name == 'dot_general':
-        (over, _), _ = eqn.params['dimension_numbers']
-        return math.prod(left[i] for i in over)
+        (contracted, _), _ = eqn.params['dimension_numbers']
+        return math.prod(left[i] for i in contracted)
     return math.prod(right) / right[eqn.params['dimension_numbers'].rhs_spec[0]]
 
 
 def peak(device) -> tuple[float, str]:
-    """Operations a second of one device: its data sheet's, or what a large product reaches on it.
+    """Peak rate of one device, from its data sheet or measured by a large product.
 
     Args:
-      device: one of jax's.
+      device: of jax.devices().
 
     Returns:
-      Operations a second, and in words whose.
+      Operations a second, and a description of the peak.
     """
     if device.device_kind in PEAKS:
         return PEAKS[device.device_kind], f'bfloat16 peak of one {device.device_kind}'
@@ -89,33 +94,51 @@ def peak(device) -> tuple[float, str]:
 
 
 def memory(devices) -> tuple[int, str]:
-    """The most bytes in use so far: of the fullest of `devices`, or of this process on a CPU."""
-    stats = [found for d in devices if (found := d.memory_stats())]
+    """Peak memory so far, in bytes: of the fullest device, or of this process on a CPU.
+
+    Args:
+      devices: of jax.devices().
+
+    Returns:
+      Number of bytes, and a description of the owner.
+    """
+    stats = [usage for device in devices if (usage := device.memory_stats())]
     if stats:
-        return max(found['peak_bytes_in_use'] for found in stats), 'a device'
+        return max(usage['peak_bytes_in_use'] for usage in stats), 'a device'
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 'this process'
 
 
-class Watched:
-    """Warns, on stderr, of a step that is compiled again, and says which field brought it about."""
+class CompileWatch:
+    """Warns on stderr when a stage compiles its step again, and names the field that changed.
+
+    Args:
+      stage: name of the stage.
+      batch: a host batch of the usual shapes.
+    """
 
     def __init__(self, stage: str, batch: dict):
-        self._stage, self._usual, self._own = stage, _shapes(batch), get_ident()
+        self._stage, self._usual, self._thread = stage, _shapes(batch), get_ident()
         if not _compiled:
             jax.monitoring.register_event_duration_secs_listener(_count)
-        _compiled.setdefault(self._own, 0)
+        _compiled.setdefault(self._thread, 0)
 
     @contextmanager
     def step(self, number: int, batch: dict, new: bool):
-        """Around step `number` on the host's `batch`; `new`: it has to be compiled."""
-        before = _compiled[self._own]
+        """Watch one step.
+
+        Args:
+          number: of the step.
+          batch: its host batch.
+          new: whether the step has yet to be compiled.
+        """
+        before = _compiled[self._thread]
         yield
-        if new or _compiled[self._own] == before:
+        if new or _compiled[self._thread] == before:
             return
-        other = [f'{name} is {found}, was {self._usual.get(name)}'
-                 for name, found in _shapes(batch).items() if self._usual.get(name) != found]
+        changes = [f'{name} is {shape}, was {self._usual.get(name)}'
+                   for name, shape in _shapes(batch).items() if self._usual.get(name) != shape]
         print(f'Warning: stage {self._stage} compiled its step again at step {number} and waited '
-              f'for it: {"; ".join(other) or "its batch has the shapes it had"}', file=sys.stderr)
+              f'for it: {"; ".join(changes) or "its batch has the usual shapes"}', file=sys.stderr)
 
 
 def _shapes(batch):
@@ -131,13 +154,16 @@ def _count(event: str, seconds: float, **about):
 
 @dataclass
 class Profile:
-    """A few steps of a stage, traced and timed; nothing else of the run waits for them.
+    """A few steps of a stage, traced and timed. No other step of the run is waited for.
 
-    They follow the second step of a sitting, when all is compiled, and are waited for as a whole.
+    They follow the second step of a process, when everything is compiled, and are waited for
+    together.
 
     Attributes:
-      directory: gets the trace, as `<stage>`, and the figures, as `<stage>.json`.
-      steps: how many. stage: its name. devices: parallel.Devices.
+      directory: gets the trace, as `<stage>`, and the numbers, as `<stage>.json`.
+      steps: how many.
+      stage: its name.
+      devices: devices.Devices.
       operations: of one step over all devices.
     """
 
@@ -149,14 +175,21 @@ class Profile:
     _begun: tuple = ()
 
     def count(self, step: Callable, *args) -> None:
-        """Count the operations of `step` on what one process gives it."""
+        """Count the operations of a step.
+
+        Args:
+          step: the step function of one process.
+          *args: its arguments, arrays or shapes.
+        """
         self.operations = self.devices.processes * operations(step, *args)
 
     def after(self, number: int, second: int, state, last: bool) -> None:
-        """Call it behind every step: begins, goes on or ends, and then says what was found.
+        """Start, continue or end the trace; call it after every step.
 
         Args:
-          number: of the step. second: of this sitting's second. state: what to wait for.
+          number: of the step.
+          second: number of this process's second step.
+          state: arrays to wait for.
           last: whether no step follows.
         """
         if number == second and not last:
@@ -166,32 +199,32 @@ class Profile:
             self._begun = number, time.perf_counter()
         elif self._begun and (last or number == self._begun[0] + self.steps):
             jax.block_until_ready(state)
-            begun, at = self._begun
-            seconds = (time.perf_counter() - at) / (number - begun)
+            begun, started = self._begun
+            seconds = (time.perf_counter() - started) / (number - begun)
             self.abandon()
-            self._say(begun + 1, number, seconds)
+            self._report(begun + 1, number, seconds)
 
     def abandon(self) -> None:
-        """End a trace that is going on."""
+        """End a trace in progress."""
         if self._begun:
             self._begun = ()
             jax.profiler.stop_trace()
 
-    def _say(self, begun, ended, seconds):
-        own = self.devices.own.devices
-        used, whose = memory(own)
-        most, what = peak(own[0])
-        # faked devices are threads of one processor, and the product above had all of it
-        count = 1 if own[0].platform == 'cpu' else len(self.devices.devices)
-        share = self.operations / seconds / count / most
+    def _report(self, first, last, seconds):
+        local = self.devices.own.devices
+        used, owner = memory(local)
+        rate, description = peak(local[0])
+        # simulated devices are threads of one processor, which the product in `peak` used alone
+        count = 1 if local[0].platform == 'cpu' else len(self.devices.devices)
+        share = self.operations / seconds / count / rate
         if jax.process_index() > 0:
             return
         files.write_json(self.directory / f'{self.stage}.json', {
-            'stage': self.stage, 'steps': [begun, ended], 'seconds': seconds,
-            'operations': self.operations, 'share': share, 'peak': most, 'peak of': what,
-            'memory': used, 'memory of': whose, 'device': own[0].device_kind,
+            'stage': self.stage, 'steps': [first, last], 'seconds': seconds,
+            'operations': self.operations, 'share': share, 'peak': rate, 'peak of': description,
+            'memory': used, 'memory of': owner, 'device': local[0].device_kind,
             'devices': len(self.devices.devices)})
-        print(f'{self.stage}, steps {begun} to {ended}: {1e3 * seconds:.1f} ms each, '
-              f'{self.operations / 1e9:.1f} GFLOP in products, {100 * share:.1f} % of the {what} '
-              f'({most / 1e12:.3g} TFLOP/s); at most {used / 2**30:.2f} GiB of {whose}; '
-              f'trace: {self.directory / self.stage}', flush=True)
+        print(f'{self.stage}, steps {first} to {last}: {1e3 * seconds:.1f} ms each, '
+              f'{self.operations / 1e9:.1f} GFLOP in products, {100 * share:.1f} % of the '
+              f'{description} ({rate / 1e12:.3g} TFLOP/s); peak memory of {owner}: '
+              f'{used / 2**30:.2f} GiB; trace: {self.directory / self.stage}', flush=True)

@@ -164,7 +164,7 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     chosen = stage_losses(config, stage)
     needs = frozenset().union(*(losses.needs(name, fn, kw) for name, fn, _, kw in chosen))
     fresh = frozenset(names(config.stage[stage].fresh))
-    tx, skip = optimizer.optimiser(config.stage[stage]), config.skip_not_finite
+    tx, skip = optimizer.optimizer(config.stage[stage]), config.skip_not_finite
     if skip:
         tx = optax.apply_if_finite(tx, skip)
     modules = own_modules(config, chosen)
