@@ -35,6 +35,7 @@ from rich.table import Table
 
 from benchmarks.checkout import ROOT, commit
 from benchmarks.picture_server import FOR_NOW, KINDS, LIMIT, PictureServer, encoded, raw
+from tpad_jax.core.files import PARTIAL
 
 FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('.json')
@@ -66,7 +67,7 @@ def kill(process: subprocess.Popen, images: Path, kinds: list[str]) -> None:
     enough = KILLED_AT * sum(not KINDS[kind] for kind in kinds)
     while process.poll() is None:
         sizes = sizes_of(images)
-        parts = [name for name in sizes if name.endswith('.part')]
+        parts = [name for name in sizes if name.endswith(PARTIAL)]
         dripping = [name for name in parts if kinds[int(name[1:5])] == 'drips'
                     and 0 < sizes[name] < len(encoded(int(name[1:5]))) / 2]
         if len(sizes) - len(parts) >= enough and len(dripping) >= 3:
@@ -110,7 +111,7 @@ def run(folder: Path, count: int) -> dict:
     for path, kind, asin in zip(asked, kinds, asins, strict=True):
         if kind.startswith('moved') and kind != 'moved_out':
             path = path.replace(kind, 'plain')
-        requests, have = server.requests[path][first[path]:], there.get(f'{asin}.part', 0)
+        requests, have = server.requests[path][first[path]:], there.get(f'{asin}{PARTIAL}', 0)
         finished = any(f'{asin}{end}' in there for end in ('.jpg', '.png')) or asin in refused
         again += finished and bool(requests)
         if have and not finished and not KINDS[kind] and kind not in WITHOUT_PARTS | {'changes'}:
@@ -132,7 +133,7 @@ def run(folder: Path, count: int) -> dict:
     figures = {
         'pictures': count, 'there_at_the_kill': sum(name.endswith(('.jpg', '.png'))
                                                     for name in there),
-        'parts_at_the_kill': sum(name.endswith('.part') and size > 0
+        'parts_at_the_kill': sum(name.endswith(PARTIAL) and size > 0
                                  for name, size in there.items()),
         'parts_continued': continued, 'bytes_on_the_way_at_the_kill': lost,
         'fetched_behind_it': report['fetched'], 'failed': report['reasons'],

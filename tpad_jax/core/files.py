@@ -23,6 +23,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # a link of this name would be written through
     try:
         yield partial
         os.replace(partial, path)

@@ -65,7 +65,7 @@ def fetch(folder, network, url):
         fetcher = fetching.Fetcher(folder, journal, QUICK, network)
         try:
             return await fetcher.fetch('B1', (url,))
-        except hosts.Failed as failed:
+        except hosts.FetchError as failed:
             return failed.reason
         finally:
             await fetcher.close()
@@ -143,7 +143,7 @@ def test_requests_at_once_are_bounded(tmp_path):
         get(tmp_path, QUICK._replace(per_host=2))
     assert server.busiest == 2
     other = [path.replace('127.0.0.1', 'localhost') for path in [server.url + p for p in paths]]
-    turns = list(pictures._in_turns({str(n): (url,) for n, url in enumerate(
+    turns = list(pictures.in_turns({str(n): (url,) for n, url in enumerate(
         [*[server.url + p for p in paths], *other])}))
     assert turns[:4] == ['0', '4', '1', '5']
     assert len(turns) == 8
@@ -174,7 +174,7 @@ def test_a_host_has_its_pauses(clock):
                 begun.append(clock.now - 100)
                 host.hold(hold)
         host.hold(hosts.LONGEST_HOLD + 1)
-        with pytest.raises(hosts.Failed, match='host_wants_a_pause'):
+        with pytest.raises(hosts.FetchError, match='host_wants_a_pause'):
             async with host.turn():
                 pass
         return begun
@@ -193,8 +193,8 @@ def test_what_a_host_says_is_heeded(tmp_path, monkeypatch):
 
 def test_retry_after():
     later = time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(time.time() + 50))
-    assert 40 < fetching._seconds(later) <= 50
-    assert [fetching._seconds(text) for text in (
+    assert 40 < fetching.seconds(later) <= 50
+    assert [fetching.seconds(text) for text in (
         '7', '', '-1', 'soon', '1e9', '9' * 99, 'Wed, 21 Oct 2015 07:28:00 GMT',
         'Wed, 21 Oct 2015 07:28:00', 'Wed, 99 Oct 2015 07:28:00 GMT')] == [7] + [0] * 8
 

@@ -1,9 +1,9 @@
-"""One picture from the web into a file: hops, parts, tries, and when a host may be asked.
+"""One picture from the web into a file: redirects, partial bodies, retries.
 
-A body is written to `<asin>.part` as it arrives. What is there after a break, of the line, of this
-process or of its power, is continued by a request of the rest (RFC 9110, section 14) that names the
-body it is the rest of, and only a server that gives no parts sends it from the beginning. A whole
-body is decoded by the reader of the pictures itself, so what gets a name can be used.
+A body is written to `<asin>.partial` as it arrives. After a break, of the connection, of this
+process or of its power, it is continued by a request of the rest (RFC 9110, section 14) that names
+the body it is the rest of. Only a server that gives no parts sends it from the beginning. A whole
+body is decoded by the reader of pictures that the job uses, and only then gets its name.
 """
 
 import asyncio
@@ -21,173 +21,173 @@ from pathlib import Path
 import httpcore2
 import httpx2
 
+from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images
-from tpad_jax.data.download.addresses import Guarded, Refused
-from tpad_jax.data.download.hosts import Failed, Host, Limits
+from tpad_jax.data.download.addresses import Guarded, RefusedAddressError, Transport
+from tpad_jax.data.download.hosts import FetchError, Host, Limits
 from tpad_jax.data.download.journal import VALIDATOR, Begun, Journal
 from tpad_jax.data.untrusted import Reason
 from tpad_jax.errors import UNWRITABLE
 
-REDIRECTS, MAX_REDIRECTS = frozenset({301, 302, 303, 307, 308}), 5
+MAX_REDIRECTS = 5
 LATER = frozenset({408, 425, 429})  # 4xx that may be answered otherwise later; so may all of 5xx
-LONGEST_ANSWER = 300  # seconds from the connection to the last byte; then the rest is asked for
-SIDE = 16  # pixels a body is decoded to, to see that it can be
+LONGEST_ANSWER = 300  # seconds from the connection to the last byte; then the rest is requested
+SIDE = 16  # pixels that a body is decoded to, to check that it can be
+_RANGE = re.compile(r'bytes (?:([0-9]{1,12})-[0-9]{1,12}|\*)/([0-9]{1,12}|\*)')
 
 
 class Fetcher:
     """Fetches pictures into a folder; one per process and folder.
 
     Attributes:
-      sizes: bytes of bodies: 'received', and 'dropped', of this run or an earlier one, as they were
-        of no picture or could not be continued.
+      sizes: bytes of bodies: 'received', and 'dropped' (of this run or an earlier one) because they
+        were not a picture or could not be continued.
       requests: {status: answers}, redirects among them.
     """
 
     def __init__(self, folder: Path, journal: Journal, limits: Limits,
                  network: httpcore2.AsyncNetworkBackend | None = None):
+        """Make a fetcher.
+
+        Args:
+          folder: where pictures go.
+          journal: records the answers.
+          limits: of the download.
+          network: makes the connections; None: to public addresses alone.
+        """
         self._folder, self._journal, self._limits = folder, journal, limits
-        self._pool = httpcore2.AsyncConnectionPool(
-            max_connections=limits.jobs, max_keepalive_connections=limits.jobs,
-            keepalive_expiry=15, network_backend=network or Guarded(),
-            ssl_context=httpcore2.default_ssl_context())  # else one per connection, 20 ms each
-        self._slots, self._hosts = asyncio.Semaphore(limits.jobs), {}
+        self._client = httpx2.AsyncClient(
+            transport=Transport(network or Guarded(), limits.jobs),
+            timeout=httpx2.Timeout(limits.timeout, pool=None),
+            headers={'User-Agent': limits.user_agent, 'Accept': 'image/*',
+                     'Accept-Encoding': 'identity'})
+        self._hosts = {}
         self.sizes, self.requests = Counter(received=0, dropped=0), Counter()
 
     async def close(self) -> None:
-        """Closes the connections."""
-        await self._pool.aclose()
+        """Close the connections."""
+        await self._client.aclose()
 
     async def fetch(self, asin: str, urls: tuple[str, ...]) -> Path:
-        """The first of the addresses that has a picture, as a file `<asin>.jpg` or `.png`.
+        """Fetch a picture from the first of its addresses that has one.
 
-        A reason that is final is in the journal when this raises.
+        A final failure is in the journal when this raises.
 
         Args:
-          asin: checked: it becomes a part of a path.
-          urls: the one to take first.
+          asin: a checked one, as it becomes part of a path.
+          urls: addresses, the preferred one first.
+
+        Returns:
+          The file, `<asin>.png` for a PNG, else `<asin>.jpg`; readers look at the content.
 
         Raises:
-          Failed: none has, or one may have another time, for the reason given.
-          OSError: the disk can be written no more.
+          FetchError: no address has a picture, or one may have it another time.
+          OSError: the disk cannot be written any more.
         """
-        failure = Failed('without_url', final=True)
+        failure = FetchError('without_url', final=True)
         for url in urls:
             try:
-                return await self._tried(asin, url)
-            except Failed as failed:
-                failure = failed
-                if not failed.final:
+                return await self._try(asin, url)
+            except FetchError as error:
+                failure = error
+                if not error.final:
                     break
                 self._drop(self._part(asin))
-                self._journal.fail(asin, url, failed.reason)
+                self._journal.fail(asin, url, error.reason)
         raise failure
 
-    async def _tried(self, asin, url):
-        first = self._host(_parsed(url))
-        for number in range(self._limits.tries):
-            if number:
-                await asyncio.sleep(self._backoff(number))
+    async def _try(self, asin, url):
+        first = self._host(checked(url))
+        for number in range(1, 1 + self._limits.tries):
             try:
                 return await self._once(asin, url, number)
-            except Failed as failed:
-                if failed.final or first.closed or number + 1 == self._limits.tries:
-                    first.answered(failed.final)
+            except FetchError as error:
+                if error.final or first.closed or number == self._limits.tries:
+                    first.count(answered=error.final)
                     raise
+            await asyncio.sleep(self._backoff(number))
         raise AssertionError('not reached')
 
     async def _once(self, asin, url, number):
-        part = self._part(asin)
         whole = await self._body(asin, url, number)
-        # decoding takes its time, and so does the disk: the others' bytes should not wait
-        found = await asyncio.to_thread(_named, part, self._folder / asin)
-        if isinstance(found, Reason):
-            self._drop(part)
-            # what begins as a picture may have lost its end, or been put together of two
-            raise Failed(found, final=whole or found != images.DAMAGED)
-        self._host(_parsed(url)).answered(True)
-        self._journal.keep(asin, url, found.name, found.stat().st_size)
-        return found
+        # a thread decodes and waits for the disk, so that the bytes of other bodies do not wait
+        path = await asyncio.to_thread(_give_name, self._part(asin), self._folder / asin)
+        if isinstance(path, Reason):
+            self._drop(self._part(asin))
+            # a damaged picture may have lost its end, or been put together of two
+            raise FetchError(path, final=whole or path != images.DAMAGED)
+        self._host(checked(url)).count(answered=True)
+        self._journal.keep(asin, url, path.name, path.stat().st_size)
+        return path
 
     async def _body(self, asin, url, number) -> bool:
-        """Has the body of an address lie in the part; whether it surely is as it was sent."""
+        """Complete the partial file of a body; True if the body certainly is as it was sent."""
         part, begun = self._part(asin), self._journal.begun.get(asin)
         have = _size(part)
         if begun is None or begun.url != url or not 0 < have <= (begun.size or have):
             begun, have = None, self._drop(part)
         elif have == begun.size:
             return False
-        here = _parsed(url)
+        rest = {'Range': f'bytes={have}-'} if have else {}
+        if have and begun.validator:
+            rest['If-Range'] = begun.validator
+        request = self._client.build_request('GET', url, headers=rest)
         for _ in range(1 + MAX_REDIRECTS):
-            host = self._host(here)
-            async with host.turn(), self._slots:
-                with _failures():
-                    async with (asyncio.timeout(LONGEST_ANSWER),
-                                self._pool.stream('GET', _plain(here), headers=self._head(
-                                    have, begun), extensions=self._extensions()) as answer):
-                        self.requests[answer.status] += 1
-                        head = _Head(answer.headers)
-                        if answer.status not in REDIRECTS:
-                            self._heed(host, answer.status, head, number)
-                            return await self._take(asin, url, answer, head, have, begun)
-            try:
-                here = here.join(head['location'])
-            except (httpx2.InvalidURL, UnicodeError) as error:
-                raise Failed('bad_redirect', final=True) from error
-            _parsed(here)
-        raise Failed('too_many_redirects', final=True)
+            host = self._host(checked(request.url))
+            async with host.turn():
+                with _as_fetch_errors():
+                    async with (asyncio.timeout(LONGEST_ANSWER), contextlib.aclosing(
+                            await self._client.send(request, stream=True)) as answer):
+                        self.requests[answer.status_code] += 1
+                        if not answer.has_redirect_location:
+                            self._check_status(host, answer, number)
+                            return await self._take(asin, url, answer, have, begun)
+            request = answer.next_request
+        raise FetchError('too_many_redirects', final=True)
 
-    def _heed(self, host, status, head, number):
-        """What a host says of when to ask again, and the answers that are none of a picture."""
+    def _check_status(self, host, answer, number):
+        """Pause a host that asks for it, and raise for a status without a body to keep."""
+        status = answer.status_code
         if status in (429, 503):
-            host.hold(_seconds(head['retry-after']) or self._backoff(number + 1))
+            host.hold(seconds(answer.headers.get('retry-after', '')) or self._backoff(number))
         if status not in (200, 206, 416):
-            raise Failed(f'status_{status}', final=status < 500 and status not in LATER)
+            raise FetchError(f'status_{status}', final=status < 500 and status not in LATER)
 
-    async def _take(self, asin, url, answer, head, have, begun) -> bool:
-        part, limit = self._part(asin), self._limits.max_bytes
-        if head['content-encoding'] not in ('', 'identity'):
-            raise Failed('packed_body', final=True)
-        if answer.status == 200:
-            start, size = self._drop(part), _whole_number(head['content-length'])
-            begun = Begun(url, head.validator, size)
+    async def _take(self, asin, url, answer, have, begun) -> bool:
+        part, limit, headers = self._part(asin), self._limits.max_bytes, answer.headers
+        if headers.get('content-encoding', 'identity') not in ('', 'identity'):
+            raise FetchError('packed_body', final=True)
+        if answer.status_code == 200:
+            start, size = self._drop(part), _whole_number(headers.get('content-length', ''))
+            begun = Begun(url, _validator(headers), size)
         else:  # the rest of a body, or 416: there is none
-            start, size = head.range()
+            match = _RANGE.fullmatch(headers.get('content-range', ''))
+            start, size = (_whole_number(text or '') for text in match.groups()) if match else (
+                None, None)
             fits = have and begun.size in (None, size) and start in (None, have)
             if not fits or (start is None and size != have):
                 self._drop(part)
-                raise Failed('no_such_part', final=False)
+                raise FetchError('no_such_part', final=False)
             if start is None:
                 return False
         if size is not None and size > limit:
-            raise Failed('too_large', final=True)
+            raise FetchError('too_large', final=True)
         if start == 0:
             self._journal.begin(asin, begun)
         written = start
-        with _opened(part) as file:
-            async for data in answer.aiter_stream():
+        with _open(part) as file:
+            async for data in answer.aiter_raw():
                 self.sizes['received'] += len(data)
                 written += len(data)
                 if written > limit:
                     self.sizes['dropped'] += len(data)
-                    raise Failed('too_large', final=True)
-                while data:  # unbuffered, so that a kill leaves all that came
+                    raise FetchError('too_large', final=True)
+                while data:  # unbuffered, so that a kill loses nothing that came
                     data = data[file.write(data):]
         if size is not None and written != size:
-            raise Failed('cut_short', final=False)
-        return start == 0 and (size is not None or 'chunked' in head['transfer-encoding'])
-
-    def _head(self, have, begun):
-        head = {'User-Agent': self._limits.user_agent, 'Accept': 'image/*',
-                'Accept-Encoding': 'identity'}
-        if have:
-            head['Range'] = f'bytes={have}-'
-            if begun.validator:
-                head['If-Range'] = begun.validator
-        return head
-
-    def _extensions(self):
-        seconds = self._limits.timeout
-        return {'timeout': {'connect': seconds, 'read': seconds, 'write': seconds, 'pool': None}}
+            raise FetchError('cut_short', final=False)
+        return start == 0 and (size is not None
+                               or 'chunked' in headers.get('transfer-encoding', ''))
 
     def _backoff(self, number):
         return self._limits.backoff * 2 ** (number - 1) * random.uniform(0.75, 1.25)
@@ -196,93 +196,81 @@ class Fetcher:
         return self._hosts.setdefault(url.host, Host(self._limits))
 
     def _part(self, asin):
-        return self._folder / f'{asin}.part'
+        return self._folder / f'{asin}{PARTIAL}'
 
     def _drop(self, part) -> int:
-        """Removes a part; 0, the bytes that are left."""
+        """Remove a partial file; returns 0, the bytes that remain."""
         self.sizes['dropped'] += _size(part)
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
             part.unlink()
         return 0
 
 
-class _Head:
-    """The head of an answer."""
-
-    def __init__(self, pairs):
-        self._values = {name.decode('latin-1').lower(): value.decode('latin-1').strip()
-                        for name, value in pairs}
-
-    def __getitem__(self, name) -> str:
-        return self._values.get(name, '')
-
-    @property
-    def validator(self) -> str | None:
-        """What tells this body from others of its address; a weak tag tells not enough."""
-        return next((self[name] for name in ('etag', 'last-modified')
-                     if VALIDATOR.fullmatch(self[name])), None)
-
-    def range(self) -> tuple[int | None, int | None]:
-        """First byte, size of the whole; None where it does not say."""
-        told = re.fullmatch(r'bytes (?:(\d{1,12})-\d{1,12}|\*)/(\d{1,12}|\*)',
-                            self['content-range'])
-        if not told:
-            return None, None
-        return _whole_number(told[1] or ''), _whole_number(told[2])
-
-
 @contextlib.contextmanager
-def _failures():
-    """What goes wrong between two machines, as `Failed`."""
+def _as_fetch_errors():
+    """Turn what goes wrong between two machines into FetchError."""
     try:
         yield
-    except Refused as error:
-        raise Failed('address_refused', final=True) from error
+    except RefusedAddressError as error:
+        raise FetchError('address_refused', final=True) from error
     except (httpcore2.TimeoutException, TimeoutError) as error:
-        raise Failed('timeout', final=False) from error
+        raise FetchError('timeout', final=False) from error
     except httpcore2.ConnectError as error:
-        refused = 'CERTIFICATE_VERIFY_FAILED' in str(error)  # what caused it is not handed on
-        raise Failed('bad_certificate' if refused else 'no_connection', final=False) from error
+        refused = 'CERTIFICATE_VERIFY_FAILED' in str(error)  # httpcore keeps no cause
+        raise FetchError('bad_certificate' if refused else 'no_connection', final=False) from error
     except (httpcore2.NetworkError, httpcore2.RemoteProtocolError, ssl.SSLError) as error:
-        raise Failed('connection_broke', final=False) from error
+        raise FetchError('connection_broke', final=False) from error
     except (httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol) as error:
-        raise Failed('bad_url', final=True) from error
+        raise FetchError('bad_url', final=True) from error
+    except (httpx2.RemoteProtocolError, httpx2.InvalidURL, UnicodeError) as error:
+        raise FetchError('bad_redirect', final=True) from error  # the client reads the address
 
 
-def host_of(url: str) -> str:
-    """The name of the host an address leads to first, '' if none."""
-    try:
-        return _parsed(url).host
-    except Failed:
-        return ''
+def checked(url: str | httpx2.URL) -> httpx2.URL:
+    """Parse an address and check its form.
 
+    Args:
+      url: as it is written.
 
-def _parsed(url: str | httpx2.URL) -> httpx2.URL:
+    Returns:
+      The address.
+
+    Raises:
+      FetchError: neither http nor https, or malformed.
+    """
     try:
         url = httpx2.URL(url)
     except (httpx2.InvalidURL, UnicodeError, ValueError) as error:
-        raise Failed('bad_url', final=True) from error
+        raise FetchError('bad_url', final=True) from error
     if url.scheme not in ('http', 'https'):
-        raise Failed('not_http', final=True)
+        raise FetchError('not_http', final=True)
     if not url.host or url.userinfo or not 0 < (url.port or 80) < 2**16:
-        raise Failed('bad_url', final=True)
+        raise FetchError('bad_url', final=True)
     return url
 
 
-def _plain(url: httpx2.URL) -> httpcore2.URL:
-    return httpcore2.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port,
-                         target=url.raw_path)
+def seconds(retry_after: str) -> float:
+    """Read a Retry-After header.
 
+    Args:
+      retry_after: seconds, or a date.
 
-def _seconds(text: str) -> float:
-    """Of a Retry-After: seconds, or a date; 0 if it says neither."""
-    if (number := _whole_number(text)) is not None:
+    Returns:
+      Seconds from now on, 0 if it holds neither.
+    """
+    if (number := _whole_number(retry_after)) is not None:
         return number
     try:
-        then = parsedate_to_datetime(text)
+        then = parsedate_to_datetime(retry_after)
         return max((then - datetime.now(UTC)).total_seconds(), 0)
-    except (TypeError, ValueError, OverflowError):  # no date, or one of no time zone
+    except (TypeError, ValueError, OverflowError):  # not a date, or one without time zone
         return 0
+
+
+def _validator(headers: httpx2.Headers) -> str | None:
+    """The header that tells this body from others of its address; a weak tag does not."""
+    return next((value for name in ('etag', 'last-modified')
+                 if VALIDATOR.fullmatch(value := headers.get(name, ''))), None)
 
 
 def _whole_number(text: str) -> int | None:
@@ -293,18 +281,18 @@ def _size(part: Path) -> int:
     return part.stat().st_size if part.is_file() and not part.is_symlink() else 0
 
 
-def _opened(part: Path):
-    """The part, to write behind what is there; links and pipes are dropped before."""
+def _open(part: Path):
+    """Open a partial file to append to it; links and pipes were dropped before."""
     try:
         return open(part, 'ab', buffering=0)
     except OSError as error:
         if error.errno in (*UNWRITABLE, errno.EMFILE):
             raise
-        raise Failed('part_is_no_file', final=False) from error
+        raise FetchError('part_is_no_file', final=False) from error
 
 
-def _named(part: Path, stem: Path) -> Path | Reason:
-    """Gives a whole body its name, or says why it is no picture."""
+def _give_name(part: Path, stem: Path) -> Path | Reason:
+    """Rename a whole body to its picture's name; the reason where it is not a picture."""
     data = part.read_bytes()
     pixels = images.read(data, SIDE)
     if isinstance(pixels, Reason):

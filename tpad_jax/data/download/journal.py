@@ -1,7 +1,7 @@
-"""What a download was answered, a line per answer, so that nothing is asked twice.
+"""The journal of a download: one line per answer, so that nothing is asked twice.
 
-A line is written behind what it tells: a picture that has its name and no line is there all the
-same, and a part without a line is fetched from its beginning.
+A line is written after the event that it records. A picture with a name and without a line counts
+as fetched; a partial body without a line is fetched again from its first byte.
 """
 
 import fcntl
@@ -14,12 +14,18 @@ from typing import NamedTuple
 from tpad_jax.data.untrusted import Lines
 from tpad_jax.errors import InputError
 
-# what If-Range may say: a strong entity tag, or a date; it goes into a request's head
+# what If-Range may hold: a strong entity tag, or a date; it becomes part of a request's head
 VALIDATOR = re.compile(r'"[\x21\x23-\x7e]{0,200}"|[A-Z][a-z]{2}, [0-9A-Za-z: ]{20,30}')
 
 
 class Begun(NamedTuple):
-    """The body of which a part lies on the disk: its address, what tells it, its size in bytes."""
+    """A body of which a part is on the disk.
+
+    Attributes:
+      url: its address.
+      validator: tells this body from others of its address; None: unknown.
+      size: bytes of the whole body; None: unknown.
+    """
 
     url: str
     validator: str | None
@@ -30,15 +36,19 @@ class Journal:
     """`images/download.jsonl`, open for one process at a time.
 
     Attributes:
-      failed: {(asin, address): reason} of what would be answered again as it was.
-      begun: {asin: Begun} of what was begun last. rejected: {reason: lines} that tell nothing.
+      failed: {(asin, address): reason} of final failures.
+      begun: {asin: Begun} of the body begun last.
+      rejected: {reason: lines} that cannot be read.
     """
 
     def __init__(self, path: Path):
-        """Opens or makes the file, and takes off a last line that was cut short.
+        """Open or make the file.
+
+        Args:
+          path: of the file.
 
         Raises:
-          InputError: another process has it open, or it is no file of its own.
+          InputError: another process has it open, or the path is not a plain file.
         """
         self.failed, self.begun = {}, {}
         try:
@@ -47,16 +57,19 @@ class Journal:
             self._file = os.fdopen(number, 'a+b', buffering=0)
         except OSError as error:
             if path.exists() or path.is_symlink():
-                raise InputError(f'{path} cannot be opened as a file of its own '
-                                 f'({error.strerror}); move it away') from error
+                raise InputError(f'{path}: cannot be opened ({error.strerror}). Expected a plain '
+                                 'file. Fix: move it away.') from error
             raise
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            raise InputError(f'{path}: another download runs in this directory; wait for its '
-                             'end or stop it') from error
-        self._drop_unfinished_line()
+            raise InputError(f'{path}: another download runs in this directory. Expected one at a '
+                             'time. Fix: wait for its end or stop it.') from error
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(size - 1, 0))
+        if self._file.read(1) not in (b'', b'\n'):  # a kill cut the last line short
+            self._file.write(b'\n')
         lines = Lines(path)
         for line in lines:
             if not self._read(line):
@@ -64,28 +77,28 @@ class Journal:
         self.rejected = dict(lines.rejected)
 
     def begin(self, asin: str, begun: Begun) -> None:
-        """A body is about to be written from its first byte on."""
+        """Record that a body is about to be written from its first byte on."""
         self.begun[asin] = begun
         self._write(asin=asin, **{key: value for key, value in begun._asdict().items()
                                   if value is not None})
 
     def fail(self, asin: str, url: str, reason: str) -> None:
-        """An answer that would be the same again."""
+        """Record an answer that would be the same again."""
         self.failed[asin, url] = reason
         self._write(asin=asin, url=url, failed=reason)
 
     def keep(self, asin: str, url: str, file: str, size: int) -> None:
-        """A picture has its name now."""
+        """Record that a picture has its name now."""
         self.failed.pop((asin, url), None)
         self._write(asin=asin, url=url, file=file, size=size)
 
     def close(self) -> None:
-        """Closes the file; another process may have it."""
+        """Close the file, so that another process may open it."""
         self._file.close()
 
     def _write(self, **line):
         left = json.dumps(line).encode() + b'\n'
-        while left:  # a disk that fills up takes less than the whole, and raises at the next
+        while left:  # a disk that fills up takes less than the whole, and raises at the next call
             left = left[self._file.write(left):]
 
     def _read(self, line: dict) -> bool:
@@ -98,19 +111,7 @@ class Journal:
             self.failed.pop((asin, url), None)
         else:
             validator, size = line.get('validator'), line.get('size')
-            told = isinstance(validator, str) and VALIDATOR.fullmatch(validator)
-            self.begun[asin] = Begun(url, validator if told else None,
+            usable = isinstance(validator, str) and VALIDATOR.fullmatch(validator)
+            self.begun[asin] = Begun(url, validator if usable else None,
                                      size if isinstance(size, int) else None)
         return True
-
-    def _drop_unfinished_line(self):
-        end = self._file.seek(0, os.SEEK_END)
-        while end:  # from behind: a line is short, the file may be long
-            start = max(end - 65536, 0)
-            self._file.seek(start)
-            newline = self._file.read(end - start).rfind(b'\n')
-            if newline >= 0:
-                self._file.truncate(start + newline + 1)
-                return
-            end = start
-        self._file.truncate(0)
