@@ -78,7 +78,7 @@ def write(workdir, base, *, mllm=True, reads=False, partner=None, **model):
         params = params | {'recommender': {**own, 'fusion': blank(own['fusion'], rows['warm'])}}
         made.append((spec, params))
     if reads:
-        rows |= encoder.encoder(made[0][0], content, ('k', 'r'))(made[0][1])
+        rows |= encoder.Encoder(made[0][0], content, ('k', 'r'))(made[0][1])
     specs, params = zip(*made, strict=True)
     several = len(specs) > 1
     scores = scorer(specs if several else specs[0], devices)(

@@ -142,7 +142,7 @@ class Run:
                 self.traces.append(count)  # the batch of step t + 1 is drawn when t is dispatched
                 yield batch
 
-        encoder = encoder_lib.encoder(spec, CONTENT, ('k', 'r'))
+        encoder = encoder_lib.Encoder(spec, CONTENT, ('k', 'r'))
         writer = SimpleNamespace(rewind=lambda *_: None, scalars=self.log)
         checkpoints = Checkpoints(directory)
         loop = loop_lib.Loop(

@@ -137,7 +137,8 @@ def test_the_small_base_is_the_default():
 @pytest.mark.parametrize(('key', 'value'), [
     ('pooling', 'last'), ('dtype', 'bfloat16'), ('remat', 'full'), ('before', 'Look: ')])
 def test_what_the_small_base_does_not_know_is_refused(key, value):
-    refused(f'config.mllm.{key}={value}', 'config.mllm.checkpoint=DIR', **{key: value})
+    refused(f'config.mllm.{key}={value!r}: the small base', 'config.mllm.checkpoint=DIR',
+            **{key: value})
 
 
 def test_two_bases_are_refused(saved):
@@ -154,7 +155,7 @@ def test_a_size_of_images_that_does_not_fit_is_refused(saved):
 
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
     for directory in (tmp_path, tmp_path / 'none', 'Qwen/Qwen3-VL-2B-Instruct'):
-        refused(f'config.mllm.checkpoint={directory}', 'config.json', 'give the local directory',
+        refused(f"config.mllm.checkpoint='{directory}'", 'config.json', 'the local directory',
                 checkpoint=directory)
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
     refused(tmp_path / 'config.json', "'gpt2'", 'qwen3_vl', checkpoint=tmp_path)
@@ -182,7 +183,7 @@ def test_another_models_tokenizer_is_refused(copied):
 
 
 def test_a_run_refuses_before_it_begins(saved):
-    with pytest.raises(InputError, match=r'^config\.mllm\.checkpoint=/nowhere holds no config'):
+    with pytest.raises(InputError, match=r"^config\.mllm\.checkpoint='/nowhere': has no config"):
         validate.check(config(checkpoint='/nowhere'))
     with pytest.raises(InputError, match=r'config\.mllm\.attention'):
         validate.check(config(checkpoint=saved[1], attention='flash'))
@@ -192,5 +193,5 @@ def test_a_run_refuses_before_it_begins(saved):
 @pytest.mark.slow
 def test_and_says_so_in_one_sentence(tmp_path):
     assert_refused(start(tmp_path, CONFIG, '--config.mllm.checkpoint=/nowhere'),
-                   'config.mllm.checkpoint=/nowhere holds no config.json; give the local')
+                   "config.mllm.checkpoint='/nowhere': has no config.json")
     assert not list(tmp_path.iterdir())

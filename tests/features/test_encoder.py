@@ -57,7 +57,7 @@ def model():
 
 
 def make(names=('k', 'r'), **options):
-    return encoder_lib.encoder(model()[0], content(), names,
+    return encoder_lib.Encoder(model()[0], content(), names,
                                **{'rows': ROWS, 'part': PART, **options})
 
 
@@ -127,12 +127,12 @@ def test_buckets_give_the_rows_of_no_buckets():
 
 def test_one_compilation_per_length():
     rows()
-    before = made()._lay._cache_size()
+    before = made()._write._cache_size()
     other = made()(changed('lora/knowledge/decoder/layers/attention/q/b', 1.0))
     assert abs(other['k'] - rows()['k']).max() > 1e-3
     np.testing.assert_array_equal(other['r'], rows()['r'])
     assert made()._read._cache_size() == 2
-    assert made()._lay._cache_size() == before
+    assert made()._write._cache_size() == before
 
 
 def test_all_devices_give_the_rows_of_one():
@@ -156,7 +156,7 @@ def test_contents_are_gathered_by_a_thread_while_the_device_computes():
                 asked.append(threading.current_thread() is threading.main_thread())
             return c.image[at]
 
-    encoder = encoder_lib.encoder(model()[0], Content(Watched(), c.has_image, c.tokens, 0), ('k',),
+    encoder = encoder_lib.Encoder(model()[0], Content(Watched(), c.has_image, c.tokens, 0), ('k',),
                              rows=ROWS, part=PART)
     seen = []
 
@@ -252,7 +252,7 @@ def test_rows_that_were_kept_are_left_as_they_are(tmp_path, monkeypatch):
 def test_r_without_a_reading_of_its_own_is_read_under_the_adapter_of_k():
     spec, params = model()
     spec = replace(spec, reread=False)
-    one = encoder_lib.encoder(spec, content(), ('r',), rows=ROWS, part=PART)
+    one = encoder_lib.Encoder(spec, content(), ('r',), rows=ROWS, part=PART)
     own = {**params, 'lora': {'knowledge': params['lora']['knowledge']}}
     c = content()
     expected = tpad.distil_items(spec, own, c.image[1:], c.has_image[1:], c.tokens[1:])
@@ -279,7 +279,7 @@ def test_the_fingerprint_knows_every_parameter_that_is_read(monkeypatch, path, n
 
 def test_other_parameters_are_refused(tmp_path):
     fill(tmp_path)
-    with pytest.raises(InputError, match=r'k\.manifest\.json is of other features: parameters was'):
+    with pytest.raises(InputError, match=r'k\.manifest\.json: these .* features: parameters was'):
         fill(tmp_path, changed('knowledge/summary'))
 
 

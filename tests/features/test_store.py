@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +15,7 @@ import polars as pl
 import pytest
 from safetensors.numpy import save_file
 
+from tpad_jax.data.sources import external_features
 from tpad_jax.errors import InputError
 from tpad_jax.features import store
 
@@ -142,7 +144,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(whole, tmp_path, how, count
 def test_resume_makes_only_what_is_missing(whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         filled(tmp_path, Fake(only=2))
-    with pytest.raises(InputError, match=r'2 of 4 parts are there'):
+    with pytest.raises(InputError, match=r'2 of 4 parts exist'):
         store.read(tmp_path, 'k')
     with (tmp_path / 'r.00001.npy').open('r+b') as file:  # a part cut short is not there
         file.truncate(130)
@@ -166,12 +168,12 @@ def test_other_features_are_refused_by_the_keys_that_differ(whole):
     assert 'checkpoint was "base" and is now "other"' in text
     assert 'dtype was absent and is now "bfloat16"' in text
     assert 'resolution' not in text
-    assert f'delete {whole}/k.* to encode anew' in text
+    assert f'delete {whole}/k.* to encode again' in text
     with pytest.raises(InputError, match=r'shape was \[12, 4\] and is now \[12, 5\]'):
         filled(whole, shapes={**SHAPES, 'r': (5,)})
     with pytest.raises(InputError, match='layout was'):
         filled(whole, parts=PARTS[::-1])
-    with pytest.raises(InputError, match='of other features'):
+    with pytest.raises(InputError, match='these are other features'):
         store.write(whole, 'k', store.read(whole, 'k'), {'checkpoint': 'another'})
     assert contents(whole) == before
 
@@ -180,18 +182,18 @@ def test_damaged_and_absent_stores_are_named(whole, tmp_path):
     with pytest.raises(InputError, match="holds no features 'k'"):
         store.read(tmp_path, 'k')
     (tmp_path / 'k.npy').write_bytes(b'')
-    with pytest.raises(InputError, match=r'k\.npy has no k\.manifest\.json'):
+    with pytest.raises(InputError, match=r'k\.npy: there is no k\.manifest\.json'):
         filled(tmp_path)
     (tmp_path / 'k.manifest.json').write_bytes((whole / 'k.manifest.json').read_bytes())
-    with pytest.raises(InputError, match=r'k\.npy is damaged'):
+    with pytest.raises(InputError, match=r'k\.npy: damaged'):
         store.read(tmp_path, 'k')
     (tmp_path / 'k.manifest.json').write_text('{"shape": [1]}')
-    with pytest.raises(InputError, match=r'k\.manifest\.json is damaged'):
+    with pytest.raises(InputError, match=r'k\.manifest\.json: damaged'):
         store.read(tmp_path, 'k')
 
 
 def test_rows_that_do_not_fit_a_part_are_no_rows(tmp_path):
-    with pytest.raises(ValueError, match=r'are \[2, 2, 3\] and not \[3, 2, 3\]'):
+    with pytest.raises(ValueError, match=r'has rows \[2, 2, 3\], expected \[3, 2, 3\]'):
         filled(tmp_path, lambda numbers: iter([(0, rows_of([1, 2]))]))
 
 
@@ -207,34 +209,43 @@ def test_rows_that_are_there_are_written_whole(tmp_path):
 
 def test_processes_share_the_parts(whole, tmp_path):
     one, two, called = Fake(), Fake(), []
-    filled(tmp_path, two, process=1, processes=2, barrier=called.append)
+
+    @contextmanager
+    def meet(name):
+        yield
+        called.append(name)
+
+    filled(tmp_path, two, process=(1, 2), meet=meet)
     assert called == ['features claimed', 'features filled', 'features joined']
     assert not (tmp_path / 'k.npy').exists()
-    filled(tmp_path, one, process=0, processes=2)
+    filled(tmp_path, one, process=(0, 2))
     assert (one.asked, two.asked) == ([0, 2], [1, 3])
     assert contents(tmp_path) == contents(whole)
 
 
 def test_a_process_that_did_not_end_is_named(whole, tmp_path):
     with pytest.raises(InputError, match=r'2 of 4 parts are missing \(1, 3\) after all 2'):
-        filled(tmp_path, process=0, processes=2)
+        filled(tmp_path, process=(0, 2))
     other = {**MADE_BY, 'k': {'checkpoint': 'other', 'resolution': 32}}
     with pytest.raises(InputError, match='checkpoint was'):
-        filled(tmp_path, made_by=other, process=1, processes=2)
-    filled(tmp_path, process=1, processes=2)
-    filled(tmp_path, process=0, processes=2)
+        filled(tmp_path, made_by=other, process=(1, 2))
+    filled(tmp_path, process=(1, 2))
+    filled(tmp_path, process=(0, 2))
     assert contents(tmp_path) == contents(whole)
 
 
 def test_two_processes_at_once(whole, tmp_path):
-    """In step, by barriers made of files."""
+    """In step, by meetings made of files."""
     script = ('import sys, time\nfrom pathlib import Path\nsys.path[:0] = [sys.argv[3]]\n'
               'from tests.features import test_store as t\n'
               'me, here = int(sys.argv[2]), sys.argv[1]\n'
-              'def barrier(name):\n'
+              'from contextlib import contextmanager\n'
+              '@contextmanager\n'
+              'def meet(name):\n'
+              '    yield\n'
               '    Path(here + f".{name}{me}").touch()\n'
               '    while not Path(here + f".{name}{1 - me}").exists(): time.sleep(.01)\n'
-              't.filled(here, process=me, processes=2, barrier=barrier)\n')
+              't.filled(here, process=(me, 2), meet=meet)\n')
     running = [subprocess.Popen([sys.executable, '-c', script, str(tmp_path / 's'), str(i), ROOT],
                                 stderr=subprocess.PIPE) for i in range(2)]
     for process in running:
@@ -276,7 +287,7 @@ FORMS = ('npy', 'safetensors', 'safetensors-metadata', 'parquet', 'parquet-array
 
 @pytest.mark.parametrize('form', FORMS)
 def test_features_of_elsewhere_are_put_in_the_catalogues_order(tmp_path, form):
-    found = store.read_external(given(form, tmp_path), ASINS)
+    found = external_features.read(given(form, tmp_path), ASINS)
     assert (found.rows.shape, found.rows.dtype) == ((5, 3), np.float32)
     np.testing.assert_array_equal(found.rows, np.vstack([np.zeros(3), TABLE[[4, 1, 3, 0]]]))
     assert (found.unknown, found.some, found.repeated) == (2, ('X99', 'X98'), 0)
@@ -285,7 +296,7 @@ def test_features_of_elsewhere_are_put_in_the_catalogues_order(tmp_path, form):
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16, np.float64])
 def test_every_float_becomes_float32(tmp_path, dtype):
     rows = TABLE.astype(dtype)
-    found = store.read_external(given('safetensors', tmp_path, rows=rows), ASINS)
+    found = external_features.read(given('safetensors', tmp_path, rows=rows), ASINS)
     np.testing.assert_array_equal(found.rows[1], rows[4].astype(np.float32))
 
 
@@ -293,17 +304,17 @@ def test_every_float_becomes_float32(tmp_path, dtype):
 def test_missing_items_are_counted_and_named(tmp_path, form):
     file = given(form, tmp_path, ids=['B02', 'a', 'b', 'c', 'd', 'e'])
     with pytest.raises(InputError, match='lacks 3 of 4 items: B01, Bücher, B04; add'):
-        store.read_external(file, ASINS)
+        external_features.read(file, ASINS)
 
 
 def test_repeated_rows_are_counted_and_must_agree(tmp_path):
     file = given('parquet', tmp_path, ids=[*OTHER, 'B02', 'X99'],
                  rows=np.vstack([TABLE, TABLE[1], TABLE[0]]))
-    found = store.read_external(file, ASINS)
+    found = external_features.read(file, ASINS)
     assert (found.repeated, found.unknown) == (1, 3)
     file = given('parquet', tmp_path, ids=[*OTHER, 'B02'], rows=np.vstack([TABLE, TABLE[0]]))
     with pytest.raises(InputError, match='1 rows differ from an earlier row of their item: B02'):
-        store.read_external(file, ASINS)
+        external_features.read(file, ASINS)
 
 
 @pytest.mark.parametrize('form', FORMS)
@@ -312,22 +323,22 @@ def test_what_is_not_finite_is_refused(tmp_path, form, value):
     rows = TABLE.copy()
     rows[3, 1] = value
     with pytest.raises(InputError, match='1 items are not finite: Bücher'):
-        store.read_external(given(form, tmp_path, rows=rows), ASINS)
+        external_features.read(given(form, tmp_path, rows=rows), ASINS)
     rows = TABLE.copy()
     rows[2, 1] = value  # of no item of ours
-    store.read_external(given(form, tmp_path, rows=rows), ASINS)
+    external_features.read(given(form, tmp_path, rows=rows), ASINS)
 
 
 @pytest.mark.parametrize('form', FORMS[:4])
 def test_nothing_at_all_is_refused(tmp_path, form):
     with pytest.raises(InputError):
-        store.read_external(given(form, tmp_path, [], TABLE[:0]), ASINS)
+        external_features.read(given(form, tmp_path, [], TABLE[:0]), ASINS)
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):
     def refused(file, told, asins=ASINS):
         with pytest.raises(InputError, match=told):
-            store.read_external(file, asins)
+            external_features.read(file, asins)
 
     refused(tmp_path / 'clip.csv', r'read from \.npy, \.safetensors, \.parquet')
     refused(tmp_path / 'clip.npy', 'does not exist')

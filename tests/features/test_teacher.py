@@ -58,20 +58,20 @@ def test_which_teachers_are_taken(tmp_path):
     assert found.reader.base.width == WIDTH
     params = found.load(None)
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, found.shapes)
-    with pytest.raises(InputError, match=r'a small base is float32; set config\.mllm\.teacher_dty'):
+    with pytest.raises(InputError, match=r"teacher_dtype='bfloat16': a small base is float32"):
         read(directory, teacher_dtype='bfloat16')
-    with pytest.raises(InputError, match=r'teacher=/nowhere holds no config\.json; give the dir'):
+    with pytest.raises(InputError, match=r"teacher='/nowhere': has no config\.json"):
         read('/nowhere')
     sizes = (directory / 'config.json').read_text()
     (directory / 'config.json').write_text(sizes.replace('"image_size": 32', '"image_size": 16'))
-    with pytest.raises(InputError, match=r'made for images of 16 pixels, .* is 32; choose'):
+    with pytest.raises(InputError, match=r'reads images of 16 pixels\. Expected .* 32 pixels'):
         read(directory)
     (directory / 'config.json').write_text(sizes)
     file = directory / 'tokenizer.json'
     words = json.loads(file.read_text())
     words['model']['merges'] = words['model']['merges'][:-1]
     file.write_text(json.dumps(words))
-    with pytest.raises(InputError, match=r'has another tokenizer than .*; choose a teacher'):
+    with pytest.raises(InputError, match=r'tokenizer differs from .* Fix: choose a teacher'):
         read(directory)
 
 

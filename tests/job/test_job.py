@@ -340,7 +340,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(devices=9), 'config.devices=9, but this process has 8'),
     (dict(data__raw_dir='/no/such/place'), '/no/such/place: no such directory'),
     (dict(mllm__base='/no/such/base'), '/no/such/base holds no base'),
-    (dict(mllm__image_size=64), f'config.mllm.image_size=64, but the base was made for {SIDE}'),
+    (dict(mllm__image_size=64), f'image_size=64: does not fit the base. Expected {SIDE}'),
 ])
 def test_refused_before_anything_is_made(config, tmp_path, changes, told):
     with pytest.raises(InputError, match=told):

@@ -1,4 +1,4 @@
-"""Which MLLM a run stands on: the small default, or a Hugging Face checkpoint."""
+"""The MLLM that a run builds on: the small default base, or a Hugging Face checkpoint."""
 
 import copy
 import dataclasses
@@ -14,28 +14,30 @@ from flax.traverse_util import unflatten_dict
 
 from tpad_jax.data import prompts, text
 from tpad_jax.errors import InputError
-from tpad_jax.models.builtin import files as files_lib
+from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import load, peft, spec, vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
 
-SIDE = 256  # pixels, near which a model of any resolution reads an image unless told otherwise
+SIDE = 256  # default pixels of an image's side for models of any resolution, rounded to fit
 SMALL = dict(param_dtype='float32', dtype='float32', attention='xla', remat='none',
-             pooling='summary', before='', between='', end='')  # the small base knows no other
+             pooling='summary', before='', between='', end='')  # all that the small base supports
 FILES = ('.json', '.safetensors', '.txt', '.model')  # of parameters, sizes and tokenizer
-BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the samples of a large file's fingerprint
+BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the samples in a large file's fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """What the rest of a run has to know of its base.
+    """The properties of a base that the rest of a run uses.
 
     Attributes:
-      module: MLLM or VLM. directory: of the tokenizer. image_size: pixels of a side.
-      given: top-level parameters the directory holds ('base', and 'knowledge' with the default).
+      module: MLLM or VLM.
+      directory: of the tokenizer.
+      image_size: pixels of an image's side.
+      given: top-level parameters in the directory: 'base', and 'knowledge' with the small base.
       load: (shapes of `given`, shardings or None) -> these parameters, nested.
-      fingerprint: of the files the parameters come from.
+      fingerprint: of the files that hold the parameters.
     """
 
     module: MLLM | VLM
@@ -47,24 +49,26 @@ class Base:
 
 
 def read(config) -> Base:
-    """The base that config.mllm names; nothing but sizes, tokenizer and headers is read yet.
+    """Read sizes, tokenizer and headers of the base that config.mllm names, not its parameters.
 
     Raises:
-      InputError: a directory that holds none, an unknown architecture, or sizes that do not fit.
+      InputError: the directory holds no base, the architecture is unknown, or sizes do not fit.
     """
     c = config.mllm
     if c.checkpoint and c.base:
-        raise InputError('config.mllm.checkpoint and config.mllm.base name two bases; give one')
+        raise InputError(f'config.mllm.checkpoint={c.checkpoint!r}: config.mllm.base={c.base!r} '
+                         'names a base as well. Expected one of them. Fix: give one')
     return _checkpoint(c) if c.checkpoint else _default(config)
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """Another MLLM that reads the items a student reads.
+    """Another MLLM that reads the same items as the student.
 
     Attributes:
-      reader: its module. shapes: of its parameters, nested: 'base', and 'knowledge' (whose prompt
-        it begins with) where it is a small base.
+      reader: its module.
+      shapes: of its parameters, nested: 'base', and 'knowledge' for a small base, whose prompt
+        starts with it.
       load: (shardings of `shapes` or None) -> the parameters.
     """
 
@@ -74,72 +78,84 @@ class Teacher:
 
 
 def teacher(config, student: Base) -> Teacher | None:
-    """The MLLM that config.mllm.teacher names, None without one; no parameters are read yet.
+    """Read the MLLM that config.mllm.teacher names, without its parameters.
 
-    It has to know the student's tokens by the same numbers, and reads images of the student's size:
-    they lie on the devices once. Sizes and numbers of image tokens are its own.
+    Its tokenizer must be the student's. Both read images of the student's size, which exist once on
+    the devices. Its sizes and its number of image tokens may differ.
+
+    Returns:
+      The teacher, None without one.
 
     Raises:
-      InputError: no base and no checkpoint, another tokenizer, or other images.
+      InputError: the directory holds no model, or tokenizer or image size differ.
     """
     directory = Path(config.mllm.teacher)
     if not config.mllm.teacher:
         return None
-    where = f'config.mllm.teacher={config.mllm.teacher}'
+    option = f'config.mllm.teacher={config.mllm.teacher!r}'
     if not (directory / 'config.json').is_file():
-        raise InputError(f'{where} holds no config.json; give the directory of a base or of a '
-                         'Hugging Face model')
+        raise InputError(f'{option}: has no config.json. Expected the directory of a base or of a '
+                         'Hugging Face model. Fix: correct the path')
     c, dtype = copy.deepcopy(config.mllm), config.mllm.teacher_dtype
     try:
         if 'model_type' in json.loads((directory / 'config.json').read_text()):
-            # its own frame, and nothing kept for a backward pass
+            # the family's frame; no backward pass needs rematerialisation
             c.update(checkpoint=str(directory), image_size=student.image_size, dtype=dtype,
                      param_dtype=dtype, remat='none', before='', between='', end='')
-            found = _checkpoint(c)
-            reader = KnowledgeMLLM(found.module, config.model.features, 'mean')
-            shapes = {'base': vlm.shapes(found.module.spec, found.image_size)}
+            base = _checkpoint(c)
+            reader = KnowledgeMLLM(base.module, config.model.features, 'mean')
+            shapes = {'base': vlm.shapes(base.module.spec, base.image_size)}
         else:
-            found, features = _small(directory)
-            reader = KnowledgeMLLM(found.module, features)
-            shapes = shapes_of(reader, found.image_size)
-            if found.image_size != student.image_size:
-                raise InputError(f'it was made for images of {found.image_size} pixels, and '
-                                 f'config.mllm.image_size is {student.image_size}; choose one made '
-                                 'for these')
+            base, features = _small(directory)
+            reader = KnowledgeMLLM(base.module, features)
+            shapes = shapes_of(reader, base.image_size)
+            if base.image_size != student.image_size:
+                raise InputError(f'reads images of {base.image_size} pixels. Expected '
+                                 f'config.mllm.image_size, {student.image_size} pixels. Fix: '
+                                 'choose another teacher')
             if dtype != 'float32':
-                raise InputError('a small base is float32; set config.mllm.teacher_dtype so')
+                raise InputError(f'config.mllm.teacher_dtype={dtype!r}: a small base is float32. '
+                                 "Expected 'float32'. Fix: set it so")
     except (ValueError, TypeError, InputError) as error:
-        raise InputError(f'{where}: {error}') from error
-    if _words(found.directory) != _words(student.directory):
-        raise InputError(f'{where} has another tokenizer than {student.directory}: distributions '
-                         'over different words cannot be compared; choose a teacher of the '
-                         "student's family")
-    return Teacher(reader, shapes, partial(found.load, shapes))
+        raise InputError(f'{option}: {error}') from error
+    if _words(base.directory) != _words(student.directory):
+        raise InputError(f'{option}: its tokenizer differs from that of {student.directory}, so '
+                         'their distributions cannot be compared. Expected the same tokenizer. '
+                         "Fix: choose a teacher of the student's family")
+    return Teacher(reader, shapes, partial(base.load, shapes))
 
 
 def shapes_of(reader: KnowledgeMLLM, side: int) -> dict:
-    """Shapes of a small reader's parameters for images of `side` pixels: 'base', 'knowledge'."""
-    found = dict(jax.eval_shape(
+    """Return the shapes of a small reader's parameters, nested: 'base' and 'knowledge'.
+
+    Args:
+      reader: with a small base.
+      side: pixels of an image's side.
+    """
+    shapes = dict(jax.eval_shape(
         partial(reader.init, method='everything'), jax.random.key(0),
         jnp.zeros((1, side, side, 3), jnp.uint8), jnp.ones(1, bool),
         jnp.ones((1, 2), jnp.int32))['params'])
-    return {'base': found.pop('base'), 'knowledge': found}
+    return {'base': shapes.pop('base'), 'knowledge': shapes}
 
 
 def _words(directory):
-    """What decides which numbers a text becomes; special tokens and padding aside."""
-    found = json.loads(text.read_tokenizer(directory).backend_tokenizer.to_str())
-    return [found[part] for part in ('normalizer', 'pre_tokenizer', 'model')]
+    """Return all that maps texts to token numbers, except special tokens and padding."""
+    parts = json.loads(text.read_tokenizer(directory).backend_tokenizer.to_str())
+    return [parts[name] for name in ('normalizer', 'pre_tokenizer', 'model')]
 
 
 def save_adapters(directory, config, base: Base, params: dict) -> None:
-    """Leave a checkpoint's trained adapters as directories that `peft` loads.
+    """Write a checkpoint's trained adapters as directories that `peft` loads.
 
     Args:
-      directory: gets one directory per adapter. params: {path: array} that a stage trained.
+      directory: gets one directory per adapter.
+      config: of the run.
+      base: of the run.
+      params: {path: array} that a stage trained.
     """
     if not config.mllm.checkpoint or jax.process_index() != 0:
-        return  # the small base is no model that others load
+        return  # other libraries do not load the small base
     trees = unflatten_dict(params, sep='/').get('lora', {})
     for name, tree in trees.items():
         peft.save_adapter(Path(directory) / name, tree, base.module.spec, config.model.lora_rank,
@@ -147,89 +163,74 @@ def save_adapters(directory, config, base: Base, params: dict) -> None:
 
 
 def _default(config):
-    for key, only in SMALL.items():
-        if config.mllm[key] != only:
-            raise InputError(f'config.mllm.{key}={config.mllm[key]} is for checkpoints, and the '
-                             f'small base knows {only!r} only: set it so, or name a checkpoint '
-                             'with config.mllm.checkpoint=DIR')
-    found, features = _small(Path(config.mllm.base or files_lib.DEFAULT))
-    side = found.image_size
-    for key, have, want in (('mllm.image_size', config.mllm.image_size or side, side),
-                            ('model.features', config.model.features, features)):
-        if have != want:
-            raise InputError(f'config.{key}={have}, but the base was made for {want}; set it so')
-    return found
+    for key, value in SMALL.items():
+        if config.mllm[key] != value:
+            raise InputError(f'config.mllm.{key}={config.mllm[key]!r}: the small base does not '
+                             f'support this. Expected {value!r}. Fix: set it so, or name a '
+                             'checkpoint with config.mllm.checkpoint=DIR')
+    base, features = _small(Path(config.mllm.base or files.DEFAULT))
+    side = base.image_size
+    for key, value, expected in (('mllm.image_size', config.mllm.image_size or side, side),
+                                 ('model.features', config.model.features, features)):
+        if value != expected:
+            raise InputError(f'config.{key}={value}: does not fit the base. Expected {expected}. '
+                             'Fix: set it so')
+    return base
 
 
 def _small(directory):
-    """A small base, and the width of the features its heads were made for."""
-    sizes = files_lib.load_sizes(directory)
+    """Return a small base and the width of its features."""
+    sizes = files.load_sizes(directory)
     side, features = sizes.pop('image_size'), sizes.pop('features')
     sizes['channels'] = tuple(sizes['channels'])
 
     def parameters(shapes, shardings=None):
-        del shardings  # a million parameters lie whole on every device
-        return files_lib.load_params(directory, shapes)
+        del shardings  # a million parameters fit on every device
+        return files.load_params(directory, shapes)
 
     return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters,
-                _digest({name: directory / name for name in ('config.json', 'params.safetensors')})
-                ), features
+                _digest(directory, ('config.json', 'params.safetensors'))), features
 
 
 def _checkpoint(c):
     directory = Path(c.checkpoint)
     if not (directory / 'config.json').is_file():
-        raise InputError(f'config.mllm.checkpoint={c.checkpoint} holds no config.json; give the '
-                         'local directory of a Hugging Face model')
-    found = spec.read(directory)
-    side = c.image_size or _side(found)
-    found.cells(side)  # refuses a side the tower cannot read
-    before, between, end = prompts.frame(directory, found.family, found.decoder.vocab,
+        raise InputError(f'config.mllm.checkpoint={c.checkpoint!r}: has no config.json. Expected '
+                         'the local directory of a Hugging Face model. Fix: correct the path')
+    sizes = spec.read(directory)
+    side = c.image_size or _side(sizes)
+    sizes.cells(side)  # refuses a side the tower cannot read
+    before, between, end = prompts.frame(directory, sizes.family, sizes.decoder.vocab,
                                          before=c.before, between=c.between, end=c.end)
-    module = VLM(found, side, c.attention, c.remat, c.dtype, before, between, end)
+    module = VLM(sizes, side, c.attention, c.remat, c.dtype, before, between, end)
 
     def parameters(shapes, shardings=None):
-        del shapes  # the spec says them
-        return {'base': load.load(directory, found, dtype=c.param_dtype,
+        del shapes  # the spec has them
+        return {'base': load.load(directory, sizes, dtype=c.param_dtype,
                                   sharding=shardings and shardings['base'])}
 
-    return Base(module, directory, side, ('base',), parameters, fingerprint(directory))
+    names = sorted(p.name for p in directory.iterdir() if p.suffix in FILES and p.is_file())
+    return Base(module, directory, side, ('base',), parameters, _digest(directory, names))
 
 
-def _side(found):
-    """The native side of a tower; of a grid, the multiple of its unit nearest to SIDE."""
-    if isinstance(found.vision, spec.Tower):
-        return found.vision.image
-    unit = found.vision.patch * found.vision.merge
+def _side(sizes):
+    """Return the native side of a tower, or the multiple of a grid's unit nearest to SIDE."""
+    if isinstance(sizes.vision, spec.Tower):
+        return sizes.vision.image
+    unit = sizes.vision.patch * sizes.vision.merge
     return max(1, round(SIDE / unit)) * unit
 
 
-def fingerprint(path: str | Path) -> str:
-    """Digest of an input's content, the same wherever it is stored.
+def _digest(directory, names):
+    """Digest all bytes of small files, and the size and samples of large ones.
 
-    Args:
-      path: a file, or a directory, of which the files of parameters, sizes and tokenizer count.
-
-    Returns:
-      16 hexadecimal digits, or 'absent'.
-    """
-    path = Path(path)
-    if path.is_file():
-        return _digest({'': path})
-    if path.is_dir():
-        return _digest({p.name: p for p in sorted(path.iterdir()) if p.suffix in FILES})
-    return 'absent'
-
-
-def _digest(paths):
-    """Of small files all bytes; of large ones the size and samples from end to end.
-
-    Reading 16 GB takes too long; a changed layer is larger than the gap between samples.
+    Reading 16 GB would take minutes. One changed layer is larger than the gap between samples.
     """
     out = hashlib.sha256()
-    for name, file in paths.items():
+    for name in names:
+        file = Path(directory) / name
         if not file.is_file():
-            continue  # the one who reads it says so
+            continue  # its reader refuses that
         size = file.stat().st_size
         out.update(f'{name} {size} '.encode())
         with file.open('rb') as opened:

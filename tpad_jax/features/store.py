@@ -1,15 +1,16 @@
-"""The item-feature store: rows per item, float32 [V+1, ...], in files that say what made them.
+"""The item-feature store: rows per item, float32 [V+1, ...], in files that record their origin.
 
-A store is a directory. Of every name it holds
+A store is a directory. For every name it holds
 
-    <name>.manifest.json    shape, dtype, parts, the fingerprint of what made the rows, counts
+    <name>.manifest.json    shape, dtype, parts, the fingerprint of the rows' origin, counts
     <name>.00007.npy        the rows of one part's items, while parts are missing
-    <name>.npy              [V+1, ...] by item id, row 0 zero, once none is
+    <name>.npy              [V+1, ...] by item id with row 0 zero, once all parts exist
 
-A file appears when it is whole. None of them holds a time or a process number, so a store that was
-killed and taken up again ends with the bytes of one that was not.
+A file appears when it is complete. No file holds a time or a process number. So a store that was
+killed and resumed ends with the same bytes as one that was not.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,61 +19,70 @@ from pathlib import Path
 
 import numpy as np
 
-from tpad_jax.data.sources import external_features
+from tpad_jax.core.files import PARTIAL, replacing
 from tpad_jax.errors import InputError
 
-PARTIAL = '.partial'  # ends the names of files that are being written
-SHOWN = 5  # part numbers an error names
-
-read_external = external_features.read  # rows computed elsewhere, in a file of another form
+SHOWN = 5  # part numbers in an error message
 
 
 def fill(directory, make: Callable[[list[int]], Iterable], *, parts: Sequence[np.ndarray],
          shapes: dict[str, tuple], made_by: dict[str, dict], counts: dict | None = None,
-         process: int = 0, processes: int = 1, barrier: Callable = lambda name: None) -> None:
-    """Compute the parts that are not there yet, then join them; a finished store is left as it is.
+         process: tuple[int, int] = (0, 1), meet: Callable = contextlib.nullcontext) -> None:
+    """Compute the missing parts, then join them. A finished store stays as it is.
 
-    Several processes fill one directory of a shared file system: part i is made by process
-    i % processes, and process 0 joins.
+    Several processes fill one directory of a shared file system. Process i % processes makes part
+    i, and process 0 joins the parts.
 
     Args:
+      directory: of the store.
       make: part numbers -> iterator of (number, {name: float [len(parts[number]), ...]}).
-      parts: the item ids of every part, int [.]; together 1..V, each once.
+      parts: int [.] each. The item ids of every part; together 1..V, each once.
       shapes: {name: shape of one item's row}.
-      made_by: {name: fingerprint}, a flat dict of what the rows depend on; JSON-able.
+      made_by: {name: fingerprint}, a flat JSON-able dict of everything that the rows depend on.
       counts: more facts for the manifest, which are not compared.
-      process, processes: this one's number, and how many there are.
-      barrier: called with a name; returns when all processes have called it.
+      process: number of this process, and of all.
+      meet: (name) -> context manager that ends when it has ended in all processes, see
+        `hosts.joined`.
 
     Raises:
-      InputError: the directory holds rows that something else made, or parts of other processes
-        are missing.
+      InputError: the directory holds rows of another origin, or parts of other processes are
+        missing.
     """
-    directory, total = Path(directory), 1 + sum(map(len, parts))
+    directory, total, (own, processes) = Path(directory), 1 + sum(map(len, parts)), process
     layout = hashlib.sha256(b''.join(b'%d:' % len(p) + np.asarray(p, '<i8').tobytes()
                                      for p in parts)).hexdigest()[:16]
     manifests = {name: _manifest((total, *shape), made_by[name], counts, len(parts), layout)
                  for name, shape in shapes.items()}
-    _claim(directory, manifests, writes=process == 0)
-    barrier('features claimed')
-    if processes > 1:  # the others' fingerprints have to be this one's, too
-        _claim(directory, manifests, writes=False)
     like = {name: [(len(ids), *shape) for ids in parts] for name, shape in shapes.items()}
-    own = [i for i in missing(directory, like) if i % processes == process]
-    for number, rows in make(own) if own else ():
-        for name in shapes:
-            _save(_part(directory, name, number), _checked(rows[name], like[name][number]))
-    barrier('features filled')
-    if process == 0:
-        _join(directory, parts, like, processes)
-    barrier('features joined')
+    with meet('features claimed'):
+        _claim(directory, manifests, writes=own == 0)
+    with meet('features filled'):
+        _claim(directory, manifests, writes=False)  # every process has the same fingerprints
+        numbers = [i for i in missing(directory, like) if i % processes == own]
+        for number, rows in make(numbers) if numbers else ():
+            for name in shapes:
+                part = np.asarray(rows[name], np.float32)
+                if part.shape != like[name][number]:
+                    raise ValueError(f'part {number} of {name!r} has rows {list(part.shape)}, '
+                                     f'expected {list(like[name][number])}')
+                _save(_part(directory, name, number), part)
+    with meet('features joined'):
+        if own == 0:
+            _join(directory, parts, like, processes)
 
 
 def write(directory, name: str, rows: np.ndarray, made_by: dict, counts: dict | None = None):
-    """Store rows [V+1, ...] that are all there as float32; row 0 is made zero.
+    """Store complete rows as float32 with row 0 zero.
+
+    Args:
+      directory: of the store.
+      name: of the rows.
+      rows: float [V+1, ...].
+      made_by: the fingerprint, see `fill`.
+      counts: more facts for the manifest.
 
     Raises:
-      InputError: the directory holds rows of this name that something else made.
+      InputError: the directory holds rows of this name and of another origin.
     """
     directory = Path(directory)
     _claim(directory, {name: _manifest(rows.shape, made_by, counts, 0, '')}, writes=True)
@@ -82,80 +92,88 @@ def write(directory, name: str, rows: np.ndarray, made_by: dict, counts: dict | 
 
 
 def manifest(directory, name: str) -> dict:
-    """What <name>.manifest.json holds: shape, dtype, parts, layout, fingerprint, counts.
+    """Read <name>.manifest.json: shape, dtype, parts, layout, fingerprint, counts.
 
     Raises:
-      InputError: there is none, or it is damaged.
+      InputError: the file is missing or damaged.
     """
     file = _manifest_file(directory, name)
     try:
-        found = json.loads(file.read_text())
-        found['fingerprint'].items(), found['shape'], found['parts'], found['layout']
+        about = json.loads(file.read_text())
+        about['fingerprint'].items(), about['shape'], about['parts'], about['layout']
     except FileNotFoundError as error:
-        raise InputError(f'{directory} holds no features {name!r}: there is no {file.name}; run '
-                         'the stage that makes them') from error
+        raise InputError(f'{directory}: holds no features {name!r}. Expected the file {file.name}. '
+                         'Fix: run the stage that makes them') from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file} is damaged ({type(error).__name__}); delete {directory}/{name}.* '
-                         'and encode again') from error
-    return found
+        raise InputError(f'{file}: damaged ({type(error).__name__}). Expected a manifest. Fix: '
+                         f'delete {directory}/{name}.* and encode again') from error
+    return about
 
 
 def read(directory, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
-    """The rows of a finished store, float32 [V+1, ...], mapped from the file.
+    """Map the rows of a finished store from its file.
 
     Args:
-      rows: only these; a slice is mapped, too.
+      directory: of the store.
+      name: of the rows.
+      rows: the rows to return. A slice is mapped; an array of ids is copied. None: all.
+
+    Returns:
+      float32 [V+1, ...], or the chosen rows.
 
     Raises:
-      InputError: there are none, or they are not finished.
+      InputError: the rows are missing, unfinished or damaged.
     """
     file, about = Path(directory) / f'{name}.npy', manifest(directory, name)
     if not file.is_file():
-        there = len(list(Path(directory).glob(f'{name}.[0-9]*.npy')))
-        raise InputError(f'{file} is not finished: {there} of {about["parts"]} parts are there; '
-                         'run the command that makes it again, it goes on from there')
+        count = len(list(Path(directory).glob(f'{name}.[0-9]*.npy')))
+        raise InputError(f'{file}: not finished, {count} of {about["parts"]} parts exist. Expected '
+                         'all parts. Fix: run the command that makes it again, which resumes')
     try:
-        whole = np.load(file, mmap_mode='r', allow_pickle=False)
+        table = np.load(file, mmap_mode='r', allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f'{file} is damaged ({error}); delete {directory}/{name}.* and encode '
-                         'again') from error
-    return whole if rows is None else whole[rows]
+        raise InputError(f'{file}: damaged ({error}). Expected an array. Fix: delete '
+                         f'{directory}/{name}.* and encode again') from error
+    return table if rows is None else table[rows]
 
 
 def missing(directory, like: dict[str, list[tuple]]) -> list[int]:
-    """Numbers of the parts that are not there whole, of {name: [shape of every part]}."""
+    """Return the numbers of the parts that are not complete.
+
+    Args:
+      directory: of the store.
+      like: {name: shape of every part}.
+    """
     directory = Path(directory)
-    open_names = [name for name in like if not (directory / f'{name}.npy').is_file()]
-    count = len(next(iter(like.values())))
-    return [i for i in range(count)
-            if not all(_whole(_part(directory, name, i), like[name][i]) for name in open_names)]
+    unfinished = [name for name in like if not (directory / f'{name}.npy').is_file()]
+    return [i for i in range(len(next(iter(like.values()))))
+            if not all(_complete(_part(directory, name, i), like[name][i]) for name in unfinished)]
 
 
 def _join(directory, parts, like, processes):
-    """Lay the parts into one file per name and remove them."""
+    """Copy the parts into one file per name and remove them."""
     absent = missing(directory, like)
     if absent:
         shown = ', '.join(map(str, absent[:SHOWN])) + (', ...' if len(absent) > SHOWN else '')
         raise InputError(
             f'{directory}: {len(absent)} of {len(parts)} parts are missing ({shown}) after all '
-            f'{processes} processes should be done; give them one shared file system, let the '
-            'others end, and run this one again')
+            f'{processes} processes have ended. Expected one file system that all processes share. '
+            'Fix: use one, and run this command again')
     for name, shapes in like.items():
         file = directory / f'{name}.npy'
         if file.is_file():
             continue
-        partial = file.with_name(file.name + PARTIAL)
-        # a new file is all zeros, row 0 among them
-        whole = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(
-            1 + sum(map(len, parts)), *shapes[0][1:]))
-        if hasattr(os, 'posix_fallocate'):  # else a full disk shows as a bus error, without a word
-            with partial.open('r+b') as target:
-                os.posix_fallocate(target.fileno(), 0, partial.stat().st_size)
-        for number, ids in enumerate(parts):
-            whole[ids] = np.load(_part(directory, name, number), allow_pickle=False)
-        whole.flush()
-        del whole
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            # a new file is all zeros, so row 0 is
+            table = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(
+                1 + sum(map(len, parts)), *shapes[0][1:]))
+            if hasattr(os, 'posix_fallocate'):  # else a full disk ends the process by a bus error
+                with partial.open('r+b') as target:
+                    os.posix_fallocate(target.fileno(), 0, partial.stat().st_size)
+            for number, ids in enumerate(parts):
+                table[ids] = np.load(_part(directory, name, number), allow_pickle=False)
+            table.flush()
+            del table
     for name in like:
         for leftover in (*directory.glob(f'{name}.[0-9]*.npy'),
                          *directory.glob(f'{name}.*{PARTIAL}')):
@@ -163,30 +181,30 @@ def _join(directory, parts, like, processes):
 
 
 def _claim(directory, manifests, writes):
-    """Compare with the manifests that are there; write those that are not, if `writes`."""
-    for name, own in manifests.items():
+    """Compare with the manifests that exist. Write those that do not, if `writes`."""
+    for name, new in manifests.items():
         file = _manifest_file(directory, name)
         if file.is_file():
-            found = manifest(directory, name)
-            changes = list(_changes(found, own))
+            changes = list(_changes(manifest(directory, name), new))
             if changes:
                 raise InputError(
-                    f'{file} is of other features: {"; ".join(changes)}; choose another directory, '
-                    f'or delete {directory}/{name}.* to encode anew')
+                    f'{file}: these are other features: {"; ".join(changes)}. Expected the same. '
+                    f'Fix: choose another directory, or delete {directory}/{name}.* to encode '
+                    'again')
         elif (directory / f'{name}.npy').exists():
-            raise InputError(f'{directory}/{name}.npy has no {file.name}, which says what made it; '
-                             f'choose another directory, or delete {directory}/{name}.*')
+            raise InputError(f'{directory}/{name}.npy: there is no {file.name}. Expected a '
+                             'manifest, which names its origin. Fix: choose another directory, or '
+                             f'delete {directory}/{name}.*')
         elif writes:
             directory.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(file.name + PARTIAL)
-            partial.write_text(json.dumps(own, indent=1, sort_keys=True) + '\n')
-            os.replace(partial, file)
+            with replacing(file) as partial:
+                partial.write_text(json.dumps(new, indent=1, sort_keys=True) + '\n')
 
 
-def _changes(found, own) -> Iterator[str]:
-    """'key was x and is now y', for what differs."""
+def _changes(old, new) -> Iterator[str]:
+    """Yield 'key was x and is now y' for every difference."""
     before, now = ({**{key: about[key] for key in ('shape', 'parts', 'layout')},
-                    **about['fingerprint']} for about in (found, own))
+                    **about['fingerprint']} for about in (old, new))
     for key in sorted(before.keys() | now.keys()):
         was, is_now = (json.dumps(d[key]) if key in d else 'absent' for d in (before, now))
         if was != is_now:
@@ -196,7 +214,7 @@ def _changes(found, own) -> Iterator[str]:
 def _manifest(shape, made_by, counts, parts, layout) -> dict:
     about = {'shape': list(shape), 'dtype': 'float32', 'parts': parts, 'layout': layout,
              'fingerprint': made_by, 'counts': counts or {}}
-    return json.loads(json.dumps(about))  # tuples are lists there
+    return json.loads(json.dumps(about))  # JSON turns tuples into lists
 
 
 def _manifest_file(directory, name) -> Path:
@@ -207,26 +225,17 @@ def _part(directory, name, number) -> Path:
     return Path(directory) / f'{name}.{number:05d}.npy'
 
 
-def _whole(file, shape) -> bool:
-    """Whether a part is there; one that was cut short, say by a full disk, is not."""
+def _complete(file, shape) -> bool:
+    """Whether a part is complete. A full disk, for example, cuts one short."""
     try:
-        found = np.load(file, mmap_mode='r', allow_pickle=False)
+        rows = np.load(file, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return False
-    return found.shape == shape and found.dtype == np.float32
-
-
-def _checked(rows, shape) -> np.ndarray:
-    rows = np.asarray(rows, np.float32)
-    if rows.shape != shape:
-        raise ValueError(f'rows of a part are {list(rows.shape)} and not {list(shape)}')
-    return rows
+    return rows.shape == shape and rows.dtype == np.float32
 
 
 def _save(file, rows):
-    partial = file.with_name(file.name + PARTIAL)
-    with partial.open('wb') as target:
+    with replacing(file) as partial, partial.open('wb') as target:
         np.save(target, rows)
         target.flush()
-        os.fsync(target.fileno())  # else a power cut could leave the name without the bytes
-    os.replace(partial, file)
+        os.fsync(target.fileno())  # else a power cut could keep the name without the bytes

@@ -22,6 +22,7 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
 from tpad_jax.data import batches, item_graphs, sessions, sources, text
 from tpad_jax.data import catalogue as catalogue_lib
+from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.distributed import devices, hosts
@@ -29,7 +30,7 @@ from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation import tables
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import foretold, scorer
-from tpad_jax.features import bases, store
+from tpad_jax.features import bases
 from tpad_jax.features import encoder as encoder_lib
 from tpad_jax.job import plan, recommenders, results
 from tpad_jax.job.validate import check, check_inputs
@@ -98,7 +99,7 @@ class Job:
                                teacher=teacher and teacher.reader, **shared)
         self.count()
         if c.data.features:
-            given = store.read_external(c.data.features, data.asins)
+            given = external_features.read(c.data.features, data.asins)
             console.print(f'{c.data.features}: {given.unknown} ids of no item {list(given.some)}, '
                           f'{given.repeated} rows said twice', markup=False, highlight=False)
             self.catalogue['given'] = jnp.asarray(given.rows)
@@ -170,7 +171,7 @@ class Job:
         encoder = None
         if stage in MAKES:
             m = self.config.mllm
-            encoder = encoder_lib.encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
+            encoder = encoder_lib.Encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
                                      part=m.encode_part, devices=self.devices.own)
         self.first = self.params
         (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)
