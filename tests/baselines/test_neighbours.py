@@ -200,3 +200,29 @@ def test_latest_places():
     assert item.tolist() == [4, 2, 7, 1]
     assert place.tolist() == [3, 2, 1, 4]
     assert length.tolist() == [3, 3, 1, 4]
+
+
+@pytest.mark.parametrize('fit', [neighbours_lib.fit_stan, neighbours_lib.fit_vstan])
+def test_a_long_session_makes_few_cells(fit, monkeypatch):
+    """Memory grows with a session's length, not with its square."""
+    made = []
+    event_items = neighbours_lib._event_items
+    monkeypatch.setattr(neighbours_lib, '_event_items',
+                        lambda *a: made.append(event_items(*a)) or made[0])
+    length = 2000
+    train = sessions([[1, 2], list(range(1, length + 1))])
+    scores = metrics.dense(fit(train, length)(np.array([[1000]], np.int32)))[0]
+    assert made[0].nnz < length * (2 * neighbours_lib.WINDOW + 1) + 9
+    # what is near the shared item is scored as without the limit
+    near = np.arange(950, 1051)
+    expected = np.exp(-np.abs(near - 1000) / 4.0)
+    np.testing.assert_allclose(scores[near] / scores[1000], expected, rtol=1e-4)
+
+
+def test_the_limit_leaves_shorter_sessions_and_wide_lambdas_alone():
+    train = sessions([list(range(1, 91)), list(range(100, 800))])
+    index = neighbours_lib._index(train, 800, True)
+    for lambda3 in (0.3, 4.0, 30.0):
+        table = neighbours_lib._event_items(index, lambda3, 0.0, False).toarray()
+        assert (table[:90, 1:91] > 0).all()
+    assert (table[90, 100:600] > 0).all()  # exp(-500 / 30) is more than float32 resolves

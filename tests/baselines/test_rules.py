@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -146,6 +147,42 @@ def test_content_knn_ties_equal_features_exactly_and_survives_missing_ones():
     scores = rules.fit_content_knn(TRAIN, V, features)(np.array([[1, 2], [4, 0]], np.int32))
     assert len(np.unique(scores[0, 5:])) == 1
     assert (scores[1] == 0).all()
+
+
+@pytest.mark.parametrize('cells', [1, 7, 40])
+def test_content_knn_in_parts_scores_the_same(monkeypatch, cells):
+    expected = rules.fit_content_knn(TRAIN, V, FEATURES)(PREFIXES)
+    monkeypatch.setattr(rules, 'CELLS', cells)
+    np.testing.assert_array_equal(rules.fit_content_knn(TRAIN, V, FEATURES)(PREFIXES), expected)
+
+
+def test_content_knn_needs_little_more_than_its_scores():
+    items = 100_000
+    scorer = rules.fit_content_knn(TRAIN, items, np.ones((items + 1, 2)))
+    prefixes = np.ones((64, 3), np.int32)
+    tracemalloc.start()
+    scores = scorer(prefixes)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert scores.nbytes < peak < 2.5 * scores.nbytes
+
+
+def test_item_knn_pairs_the_latest_events_of_a_long_session(monkeypatch):
+    monkeypatch.setattr(rules, 'LONGEST_SESSION', 3)
+    long = [1, 2, 3, 4, 5, 6, 7]
+    whole = spread(rules.fit_item_knn(sessions([long, [1, 2]]), V))
+    cut = spread(rules.fit_item_knn(sessions([long[-3:], [1, 2]]), V))
+    np.testing.assert_array_equal(whole(PREFIXES), cut(PREFIXES))
+
+
+@pytest.mark.parametrize('name', rules.BASELINES)
+@pytest.mark.parametrize('lengths', [[2, 0, 3], [0, 0], [], [1, 1]], ids=str)
+def test_empty_and_short_sessions_are_no_fault(name, lengths):
+    """Warnings are errors in these tests."""
+    train = Sessions(np.arange(1, sum(lengths) + 1, dtype=np.int32),
+                     np.append(0, np.cumsum(lengths)).astype(np.int64), np.arange(len(lengths)))
+    scores = fitted(name, train)(PREFIXES)
+    assert np.isfinite(scores).all()
 
 
 @pytest.mark.parametrize('name', rules.BASELINES)

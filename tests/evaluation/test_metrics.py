@@ -121,6 +121,25 @@ def test_every_part_has_one_shape_and_every_row_comes_once():
     assert shapes == [(4, 1)] * 3
 
 
+@pytest.mark.parametrize(('rows', 'items', 'expected'), [
+    (6, 600, {512}),  # one compiled shape
+    (700, 600, {512}),
+    (24, 1_000_000, {24}),  # 512 rows would be 2 GB
+    (100, 1_000_000, {67}),
+])
+def test_few_rows_of_a_large_catalogue_are_not_filled_up(rows, items, expected):
+    shapes = set()
+
+    def scorer(part):
+        shapes.add(len(part))
+        return metrics.Sparse(sp.csr_array((len(part), items + 1), dtype=np.float32),
+                              np.zeros(items + 1, np.float32))
+
+    every = [part for part, _ in metrics.scored(scorer, np.ones((rows, 2), np.int32), items)]
+    assert shapes == expected
+    assert sum(part.stop - part.start for part in every) == rows
+
+
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_names_the_model(bad):
     def scorer(items):

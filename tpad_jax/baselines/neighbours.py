@@ -30,6 +30,7 @@ Without `ordered` sessions no one knows what is recent: candidates are sampled, 
 in a seeded order, and w2 is 1.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ import scipy.sparse as sp
 
 from tpad_jax.data.sessions import Sessions, take
 from tpad_jax.evaluation import metrics
+
+WINDOW = 100  # places around i* that always count, see `_event_items`
+RESOLVED = 17  # exp(-17) is below the resolution of float32
 
 
 def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int = 2000,
@@ -182,7 +186,7 @@ def _decay(scale):
 def _idf(index, weight):
     """1 + idf of every item: float64 [V + 1]."""
     held = np.diff(index.first)
-    return 1 + weight * np.log(len(index.sizes) / np.maximum(held, 1))
+    return 1 + weight * np.log(max(len(index.sizes), 1) / np.maximum(held, 1))
 
 
 def _session_items(index, idf_weight):
@@ -195,17 +199,23 @@ def _session_items(index, idf_weight):
 def _event_items(index, lambda3, idf_weight, after):
     """What a neighbour adds to each item if i* is this event of it: csr float64 [E, V + 1].
 
-    A session of n items holds n^2 cells.
+    Items further than `window` places from i* are left out, for a session of n items would have
+    n^2 cells. In sessions longer than WINDOW they weigh less than float32 resolves.
     """
-    weight, sizes = _idf(index, idf_weight), index.sizes[index.session]
-    start = np.append(0, np.cumsum(sizes))
-    shared = np.repeat(np.arange(len(sizes)), sizes)
-    event = np.arange(start[-1]) + (index.start[index.session] - start[:-1])[shared]
+    weight = _idf(index, idf_weight)
+    window = max(WINDOW, math.ceil(RESOLVED * lambda3))
+    begin = np.maximum(index.start[index.session],
+                       np.searchsorted(index.place, index.place - window))
+    end = np.minimum(index.start[index.session + 1],
+                     np.searchsorted(index.place, index.place + window, side='right'))
+    start = np.append(0, np.cumsum(end - begin))
+    shared = np.repeat(np.arange(len(begin)), end - begin)
+    event = np.arange(start[-1]) + (begin - start[:-1])[shared]
     distance = index.place[event] - index.place[shared]
     cells = np.exp(-np.abs(distance) / lambda3) * weight[index.item[event]]
     if after:
         cells *= distance > 0
-    return sp.csr_array((cells, index.item[event], start), shape=(len(sizes), len(weight)))
+    return sp.csr_array((cells, index.item[event], start), shape=(len(begin), len(weight)))
 
 
 def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample_size: int,
@@ -222,7 +232,8 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
       k, sample_size, cosine, lambda2, repeats: as in `fit_stan`; lambda2 None: w2 is 1.
     """
     num_items, sessions = adds.shape[1] - 1, len(index.sizes)
-    scale = 1 / np.sqrt(index.sizes) if cosine else np.ones(sessions)
+    # a session without events shares no item, so its scale is never read
+    scale = 1 / np.sqrt(np.maximum(index.sizes, 1)) if cosine else np.ones(sessions)
 
     def scorer(items):
         row, item, place, length = latest_places(items)

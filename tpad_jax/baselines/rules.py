@@ -26,6 +26,8 @@ from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
 
 LONGEST_RULE = 10  # steps between the two items of a rule
+LONGEST_SESSION = 1000  # latest events of a session that item_knn pairs: n items make n^2 pairs
+CELLS = 2**20  # float64 scores that content_knn holds at a time: 8 MB
 TUNED_AT = 20  # K of the hit@K that `tune` maximises, as every model's selection does
 
 
@@ -80,10 +82,12 @@ def fit_item_knn(train: Sessions, num_items: int, decay: float = 0.6, shrink: fl
     co: sessions that hold both, n: sessions that hold one. `shrink` distrusts the rare (Hidasi et
     al. 2016 use 20). `decay` as in `fit_sr`; `repeats`: whether an item is its own neighbour.
     """
-    owner = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-    holds = sp.csr_array((np.ones(len(owner)), (owner, train.items)),
-                         shape=(len(train.offsets) - 1, num_items + 1))
-    holds.data[:] = 1  # however often a session repeats it
+    lengths = np.diff(train.offsets)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    late = np.arange(len(owner)) >= (train.offsets[1:] - LONGEST_SESSION)[owner]
+    holds = sp.csr_array((np.ones(late.sum()), (owner[late], train.items[late])),
+                         shape=(len(lengths), num_items + 1))
+    holds.data[:] = 1  # an item counts once per session
     scale = sp.diags_array(1 / np.sqrt(np.maximum(holds.sum(axis=0) + shrink, 1)))
     cosine = sp.csr_array(scale @ (holds.T @ holds) @ scale)
     if not repeats:
@@ -110,11 +114,18 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
     own = (unit * unit).sum(axis=1)
 
     def scorer(items):
-        prefix = _prefix(items, decay, num_items)
-        scores = (prefix @ unit) @ unit.T
-        if not repeats:
-            scores -= (prefix * own).toarray()
-        return scores.round(9).astype(np.float32)
+        prefix = _prefix(items, decay, num_items).tocsc()
+        wanted = prefix @ unit
+        scores = np.empty((len(items), num_items + 1), np.float32)
+        # a part of the catalogue at a time: in float64 and over all items it would be gigabytes
+        size = max(1, CELLS // max(len(items), 1))
+        for begin in range(0, num_items + 1, size):
+            part = slice(begin, begin + size)
+            cosine = wanted @ unit[part].T
+            if not repeats:
+                cosine -= (prefix[:, part] * own[part]).toarray()
+            scores[:, part] = cosine.round(9)
+        return scores
 
     return scorer
 

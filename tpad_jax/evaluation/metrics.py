@@ -33,6 +33,8 @@ Scores = np.ndarray | Sparse
 Scorer = Callable[[np.ndarray], Scores]
 """int32 [R, N] prefixes, left aligned, 0 pads -> scores [R, V + 1]."""
 
+FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
+MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
 GAINS = {'hit': np.ones_like, 'mrr': np.reciprocal, 'ndcg': lambda place: 1 / np.log2(place + 1)}
 """What finding the target at a place (1 is the first) is worth; float [...] -> float [...]."""
 
@@ -66,12 +68,20 @@ def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int = 51
       ValueError: the scores have another shape.
       FloatingPointError: an item's score is not finite.
     """
+    chunk = _rows_per_call(len(items), chunk, num_items)
     for begin in range(0, len(items), chunk):
         part = items[begin:begin + chunk]
         filled = np.pad(part, ((0, chunk - len(part)), (0, 0)), mode='edge')
         scores = _read(scorer(filled), (chunk, num_items + 1), len(part), name)
         _check_finite(scores, begin, name)
         yield slice(begin, begin + len(part)), scores
+
+
+def _rows_per_call(rows, chunk, num_items):
+    """Rows of a scorer's call: `chunk`, or fewer where their scores would fill the memory."""
+    if chunk * num_items <= FEW_CELLS:  # one compiled shape, whatever the number of rows
+        return chunk
+    return min(chunk, rows, max(1, MOST_CELLS // num_items))
 
 
 def _read(scores, shape, rows, name):
