@@ -50,8 +50,8 @@ def measure(name: str, path: str, ordered: bool, trials: int) -> dict:
     return {'rows': len(held.target), 'train_sessions': len(train.start), 'items': num_items,
             'search_seconds': searched - began, 'fit_seconds': fitted - searched,
             'rank_seconds': ranked - fitted,
-            **{f'{metric}@20': float(metrics.mean_gain(metric, above, equal, 20).mean())
-               for metric in metrics.GAINS},
+            **{f'{metric}@20': float(metrics.mean_gain(gain, above, equal, 20).mean())
+               for metric, gain in metrics.GAINS.items()},
             'tied_share': float((equal > 1).mean()),
             'peak_gib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             'valid_hit@20': tuned.valid['hit@20'],

@@ -14,7 +14,6 @@ from tpad_jax.core import files
 from tpad_jax.data import audit, sessions
 from tpad_jax.diagnostics import clouds as clouds_lib
 from tpad_jax.evaluation import compare, tables
-from tpad_jax.evaluation.evaluate import oracle
 from tpad_jax.features import store
 from tpad_jax.job import results
 from tpad_jax.report import charts, gallery, stored
@@ -73,15 +72,16 @@ def scorer_of(salt):
     return lambda items: table[items[:, 0]]
 
 
-def write(workdir, *, content=True, seed=0, name='tiny'):
+def write(workdir, *, content=True, seed=0, name='tiny', metrics=None, baselines=('pop', 'sr')):
     """A workdir as a run leaves it, all but the page. -> the fake job."""
     workdir.mkdir(parents=True)
     job = fake_job(workdir, content=content, seed=seed, name=name)
-    names = ('tpad_joint', 'id_only', 'knowledge_only', 'pop', 'sr') if content else (
-        'mixture', 'gnn', 'pop', 'sr')
+    job.config.metrics.update(metrics or {})
+    names = (*(('tpad_joint', 'id_only', 'knowledge_only') if content else ('mixture', 'gnn')),
+             *baselines)
     scorers = {n: scorer_of(i + 10 * seed) for i, n in enumerate(names)}
     models, ranks = results.score_models(job, scorers, {})
-    for n in ('pop', 'sr'):
+    for n in baselines:
         models[n]['search'] = {'params': {'decay': 0.25} if n == 'sr' else {}, 'trials': 1}
     found = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,
              'provenance': {**results.provenance(job), 'stages': ['recommend']},
@@ -89,7 +89,7 @@ def write(workdir, *, content=True, seed=0, name='tiny'):
     if content:
         found['models'] = {'tpad': {**models['tpad_joint'], 'is': 'tpad_joint'}, **models}
         scorers['tpad'], ranks['tpad'] = scorers['tpad_joint'], ranks['tpad_joint']
-        found['oracle'], ranks['oracle'] = oracle(job.test, job.data.warm, job.probabilities)
+        found['oracle'], ranks['oracle'] = results.oracle_scores(job)
         rng = np.random.default_rng(0)
         for n, shape in (('k', (2, 6)), ('r', (12,))):
             store.write(workdir / 'features' / 'joint', n, rng.normal(size=(V + 1, *shape)), {})

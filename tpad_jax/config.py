@@ -49,8 +49,12 @@ def get_config():
     c.partner = ConfigDict()
     c.search = ConfigDict(dict(
         trials=8,  # budget of every model's and baseline's search; 1: what the config says
-        space={},  # what `python -m tpad_jax.search` varies: nested keys, axes as in trials.py
+        space={},  # what `python -m tpad_jax.search` varies: nested keys, axes as in tune.py
     ))
+    # baselines of the results, comma-separated, any of these; '': none
+    c.baselines = 'pop,repeat_last,markov,sr,ar,item_knn,content_knn,vsknn,stan,vstan'
+    # metrics in addition to hit, mrr and ndcg, {name: 'module:function'}: docs/add_a_metric.md
+    c.metrics = ConfigDict()
 
     c.data = data()
     c.mllm = ConfigDict(dict(

@@ -135,7 +135,7 @@ def test_intervals_of_a_result():
     low, high = few['interval']['hit@20']
     assert (high - low) / (2 * 1.96) == pytest.approx(hits.std() / 80 ** 0.5, rel=0.15)
     results.add_intervals(result, rows, np.ones(51, bool), found)
-    assert result['slices']['cold']['interval'] == dict.fromkeys(compare.METRICS)
+    assert result['slices']['cold']['interval'] == dict.fromkeys(compare.named(compare.BUILT_IN))
     json.dumps(result, allow_nan=False)
 
 
@@ -269,16 +269,16 @@ def spoilt(path, **change):
 
 
 @pytest.mark.parametrize(('change', 'told'), [
-    ({'fingerprint': None}, 'holds no fingerprint'),
-    ({'tpad/above': np.full(240, np.nan)}, 'tpad/above is not one whole number a row'),
-    ({'tpad/above': np.zeros(239, int)}, 'tpad/above is not one whole number a row'),
-    ({'tpad/equal': None}, 'tpad/equal is not one whole number a row'),
-    ({'tpad/equal': np.zeros(240, int)}, 'tpad/equal holds a number that no ranking gives'),
-    ({'tpad/above': np.full(240, 50)}, 'tpad/equal holds a number that no ranking gives'),
-    ({'tpad/above': np.full(240, -1)}, 'tpad/above holds a number that no ranking gives'),
-    ({'target': np.full(240, 51)}, 'target holds a number that no ranking gives'),
+    ({'fingerprint': None}, 'has no fingerprint'),
+    ({'tpad/above': np.full(240, np.nan)}, 'tpad/above is not one whole number per row'),
+    ({'tpad/above': np.zeros(239, int)}, 'tpad/above is not one whole number per row'),
+    ({'tpad/equal': None}, 'tpad/equal is not one whole number per row'),
+    ({'tpad/equal': np.zeros(240, int)}, 'tpad/equal holds a number that is not a rank'),
+    ({'tpad/above': np.full(240, 50)}, 'tpad/equal holds a number that is not a rank'),
+    ({'tpad/above': np.full(240, -1)}, 'tpad/above holds a number that is not a rank'),
+    ({'target': np.full(240, 51)}, 'target holds a number that is not a rank'),
     ({'items': np.array([50, 50])}, 'items is not one whole number'),
-    ({'row/warm': np.ones(3, bool)}, 'warm is not one whole number a row'),
+    ({'row/warm': np.ones(3, bool)}, 'warm is not one whole number per row'),
     ({'session': np.array([{}] * 240, object)}, 'cannot be read'),  # would have to be unpickled
 ])
 def test_ranks_that_no_ranking_gives_are_refused(tmp_path, change, told):
@@ -317,7 +317,7 @@ def test_the_command(tmp_path, capsys):
         assert words in out
     assert compare.main(['--compare', str(a), str(b), '--model', 'sr_gnn']) == 2
     assert capsys.readouterr() == (
-        '', f"tpad_jax.evaluate: {a} has no model 'sr_gnn'; choose from tpad, pop\n")
+        '', f"tpad_jax.evaluate: {a} has no model 'sr_gnn'. Expected one of tpad, pop\n")
 
 
 def test_the_commands_sides(tmp_path, capsys):

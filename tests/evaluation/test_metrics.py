@@ -98,11 +98,12 @@ def test_expected_is_the_sum_over_all_targets(name):
         total = 0
         for target in range(1, 61):
             above, equal = metrics.counts(scores, np.full(30, target))
-            total += truth[:, target] * metrics.mean_gain(name, above, equal, k)
+            total += truth[:, target] * metrics.mean_gain(metrics.GAINS[name], above, equal, k)
         placed = metrics.places(scores, [truth], 20)[0]
-        np.testing.assert_allclose(metrics.expected(name, placed, k), total, atol=1e-12)
+        found = metrics.expected(metrics.GAINS[name], placed, k)
+        np.testing.assert_allclose(found, total, atol=1e-12)
     whole = metrics.places(scores, [truth], 60)[0]
-    np.testing.assert_allclose(metrics.expected('hit', whole, 60), 1)
+    np.testing.assert_allclose(metrics.expected(metrics.GAINS['hit'], whole, 60), 1)
 
 
 def test_every_part_has_one_shape_and_every_row_comes_once():

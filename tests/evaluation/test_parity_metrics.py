@@ -38,7 +38,7 @@ def test_without_ties(name, k):
     scores, target = drawn()
     above, equal = metrics.counts(scores, target)
     assert (equal == 1).all()
-    np.testing.assert_allclose(metrics.mean_gain(name, above, equal, k),
+    np.testing.assert_allclose(metrics.mean_gain(metrics.GAINS[name], above, equal, k),
                                peer(name, scores, target, k), atol=1e-6)
 
 
@@ -48,7 +48,7 @@ def test_ndcg_with_ties(levels, k):
     scores, target = drawn(levels)
     above, equal = metrics.counts(scores, target)
     assert (equal > 1).all()
-    np.testing.assert_allclose(metrics.mean_gain('ndcg', above, equal, k),
+    np.testing.assert_allclose(metrics.mean_gain(metrics.GAINS['ndcg'], above, equal, k),
                                peer('ndcg', scores, target, k), atol=1e-6)
 
 
@@ -60,5 +60,5 @@ def test_ties_are_the_mean_over_drawn_orders(name):
     rng, orders = np.random.default_rng(1), 10
     broken = np.mean([peer(name, scores + rng.random(scores.shape).astype(np.float32), target, 10)
                       for _ in range(orders)], axis=0)
-    difference = broken - metrics.mean_gain(name, above, equal, 10)
+    difference = broken - metrics.mean_gain(metrics.GAINS[name], above, equal, 10)
     assert abs(difference.mean()) < 3.5 * difference.std() / R ** 0.5

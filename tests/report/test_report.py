@@ -205,7 +205,7 @@ def test_other_refusals_and_help(runs, tmp_path, capsys):
     (tmp_path / 'file').touch()
     for given, told in (([tmp_path], 'results.json does not exist'),
                         ([runs / 'ids', runs / 'ids'], 'named twice'),
-                        ([runs / 'ids', f'--out={tmp_path}/file/x.html'], 'Not a directory')):
+                        ([runs / 'ids', f'--out={tmp_path}/file/x.html'], 'choose another')):
         assert command.main(list(map(str, given))) == 2
         assert told in capsys.readouterr().err
     for given, status in (['--help'], 0), ([], 2):

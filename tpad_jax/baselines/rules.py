@@ -213,8 +213,8 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, trials: int
         del number
         above, equal = metrics.ranks(fit(train, num_items, **fixed, **params), valid.items,
                                      valid.target, num_items, chunk=chunk, name=name)
-        return {f'{metric}@{TUNED_AT}': metrics.mean_gain(metric, above, equal, TUNED_AT).mean()
-                for metric in ('hit', 'mrr')}
+        return {f'hit@{TUNED_AT}': metrics.hit(above, equal, TUNED_AT).mean(),
+                f'mrr@{TUNED_AT}': metrics.mrr(above, equal, TUNED_AT).mean()}
 
     defaults = {key: keywords[key].default for key in space}
     params, record = search(measured, space, defaults, trials=trials, seed=seed, storage=storage,

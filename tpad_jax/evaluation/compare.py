@@ -1,7 +1,7 @@
-"""Two models on the same test rows, from the ranks that their runs left behind.
+"""Compare two models on the same test rows by the ranks that their runs stored.
 
-`python -m tpad_jax.evaluate --compare RUN_A RUN_B` is the command. A figure is a mean over rows, an
-interval and a p-value are over sessions, and a difference is always paired row by row.
+The command is `python -m tpad_jax.evaluate --compare RUN_A RUN_B`. A metric is a mean over rows.
+Intervals and p-values are over sessions. Differences are paired row by row.
 """
 
 import zipfile
@@ -15,25 +15,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpad_jax.core import cli, files
+from tpad_jax.core import cli, files, ties
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics, slices, statistics
 
-AT = 20
-METRICS = tuple(f'{name}@{AT}' for name in metrics.GAINS)
-FILE, ROW = 'ranks.npz', 'row/'  # ROW: what begins the name of a row feature in FILE
+AT = metrics.TOP
+BUILT_IN = {name: metrics.gain_table(gain, AT) for name, gain in metrics.GAINS.items()}
+FILE = 'ranks.npz'
+ROW, METRIC = 'row/', 'metric/'  # prefixes, in FILE, of row features and of a config's metrics
 WIDTH = 112  # characters of the tables
 _NOTHING = 1e-12  # a smaller difference of two gains is rounding
-_AGAIN = 'delete results.json beside it and give the command of the run once more'
+_AGAIN = 'Fix: delete the results.json next to it and run the command of the run again'
 # what np.load raises of a file that is cut short, damaged, pickled or one array alone
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class Run(NamedTuple):
-    """One run's test rows and every model's ranks on them.
+    """One run's test rows, and every model's ranks on them.
 
-    session, target: int [R]. fingerprint: of the data. items: V. features: {name: [R]} of `slices`.
-    ranks: {model: (above, equal)}, int [R] each.
+    Attributes:
+      path: workdir.
+      session: int [R]. The session of each row.
+      target: int [R]. The next item of each row.
+      fingerprint: of the data.
+      items: V.
+      features: {name: [R]} of `slices.features`.
+      ranks: {model: (above, equal)}, int [R] each.
+      gains: {metric: float64 [AT]}, the value of a target at places 1, 2, .. AT.
     """
 
     path: Path
@@ -43,142 +51,177 @@ class Run(NamedTuple):
     items: int
     features: dict[str, np.ndarray]
     ranks: dict[str, tuple[np.ndarray, np.ndarray]]
+    gains: dict[str, np.ndarray] = BUILT_IN
 
 
-def gains(above: np.ndarray, equal: np.ndarray) -> np.ndarray:
-    """What each row's target earned in METRICS: int [R] twice -> float64 [R, M]."""
-    return np.stack([metrics.mean_gain(name, above, equal, AT) for name in metrics.GAINS], axis=1)
+def earned(gains: dict[str, np.ndarray], above: np.ndarray, equal: np.ndarray) -> np.ndarray:
+    """Compute what each row's target earns at AT in every metric.
+
+    Args:
+      gains: as in `Run`, M metrics.
+      above: int [R]. Items with a higher score than the target.
+      equal: int [R]. Items with the same score, the target among them.
+
+    Returns:
+      float64 [R, M].
+    """
+    return np.stack([ties.mean_gain(gain, above, equal, AT) for gain in gains.values()], axis=1)
+
+
+def named(gains: dict) -> list[str]:
+    """Names of the metrics at AT, as in results.json: 'hit@20', ..."""
+    return [f'{name}@{AT}' for name in gains]
 
 
 def mean(values: np.ndarray) -> float | None:
-    """The mean, or None of nothing, which JSON can say."""
+    """Average values for JSON: None of no values, for JSON has no nan."""
     return float(values.mean()) if len(values) else None
 
 
-def pair(edges: np.ndarray) -> list[float] | None:
-    """An interval [2] as JSON: [low, high], or None where it is nan."""
+def interval(edges: np.ndarray) -> list[float] | None:
+    """Convert an interval [2] for JSON: [low, high], or None of nan."""
     return None if np.isnan(edges).any() else edges.tolist()
 
 
 def contents(session: np.ndarray, target: np.ndarray, fingerprint: str, items: int,
-             features: dict[str, np.ndarray], ranks: dict[str, dict[str, np.ndarray]]) -> dict:
-    """The arrays of a run's ranks.npz, by name: what `read` expects."""
+             features: dict[str, np.ndarray], ranks: dict[str, dict[str, np.ndarray]],
+             gains: dict[str, metrics.Gain] = metrics.GAINS) -> dict:
+    """Collect the arrays of a run's ranks.npz by name, as `read` expects them.
+
+    A metric of the config is stored as the value of a target at each place. A comparison therefore
+    needs no module of the run's.
+    """
     return {'session': session, 'target': target, 'fingerprint': np.array(fingerprint),
-            'items': np.array(items), **{ROW + name: found for name, found in features.items()},
-            **{f'{name}/{part}': found for name, rank in ranks.items()
-               for part, found in rank.items()}}
+            'items': np.array(items),
+            **{METRIC + name: metrics.gain_table(gain, AT) for name, gain in gains.items()
+               if name not in BUILT_IN},
+            **{ROW + name: values for name, values in features.items()},
+            **{f'{model}/{part}': counts for model, rank in ranks.items()
+               for part, counts in rank.items()}}
 
 
 def read(path: str | Path) -> Run:
-    """Reads a run's ranks.npz.
+    """Read a run's ranks.npz.
 
     Args:
       path: the run's workdir, or the file.
 
     Raises:
-      InputError: there is none, it cannot be read, or it holds what no ranking gives.
+      InputError: the file is absent or unreadable, or it holds numbers that are not ranks.
     """
     path = Path(path)
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise InputError(f'{file} does not exist; give the workdir of a finished run')
+        raise InputError(f'{file} does not exist. Expected the workdir of a finished run')
     try:
         with file.open('rb') as opened, np.load(opened, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in stored.files}
+            arrays = {name: stored[name] for name in stored.files}
     except _UNREADABLE as error:
-        raise InputError(f'{file} cannot be read ({error}); {_AGAIN}') from error
-    absent = [n for n in ('session', 'target', 'fingerprint', 'items') if n not in found]
+        raise InputError(f'{file} cannot be read ({error}). {_AGAIN}') from error
+    absent = [n for n in ('session', 'target', 'fingerprint', 'items') if n not in arrays]
     if absent:
-        raise InputError(f'{file} holds no {", ".join(absent)}, so another version wrote it; '
-                         f'{_AGAIN}')
-    rows = found['target'].shape
-    _check(file, 'items', found['items'], (), 1)
-    items = int(found['items'])
-    _check(file, 'target', found['target'], (rows[0],) if rows else (0,), 1, items)
-    features = {n.removeprefix(ROW): x for n, x in found.items() if n.startswith(ROW)}
-    for name, array in {'session': found['session'], **features}.items():
+        raise InputError(f'{file} has no {", ".join(absent)}: another version wrote it. {_AGAIN}')
+
+    def part(prefix):
+        return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
+
+    rows = arrays['target'].shape
+    _check(file, 'items', arrays['items'], (), 1)
+    items = int(arrays['items'])
+    _check(file, 'target', arrays['target'], (rows[0],) if rows else (0,), 1, items)
+    features, gains, ranks = part(ROW), part(METRIC), {}
+    for name, array in {'session': arrays['session'], **features}.items():
         _check(file, name, array, rows, 0)
-    ranks = {}
-    for name in (n.removesuffix('/above') for n in found if n.endswith('/above')):
-        above, equal = ranks[name] = found[f'{name}/above'], found.get(f'{name}/equal')
+    for name, gain in gains.items():
+        if gain.shape != (AT,) or gain.dtype.kind != 'f' or not np.isfinite(gain).all():
+            raise InputError(f'{file}: {METRIC}{name} is not {AT} finite numbers. {_AGAIN}')
+    for name in (n.removesuffix('/above') for n in arrays if n.endswith('/above')):
+        above, equal = ranks[name] = arrays[f'{name}/above'], arrays.get(f'{name}/equal')
         _check(file, f'{name}/above', above, rows, 0)
         _check(file, f'{name}/equal', equal, rows, 1, items - above)
-    return Run(file.parent, found['session'], found['target'], str(found['fingerprint']), items,
-               features, ranks)
+    return Run(file.parent, arrays['session'], arrays['target'], str(arrays['fingerprint']), items,
+               features, ranks, {**BUILT_IN, **gains})
 
 
 def compare(first: Sequence[Run], second: Sequence[Run], models: tuple[str, str], *,
             sliced: bool = True) -> dict:
-    """Compares model A of `first` with model B of `second`.
+    """Compare model A of `first` with model B of `second`.
 
-    The k-th run of both is the k-th seed: rows are paired within it. Figures are means over the
-    rows of all seeds. Seeds of one data set share its sessions, so a session drawn, or whose sign
-    changes, is so in every seed at once: the spread that seeds cause shows in 'per_seed' alone.
+    The k-th run of both is the k-th seed: rows are paired within it. A metric is the mean over the
+    rows of all seeds. Seeds of one data set share its sessions. A session that is drawn, or whose
+    sign changes, is so in every seed at once. Only 'per_seed' shows how seeds differ.
 
     Args:
-      first: runs of A. second: as many of B, on the same data, each with the other's rows.
+      first: runs of A.
+      second: as many runs of B, on the same data, each with the rows of the other.
       models: names of A and B in these runs.
       sliced: whether slices are compared, too; without them it takes a tenth of the time.
 
     Returns:
-      JSON-able: 'runs', 'models', 'items', 'sessions', 'level', 'unknown_slices', and 'slices'
-      {'all' or a slice: {'rows', and per METRICS 'a', 'b', 'difference' (a - b) with '*_interval',
-      'p', 'won' and 'lost' (share of rows), 'per_seed' (differences)}}; None where nothing counts.
+      A dict for JSON: 'runs', 'models', 'items', 'sessions', 'level', 'metrics', 'unknown_slices'
+      and 'slices' {'all' or a slice: {'rows', and per metric 'a', 'b', 'difference' (a - b) with
+      '*_interval', 'p', 'won' and 'lost' (share of rows), 'per_seed' (differences)}}. A number
+      over no rows is None.
 
     Raises:
-      InputError: an unknown model, another number of seeds, or rows that differ.
+      InputError: a model is unknown, the numbers of seeds differ, or rows differ.
     """
     if len(first) != len(second):
-        raise InputError(f'{len(first)} and {len(second)} runs cannot be paired: name as many '
+        raise InputError(f'{len(first)} and {len(second)} runs cannot be paired. Expected as many '
                          'seeds on both sides, in the same order')
-    session, seed, earned, where = [], [], [], {}
+    # metrics that every run has, with the same values
+    gains = {name: gain for name, gain in first[0].gains.items() if all(
+        np.array_equal(gain, run.gains.get(name)) for run in (*first, *second))}
+    session, seed, rows_earned, first_seed = [], [], [], {}
     for number, (a, b) in enumerate(zip(first, second, strict=True)):
         _same_rows(a, b)
-        both = [gains(*_ranks(run, name)) for run, name in zip((a, b), models, strict=True)]
-        difference = both[0] - both[1]
+        pair = [earned(gains, *_ranks(run, name)) for run, name in zip((a, b), models, strict=True)]
+        difference = pair[0] - pair[1]
         difference[np.abs(difference) < _NOTHING] = 0
-        earned.append(np.stack([*both, difference], axis=1))  # [R, 3, M]
+        rows_earned.append(np.stack([*pair, difference], axis=1))  # [R, 3, M]
         seed.append(np.full(len(a.target), number))
         # runs on the same rows have their sessions in common
-        known = where.setdefault((a.fingerprint, a.session.tobytes(), a.target.tobytes()), number)
-        session.append(np.stack([np.full(len(a.target), known), a.session]))
+        data = first_seed.setdefault(
+            (a.fingerprint, a.session.tobytes(), a.target.tobytes()), number)
+        session.append(np.stack([np.full(len(a.target), data), a.session]))
     session = np.unique(np.concatenate(session, axis=1), axis=1, return_inverse=True)[1].ravel()
-    seed, earned = np.concatenate(seed), np.concatenate(earned)
-    known, unknown = _common(first, second)
-    chosen = {'all': np.ones(len(seed), bool), **(slices.chosen(known) if sliced else {})}
+    seed, rows_earned = np.concatenate(seed), np.concatenate(rows_earned)
+    features, unknown = _common(first, second)
+    chosen = {'all': np.ones(len(seed), bool), **(slices.chosen(features) if sliced else {})}
     return {'runs': [[str(run.path) for run in side] for side in (first, second)],
             'models': list(models), 'items': sorted({run.items for run in first}),
             'sessions': int(session.max()) + 1, 'level': statistics.LEVEL,
-            'unknown_slices': unknown,
-            'slices': _measured(earned, chosen, session, seed)}
+            'metrics': named(gains), 'unknown_slices': unknown,
+            'slices': _measured(named(gains), rows_earned, chosen, session, seed)}
 
 
-def show(found: dict, console: Console) -> None:
-    """Prints what `compare` found, in percent."""
-    for side, model, runs in zip('AB', found['models'], found['runs'], strict=True):
-        console.print(f'{side}: {model} of {", ".join(runs)}', highlight=False, markup=False)
-    seeds = len(found['runs'][0])
-    console.print(f'{found["sessions"]} sessions, {found["slices"]["all"]["rows"]} rows of '
-                  f'{seeds} seed{"s" * (seeds > 1)}; {" and ".join(map(str, found["items"]))} '
-                  'items ranked', highlight=False)
-    for metric in METRICS:
+def show(result: dict, console: Console) -> None:
+    """Print the result of `compare` in percent."""
+    def say(text):
+        console.print(text, highlight=False, markup=False)
+
+    for side, model, runs in zip('AB', result['models'], result['runs'], strict=True):
+        say(f'{side}: {model} of {", ".join(runs)}')
+    seeds, all_rows = len(result['runs'][0]), result['slices']['all']
+    say(f'{result["sessions"]} sessions, {all_rows["rows"]} rows of {seeds} seed'
+        f'{"s" * (seeds > 1)}; {" and ".join(map(str, result["items"]))} items ranked')
+    for metric in result['metrics']:
         table = Table(title=f'{metric}, %', title_justify='left', box=None, pad_edge=False)
         for name in ('rows of', 'number', 'A', 'B', 'A - B', 'p', 'A won', 'B won'):
             table.add_column(name, justify='left' if name == 'rows of' else 'right', no_wrap=True)
-        for name, part in found['slices'].items():
+        for name, part in result['slices'].items():
             if part['rows']:
                 table.add_row(name, str(part['rows']), *_cells(part[metric]))
         console.print(table)
     if seeds > 1:
-        for metric in METRICS:
-            shown = ', '.join(f'{100 * x:+.2f}' for x in found['slices']['all'][metric]['per_seed'])
-            console.print(f'{metric}, A - B by seed: {shown}', highlight=False)
-    console.print(f'[low, high]: {100 * found["level"]:.0f} % by bootstrap over sessions; p: '
-                  'sign flips of whole sessions, two-sided; won: share of the rows',
-                  highlight=False, markup=False)
-    if found['unknown_slices']:
-        console.print('not the same, or not known, in all runs, so without slices: '
-                      + ', '.join(found['unknown_slices']), highlight=False)
+        for metric in result['metrics']:
+            by_seed = ', '.join(f'{100 * x:+.2f}' for x in all_rows[metric]['per_seed'])
+            say(f'{metric}, A - B by seed: {by_seed}')
+    say(f'[low, high]: {100 * result["level"]:.0f} % by bootstrap over sessions; p: sign flips of '
+        'whole sessions, two-sided; won: share of the rows')
+    if result['unknown_slices']:
+        say('without slices, because runs differ in them or lack them: '
+            + ', '.join(result['unknown_slices']))
 
 
 @cli.command('tpad_jax.evaluate')
@@ -208,21 +251,22 @@ def main(argv: list[str]) -> None:
 
 
 def _check(file, name, array, shape, least, most=np.inf):
-    """Refuse an array of another shape, of no whole numbers, or of such that no ranking gives."""
+    """Refuse an array that is not one whole number in a range per row."""
     if array is None or array.shape != shape or array.dtype.kind not in 'iub':
-        raise InputError(f'{file}: {name} is not one whole number a row; {_AGAIN}')
+        raise InputError(f'{file}: {name} is not one whole number per row. {_AGAIN}')
     if not ((array >= least) & (array <= most)).all():
-        raise InputError(f'{file}: {name} holds a number that no ranking gives; {_AGAIN}')
+        raise InputError(f'{file}: {name} holds a number that is not a rank. {_AGAIN}')
 
 
 def _ranks(run, model):
     if model not in run.ranks:
-        raise InputError(f'{run.path} has no model {model!r}; choose from {", ".join(run.ranks)}')
+        raise InputError(f'{run.path} has no model {model!r}. Expected one of '
+                         f'{", ".join(run.ranks)}')
     return run.ranks[model]
 
 
 def _same_rows(a, b):
-    """Refuse two runs whose rows are not the same."""
+    """Refuse two runs with different rows."""
     differ = []
     if a.fingerprint != b.fingerprint:
         differ.append(f'the data fingerprint ({a.fingerprint[:12]} and {b.fingerprint[:12]})')
@@ -232,9 +276,9 @@ def _same_rows(a, b):
         differ.append(f'the number of test rows ({len(a.target)} and {len(b.target)})')
     else:
         for name in ('session', 'target'):
-            apart = np.flatnonzero(getattr(a, name) != getattr(b, name))
-            if len(apart):
-                differ.append(f'the {name} of {len(apart)} rows (the first: {apart[0]})')
+            rows = np.flatnonzero(getattr(a, name) != getattr(b, name))
+            if len(rows):
+                differ.append(f'the {name} of {len(rows)} rows (the first: {rows[0]})')
     if not len(a.target):
         differ.append('nothing, but they have no test rows')
     if differ:
@@ -243,7 +287,7 @@ def _same_rows(a, b):
 
 
 def _common(first, second):
-    """{feature: [rows of all seeds]} of what all runs know and each pair agrees on; other names."""
+    """Row features of all seeds that every run has and each pair agrees on; names of the others."""
     names = dict.fromkeys(name for run in (*first, *second) for name in run.features)
     pairs = list(zip(first, second, strict=True))
     known = {name: np.concatenate([a.features[name] for a, _ in pairs]) for name in names
@@ -252,22 +296,30 @@ def _common(first, second):
     return known, [name for name in names if name not in known]
 
 
-def _measured(earned, chosen, session, seed):
-    """float [R, 3, M] of A, B and A - B, {slice: bool [R]} -> 'slices' of `compare`."""
-    total, weight = statistics.sliced(earned.reshape(len(earned), -1), chosen.values(), session)
-    shape = len(chosen), *earned.shape[1:]
+def _measured(names, rows_earned, chosen, session, seed):
+    """Compute the 'slices' of `compare`.
+
+    Args:
+      names: of M metrics.
+      rows_earned: float [R, 3, M], of A, B and A - B.
+      chosen: {slice: bool [R]}.
+      session: int [R].
+      seed: int [R].
+    """
+    total, weight = statistics.sliced(rows_earned.reshape(len(seed), -1), chosen.values(), session)
+    shape = len(chosen), *rows_earned.shape[1:]
     edges = statistics.intervals(total, weight).reshape(*shape, 2)
-    apart = total.reshape(len(total), *shape)[:, :, 2]
-    p = statistics.sign_flip(apart.reshape(len(total), -1)).reshape(shape[0], shape[2])
+    differences = total.reshape(len(total), *shape)[:, :, 2]
+    p = statistics.sign_flip(differences.reshape(len(total), -1)).reshape(shape[0], shape[2])
     out = {}
     for place, (name, rows) in enumerate(chosen.items()):
         out[name] = {'rows': int(rows.sum())}
-        for m, metric in enumerate(METRICS):
-            part, number = earned[rows, :, m], seed[rows]
+        for m, metric in enumerate(names):
+            part, number = rows_earned[rows, :, m], seed[rows]
             cell = {}
             for row, key in enumerate(('a', 'b', 'difference')):
                 cell[key] = mean(part[:, row])
-                cell[f'{key}_interval'] = pair(edges[place, row, m])
+                cell[f'{key}_interval'] = interval(edges[place, row, m])
             cell['p'] = float(p[place, m]) if len(part) else None
             cell['won'], cell['lost'] = mean(part[:, 2] > 0), mean(part[:, 2] < 0)
             cell['per_seed'] = [mean(part[number == k, 2]) for k in range(seed.max() + 1)]

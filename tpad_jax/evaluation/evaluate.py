@@ -16,7 +16,7 @@ Result = dict
 def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
              ks: Sequence[int] = (5, 10, 20), chunk: int = 512,
              probabilities: Callable[[np.ndarray], np.ndarray] | None = None,
-             counts: np.ndarray | None = None,
+             counts: np.ndarray | None = None, gains: dict[str, metrics.Gain] = metrics.GAINS,
              name: str = 'model') -> tuple[Result, dict[str, np.ndarray]]:
     """Ranks the whole catalogue for every row, each row once, and averages.
 
@@ -37,6 +37,7 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
       chunk: rows at a time; changes nothing but memory and time.
       probabilities: int32 [r, N] prefixes -> float64 [r, V + 1], column 0 being 0.
       counts: int [V + 1], training events of every item; without them no popularity slices.
+      gains: the metrics, by name.
       name: what an error calls the model.
 
     Returns:
@@ -73,13 +74,13 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
     def measured(chosen, places, weight):
         out = {'rows': int(chosen.sum()), 'tied_share': _ratio((equal[chosen] > 1).sum(),
                                                                chosen.sum())}
-        for metric in metrics.GAINS:
+        for metric, gain in gains.items():
             for k in ks:
-                gain = metrics.mean_gain(metric, above[chosen], equal[chosen], k)
-                out[f'{metric}@{k}'] = _ratio(gain.sum(), len(gain))
+                earned = metrics.mean_gain(gain, above[chosen], equal[chosen], k)
+                out[f'{metric}@{k}'] = _ratio(earned.sum(), len(earned))
                 if probabilities is not None:
-                    gain = metrics.expected(metric, places, k)
-                    out[f'expected_{metric}@{k}'] = _ratio(gain.sum(), weight.sum())
+                    earned = metrics.expected(gain, places, k)
+                    out[f'expected_{metric}@{k}'] = _ratio(earned.sum(), weight.sum())
         return out
 
     whole = placed.get(''), mass.get('')
@@ -96,15 +97,15 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
 
 
 def oracle(rows: Rows, warm: np.ndarray, probabilities: Callable[[np.ndarray], np.ndarray], *,
-           ks: Sequence[int] = (5, 10, 20), chunk: int = 512, counts: np.ndarray | None = None
+           counts: np.ndarray | None = None, gains: dict[str, metrics.Gain] = metrics.GAINS
            ) -> tuple[Result, dict[str, np.ndarray]]:
     """`evaluate` of the true distribution as a scorer: what no model exceeds in expected hit.
 
     Overall that holds for every K and row. On a slice of items it need not: the list is the
     overall one, and a model may spend more of its own on the slice.
     """
-    return evaluate(probabilities, rows, warm, ks=ks, chunk=chunk, probabilities=probabilities,
-                    counts=counts, name='oracle')
+    return evaluate(probabilities, rows, warm, probabilities=probabilities, counts=counts,
+                    gains=gains, name='oracle')
 
 
 def _item_slices(items, warm, quartile):

@@ -9,13 +9,16 @@ V items; column 0 of every [R, V + 1] table is padding and is never ranked. A me
 a few items of each row says so by `Sparse`, and its rows are ranked without ever being spread out.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
 
 from tpad_jax.core import ties
+from tpad_jax.errors import InputError
 
 
 class Sparse(NamedTuple):
@@ -35,8 +38,49 @@ Scorer = Callable[[np.ndarray], Scores]
 
 FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
-GAINS = {'hit': np.ones_like, 'mrr': np.reciprocal, 'ndcg': lambda place: 1 / np.log2(place + 1)}
-"""What finding the target at a place (1 is the first) is worth; float [...] -> float [...]."""
+Gain = Callable[[np.ndarray, int], np.ndarray]
+"""(places float64 [k], 1 being the first; k) -> float [k], the value of a target at each place."""
+GAINS: dict[str, Gain] = {'hit': lambda place, k: np.ones_like(place),
+                          'mrr': lambda place, k: 1 / place,
+                          'ndcg': lambda place, k: 1 / np.log2(place + 1)}
+TOP = 20  # K of the metrics that intervals, tests and the printed table show
+
+
+def registry(named: Mapping[str, str]) -> dict[str, Gain]:
+    """Add a config's metrics to the built-in ones.
+
+    Args:
+      named: {name: 'module:function'} of `config.metrics`; a function is a `Gain`.
+
+    Returns:
+      {name: function} of all metrics.
+
+    Raises:
+      InputError: a name is taken or not a word, or a function cannot be imported or used.
+    """
+    gains = dict(GAINS)
+    for name, path in named.items():
+        option = f'config.metrics.{name}={path!r}'
+        if name in GAINS or not re.fullmatch(r'[a-z]\w*', name) or name.startswith('expected'):
+            raise InputError(f'{option}: the name cannot be used. Expected lower-case letters, '
+                             f'digits and _, not {", ".join(GAINS)} or expected... Fix: rename it.')
+        try:
+            gains[name] = pkgutil.resolve_name(path)
+            values = np.asarray(gain_table(gains[name], TOP), np.float64)
+        except Exception as error:  # anything that a user's file raises
+            raise InputError(f'{option}: {type(error).__name__}: {error}. Expected module:function '
+                             'with the arguments (places, k). Fix: repair the function or the name.'
+                             ) from error
+        if values.shape != (TOP,) or not np.isfinite(values).all():
+            raise InputError(f'{option}: it returned {values.dtype} {list(values.shape)} for '
+                             f'{TOP} places. Expected {TOP} finite numbers. Fix: return one value '
+                             'per place.')
+    return gains
+
+
+def gain_table(gain: Gain, k: int) -> np.ndarray:
+    """Evaluate a gain at places 1, 2, .. k: float [k]."""
+    return gain(np.arange(1, k + 1, dtype=np.float64), k)
 
 
 def dense(scores: Scores) -> np.ndarray:
@@ -170,33 +214,32 @@ def ranks(scorer: Scorer, items: np.ndarray, target: np.ndarray, num_items: int,
 
 def hit(above, equal, k):
     """hit@k (recall@k, "P@k" in papers): clip((k - above) / equal, 0, 1). See `mean_gain`."""
-    return mean_gain('hit', above, equal, k)
+    return mean_gain(GAINS['hit'], above, equal, k)
 
 
 def mrr(above, equal, k):
-    """MRR@k: 1 / place, 0 beyond k. See `mean_gain`."""
-    return mean_gain('mrr', above, equal, k)
+    """MRR@k: 1 / place, 0 below place k. See `mean_gain`."""
+    return mean_gain(GAINS['mrr'], above, equal, k)
 
 
 def ndcg(above, equal, k):
-    """NDCG@k for one relevant item: 1 / log2(place + 1), 0 beyond k. See `mean_gain`."""
-    return mean_gain('ndcg', above, equal, k)
+    """NDCG@k for one relevant item: 1 / log2(place + 1), 0 below place k. See `mean_gain`."""
+    return mean_gain(GAINS['ndcg'], above, equal, k)
 
 
-def mean_gain(name, above, equal, k):
-    """A metric's mean over all orders of the equal items; what lies beyond place k is worth 0.
+def mean_gain(gain: Gain, above: np.ndarray, equal: np.ndarray, k) -> np.ndarray:
+    """Average a metric over all orders of the tied items; places below the k-th earn 0.
 
     Args:
-      name: 'hit', 'mrr' or 'ndcg'.
-      above: int [...], items above the target.
-      equal: int [...], items at its score, itself among them.
-      k: int or int [...]; the three broadcast.
+      gain: the value of a target at each place.
+      above: int [...]. Items with a higher score than the target.
+      equal: int [...]. Items with the same score, the target among them.
+      k: int, or, for a gain that does not depend on it, int [...] which broadcasts.
 
     Returns:
       float64 [...], the mean gain over the places above + 1 .. above + equal.
     """
-    gains = GAINS[name](np.arange(1, np.max(k) + 1, dtype=np.float64))
-    return ties.mean_gain(gains, above, equal, k)
+    return ties.mean_gain(gain_table(gain, int(np.max(k))), above, equal, k)
 
 
 def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndarray:
@@ -232,15 +275,15 @@ def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndar
     return np.pad(np.stack(out), ((0, 0), (0, 0), (0, depth - first)))
 
 
-def expected(name: str, placed: np.ndarray, k: int) -> np.ndarray:
-    """A metric's expectation under the true distribution.
+def expected(gain: Gain, placed: np.ndarray, k: int) -> np.ndarray:
+    """Compute a metric's expectation under the true distribution.
 
     Args:
-      name: 'hit', 'mrr' or 'ndcg'.
+      gain: the value of a target at each place.
       placed: float [..., depth] of `places`, whose weights were the true probabilities.
       k: int, at most depth.
 
     Returns:
       float64 [...]: the sum over the first k places of weight times gain.
     """
-    return placed[..., :k] @ GAINS[name](np.arange(1, k + 1, dtype=np.float64))
+    return placed[..., :k] @ gain_table(gain, k)

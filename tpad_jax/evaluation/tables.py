@@ -5,76 +5,78 @@ import math
 from rich.markup import escape
 from rich.table import Table
 
+PARTS = ('all', 'warm', 'cold')
 
-def shares(results):
-    """Each model's share of what the oracle can hit: {model: {"all" | "warm" | "cold": share}}.
 
-    A share is expected_hit@20 over the oracle's; NaN where either is missing or the oracle has 0.
+def metric_names(scores: dict) -> list[str]:
+    """List a result's metrics at 20 in the order of results.json, expectations left out."""
+    return [name for name in scores if name.endswith('@20') and not name.startswith('expected_')]
+
+
+def shares(results: dict) -> dict[str, dict[str, float]]:
+    """Compute each model's share of the expected hits that the oracle reaches.
+
+    Args:
+      results: as in results.json.
+
+    Returns:
+      {model: {'all' | 'warm' | 'cold': share}}, expected_hit@20 over the oracle's; NaN where either
+      is missing or the oracle has 0.
     """
     oracle = _expected(results.get('oracle') or {})
-    return {
-        name: {
-            key: value / oracle[key] if oracle[key] > 0 else math.nan
-            for key, value in _expected(model.get('test', {})).items()
-        }
-        for name, model in results['models'].items()
-    }
+    return {name: {part: value / oracle[part] if oracle[part] > 0 else math.nan
+                   for part, value in _expected(model.get('test', {})).items()}
+            for name, model in results['models'].items()}
 
 
-def table(results):
-    """All models of `results` (as in results.json) on the test rows, a rich Table, in percent.
+def table(results: dict) -> Table:
+    """Format all models' metrics on the test rows in percent.
 
-    hit, mrr, ndcg at 20; where the catalogue is planted, expected hit and shares of the oracle over
-    all, warm and cold targets; else hit at 20 of warm and cold targets. The best of a column but
-    the oracle's is bold.
+    The columns are the metrics at 20. A planted catalogue adds the expected hit and its shares of
+    the oracle over all, warm and cold targets; other data add hit at 20 of warm and cold targets.
+    The best value of a column except the oracle's is bold.
+
+    Args:
+      results: as in results.json.
     """
     tests = {name: model.get('test', {}) for name, model in results['models'].items()}
     planted = any('expected_hit@20' in test for test in tests.values())
-    rows = {name: _row(test, planted) for name, test in tests.items()}
-    if planted:
-        for name, share in shares(results).items():
-            rows[name] += [100 * share[key] for key in ('all', 'warm', 'cold')]
-    heads = ['hit@20', 'mrr@20', 'ndcg@20']
-    if planted:
-        heads += ['expected', 'of oracle', 'warm', 'cold']
-    else:
-        heads += ['hit warm', 'hit cold']
-    made = Table(title='Test rows, %', title_justify='left', header_style='bold', box=None)
-    made.add_column('model', no_wrap=True)
-    for head in heads:
-        made.add_column(head, justify='right', no_wrap=True)
-    best = [
-        max((f'{value:.2f}' for value in column if math.isfinite(value)), key=float, default=None)
-        for column in zip(*rows.values(), strict=True)
-    ]
-    for name, row in rows.items():
-        cells = [_cell(value) for value in row]
-        bold = [f'[bold]{c}[/]' if c == b else c for c, b in zip(cells, best, strict=True)]
-        made.add_row(escape(name), *bold)
+    heads = list(dict.fromkeys(name for test in tests.values() for name in metric_names(test)))
+    names = heads + (['expected', 'of oracle', 'warm', 'cold'] if planted else
+                     ['hit warm', 'hit cold'])
+
+    def row(scores, share):
+        values = [scores.get(name) for name in heads]
+        if planted:
+            values += [scores.get('expected_hit@20'), *(share[part] for part in PARTS)]
+        else:
+            values += [_part(scores, part).get('hit@20') for part in PARTS[1:]]
+        return [math.nan if value is None else 100 * value for value in values]
+
+    rows = {name: row(tests[name], share) for name, share in shares(results).items()}
+    out = Table(title='Test rows, %', title_justify='left', header_style='bold', box=None)
+    out.add_column('model', no_wrap=True)
+    for name in names:
+        out.add_column(name, justify='right', no_wrap=True)
+    best = [max((f'{value:.2f}' for value in column if math.isfinite(value)), key=float,
+                default=None) for column in zip(*rows.values(), strict=True)]
+    for name, values in rows.items():
+        cells = map(_cell, values)
+        out.add_row(escape(name), *(f'[bold]{cell}[/]' if cell == top else cell
+                                    for cell, top in zip(cells, best, strict=True)))
     if planted and results.get('oracle'):
-        row = [*_row(results['oracle'], planted), 100.0, 100.0, 100.0]
-        made.add_row('oracle', *[_cell(value) for value in row], style='dim')
-    return made
+        values = row(results['oracle'], dict.fromkeys(PARTS, 1.0))
+        out.add_row('oracle', *map(_cell, values), style='dim')
+    return out
+
+
+def _part(scores, part):
+    return scores if part == 'all' else (scores.get('slices') or {}).get(part) or {}
 
 
 def _expected(scores):
-    slices = scores.get('slices') or {}
-    parts = {'all': scores, 'warm': slices.get('warm') or {}, 'cold': slices.get('cold') or {}}
-    return {key: _or_nan(part.get('expected_hit@20')) for key, part in parts.items()}
-
-
-def _row(scores, planted):
-    row = [_or_nan(scores.get(key)) for key in ('hit@20', 'mrr@20', 'ndcg@20')]
-    if planted:
-        row.append(_or_nan(scores.get('expected_hit@20')))
-    else:
-        slices = scores.get('slices') or {}
-        row += [_or_nan((slices.get(key) or {}).get('hit@20')) for key in ('warm', 'cold')]
-    return [100 * value for value in row]
-
-
-def _or_nan(value):
-    return math.nan if value is None else value
+    values = {part: _part(scores, part).get('expected_hit@20') for part in PARTS}
+    return {part: math.nan if value is None else value for part, value in values.items()}
 
 
 def _cell(value):

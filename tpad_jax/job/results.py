@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from tpad_jax.baselines import rules
+from tpad_jax.config import names
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
 from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import snapshots
-from tpad_jax.evaluation import compare, slices, statistics, tables
+from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate, oracle
 from tpad_jax.report import contact_sheet, gallery, page
 from tpad_jax.serving import artifact
@@ -121,16 +122,17 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
       test metrics with their intervals, see `add_intervals`.
     """
     models, ranks = {}, {}
-    seen, warm = training_counts(job), job.final.warm
+    seen, warm, gains = training_counts(job), job.final.warm, metrics.registry(job.config.metrics)
+    values = {metric: metrics.gain_table(gain, compare.AT) for metric, gain in gains.items()}
     for name, scorer in scorers.items():
         job.pause()
         if job.final is job.data:
-            valid, _ = evaluate(scorer, job.valid, warm, counts=seen, name=name)
+            valid, _ = evaluate(scorer, job.valid, warm, counts=seen, gains=gains, name=name)
         else:
             valid = chosen[name]
         test, ranks[name] = evaluate(scorer, job.test, warm, counts=seen, name=name,
-                                     probabilities=job.probabilities)
-        add_intervals(test, job.test, warm, ranks[name])
+                                     gains=gains, probabilities=job.probabilities)
+        add_intervals(test, job.test, warm, ranks[name], values)
         models[name] = {'valid': valid, 'test': test}
     return models, ranks
 
@@ -140,33 +142,39 @@ def training_counts(job) -> np.ndarray:
     return sessions.counts(job.final.train, job.final.num_items)
 
 
-def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict) -> None:
+def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict,
+                  gains: dict = compare.BUILT_IN) -> None:
     """Puts 'interval' into a result and its slices 'warm' and 'cold', in place.
 
-    {metric: [low, high]}: 95 % by bootstrap over sessions, of hit, MRR and NDCG at 20; None where
-    fewer than two sessions have rows.
+    {metric: [low, high]}: 95 % by bootstrap over sessions, of every metric at 20; None where fewer
+    than two sessions have rows.
 
     Args:
-      result: of `evaluate`. rows: its R rows. warm: bool [V + 1]. rank: its {'above', 'equal'}.
+      result: of `evaluate`.
+      rows: its R rows.
+      warm: bool [V + 1].
+      rank: its {'above', 'equal'}.
+      gains: the metrics' values by place, see `compare.Run`.
     """
-    earned = compare.gains(rank['above'], rank['equal'])
+    earned = compare.earned(gains, rank['above'], rank['equal'])
     known = warm[rows.target]
     session = np.unique(rows.session, return_inverse=True)[1]
     edges = statistics.intervals(*statistics.sliced(
         earned, (np.ones(len(earned), bool), known, ~known), session))
     for part, found in zip((result, result['slices']['warm'], result['slices']['cold']), edges,
                            strict=True):
-        part['interval'] = dict(zip(compare.METRICS, map(compare.pair, found), strict=True))
+        part['interval'] = dict(zip(compare.named(gains), map(compare.interval, found),
+                                     strict=True))
 
 
 def baseline_scorers(job, features: np.ndarray) -> dict:
-    """Every baseline, tuned on validation; content_knn reads `features` [V+1, D].
+    """The baselines of the config, tuned on validation; content_knn reads `features` [V+1, D].
 
     Where the recommender was refitted, they are, too, on the same sessions.
     """
     data, out = job.config.data, {}
     ordered = None if job.source.timed else data.ordered
-    for name in rules.BASELINES:
+    for name in names(job.config.baselines):
         job.pause()
         if name == 'content_knn' and features is None:
             continue  # no stage has read the items
@@ -239,7 +247,8 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
     """The oracle's test metrics and ranks, or (None, None) where the truth is unknown."""
     if job.probabilities is None:
         return None, None
-    return oracle(job.test, job.final.warm, job.probabilities, counts=training_counts(job))
+    return oracle(job.test, job.final.warm, job.probabilities, counts=training_counts(job),
+                  gains=metrics.registry(job.config.metrics))
 
 
 def write(job, results: dict, ranks: dict) -> None:
@@ -247,6 +256,6 @@ def write(job, results: dict, ranks: dict) -> None:
     rows, data = job.test, job.final
     features = slices.features(rows, data.warm, training_counts(job))
     stored = compare.contents(rows.session, rows.target, data.fingerprint, data.num_items, features,
-                              ranks)
+                              ranks, metrics.registry(job.config.metrics))
     np.savez_compressed(job.workdir / compare.FILE, **stored)
     files.write_json(job.workdir / 'results.json', results)

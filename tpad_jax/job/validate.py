@@ -1,13 +1,16 @@
 """What can be refused before anything is computed or created, each in one sentence."""
 
+import difflib
 import re
 from pathlib import Path
 
 from tpad_jax import losses
+from tpad_jax.baselines import rules
 from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.data import sources
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import metrics
 from tpad_jax.features import bases
 from tpad_jax.losses import check as check_lib
 from tpad_jax.losses import distillation
@@ -76,6 +79,9 @@ def check(config, among=None) -> tuple[str, ...]:
                          'not be below 0, and config.model.together_decay='
                          f'{config.model.together_decay} in 0..1, above 0')
     _at_least(1, 'search.trials', config.search.trials)
+    for name in names(config.baselines):
+        _one_of('baselines', name, tuple(rules.BASELINES))
+    metrics.registry(config.metrics)
     if config.model.encoder == 'attention' and config.model.width % config.model.heads:
         raise InputError(f'config.model.width={config.model.width} must be a multiple of '
                          f'config.model.heads={config.model.heads}')
@@ -286,7 +292,9 @@ def _at_least(least, key, value):
 
 def _one_of(key, value, choices):
     if value not in choices:
-        raise InputError(f'config.{key} names {value!r}; choose from {", ".join(choices)}')
+        near = difflib.get_close_matches(str(value), map(str, choices), 1)
+        raise InputError(f'config.{key} names {value!r}; choose from {", ".join(choices)}'
+                         + ''.join(f'. Did you mean {name!r}?' for name in near))
 
 
 def _pattern(key, pattern):

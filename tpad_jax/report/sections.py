@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tpad_jax.evaluation import compare
+from tpad_jax.evaluation import compare, tables
 from tpad_jax.report.gallery import MODELS
 from tpad_jax.report.values import NONE, Values
 
@@ -48,10 +48,11 @@ def told(cell: dict) -> dict:
 def table(v: Values, trained: list[str], searched: list[str], colour: dict) -> dict:
     """The headline table: its heads and, by group, rows of (cell, whether it is the best)."""
     planted = v.get('oracle') is not None
-    columns = {'hit@20': lambda n: v.pct(*v.test(n, 'hit@20')),
-               '95 %': lambda n: v.interval(*v.test(n, 'interval', 'hit@20')),
-               'mrr@20': lambda n: v.pct(*v.test(n, 'mrr@20')),
-               'ndcg@20': lambda n: v.pct(*v.test(n, 'ndcg@20'))}
+    columns = {SELECT: lambda n: v.pct(*v.test(n, SELECT)),
+               '95 %': lambda n: v.interval(*v.test(n, 'interval', SELECT))}
+    metrics = tables.metric_names(v.get(*v.test((trained or searched)[0])))
+    columns |= {metric: lambda n, metric=metric: v.pct(*v.test(n, metric))
+                for metric in metrics if metric != SELECT}
     if planted:
         columns |= {'expected': lambda n: v.pct(*v.test(n, 'expected_hit@20')),
                     'of oracle': lambda n: v.share(n), 'warm': lambda n: v.share(n, 'warm'),
