@@ -123,6 +123,6 @@ def test_a_stage_goes_on_from_the_one_before_and_never_takes_a_worse_one(tmp_pat
     for path, x in params.items():
         np.testing.assert_array_equal(again[path], x)
     os.remove(tmp_path / 'stage' / '4' / 'meta.json')
-    with pytest.raises(InputError, match=r'chose a step of hit@20 0\.9, whose checkpoint is .*gone '
-                                         r'\(the best that is left is step 8\).*delete that'):
+    with pytest.raises(InputError, match=r'chose a step of hit@20 0\.9, whose checkpoint is .* '
+                                         r'missing \(the best remaining .* step 8\).*delete that'):
         fit(tmp_path / 'stage')

@@ -88,7 +88,7 @@ def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, h
     assert [logged[n]['optim/skipped'] for n in (2, 4, 6)] == [0, 1, 1]
     assert all(np.isfinite(list(values.values())).all() for values in logged.values())
     told = capsys.readouterr().err
-    assert told.count('its update was left out, the 1. of this stage') == 1
+    assert told.count('its update was left out (updates left out in this stage: 1)') == 1
     assert f'stage recommend, step {BAD}: ' in told
     state = step_lib.start(step, model()[1], make_config().stage.recommend.train)
     devices, drawn = devices_lib.choose('jit', 1), draw('recommend')

@@ -81,7 +81,7 @@ def joined(cut):
 
 
 def _floats(tree):
-    """The floating point leaves, and the function that makes the tree with other ones."""
+    """The floating point arrays of a tree, and the function that replaces them."""
     leaves, structure = jax.tree.flatten(tree)
     is_float = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
 

@@ -38,8 +38,8 @@ class Checkpoints:
     """The checkpoints of one stage: the latest two and the best one are kept.
 
     A checkpoint is written to `<step>.partial` and renamed when it is complete, so that a kill
-    never leaves an incomplete one. A thread writes it while training continues. With several
-    processes each calls Orbax from its main thread, because Orbax synchronises the devices, and
+    cannot make an incomplete one visible. A thread writes it while training continues. With several
+    processes, each calls Orbax from its main thread, because Orbax synchronises the devices, and
     process 0 renames. Not to be shared between threads; call `close` at the end.
 
     Args:
@@ -251,7 +251,7 @@ class Checkpoints:
 
     def _remove_incomplete(self):
         for folder in self._root.iterdir():
-            if PARTIAL in folder.name:  # Orbax may append a suffix of its own
+            if PARTIAL in folder.name:  # Orbax may append another suffix
                 shutil.rmtree(folder)
 
 
@@ -271,7 +271,7 @@ def abstract(state):
 
 @jax.jit
 def _copy(arrays):
-    # The training step donates its state, so the thread needs arrays of its own.
+    # The training step donates its state, so the thread needs a copy.
     return jax.tree.map(jnp.copy, arrays)
 
 

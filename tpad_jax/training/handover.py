@@ -1,4 +1,4 @@
-"""Data that passes between stages besides rows: copied and blended adapters, clusters of items."""
+"""Data that passes between stages: copied adapters, blended adapters, clusters of items."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def clustered(k, count: int, seed: int):
     Each modality's feature is scaled to length one, so that all count equally.
 
     Args:
-      k: float32 [V+1, M, D]. Features; row 0 is no item.
+      k: float32 [V+1, M, D]. Features; row 0 is padding.
       count: number of clusters.
       seed: of the first centres.
 

@@ -1,9 +1,9 @@
-"""The loop that runs a stage's step: delayed metrics, validation, saves and resume."""
+"""The loop that runs a stage's step: delayed metrics, validation, saves and resumption."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,14 +21,25 @@ from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.training.step import StepSpec
 from tpad_jax.types import Batch, State
 
-# What a stage's seconds go to beside its steps: compiling, waiting for input (at most), what saves
-# and log lines hold up, and encoding and validating between steps.
+# Seconds of a stage that are not training steps: compilation, waiting for input (an upper bound),
+# delays by saves and by log lines, and encoding and validation between steps.
 SPENT = 'compile', 'input', 'save', 'log', 'between'
 
 
 def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | None):
-    """`training.train_step` with the frozen parameters beside the state, which is donated: the base
-    of a large model is never copied, and never goes through a step.
+    """`step.train_step` with the frozen parameters outside the state.
+
+    The state is donated. The base of a large model stays where it is and is never copied.
+
+    Args:
+      state: types.State without frozen parameters.
+      batch: types.Batch of this replica's rows.
+      shared: 'catalogue' and 'frozen', both read only.
+      spec: of the stage.
+      axis: name of the replicas' axis, or None.
+
+    Returns:
+      See `step.train_step`.
     """
     state, logged = step_lib.train_step(state.replace(frozen=shared['frozen']), batch,
                                         shared['catalogue'], spec=spec, axis=axis)
@@ -43,20 +54,29 @@ def lifted(devices: Devices, spec: StepSpec) -> Callable:
 
 @dataclass
 class Loop:
-    """What a run of steps needs beside the step itself.
+    """Settings and services of a run of steps.
 
     Attributes:
       name: of the run, in logs and progress.
-      total: steps at most. log_every, save_every, eval_every, refresh_every, patience: see configs.
-      batches: start step -> iterator of host batches, of this process's rows.
-      validate: (state, catalogue) -> {name: float} with 'hit@20', or None. Like `refresh` it is
-        given arrays of this process's own.
-      refresh: state -> {name: rows} encoded anew, or None; refreshed: their names. Every
-        validation follows one.
-      stopping: asked after every step, and answered alike on all processes; True saves and raises
-        Stopped.
-      shown: losses named beside the progress bar.
-      broken: directory that gets the batch of a step whose numbers are not finite; None: none.
+      total: maximum number of steps.
+      devices: that run the steps.
+      batches: first step -> iterator of host batches with this process's rows.
+      checkpoints: of the run.
+      writer: log.Writer.
+      progress: as console.progress.
+      log_every: steps between log lines.
+      save_every: steps between checkpoints.
+      eval_every: steps between validations.
+      patience: validations without a new best before the run ends; 0: no limit.
+      refresh_every: steps between refreshes; 0: only before a validation.
+      validate: (state, catalogue) -> {name: float} with 'hit@20', or None. Like `refresh` it gets
+        arrays of this process alone.
+      refresh: state -> {name: rows} encoded again, or None. It precedes every validation.
+      refreshed: names of the rows that `refresh` returns.
+      stopping: called after every step, with the same answer on all processes. After True, the
+        state is saved and Stopped is raised.
+      shown: names of the losses next to the progress bar.
+      broken: directory for the batch of a step whose numbers are not finite, or None.
       profile: traces and times some steps, or None.
     """
 
@@ -84,99 +104,110 @@ class Loop:
 def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     """Run a stage from its latest checkpoint, or from `state`, to its end.
 
-    Several processes run it at once, with the same state and catalogue.
+    Several processes run it together, with the same state and catalogue. The metrics of a step are
+    fetched after the next step is dispatched. Between validations and saves nothing else waits for
+    the device.
 
-    Metrics of a step are fetched after the next one is dispatched; nothing else waits for the
-    device between validations and saves.
+    Args:
+      loop: settings and services.
+      spec: of the stage.
+      state: types.State before the first step.
+      catalogue: {name: [V+1, ...]}.
 
     Returns:
-      {path: array} of what was trained, at the best validation (the last step without one), the
-      catalogue's rows that were encoded with it ({} where none are), and the run's record:
-      'history' [{'step', 'hit@20', ...}], 'chosen' the step they are of, 'valid' what it scored
-      (None without validation), 'seconds' over all sittings, and 'spent', of these the seconds by
-      SPENT.
+      {path: array} of the trained parameters at the best validation (without validation, at the
+      last step), the rows of the catalogue that were encoded with them, and the record of the run:
+      'history' [{'step', 'hit@20', ...}], the 'chosen' step, its scores 'valid' (None without
+      validation), 'seconds' over all processes that resumed it, and the part of them in 'spent',
+      by SPENT.
 
     Raises:
       Stopped: a signal came; the state is saved.
-      InputError: checkpoints are damaged or gone, and what the stage chose cannot be had from those
-        that are left.
+      InputError: the checkpoint of the chosen step is damaged or missing.
     """
     refreshed, local = loop.refreshed if loop.refresh else (), loop.devices.local
     state, catalogue = loop.devices.share(state), loop.devices.share(catalogue)
     state, frozen = state.replace(frozen={}), state.frozen
-    meta = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
+    record = {'history': [], 'best': None, 'seconds': 0.0, 'done': False}
 
-    def held():
-        return {'state': state, 'rows': {n: catalogue[n] for n in refreshed}}
+    def to_save():
+        return {'state': state, 'rows': {name: catalogue[name] for name in refreshed}}
 
-    expected = abstract(held())
-    found = loop.checkpoints.latest(expected)
-    if found is not None:
-        _, saved, meta = found
-        state = saved['state']
-        catalogue = {**catalogue, **saved['rows']}
-    begun, before = time.perf_counter(), meta['seconds']
-    spent = meta['spent'] = dict.fromkeys(SPENT, 0.0) | meta.get('spent', {})
+    like = abstract(to_save())
+    checkpoint = loop.checkpoints.latest(like)
+    if checkpoint is not None:
+        _, saved, record = checkpoint
+        state, catalogue = saved['state'], {**catalogue, **saved['rows']}
+    begun = time.perf_counter() - record['seconds']
+    spent = record['spent'] = dict.fromkeys(SPENT, 0.0) | record.get('spent', {})
     number = first = int(state.step)
     loop.writer.rewind(loop.name, number)
-    hosts.wait(f'{loop.name} begins')  # devices that meet for the first time are not waited for
-    if not meta['done']:
+    # Processes meet here, so that none waits for another's start within its first step.
+    hosts.wait(f'{loop.name} begins')
+    if not record['done']:
         step = lifted(loop.devices, spec)
         with (closing(loop.batches(number)) as batches,
               _profiled(loop) as profile, loop.progress(loop.name, loop.total, number) as bar):
             host = next(batches)
-            watched, recent = profiling.CompileWatch(loop.name, host), []
+            watch, recent = profiling.CompileWatch(loop.name, host), []
             batch = loop.devices.place(host)
             if profile:
                 profile.count(partial(lean_step, spec=spec, axis=None), state, Batch.of(host),
                               {'catalogue': catalogue, 'frozen': frozen})
-            while not meta['done']:
-                shared = {'catalogue': catalogue, 'frozen': frozen}
-                with (_timed(spent, 'compile' if number == first else None),
-                      watched.step(number + 1, host, new=number == first)):
+            while not record['done']:
+                new, shared = number == first, {'catalogue': catalogue, 'frozen': frozen}
+                with (_timed(spent, 'compile') if new else nullcontext(),
+                      watch.step(number + 1, host, new)):
                     state, logged = step(state, batch, shared)
                 number += 1
-                asked = time.perf_counter()
+                requested = time.perf_counter()
                 host = next(batches)
-                batch = loop.devices.place(host)  # transfers while the step computes
-                if logged['loss'].is_ready():  # and has ended: at most this long nothing computed
-                    spent['input'] += time.perf_counter() - asked
+                batch = loop.devices.place(host)  # is transferred while the step computes
+                if logged['loss'].is_ready():  # the devices were idle for at most this long
+                    spent['input'] += time.perf_counter() - requested
                 if recent:
                     _log(loop, spec, bar, recent, spent)
                 recent.append((number, logged))
-                meta['done'] = number >= loop.total
+                record['done'] = number >= loop.total
                 if profile:
-                    profile.after(number, first + 2, state, meta['done'])
-                validating = loop.validate and (meta['done'] or number % loop.eval_every == 0)
+                    profile.after(number, first + 2, state, record['done'])
+                validating = loop.validate and (record['done'] or number % loop.eval_every == 0)
                 metric = None
                 with _timed(spent, 'between'):
                     if loop.refresh and (validating or (
                             loop.refresh_every and number % loop.refresh_every == 0)):
                         catalogue = {**catalogue, **loop.devices.share(loop.refresh(local(state)))}
                     if validating:
-                        metric = _validate(loop, meta, local(state), local(catalogue), number)
-                        meta['done'] = meta['done'] or _patience_is_out(meta, loop.patience)
-                stopping = loop.stopping() and not meta['done']
+                        metric = _validate(loop, record, local(state), local(catalogue), number)
+                        record['done'] |= _patience_is_out(record, loop.patience)
+                stopping = loop.stopping() and not record['done']
                 due = number % loop.save_every == 0
-                if due or stopping or meta['done'] or metric is not None:
-                    # never save what is not finite
-                    _log(loop, spec, bar, recent, spent, whatever=True)
-                    meta['seconds'] = before + time.perf_counter() - begun
-                    with _timed(spent, 'save'):  # all of it, or what copying takes
-                        loop.checkpoints.save(number, held(), meta, metric,
-                                              wait=meta['done'] or stopping)
+                if due or stopping or record['done'] or metric is not None:
+                    # a state that is not finite is never saved
+                    _log(loop, spec, bar, recent, spent, due=True)
+                    record['seconds'] = time.perf_counter() - begun
+                    with _timed(spent, 'save'):  # the whole save, or the copy alone
+                        loop.checkpoints.save(number, to_save(), record, metric,
+                                              wait=record['done'] or stopping)
                 if stopping:
                     raise Stopped(f'stopped in stage {loop.name} after step {number}')
-    chosen = loop.checkpoints.latest if meta['best'] is None else loop.checkpoints.best
-    step, saved, _ = chosen(expected)
-    valid = next((h for h in meta['history'] if h['step'] == step), None)
-    if meta['best'] is not None and (valid is None or valid['hit@20'] < meta['best']):
+        record['seconds'] = time.perf_counter() - begun  # with the last save, as in `spent`
+    return _chosen(loop, like, record)
+
+
+def _chosen(loop, like, record):
+    """What `fit` returns, from the checkpoint of the chosen step."""
+    best = record['best']
+    checkpoint = (loop.checkpoints.latest if best is None else loop.checkpoints.best)(like)
+    step, saved, _ = checkpoint or (None, None, None)
+    valid = next((entry for entry in record['history'] if entry['step'] == step), None)
+    if best is not None and (valid is None or valid['hit@20'] < best):
         raise InputError(
-            f"stage {loop.name} chose a step of hit@20 {meta['best']:.6g}, whose checkpoint is "
-            f'damaged or gone (the best that is left is step {step}); restore it in '
-            f'{loop.checkpoints.directory}, or delete that folder to train the stage again')
-    trained, rows = local((saved['state'].params, saved['rows']))
-    return trained, rows, {**meta, 'chosen': step, 'valid': valid}
+            f'stage {loop.name} chose a step of hit@20 {best:.6g}, whose checkpoint is damaged or '
+            f'missing (the best remaining one is of step {step}). Fix: restore it in '
+            f'{loop.checkpoints.directory}, or delete that folder to train the stage again.')
+    trained, rows = loop.devices.local((saved['state'].params, saved['rows']))
+    return trained, rows, {**record, 'chosen': step, 'valid': valid}
 
 
 @contextmanager
@@ -192,26 +223,31 @@ def _profiled(loop):
 def _timed(spent, name):
     begun = time.perf_counter()
     yield
-    if name is not None:
-        spent[name] += time.perf_counter() - begun
+    spent[name] += time.perf_counter() - begun
 
 
-def _log(loop, spec, bar, recent, spent, whatever=False):
-    """Fetch the last finished step's metrics and write them, if a line is due or `whatever` it is.
+def _log(loop, spec, bar, recent, spent, due=False):
+    """Fetch the metrics of the last finished step and write them, if a line is due.
 
-    recent: [(number, metrics on the device)] since the last line, emptied by the next; the steps
-    between are fetched only where the last is not finite, to find the first that was not.
+    Args:
+      loop: settings and services.
+      spec: of the stage.
+      bar: the progress bar.
+      recent: [(number, metrics on the device)] since the last line, which this line empties. Those
+        before the last are fetched only where the last is not finite, to find the first such step.
+      spent: seconds by SPENT.
+      due: whether to write a line at any step.
     """
     number, logged = recent[-1]
-    if number % loop.log_every and not whatever:
+    if number % loop.log_every and not due:
         return
     values = _scalars(logged)
     finite = bool(np.isfinite(list(values.values())).all())
     if not finite and values.get('optim/skipped_in_row', np.inf) > spec.skip:
         raise FloatingPointError(_not_finite(loop, spec, recent))
-    if spec.skip and any(int(found['optim/skipped_in_row']) for _, found in recent):
-        print(f'{_not_finite(loop, spec, recent)}; its update was left out, the '
-              f'{values["optim/skipped"]:.0f}. of this stage', file=sys.stderr)
+    if spec.skip and any(int(metrics['optim/skipped_in_row']) for _, metrics in recent):
+        print(f'{_not_finite(loop, spec, recent)}; its update was left out (updates left out in '
+              f'this stage: {values["optim/skipped"]:.0f})', file=sys.stderr)
         values = {name: x for name, x in values.items() if np.isfinite(x)}
     recent.clear()
     with _timed(spent, 'log'):
@@ -221,37 +257,38 @@ def _log(loop, spec, bar, recent, spent, whatever=False):
 
 
 def _scalars(logged):
-    """A step's metrics as floats; where its losses are not finite is left on the device."""
-    found = jax.device_get({name: x for name, x in logged.items() if name != 'not_finite'})
-    return {name: float(x) for name, x in found.items()}
+    """A step's metrics as floats, without the rows that are not finite."""
+    scalars = jax.device_get({name: x for name, x in logged.items() if name != 'not_finite'})
+    return {name: float(x) for name, x in scalars.items()}
 
 
 def _not_finite(loop, spec, recent):
-    """Which losses and which rows were not finite in the first step that had any, in words."""
-    found = ((*step, sorted(name for name, x in _scalars(step[1]).items() if not np.isfinite(x)))
+    """Describe the losses and rows that were not finite, in the first step that had any."""
+    steps = ((*step, sorted(name for name, x in _scalars(step[1]).items() if not np.isfinite(x)))
              for step in recent)
-    number, logged, bad = next(step for step in found if step[2])
-    told = f'stage {loop.name}, step {number}: {", ".join(bad)} not finite{_kept(loop, number)}'
+    number, logged, bad = next(step for step in steps if step[2])
+    text = f'stage {loop.name}, step {number}: {", ".join(bad)} not finite'
+    text += _save_batch(loop, number)
     if 'not_finite' not in logged:
-        return told
+        return text
     rows = np.asarray(jax.device_get(logged['not_finite']))
     where = [f'{name} in {_listed(column[column >= 0])}'
              for (name, *_), column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
     if where:
-        return f'{told}; of the training rows: {", ".join(where)}'
+        return f'{text}; of the training rows: {", ".join(where)}'
     if not {name for name, *_ in spec.losses} & set(bad):
-        told += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
-                 'looks at one loss alone')
-    return told
+        text += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
+                 'checks one loss alone')
+    return text
 
 
-def _kept(loop, number):
-    """Keep the batch of step `number`, which the data's order gives again, and say where."""
+def _save_batch(loop, number):
+    """Save the batch of step `number`, which the data's order gives again, and say where."""
     if loop.broken is None:
         return ''
-    # each process keeps its own rows
-    whose = f'-of-process-{jax.process_index()}' if jax.process_count() > 1 else ''
-    file = loop.broken / f'{loop.name}-{number}{whose}.npz'
+    # each process saves its rows
+    suffix = f'-of-process-{jax.process_index()}' if jax.process_count() > 1 else ''
+    file = loop.broken / f'{loop.name}-{number}{suffix}.npz'
     with closing(loop.batches(number - 1)) as batches:
         batch = next(batches)
     loop.broken.mkdir(parents=True, exist_ok=True)
@@ -259,22 +296,22 @@ def _kept(loop, number):
     return f' (its batch: {file})'
 
 
-def _listed(rows, most=5):
+def _listed(rows, limit=5):
     """[4, 1] -> 'rows 1, 4'; of many, the first."""
-    more = f' and {len(rows) - most} more' if len(rows) > most else ''
-    return f'row{"s" * (len(rows) > 1)} {", ".join(map(str, np.sort(rows)[:most]))}{more}'
+    more = f' and {len(rows) - limit} more' if len(rows) > limit else ''
+    return f'row{"s" * (len(rows) > 1)} {", ".join(map(str, np.sort(rows)[:limit]))}{more}'
 
 
-def _validate(loop, meta, state, catalogue, number):
-    """Score validation, remember it, and return the metric a checkpoint is chosen by."""
+def _validate(loop, record, state, catalogue, number):
+    """Score validation, record it, and return the metric that ranks the checkpoint."""
     scores = hosts.agreed(loop.validate(state, catalogue))
-    meta['history'] = [*meta['history'], {'step': number, **scores}]
+    record['history'] = [*record['history'], {'step': number, **scores}]
     loop.writer.scalars(loop.name, number, {f'valid/{k}': v for k, v in scores.items()})
-    meta['best'] = max(scores['hit@20'], -1.0 if meta['best'] is None else meta['best'])
+    record['best'] = max(scores['hit@20'], -1.0 if record['best'] is None else record['best'])
     return scores['hit@20']
 
 
-def _patience_is_out(meta, patience):
-    """Whether the last `patience` validations all failed to beat the best before them."""
-    values = [h['hit@20'] for h in meta['history']]
+def _patience_is_out(record, patience):
+    """Whether none of the last `patience` validations beat the best one before them."""
+    values = [entry['hit@20'] for entry in record['history']]
     return bool(patience) and len(values) - 1 - int(np.argmax(values)) >= patience

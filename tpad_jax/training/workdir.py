@@ -155,7 +155,7 @@ def _read(path):
 
 
 def _changes(before, now):
-    """What differs between two records of config.json, in words."""
+    """Describe the differences between two records of config.json."""
     old, new = _comparable(before), _comparable(now)
     if before['fingerprint'] is not None and now['fingerprint'] is not None:
         source = next((key for key in SOURCES if _flat(now['config']).get(key)), 'data')
