@@ -33,7 +33,7 @@ from tpad_jax.evaluation.scorers import foretold, scorer
 from tpad_jax.features import bases
 from tpad_jax.features import encoder as encoder_lib
 from tpad_jax.job import plan, recommenders, results
-from tpad_jax.job.validate import check, check_inputs
+from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import readers, tpad
 from tpad_jax.training import handover, profiling
 from tpad_jax.training import loop as loop_lib
@@ -279,6 +279,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
       InputError: unusable input or config. Stopped: `stopping` answered True; state is saved.
     """
     workdir, console = Path(workdir), Console(quiet=jax.process_index() > 0)
+    check_workdir(workdir)
     stages = check(config)
     finished = {s for s in STAGES if (workdir / 'stages' / s / DONE).is_file()}
     check_inputs(config, stages, finished)
