@@ -29,13 +29,3 @@ def _forgotten():
         jax.clear_caches()
     gc.collect()
     gc.freeze()  # what is left are caches: not to look through them behind every module
-
-
-@pytest.fixture(scope='module')
-def undrawn():
-    """For runs whose figures nobody looks at: none is drawn, which takes seconds each."""
-    from tpad_jax.job import results
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, 'draw_figures', lambda *_: [])
-        yield

@@ -17,7 +17,6 @@ from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
 
-pytestmark = pytest.mark.usefixtures('undrawn')
 SIDE, WIDTH, changed = test_job.SIDE, test_job.WIDTH, test_job.changed
 base_dir, config = test_job.base_dir, test_job.config
 

@@ -267,7 +267,6 @@ def run_through(config, workdir, when):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('whole', 'undrawn')  # in this order: `whole` is looked at
 def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
     """Stopped or killed in every stage; the first two by themselves first, then from a mirror."""
     workdir, where = tmp_path / 'run', str(tmp_path / 'mirror')
@@ -368,7 +367,6 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('whole', 'undrawn')
 def test_raw_files_without_images_are_read_where_they_lie(whole, config, tmp_path):
     raw = tmp_path / 'raw'
     shutil.copytree(whole[0] / 'raw', raw, ignore=shutil.ignore_patterns('images'))

@@ -16,7 +16,6 @@ from tpad_jax import merge
 from tpad_jax.job import job
 from tpad_jax.models.hf import load, peft, spec
 
-pytestmark = pytest.mark.usefixtures('undrawn')
 ROOT = Path(__file__).parents[2]
 SMALL = {'parallel': 'jit', 'save_every': 4, 'rivals': {}, 'mllm.text_length': 12,
          'mllm.encode_rows': 4, 'mllm.encode_part': 8, 'model.features': 16, 'model.width': 16,

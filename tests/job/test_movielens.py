@@ -16,7 +16,6 @@ from tpad_jax.data.sources import folder
 from tpad_jax.errors import InputError
 from tpad_jax.job import validate
 
-pytestmark = pytest.mark.usefixtures('undrawn')
 WORDS = 'genres', 'year', 'title', 'tags'
 
 

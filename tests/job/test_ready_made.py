@@ -12,8 +12,6 @@ from tpad_jax.config import partnered
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job, recommenders, results
 
-pytestmark = pytest.mark.usefixtures('undrawn')
-
 
 def write(path):
     """240 sessions over 30 items: an item is mostly followed by the next but two."""
