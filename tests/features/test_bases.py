@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from configs import amazon
 from tests import tiny_hf
 from tests.test_launch import CONFIG, assert_refused, start
+from tpad_jax.core.digest import files_digest
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
 from tpad_jax.job import validate
@@ -114,16 +115,16 @@ def test_one_layer_of_a_large_file_shows(tmp_path, monkeypatch):
     file = tmp_path / 'model.safetensors'
     held = bytearray(range(256)) * 8
     file.write_bytes(held)
-    seen = {bases._digest(tmp_path, [file.name])}
+    seen = {files_digest({file.name: file})}
     layer = len(held) // 7 + 16
     for begin in range(0, len(held) - layer, layer):
         changed = held.copy()
         changed[begin:begin + layer] = bytes(layer)
         file.write_bytes(changed)
-        seen.add(bases._digest(tmp_path, [file.name]))
+        seen.add(files_digest({file.name: file}))
     assert len(seen) == 1 + len(range(0, len(held) - layer, layer))
     file.write_bytes(held + b'x')
-    assert bases._digest(tmp_path, [file.name]) not in seen
+    assert files_digest({file.name: file}) not in seen
 
 
 def test_the_small_base_is_the_default():

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
+from tpad_jax.core.digest import files_digest
 from tpad_jax.data import prompts, text
 from tpad_jax.errors import InputError
 from tpad_jax.models.builtin import files
@@ -24,7 +24,6 @@ SIDE = 256  # default pixels of an image's side for models of any resolution, ro
 SMALL = dict(param_dtype='float32', dtype='float32', attention='xla', remat='none',
              pooling='summary', before='', between='', end='')  # all that the small base supports
 FILES = ('.json', '.safetensors', '.txt', '.model')  # of parameters, sizes and tokenizer
-BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the samples in a large file's fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +188,8 @@ def _small(directory):
         return files.load_params(directory, shapes)
 
     return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters,
-                _digest(directory, ('config.json', 'params.safetensors'))), features
+                files_digest({name: directory / name
+                              for name in ('config.json', 'params.safetensors')})), features
 
 
 def _checkpoint(c):
@@ -209,8 +209,21 @@ def _checkpoint(c):
         return {'base': load.load(directory, sizes, dtype=c.param_dtype,
                                   sharding=shardings and shardings['base'])}
 
-    names = sorted(p.name for p in directory.iterdir() if p.suffix in FILES and p.is_file())
-    return Base(module, directory, side, ('base',), parameters, _digest(directory, names))
+    return Base(module, directory, side, ('base',), parameters, fingerprint(directory))
+
+
+def fingerprint(path: str | Path) -> str:
+    """Digest the content of an input, the same wherever it is stored.
+
+    Args:
+      path: a file, or a directory, of which the files of parameters, sizes and tokenizer count.
+
+    Returns:
+      16 hexadecimal digits.
+    """
+    path = Path(path)
+    members = sorted(path.iterdir()) if path.is_dir() else []
+    return files_digest({p.name: p for p in members if p.suffix in FILES} or {'': path})
 
 
 def _side(sizes):
@@ -219,25 +232,3 @@ def _side(sizes):
         return sizes.vision.image
     unit = sizes.vision.patch * sizes.vision.merge
     return max(1, round(SIDE / unit)) * unit
-
-
-def _digest(directory, names):
-    """Digest all bytes of small files, and the size and samples of large ones.
-
-    Reading 16 GB would take minutes. One changed layer is larger than the gap between samples.
-    """
-    out = hashlib.sha256()
-    for name in names:
-        file = Path(directory) / name
-        if not file.is_file():
-            continue  # its reader refuses that
-        size = file.stat().st_size
-        out.update(f'{name} {size} '.encode())
-        with file.open('rb') as opened:
-            if size <= BLOCK * BLOCKS:
-                out.update(opened.read())
-                continue
-            for i in range(BLOCKS):
-                opened.seek((size - BLOCK) * i // (BLOCKS - 1))
-                out.update(opened.read(BLOCK))
-    return out.hexdigest()[:16]

@@ -8,9 +8,11 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from tpad_jax.core import files
 from tpad_jax.distributed import hosts
@@ -27,6 +29,7 @@ SOURCES = ('data.npz', 'data.ready', 'data.raw_dir')
 # Keys of other inputs. Their content is compared instead of the path.
 INPUTS = ('data.features', 'mllm.base', 'mllm.checkpoint', 'mllm.teacher')
 LOCK = 'run.lock'
+_flat = partial(flatten_dict, sep='.')  # {'a': {'b': x}} -> {'a.b': x}; empty dicts are dropped
 
 
 def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
@@ -140,9 +143,9 @@ def _read(path):
     """The record of config.json."""
     try:
         record = json.loads(path.read_text())
-        config, _ = record['config'], record['fingerprint']
-        _flat(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _flat(record['config'])
+        record.setdefault('fingerprint')
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
         raise InputError(f'{path}: not a config written by this program ({type(error).__name__}: '
                          f'{error}). Fix: choose another workdir, restore the file, or delete it '
                          'if this is the config of the run there.') from error
@@ -185,13 +188,3 @@ def _free(key):
         return False
     return key in SOURCES or any(part in FREE_KEYS or part.startswith('log_')
                                  for part in key.split('.'))
-
-
-def _flat(tree, prefix=''):
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f'{prefix}{key}.')
-        else:
-            flat[prefix + key] = value
-    return flat
