@@ -1,6 +1,6 @@
-"""The page of a run, one file for a browser, and a page that lays several runs side by side.
+"""The page of a run, one file for a browser, and a page that compares several runs.
 
-`gallery` is what a run stores for it, `stored` reads a workdir, `curves` and `charts` draw,
-`sections`, `page` and `comparison` say what stands where, `values` marks every figure by where in
-results.json it stands.
+`gallery` stores what only a running job knows. `stored` reads a workdir. `curves` and `charts` draw,
+`planes` projects features, and `sections`, `page` and `comparison` fill the templates. `values`
+marks every number with its place in results.json. `contact_sheet` draws the gallery as a picture.
 """

@@ -1,7 +1,7 @@
-"""Where everything of a chart stands, in the units of an SVG's viewBox; templates write it out.
+"""Computes where every part of a chart is, in the units of an SVG's viewBox; templates write it.
 
-A chart is a dict that `chart.html` reads: ticks, curves as paths, and beside them the numbers they
-were drawn from, which a pointer reads off.
+A chart is a dict that the macro `chart` reads: ticks, curves as paths, and the numbers they were
+drawn from, which the page's script shows under a pointer.
 """
 
 import math
@@ -9,14 +9,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-POINTS = 250  # of a curve at most: more are not told apart on a page
+POINTS = 250  # of a curve at most: more cannot be distinguished on a page
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 28  # room around the axes
 
 
 class Curve(NamedTuple):
-    """x, y: numbers, nan is a gap. colour: 0..7, or None for ink. source: (stage, name) of the log,
-    or a model. pale: dotted and without a line of the legend. circles: (x, y, which moment it
-    is of), drawn open.
+    """A curve of a chart.
+
+    Attributes:
+      name: in the legend.
+      x: numbers.
+      y: as many numbers; nan is a gap.
+      colour: 0..7, or None for ink.
+      source: 'stage name' of the log, or a model.
+      pale: whether it is dotted and absent from the legend.
+      dashed: whether it is dashed.
+      circles: (x, y, moment) of open circles.
     """
 
     name: str
@@ -31,16 +39,19 @@ class Curve(NamedTuple):
 
 def chart(title: str, curves: list[Curve], *, x: str = 'step', unit: str = '', wide: bool = False,
           low: float | None = None, at: float | None = None) -> dict:
-    """A line chart.
+    """Lay out a line chart.
 
     Args:
-      title, x, unit: what it is called, its axis across, and what its numbers are in.
-      wide: for a column of its own. low: where the axis up begins; None: by the numbers.
-      at: of x, where the legend reads the curves first; None: at their ends.
+      title: heading.
+      curves: one or more curves.
+      x: name of the horizontal axis.
+      unit: of the values.
+      wide: whether the chart fills the page's width.
+      low: lower end of the vertical axis; None: from the values.
+      at: x at which the legend reads the curves first; None: their ends.
     """
     width, height = (640, 330) if wide else (240, 170)
-    curves = [curve._replace(**dict(zip('xy', _thin(curve.x, curve.y), strict=True)))
-              for curve in curves]
+    curves = [_thin(curve) for curve in curves]
     across = [v for c in curves for v in (*c.x, *(p[0] for p in c.circles))]
     up = [v for c in curves for v in (*c.y, *(p[1] for p in c.circles)) if math.isfinite(v)] or [0]
     begin, end = _apart(min(across), max(across))
@@ -63,7 +74,7 @@ def chart(title: str, curves: list[Curve], *, x: str = 'step', unit: str = '', w
 
 
 def scatter(points: dict, reach: float, size: int = 200) -> list[tuple]:
-    """Clouds as paths of dots: {colour: float [n, 2] within ±reach} -> [(colour, path)]."""
+    """Draw clouds as paths of dots: {colour: float [n, 2] within ±reach} -> [(colour, path)]."""
     out = []
     for colour, cloud in points.items():
         laid = np.round(size / 2 * (1 + np.asarray(cloud) * (1, -1) / reach), 1)
@@ -73,52 +84,43 @@ def scatter(points: dict, reach: float, size: int = 200) -> list[tuple]:
 
 
 def shown(value: float, digits: int | None) -> str:
-    """A number of a legend, as page.js writes it too."""
+    """Format a number of a legend, as page.js does."""
     return f'{value:.{digits}f}' if digits is not None else f'{value:.4g}'
 
 
 def points(curves: list[dict]) -> list[dict]:
-    """What a pointer reads off a chart's curves, those with a line of the legend."""
+    """List the numbers that the page's script reads off the curves of a legend."""
     return [{'x': c['x'], 'y': c['y'], 'source': c['source'],
              'held': [(moment, y) for _, y, moment in c['circles']]} for c in curves
             if not c['pale'] and c['read']]
 
 
 def _drawn(curve, place, at):
-    """A curve's fields and where they stand; few points are dots, too."""
-    laid = [place(*p) for p in zip(curve.x, curve.y, strict=True)]
-    known = [p for p in laid if math.isfinite(p[1])]
-    return {**curve._asdict(), 'path': _path(laid),
-            'dots': known if len(known) < 4 and not curve.pale else [],
-            'rings': [place(*p[:2]) for p in curve.circles],
-            'y': [v if math.isfinite(v) else None for v in curve.y], 'read': _read(curve, at)}
-
-
-def _read(curve, at):
-    """(x, y) that the legend shows first: the last one, or that at `at`."""
+    """A curve's fields, its path, dots where its points are few, and what the legend reads."""
     known = [(px, py) for px, py in zip(curve.x, curve.y, strict=True) if math.isfinite(py)]
-    if not known:
-        return None
-    return known[-1] if at is None else min(known, key=lambda p: abs(p[0] - at))
+    read = min(known, key=lambda p: abs(p[0] - at)) if known and at is not None else None
+    return {**curve._asdict(), 'path': _path(curve, place),
+            'dots': [place(*p) for p in known] if len(known) < 4 and not curve.pale else [],
+            'rings': [place(*p[:2]) for p in curve.circles],
+            'y': [v if math.isfinite(v) else None for v in curve.y],
+            'read': read or (known[-1] if known else None)}
 
 
-def _thin(x, y):
-    some = np.unique(np.linspace(0, len(x) - 1, min(len(x), POINTS)).round().astype(int))
-    return [x[i] for i in some], [y[i] for i in some]
+def _thin(curve):
+    some = np.linspace(0, len(curve.x) - 1, min(len(curve.x), POINTS)).round().astype(int)
+    return curve._replace(x=[curve.x[i] for i in some], y=[curve.y[i] for i in some])
 
 
 def _apart(low, high):
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _path(points):
+def _path(curve, place):
     out, pen = [], 'M'
-    for px, py in points:
+    for px, py in zip(curve.x, curve.y, strict=True):
         if math.isfinite(py):
-            out.append(f'{pen}{px:g} {py:g}')
-            pen = 'L'
-        else:
-            pen = 'M'
+            out.append('{}{:g} {:g}'.format(pen, *place(px, py)))
+        pen = 'L' if math.isfinite(py) else 'M'
     return ''.join(out)
 
 

@@ -9,63 +9,59 @@ from tpad_jax.report.stored import Run, hit_curve
 
 KS = np.arange(1, 51)
 AT = 20
-ORDER = 'knowledge', 'transfer', 'recommend', 'joint'  # stages that go on from each other
+ORDER = 'knowledge', 'transfer', 'recommend', 'joint'  # stages that continue each other
+ALONE = 'knowledge', 'transfer', 'joint'  # stages whose loss has a chart to itself
 COLOURS = {'tpad': 0, 'tpad_recommend': 0, 'recommend': 0, 'knowledge': 5, 'transfer': 7,
            'knowledge_only': 1, 'id_only': 2, 'true_attributes': 3, 'joint': 4, 'tpad_joint': 4}
 MOST = 8  # curves in a chart
 
 
 def colours(names) -> dict[str, int]:
-    """A colour, 0..7, for each of some models or stages; the known ones have their own."""
+    """Choose a colour, 0..7, for each of some models or stages; known names have fixed ones."""
     free = [n for n in (0, 5, 6, 7, 2, 3, 4, 1) if n not in {COLOURS.get(x) for x in names}]
-    out, given = {}, 0
-    for name in names:
-        if name in COLOURS:
-            out[name] = COLOURS[name]
-        else:
-            out[name] = free[given % len(free)] if free else given % MOST
-            given += 1
-    return out
+    others = [name for name in names if name not in COLOURS]
+    chosen = {name: (free or range(MOST))[i % len(free or range(MOST))]
+              for i, name in enumerate(others)}
+    return {name: COLOURS.get(name, chosen.get(name)) for name in names}
 
 
 def training(run: Run) -> dict:
-    """Learning curves: {'valid', 'loss', 'other' metrics of validation, 'terms': charts}.
+    """Draw the learning curves: {'valid', 'loss', 'other' validation metrics, 'terms': charts}.
 
-    Recommenders, which learn the same, share a chart. Stages that go on from each other lie behind
-    each other where they share one.
+    Recommenders share a chart, for they learn the same task. Stages that continue each other follow
+    each other where they share a chart.
     """
     log = run.log
-    trained = {stage: curves for stage, curves in log.items() if 'loss' in curves}
-    beside = [stage for stage in trained if stage not in ORDER or stage == 'recommend']
-    groups = [[s] for s in ('knowledge', 'transfer') if s in trained]
-    groups += [beside[i:i + MOST] for i in range(0, len(beside), MOST)]
-    groups += [['joint']] if 'joint' in trained else []
-    loss = [_chart(log, 'loss', group, f'{group[0] if len(group) == 1 else "recommenders"}: loss')
-            for group in groups]
+    trained = [stage for stage in log if 'loss' in log[stage]]
+    recommenders = [stage for stage in trained if stage not in ALONE]
+    groups = [(stage, [stage]) for stage in trained if stage in ALONE]
+    groups += [('recommenders', recommenders[i:i + MOST])
+               for i in range(0, len(recommenders), MOST)]
+    loss = [_chart(log, 'loss', stages, f'{name}: loss') for name, stages in groups]
     valid, other = [], []
-    for metric in dict.fromkeys(n for curves in log.values() for n in curves if n[:6] == 'valid/'):
-        if metric.endswith(f'@{AT}'):
-            name = metric.removeprefix('valid/')
-            own = [s for s in log if metric in log[s]]
-            for group, what in (([s for s in own if s != 'transfer'], 'validation'),
-                                ([s for s in own if s == 'transfer'], 'transfer, validation')):
-                if group:
-                    wide = name == f'hit@{AT}' and what == 'validation'
-                    (valid if wide else other).append(_chart(
-                        log, metric, group[:MOST], f'{what}: {name}', unit='%', wide=wide))
-    names = dict.fromkeys(n for s in trained for n in trained[s]
-                          if '/' not in n and n != 'loss' and n[:3] != 'mi_')
-    several = [n for n in names if any(
-        sum('/' not in m and m[:3] != 'mi_' for m in trained[s]) > 2 for s in trained
-        if n in trained[s])]
-    terms = [_chart(log, n, [s for s in trained if n in trained[s]][:MOST], n) for n in several]
-    return {'valid': valid, 'loss': loss, 'other': other, 'terms': terms}
+    for name in dict.fromkeys(n for curves in log.values() for n in curves):
+        if not (name.startswith('valid/') and name.endswith(f'@{AT}')):
+            continue
+        metric = name.removeprefix('valid/')
+        logged = [stage for stage in log if name in log[stage]]
+        for title, stages in (('validation', [s for s in logged if s != 'transfer']),
+                              ('transfer, validation', [s for s in logged if s == 'transfer'])):
+            wide = (title, metric) == ('validation', f'hit@{AT}')
+            if stages:
+                (valid if wide else other).append(_chart(log, name, stages[:MOST],
+                                                         f'{title}: {metric}', '%', wide))
+    # the terms of losses that have several
+    terms = {stage: [n for n in log[stage] if '/' not in n and n != 'loss' and n[:3] != 'mi_']
+             for stage in trained}
+    several = dict.fromkeys(n for names in terms.values() if len(names) > 1 for n in names)
+    return {'valid': valid, 'loss': loss, 'other': other, 'terms': [
+        _chart(log, n, [s for s in trained if n in terms[s]][:MOST], n) for n in several]}
 
 
 def information(run: Run) -> list[dict]:
-    """Every estimate of mutual information over the steps, what it cannot exceed, held-out values.
+    """Draw every estimate of mutual information with its limit and its held-out values.
 
-    Behind them the likelihood of every q that is fitted.
+    The likelihoods of fitted q follow the estimates.
     """
     held, out = run.results.get('diagnostics', {}), []
     logged = dict.fromkeys(n for curves in run.log.values() for n in curves)
@@ -73,65 +69,61 @@ def information(run: Run) -> list[dict]:
         kind, _, last = name.rpartition('/')
         if last[:3] != 'mi_' and kind != 'log_q':
             continue
-        stages = [s for s in run.log if name in run.log[s]]
-        title = f'{last.removeprefix("mi_")}: ' + (
-            'likelihood of q, nats' if kind == 'log_q' else 'nats')
-        curves = []
-        for curve, stage, since in _curves(run.log, name, stages):
-            found = held.get(stage, {})
-            rings = [(x, found[moment]['held_out'][name], moment) for moment, x in
-                     (('before', since), ('after', curve.x[-1]))
-                     if name in found.get(moment, {}).get('held_out', {})]
-            room = dict(zip(*run.log[stage].get(f'room/{last.removeprefix("mi_")}', ((), ())),
-                            strict=True))
-            most = [(x, y + room[x - since]) for x, y in zip(curve.x, curve.y, strict=True)
-                    if x - since in room]
-            curves.append(curve._replace(circles=tuple(p for p in rings if math.isfinite(p[1]))))
-            if most:
-                curves.append(charts.Curve('log N', *map(list, zip(*most, strict=True)),
+        estimate, curves = last.removeprefix('mi_'), []
+        for curve, stage, since in _curves(run.log, name, [s for s in run.log if name in run.log[s]]):
+            moments = held.get(stage, {})
+            circles = [(x, moments[moment]['held_out'][name], moment) for moment, x in
+                       (('before', since), ('after', curve.x[-1]))
+                       if name in moments.get(moment, {}).get('held_out', {})]
+            curves.append(curve._replace(circles=tuple(p for p in circles if math.isfinite(p[1]))))
+            room = dict(zip(*run.log[stage].get(f'room/{estimate}', ((), ())), strict=True))
+            limit = [(x, y + room[x - since]) for x, y in zip(curve.x, curve.y, strict=True)
+                     if x - since in room]
+            if limit:
+                curves.append(charts.Curve('log N', *map(list, zip(*limit, strict=True)),
                                            curve.colour, pale=True))
+        title = f'{estimate}: ' + ('likelihood of q, nats' if kind == 'log_q' else 'nats')
         out.append(charts.chart(title, curves))
     return out
 
 
 def hits(run: Run, names: list[str]) -> dict | None:
-    """hit@K of some models, and of the oracle where its ranks were stored."""
+    """Draw hit@K of some models, and of the oracle where its ranks were stored."""
     known = [n for n in names if run.ranks is not None and n in run.ranks.ranks][:MOST]
     if not known:
         return None
     ks = KS[KS <= run.ranks.items]
-    curves = [charts.Curve(n, ks.tolist(), (100 * hit_curve(run.ranks, n, ks)).tolist(), colour,
-                           source=n) for n, colour in colours(known).items()]
-    if 'oracle' in run.ranks.ranks:
-        curves.append(charts.Curve('oracle', ks.tolist(), (
-            100 * hit_curve(run.ranks, 'oracle', ks)).tolist(), None, source='oracle', dashed=True))
-    return charts.chart('hit@K', curves, x='K', unit='%', wide=True, low=0,
-                        at=min(AT, len(ks)))
+    drawn = colours(known) | ({'oracle': None} if 'oracle' in run.ranks.ranks else {})
+    return charts.chart('hit@K', [charts.Curve(
+        name, ks.tolist(), (100 * hit_curve(run.ranks, name, ks)).tolist(), colour, source=name,
+        dashed=name == 'oracle') for name, colour in drawn.items()],
+        x='K', unit='%', wide=True, low=0, at=min(AT, len(ks)))
 
 
 def clouds(run: Run) -> dict | None:
-    """Features before alignment and after it, see `planes`: panels of dots by colour."""
+    """Draw the features before and after alignment as panels of dots, see `planes`."""
     if run.clouds is None:
         return None
     first, before, last, after = run.clouds
     names, whole, share, inner, inside = planes.lay(before, after)
-    place = {int(i): n for i, n in ((run.gallery or {}).get('colours') or {}).items()}
+    # the place of each item's category; the less common ones are grey
+    category = {int(i): min(n, 7) for i, n in
+                ((run.gallery or {}).get('colours') or {}).items()}
     moments = []
-    for side, (title, found) in enumerate(((first, before), (last, after))):
-        some = {name: planes.drawn_rows(len(found[name])) for name in names}
+    for side, (title, cloud) in enumerate(((first, before), (last, after))):
+        rows = {name: planes.drawn_rows(len(cloud[name])) for name in names}
         panels = []
         for name in names:
-            of = found[planes.FEATURES[name]][some[name]]
-            own = np.array([place.get(int(item), 7) for item in of])
-            own[own > 6] = 7  # the less common ones, in grey
-            cloud = inner[side, name][some[name]]
+            items = cloud[planes.FEATURES[name]][rows[name]]
+            colour = np.array([category.get(int(item), 7) for item in items])
+            dots = inner[side, name][rows[name]]
             panels.append((planes.NAMES.get(name, name), charts.scatter(
-                {int(n): cloud[own == n] for n in np.unique(own)[::-1]},
+                {int(n): dots[colour == n] for n in np.unique(colour)[::-1]},
                 planes.farthest(inner))))
         moments.append({'title': title, 'panels': panels, 'whole': charts.scatter(
-            {n: whole[side, name][some[name]] for n, name in enumerate(names)},
+            {n: whole[side, name][rows[name]] for n, name in enumerate(names)},
             planes.farthest(whole))})
-    return {'moments': moments, 'share': share, 'inside': inside, 'coloured': bool(place),
+    return {'moments': moments, 'share': share, 'inside': inside, 'coloured': bool(category),
             'names': [planes.NAMES.get(name, name) for name in names]}
 
 
@@ -141,15 +133,14 @@ def _chart(log, name, stages, title, unit='', wide=False):
 
 
 def _curves(log, name, stages, scale=1):
-    """(curve, stage, step it begins behind) of a logged name over some stages."""
-    behind, out, own = 0, [], colours(stages)
+    """List (curve, stage, step after which it begins) of a logged name over some stages."""
+    since, out, chosen = 0, [], colours(stages)
     for stage in stages:
         steps, values = log[stage][name]
-        since = behind if stage in ORDER else 0
-        label = f'{stage}, from {since}' if since else stage
-        out.append((charts.Curve(label, [s + since for s in steps],
-                                 [scale * v for v in values], own[stage],
-                                 source=f'{stage} {name}'), stage, since))
+        begin = since if stage in ORDER else 0
+        label = f'{stage}, from {begin}' if begin else stage
+        out.append((charts.Curve(label, [s + begin for s in steps], [scale * v for v in values],
+                                 chosen[stage], source=f'{stage} {name}'), stage, begin))
         if stage in ORDER:
-            behind += max(max(s) for s, _ in log[stage].values())
+            since += max(max(s) for s, _ in log[stage].values())
     return out
