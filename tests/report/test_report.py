@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tests import tiny_report
 from tests.tiny_report import EVIL, Page, V
+from tpad_jax.data import item_graphs
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
 from tpad_jax.job import results
@@ -102,7 +103,7 @@ def test_every_picture_has_a_text_and_every_table_heads(runs):
 
 def test_what_speaks_for_an_item_by_hand():
     train = SimpleNamespace(items=np.array([1, 2, 3, 1, 2, 2, 3]), offsets=np.array([0, 3, 5, 7]))
-    pairs = gallery._steps(train, 4)
+    pairs = item_graphs.followers(train, 3, 1)
     clouds = {'k': np.array([[1., 0], [0.6, 0.8], [-1, 0]])}
     told = gallery._why(3, np.array([1, 2]), clouds, pairs, np.array([0, .1, .2, .7]))
     assert {**told, 'k': told['k'].tolist()} == {'followed': 2, 'k': [-1, -0.6], 'true': 0.7}
@@ -175,7 +176,7 @@ def test_what_is_absent_is_said_and_left_out(runs, tmp_path, capsys):
         (tmp_path / 'run' / file).unlink()
     shutil.rmtree(tmp_path / 'run' / 'diagnostics')
     assert command.main([str(tmp_path / 'run')]) == 0
-    assert [line.split(' is not there: ')[1].split(';')[0] for line in
+    assert [line.split(' is missing: ')[1].split('. Fix')[0] for line in
             capsys.readouterr().err.splitlines()] == [
         'no learning curves', 'no curves over K and no differences', 'no gallery']
     made = Page(tmp_path / 'run' / 'report' / 'index.html')

@@ -70,7 +70,8 @@ def information(run: Run) -> list[dict]:
         if last[:3] != 'mi_' and kind != 'log_q':
             continue
         estimate, curves = last.removeprefix('mi_'), []
-        for curve, stage, since in _curves(run.log, name, [s for s in run.log if name in run.log[s]]):
+        stages = [stage for stage in run.log if name in run.log[stage]]
+        for curve, stage, since in _curves(run.log, name, stages):
             moments = held.get(stage, {})
             circles = [(x, moments[moment]['held_out'][name], moment) for moment, x in
                        (('before', since), ('after', curve.x[-1]))

@@ -1,4 +1,4 @@
-"""What lies in a finished run's workdir, read for its page."""
+"""Reads the workdir of a finished run for its page."""
 
 import json
 import zipfile
@@ -22,9 +22,14 @@ _UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib
 class Run(NamedTuple):
     """One workdir.
 
-    results: of results.json. log: {stage: {name: (steps, values)}}, empty without a log.
-    ranks: compare.Run, gallery: of `gallery.read`, clouds: of `snapshots.clouds`; None each where
-    the run has none. absent: sentences on what the page has to do without.
+    Attributes:
+      path: the workdir.
+      results: of results.json.
+      log: {stage: {name: (steps, values)}}, empty without a log.
+      ranks: of ranks.npz, or None.
+      gallery: of `gallery.read`, or None.
+      clouds: of `snapshots.clouds`, or None.
+      absent: sentences on the parts that the page lacks.
     """
 
     path: Path
@@ -41,54 +46,64 @@ class Run(NamedTuple):
         return self.results['provenance']['config'].get('name', self.path.name)
 
 
-def read(path) -> Run:
-    """Reads a workdir.
+def read(path: str | Path) -> Run:
+    """Read a workdir.
 
     Raises:
-      InputError: it holds no results.json, or a file of it is damaged.
+      InputError: results.json is missing, or a file is damaged.
     """
     path = Path(path)
     results, absent = _results(path / RESULTS), []
-    log = path / 'log.jsonl'
+    log, ranks, shown = path / 'log.jsonl', path / compare.FILE, gallery.read(path)
     if not log.is_file():
-        absent.append(f'{log} is not there: no learning curves')
-    ranks = path / compare.FILE
+        absent.append(f'{log} is missing: no learning curves')
     if not ranks.is_file():
-        absent.append(f'{ranks} is not there: no curves over K and no differences')
-    shown = gallery.read(path)
+        absent.append(f'{ranks} is missing: no curves over K and no differences')
     if shown is None and 'images' in results['data'] and 'tpad' in results['models']:
-        absent.append(f'{path / gallery.FILE} is not there: no gallery; delete '
-                      f'{path / RESULTS}, and the command of the run makes both again')
+        absent.append(f'{path / gallery.FILE} is missing: no gallery. Fix: delete '
+                      f'{path / RESULTS} and run the command of the run again')
     return Run(path, results, log_lib.curves_of(log) if log.is_file() else {},
                compare.read(path) if ranks.is_file() else None, shown, _clouds(path),
                tuple(absent))
 
 
+def flat_config(run: Run) -> dict[str, Any]:
+    """Flatten a run's config: {'a.b.c': value}."""
+    def leaves(tree, prefix):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f'{prefix}{key}.')
+            else:
+                yield f'{prefix}{key}', value
+
+    return dict(leaves(run.results['provenance']['config'], ''))
+
+
+def hit_curve(ranks: compare.Run, model: str, ks: np.ndarray) -> np.ndarray:
+    """Compute the share of rows whose target is among the first K: float64 [len(ks)]."""
+    above, equal = ranks.ranks[model]
+    return metrics.hit(above[:, None], equal[:, None], ks).mean(0)
+
+
 def _results(file):
     if not file.is_file():
-        raise InputError(f'{file} does not exist; give the workdir of a finished run')
+        raise InputError(f'{file} does not exist. Expected the workdir of a finished run')
     try:
-        found = json.loads(file.read_text())
-        for model in found['models'].values():
+        results = json.loads(file.read_text())
+        for model in results['models'].values():
             model['test']['slices'].items()
-        found['data'].items(), found['provenance']['config'].items()
+        results['data'].items(), results['provenance']['config'].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file} is damaged ({type(error).__name__}: {error}); delete it, and the '
-                         'command of the run makes it again from the checkpoints') from error
-    if not found['models']:
-        raise InputError(f'{file} holds no models, so there is nothing to show; run a stage')
-    return found
+        raise InputError(f'{file} is damaged ({type(error).__name__}: {error}). Fix: delete it and '
+                         'run the command of the run again') from error
+    if not results['models']:
+        raise InputError(f'{file} holds no models. Fix: run a stage that trains a recommender')
+    return results
 
 
 def _clouds(path):
     try:
         return snapshots.clouds(path)
     except _UNREADABLE as error:
-        raise InputError(f'{path / "diagnostics"} holds a damaged file ({error}); move the folder '
-                         'away, and the page is made without features') from error
-
-
-def hit_curve(ranks: compare.Run, model: str, ks: np.ndarray) -> np.ndarray:
-    """Share of rows whose target is among the first K, float64 [len(ks)], ties as in `metrics`."""
-    above, equal = ranks.ranks[model]
-    return metrics.hit(above[:, None], equal[:, None], ks).mean(0)
+        raise InputError(f'{path / "diagnostics"} holds a damaged file ({error}). Fix: move the '
+                         'folder away to get the page without features') from error
