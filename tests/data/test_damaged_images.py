@@ -219,7 +219,7 @@ def test_more_damage_than_the_share_is_refused_and_can_be_allowed(read, tmp_path
     told = str(error.value)
     assert told.startswith('3 of 20 images cannot be used (image_damaged: 1, image_empty')
     assert 'first B0017 image_empty_or_unreadable, B0018 image_of_unknown_format, B0019' in told
-    assert 'raise config.data.bad_share=0.1' in told
+    assert 'at most config.data.bad_share=0.1' in told
     assert str(tmp_path / 'data' / catalogue.BAD_IMAGES) in told
     assert content(data, 0.15).pictures == {
         'read': 20, 'kept': 17, 'rejected': {'image_damaged': 1, 'image_empty_or_unreadable': 1,

@@ -1,15 +1,14 @@
 """Raw Amazon files -> prepared tables on disk: a TFDS builder that needs no TensorFlow.
 
-Three tables in array_record, each one builder config: `items` (what is known of an item in words),
-`images` (the encoded picture, apart so that reading the catalogue reads no picture) and `sessions`
-(train, valid, test). `prepared.json` beside them is written last: without it nothing is finished.
+Three tables in array_record, each one builder config: `items` (words and price), `images` (the
+encoded picture, so that reading the catalogue reads no picture) and `sessions` (train, valid,
+test). `prepared.json` next to them is written last: without it nothing is finished.
 """
 
 import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 import polars as pl
 import tensorflow_datasets as tfds
 
+from tpad_jax.core import files
 from tpad_jax.data import audit, images, text
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.catalogue import Data
@@ -36,24 +36,16 @@ class ImageBytes(Sequence):
     """The encoded images by item id; b'' for the padding item 0 and where there is none."""
 
     def __init__(self, data_dir):
+        """Open the table of images in a prepared directory."""
         self._source = read_table(data_dir, 'images', 'images')
 
     def __len__(self) -> int:
         return len(self._source) + 1
 
     def __getitem__(self, item: int) -> bytes:
-        return self.read([item])[0]
-
-    def read(self, items: Sequence[int]) -> list[bytes]:
-        """The encoded images of several item ids at once.
-
-        Raises:
-          IndexError: an id is not in 0..V.
-        """
-        if any(not 0 <= item < len(self) for item in items):
+        if not 0 <= item < len(self):
             raise IndexError(f'item ids are 0..{len(self) - 1}')
-        records = iter(self._source.__getitems__([int(item) - 1 for item in items if item]))
-        return [next(records)['image'] if item else b'' for item in items]
+        return self._source[item - 1]['image'] if item else b''
 
 
 class Amazon(tfds.core.GeneratorBasedBuilder):
@@ -71,7 +63,12 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
     ]
 
     def __init__(self, *, records: dict[str, Iterable[dict]] | None = None, **kwargs):
-        """`records`: split name -> its records, only needed to write; kwargs are TFDS's own."""
+        """Make a builder.
+
+        Args:
+          records: split name -> its records; needed only to write.
+          **kwargs: TFDS's own.
+        """
         super().__init__(**kwargs)
         self._records = records
 
@@ -97,22 +94,22 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
 
 def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, valid: float,
             test: float, seed: int, bad_share: float = 1.0) -> None:
-    """Reads raw files, cuts, splits and filters their sessions, and writes the tables to data_dir.
+    """Read raw files, cut, split and filter their sessions, and write the tables.
 
-    A finished `data_dir` of the same raw bytes and options is left as it is; an unfinished one is
-    built anew. Let one process of a run do this.
+    A finished `data_dir` of the same raw bytes and options stays as it is; an unfinished one is
+    built again. One process of a run may call this.
 
     Args:
       raw_dir: folder of one category's raw files, see `amazon.read`.
       data_dir: folder to write to, made if absent; other files in it are not touched.
       gap_hours: the longest pause inside a session; files of the 2018 form have day-granular
-        times, so there a session is one user's day and the gap is not read.
+        times, so that a session is one user's day and the gap is not read.
       core: items rarer than this in training sessions leave them; 1 is off.
       min_length: shorter sessions are dropped.
       valid: share (below 1) or number of sessions for validation.
       test: the same for the test.
       seed: of the order among equal times.
-      bad_share: of a raw file's lines that may be damaged, see `amazon.read`.
+      bad_share: share of a raw file's lines that may be damaged, see `amazon.read`.
 
     Raises:
       InputError: unusable raw files or options, or data_dir holds other finished data.
@@ -126,66 +123,84 @@ def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, 
         return
     raw = amazon.read(raw_dir, bad_share)
     cutting = dict(by_day=raw.form == '2018', gap_seconds=round(gap_hours * 3600))
-    every = sessions_lib.cut(raw.interactions, **cutting, seed=seed, min_length=min_length)
-    train, held, tested = sessions_lib.split(every, valid, test)
-    train = sessions_lib.k_core(train, core, min_length)
-    warm = sessions_lib.warm_items(train, raw.catalogue.height)
+    sessions = sessions_lib.cut(raw.interactions, **cutting, seed=seed, min_length=min_length)
+    splits = dict(zip(('train', 'valid', 'test'), sessions_lib.split(sessions, valid, test),
+                      strict=True))
+    splits['train'] = sessions_lib.k_core(splits['train'], core, min_length)
+    warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
     ties = sessions_lib.time_ties(raw.interactions, **cutting)
-    report = audit.audit(train, held, tested, warm, form=raw.form, ties=ties)
+    report = audit.audit(*splits.values(), warm, form=raw.form, ties=ties)
 
     if (data_dir / Amazon.name).exists():
         shutil.rmtree(data_dir / Amazon.name)
     write_table(data_dir, 'items', {'items': _item_records(raw.catalogue)})
     write_table(data_dir, 'images', {'images': _image_records(raw.catalogue)})
-    write_table(data_dir, 'sessions', {'train': _session_records(train),
-                                       'valid': _session_records(held),
-                                       'test': _session_records(tested)})
-    _write_json(data_dir / FINISHED, dict(version=str(Amazon.VERSION), fingerprint=identity,
-                                          options=options, form=raw.form, lines=raw.lines,
-                                          audit=report))
+    write_table(data_dir, 'sessions', {name: _session_records(part)
+                                       for name, part in splits.items()})
+    finished = dict(version=str(Amazon.VERSION), fingerprint=identity, options=options,
+                    form=raw.form, lines=raw.lines, audit=report)
+    files.write_text(data_dir / FINISHED, json.dumps(finished, indent=1, allow_nan=False))
 
 
 def load(data_dir) -> Data:
-    """Reads what `prepare` wrote, all but the images.
+    """Load the tables that `prepare` wrote, all but the images.
+
+    Args:
+      data_dir: folder of the tables.
+
+    Returns:
+      The data.
 
     Raises:
       InputError: nothing finished is in data_dir.
     """
     finished = read_finished(data_dir)
     items = _items(data_dir)
-    train, valid, test = (_sessions(data_dir, split) for split in ('train', 'valid', 'test'))
-    warm = sessions_lib.warm_items(train, items.height)
+    splits = {split: _sessions(data_dir, split) for split in ('train', 'valid', 'test')}
+    warm = sessions_lib.warm_items(splits['train'], items.height)
     side, side_sizes = text.side_features(items, warm)
-    vocabulary = text.side_vocabulary(items, warm)
     return Data(asins=['', *items['asin']], titles=['', *items['title']],
                 texts=['', *items['text']], image_bytes=ImageBytes(data_dir),
                 has_image=np.append(False, items['has_image'].to_numpy()),
-                side=side, side_sizes=side_sizes, train=train, valid=valid, test=test, warm=warm,
-                lines=finished['lines'], audit=finished['audit'],
-                fingerprint=finished['fingerprint'], form=finished['form'], vocabulary=vocabulary)
+                side=side, side_sizes=side_sizes, **splits, warm=warm,
+                vocabulary=text.side_vocabulary(items, warm),
+                **{key: finished[key] for key in ('lines', 'audit', 'fingerprint', 'form')})
 
 
 def fingerprint(raw_dir, options: dict) -> str:
-    """sha256 (hex) of the names and bytes of the raw files, images included, and of `options`.
+    """Digest the names and bytes of the raw files, images included, and the options.
+
+    Args:
+      raw_dir: folder of the raw files.
+      options: of `prepare`.
+
+    Returns:
+      sha256 in hex.
 
     Raises:
       InputError: raw_dir does not hold one category's files.
     """
-    raw_dir, files = Path(raw_dir), amazon.find_files(raw_dir)
+    raw_dir, raw = Path(raw_dir), amazon.find_files(raw_dir)
     folder = raw_dir / 'images'
     pictures = sorted(path for paths in images.by_stem(folder).values() for path in paths
                       if not images.unusable(path, raw_dir)) if folder.is_dir() else []
-    paths = [files.metadata, files.reviews, *pictures]
-    whole = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    paths = [raw.metadata, raw.reviews, *pictures]
+    total = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         for path, digest in zip(paths, pool.map(_digest, paths), strict=True):
             name = path.relative_to(raw_dir).as_posix()
-            whole.update(f'\n{name} {digest}'.encode(errors='surrogateescape'))
-    return whole.hexdigest()
+            total.update(f'\n{name} {digest}'.encode(errors='surrogateescape'))
+    return total.hexdigest()
 
 
 def write_table(data_dir: Path, table: str, records: dict[str, Iterable[dict]]) -> None:
-    """Writes one table, split by split, below `data_dir`."""
+    """Write one table, split by split.
+
+    Args:
+      data_dir: folder of the tables.
+      table: name of the builder config.
+      records: {split: its records}.
+    """
     tfds.disable_progress_bar()
     builder = Amazon(data_dir=data_dir, config=table, records=records)
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download in bold
@@ -194,25 +209,61 @@ def write_table(data_dir: Path, table: str, records: dict[str, Iterable[dict]]) 
 
 
 def read_table(data_dir, table: str, split: str):
-    """-> random access by record number to one split of a table written by `prepare`."""
+    """Open one split of a table for random access by record number.
+
+    Args:
+      data_dir: folder of the tables.
+      table: name of the builder config.
+      split: of the table.
+
+    Returns:
+      TFDS's data source.
+    """
     return Amazon(data_dir=data_dir, config=table).as_data_source(split)
 
 
 def read_finished(data_dir) -> dict:
-    """-> version, fingerprint, options, form, lines and audit of a finished `data_dir`.
+    """Read what `prepare` recorded last.
+
+    Args:
+      data_dir: folder of the tables.
+
+    Returns:
+      version, fingerprint, options, form, lines and audit.
 
     Raises:
       InputError: nothing finished is there, or it has another layout than this code reads.
     """
     path = Path(data_dir) / FINISHED
     if not path.is_file():
-        raise InputError(f'{path} does not exist, so {data_dir} holds no finished data; '
-                         'prepare it from raw files first')
+        raise InputError(f'{path} does not exist, so {data_dir} holds no finished data. Expected '
+                         'prepared tables. Fix: prepare them from raw files first.')
     finished = json.loads(path.read_text())
     if finished['version'] != str(Amazon.VERSION):
-        raise InputError(f'{path}: the tables have version {finished["version"]}, this code reads '
-                         f'{Amazon.VERSION}; delete {data_dir} and prepare it again')
+        raise InputError(f'{path}: the tables have version {finished["version"]}. Expected '
+                         f'{Amazon.VERSION}. Fix: delete {data_dir} and prepare it again.')
     return finished
+
+
+def prepared(config, raw_dir: Path, workdir: Path, **cutting) -> Data:
+    """Prepare raw files in the workdir, once, and load the tables.
+
+    Args:
+      config: the run's.
+      raw_dir: folder of the raw files.
+      workdir: the run's directory.
+      **cutting: `core`, `valid` and `test` of `prepare`.
+
+    Returns:
+      The data.
+
+    Raises:
+      InputError: as `prepare`.
+    """
+    c = config.data
+    prepare(raw_dir, workdir / 'data', gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed,
+            bad_share=c.bad_share, **cutting)
+    return load(workdir / 'data')
 
 
 def _check_same(raw_dir: Path, data_dir: Path, options: dict, identity: str) -> None:
@@ -223,7 +274,8 @@ def _check_same(raw_dir: Path, data_dir: Path, options: dict, identity: str) -> 
                  for key, value in options.items() if before['options'].get(key) != value]
     raise InputError(f'{data_dir} was prepared with '
                      f'{"another " + ", ".join(differing) if differing else "other raw files"} '
-                     f'than asked for from {raw_dir}; name another data_dir or delete that one')
+                     f'than {raw_dir} and the config ask for. Expected the same. Fix: name another '
+                     'workdir or delete that directory.')
 
 
 def _item_records(catalogue: pl.DataFrame) -> Iterator[dict]:
@@ -241,32 +293,20 @@ def _image_records(catalogue: pl.DataFrame) -> Iterator[dict]:
 
 
 def _session_records(sessions: Sessions) -> Iterator[dict]:
-    every = np.arange(len(sessions.start))
-    for numbers in np.split(every, every[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
-        part = sessions_lib.take(sessions, numbers)
+    numbers = np.arange(len(sessions.start))
+    for block in np.split(numbers, numbers[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
+        part = sessions_lib.take(sessions, block)
         yield {'items': part.items, 'lengths': np.diff(part.offsets).astype(np.int32),
                'start': part.start}
 
 
-def _digest(path: Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _write_json(path: Path, content: dict) -> None:
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False))
-    os.replace(partial, path)
-
-
 def _items(data_dir) -> pl.DataFrame:
-    """-> the item table, row k being item id k + 1; price null where there is none."""
+    """The item table, row k being item id k + 1; price null where there is none."""
     records = _records(read_table(data_dir, 'items', 'items'))
-    words = [pl.Series(name, [record[name].decode() for record in records], pl.String)
-             for name in WORDS]
-    numbers = [pl.Series(name, [record[name] for record in records])
-               for name in ('price', 'has_image')]
-    return pl.DataFrame(words + numbers).with_columns(pl.col('price').fill_nan(None))
+    columns = {name: [record[name] for record in records] for name in ('price', 'has_image')}
+    words = {name: [record[name].decode() for record in records] for name in WORDS}
+    return pl.DataFrame(columns | words, schema_overrides=dict.fromkeys(WORDS, pl.String)
+                        ).with_columns(pl.col('price').fill_nan(None))
 
 
 def _sessions(data_dir, split: str) -> Sessions:
@@ -281,22 +321,13 @@ def _records(source) -> list[dict]:
             for record in source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))]
 
 
-def prepared(config, raw_dir: Path, workdir: Path, **cutting) -> Data:
-    """Prepare the raw files in the workdir, once, and load the tables.
+def _digest(path: Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
-    Args:
-      config: the run's.
-      raw_dir: folder of the raw files.
-      workdir: the run's directory.
-      **cutting: `core`, `valid` and `test` of `prepare`.
 
-    Raises:
-      InputError: as `prepare`.
-    """
-    c = config.data
-    prepare(raw_dir, workdir / 'data', gap_hours=c.gap_hours, min_length=c.min_length, seed=c.seed,
-            bad_share=c.bad_share, **cutting)
-    return load(workdir / 'data')
+def _check(config) -> None:
+    amazon.find_files(config.data.raw_dir)
 
 
 def _load(config, workdir: Path) -> Data:
@@ -315,5 +346,4 @@ def _sizes(config, workdir: Path) -> Sizes:
     return Sizes(data.num_items, data.side_sizes)
 
 
-SOURCE = Source(load=_load, check=lambda config: amazon.find_files(config.data.raw_dir) and None,
-                sizes=_sizes)
+SOURCE = Source(load=_load, check=_check, sizes=_sizes)

@@ -47,11 +47,7 @@ class Pictures(Sequence):
         return len(self._names)
 
     def __getitem__(self, item: int) -> bytes:
-        return self.read([item])[0]
-
-    def read(self, items: Iterable[int]) -> list[bytes]:
-        """The encoded images of several item ids; b'' where one cannot be read."""
-        return [self._bytes(self._names[int(item)]) for item in items]
+        return self._bytes(self._names[item])
 
     def _bytes(self, name):
         if not name:
