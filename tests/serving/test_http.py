@@ -160,12 +160,12 @@ def test_requests_share_calls_and_the_queue_is_bounded():
         others = [asyncio.ensure_future(batcher.ask(x, 1 + len(x))) for x in rows[1:]]
         await asyncio.sleep(0)
         assert batcher.waiting == sum(map(len, rows[1:]))
-        with pytest.raises(batching.Overloaded):
+        with pytest.raises(batching.OverloadedError):
             await batcher.ask(np.zeros((10, 2), np.int32), 2)
         others[5].cancel()
         closing = asyncio.ensure_future(batcher.close())
         await asyncio.sleep(0)
-        with pytest.raises(batching.Overloaded):  # closed
+        with pytest.raises(batching.OverloadedError):  # closed
             await batcher.ask(rows[0], 2)
         shop.held.set()
         items, _ = await first

@@ -1,7 +1,7 @@
-"""Approximate first items by a graph over the catalogue (HNSW), for catalogues of millions.
+"""Approximate lists by a graph over the catalogue (HNSW), for catalogues of millions.
 
-Malkov and Yashunin 2018, by faiss (the extra `ann`). What is given up is measured, see `recall`;
-the exact lists are topk.py's.
+Malkov and Yashunin 2018, with faiss (the extra `ann`). `recall` measures the loss against the exact
+lists of topk.py.
 """
 
 from pathlib import Path
@@ -10,14 +10,15 @@ import numpy as np
 
 from tpad_jax.errors import InputError
 
-NEIGHBOURS, BUILD, SEARCH = 32, 200, 256  # of an item; looked at to build and to search
+NEIGHBOURS, BUILD, SEARCH = 32, 200, 256  # per item; candidates when building and searching
 
 
 def build(z: np.ndarray, *, threads: int = 0):
-    """The index of item vectors z float32 [V, D] by inner product; item n has number n + 1.
+    """Return an index by inner product; row n of z is item n + 1.
 
     Args:
-      threads: 0: all cores.
+      z: float32 [V, D]. Item vectors.
+      threads: number of threads; 0 for all cores.
 
     Raises:
       InputError: faiss is not installed.
@@ -32,25 +33,41 @@ def build(z: np.ndarray, *, threads: int = 0):
 
 
 def search(index, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of sessions h float32 [S, D] items int32 [S, k], 0 where none was found, and scores."""
-    scores, found = index.search(np.ascontiguousarray(h, np.float32), k)
-    return found.astype(np.int32) + 1, scores
+    """Return items int32 [S, k], 0 where there are too few, and their scores.
+
+    Args:
+      index: from `build`.
+      h: float32 [S, D]. Session vectors.
+      k: length of a list.
+    """
+    scores, rows = index.search(np.ascontiguousarray(h, np.float32), k)
+    return rows.astype(np.int32) + 1, scores
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Share of the exact lists, int [S, K], that the found ones hold."""
+    """Return the share of the exact items that the approximate lists contain.
+
+    Args:
+      found: int [S, K]. Approximate lists.
+      exact: int [S, K]. Exact lists.
+    """
     return float(np.mean([len(np.intersect1d(a, b)) / len(b)
                           for a, b in zip(found, exact, strict=True)]))
 
 
 def write(index, file: Path) -> None:
-    """Leave an index where `faiss.read_index` reads it, from Python or C++."""
+    """Write an index for `faiss.read_index`, in Python or C++.
+
+    Args:
+      index: from `build`.
+      file: path of the file.
+    """
     _faiss().write_index(index, str(file))
 
 
 def _faiss():
     try:
-        import faiss  # here: an extra
+        import faiss  # an extra
     except ImportError as error:
         raise InputError('faiss is not installed; pip install "tpad_jax[ann]"') from error
     return faiss

@@ -1,17 +1,18 @@
-"""What a run leaves to be served from, written at its end and read by `tpad_jax.load`.
+"""The artefact that serves a run: written at its end, read by `tpad_jax.load`.
 
-    served/served.json         which model, its modules, the digests of the other files
-    served/model.safetensors   item vectors, the recommender's parameters, events of every item
-    served/items.parquet       item_id and title of the items 1..V
-    served/reader.safetensors  what reads a new item, laid over the base: adapters and heads
-    served/tokenizer/          the items' own tokenizer, where the run trained one
+Files in WORKDIR/served:
 
-Nothing else of a run is opened to recommend; the base, which no run copies, only for a new item.
+- served.json: the model, its modules, the digests of the other files
+- model.safetensors: item vectors, the recommender's parameters, training events of every item
+- items.parquet: item_id and title of the items 1..V
+- reader.safetensors: the adapters and heads that read a new item, without the base
+- tokenizer/: the tokenizer that the run trained on its items, if it did
+
+Recommending opens only these files. A new item also needs the base, which a run does not copy.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tpad_jax.config import names, partnered
+from tpad_jax.core import files
 from tpad_jax.data import sessions
 from tpad_jax.errors import InputError
 from tpad_jax.features import encoder
@@ -34,23 +36,26 @@ from tpad_jax.models import tpad
 FOLDER, ABOUT, VERSION = 'served', 'served.json', 2
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
                                    'tokenizer')
-WORDS = 'title', 'brand', 'category', 'description'  # of an Amazon item, in its text's order
+# fields of an Amazon item's text, in this order
+WORDS = 'title', 'brand', 'category', 'description'
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError,
               pl.exceptions.PolarsError, pl.exceptions.PanicException)
-_AGAIN = 'delete results.json beside it and give the command of the run once more'
+_AGAIN = 'Fix: delete results.json of the run and repeat its command'
 
 
 @dataclass(frozen=True)
 class Served:
-    """A finished run, as it is served.
+    """The artefact of a finished run.
 
     Attributes:
-      directory: WORKDIR/served. about: what served.json holds.
-      specs: the modules of each recommender whose scores are added (one, most often), without their
-        MLLMs. weights: of each its parameters {'recommender': ...} and its rows of the
-        graphs over items, nested.
-      z: float32 [V+1, D], the item vectors. events: int64 [V+1], in the sessions trained on.
-      ids, titles: lists of str, [0] being ''.
+      directory: WORKDIR/served.
+      about: contents of served.json.
+      specs: modules of each recommender whose scores are added (usually one), without MLLMs.
+      weights: per recommender its parameters {'recommender': ...} and its rows of the item graphs.
+      z: float32 [V+1, D]. Item vectors.
+      events: int64 [V+1]. Events of every item in the training sessions.
+      ids: V+1 item ids; [0] is ''.
+      titles: V+1 titles; [0] is ''.
     """
 
     directory: Path
@@ -64,10 +69,12 @@ class Served:
 
 
 def write(job, name: str, scores) -> None:
-    """Leave what serving needs in the run's workdir; served.json comes last.
+    """Write the artefact into the run's workdir, served.json last.
 
     Args:
-      job: job.Job. name: of the model. scores: its scorer, see `scoring.scorer`.
+      job: the finished job.Job.
+      name: name of the model to serve.
+      scores: its scorer, see `scorers.scorer`.
     """
     directory, bound = job.workdir / FOLDER, scores.bound
     directory.mkdir(parents=True, exist_ok=True)
@@ -77,10 +84,10 @@ def write(job, name: str, scores) -> None:
                                                  strict=True)):
         own = {'recommender': params['recommender'], 'near': near}
         flat = {f'{i}/{path}': x for path, x in flatten_dict(own, sep='/').items()}
-        if f'{i}/recommender/fusion/id' in flat:  # is in z; an item to come has none of its own
+        if f'{i}/recommender/fusion/id' in flat:  # z holds it; a new item has none
             flat[f'{i}/recommender/fusion/id'] = np.zeros((1, spec.fusion.width), np.float32)
         model |= flat
-    mode = job.workdir / 'config.json'  # safetensors would write for the owner alone
+    mode = job.workdir / 'config.json'  # safetensors writes files that only the owner can read
     _save(directory / MODEL, model, mode)
     _save(directory / READER, _reader(job, bound), mode)
     _items(directory / ITEMS, job.data.asins, job.data.titles)
@@ -96,55 +103,60 @@ def write(job, name: str, scores) -> None:
         'base': job.base.fingerprint if job.content is not None else None,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
         'data': job.data.fingerprint,
-        'digests': {file: _digest(directory / file) for file in (MODEL, READER, ITEMS)},
+        'digests': {name: _digest(directory / name) for name in (MODEL, READER, ITEMS)},
     }
-    partial = directory / f'{ABOUT}.partial'
-    partial.write_text(json.dumps(about, indent=1, default=str) + '\n')
-    os.replace(partial, directory / ABOUT)
+    files.write_text(directory / ABOUT, json.dumps(about, indent=1, default=str) + '\n')
 
 
 def read(workdir) -> Served:
-    """What `write` left.
+    """Read the artefact that `write` wrote.
+
+    Args:
+      workdir: directory of the run.
 
     Raises:
-      InputError: there is no run, it is not finished, it has no recommender, or a file of it is
-        missing or damaged.
+      InputError: there is no run, it is unfinished, it has no recommender, or a file is missing or
+        damaged.
     """
     workdir = Path(workdir)
     if not (workdir / 'config.json').is_file():
-        raise InputError(f'{workdir} holds no run: there is no config.json; name the workdir of a '
-                         'finished one')
+        raise InputError(f'{workdir} does not hold a run: config.json is missing. Fix: name the '
+                         'workdir of a finished run')
     if not (workdir / 'results.json').is_file():
-        raise InputError(f'{workdir} is not finished: there is no results.json; the command of the '
-                         'run goes on from there')
+        raise InputError(f'{workdir} is not finished: results.json is missing. Fix: repeat the '
+                         'command of the run, which resumes')
     directory = workdir / FOLDER
     file = directory / ABOUT
     try:
         about = json.loads(file.read_text())
         if about['version'] != VERSION:
-            raise InputError(f'{file} has version {about["version"]}, and this program reads '
-                             f'{VERSION}; {_AGAIN}')
+            raise InputError(f'{file} has version {about["version"]}. Expected {VERSION}. {_AGAIN}')
         for name, digest in about['digests'].items():
             if _digest(directory / name) != digest:
-                raise InputError(f'{directory / name} is damaged: its bytes are not those the run '
-                                 f'wrote; {_AGAIN}')
+                raise InputError(f'{directory / name} is damaged: its bytes differ from those the '
+                                 f'run wrote. {_AGAIN}')
         return _read(directory, about)
     except InputError:
         raise
     except FileNotFoundError as error:
         if Path(error.filename or '') == file:
-            raise InputError(f'{file} does not exist: the run ended without a recommender of its '
-                             f'own, or was made before they were kept; if it has stage recommend, '
-                             f'{_AGAIN}') from error
-        raise InputError(f'{error.filename} is missing; {_AGAIN}') from error
+            raise InputError(f'{file} does not exist: the run has no stage recommend, or is of an '
+                             f'earlier version. {_AGAIN}') from error
+        raise InputError(f'{error.filename} is missing. {_AGAIN}') from error
     except UNREADABLE as error:
-        raise InputError(f'{file} or a file beside it is damaged ({type(error).__name__}: '
-                         f'{str(error).splitlines()[0] if str(error) else ""}); {_AGAIN}'
+        raise InputError(f'{file} or a file next to it is damaged ({type(error).__name__}: '
+                         f'{str(error).splitlines()[0] if str(error) else ""}). {_AGAIN}'
                          ) from error
 
 
 def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
-    """The modules of recommender i, over an MLLM or none; its fusion is for items to come."""
+    """Build the modules of a recommender; its fusion is for new items.
+
+    Args:
+      about: contents of served.json.
+      i: index of the recommender.
+      base: the MLLM, or None.
+    """
     model = ConfigDict(about['models'][i])
     mllm = about['mllm'] or {'pooling': 'summary', 'chunk': 0}
     return tpad.build(base, model, recommend=names(model.recommend), items=0,
@@ -153,14 +165,18 @@ def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
 
 
 def reader_params(served: Served) -> dict:
-    """{path: array} that `write` laid aside for reading new items."""
+    """Load {path: array} of the modules that read new items.
+
+    Args:
+      served: the artefact.
+    """
     return load_file(served.directory / READER)
 
 
 def _read(directory, about):
-    found = load_file(directory / MODEL)
-    z, events = found.pop('z'), found.pop('events')
-    nested = unflatten_dict(found, sep='/')
+    arrays = load_file(directory / MODEL)
+    z, events = arrays.pop('z'), arrays.pop('events')
+    nested = unflatten_dict(arrays, sep='/')
     weights = tuple(({'recommender': nested[i]['recommender']}, nested[i].get('near', {}))
                     for i in map(str, range(len(about['models']))))
     table = pl.read_parquet(directory / ITEMS)
@@ -173,7 +189,7 @@ def _read(directory, about):
 
 
 def _reader(job, bound) -> dict:
-    """What reads an item but for a base that stayed as it was given."""
+    """Return {path: array} of the modules that read an item; without the base if it is frozen."""
     if job.content is None:
         return {}
     roots = set().union(*encoder.reads(bound.specs[0]).values())
@@ -185,24 +201,22 @@ def _reader(job, bound) -> dict:
 
 
 def _located(mllm: dict) -> dict:
-    """config.mllm with its directories as they are found from anywhere."""
+    """Return config.mllm with absolute directories."""
     return {key: str(Path(x).resolve()) if key in ('base', 'checkpoint') and x else x
             for key, x in mllm.items()}
 
 
 def _save(file, arrays, mode):
-    partial = file.with_name(file.name + '.partial')
-    save_file({path: np.ascontiguousarray(jax.device_get(x)) for path, x in arrays.items()},
-              partial)
-    shutil.copymode(mode, partial)
-    os.replace(partial, file)
+    with files.replacing(file) as partial:
+        save_file({path: np.ascontiguousarray(jax.device_get(x)) for path, x in arrays.items()},
+                  partial)
+        shutil.copymode(mode, partial)
 
 
 def _items(file, ids, titles):
-    partial = file.with_name(file.name + '.partial')
-    pl.DataFrame({'item_id': ids[1:], 'title': titles[1:]},
-                 schema={'item_id': pl.String, 'title': pl.String}).write_parquet(partial)
-    os.replace(partial, file)
+    with files.replacing(file) as partial:
+        pl.DataFrame({'item_id': ids[1:], 'title': titles[1:]},
+                     schema={'item_id': pl.String, 'title': pl.String}).write_parquet(partial)
 
 
 def _digest(file) -> str:

@@ -1,6 +1,6 @@
-"""Concurrent requests answered by one device call: a bounded queue, and one thread that computes.
+"""A bounded queue that answers concurrent requests with one device call, on one thread.
 
-Nothing is waited for: what has come while the device was busy is answered together next.
+There is no waiting time: requests that arrive while the device is busy share the next call.
 """
 
 import asyncio
@@ -12,22 +12,24 @@ import numpy as np
 from tpad_jax.serving.recommender import SIZES, Recommender
 
 
-class Overloaded(Exception):
+class OverloadedError(Exception):
     """The queue is full."""
 
 
 class Batcher:
-    """Rows of many requests, in calls of at most SIZES[-1].
+    """Answers the rows of many requests in calls of at most SIZES[-1] rows.
 
     Args:
-      shop: answers. most_k: the longest list served; every call computes so many, and shorter
-        lists are its beginnings. waiting: rows that may wait.
-      on_call: called with the rows of each device call, and how many wait behind it.
+      shop: the recommender.
+      most_k: length of the longest list. Each call computes so many items; a shorter list is the
+        start of it.
+      waiting: number of rows that may wait.
+      on_call: called with the number of rows of each device call and of rows that still wait.
     """
 
     def __init__(self, shop: Recommender, most_k: int, waiting: int,
                  on_call=lambda rows, waiting: None):
-        self._shop, self._most_k, self._room, self._tell = shop, most_k, waiting, on_call
+        self._shop, self._most_k, self._room, self._on_call = shop, most_k, waiting, on_call
         self._queue, self._waiting = deque(), 0
         self._came, self._closed = asyncio.Event(), False
         self._pool = ThreadPoolExecutor(1, 'device')
@@ -39,7 +41,7 @@ class Batcher:
         return self._waiting
 
     async def start(self) -> None:
-        """Compile what will be asked for, and begin to answer."""
+        """Compile the search for every number of rows, then start to answer."""
         loop = asyncio.get_running_loop()
         for size in SIZES:
             rows = np.ones((size, self._shop.max_length), np.int32)
@@ -47,13 +49,17 @@ class Batcher:
         self._task = loop.create_task(self._answer())
 
     async def ask(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Items int32 and scores float32 [S, k] of rows int32 [S, N], see `Recommender.first`.
+        """Return items int32 and scores float32 [S, k], see `Recommender.first`.
+
+        Args:
+          rows: int32 [S, N]. Prefixes.
+          k: length of a list, at most `most_k`.
 
         Raises:
-          Overloaded: more rows would wait than may.
+          OverloadedError: too many rows wait.
         """
         if self._waiting + len(rows) > self._room or self._closed:
-            raise Overloaded
+            raise OverloadedError
         answer = asyncio.get_running_loop().create_future()
         self._queue.append((rows, k, answer))
         self._waiting += len(rows)
@@ -61,7 +67,7 @@ class Batcher:
         return await answer
 
     async def close(self) -> None:
-        """Answer what was accepted, then end."""
+        """Answer the accepted requests, then stop."""
         self._closed = True
         self._came.set()
         if self._task is not None:
@@ -79,17 +85,17 @@ class Batcher:
             while self._queue and (not part or size + len(self._queue[0][0]) <= SIZES[-1]):
                 rows, k, answer = self._queue.popleft()
                 self._waiting -= len(rows)
-                if not answer.done():  # else who asked has gone
+                if not answer.done():  # else the client disconnected
                     part.append((rows, k, answer))
                     size += len(rows)
             if not part:
                 continue
-            self._tell(size, self._waiting)
+            self._on_call(size, self._waiting)
             try:
                 items, scores = await loop.run_in_executor(
                     self._pool, self._shop.first, np.concatenate([rows for rows, _, _ in part]),
                     self._most_k)
-            except Exception as error:  # theirs to report, each of them; the next call may do
+            except Exception as error:  # each request reports it; the next call may succeed
                 for _, _, answer in part:
                     if not answer.done():
                         answer.set_exception(error)

@@ -1,11 +1,11 @@
-"""The HTTP service of a finished run: an ASGI app for `python -m tpad_jax.serve`, or any server.
+"""The HTTP service of a finished run: an ASGI app for `python -m tpad_jax.serve` or any server.
 
-    POST /recommend      {"sessions": [[item ids], ...], "k": 20} -> a list for each
-    POST /items          multipart: a new item, from then on recommended
-    GET  /items          what there is; /items/image: a picture
-    GET  /health /ready  alive; ready to answer
-    GET  /metrics        for Prometheus
-    GET  / /docs         the demo page; the OpenAPI page, without anything from elsewhere
+- POST /recommend: {"sessions": [[item ids], ...], "k": 20} -> one list per session
+- POST /items: multipart, a new item that is recommended from then on
+- GET /items, /items/image: the catalogue; a picture
+- GET /health, /ready: alive; ready to answer
+- GET /metrics: for Prometheus
+- GET /, /docs: the demo page; the OpenAPI page, without files of other hosts
 """
 
 import asyncio
@@ -31,24 +31,27 @@ from prometheus_client import (
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from tpad_jax.errors import InputError
-from tpad_jax.serving.batching import Batcher, Overloaded
+from tpad_jax.serving.batching import Batcher, OverloadedError
 from tpad_jax.serving.pictures import Pictures
 from tpad_jax.serving.recommender import MAX_K, SIZES, Recommender
 
 PAGE = Path(__file__).with_name('demo.html')
 RETRY = {'Retry-After': '1'}  # seconds
-IMAGE_BYTES = 2**23  # of a new item's request, picture and words
-MOST_NEW = 10_000  # items a service takes
+IMAGE_BYTES = 2**23  # of a request that adds an item, picture and words
+MOST_NEW = 10_000  # items that a service adds
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for; more is refused with 413 or 422, too much at once with 503.
+    """Limits of a request. Larger ones are refused with 413 or 422, overload with 503.
 
     Attributes:
-      k: items of a list. sessions: of a request. length: items of a session.
-      body: bytes of a request for lists. seconds: until a request is given up.
+      k: items of a list.
+      sessions: sessions of a request.
+      length: items of a session.
+      body: bytes of a request for lists.
+      seconds: seconds until a request is refused.
       waiting: sessions that wait for the device.
     """
 
@@ -62,7 +65,7 @@ class Limits:
 
 @dataclass
 class Count:
-    """Requests that were taken and those whose answer was sent to its end; see `Guard`."""
+    """Counts requests accepted and requests answered completely; see `Guard`."""
 
     accepted: int = 0
     answered: int = 0
@@ -71,12 +74,15 @@ class Count:
 
 def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_items: bool = True,
         added: str = '', count: Count | None = None):
-    """The ASGI app.
+    """Build the ASGI app. It can be mounted under a prefix of another app.
 
     Args:
-      shop: answers. workdir: of its run, for pictures. limits: see there.
-      new_items: whether POST /items is there at all. added: file that keeps them, or ''.
-      count: kept up to date; `stopping` makes /ready answer 503.
+      shop: the recommender.
+      workdir: directory of its run, for pictures.
+      limits: limits of a request.
+      new_items: whether POST /items exists.
+      added: file that stores the added items, or ''.
+      count: updated with every request; `stopping` makes /ready answer 503.
     """
     count = count or Count()
     most_k = min(limits.k, MAX_K, shop.trained)
@@ -84,20 +90,30 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     pictures = Pictures(workdir)
     adding = asyncio.Lock()
 
+    starting = asyncio.Lock()
+
+    async def batcher():
+        # A mounted app gets no lifespan events: the first request starts it then.
+        async with starting:
+            if made.state.batcher is None:
+                batcher = Batcher(shop, most_k, limits.waiting, metrics.called)
+                await batcher.start()
+                made.state.batcher = batcher
+        return made.state.batcher
+
     @asynccontextmanager
-    async def lifespan(own):
-        own.state.batcher = Batcher(shop, most_k, limits.waiting, metrics.called)
-        await own.state.batcher.start()
+    async def lifespan(_):
+        await batcher()
         yield
-        await own.state.batcher.close()
+        await made.state.batcher.close()
 
     made = FastAPIOffline(
         title='tpad_jax', version='1', lifespan=lifespan, redoc_url=None,
         description=f'{shop.model} of {workdir.name}: {shop.trained} items.')
-    made.state.metrics = metrics
+    made.state.metrics, made.state.batcher = metrics, None
 
     class Ask(BaseModel):
-        """Sessions in the order of time, and how many items each is to get."""
+        """Sessions in the order of time, and the length of each list."""
 
         model_config = ConfigDict(extra='forbid')
         sessions: Annotated[list[Annotated[list[Id], Field(max_length=limits.length)]],
@@ -106,55 +122,55 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
 
     @made.post('/recommend', response_model=Answers, responses=REFUSED)
     async def recommend(ask: Ask):
-        """The K items most likely to follow each session.
+        """Return the K items most likely to follow each session.
 
-        Unknown ids are left out and named; a session of which nothing is left (`empty`) gets the
-        items with most events and no scores.
+        Unknown ids are dropped and listed. A session without a known item (`empty`) gets the items
+        with most events and no scores.
         """
         table = shop.table
         rows, unknown = shop.rows(ask.sessions, table)
         metrics.sessions.inc(len(rows))
-        items, scores = await made.state.batcher.ask(rows, ask.k)
-        ids = shop.ids  # of all that the device may have known
+        items, scores = await (await batcher()).ask(rows, ask.k)
+        ids = shop.ids  # includes items added since
         return JSONResponse({'answers': [
-            {'items': [ids[n] for n in own], 'scores': None if not row[0] else found,
+            {'items': [ids[n] for n in best], 'scores': None if not row[0] else values,
              'unknown': names, 'empty': not row[0]}
-            for own, found, names, row in zip(items.tolist(), scores.tolist(), unknown,
+            for best, values, names, row in zip(items.tolist(), scores.tolist(), unknown,
                                               rows.tolist(), strict=True)]})
 
     if new_items:
         @made.post('/items', status_code=201, response_model=Item, responses={
-            409: {'model': Refusal, 'description': 'There is such an item.'}, **REFUSED})
+            409: {'model': Refusal, 'description': 'The item exists.'}, **REFUSED})
         async def add(
-                id: Annotated[Id, Form()], title: Words = '', brand: Words = '',
+                item_id: Annotated[Id, Form(alias='id')], title: Words = '', brand: Words = '',
                 category: Words = '', description: Words = '', text: Words = '',
                 price: Annotated[float | None, Form(ge=0, lt=1e12, allow_inf_nan=False)] = None,
                 image: Annotated[UploadFile | None, File()] = None):
-            """A new item by its picture, its words, or both; the first one loads the MLLM."""
-            item = {'id': id, 'title': title, 'brand': brand, 'category': category,
+            """Add an item by its picture, its words, or both; the first one loads the MLLM."""
+            item = {'id': item_id, 'title': title, 'brand': brand, 'category': category,
                     'description': description, 'price': price,
                     'image': await image.read() if image else None}
             if text:
                 item['text'] = text
             async with adding:
-                if id in shop.table.number:
-                    raise HTTPException(409, f'there is an item {id!r} already')
+                if item_id in shop.table.number:
+                    raise HTTPException(409, f'item id {item_id!r} exists')
                 if len(shop.ids) - 1 - shop.trained >= MOST_NEW:
-                    raise InputError(f'{MOST_NEW} items were added, and no more are taken; train '
-                                     'the run anew')
+                    raise InputError(f'{MOST_NEW} items were added, which is the limit. Fix: train '
+                                     'the run again')
                 await asyncio.to_thread(shop.add_items, [item])
                 if added:
                     await asyncio.to_thread(shop.save_added, added)
             if item['image']:
-                await asyncio.to_thread(pictures.add, id, item['image'])
+                await asyncio.to_thread(pictures.add, item_id, item['image'])
             metrics.added.inc()
-            number = shop.table.number[id]
-            return {'id': id, 'title': shop.titles[number], 'number': number}
+            number = shop.table.number[item_id]
+            return {'id': item_id, 'title': shop.titles[number], 'number': number}
 
     @made.get('/items', response_model=Items, responses=REFUSED)
     async def items(offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
                     limit: Annotated[int, Query(ge=1, le=200)] = 24):
-        """Items by their numbers, those that were added last."""
+        """List items by row; added items come last."""
         ids, titles = shop.ids, shop.titles
         numbers = range(1 + offset, min(1 + offset + limit, len(ids)))
         return {'total': len(ids) - 1, 'items': [
@@ -163,29 +179,30 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     @made.get('/items/image', responses={200: {'content': {'image/*': {}}},
                                          404: {'model': Refusal}, **REFUSED},
               response_class=Response)
-    async def image(id: Annotated[Id, Query()]):
-        """An item's picture."""
-        number = shop.table.number.get(id)
-        found = None if number is None else await asyncio.to_thread(pictures.get, id, number)
-        if found is None:
+    async def image(item_id: Annotated[Id, Query(alias='id')]):
+        """Return the picture of an item."""
+        number = shop.table.number.get(item_id)
+        picture = None if number is None else await asyncio.to_thread(pictures.get, item_id, number)
+        if picture is None:
             raise HTTPException(404, 'there is no such picture')
-        return Response(found[0], media_type=found[1], headers={'Cache-Control': 'max-age=3600'})
+        return Response(picture[0], media_type=picture[1],
+                        headers={'Cache-Control': 'max-age=3600'})
 
     @made.get('/health')
     async def health() -> dict:
-        """Whether the process lives."""
+        """Report that the process is alive."""
         return {'status': 'alive'}
 
     @made.get('/ready', responses={503: {'model': Refusal}})
     async def ready() -> dict:
-        """Whether requests should be sent here: not yet, or not any more, is 503."""
+        """Report whether to send requests here; 503 before the start and while stopping."""
         if count.stopping:
             raise HTTPException(503, 'stopping', RETRY)
         return {'status': 'ready', 'items': len(shop.ids) - 1}
 
     @made.get('/metrics', response_class=Response, responses={200: {'content': {'text/plain': {}}}})
     async def prometheus():
-        """For Prometheus."""
+        """Return the metrics for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @made.get('/', include_in_schema=False)
@@ -194,25 +211,25 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
 
     @made.exception_handler(RequestValidationError)
     async def invalid(request, error):
-        # what was sent is not sent back: it may be no text that can be
-        said = '; '.join(f'{".".join(map(str, one["loc"]))}: {one["msg"]}'
-                         for one in error.errors()[:3])
-        return _refusal(422, said.encode(errors='replace').decode())
+        # The answer does not repeat the request, whose text may not be encodable.
+        detail = '; '.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}'
+                           for x in error.errors()[:3])
+        return _refusal(422, detail.encode(errors='replace').decode())
 
     @made.exception_handler(InputError)
     async def unusable(request, error):
         return _refusal(422, str(error).encode(errors='replace').decode())
 
-    @made.exception_handler(Overloaded)
+    @made.exception_handler(OverloadedError)
     async def overloaded(request, error):
         metrics.overloaded.inc()
-        return _refusal(503, 'too much waits for the device; ask again', RETRY)
+        return _refusal(503, 'too many sessions wait for the device; repeat the request', RETRY)
 
     return Guard(made, limits, metrics, count)
 
 
 class Refusal(BaseModel):
-    """Why a request is not answered."""
+    """The reason why a request is refused."""
 
     detail: str
 
@@ -227,7 +244,7 @@ class Answer(BaseModel):
 
 
 class Answers(BaseModel):
-    """A list for each session."""
+    """One list per session."""
 
     answers: list[Answer]
 
@@ -241,46 +258,51 @@ class Item(BaseModel):
 
 
 class Items(BaseModel):
-    """A part of the catalogue, and how many items it has."""
+    """A part of the catalogue, and its number of items."""
 
     total: int
     items: list[Item]
 
 
 Words = Annotated[str, Form(max_length=2**14)]
-REFUSED = {422: {'model': Refusal, 'description': 'Not as described.'},
+REFUSED = {422: {'model': Refusal, 'description': 'Invalid request.'},
            400: {'model': Refusal, 'description': 'The body cannot be read.'},
            413: {'model': Refusal, 'description': 'The body is too large.'},
-           503: {'model': Refusal, 'description': 'Too much at once; see Retry-After.'}}
+           503: {'model': Refusal, 'description': 'OverloadedError; see Retry-After.'}}
 
 
 class Metrics:
-    """What /metrics tells."""
+    """The metrics of the service."""
 
     def __init__(self):
-        self.registry = own = CollectorRegistry()
-        ProcessCollector(registry=own)
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         self.requests = Counter('tpad_requests', 'Requests answered.', ('path', 'status'),
-                                registry=own)
+                                registry=registry)
         self.seconds = Histogram('tpad_request_seconds', 'From a request to its answer.', ('path',),
-                                 registry=own, buckets=(.001, .002, .005, .01, .02, .05, .1, .2,
-                                                        .5, 1, 2, 5, 10))
-        self.rows = Histogram('tpad_call_sessions', 'Sessions of a device call.', registry=own,
+                                 registry=registry,
+                                 buckets=(.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10))
+        self.rows = Histogram('tpad_call_sessions', 'Sessions of a device call.', registry=registry,
                               buckets=SIZES)
         self.waiting = Gauge('tpad_waiting_sessions', 'Sessions that wait for the device.',
-                             registry=own)
-        self.sessions = Counter('tpad_sessions', 'Sessions asked for.', registry=own)
-        self.added = Counter('tpad_added_items', 'Items added.', registry=own)
-        self.overloaded = Counter('tpad_overloaded', 'Requests refused by 503.', registry=own)
+                             registry=registry)
+        self.sessions = Counter('tpad_sessions', 'Sessions asked for.', registry=registry)
+        self.added = Counter('tpad_added_items', 'Items added.', registry=registry)
+        self.overloaded = Counter('tpad_overloaded', 'Requests refused by 503.', registry=registry)
 
     def called(self, rows, waiting):
-        """A device call of so many sessions, while so many wait."""
+        """Record a device call.
+
+        Args:
+          rows: its number of sessions.
+          waiting: number of sessions that wait.
+        """
         self.rows.observe(rows)
         self.waiting.set(waiting)
 
 
 class Guard:
-    """Around the app: bodies and times are bounded, requests counted and measured.
+    """Wraps the app: bounds bodies and times, counts and measures requests.
 
     Attributes:
       count: of requests, see `Count`.
@@ -292,13 +314,15 @@ class Guard:
                        '/', '/docs', '/openapi.json'}
 
     async def __call__(self, scope, receive, send):
-        """ASGI."""
+        """Handle one ASGI event."""
         if scope['type'] != 'http':
             await self._inner(scope, receive, send)
             return
         begun, status = time.perf_counter(), None
         self.count.accepted += 1
-        most = IMAGE_BYTES if scope['path'] == '/items' else self._limits.body
+        # below a prefix of another app or of a proxy, a path begins with that prefix
+        route = scope['path'].removeprefix(scope.get('root_path', '')) or '/'
+        most = IMAGE_BYTES if route == '/items' else self._limits.body
         size = 0
 
         async def bounded():
@@ -306,7 +330,7 @@ class Guard:
             message = await receive()
             size += len(message.get('body', b''))
             if size > most:
-                raise TooLarge
+                raise TooLargeError
             return message
 
         async def sent(message):
@@ -317,32 +341,33 @@ class Guard:
             if message['type'] == 'http.response.body' and not message.get('more_body'):
                 self.count.answered += 1
 
-        async def refuse(code, said, headers=None):
+        async def refuse(code, detail, headers=None):
             if status is None:
-                await _refusal(code, said, headers)(scope, receive, sent)
+                await _refusal(code, detail, headers)(scope, receive, sent)
 
-        # a new item's MLLM may have to be loaded first
-        seconds = None if scope['path'] == '/items' else self._limits.seconds
+        # the first new item loads the MLLM
+        seconds = None if route == '/items' else self._limits.seconds
         try:
             length = dict(scope['headers']).get(b'content-length', b'0')
             if length.isdigit() and int(length) > most:
-                raise TooLarge
+                raise TooLargeError
             async with asyncio.timeout(seconds):
                 await self._inner(scope, bounded, sent)
-        except TooLarge:
-            await refuse(413, f'a body of at most {most} bytes is read', {'Connection': 'close'})
+        except TooLargeError:
+            await refuse(413, f'the body is too large. Expected at most {most} bytes',
+                         {'Connection': 'close'})
         except TimeoutError:
             self._metrics.overloaded.inc()
             await refuse(503, f'not answered within {seconds:g} s', RETRY)
         finally:
-            path = scope['path'] if scope['path'] in self._paths else 'other'
+            path = route if route in self._paths else 'other'
             self._metrics.requests.labels(path, status).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
 
-class TooLarge(Exception):
-    """A body has more bytes than are read."""
+class TooLargeError(Exception):
+    """A body has too many bytes."""
 
 
-def _refusal(code, said, headers=None):
-    return JSONResponse({'detail': said}, code, headers)
+def _refusal(code, detail, headers=None):
+    return JSONResponse({'detail': detail}, code, headers)

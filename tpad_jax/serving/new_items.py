@@ -1,7 +1,7 @@
-"""Items that were not there when a run was trained: read as the catalogue's items were.
+"""New items of a finished run, read as the items of its catalogue were.
 
-The run's own base and adapters read picture and text, the distilling side makes r of them, and the
-recommender's fusion a vector z, as of a cold item. Only here is an MLLM loaded.
+The run's base and adapters read picture and text, the distilled reader computes r, and the
+recommender's fusion computes z as for a cold item. No other serving module loads an MLLM.
 """
 
 import copy
@@ -30,53 +30,57 @@ MAX_TEXT = 2**16  # characters of a field
 
 
 class Reader:
-    """New items -> their vectors. Loads the MLLM when it is made.
+    """Computes the vectors of new items. The constructor loads the MLLM.
 
     Args:
-      kept: of the run. base: directory of its base or checkpoint, where that lies elsewhere now.
+      served: the artefact of the run.
+      base: directory of the run's base or checkpoint, if it moved.
 
     Raises:
-      InputError: the run has no MLLM, its base is not there or is another one, or its recommender
-        reads features that no MLLM makes.
+      InputError: the run has no MLLM, its base is missing or differs, or its recommender reads
+        features that an MLLM does not compute.
     """
 
-    def __init__(self, kept: artifact.Served, base: str = ''):
-        about, self._kept = kept.about, kept
+    def __init__(self, served: artifact.Served, base: str = ''):
+        about, self._served = served.about, served
         if about['mllm'] is None:
-            raise InputError(f'{kept.directory}: the run is of item ids alone, without pictures '
-                             'and texts: nothing can be said of a new item')
-        self._rows = sorted({name for spec in kept.specs for name in spec.recommend})
+            raise InputError(f'{served.directory}: the run has item ids only, no pictures or '
+                             'texts, so it cannot read a new item')
+        self._rows = sorted({name for spec in served.specs for name in spec.recommend})
         if not set(self._rows) <= {'k', 'r'}:
-            raise InputError(f'{kept.directory}: the recommender reads the features '
-                             f'{", ".join(self._rows)}, and a new item has only those an MLLM '
-                             'makes, k and r')
+            raise InputError(f'{served.directory}: the recommender reads the features '
+                             f'{", ".join(self._rows)}. Expected k or r, which the MLLM computes '
+                             'for a new item')
         mllm = copy.deepcopy(about['mllm'])
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
         try:
-            found = bases.read(ConfigDict({'mllm': mllm, 'model': about['models'][0]}))
+            base = bases.read(ConfigDict({'mllm': mllm, 'model': about['models'][0]}))
         except InputError as error:
-            raise InputError(f'the base that the run was made with cannot be read ({error}); say '
-                             'where it lies now by base=DIR') from error
-        if found.fingerprint != about['base']:
-            raise InputError(f'{found.directory} is another base than the run was made with; say '
-                             'where that lies by base=DIR')
-        self._specs = tuple(artifact.spec_of(about, i, found.module)
-                            for i in range(len(kept.specs)))
-        self._side, self._length = found.image_size, mllm['text_length']
-        own = kept.directory / artifact.TOKENIZER
-        self._tokenizer = own if mllm['tokenizer'] else found.directory
-        params = artifact.reader_params(kept)
+            raise InputError(f'the base of the run cannot be read ({error}). Fix: give its '
+                             'directory, base=DIR') from error
+        if base.fingerprint != about['base']:
+            raise InputError(f'{base.directory} is not the base of the run. Fix: give its '
+                             'directory, base=DIR')
+        self._specs = tuple(artifact.spec_of(about, i, base.module)
+                            for i in range(len(served.specs)))
+        self._side, self._length = base.image_size, mllm['text_length']
+        own = served.directory / artifact.TOKENIZER
+        self._tokenizer = own if mllm['tokenizer'] else base.directory
+        params = artifact.reader_params(served)
         if not any(path.startswith('base/') for path in params):
-            shapes = {} if isinstance(found.module, VLM) else bases.shapes_of(
-                self._specs[0].knowledge, found.image_size)
-            params = flatten_dict({'base': found.load(shapes)['base']}, sep='/') | params
+            shapes = {} if isinstance(base.module, VLM) else bases.shapes_of(
+                self._specs[0].knowledge, base.image_size)
+            params = flatten_dict({'base': base.load(shapes)['base']}, sep='/') | params
         self._params = jax.device_put(unflatten_dict(params, sep='/'))
-        self._recommenders = jax.device_put(tuple(params for params, _ in kept.weights))
+        self._recommenders = jax.device_put(tuple(params for params, _ in served.weights))
         self._read = compiled(self._vectors)
 
     def __call__(self, items: Sequence[dict]) -> np.ndarray:
-        """Vectors float32 [n, D] of items as `serving.Recommender.add_items` takes them.
+        """Return vectors float32 [n, D] of new items.
+
+        Args:
+          items: as for `recommender.Recommender.add_items`.
 
         Raises:
           InputError: an item has neither text nor picture, an unknown field, or a picture that
@@ -87,14 +91,14 @@ class Reader:
         image = np.stack([pixels for _, pixels, _ in content])
         seen = np.array([there for _, _, there in content])
         side = self._sides(items)
-        found = []
+        vectors = []
         for begin in range(0, len(items), ROWS):
             part = slice(begin, begin + ROWS)
             size = len(tokens[part])
             given = (np.pad(x[part], ((0, ROWS - size), *((0, 0),) * (x.ndim - 1)), mode='edge')
                      for x in (image, seen, tokens, side))
-            found.append(np.asarray(self._read(self._params, self._recommenders, *given))[:size])
-        z = np.concatenate(found)
+            vectors.append(np.asarray(self._read(self._params, self._recommenders, *given))[:size])
+        z = np.concatenate(vectors)
         broken = np.flatnonzero(~np.isfinite(z).all(axis=1))
         if len(broken):
             raise FloatingPointError(f'the vector of item {items[broken[0]]["id"]} is not finite')
@@ -106,44 +110,45 @@ class Reader:
         for name in self._rows:
             rows[name] = reads[name](self._specs[0], params, image=image, has_image=seen,
                                      tokens=tokens).astype(jnp.float32)
-        ids = jnp.zeros(len(image), jnp.int32)  # it has no embedding of its own: the cold items'
+        ids = jnp.zeros(len(image), jnp.int32)  # the cold items' shared embedding
         catalogue = {'warm': jnp.zeros(1, bool), 'side': side}
-        found = []
-        for spec, own in zip(self._specs, recommenders, strict=True):
+        parts = []
+        for spec, params in zip(self._specs, recommenders, strict=True):
             features = [tpad.flat(rows[name][None])[0] for name in spec.recommend]
-            z = spec.fusion.apply({'params': own['recommender']['fusion']}, ids,
+            z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids,
                                   jnp.zeros(len(ids), bool), features, catalogue['side'])
-            found.append(tpad.unit(z) if spec.normalise else z)
-        return jnp.concatenate(found, axis=1)
+            parts.append(tpad.unit(z) if spec.normalise else z)
+        return jnp.concatenate(parts, axis=1)
 
     def _content(self, item):
-        """Text, pixels and whether there are some."""
+        """Return text, pixels and whether there is a picture."""
         words = item.get('text')
         if words is None:
-            words = text.joined(item.get(name) for name in self._kept.about['words'])
+            words = text.joined(item.get(name) for name in self._served.about['words'])
         data = item.get('image')
         if isinstance(data, str | Path):
             reason = images.unusable(Path(data), Path(data).parent)
             if reason is not None:
-                raise InputError(f'item {item["id"]}: {data} is not read ({reason}); give a JPEG, '
-                                 'PNG, WebP or GIF file')
+                raise InputError(f'item {item["id"]}: {data} is not read ({reason}). Fix: give a '
+                                 'JPEG, PNG, WebP or GIF file')
             data = Path(data).read_bytes()
         if data and len(data) > images.MAX_BYTES:
-            raise InputError(f'item {item["id"]}: its picture has {len(data):,} bytes, and '
-                             f'{images.MAX_BYTES:,} are read; give a smaller one')
+            raise InputError(f'item {item["id"]}: its picture has {len(data):,} bytes. Expected at '
+                             f'most {images.MAX_BYTES:,}. Fix: give a smaller picture')
         if not data:
             if not words.strip():
-                raise InputError(f'item {item["id"]} has neither a text nor a picture; give one')
+                raise InputError(f'item {item["id"]} has neither a text nor a picture. Fix: give '
+                                 'at least one')
             return words, np.zeros((self._side, self._side, 3), np.uint8), False
         with images.quiet():
             pixels = images.read(bytes(data), self._side)
         if isinstance(pixels, images.Reason):
-            raise InputError(f'item {item["id"]}: its picture cannot be used ({pixels}); give a '
-                             'whole JPEG, PNG, WebP or GIF')
+            raise InputError(f'item {item["id"]}: its picture cannot be used ({pixels}). Fix: give '
+                             'a complete JPEG, PNG, WebP or GIF file')
         return words, pixels, True
 
     def _sides(self, items):
-        vocabulary, width = self._kept.about['vocabulary'], len(self._kept.about['side_sizes'])
+        vocabulary, width = self._served.about['vocabulary'], len(self._served.about['side_sizes'])
         if not vocabulary:
             return np.zeros((len(items), width), np.int32)
         table = pl.DataFrame({
@@ -154,30 +159,31 @@ class Reader:
 
 
 def checked(items: Sequence[dict], words: Sequence[str]) -> None:
-    """Refuse items that are no items, before anything is loaded.
+    """Refuse malformed items before anything is loaded.
 
     Args:
-      items: as `serving.Recommender.add_items` takes them. words: fields that make a text.
+      items: as for `recommender.Recommender.add_items`.
+      words: fields that make a text.
 
     Raises:
-      InputError: one is no dict with an id, or has an unknown or an unusable field.
+      InputError: an item is not a dict with an id, or has an unknown or an unusable field.
     """
     fields = FIELDS.union(words)
     for number, item in enumerate(items):
         name = item.get('id') if isinstance(item, dict) else None
         if not isinstance(name, str) or not name or len(name) > MAX_TEXT:
-            raise InputError(f'new item {number} has no id; give a dict with a text "id"')
+            raise InputError(f'new item {number} has no id. Expected a dict with a text "id"')
         unknown = sorted(map(str, item.keys() - fields))
         if unknown:
-            raise InputError(f'item {name} has the field {unknown[0]!r}; known are '
+            raise InputError(f'item {name} has the field {unknown[0]!r}. Expected '
                              f'{", ".join(sorted(fields))}')
         for field in item.keys() - {'image', 'price'}:
             if isinstance(item[field], str) and len(item[field]) > MAX_TEXT:
                 raise InputError(f'item {name}: {field} has more than {MAX_TEXT} characters')
         if not isinstance(item.get('text'), str | None):
-            raise InputError(f'item {name}: its text is no text')
+            raise InputError(f'item {name}: its text is not a text')
         if not isinstance(item.get('image'), bytes | bytearray | str | Path | None):
             raise InputError(f'item {name}: its image is neither bytes nor a path')
         price = item.get('price')
         if price is not None and not (isinstance(price, int | float) and 0 <= price < 1e12):
-            raise InputError(f'item {name}: its price {price!r} is no number from 0 on')
+            raise InputError(f'item {name}: its price {price!r} is not a number from 0 on')

@@ -1,4 +1,4 @@
-"""Pictures of a run's items, for a page: their files, else the pixels that the MLLM read."""
+"""Pictures of a run's items for the demo page: their files, else the pixels the MLLM read."""
 
 import io
 import json
@@ -9,20 +9,20 @@ from PIL import Image
 
 from tpad_jax.data import images
 
-DECODED = 1  # an outcome of data/pipeline.py
+DECODED = 1  # an outcome of data/catalogue.py
 ENDINGS = {'.jpg': 'image/jpeg', '.png': 'image/png'}
-SIDE = 128  # pixels that the picture of an added item is kept at
+SIDE = 128  # pixels, both sides of the stored picture of an added item
 
 
 class Pictures:
-    """Bytes and media type of an item's picture.
+    """Bytes and media type of an item's picture, read on demand.
 
     Args:
-      workdir: of the run. Nothing is read before a picture is asked for.
+      workdir: directory of the run.
     """
 
     def __init__(self, workdir: Path):
-        self._folder, self._pixels, self._there, self._added = None, None, None, {}
+        self._folder, self._pixels, self._outcome, self._added = None, None, None, {}
         try:
             raw = json.loads((workdir / 'config.json').read_text())['config']['data']['raw_dir']
         except (OSError, ValueError, KeyError, TypeError):
@@ -33,14 +33,24 @@ class Pictures:
         self._files = [(p.with_name(p.name.replace('.outcome', '')), p) for p in outcomes][:1]
 
     def add(self, name: str, data: bytes) -> None:
-        """Keep a picture of an item that was added, made small."""
+        """Store a small picture of an added item.
+
+        Args:
+          name: id of the item.
+          data: bytes of the picture.
+        """
         with images.quiet():
             pixels = images.decode(data, SIDE)
         if pixels is not None:
             self._added[name] = _png(pixels)
 
     def get(self, name: str, number: int) -> tuple[bytes, str] | None:
-        """The picture of item `name`, which has this number; None where there is none."""
+        """Return (bytes, media type) of an item's picture, or None.
+
+        Args:
+          name: id of the item.
+          number: its row.
+        """
         if name in self._added:
             return self._added[name], 'image/png'
         for ending, media in ENDINGS.items() if self._folder else ():
@@ -50,9 +60,9 @@ class Pictures:
         if not self._files:
             return None
         if self._pixels is None:
-            self._pixels, self._there = (np.load(file, mmap_mode='r', allow_pickle=False)
+            self._pixels, self._outcome = (np.load(file, mmap_mode='r', allow_pickle=False)
                                          for file in self._files[0])
-        if number >= len(self._pixels) or self._there[number] != DECODED:
+        if number >= len(self._pixels) or self._outcome[number] != DECODED:
             return None
         return _png(self._pixels[number]), 'image/png'
 

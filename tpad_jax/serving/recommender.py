@@ -1,30 +1,30 @@
 """A finished run as an object that recommends: `tpad_jax.load(workdir)`.
 
-What it answers is what evaluation ranked: the model that validation chose, every item of the
-catalogue scored, ties by item. No MLLM runs and none is loaded until a new item comes.
+Its lists are the ones that evaluation ranked: by the model that validation chose, over every item
+of the catalogue, ties by item. The MLLM is loaded only when the first new item is added.
 """
 
 import json
-import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from tpad_jax.core import files
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
 from tpad_jax.serving import artifact, topk
 
-SIZES = 1, 16, 256  # rows of a compiled call: the least that holds what is asked
-MAX_K = 1000
+SIZES = 1, 16, 256  # rows of a compiled call; the smallest that is large enough is used
+MAX_K = 1000  # items of a list at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +32,11 @@ class Recommended:
     """The first K items of S sessions.
 
     Attributes:
-      items: S lists of K item ids, best first. scores: float32 [S, K], higher is better, to be
-        compared within a session; NaN where `empty`.
-      unknown: S lists of the ids that were dropped because no item has them.
-      empty: bool [S], nothing was left of the session: its list is of the items with most events in
-        the training sessions, the same for all.
+      items: S lists of K item ids, best first.
+      scores: float32 [S, K]. Higher is better; comparable within a session. NaN where `empty`.
+      unknown: S lists of ids that are not in the catalogue and were dropped.
+      empty: bool [S]. The session has no known item; its list holds the items with most events in
+        the training sessions.
     """
 
     items: list[list[str]]
@@ -46,63 +46,81 @@ class Recommended:
 
 
 class Table(NamedTuple):
-    """The catalogue of a moment; it is replaced whole, never changed."""
+    """The catalogue at one moment.
 
-    z: jax.Array  # [rows, D], rows a multiple of topk.CHUNK
-    weights: tuple
+    Its lists and its index are shared with later tables and only grow, so an older table stays
+    valid: rows from `count` on are not its own.
+
+    Attributes:
+      count: rows in use; row 0 is not an item.
+      ids: item ids by row; [0] is ''.
+      titles: titles by row; [0] is ''.
+      number: {id: row}.
+      popular: int32 [at most MAX_K], rows by training events, most first.
+    """
+
+    count: int
     ids: list[str]
     titles: list[str]
     number: dict[str, int]
-    popular: np.ndarray  # items by their events
+    popular: np.ndarray
 
 
 class Recommender:
-    """See `load`. All methods may be called from several threads.
+    """A finished run that recommends; see `load`. All methods are thread-safe.
 
     Attributes:
-      model: name of the model in results.json. max_length: items of a session that count, its last.
-      trained: number of items the run knew; those above it were added.
+      model: name of the model in results.json.
+      max_length: number of items of a session that count, its last ones.
+      trained: number of items of the run; items with higher rows were added.
     """
 
-    def __init__(self, kept: artifact.Served, base: str = ''):
-        self._kept, self._base, self._reader = kept, base, None
+    def __init__(self, served: artifact.Served, base: str = ''):
+        self._served, self._base, self._reader = served, base, None
         self._adding = threading.Lock()
-        self.model, self.max_length = kept.about['model'], kept.about['max_length']
-        self.trained = len(kept.ids) - 1
-        encode = session_encoder(kept.specs)
+        # An added item is written into z in place, so a call must not be dispatched meanwhile.
+        self._dispatching = threading.Lock()
+        self.model, self.max_length = served.about['model'], served.about['max_length']
+        self.trained = len(served.ids) - 1
+        encode = session_encoder(served.specs)
         self._encode = compiled(encode)
-        self._search = compiled(topk.searcher(encode, session_shifts(kept.specs)),
+        self._search = compiled(topk.searcher(encode, session_shifts(served.specs)),
                                 static_argnames='k')
-        popular = 1 + np.argsort(-kept.events[1:], kind='stable').astype(np.int32)
-        self._table = self._laid(kept.z, kept.ids, kept.titles, popular)
+        self._write = compiled(_written, donate_argnums=0)
+        self._vectors = []  # of added items, on the host
+        popular = 1 + np.argsort(-served.events[1:], kind='stable').astype(np.int32)
+        self._table = Table(len(served.ids), list(served.ids), list(served.titles),
+                            {name: row for row, name in enumerate(served.ids) if row},
+                            popular[:MAX_K])
+        self._z, self._weights = self._padded(served.z, served.weights, len(served.z))
 
     @property
     def table(self) -> Table:
-        """The catalogue as it is now; numbers of an earlier one stay what they are."""
+        """The catalogue at this moment."""
         return self._table
 
     @property
     def ids(self) -> list[str]:
-        """Item ids by number; [0] is '', no item."""
+        """Item ids by row; [0] is ''."""
         return self._table.ids
 
     @property
     def titles(self) -> list[str]:
-        """Titles by number; [0] is ''."""
+        """Titles by row; [0] is ''."""
         return self._table.titles
 
     def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20) -> Recommended:
-        """The K items most likely to follow each session.
+        """Return the K items most likely to follow each session.
 
         Items of the session itself are ranked like all others, as in evaluation.
 
         Args:
-          sessions: S lists of item ids in the order of time. Ids no item has are dropped and
-            reported; of a longer session the last `max_length` known ones count.
-          k: 1..min(MAX_K, number of items).
+          sessions: S lists of item ids in the order of time. Unknown ids are dropped and reported.
+            Of a longer session the last `max_length` known items count.
+          k: length of a list, from 1 to min(MAX_K, number of items).
 
         Raises:
-          InputError: k is out of bounds, or a session is no list of texts.
+          InputError: k is out of bounds, or a session is not a list of texts.
         """
         table = self._table
         rows, unknown = self.rows(sessions, table)
@@ -112,23 +130,39 @@ class Recommender:
                            rows[:, 0] == 0)
 
     def rows(self, sessions: Iterable[Sequence[str]], table=None) -> tuple[np.ndarray, list]:
-        """Item numbers int32 [S, N] of sessions, left aligned, 0 pads, and the unknown ids of each.
+        """Return item rows int32 [S, N] of sessions, left aligned and padded by 0, and unknown ids.
+
+        Args:
+          sessions: S lists of item ids.
+          table: the catalogue to read; the current one by default.
 
         Raises:
-          InputError: a session is no list of texts.
+          InputError: a session is not a list of texts.
         """
-        number, found, unknown = (table or self._table).number, [], []
+        table = table or self._table
+        rows, unknown = [], []
         for place, session in enumerate(sessions):
             if not isinstance(session, list | tuple) or not all(
                     isinstance(name, str) for name in session):
-                raise InputError(f'session {place} is no list of item ids (texts)')
-            known = [number[name] for name in session if name in number][-self.max_length:]
-            found.append(known + [0] * (self.max_length - len(known)))
-            unknown.append([name for name in session if name not in number])
-        return np.array(found, np.int32).reshape(-1, self.max_length), unknown
+                raise InputError(f'session {place} is not a list of item ids (texts)')
+            numbers = [table.number.get(name, table.count) for name in session]
+            known = [number for number in numbers if number < table.count][-self.max_length:]
+            rows.append(known + [0] * (self.max_length - len(known)))
+            unknown.append([name for name, number in zip(session, numbers, strict=True)
+                            if number >= table.count])
+        return np.array(rows, np.int32).reshape(-1, self.max_length), unknown
 
     def first(self, rows: np.ndarray, k: int, table=None) -> tuple[np.ndarray, np.ndarray]:
-        """`recommend` in numbers: rows int32 [S, N] -> items int32 and scores float32 [S, k]."""
+        """Recommend by rows: int32 [S, N] -> items int32 [S, k] and scores float32 [S, k].
+
+        Args:
+          rows: int32 [S, N]. Prefixes as `rows` returns them.
+          k: length of a list.
+          table: the catalogue to read; the current one by default.
+
+        Raises:
+          InputError: k is out of bounds.
+        """
         calls = list(self.begin(rows, k, table))
         if not calls:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
@@ -136,173 +170,212 @@ class Recommender:
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 
     def begin(self, rows: np.ndarray, k: int, table=None) -> Iterable:
-        """Send rows int32 [S, N] to the device and yield, per call, a function that waits for it.
+        """Dispatch rows int32 [S, N] to the device and yield, per call, a function that waits.
 
-        Each returns (items int32, scores float32) [s, k] of the next s rows. What is asked for
-        next is under way while the answers before are read.
+        Each function returns (items int32, scores float32) [s, k] of the next s rows. The next call
+        runs while the answers of the one before are read.
+
+        Args:
+          rows: int32 [S, N]. Prefixes as `rows` returns them.
+          k: length of a list.
+          table: the catalogue to read; the current one by default.
 
         Raises:
           InputError: k is out of bounds.
         """
         table = table or self._table
-        total = len(table.ids) - 1
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not (
-                1 <= k <= min(MAX_K, total)):
-            raise InputError(f'k={k!r}: a whole number from 1 to {min(MAX_K, total)} is needed; '
-                             f'there are {total} items, and {MAX_K} is the most')
+        most = min(MAX_K, table.count - 1)
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
+            raise InputError(f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}: '
+                             f'the catalogue has {table.count - 1} items, and a list at most '
+                             f'{MAX_K}')
         for begin in range(0, len(rows), SIZES[-1]):
             part = rows[begin:begin + SIZES[-1]]
-            scores, items = self._search(table.weights, table.z, np.int32(total + 1),
-                                         _filled(part), k=_ceil(k))
+            with self._dispatching:
+                scores, items = self._search(self._weights, self._z, np.int32(table.count),
+                                             _filled(part), k=_ceil(k))
             yield partial(_finish, part, items, scores, table.popular[:k])
 
     def embed_items(self, ids: Sequence[str] | None = None) -> np.ndarray:
-        """Item vectors z float32 [n, D], whose product with a session's is its score.
+        """Return item vectors z float32 [n, D]; their product with a session's vector is the score.
 
         Args:
-          ids: of items; None: of all, in the order of `ids[1:]`.
+          ids: item ids; None for all items, in the order of `ids[1:]`.
 
         Raises:
-          InputError: an id no item has.
+          InputError: an id is not in the catalogue.
         """
         table = self._table
+        with self._dispatching:
+            z = jnp.copy(self._z)  # what numpy reads must not be written to later
         if ids is None:
-            return np.asarray(table.z)[1:len(table.ids)]
-        absent = [name for name in ids if name not in table.number]
+            return np.asarray(z)[1:table.count]
+        absent = [name for name in ids if table.number.get(name, table.count) >= table.count]
         if absent:
-            raise InputError(f'{len(absent)} of {len(ids)} ids are of no item, {absent[0]!r} among '
-                             'them')
-        return np.asarray(table.z)[[table.number[name] for name in ids]]
+            raise InputError(f'{len(absent)} of {len(ids)} ids are not in the catalogue, '
+                             f'{absent[0]!r} among them')
+        return np.asarray(z)[[table.number[name] for name in ids]]
 
     def embed_sessions(self, sessions: Sequence[Sequence[str]]) -> np.ndarray:
-        """Session vectors h float32 [S, D]; the temperature is in them. NaN of an empty session.
+        """Return session vectors h float32 [S, D], temperature included; NaN for an empty session.
 
-        With config.model.repeats or .together some items moreover get a shift of their scores,
-        which no product of vectors says.
-        """
-        table = self._table
-        rows, _ = self.rows(sessions, table)
-        found = np.zeros((len(rows), table.z.shape[1]), np.float32)
-        for begin in range(0, len(rows), SIZES[-1]):
-            part = rows[begin:begin + SIZES[-1]]
-            found[begin:begin + len(part)] = np.asarray(
-                self._encode(table.weights, table.z, _filled(part)))[:len(part)]
-        found[rows[:, 0] == 0] = np.nan
-        return found
-
-    def add_items(self, items: Sequence[dict]) -> np.ndarray:
-        """Append new items to the catalogue, without training; from then on they are recommended.
-
-        They are cold items: read from picture and text as the catalogue's items were, without an
-        embedding of their own. The first call loads the MLLM. All are added, or none.
+        With config.model.repeats or .together the scores of some items also get a shift, which no
+        product of vectors contains.
 
         Args:
-          items: dicts of 'id'; 'image', the bytes of a JPEG, PNG, WebP or GIF file or its path;
-            and either 'text' or what the run made its texts of (title, brand, category and
-            description, for Amazon files). A picture or words may be missing, not both. Brand,
-            category and price (a number) are side features, too, where the run has them.
+          sessions: S lists of item ids.
+
+        Raises:
+          InputError: a session is not a list of texts.
+        """
+        rows, _ = self.rows(sessions)
+        vectors = np.zeros((len(rows), self._z.shape[1]), np.float32)
+        for begin in range(0, len(rows), SIZES[-1]):
+            part = rows[begin:begin + SIZES[-1]]
+            with self._dispatching:
+                h = self._encode(self._weights, self._z, _filled(part))
+            vectors[begin:begin + len(part)] = np.asarray(h)[:len(part)]
+        vectors[rows[:, 0] == 0] = np.nan
+        return vectors
+
+    def add_items(self, items: Sequence[dict]) -> np.ndarray:
+        """Add new items to the catalogue without training; they are recommended from then on.
+
+        New items are cold: picture and text are read as the catalogue's were, and there is no id
+        embedding. The first call loads the MLLM. Either all items are added or none.
+
+        Args:
+          items: dicts with 'id', with 'image' (the bytes of a JPEG, PNG, WebP or GIF file, or its
+            path), and with 'text' or the fields of the run's texts (title, brand, category and
+            description for Amazon files). Picture or words may be missing, not both. Brand,
+            category and price (a number) are also side features if the run has them.
 
         Returns:
           Their vectors, float32 [n, D].
 
         Raises:
-          InputError: an item is unusable, has an id that is there already, or the run cannot read
-            new items (see newcomers.Reader).
+          InputError: an item is unusable, its id exists, or the run cannot read new items (see
+            new_items.Reader).
         """
         with self._adding:
             return self._add(list(items))
 
     def _add(self, items):
-        from tpad_jax.serving import new_items  # here: only a new item needs what reads items
+        from tpad_jax.serving import new_items  # only a new item needs the encoders
 
-        new_items.checked(items, self._kept.about['words'])
+        new_items.checked(items, self._served.about['words'])
         names = [item['id'] for item in items]
-        table = self._table
         for place, name in enumerate(names):
-            if name in table.number or name in names[:place]:
-                raise InputError(f'there is an item {name!r} already; give another id')
+            if name in self._table.number or name in names[:place]:
+                raise InputError(f'item id {name!r} exists. Fix: choose another id')
         if not items:
-            return np.zeros((0, table.z.shape[1]), np.float32)
+            return np.zeros((0, self._z.shape[1]), np.float32)
         if self._reader is None:
-            self._reader = new_items.Reader(self._kept, self._base)
+            self._reader = new_items.Reader(self._served, self._base)
         vectors = self._reader(items)
         self._append(vectors, names, [_title(item) for item in items])
         return vectors
 
     def _append(self, vectors, names, titles):
+        """Write vectors into the free rows of z, in place, and publish a table that has them."""
         table = self._table
-        count, new = len(table.ids), np.arange(len(names), dtype=np.int32)
-        z = np.asarray(table.z)[:count]
-        self._table = self._laid(np.concatenate([z, vectors]), table.ids + names,
-                                 table.titles + titles,
-                                 np.concatenate([table.popular, count + new]))
+        rows = np.arange(table.count, table.count + len(names), dtype=np.int32)
+        with self._dispatching:
+            if rows[-1] >= len(self._z):
+                self._z, self._weights = self._padded(self._z, self._weights, rows[-1] + 1)
+            for begin in range(0, len(rows), SIZES[-1]):
+                part = slice(begin, begin + SIZES[-1])
+                # rows that only fill a call are out of range and dropped
+                self._z = self._write(self._z, _filled(rows[part], np.iinfo(np.int32).max),
+                                      _filled(vectors[part]))
+        self._vectors.append(vectors)
+        table.ids.extend(names)
+        table.titles.extend(titles)
+        table.number.update(zip(names, rows.tolist(), strict=True))
+        self._table = table._replace(
+            count=table.count + len(names),
+            popular=np.concatenate([table.popular, rows])[:MAX_K])
 
     def save_added(self, file) -> None:
-        """Leave the added items in a .safetensors file, for `restore_added` of a later process."""
-        table, first = self._table, self.trained + 1
-        about = {'ids': table.ids[first:], 'titles': table.titles[first:],
-                 'model': self._kept.about['digests'][artifact.MODEL]}
-        partial = Path(f'{file}.partial')
-        save_file({'vectors': np.asarray(table.z)[first:len(table.ids)]}, partial,
-                  {key: json.dumps(x) for key, x in about.items()})
-        os.replace(partial, file)
+        """Write the added items to a .safetensors file for `restore_added` of a later process.
+
+        Args:
+          file: path of the file.
+        """
+        first = self.trained + 1
+        about = {'ids': self._table.ids[first:], 'titles': self._table.titles[first:],
+                 'model': self._served.about['digests'][artifact.MODEL]}
+        vectors = np.concatenate([np.zeros((0, self._z.shape[1]), np.float32), *self._vectors])
+        with files.replacing(file) as partial_file:
+            save_file({'vectors': vectors}, partial_file,
+                      {key: json.dumps(x) for key, x in about.items()})
 
     def restore_added(self, file) -> None:
-        """Append what `save_added` left; nothing is read anew.
+        """Add the items that `save_added` wrote, without reading any again.
+
+        Args:
+          file: path of the file.
 
         Raises:
-          InputError: the file is damaged, of another run, or names an item that is there already.
+          InputError: the file is damaged, is of another run, or names an item that exists.
         """
         try:
             with safe_open(file, framework='np') as tensors:
                 about = {key: json.loads(x) for key, x in tensors.metadata().items()}
                 vectors = tensors.get_tensor('vectors')
             ids, titles = about['ids'], about['titles']
-            if vectors.shape != (len(ids), self._table.z.shape[1]) or len(titles) != len(ids):
+            if vectors.shape != (len(ids), self._z.shape[1]) or len(titles) != len(ids):
                 raise ValueError(f'{list(vectors.shape)} vectors for {len(ids)} ids')
         except artifact.UNREADABLE as error:
-            raise InputError(f'{file} holds no added items ({type(error).__name__}: {error}); '
-                             'name another file, or delete it and add them again') from error
-        if about['model'] != self._kept.about['digests'][artifact.MODEL]:
-            raise InputError(f'{file} holds items that were read for another run; name its own')
+            raise InputError(f'{file} does not hold added items ({type(error).__name__}: {error}). '
+                             'Fix: name another file, or delete it and add the items again'
+                             ) from error
+        if about['model'] != self._served.about['digests'][artifact.MODEL]:
+            raise InputError(f'{file} holds items of another run. Fix: name a file of this run')
         with self._adding:
-            if ids and not self._table.number.keys().isdisjoint(ids):
-                raise InputError(f'{file} names items that are there already')
+            if not self._table.number.keys().isdisjoint(ids):
+                raise InputError(f'{file} names items that exist. Fix: restore it only once')
             if ids:
                 self._append(vectors, ids, titles)
 
-    def _laid(self, z, ids, titles, popular):
-        """A table with room up to the next whole chunk: a new item most often compiles nothing."""
-        room = topk.rounded(len(z)) - len(z)
-        z = np.pad(z, ((0, room), (0, 0)))
-        weights = tuple((params, {name: np.pad(x, ((0, len(z) - len(x)), (0, 0)))
-                                  for name, x in near.items()})
-                        for params, near in self._kept.weights)
-        number = {name: n for n, name in enumerate(ids) if n}
-        return Table(jax.device_put(z), jax.device_put(weights), ids, titles, number, popular)
+    @staticmethod
+    def _padded(z, weights, count):
+        """Arrays with room up to a whole chunk, so that most new items compile nothing."""
+        length = topk.rounded(count)
+
+        def fill(x):
+            return jnp.pad(x, ((0, length - len(x)), (0, 0)))
+
+        return fill(z), tuple((jax.device_put(params), {name: fill(x) for name, x in near.items()})
+                              for params, near in weights)
 
 
 def load(workdir, *, base: str = '') -> Recommender:
-    """Read a finished run for recommending; no MLLM and none of the raw data is read.
+    """Read a finished run for recommending, without an MLLM and without the raw data.
 
     Args:
-      workdir: of the run. base: where its MLLM's directory lies, if it was moved since; only new
-        items need it.
+      workdir: directory of the run.
+      base: directory of the run's MLLM if it moved; only new items need it.
 
     Raises:
-      InputError: no such run, one that is not finished or has no recommender, or a damaged file.
+      InputError: there is no such run, it is unfinished or has no recommender, or a file is
+        damaged.
     """
     return Recommender(artifact.read(workdir), base)
 
 
-def _filled(rows):
-    """Rows up to one of SIZES, so that few shapes are ever compiled."""
-    size = next(size for size in SIZES if size >= len(rows))
-    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
+def _written(z, at, vectors):
+    return z.at[at].set(vectors, mode='drop')
+
+
+def _filled(x, value=0):
+    """Rows padded to one of SIZES, so that few shapes are compiled."""
+    size = next(size for size in SIZES if size >= len(x))
+    return np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)), constant_values=value)
 
 
 def _finish(rows, items, scores, popular):
-    """On the host, the rows that were asked for; an empty session has the popular items."""
+    """Return the wanted rows on the host; an empty session gets the popular items."""
     items, scores = (np.array(x)[:len(rows), :len(popular)] for x in (items, scores))
     empty = rows[:, 0] == 0
     items[empty], scores[empty] = popular, np.nan
@@ -313,7 +386,7 @@ def _finish(rows, items, scores, popular):
 
 
 def _ceil(k):
-    """The K that is compiled: 20, 50, 100, 200, 500 or 1000."""
+    """Return the K to compile: 20, 50, 100, 200, 500 or MAX_K."""
     return next(n for n in (20, 50, 100, 200, 500, MAX_K) if n >= k)
 
 

@@ -1,12 +1,17 @@
-"""Sessions that come by the million and the lists that answer them: read and written in batches.
+"""Files of millions of sessions and of the lists that answer them, in batches and flat memory.
 
-    in   .jsonl, .jsonl.gz or '-' (standard input): {"session": [item ids]} a line, and maybe "id"
-         .parquet: column session (a list of texts or whole numbers), and maybe id
-    out  .jsonl or '-' (standard output): {"id" or "line": ..., "items": [...]} a line
-         .parquet: columns line, id, items, scores, unknown, empty
+Input:
 
-Memory does not grow with what is read. An answer names the id of its session, and where there is
-none its line (its row, of a table), from 1 on: lines that were rejected have no answer.
+- .jsonl, .jsonl.gz or '-' (standard input): {"session": [item ids]} per line, optionally "id"
+- .parquet: column session (a list of texts or whole numbers), optionally id
+
+Output:
+
+- .jsonl or '-' (standard output): {"id" or "line": ..., "items": [...]} per line
+- .parquet: columns line, id, items, scores, unknown, empty
+
+An answer gives the id of its session, or its line (row of a table) from 1 on if it has no id.
+Rejected lines have no answer.
 """
 
 import json
@@ -21,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tpad_jax.core import files
 from tpad_jax.data.untrusted import Lines, Reason
 from tpad_jax.errors import InputError
 
@@ -32,7 +38,7 @@ ANSWER = pa.schema([('line', pa.int64()), ('id', pa.string()), ('items', pa.list
 
 
 class Asked(NamedTuple):
-    """A session that is to be answered: its line or row from 1 on, its id or None, its item ids."""
+    """A session to answer: its line or row from 1 on, its id or None, its item ids."""
 
     line: int
     id: object
@@ -40,23 +46,28 @@ class Asked(NamedTuple):
 
 
 class Source:
-    """The sessions of a file or of standard input, in its order. Iterate once.
+    """The sessions of a file or of standard input, in order. Iterate once.
 
     Attributes:
-      number: lines or rows read so far. rejected: {reason: how many}.
+      number: lines or rows read so far.
+      rejected: {reason: count}.
     """
 
     def __init__(self, path: str, on_reject=lambda line, reason: None):
-        """`on_reject(line, reason)` is called for every line that is left out.
+        """Open the source.
+
+        Args:
+          path: path of the file, or STREAM.
+          on_reject: called with (line, reason) for every rejected line.
 
         Raises:
-          InputError: there is no such file.
+          InputError: the file does not exist.
         """
         self._path = Path(path)
         self._lines = Lines(self._path, on_reject)
         if path != STREAM and not self._path.is_file():
-            raise InputError(f'{path} does not exist; give a file of sessions, or - for standard '
-                             'input')
+            raise InputError(f'{path} does not exist. Expected a file of sessions, or - for '
+                             'standard input')
 
     @property
     def number(self) -> int:
@@ -65,7 +76,7 @@ class Source:
 
     @property
     def rejected(self) -> Counter:
-        """{reason: how many} of those left out."""
+        """{reason: count} of the rejected lines."""
         return self._lines.rejected
 
     def __iter__(self) -> Iterator[Asked]:
@@ -73,7 +84,11 @@ class Source:
         return self._rows() if packed else self._json()
 
     def check(self, bad_share: float) -> None:
-        """Refuse the file where more than a share of its lines was rejected; see `Lines.check`."""
+        """Refuse a file with too many rejected lines, see `Lines.check`.
+
+        Args:
+          bad_share: the largest share of rejected lines.
+        """
         self._lines.check(bad_share, '--bad_share')
 
     def _json(self):
@@ -90,36 +105,37 @@ class Source:
             with pq.ParquetFile(self._path) as file:
                 names = file.schema_arrow.names
                 if 'session' not in names:
-                    raise InputError(f'{self._path} has the columns {", ".join(names)}; it lacks '
-                                     'session, a list of item ids')
+                    raise InputError(f'{self._path} has the columns {", ".join(names)}. Expected '
+                                     'a column session, lists of item ids')
                 wanted = [name for name in ('session', 'id') if name in names]
                 for part in file.iter_batches(FLUSH, columns=wanted):
                     columns = part.to_pydict()
                     ids = columns.get('id') or [None] * part.num_rows
-                    for own, session in zip(ids, columns['session'], strict=True):
+                    for name, session in zip(ids, columns['session'], strict=True):
                         self._lines.number += 1
                         reason = _why(session)
                         if reason is None:
-                            yield Asked(self._lines.number, own, _texts(session))
+                            yield Asked(self._lines.number, name, _texts(session))
                         else:
                             self._lines.reject(reason)
         except (OSError, pa.ArrowException) as error:
             raise InputError(f'{self._path} cannot be read as parquet: '
-                             f'{str(error).splitlines()[0]}; write it anew') from error
+                             f'{str(error).splitlines()[0]}. Fix: write it again') from error
 
 
 class Sink:
-    """Answers, written as they come.
+    """Writes answers as they arrive.
 
     Args:
-      path: of the file, written beside as <path>.partial and renamed by `finish`; '-' for standard
-        output. ids: item ids by number. scores: whether a line has them (a table always does).
+      path: path of the file, which is <path>.partial until `finish`; '-' for standard output.
+      ids: item ids by row.
+      scores: whether lines contain scores (a table always does).
     """
 
     def __init__(self, path: str, ids: list[str], scores: bool):
         self._path, self._scores, self._table = path, scores, None
         self._words = [json.dumps(name).encode() for name in ids]
-        self.partial = None if path == STREAM else Path(f'{path}.partial')
+        self.partial = None if path == STREAM else Path(f'{path}{files.PARTIAL}')
         try:
             if path.endswith('.parquet'):
                 self._ids = pa.array(ids, pa.string())
@@ -129,29 +145,33 @@ class Sink:
             else:
                 self._file = self.partial.open('wb')
         except OSError as error:
-            raise InputError(f'{self.partial} cannot be written ({error.strerror}); choose another '
-                             '--out') from error
+            raise InputError(f'{self.partial} cannot be written ({error.strerror}). Fix: choose '
+                             'another --out') from error
 
     def write(self, asked: list[Asked], unknown: list[list[str]], items: np.ndarray,
               scores: np.ndarray) -> None:
-        """Answers of S sessions: items int32 [S, K], best first, and their scores float32 [S, K].
+        """Write the answers of S sessions.
 
-        A row of NaN scores is of an empty session.
+        Args:
+          asked: the S sessions.
+          unknown: S lists of unknown ids.
+          items: int32 [S, K]. Lists, best first.
+          scores: float32 [S, K]. NaN in the row of an empty session.
         """
         if self._table is not None:
             self._waiting.append(self._batch(asked, unknown, items, scores))
             if sum(part.num_rows for part in self._waiting) >= FLUSH:
                 self._flush()
             return
-        said, words, out = scores.tolist(), self._words, []
+        values, words, out = scores.tolist(), self._words, []
         empty = np.isnan(scores[:, 0]).tolist()
-        for n, (one, row) in enumerate(zip(asked, items.tolist(), strict=True)):
-            key = b'"line": %d' % one.line if one.id is None else (
-                b'"id": ' + json.dumps(one.id).encode())
+        for n, (session, row) in enumerate(zip(asked, items.tolist(), strict=True)):
+            key = b'"line": %d' % session.line if session.id is None else (
+                b'"id": ' + json.dumps(session.id).encode())
             more = b''
             if self._scores:
-                found = 'null' if empty[n] else f'[{", ".join(f"{x:.6g}" for x in said[n])}]'
-                more = b', "scores": ' + found.encode()
+                listed = ', '.join(f'{x:.6g}' for x in values[n])
+                more = b', "scores": ' + (b'null' if empty[n] else f'[{listed}]'.encode())
             if unknown[n]:
                 more += b', "unknown": ' + json.dumps(unknown[n]).encode()
             if empty[n]:
@@ -161,13 +181,13 @@ class Sink:
         self._file.write(b''.join(out))
 
     def finish(self) -> None:
-        """Everything was written: the file gets its name."""
+        """Rename the complete file."""
         self.close()
         if self.partial is not None:
             self.partial.replace(self._path)
 
     def close(self) -> None:
-        """Write out what waits; the file stays <path>.partial."""
+        """Write the buffered answers; the file stays <path>.partial."""
         if self._table is not None:
             self._flush()
             self._table.close()
@@ -179,9 +199,9 @@ class Sink:
     def _batch(self, asked, unknown, items, scores):
         size, k = items.shape
         edges = pa.array(np.arange(size + 1, dtype=np.int32) * k)
-        ids = [said(one.id) for one in asked]
+        ids = [column_id(session.id) for session in asked]
         return pa.record_batch([
-            pa.array([one.line for one in asked], pa.int64()), pa.array(ids, pa.string()),
+            pa.array([session.line for session in asked], pa.int64()), pa.array(ids, pa.string()),
             pa.ListArray.from_arrays(edges, self._ids.take(pa.array(items.ravel()))),
             pa.ListArray.from_arrays(edges, pa.array(scores.ravel(), pa.float32())),
             pa.array(unknown, pa.list_(pa.string())), pa.array(np.isnan(scores[:, 0]))],
@@ -194,14 +214,19 @@ class Sink:
 
 
 def in_batches(source: Source, size: int) -> Iterator[list[Asked]]:
-    """`size` sessions at a time, the last time fewer."""
-    given = iter(source)
-    while part := list(islice(given, size)):
+    """Yield lists of `size` sessions, the last one shorter.
+
+    Args:
+      source: the sessions.
+      size: sessions of a list.
+    """
+    sessions = iter(source)
+    while part := list(islice(sessions, size)):
         yield part
 
 
-def said(name) -> str | None:
-    """An id as a table has it: a text as it is, nothing as nothing, all else as JSON."""
+def column_id(name) -> str | None:
+    """Return an id for a table: a text or None as it is, any other value as JSON."""
     return name if name is None or isinstance(name, str) else json.dumps(name)
 
 

@@ -1,6 +1,6 @@
 """The exact first K of a whole catalogue, on the device, a chunk of items at a time.
 
-Nothing is sampled or approximated, and ties go by item id, as evaluation orders them.
+The lists are exact, not sampled or approximated. Ties are ordered by item, as in evaluation.
 """
 
 from collections.abc import Callable
@@ -8,30 +8,37 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-CHUNK = 8192  # items whose scores exist at a time, for every row
+CHUNK = 8192  # items scored at a time, which bounds the scores in memory
 STEP = 1024  # the length of a shorter table is a multiple of it
-LOWEST = -jnp.inf  # of what is no item; a score is finite
+LOWEST = -jnp.inf  # score of a row that is not an item; the score of an item is finite
 
 
 def rounded(rows: int, chunk: int = CHUNK) -> int:
-    """Rows of the least table `top_k` takes that has room for so many."""
+    """Return the number of rows of the smallest table for `top_k` with room for `rows`.
+
+    Args:
+      rows: rows needed.
+      chunk: items scored at a time.
+    """
     step = chunk if rows > chunk else min(chunk, STEP)
     return -(-rows // step) * step
 
 
 def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
-    """The K items that score highest, scores being <h, z>. Pure.
+    """Return the K items with the highest scores <h, z>. Pure.
 
-    A chunk's items lie in groups of neighbours. The K best items of a chunk are in its K best
-    groups by their best item (one outside of them would have K items before it), so only these are
-    looked into: a maximum costs next to nothing, and choosing is a tenth of the work.
+    A chunk is divided into groups of neighbouring items. The K best items of a chunk are in the K
+    groups with the highest maximum: an item outside of them has K better items. Only these groups
+    are searched, which is a tenth of the work.
 
     Args:
-      h: float32 [B, D]. z: float32 [R, D], R as `rounded` makes it; row 0 and
-        those from `count` on are no items.
-      count: int [], 1 + the number of items. k: at most the number of items.
-      chunk: items at a time.
-      moved: (items int32 [B, M], what is added to their scores [B, M]), or None.
+      h: float32 [B, D]. Session vectors.
+      z: float32 [R, D]. Item vectors, R as `rounded` returns it. Row 0 and the rows from `count` on
+        are not items.
+      count: int []. 1 + the number of items.
+      k: length of a list, at most the number of items.
+      chunk: items scored at a time.
+      moved: (int32 [B, M] items, float32 [B, M] shifts of their scores), or None.
 
     Returns:
       scores float32 [B, k], falling, and items int32 [B, k]; equal scores by rising item.
@@ -45,7 +52,7 @@ def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
         start = n * chunk
         s = h @ jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])).T
         if moved is not None:
-            at = moved[0] - start  # what lies outside of this chunk is dropped
+            at = moved[0] - start  # items outside of this chunk are dropped
             at = jnp.where(at < 0, chunk, at)
             s = s.at[jnp.arange(size)[:, None], at].add(moved[1], mode='drop')
         item = start + place
@@ -66,11 +73,12 @@ def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
 
 
 def searcher(encode: Callable, shifts: Callable | None = None) -> Callable:
-    """(weights, z, count, items int32 [B, N], *, k) -> scores, items [B, k] of `top_k`. Pure.
+    """Return a pure function (weights, z, count, items, *, k) -> scores, items [B, k] of `top_k`.
 
     Args:
-      encode: (weights, z, items) -> h. shifts: (weights, items) -> items [B, M] and what is added
-        to their scores, or None; see `ranking.ranker`.
+      encode: (weights, z, items int32 [B, N]) -> h float32 [B, D].
+      shifts: (weights, items) -> (items [B, M], shifts of their scores [B, M]), or None; see
+        `device_ranks.ranker`.
     """
     def search(weights, z, count, items, *, k):
         moved = None if shifts is None else shifts(weights, items)
@@ -80,7 +88,7 @@ def searcher(encode: Callable, shifts: Callable | None = None) -> Callable:
 
 
 def _group(chunk, k):
-    """Items of a group: a power of two near the square root of chunk / k that divides a chunk."""
+    """Return the size of a group: a power of two near sqrt(chunk / k) that divides a chunk."""
     group = 1
     while chunk % (2 * group) == 0 and (2 * group) ** 2 * k <= chunk:
         group *= 2
