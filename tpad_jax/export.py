@@ -224,7 +224,8 @@ def _write_sessions(shop, file, bad_share, directory):
             edges = pa.array(np.arange(len(h) + 1, dtype=np.int32) * h.shape[1])
             out.write_table(pa.table([
                 pa.array([session.line for session in sessions], pa.int64()),
-                pa.array([session_files.column_id(session.id) for session in sessions], pa.string()),
+                pa.array([session_files.column_id(session.id) for session in sessions],
+                         pa.string()),
                 pa.ListArray.from_arrays(edges, pa.array(h.ravel()))], schema=schema))
             if first is None:
                 first = h, shop.rows([session.session for session in sessions])[0]

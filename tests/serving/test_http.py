@@ -95,10 +95,10 @@ def test_a_new_item(run, tmp_path):
     other = recommender.load(run)
     other.restore_added(kept)
     np.testing.assert_array_equal(other.embed_items(['new']), shop.embed_items(['new']))
-    with pytest.raises(ValueError, match='items that are there already'):
+    with pytest.raises(ValueError, match='names items that exist'):
         other.restore_added(kept)
     kept.write_bytes(kept.read_bytes()[:50])
-    with pytest.raises(ValueError, match='holds no added items'):
+    with pytest.raises(ValueError, match='does not hold added items'):
         other.restore_added(kept)
     alone = http.app(other, run, new_items=False)
     assert driven(alone, lambda client: client.post('/items', data={'id': 'x'})).status_code == 405
@@ -217,7 +217,7 @@ def test_overload_and_a_request_that_takes_too_long(run):
     assert [one.status_code for one in found] == [503] * 3
     assert all(one.headers['retry-after'] == '1' for one in found)
     assert sorted(one.json()['detail'] for one in found) == [
-        'not answered within 0.3 s', *['too much waits for the device; ask again'] * 2]
+        'not answered within 0.3 s', *['too many sessions wait for the device; repeat the request'] * 2]
 
 
 def test_pictures_stay_in_their_folder(tmp_path):
@@ -251,3 +251,30 @@ def test_nothing_that_its_description_allows_or_forbids_ends_in_a_defect(run):
 
         check()
     assert {200, 422} <= seen
+
+
+@pytest.mark.parametrize('mounted', [False, True], ids=['root_path', 'mounted'])
+def test_below_a_prefix_everything_is_the_same(run, mounted):
+    """A mounted app gets no lifespan; with a prefix, limits and labels are those without."""
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    inner = http.app(recommender.load(run), run)
+    outer = Starlette(routes=[Mount('/shop', app=inner)]) if mounted else inner
+    transport = httpx.ASGITransport(outer, root_path='' if mounted else '/shop')
+
+    async def work():
+        async with httpx.AsyncClient(transport=transport, base_url='http://host') as client:
+            ready = await client.get('/shop/ready')
+            lists = await client.post('/shop/recommend', json={'sessions': [['I1']], 'k': 3})
+            large = await client.post('/shop/items', files={'image': b'x' * 2**21},
+                                      data={'id': 'new'})
+            metrics = await client.get('/shop/metrics')
+        await inner._inner.state.batcher.close()
+        return ready, lists, large, metrics
+
+    ready, lists, large, metrics = asyncio.run(work())
+    assert (ready.status_code, lists.status_code, large.status_code) == (200, 200, 422), lists.text
+    assert 'its picture cannot be used' in large.json()['detail']
+    assert 'path="/recommend"' in metrics.text
+    assert 'path="other"' not in metrics.text

@@ -110,19 +110,19 @@ def test_vectors_score(made):
     assert np.isnan(h[-1]).all()
     np.testing.assert_allclose(h[:-1] @ z.T, scores(rows)[:, 1:], rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(shop.embed_items(['I7', 'I2']), z[[6, 1]])
-    with pytest.raises(InputError, match=r"1 of 2 ids are of no item, 'x'"):
+    with pytest.raises(InputError, match=r"1 of 2 ids are not in the catalogue, 'x'"):
         shop.embed_items(['I1', 'x'])
 
 
 @pytest.mark.parametrize('k', [0, V + 1, True, 2.0, '5'])
 def test_k_out_of_bounds(made, k):
-    with pytest.raises(InputError, match=f'a whole number from 1 to {V} is needed'):
+    with pytest.raises(InputError, match=f'Expected a whole number from 1 to {V}'):
         made[-1].recommend([['I1']], k=k)
 
 
 @pytest.mark.parametrize('session', ['I1', [1], None, {'I1': 0}])
 def test_what_is_no_session(made, session):
-    with pytest.raises(InputError, match='session 1 is no list of item ids'):
+    with pytest.raises(InputError, match='session 1 is not a list of item ids'):
         made[-1].recommend([['I1'], session])
 
 
@@ -147,6 +147,20 @@ def test_a_new_item_is_read_as_the_catalogue_was(base, tmp_path, model):
     assert shop.titles[-1] == f'item {V}'
 
 
+def test_adding_an_item_copies_no_table(copy):
+    """The vector is written into free rows of the device's table, and snapshots stay valid."""
+    shop = recommender.load(copy)
+    shop.first(shop.rows([['I1']])[0], 5)
+    where, ids, before = shop._z.unsafe_buffer_pointer(), shop.ids, shop.table
+    shop.add_items([{'id': 'new', **tiny_served.fields(V)}])
+    assert shop._z.unsafe_buffer_pointer() == where
+    assert shop.ids is ids
+    assert (before.count, shop.table.count) == (V + 1, V + 2)
+    assert shop.rows([['new', 'I1']], before)[1] == [['new']]
+    with pytest.raises(InputError):
+        shop.first(shop.rows([['I1']])[0], V + 1, before)
+
+
 def test_a_new_item_is_recommended_and_clicked(made, copy):
     shop = recommender.load(copy)
     rows = tiny_served.prefixes(20)
@@ -165,15 +179,15 @@ def test_a_new_item_is_recommended_and_clicked(made, copy):
 
 
 @pytest.mark.parametrize(('change', 'said'), [
-    (dict(id='I3'), "there is an item 'I3' already"),
+    (dict(id='I3'), "item id 'I3' exists"),
     (dict(id=''), 'new item 0 has no id'),
-    (dict(colour='red'), "item new has the field 'colour'; known are brand"),
+    (dict(colour='red'), "item new has the field 'colour'. Expected brand"),
     (dict(image=b'GIF', title='x'), 'item new: its picture cannot be used'),
     (dict(image='/nowhere.png'), 'item new: /nowhere.png is not read'),
     (dict(image=b'', title='', brand='', category='', description=''), 'neither a text nor a pict'),
-    (dict(price='cheap'), "its price 'cheap' is no number"),
+    (dict(price='cheap'), "its price 'cheap' is not a number"),
     (dict(image=3), 'its image is neither bytes nor a path'),
-    (dict(text=3), 'its text is no text')])
+    (dict(text=3), 'its text is not a text')])
 def test_unusable_new_items(made, change, said):
     shop = made[-1]
     with pytest.raises(InputError, match=said):
@@ -184,7 +198,7 @@ def test_unusable_new_items(made, change, said):
 
 def test_a_run_of_ids_alone_reads_no_items(base, tmp_path):
     tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='')
-    with pytest.raises(InputError, match='the run is of item ids alone'):
+    with pytest.raises(InputError, match='the run has item ids only'):
         tpad_jax.load(tmp_path / 'run').add_items([{'id': 'new', 'text': 'a thing'}])
 
 
@@ -194,12 +208,12 @@ def test_a_base_that_moved(made, copy, base, tmp_path):
     about['mllm']['base'] = str(tmp_path / 'gone')
     (copy / 'served/served.json').write_text(json.dumps(about))
     item = {'id': 'new', **tiny_served.fields(V)}
-    with pytest.raises(InputError, match=r'cannot be read .*say where it lies now by base=DIR'):
+    with pytest.raises(InputError, match=r'cannot be read .*give its directory, base=DIR'):
         recommender.load(copy).add_items([item])
     found = recommender.load(copy, base=moved).add_items([item])
     np.testing.assert_allclose(found, made[-1].embed_items([f'I{V}']), rtol=1e-4, atol=1e-5)
     (moved / 'config.json').write_text((moved / 'config.json').read_text() + '\n')
-    with pytest.raises(InputError, match='another base than the run was made with'):
+    with pytest.raises(InputError, match='is not the base of the run'):
         recommender.load(copy, base=moved).add_items([item])
 
 
@@ -207,10 +221,10 @@ def test_a_base_that_moved(made, copy, base, tmp_path):
 
 
 def test_no_run_and_an_unfinished_one(copy, tmp_path):
-    with pytest.raises(InputError, match=r'holds no run: there is no config\.json'):
+    with pytest.raises(InputError, match=r'does not hold a run: config\.json is missing'):
         tpad_jax.load(tmp_path / 'nowhere')
     (copy / 'results.json').unlink()
-    with pytest.raises(InputError, match=r'is not finished: there is no results\.json'):
+    with pytest.raises(InputError, match=r'is not finished: results\.json is missing'):
         tpad_jax.load(copy)
 
 

@@ -330,7 +330,7 @@ class Guard:
             message = await receive()
             size += len(message.get('body', b''))
             if size > most:
-                raise TooLargeError
+                raise TooLargeError(most)
             return message
 
         async def sent(message):
@@ -350,12 +350,11 @@ class Guard:
         try:
             length = dict(scope['headers']).get(b'content-length', b'0')
             if length.isdigit() and int(length) > most:
-                raise TooLargeError
+                raise TooLargeError(most)
             async with asyncio.timeout(seconds):
                 await self._inner(scope, bounded, sent)
-        except TooLargeError:
-            await refuse(413, f'the body is too large. Expected at most {most} bytes',
-                         {'Connection': 'close'})
+        except TooLargeError as error:
+            await refuse(error.status_code, error.detail, error.headers)
         except TimeoutError:
             self._metrics.overloaded.inc()
             await refuse(503, f'not answered within {seconds:g} s', RETRY)
@@ -365,8 +364,13 @@ class Guard:
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
 
-class TooLargeError(Exception):
-    """A body has too many bytes."""
+class TooLargeError(HTTPException):
+    """A body has too many bytes. FastAPI answers an HTTPException that its body parser meets."""
+
+    def __init__(self, most: int):
+        """Name the largest number of bytes, `most`."""
+        super().__init__(413, f'the body is too large. Expected at most {most} bytes',
+                         {'Connection': 'close'})
 
 
 def _refusal(code, detail, headers=None):
