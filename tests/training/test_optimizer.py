@@ -1,4 +1,4 @@
-"""The optimiser of a stage: learning rates of their own."""
+"""The optimiser of a stage: its schedule, and learning rates of their own."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +26,16 @@ def steps(tx, count=3):
         updates, state = tx.update(GRADS, state, params)
         params = optax.apply_updates(params, updates)
     return params
+
+
+def test_the_rate_rises_over_the_warm_up_and_falls_to_nothing_at_the_last_step():
+    """A fifth of ten steps is warm-up; then half a cosine, or the same rate to the end."""
+    settings = dict(steps=10, warmup=0.2, learning_rate=0.5)
+    rate = optimizer.schedule(config.stage(**settings))
+    falls = 0.25 * (1 + np.cos(np.pi * np.arange(9) / 8))
+    np.testing.assert_allclose([rate(n) for n in range(11)], [0, 0.25, *falls], atol=1e-7)
+    rate = optimizer.schedule(config.stage(**settings, schedule='constant'))
+    np.testing.assert_allclose([rate(n) for n in range(11)], [0, 0.25, *[0.5] * 9], atol=1e-7)
 
 
 @pytest.mark.parametrize('optimiser', ['sgd', 'adam', 'adamw'])

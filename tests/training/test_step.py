@@ -1,6 +1,6 @@
 """The step and its loop: jit, pmap and shard_map agree, nothing retraces, nothing waits."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -30,10 +30,12 @@ from tests.tiny_stages import (
 from tpad_jax import config as base
 from tpad_jax.data import batches
 from tpad_jax.distributed import devices as devices_lib
+from tpad_jax.errors import Stopped
 from tpad_jax.models import tpad
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import optimizer
 from tpad_jax.training import step as step_lib
+from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.types import Batch, State
 
 # each compiles for a quarter of a minute or more
@@ -316,6 +318,36 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
     assert found['seconds'] == 7 + 4 * (11 + 7) + 2 * 3 + 16 + 2 * 500
     # so that the share of no part exceeds 100 %, the last save included
     assert sum(found['spent'].values()) <= found['seconds']
+
+
+def test_a_resumed_stage_has_the_loss_state_it_was_stopped_with(monkeypatch, tmp_path):
+    """MINE's moving average hangs on every step before, and comes back with the parameters."""
+    def step(state, batch, shared):
+        average = 0.5 * state.loss_state['mine']['log_average'] + batch
+        return (state.replace(step=state.step + 1, loss_state={'mine': {'log_average': average}}),
+                {'loss': average})
+
+    def ended(workdir, *stops):
+        for asked in stops:
+            checkpoints = Checkpoints(workdir)
+            devices = RecordingDevices([])
+            monkeypatch.setattr(devices, 'lift', lambda _: step)
+            loop = loop_lib.Loop(
+                name='s', total=5, devices=devices, batches=numbers, checkpoints=checkpoints,
+                writer=SimpleNamespace(rewind=lambda *_: None, scalars=lambda *_: None),
+                progress=lambda *_: nullcontext(lambda *_: None), log_every=1, save_every=100,
+                stopping=iter(asked).__next__)
+            state = State(jnp.int32(0), {}, {}, {}, {'mine': {'log_average': jnp.float32(0)}})
+            spec = step_lib.StepSpec(None, (), frozenset(), frozenset(), None, 0)
+            with closing(checkpoints), suppress(Stopped):
+                loop_lib.fit(loop, spec, state, {})
+        with closing(Checkpoints(workdir)) as checkpoints:
+            number, saved, _ = checkpoints.latest(abstract({'state': state, 'rows': {}}))
+        return number, float(saved['state'].loss_state['mine']['log_average'])
+
+    whole = ended(tmp_path / 'whole', [False] * 5)
+    assert whole == (5, 5 + 4 / 2 + 3 / 4 + 2 / 8 + 1 / 16)
+    assert ended(tmp_path / 'parts', [False, True], [False] * 3) == whole
 
 
 def test_metrics_that_are_not_finite_end_the_run(monkeypatch):
