@@ -44,7 +44,7 @@ def test_a_wrong_figure_is_found(runs, tmp_path):
     file = tmp_path / 'run' / 'report' / 'index.html'
     sound = file.read_text()
     for wrong in (re.sub(r'(data-scale="100">\d+\.)', r'\g<1>9', sound, count=1),
-                  sound.replace('<p>of what', '<p>12.5 of what'),
+                  sound.replace('<p>of the hits', '<p>12.5 of the hits'),
                   sound.replace(', rank ', ', rank 9')):
         assert wrong != sound
         file.write_text(wrong)

@@ -88,7 +88,7 @@ def _tile(sheet, pen, corner, item, framed):
         pen.text((x + 26, y + TILE // 2 - 6), 'no image', GREY, ImageFont.load_default(11))
     if framed:
         pen.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), None, GREEN, 4)
-    # Pillow's own font has no accented letters, and a square stands out more than a bare letter
+    # Pillow's own font has no accented letters, and would draw a square in their place
     bare = ''.join(letter for letter in unicodedata.normalize('NFKD', item['title'])
                    if not unicodedata.combining(letter))
     title = textwrap.wrap(bare, LETTERS, max_lines=2, placeholder='\u2026')

@@ -1,5 +1,5 @@
 'use strict';
-// A pointer over a chart: the legend says what every curve is there.
+// A pointer over a chart: the legend shows the value of every curve at its place.
 for (const figure of document.querySelectorAll('figure.chart')) {
   const curves = JSON.parse(figure.querySelector('.points').textContent);
   const [left, top, right, bottom] = figure.dataset.box.split(' ').map(Number);
@@ -28,12 +28,12 @@ for (const figure of document.querySelectorAll('figure.chart')) {
   });
 }
 
-// The gallery: one session at a time, and what speaks for an item of it. Titles are only ever text.
+// The gallery: one session at a time, and the reasons for an item. Titles are set as text only.
 const data = document.getElementById('gallery-data');
 if (data) {
   const {items, sides, why} = JSON.parse(data.textContent);
   const sessions = [...document.querySelectorAll('.session')];
-  const SVG = 'http://www.w3.org/2000/svg', NAMES = {k: 'k, what they are', r: 'r, their part in sessions'};
+  const SVG = 'http://www.w3.org/2000/svg', NAMES = {k: 'k, their content', r: 'r, their use in sessions'};
   let at = 0;
 
   const make = (tag, text, parent, kind) => {
@@ -65,27 +65,27 @@ if (data) {
   };
 
   const ask = button => {
-    const session = sessions[at], id = button.dataset.ask, {prefix, of} = why[at], own = of[id];
+    const session = sessions[at], id = button.dataset.ask, {prefix, of} = why[at], reasons = of[id];
     for (const other of session.querySelectorAll('[data-ask]')) other.setAttribute('aria-pressed', other === button);
     const panel = session.querySelector('.why');
     panel.replaceChildren();
-    make('h4', `What speaks for “${items[id].title}”`, panel);
+    make('h4', `Reasons for “${items[id].title}”`, panel);
     const last = items[prefix[prefix.length - 1]].title;
-    const told = [own.followed ? `Training went from “${last}” to it ${own.followed === 1 ? 'once' : own.followed + ' times'}.`
+    const sentences = [reasons.followed ? `Training went from “${last}” to it ${reasons.followed === 1 ? 'once' : reasons.followed + ' times'}.`
       : `Training never went from “${last}” to it.`];
-    if (!items[id].warm) told.push('It is cold: no training session holds it.');
-    if (own.true !== undefined) told.push(`Its true probability here is ${(100 * own.true).toFixed(1)} %.`);
-    make('p', told.join(' '), panel);
+    if (!items[id].warm) sentences.push('It is cold: it is in no training session.');
+    if (reasons.true !== undefined) sentences.push(`Its true probability here is ${(100 * reasons.true).toFixed(1)} %.`);
+    make('p', sentences.join(' '), panel);
     const columns = make('div', null, panel, 'sides');
     sides.forEach((side, place) => {
       const column = make('div', null, columns);
-      make('h5', `Like the session’s items in ${NAMES[side] || side}`, column);
+      make('h5', `Likeness to the session’s items in ${NAMES[side] || side}`, column);
       const list = make('ul', null, column, 'like');
       prefix.forEach((item, i) => {
         const line = make('li', null, list);
         make('span', items[item].title, line);
-        bar(own[side][i], line, 's' + place);
-        make('b', own[side][i].toFixed(2), line);
+        bar(reasons[side][i], line, 's' + place);
+        make('b', reasons[side][i].toFixed(2), line);
       });
       if (!items[id].near) return;
       make('h5', `Nearest of the catalogue in ${side}`, column);
