@@ -126,7 +126,7 @@ def test_baselines_are_chosen_by_the_config(tmp_path, named, expected):
 def test_an_unknown_baseline_is_refused_with_the_nearest_name():
     c = config.get_config()
     c.baselines = 'pop,marko'
-    with pytest.raises(InputError, match="config.baselines='pop,marko'.*mean 'markov'"):
+    with pytest.raises(InputError, match=r"config.baselines='pop,marko'.*mean 'markov'"):
         validate.check(c)
     c.baselines = ''
     validate.check(c)
