@@ -6,9 +6,7 @@ from functools import partial
 
 import numpy as np
 
-from benchmarks.session_gnn_peer import fastest
-from tpad_jax.data import sessions
-from tpad_jax.data.sources import ids
+from benchmarks.session_gnn_work import fastest, training_bytes, training_operations
 
 BATCH, WIDTH = 100, 100  # as published
 STEPS = 5000  # more than a cell runs: the static sizes of its batches hold for so many
@@ -42,40 +40,6 @@ CELLS = {
     'SR-GNN, bfloat16': (narrow, 512, 512),
     'default encoder': (default, 0, 512),
 }
-
-
-def read(path, max_length):
-    """V, and every prefix of the training and of the test sessions as rows."""
-    train, test, *_ = ids.read(path)
-    return (int(max(train.items.max(), test.items.max())),
-            *(sessions.rows(part, max_length) for part in (train, test)))
-
-
-def training_operations(items, width, batch, positions, again) -> float:
-    """Multiplications and additions of the matrix products of a train step, per pair.
-
-    Args:
-      items: V+1. width: D. batch: B. positions: node vectors computed, over all rows.
-      again: products of the nodes that the backward pass computes once more.
-
-    The three products of the softmax (scores, and both gradients) are 2 B V D each; a node's
-    (edges out and in, gates, readout) are 2 D (5 D + 6 D + D) forward and twice that backward, a
-    row's 2 D (D + 2 D).
-    """
-    softmax = 6 * batch * items * width
-    network = (3 + again) * (24 * positions + 6 * batch) * width**2
-    return (softmax + network) / batch
-
-
-def training_bytes(items, width, batch) -> float:
-    """Bytes that a train step has to move through memory, per pair; caches hold less than these.
-
-    The item table is read for each of three products, its gradient written and read, Adam reads
-    table and both moments and writes them (11 tables in all); the scores [B, V] are written,
-    read for the partition, read again and overwritten by their gradient, which is read twice
-    (6 times). The rest is small.
-    """
-    return 4 * (11 * items * width + 6 * batch * items) / batch
 
 
 class Ours:

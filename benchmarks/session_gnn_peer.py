@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from benchmarks.session_gnn_work import fastest, read, training_bytes, training_operations
+
 
 class Peer:
     """The peer with its data read, ready to be asked; torch is imported in its process only."""
@@ -29,8 +31,6 @@ class Peer:
         import model
         import utils
 
-        from benchmarks.session_gnn_ours import read
-
         self.torch, self.code, self.batch = torch, model, batch
         num_items, train, test = read(path, max_length)
         self.train_data, self.test_data = (
@@ -43,8 +43,6 @@ class Peer:
 
     def facts(self) -> dict:
         """What its table row says; operations are those of what it computes, padding included."""
-        from benchmarks.session_gnn_ours import training_bytes, training_operations
-
         size = self.model.embedding.weight.shape
         positions = self.batch * self.train_data.len_max
         return {'batch': self.batch,
@@ -108,13 +106,3 @@ class Peer:
         for row, item in zip(best, target, strict=True):
             place = np.where(row == item - 1)[0]
             self.gains.append((np.isin(item - 1, row), 1 / (place[0] + 1) if len(place) else 0))
-
-
-def fastest(product) -> float:
-    """GF/s of the fastest of some runs of a product of two [2048, 2048]."""
-    seconds = []
-    for _ in range(12):
-        begun = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - begun)
-    return 2 * 2048**3 / min(seconds) / 1e9

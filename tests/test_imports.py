@@ -65,3 +65,15 @@ def test_jax_arrives_late(file):
 ], ids=['orbax', 'pmap'])
 def test_one_place(place, says):
     assert [str(file) for file in FILES if says(file)] == [place]
+
+
+def test_benchmarks_import_no_circle():
+    """Each benchmark imports those that share its work, never the other way round."""
+    files = {f'benchmarks.{path.stem}': path for path in (ROOT / 'benchmarks').glob('*.py')}
+    below = {name: imported(ast.walk(ast.parse(path.read_text()))) & files.keys() - {name}
+             for name, path in files.items()}
+    while below:
+        ground = [name for name, names in below.items() if not names & below.keys()]
+        assert ground, f'a circle among {sorted(below)}'
+        for name in ground:
+            del below[name]
