@@ -7,6 +7,8 @@ from functools import partial
 import numpy as np
 
 from benchmarks.session_gnn_work import fastest, training_bytes, training_operations
+from tpad_jax.data import sessions
+from tpad_jax.data.sources import ids
 
 BATCH, WIDTH = 100, 100  # as published
 STEPS = 5000  # more than a cell runs: the static sizes of its batches hold for so many
