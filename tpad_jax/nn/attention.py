@@ -1,4 +1,4 @@
-"""Multi-head attention with rotary positions, and the dropout every module uses."""
+"""Multi-head attention with rotary positions, and dropout with one key per row."""
 
 import einops
 import flax.linen as nn
@@ -9,7 +9,16 @@ from tpad_jax.nn.linear import Linear
 
 
 def rotate(x, positions, theta=10_000.0):
-    """Rotary positions (Su et al. 2021). x [B, L, H, D], positions int32 [B, L] -> [B, L, H, D]."""
+    """Apply rotary positions (Su et al. 2021).
+
+    Args:
+      x: float [B, L, H, D].
+      positions: int32 [B, L].
+      theta: base of the frequencies.
+
+    Returns:
+      float [B, L, H, D].
+    """
     half = x.shape[-1] // 2
     angle = positions[:, :, None, None] * theta ** -(jnp.arange(half) / half)
     sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
@@ -21,8 +30,8 @@ class Attention(nn.Module):
     """Self-attention over a padded sequence.
 
     Attributes:
-      heads: number of heads H; the width must be a multiple.
-      causal: a position attends to itself and what came before it.
+      heads: number of heads H. It divides the width.
+      causal: whether a position attends only to itself and earlier positions.
     """
 
     heads: int
@@ -30,7 +39,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask, positions):
-        """Attend. x [B, L, D], mask bool [B, L] (False: padding), positions int32 [B, L]."""
+        """Attend.
+
+        Args:
+          x: float [B, L, D].
+          mask: bool [B, L]. False is padding.
+          positions: int32 [B, L].
+        """
         width = x.shape[-1]
         split = '... (h d) -> ... h d'
         q, k, v = (einops.rearrange(Linear(width, name=n)(x), split, h=self.heads) for n in 'qkv')
@@ -38,22 +53,33 @@ class Attention(nn.Module):
         allowed = mask[:, None, None, :]
         if self.causal:
             allowed = allowed & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None, None]
-        # A padded first position sees no key at all: it may see itself, and nobody reads it.
+        # A padded first position would see no key, and its softmax would be NaN. It sees itself.
         allowed = allowed | jnp.eye(x.shape[1], dtype=bool)[None, None]
         y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
         return Linear(width, name='o')(einops.rearrange(y, '... h d -> ... (h d)'))
 
 
 def row_keys(key, rows):
-    """One key per row from the row's own number, so that draws do not depend on the device count.
+    """Derive a key per row from its number, so that draws do not depend on the device count.
 
-    key: a typed key; rows int32 [B] -> keys [B].
+    Args:
+      key: a typed key.
+      rows: int32 [B].
+
+    Returns:
+      Keys [B].
     """
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
 def dropout(x, rate, keys):
-    """Inverted dropout keyed by row. x [B, ...], keys [B] (None: off) -> [B, ...]."""
+    """Apply inverted dropout with one key per row.
+
+    Args:
+      x: float [B, ...].
+      rate: share of the numbers that become zero.
+      keys: [B]. None: no dropout.
+    """
     if keys is None or rate == 0.0:
         return x
     keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(keys)

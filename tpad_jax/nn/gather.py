@@ -1,22 +1,22 @@
-"""Rows of a table that is also used whole, as an item table is under a softmax."""
+"""Gather rows of a table that a softmax also reads completely."""
 
 import jax
 
 
 @jax.custom_vjp
 def take(table, ids):
-    """Rows of a table, and the table for whoever reads all of it.
+    """Gather rows with a cheap gradient; return the table for dense reads.
 
-    The same as `table[ids]`, but the rows' gradient is added to the whole table's where that
-    stands. Left to itself the compiler fills a second table with zeros, scatters the few rows into
-    it and adds the two: three passes over V rows for a batch's few.
+    The rows are `table[ids]`. Their gradient is added in place to the gradient of the returned
+    table. Without this, the compiler fills a second table with zeros, scatters the rows into it and
+    adds both, which takes three passes over V rows.
 
     Args:
-      table: float [V, ...]. ids: int [...].
+      table: float [V, ...].
+      ids: int [...].
 
     Returns:
-      The table and its rows [..., ...]. A later reader has to use this table, not the one it came
-      from.
+      The table and its rows [..., ...]. Dense reads must use the returned table.
     """
     return table, table[ids]
 
@@ -26,8 +26,8 @@ def _forward(table, ids):
 
 
 def _backward(ids, slopes):
-    whole, rows = slopes
-    return whole.at[ids].add(rows), None
+    table, rows = slopes
+    return table.at[ids].add(rows), None
 
 
 take.defvjp(_forward, _backward)

@@ -1,8 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021) in a variable collection of their own.
+"""Dense layers with low-rank adapters (Hu et al. 2021), which are a separate variable collection.
 
-`Linear` is the one place that knows of adapters: where the collection 'lora' holds a pair (a, b)
-for it, it adds x a b to its output. A model therefore runs with or without any adapter by what is
-passed to `apply`, and several adapters share one frozen base.
+Only `Linear` knows adapters. Where the collection 'lora' has a pair (a, b) for a layer, the layer
+adds x a b to its output. The variables passed to `apply` therefore choose the adapter, and several
+adapters share one frozen base.
 """
 
 import re
@@ -17,7 +17,7 @@ from tpad_jax.errors import InputError
 
 
 def uniform(bound):
-    """Initialiser: uniform in -bound..bound, which compiles faster than a normal draw."""
+    """Return an initialiser, uniform in -bound..bound. It compiles faster than a normal draw."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound)
 
@@ -35,7 +35,7 @@ class Linear(nn.Module):
         kernel = self.param('kernel', self.kernel, (x.shape[-1], self.features))
         dtype = x.dtype
         lead = x.shape[:-1]
-        # one plain matrix product: on CPU twice as fast as one with batch axes
+        # a matrix product without batch axes is twice as fast on CPU
         x = x.reshape(-1, x.shape[-1])
         y = x @ kernel.astype(dtype)
         if self.use_bias:
@@ -47,18 +47,26 @@ class Linear(nn.Module):
 
 
 def init(key, base, *, rank, targets):
-    """A fresh adapter for every kernel of `base` whose path matches the regex `targets`.
+    """Make an adapter for every kernel of `base` whose path matches a regular expression.
 
-    a is uniform with variance 1 / I, b is zero: the adapter starts as nothing. Kernels stacked over
-    scanned layers, [layers, I, O], get stacked adapters.
+    a is uniform with variance 1 / I and b is zero, so a new adapter changes nothing. Kernels that
+    are stacked over layers, [layers, I, O], get stacked adapters.
+
+    Args:
+      key: a typed key.
+      base: parameters, nested.
+      rank: width of the adapters.
+      targets: the regular expression.
 
     Raises:
-      InputError: the regex matches no kernel.
+      InputError: the expression matches no kernel.
     """
     flat = {path[:-1]: w for path, w in flatten_dict(base).items()
             if path[-1] == 'kernel' and re.search(targets, '/'.join(path[:-1]))}
     if not flat:
-        raise InputError(f'config.model.lora_targets={targets!r} matches no kernel of the base')
+        raise InputError(f'config.model.lora_targets={targets!r}: matches no kernel of the base. '
+                         'Expected a regular expression that matches paths such as '
+                         'decoder/layers/attention/q. Fix: widen it')
     out = {}
     for i, (path, w) in enumerate(sorted(flat.items())):
         *stack, fan_in, fan_out = w.shape
@@ -68,6 +76,6 @@ def init(key, base, *, rank, targets):
 
 
 def scaled(adapter, scale):
-    """The adapter with its effect multiplied by `scale` (alpha / rank)."""
+    """Multiply the effect of an adapter by `scale`, which is alpha / rank."""
     flat = flatten_dict(adapter)
     return unflatten_dict({p: w * scale if p[-1] == 'b' else w for p, w in flat.items()})

@@ -1,4 +1,4 @@
-"""A perceptron of two layers, and vectors of length one."""
+"""A perceptron with two layers, and scaling to length one."""
 
 from collections.abc import Callable
 
@@ -23,5 +23,5 @@ class MLP(nn.Module):
 
 
 def unit(x):
-    """x scaled to length one along its last axis; zero stays zero, with a finite gradient."""
+    """Scale x to length one along its last axis. Zero stays zero, with a finite gradient."""
     return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)

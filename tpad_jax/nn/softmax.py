@@ -1,9 +1,8 @@
-"""Softmax over a large catalogue without the [B, V] scores: its log-partition, and draws from it.
+"""Softmax over a large catalogue without [B, V] scores: its log-partition, and a proposal.
 
-`log_partition` goes over the item table in chunks and computes a chunk's scores again in the
-backward pass, as attention kernels do (Dao et al. 2022): the extra product costs less than writing
-and reading back what it replaces. `draw` and `log_probability` are the proposal of a sampled
-softmax.
+`log_partition` reads the item table in chunks. The backward pass computes the scores of a chunk
+again, as attention kernels do (Dao et al. 2022). This costs less than storing and loading them.
+`draw` and `log_probability` are the proposal of a sampled softmax.
 """
 
 import math
@@ -16,24 +15,26 @@ TOTAL = 2**31  # a proposal's integer weights sum to this
 
 
 def log_partition(h, z, warm, *, chunk=0, dtype='float32'):
-    """log sum exp <h, z_v> over the items v that `warm` allows. -> float32 [B]
+    """Compute log sum exp <h, z_v> over the items v that `warm` allows.
 
     Args:
-      h: float32 [B, D]. z: float32 [V+1, D], the catalogue. warm: bool [V+1].
-      chunk: items at a time (4,096, say), so that scores need [chunk, B] and not [V+1, B], forward
-        and backward; 0: all at once.
-      dtype: of both operands of every product, 'float32' or 'bfloat16'; sums are float32.
+      h: float32 [B, D].
+      z: float32 [V+1, D]. The catalogue.
+      warm: bool [V+1].
+      chunk: items at a time, for example 4096. Scores then need [chunk, B] instead of [V+1, B].
+        0: all at once.
+      dtype: of both operands of every product, 'float32' or 'bfloat16'. Sums are float32.
 
     Returns:
-      [B]; -inf where nothing is warm. Differentiable in h and z.
+      float32 [B], differentiable in h and z. -inf without warm items.
     """
     if not chunk:
         return _whole(h, z, warm, dtype)
     return _chunked(h, z, warm, min(chunk, len(z)), dtype)
 
 
-# Below scores stand as [V, B] or [C, B], which makes each of the three products the shape that
-# XLA's CPU kernels run fastest.
+# Scores are [V, B] or [C, B] below: all three products then have the shapes that XLA's CPU kernels
+# compute fastest.
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _whole(h, z, warm, dtype):
@@ -49,8 +50,8 @@ def _whole_forward(h, z, warm, dtype):
     return largest + jnp.log(total), (h, z, share, total)
 
 
-def _whole_backward(dtype, kept, slope):
-    h, z, share, total = kept
+def _whole_backward(dtype, saved, slope):
+    h, z, share, total = saved
     share, slope = share.astype(dtype), (slope / total)[:, None]
     to_z = _product(share, (h * slope).astype(dtype))
     to_h = jax.lax.dot_general(share, z, (((0,), (0,)), ((), ())),
@@ -61,8 +62,8 @@ def _whole_backward(dtype, kept, slope):
 _whole.defvjp(_whole_forward, _whole_backward)
 
 
-# In the loops no product contracts the first axis of its left operand: in bfloat16 that runs at a
-# quarter of the speed.
+# In the loops, no product contracts the first axis of its left operand. In bfloat16 that is four
+# times slower.
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _chunked(h, z, warm, chunk, dtype):
@@ -85,15 +86,15 @@ def _forward(h, z, warm, chunk, dtype):
     return result, (h, z, warm, result)
 
 
-def _backward(chunk, dtype, kept, slope):
-    h, z, warm, result = kept
+def _backward(chunk, dtype, saved, slope):
+    h, z, warm, result = saved
     count, narrow = _count(z, chunk), h.astype(dtype)
     transposed = _transpose(narrow)
 
     def body(k, carry):
         to_h, to_z = carry
-        # From the last chunk to the first: the last one reaches back over rows of the one before,
-        # for which it says 0, and that one writes over it.
+        # From the last chunk to the first: the last chunk overlaps the one before it and writes 0
+        # to the shared rows, which that one then overwrites.
         start, items, allowed = _chunk(z, warm, count - 1 - k, chunk, dtype)
         share = jnp.exp(_product(items, transposed) - result) * slope
         share = jnp.where(allowed[:, None], share, 0).astype(dtype)
@@ -113,9 +114,10 @@ def _count(z, chunk):
 
 
 def _chunk(z, warm, i, chunk, dtype):
-    """Where chunk i starts, its rows of z [C, D], and which of them count [C].
+    """Return where chunk i starts, its rows of z [C, D], and which of them count [C].
 
-    The last chunk starts early enough to be whole; rows of the one before do not count in it.
+    The last chunk starts early enough to be full. Its rows that belong to the chunk before it do
+    not count.
     """
     start = jnp.minimum(i * chunk, len(z) - chunk)
     rows = jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])).astype(dtype)
@@ -128,23 +130,24 @@ def _product(a, b):
 
 
 def _transpose(x):
-    # behind a barrier, or the compiler folds it into the product
+    # without the barrier, the compiler folds the transposition into the product
     return jax.lax.optimization_barrier(x.T)
 
 
 def weights(warm, popularity, power):
-    """Integer weights of a proposal over the warm items, in proportion to popularity ** power.
+    """Compute integer weights over the warm items, in proportion to popularity ** power.
 
-    Integers, because a float32 uniform has 2 ** 23 values: of ten million items it would never draw
-    some, and others twice as often as said.
+    A float32 uniform number has 2 ** 23 values. With ten million items it would never draw some of
+    them, and draw others twice as often as it should. Integers do not have this problem.
 
     Args:
-      warm: bool [V+1]. popularity: float32 [V+1], counts, at least 1 for what is warm.
+      warm: bool [V+1].
+      popularity: float32 [V+1]. Counts, at least 1 for warm items.
       power: 0 is uniform, 1 is popularity.
 
     Returns:
-      uint32 [V+1] that sum to 2 ** 31: at least 1 for a warm item, 0 for a cold one, and for
-      padding the ten-thousandth or so that rounding may need: a draw of it is no draw.
+      uint32 [V+1] with the sum 2 ** 31: at least 1 for a warm item, 0 for a cold one. Padding has
+      the rest, about a ten-thousandth. A draw of padding does not count.
     """
     plain = jnp.where(warm, jnp.maximum(popularity, 1) ** power, 0)
     scaled = jnp.round(plain * ((0.9999 * TOTAL - len(warm)) / plain.sum())).astype(jnp.uint32)
@@ -153,11 +156,11 @@ def weights(warm, popularity, power):
 
 
 def draw(key, weight, samples):
-    """Item ids int32 [samples], drawn with replacement by `weights`; 0 is no draw."""
+    """Draw item ids int32 [samples] with replacement by `weights`. 0 does not count."""
     at = jax.random.bits(key, (samples,), jnp.uint32) >> 1
     return jnp.searchsorted(jnp.cumsum(weight), at, side='right').astype(jnp.int32)
 
 
 def log_probability(weight, ids):
-    """log of the probability that one draw is each of `ids`. -> float32, like ids"""
+    """Return the log probability that one draw is each of `ids`, float32 of their shape."""
     return jnp.log(weight[ids].astype(jnp.float32)) - math.log(TOTAL)

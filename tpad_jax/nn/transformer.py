@@ -1,4 +1,4 @@
-"""A pre-norm transformer: RMSNorm, attention, SwiGLU; layers scanned so that they compile once."""
+"""A pre-norm transformer: RMSNorm, attention, SwiGLU. A scan compiles its layers once."""
 
 import flax.linen as nn
 import jax
@@ -42,11 +42,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`layers` blocks and a last norm.
+    """Blocks and a final norm.
 
     Attributes:
-      layers, heads, hidden: depth, heads per layer, inner width of the SwiGLU.
-      causal: positions see only what came before them.
+      layers: number of blocks.
+      heads: attention heads per block.
+      hidden: inner width of the SwiGLU.
+      causal: whether a position sees only itself and earlier positions.
     """
 
     layers: int
@@ -56,7 +58,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):
-        """Encode x [B, L, D] under mask bool [B, L] -> [B, L, D]; positions count tokens."""
+        """Encode x [B, L, D] with mask bool [B, L] -> [B, L, D]. Positions skip padding."""
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         scanned = nn.scan(Block, variable_axes={'params': 0, 'lora': 0},
                           split_rngs={'params': True}, length=self.layers)

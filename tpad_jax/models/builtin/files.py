@@ -1,9 +1,9 @@
-"""The base both MLLMs share, on disk: sizes, parameters and tokenizer in one directory.
+"""The directory of a small base: sizes, parameters and tokenizer.
 
-`config.json` holds the sizes of `MLLM` and the image side it was trained at, `params.safetensors`
-the parameters by path, 'base/...' the MLLM and 'knowledge/...' heads for the Knowledge-MLLM to
-start from, and the tokenizer is what `transformers.AutoTokenizer` reads. The committed default
-stands in `base/` beside this file; `tpad_jax/pretrain.py` made it.
+`config.json` has the sizes of `MLLM` and the side of the images it was trained with.
+`params.safetensors` has the parameters by path: 'base/...' of the MLLM, and 'knowledge/...' of the
+heads that the Knowledge-MLLM starts with. `transformers.AutoTokenizer` reads the tokenizer. The
+default base is the directory `base/` next to this file; `tpad_jax/pretrain.py` wrote it.
 """
 
 import json
@@ -21,7 +21,7 @@ KEYS = ('vocab', 'width', 'layers', 'heads', 'hidden', 'channels', 'vision_layer
 
 
 def save(directory, sizes: dict, params: dict):
-    """Write sizes and parameters; arrays are stored as float16, half of what trained them."""
+    """Write sizes and parameters. Arrays are stored as float16."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(x, np.float16) for path, x in flatten_dict(params, sep='/').items()}
@@ -30,43 +30,50 @@ def save(directory, sizes: dict, params: dict):
 
 
 def load_sizes(directory=DEFAULT) -> dict:
-    """Sizes of a base: MLLM's fields, plus image_size and features.
+    """Read the sizes of a base: the fields of MLLM, image_size and features.
 
     Raises:
-      InputError: the directory holds no base.
+      InputError: the directory does not hold a base.
     """
     file = Path(directory) / 'config.json'
     if not file.is_file():
-        raise InputError(f'{directory} holds no base: there is no config.json; leave config.mllm.'
-                         'base empty for the default or name one that tpad_jax.pretrain wrote')
+        raise InputError(f'config.mllm.base={str(directory)!r}: has no config.json. Expected a '
+                         'directory that tpad_jax.pretrain wrote. Fix: correct the path, or leave '
+                         'it empty for the default base')
     try:
         sizes = json.loads(file.read_text())
         missing = [key for key in KEYS if key not in sizes]
     except (ValueError, TypeError) as error:
-        raise InputError(f'{file} is no base\'s config: {error}') from error
+        raise InputError(f'{file}: not the config of a base ({error}). Expected a JSON object. '
+                         'Fix: write the base again with tpad_jax.pretrain') from error
     if missing:
-        raise InputError(f'{file} is no base\'s config: it lacks {", ".join(missing)}')
+        raise InputError(f'{file}: lacks {", ".join(missing)}. Expected the sizes of a base. Fix: '
+                         'write the base again with tpad_jax.pretrain')
     return sizes
 
 
 def load_params(directory, expected: dict) -> dict:
-    """Parameters of a base as float32, nested, after checking every one against `expected`.
+    """Read the parameters of a base as float32, nested, and check every shape.
 
     Args:
+      directory: of the base.
       expected: nested {'base': ..., 'knowledge': ...} of anything with a shape.
 
     Raises:
-      InputError: parameters missing, unexpected or of another shape, all of them in one sentence.
+      InputError: parameters are missing, unexpected or of another shape. The message names all.
     """
     file = Path(directory) / 'params.safetensors'
     if not file.is_file():
-        raise InputError(f'{directory} holds no params.safetensors; it is not a base directory')
-    found = load_file(file)
+        raise InputError(f'{directory}: has no params.safetensors. Expected a directory that '
+                         'tpad_jax.pretrain wrote. Fix: correct the path')
+    params = load_file(file)
     wanted = {path: x.shape for path, x in flatten_dict(expected, sep='/').items()}
-    wrong = [f'{p} missing' for p in sorted(wanted.keys() - found.keys())]
-    wrong += [f'{p} unexpected' for p in sorted(found.keys() - wanted.keys())]
-    wrong += [f'{p} is {found[p].shape}, not {wanted[p]}'
-              for p in sorted(wanted.keys() & found.keys()) if found[p].shape != wanted[p]]
+    wrong = [f'{p} missing' for p in sorted(wanted.keys() - params.keys())]
+    wrong += [f'{p} unexpected' for p in sorted(params.keys() - wanted.keys())]
+    wrong += [f'{p} is {params[p].shape}, not {wanted[p]}'
+              for p in sorted(wanted.keys() & params.keys()) if params[p].shape != wanted[p]]
     if wrong:
-        raise InputError(f'{file} does not fit its config.json: ' + '; '.join(wrong))
-    return unflatten_dict({p: np.asarray(x, np.float32) for p, x in found.items()}, sep='/')
+        raise InputError(f'{file}: does not fit its config.json: {"; ".join(wrong)}. Expected the '
+                         'parameters of that config. Fix: write the base again with '
+                         'tpad_jax.pretrain')
+    return unflatten_dict({p: np.asarray(x, np.float32) for p, x in params.items()}, sep='/')

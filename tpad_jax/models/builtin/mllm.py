@@ -1,7 +1,7 @@
 """The small multimodal language model of the default base: vision tower, projector, decoder.
 
-It has the same few methods as `hf.vlm.VLM`, which stands in its place with a real checkpoint: both
-readers are written against these.
+`hf.vlm.VLM` has the same methods and replaces it when a checkpoint is used. Both readers call only
+these methods.
 """
 
 import flax.linen as nn
@@ -16,13 +16,19 @@ from tpad_jax.nn.transformer import Transformer
 
 
 class MLLM(nn.Module):
-    """Image and text tokens in one causal decoder; the output embedding is the input's, tied.
+    """Image and text tokens in one causal decoder. Input and output share the embedding.
 
     Attributes:
-      vocab: size of the token vocabulary.
-      width, layers, heads, hidden: the decoder.
-      channels, vision_layers: the vision tower (see VisionTower).
-      before, between, end: token ids around an item's or a session's content: none.
+      vocab: number of tokens.
+      width: of the decoder's states.
+      layers: of the decoder.
+      heads: of the decoder and the vision tower.
+      hidden: inner width of the decoder's SwiGLU.
+      channels: of the vision tower's stem.
+      vision_layers: of the vision tower.
+      before: token ids before the content of an item or a session; none.
+      between: token ids between parts; none.
+      end: token ids after the content; none.
     """
 
     vocab: int
@@ -46,27 +52,38 @@ class MLLM(nn.Module):
 
     @mllm_precision
     def frame(self, image, there) -> Stream:
-        """Images uint8 [B, H, W, 3], there bool [B] -> their tokens [B, P, D]."""
+        """Encode images as tokens [B, P, D].
+
+        Args:
+          image: uint8 [B, H, W, 3].
+          there: bool [B]. Whether an item has an image.
+        """
         x = self.projector[1](nn.gelu(self.projector[0](self.vision(image))))
         return streams.plain(x, there[:, None])
 
     def grid(self, side: int) -> tuple[int, int, int]:
-        """Where in `frame` an image's cells begin, and how many rows and columns they have."""
+        """Return the index of an image's first cell in `frame`, and the rows and columns."""
         cells = -(-side // 2 ** len(self.channels))
         return 0, cells, cells
 
     def words(self, tokens):
-        """Token ids int32 [...] -> embeddings [..., D]."""
+        """Embed token ids int32 [...] -> [..., D]."""
         return self.embed(tokens)
 
     def say(self, tokens, mask) -> Stream:
-        """Token ids int32 [..., T], mask bool [..., T] -> their part of a stream."""
+        """Make a part of a stream from token ids int32 [..., T] and mask bool [..., T]."""
         return streams.plain(self.words(tokens), mask)
 
     @mllm_precision
     def __call__(self, stream: Stream, at=None):
-        """Read a stream [B, L] -> hidden states [B, L, D] after the last norm, or of tokens at
-        int32 [B, n] alone, [B, n, D].
+        """Read a stream [B, L].
+
+        Args:
+          stream: the tokens.
+          at: int32 [B, n]. The tokens whose states are needed. None: all.
+
+        Returns:
+          States [B, L or n, D] after the final norm.
         """
         h = self.decoder(stream.x, stream.mask)
         return h if at is None else jnp.take_along_axis(h, at[:, :, None], axis=1)

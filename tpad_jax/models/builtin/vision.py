@@ -1,6 +1,7 @@
-"""The small default vision tower: a convolutional stem, then a short transformer over its cells.
+"""The vision tower of the small base: a convolutional stem, then a short transformer.
 
-A plain ViT of this size does not learn shapes from a few ten thousand images; the stem does [ours].
+A ViT of this size does not learn shapes from some ten thousand images. With the stem it does
+[ours].
 """
 
 import einops
@@ -15,7 +16,8 @@ class VisionTower(nn.Module):
 
     Attributes:
       channels: widths of the stem's stages, each halving the resolution.
-      layers, heads: of the transformer over the cells.
+      layers: of the transformer over the cells.
+      heads: of the transformer over the cells.
     """
 
     channels: tuple[int, ...] = (32, 64, 128)
