@@ -36,6 +36,7 @@ from scipy import stats
 from benchmarks.checkout import commit
 from tpad_jax.core import files
 from tpad_jax.mutual_information import estimator as mi
+from tpad_jax.mutual_information.held_out import LOWER
 
 FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('.json')
@@ -108,10 +109,10 @@ def cells(objective, data, width, nats, batch):
         found = [mi.report('vclub', TrueScore(rho, cubed), *fresh)]
     else:
         module = mi.module(READ[objective][0], 'separable', HIDDEN, WIDTH)
-        spec = mi.Training(objective, module, batch, STEPS, RATE[objective])
+        settings = mi.Settings(batch=batch, steps=STEPS, learning_rate=RATE[objective])
         check = sample(keys[2], rho, 2048, width, cubed)
         score, curve = mi.fit(jax.random.fold_in(keys[3], batch), {'rho': rho, 'check': check},
-                              spec, DRAW[width, data])
+                              objective, module, settings, DRAW[width, data])
         found = [mi.report(bound, score, *fresh, batch=batch, seen=seen, curve=curve)
                  for bound in READ[objective]]
     seconds = time.perf_counter() - began
@@ -158,7 +159,7 @@ def judge(found):
     """Sentences on what has to hold, of the cells that are there."""
     split = {key: (*key.split()[:2], *(int(part.split('=')[1]) for part in key.split()[2:]))
              for key in found}
-    lower = [key for key, (bound, *_) in split.items() if bound in mi.LOWER]
+    lower = [key for key, (bound, *_) in split.items() if bound in LOWER]
     z = [(found[k]['value'] - found[k]['truth']) / found[k]['error'] for k in lower]
     p = [stats.t.sf(x, found[k]['degrees']) for x, k in zip(z, lower, strict=True)]
     above = [k for k, bad in zip(lower, holm(p, LEVEL), strict=True) if bad]
@@ -172,7 +173,7 @@ def judge(found):
     for bounds, what in ((('mine', 'nwj'), 'mine and nwj at batch 1024'),
                          (('club', 'vclub'), 'club, and vclub where y is not cubed')):
         near = {k: found[k]['value'] / found[k]['truth'] - 1 for k, s in split.items()
-                if s[0] in bounds and s[3] <= 4 and (s[4] == 1024 or s[0] not in mi.LOWER)
+                if s[0] in bounds and s[3] <= 4 and (s[4] == 1024 or s[0] not in LOWER)
                 and not (s[0] == 'vclub' and s[1] == 'cubed')}
         far = {k: round(100 * x, 1) for k, x in near.items() if abs(x) > JUDGED}
         worst = max(near.values(), key=abs, default=0)

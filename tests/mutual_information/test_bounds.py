@@ -64,8 +64,6 @@ def by_torch(own, scores, negative):
         'jsd': -softplus(-own).mean() - softplus(off).mean(),
         'smile': own.mean() - off.clamp(-1.5, 1.5).exp().mean().log(),
         'vclub': (own - each(torch.mean)).mean(),
-        'club': (own - torch.stack([torch.cat([row[keep], one[None]]).mean() for row, keep, one
-                                    in zip(scores, negative, own, strict=True)])).mean(),
         'l1out': (own - log_mean).mean(),
         'uniformity': (4 * (off - 1)).exp().mean().log(),
     }

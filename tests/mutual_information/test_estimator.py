@@ -87,15 +87,15 @@ def test_it_warns_where_a_bound_cannot_reach():
     same = mi.estimate(jax.random.key(0), x, x + 0.01 * y, bound='infonce', **SMALL)
     assert 'reads at most 4.85 nats' in same.warning
     assert same.value < np.log(128)
-    assert 'carry the partition' in mi.report('mine', bilinear(12.0), x, y).warning
-    assert 'no bound' in mi.report('jsd', bilinear(1.0), x, y).warning
+    assert 'dominate the partition' in mi.report('mine', bilinear(12.0), x, y).warning
+    assert 'does not bound' in mi.report('jsd', bilinear(1.0), x, y).warning
     tails = mi.estimate(jax.random.key(0), x, y**5, bound='vclub', **SMALL)
     assert 'does not fit' in tails.warning
 
 
 @pytest.mark.parametrize(('changes', 'says'), [
-    (dict(bound='club'), "bound='club' is unknown"), (dict(critic='cosine'), "critic='cosine'"),
-    (dict(batch=600), '1000 pairs cannot be split'), (dict(y=np.ones((7, 2))), 'no pairs in rows'),
+    (dict(bound='club'), "bound='club': unknown"), (dict(critic='cosine'), "critic='cosine'"),
+    (dict(batch=600), '1000 pairs cannot be split'), (dict(y=np.ones((7, 2))), 'not pairs in rows'),
     (dict(y=np.full((1000, 2), np.nan)), 'not finite')])
 def test_refusals(changes, says):
     x, y = pairs(0, 1000, 0.5)

@@ -1,5 +1,6 @@
-"""Mutual information of two clouds of points: critics, bounds and an estimator for use alone."""
+"""Mutual information of two clouds of points: critics, bounds and a standalone estimator."""
 
-from tpad_jax.mutual_information.estimator import Estimate, Training, estimate
+from tpad_jax.mutual_information.estimator import estimate
+from tpad_jax.mutual_information.held_out import Estimate, Settings
 
-__all__ = ['Estimate', 'Training', 'estimate']
+__all__ = ['Estimate', 'Settings', 'estimate']

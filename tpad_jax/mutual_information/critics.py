@@ -1,4 +1,4 @@
-"""Critics: score functions of pairs, and vCLUB's variational family."""
+"""Critics, which score pairs, and the variational family of vCLUB."""
 
 import math
 
@@ -18,13 +18,13 @@ class Critic(nn.Module):
 
     Attributes:
       kind: 'dot' (cosine, I = J), 'bilinear', 'separable' (an MLP each, then the scaled dot
-        product) or 'concatenated' (one MLP on the pair: A G passes).
-      width: of the MLPs' outputs. hidden: of their hidden layer, 0: width.
-      normalise: 'separable' compares vectors of length one, times a learned scale, so that scores
-        stay within +- that scale; False: they are as long as they like, which an estimate of many
-        nats needs.
-      scales: MLPs read asinh(s x) / asinh(s) for each s, and not x: heavy tails come near, and what
-        happens about zero is seen. (): x itself.
+        product) or 'concatenated' (one MLP for each of the A G pairs).
+      width: of the MLPs' outputs.
+      hidden: of the MLPs' hidden layer. 0: width.
+      normalise: whether 'separable' compares vectors of length one, times a learned scale. Scores
+        then stay within +- that scale. An estimate of many nats needs False.
+      scales: MLPs read asinh(s x) / asinh(s) for each s, which shows both heavy tails and values
+        near zero. (): they read x.
     """
 
     kind: str
@@ -37,11 +37,14 @@ class Critic(nn.Module):
     def __call__(self, x, y, factors=False):
         """Score every pair.
 
-        factors: instead a [A, F] and b [G, F] with scores = a b^T, so that a caller need not hold
-          all scores at once. Every kind but 'concatenated' has them.
+        Args:
+          x: float [A, I].
+          y: float [G, J].
+          factors: whether to return a [A, F] and b [G, F] with scores = a b^T, so that a caller
+            does not need all scores at once. Every kind except 'concatenated' has factors.
 
         Raises:
-          ValueError: an unknown kind, or one without factors asked for them.
+          ValueError: the kind is unknown or has no factors.
         """
         hidden = self.hidden or self.width
         if self.scales and self.kind in ('separable', 'concatenated'):
@@ -65,18 +68,19 @@ class Critic(nn.Module):
                                         jnp.broadcast_to(y[None], (*shape, y.shape[-1]))], axis=-1)
                 return MLP(hidden, 1, name='pair')(pair)[..., 0]
             case _:
-                raise ValueError(f'no critic {self.kind!r}: {", ".join(KINDS)} (the last without '
-                                 'factors)')
+                raise ValueError(f'kind={self.kind!r}: unknown critic. Expected one of '
+                                 f'{", ".join(KINDS)}; the last has no factors')
         return (a, b) if factors else a @ b.T
 
 
 class GaussianQ(nn.Module):
     """q(p | c), a diagonal Gaussian: the variational family of vCLUB (Cheng et al. 2020).
 
-    [ours] It starts as a standard normal, whatever c: first it learns what p is like, then of c.
+    [ours] It starts as a standard normal for every c, so it learns the distribution of p first.
 
     Attributes:
-      hidden: of the MLP of its moments. limit: of the log variances' size.
+      hidden: width of the MLP of its moments.
+      limit: largest absolute value of the log variances.
     """
 
     hidden: int
@@ -84,7 +88,13 @@ class GaussianQ(nn.Module):
 
     @nn.compact
     def __call__(self, c, p, factors=False):
-        """log q(p_j | c_i) up to a constant. c [A, D], p [G, D] -> [A, G], or its factors."""
+        """Compute log q(p_j | c_i) up to a constant, [A, G], or its factors.
+
+        Args:
+          c: float [A, D].
+          p: float [G, D].
+          factors: see `Critic`.
+        """
         moments = MLP(self.hidden, 2 * p.shape[-1], out=nn.initializers.zeros, name='moments')
         mean, log_var = jnp.split(moments(c), 2, axis=-1)
         log_var = self.limit * jnp.tanh(log_var / self.limit)
@@ -107,14 +117,14 @@ class Score:
         return self.module.apply({'params': self.params}, x, y)
 
     def factors(self, x, y):
-        """a [A, F], b [G, F] with scores = a b^T; None where the critic has none."""
+        """Return a [A, F] and b [G, F] with scores = a b^T, None if the critic has no factors."""
         if not isinstance(self.module, GaussianQ | Critic) or (
                 getattr(self.module, 'kind', '') == 'concatenated'):
             return None
         return self.module.apply({'params': self.params}, x, y, factors=True)
 
     def own(self, x, y):
-        """Scores of the pairs alone, x [A, I], y [A, J] -> [A]."""
+        """Score only the pairs themselves, x [A, I], y [A, J] -> [A]."""
         factors = self.factors(x, y)
         if factors is None:
             return jax.vmap(lambda a, b: self(a[None], b[None])[0, 0])(x, y)
