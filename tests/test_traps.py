@@ -110,7 +110,7 @@ def test_a_scorer_that_knows_its_neighbours_is_caught(leak):
 
 
 def repeatable(score):
-    twice = [evaluate.evaluate(score, ROWS, WARM, chunk=64)[0] for _ in range(2)]
+    twice = [evaluate.evaluate(score, ROWS, WARM)[0] for _ in range(2)]
     return twice[0] == twice[1]
 
 
@@ -162,7 +162,8 @@ def overlapping(score, items, num_items, *, chunk):
 def test_every_row_counts_once(total, monkeypatch):
     assert each_once(metrics.scored, total, 16)
     rows = Rows(*(part[:total] for part in ROWS))
-    result, found = evaluate.evaluate(score, rows, WARM, chunk=16)
+    monkeypatch.setattr(metrics, 'CHUNK', 16)
+    result, found = evaluate.evaluate(score, rows, WARM)
     own = metrics.counts(score(rows.items), rows.target)
     assert result['rows'] == total
     np.testing.assert_array_equal(found['above'], own[0])

@@ -53,7 +53,7 @@ def by_hand():
 
 def test_slices_by_hand():
     made, warm, scorer = by_hand()
-    result, places = evaluate.evaluate(scorer, made, warm, ks=(1, 2), chunk=3)
+    result, places = evaluate.evaluate(scorer, made, warm, ks=(1, 2))
     assert places['above'].tolist() == [1, 0, 3, 3]
     assert places['equal'].tolist() == [1, 1, 1, 1]
     parts = result['slices']
@@ -81,7 +81,7 @@ def test_expected_hits_by_hand():
     def probabilities(items):
         return truth[[made.items.tolist().index(row) for row in items.tolist()]]
 
-    result, _ = evaluate.evaluate(scorer, made, warm, ks=(2, 4), chunk=3,
+    result, _ = evaluate.evaluate(scorer, made, warm, ks=(2, 4),
                                   probabilities=probabilities)
     assert result['expected_hit@2'] == pytest.approx((.3 + .8 + .5 + .5) / 4)
     assert result['expected_mrr@2'] == pytest.approx((.2 + .75 + .375 + .25) / 4)
@@ -152,13 +152,14 @@ def test_popularity_slices_partition_the_warm_rows_and_their_truth(world):
     assert parts[1]['expected_hit@20'] == pytest.approx(found)
 
 
-def test_chunks_change_nothing(world):
+def test_chunks_change_nothing(world, monkeypatch):
     _, test, warm, probabilities = world
-    whole, places = evaluate.evaluate(noise, test, warm, chunk=4096, probabilities=probabilities)
+    monkeypatch.setattr(metrics, 'CHUNK', 4096)
+    whole, places = evaluate.evaluate(noise, test, warm, probabilities=probabilities)
     assert whole['tied_share'] > 0.9
     for chunk in (7, 512):
-        parts, same = evaluate.evaluate(noise, test, warm, chunk=chunk,
-                                        probabilities=probabilities)
+        monkeypatch.setattr(metrics, 'CHUNK', chunk)
+        parts, same = evaluate.evaluate(noise, test, warm, probabilities=probabilities)
         assert parts == whole
         np.testing.assert_array_equal(same['above'], places['above'])
         np.testing.assert_array_equal(same['equal'], places['equal'])

@@ -1,8 +1,7 @@
-"""Exact ranks on the device: the scores of a whole catalogue are counted where they are made.
+"""Exact ranks on the device: the scores of a whole catalogue are counted where they are computed.
 
-What travels to the host is two numbers per row, not V. Scores exist for one chunk of the catalogue
-at a time, small enough to stay in a processor's cache, and every item takes part: nothing is
-sampled and nothing is approximated.
+Two numbers per row are copied to the host, not V. Scores exist for one chunk of the catalogue at a
+time, small enough for a processor's cache. Every item is ranked; no step samples or approximates.
 """
 
 from collections.abc import Callable
@@ -15,28 +14,28 @@ from tpad_jax.distributed import collectives
 from tpad_jax.distributed.devices import Devices
 
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
-LANES = 256  # items that every product computes alike, whatever their number
-PARTS = 8  # that one call ranks: the host's work for a call is in no part's way
+LANES = 256  # a product of whole multiples of these items computes all of them alike
+PARTS = 8  # parts that one call ranks, so that the device does not wait for the host
 
 
 def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None,
            chunk: int = 0) -> Callable:
-    """Ranks of targets in the whole catalogue, equal to `metrics.counts` of the same scores.
+    """Make a function that ranks targets in the catalogue as `metrics.counts` of the scores does.
 
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
-      shifts: (weights, items) -> items int32 [B, M] and float32 [B, M], which is added to their
-        scores; 0 on padding, and on all but one place of an item. None: nothing is.
-      devices: rows are spread over them; encode is compiled once per size of a part.
-      chunk: items at a time, at most 32,767; 0: on CPU 2 ** 18 over a part's rows but at least
-        1,024, elsewhere as many as can be.
+      devices: rows are distributed over them; encode is compiled once per size of a part.
+      shifts: (weights, items) -> items int32 [B, M] and float32 [B, M], added to their scores. The
+        shift is 0 on padding and on all places of an item except one. None: no shifts.
+      chunk: items at a time, at most 32,767. 0: on a CPU 2**18 divided by a part's rows, at least
+        1,024; elsewhere the largest number.
 
     Returns:
-      rank(weights, z, items, target, *, rows=512, name='model') -> (above, equal) int32 [R]: items
-      that score above the target and items that score the same, the target among them. `weights`:
-      any tree. z: float32 [V+1, D], row 0 being padding. items: int32 [R, N], target: int32 [R],
-      ids 1..V; `rows` of them at a time. It raises FloatingPointError, by `name`, where a score is
-      not finite.
+      rank(weights, z, items, target, *, rows=512, name='model') -> (above, equal) int32 [R]: the
+      numbers of items that score above the target and that score the same, itself included.
+      `weights` is any tree, z float32 [V+1, D] with padding in row 0, items int32 [R, N] and target
+      int32 [R], ids 1..V. `rows` of them are ranked at a time. It raises FloatingPointError, with
+      `name`, where a score is not finite.
     """
 
     def part(batch, shared):
@@ -47,7 +46,7 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         return (*counted, bounded(h, shared['largest']))
 
     def several(_, batch, shared, *, axis):
-        """The first `shared['parts']` of PARTS parts, one after the other."""
+        """Rank the first `shared['parts']` of PARTS parts, one after the other."""
         parts = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
         held = parts.target.shape
 
@@ -67,7 +66,7 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
         found = []
         for begin in range(0, len(items), devices.shards * PARTS * each):
-            # calls are queued one behind the other; nothing waits for a result before the end
+            # calls are queued; the host waits for results only at the end
             batch, parts = _several(items[begin:], target[begin:], size)
             given = shared | devices.share({'parts': np.int32(parts)})
             found.append(lifted({}, devices.place(batch), given))
@@ -82,20 +81,22 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
 
 
 def count(h, z, target, *, chunk: int, moved=None):
-    """Items that score above and equal to each row's target, scores being <h, z>. Pure.
+    """Count the items that score above and equal to each row's target, scores being <h, z>. Pure.
 
-    The target's own score has to be the very number that stands in its row, which may differ in
-    the last bit from the same product computed by itself. So it is guessed by such a product, all
-    is counted against the guess, the target's score is picked up where it is met, and if the guess
-    was off, in any row, all is counted once more.
+    The target has to be compared by its score in the row, which may differ in the last bit from the
+    same product computed alone. So the score is guessed by such a product, all items are counted
+    against the guess, and the target's score is read where it occurs. If the guess is wrong in any
+    row, all items are counted again.
 
     Args:
-      h: float32 [B, D]. z: float32 [V+1, D]; row 0 is not ranked. target: int32 [B].
+      h: float32 [B, D].
+      z: float32 [V+1, D]. Row 0 is not ranked.
+      target: int32 [B].
       chunk: items at a time, at most MOST.
-      moved: (items int32 [B, M], what is added to their scores [B, M]), or None.
+      moved: (items int32 [B, M], shifts of their scores [B, M]), or None.
 
     Returns:
-      above, equal: int32 [B]. A row with a score that is not finite means nothing.
+      above, equal: int32 [B]. A row with a score that is not finite has no meaning.
     """
     total = len(z)
     chunk = _even(total, min(max(chunk, len(h)), MOST))
@@ -113,9 +114,9 @@ def count(h, z, target, *, chunk: int, moved=None):
         at = wanted - start
         value = jnp.take_along_axis(s, jnp.clip(at, 0, chunk - 1), axis=1)
         seen = jnp.where((at >= 0) & (at < chunk), value, seen)
-        # the last chunk reaches back over items that were counted before; item 0 never counts
+        # the last chunk overlaps items that were counted before; item 0 never counts
         new = jnp.where(start + place >= jnp.maximum(k * chunk, 1), -1, 0)
-        # both counts in one sum: half the time of two
+        # both counts in one sum take half the time of two sums
         bar = (own + lift)[:, None]
         code = (s > bar) + (s >= bar) * jnp.int32(2**16)
         code = (code & new).sum(axis=1)
@@ -135,7 +136,7 @@ def count(h, z, target, *, chunk: int, moved=None):
     guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
     _, own, seen, above, level = jax.lax.while_loop(
         again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
-    if moved is not None:  # these items were counted where their vectors put them
+    if moved is not None:  # these items were counted by their scores without the shift
         was, bar = seen[:, 1:], (own + lift)[:, None]
         now = was + shift
         above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)
@@ -144,10 +145,10 @@ def count(h, z, target, *, chunk: int, moved=None):
 
 
 def _even(total, most):
-    """Items of a chunk, at most `most`: parts of one size, whole multiples of LANES.
+    """Choose the items of a chunk, at most `most`: equal parts, whole multiples of LANES.
 
-    What a product leaves over behind whole lanes is computed by another loop, whose last bits may
-    differ from the guess, and then all is counted once more.
+    A product computes the items after the last whole lane by another loop. Its last bits may differ
+    from the guess, and then all items are counted again.
     """
     most = most // LANES * LANES or most
     even = -(-total // -(-total // most))
@@ -160,20 +161,20 @@ def _scores(h, z):
 
 @jax.jit
 def largest(z):
-    """The longest item vector's norm, not finite if any vector is not. z [V+1, D] -> []"""
+    """Compute the largest norm of an item vector; not finite if a vector is not. [V+1, D] -> []."""
     return jnp.sqrt((z[1:] ** 2).sum(axis=1).max())
 
 
 def bounded(h, longest):
-    """Bool [B]: whether every score of a row is finite for certain, by its vectors' norms."""
+    """Decide by norms whether every score of a row is certainly finite: bool [B]."""
     return jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * longest)
 
 
 def _several(items, target, size) -> tuple[dict, int]:
-    """The batch of a call, filled up with copies of the last row, and how many parts have rows.
+    """Make the batch of a call, filled up with copies of the last row, and count parts with rows.
 
-    size: devices, PARTS, rows of a part on one device. Rows follow each other within a part, over
-    all devices; a batch is cut in one piece per device.
+    `size` is (devices, PARTS, rows of a part on one device). Rows are in order within a part, over
+    all devices; a batch is cut into one piece per device.
     """
     shards, parts, each = size
     room = shards * parts * each
@@ -191,7 +192,7 @@ def _several(items, target, size) -> tuple[dict, int]:
 
 
 def _check(h, z, row, name):
-    """Refuse a row one of whose scores is not finite; h [1, D]."""
+    """Refuse a row with a score that is not finite; h [1, D]."""
     with np.errstate(over='ignore', invalid='ignore'):
         scores = (h @ np.asarray(z).T)[0]
     broken = np.flatnonzero(~np.isfinite(scores[1:])) + 1

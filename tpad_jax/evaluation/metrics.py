@@ -1,12 +1,12 @@
 """Exact ranking metrics over a whole catalogue, ties counted as the mean over all their orders.
 
-Two views of one ranked list. Against the *sampled* target: `counts` says how many items score above
-it and how many equal it (itself included), which is all hit, MRR and NDCG need; counts of parts of
-a catalogue add up. Against a *known* distribution: `places` says how probable the item at each
-place is, and every expected metric is a weighted sum of that.
+There are two views of one ranked list. Against the *sampled* target, `counts` gives the number of
+items that score above it and the number that equal it (itself included). hit, MRR and NDCG need no
+more, and counts of parts of a catalogue add up. Against a *known* distribution, `places` gives the
+probability of the item at each place, and every expected metric is a weighted sum of those.
 
-V items; column 0 of every [R, V + 1] table is padding and is never ranked. A method that knows only
-a few items of each row says so by `Sparse`, and its rows are ranked without ever being spread out.
+There are V items. Column 0 of every [R, V + 1] table is padding and is never ranked. A method that
+knows only a few items of each row returns `Sparse` scores, which are ranked without a dense table.
 """
 
 import pkgutil
@@ -24,7 +24,9 @@ from tpad_jax.errors import InputError
 class Sparse(NamedTuple):
     """Scores found + background: some cells of a row, and a back-off that all rows share.
 
-    found: csr float32 [R, V + 1], no cell twice. background: float32 [V + 1], such as popularity.
+    Attributes:
+      found: csr float32 [R, V + 1], no cell twice.
+      background: float32 [V + 1], such as popularity.
     """
 
     found: sp.csr_array
@@ -36,6 +38,7 @@ Scores = np.ndarray | Sparse
 Scorer = Callable[[np.ndarray], Scores]
 """int32 [R, N] prefixes, left aligned, 0 pads -> scores [R, V + 1]."""
 
+CHUNK = 512  # rows that are scored at a time
 FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
 Gain = Callable[[np.ndarray, int], np.ndarray]
@@ -84,35 +87,36 @@ def gain_table(gain: Gain, k: int) -> np.ndarray:
 
 
 def dense(scores: Scores) -> np.ndarray:
-    """Scores as one table [R, V + 1]; of `Sparse` ones, the float32 sum."""
+    """Convert scores to one table [R, V + 1], `Sparse` ones to their float32 sum."""
     if isinstance(scores, Sparse):
         return scores.found.toarray() + scores.background
     return scores
 
 
-def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int = 512,
+def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int | None = None,
            name: str = 'model') -> Iterator[tuple[slice, Scores]]:
-    """Scores prefixes part by part, which bounds memory.
+    """Score prefixes part by part, to bound memory.
 
-    The scorer always gets exactly `chunk` rows, so that a compiled one compiles once; the last part
-    is filled up with copies of its last row, whose scores are dropped.
+    The scorer always gets the same number of rows, so that a compiled one compiles once. The last
+    part is filled up with copies of its last row, whose scores are dropped. Where `chunk` rows of
+    scores would be large, a part has fewer rows.
 
     Args:
-      scorer: scores [chunk, V + 1], a numpy or a jax array, or `Sparse`; anything but a float64
-        array is read as float32.
+      scorer: scores [chunk, V + 1], a numpy or a jax array, or `Sparse`. Arrays of another type
+        than float64 are read as float32.
       items: int32 [R, N] prefixes.
       num_items: V.
-      chunk: rows at a time.
-      name: what an error calls the model.
+      chunk: rows at a time; None: CHUNK.
+      name: of the model in error messages.
 
     Yields:
-      the rows' slice of `items` and their scores [r, V + 1], `Sparse` where the scorer's were.
+      The rows' slice of `items` and their scores [r, V + 1], `Sparse` where the scorer's are.
 
     Raises:
       ValueError: the scores have another shape.
       FloatingPointError: an item's score is not finite.
     """
-    chunk = _rows_per_call(len(items), chunk, num_items)
+    chunk = _rows_per_call(len(items), chunk or CHUNK, num_items)
     for begin in range(0, len(items), chunk):
         part = items[begin:begin + chunk]
         filled = np.pad(part, ((0, chunk - len(part)), (0, 0)), mode='edge')
@@ -123,13 +127,13 @@ def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int = 51
 
 def _rows_per_call(rows, chunk, num_items):
     """Rows of a scorer's call: `chunk`, or fewer where their scores would fill the memory."""
-    if chunk * num_items <= FEW_CELLS:  # one compiled shape, whatever the number of rows
+    if chunk * num_items <= FEW_CELLS:  # one compiled shape for any number of rows
         return chunk
     return min(chunk, rows, max(1, MOST_CELLS // num_items))
 
 
 def _read(scores, shape, rows, name):
-    """The first `rows` rows of what a scorer returned, float32 (or a float64 array)."""
+    """The first `rows` rows of a scorer's result, float32 (or a float64 array)."""
     sparse = isinstance(scores, Sparse)
     if not sparse:
         scores = np.asarray(scores)
@@ -147,7 +151,7 @@ def _read(scores, shape, rows, name):
 
 
 def _check_finite(scores, begin, name):
-    """Refuse scores one of which is not; column 0 may hold anything."""
+    """Refuse scores that are not finite; column 0 may hold anything."""
     with np.errstate(over='ignore', invalid='ignore'):
         if isinstance(scores, Sparse):
             found, background = scores
@@ -167,10 +171,10 @@ def _check_finite(scores, begin, name):
 
 
 def counts(scores: Scores, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Items that score above the target, and items that score the same, the target among them.
+    """Count the items that score above the target and those that score the same, itself included.
 
     Args:
-      scores: float [R, V + 1]; `Sparse` ones give what their `dense` table would, to the last tie.
+      scores: float [R, V + 1]. `Sparse` ones give the counts of their `dense` table exactly.
       target: int [R], ids 1..V.
 
     Returns:
@@ -185,7 +189,7 @@ def counts(scores: Scores, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sparse_counts(scores, target):
-    """`counts` as if all items were the background's, then each found cell put right."""
+    """Compute `counts` of the background alone, then correct them for each found cell."""
     found, background = scores
     row = np.repeat(np.arange(len(target)), np.diff(found.indptr))
     item, before = found.indices, background[found.indices]
@@ -204,8 +208,8 @@ def _sparse_counts(scores, target):
 
 
 def ranks(scorer: Scorer, items: np.ndarray, target: np.ndarray, num_items: int, *,
-          chunk: int = 512, name: str = 'model') -> tuple[np.ndarray, np.ndarray]:
-    """`counts` of every row: int32 [R, N], int [R] -> above, equal int32 [R]; see `scored`."""
+          chunk: int | None = None, name: str = 'model') -> tuple[np.ndarray, np.ndarray]:
+    """Compute `counts` of every row: int32 [R, N], int [R] -> above, equal int32 [R]."""
     above, equal = np.zeros((2, len(items)), np.int32)
     for part, scores in scored(scorer, items, num_items, chunk=chunk, name=name):
         above[part], equal[part] = counts(scores, target[part])
@@ -243,10 +247,10 @@ def mean_gain(gain: Gain, above: np.ndarray, equal: np.ndarray, k) -> np.ndarray
 
 
 def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndarray:
-    """What stands at the first places of a ranking, in expectation over the orders of tied items.
+    """Compute the weight at the first places of a ranking, averaged over the orders of tied items.
 
     Args:
-      scores: float [R, V + 1], spread out if `Sparse`.
+      scores: float [R, V + 1], made dense if `Sparse`.
       weights: M tables float [R, V + 1], a weight of every item: the true probabilities, or those
         of a slice of items and 0 elsewhere.
       depth: number of places; those beyond V hold 0.
@@ -262,7 +266,7 @@ def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndar
     top, value = (np.take_along_axis(table, order, axis=1) for table in (top, value))
     alike = (value[:, :, None] == value[:, None, :]).astype(np.float64)
     alike /= alike.sum(axis=2, keepdims=True)
-    # the last value may go on beyond `first`, so its mean is taken over the whole row
+    # items beyond `first` can tie with the last value, so its mean is taken over the whole row
     lowest = value[:, -1:]
     tied = (scores == lowest).astype(np.float64)
     tied /= tied.sum(axis=1, keepdims=True)

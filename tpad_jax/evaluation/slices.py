@@ -1,4 +1,4 @@
-"""What a test row is like, and the slices of rows (and of items) that results are split by."""
+"""The features of test rows, and the slices of rows (and of items) that results are split by."""
 
 import numpy as np
 
@@ -10,14 +10,14 @@ QUARTILES = ('popularity_q1', 'popularity_q2', 'popularity_q3', 'popularity_q4')
 
 
 def popularity_quartiles(counts: np.ndarray) -> np.ndarray:
-    """Quartile 1 (rare) to 4 (frequent) of every warm item; 0 is an item without training events.
+    """Compute the quartile of every warm item, 1 (rare) to 4 (frequent); 0 has no training events.
 
-    The quartiles are those of training *events*: ordered by how frequent their item is, each holds
-    a quarter of them, so q4 is few items and q1 many. Items of equal counts share a quartile, the
-    one their middle event falls into. Nothing but training counts enters.
+    The quartiles divide training *events*, ordered by the frequency of their item, into four equal
+    parts. So q4 has few items and q1 many. Items of equal counts share the quartile of their middle
+    event. Only training counts enter.
 
     Args:
-      counts: int [V + 1], training events of every item; row 0 is padding.
+      counts: int [V + 1]. Training events of every item; row 0 is padding.
 
     Returns:
       int8 [V + 1].
@@ -31,12 +31,12 @@ def popularity_quartiles(counts: np.ndarray) -> np.ndarray:
 
 def features(rows: Rows, warm: np.ndarray, counts: np.ndarray | None = None
              ) -> dict[str, np.ndarray]:
-    """What the slices go by, per row.
+    """Compute the features that slices are chosen by, per row.
 
     Args:
       rows: R rows.
       warm: bool [V + 1].
-      counts: int [V + 1] training events; without them there is no 'popularity'.
+      counts: int [V + 1]. Training events of every item; None: no 'popularity'.
 
     Returns:
       'length' int32 [R] of the prefix, 'repeat' bool [R] (the prefix holds the target), 'warm'
@@ -50,15 +50,15 @@ def features(rows: Rows, warm: np.ndarray, counts: np.ndarray | None = None
     return out
 
 
-def chosen(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The slices that the given `features` tell apart: {slice: bool [R]}."""
+def chosen(known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Select the rows of every slice that the known `features` define: {slice: bool [R]}."""
     out = {}
     for name, (inside, outside) in {'warm': ('warm', 'cold'), 'repeat': ('repeat', 'new')}.items():
-        if name in found:
-            out |= {inside: found[name], outside: ~found[name]}
-    if 'length' in found:
-        out |= {label: (found['length'] >= low) & (found['length'] <= high)
+        if name in known:
+            out |= {inside: known[name], outside: ~known[name]}
+    if 'length' in known:
+        out |= {label: (known['length'] >= low) & (known['length'] <= high)
                 for label, (low, high) in LENGTHS.items()}
-    if 'popularity' in found:
-        out |= {label: found['popularity'] == number for number, label in enumerate(QUARTILES, 1)}
+    if 'popularity' in known:
+        out |= {label: known['popularity'] == number for number, label in enumerate(QUARTILES, 1)}
     return out

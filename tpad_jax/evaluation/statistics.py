@@ -1,7 +1,7 @@
-"""Intervals and paired tests for figures whose rows come in sessions.
+"""Intervals and paired tests for metrics whose rows come in sessions.
 
-The rows of one session are not independent, sessions are taken to be: so sessions are drawn
-(cluster bootstrap, Davison and Hinkley 1997, section 3.8) and sessions change sign (the paired
+The rows of one session are not independent; sessions are assumed to be. So sessions are drawn
+(cluster bootstrap, Davison and Hinkley 1997, section 3.8), and sessions change sign (the paired
 randomisation test of Smucker, Allan and Carterette, CIKM 2007).
 """
 
@@ -10,15 +10,15 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 DRAWS = 1000  # bootstrap samples
-FLIPS = 10_000  # sign patterns; where there are no more than these, every one is tried
+FLIPS = 10_000  # sign patterns; where fewer exist, every one is tried
 LEVEL = 0.95
-SMALLEST = 2  # sessions, below which an interval would only feign certainty
-_BLOCK = 250  # samples at a time, which bounds memory
+SMALLEST = 2  # sessions: an interval over fewer would have no width
+_BLOCK = 250  # samples at a time, to bound memory
 
 
 def sliced(values: np.ndarray, chosen: Iterable[np.ndarray], session: np.ndarray
            ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over each session's rows, by slices of rows.
+    """Sum values over each session's rows, by slices of rows.
 
     Args:
       values: float [R, Q].
@@ -26,7 +26,7 @@ def sliced(values: np.ndarray, chosen: Iterable[np.ndarray], session: np.ndarray
       session: int [R], 0..S - 1.
 
     Returns:
-      sums float64 [S, L, Q], and the rows they are over, float64 [S, L].
+      Sums float64 [S, L, Q], and their numbers of rows float64 [S, L].
     """
     count = int(session.max()) + 1
     total, weight = [], []
@@ -39,16 +39,16 @@ def sliced(values: np.ndarray, chosen: Iterable[np.ndarray], session: np.ndarray
 
 def bootstrap(total: np.ndarray, weight: np.ndarray, *, draws: int = DRAWS,
               seed: int = 0) -> np.ndarray:
-    """Ratios of sums over sessions drawn with replacement.
+    """Compute ratios of sums over sessions that are drawn with replacement.
 
     Args:
       total: float [S, L, Q] of `sliced`.
       weight: float [S, L].
       draws: samples.
-      seed: of the draw; equal seeds and S draw the same sessions.
+      seed: of the draw; equal seeds and equal S draw the same sessions.
 
     Returns:
-      float64 [draws, L, Q]; nan where a sample holds nothing of a slice.
+      float64 [draws, L, Q]; nan where a sample has no row of a slice.
     """
     count, parts, width = total.shape
     flat = np.concatenate([total.reshape(count, -1), weight], axis=1, dtype=np.float64)
@@ -59,9 +59,16 @@ def bootstrap(total: np.ndarray, weight: np.ndarray, *, draws: int = DRAWS,
 
 def intervals(total: np.ndarray, weight: np.ndarray, *, draws: int = DRAWS,
               seed: int = 0) -> np.ndarray:
-    """The middle 95 % of `bootstrap` (percentile method): float64 [L, Q, 2].
+    """Compute the middle 95 % of `bootstrap` (percentile method).
 
-    nan in slices that fewer than SMALLEST sessions have rows in.
+    Args:
+      total: float [S, L, Q] of `sliced`.
+      weight: float [S, L].
+      draws: samples.
+      seed: of the draw.
+
+    Returns:
+      float64 [L, Q, 2]; nan in slices in which fewer than SMALLEST sessions have rows.
     """
     out = np.full((*total.shape[1:], 2), np.nan)
     known = (weight > 0).sum(axis=0) >= SMALLEST
@@ -72,14 +79,15 @@ def intervals(total: np.ndarray, weight: np.ndarray, *, draws: int = DRAWS,
 
 
 def sign_flip(difference: np.ndarray, *, flips: int = FLIPS, seed: int = 0) -> np.ndarray:
-    """Two-sided p-value of a paired randomisation test.
+    """Compute the two-sided p-value of a paired randomisation test.
 
-    If two models are alike, a session's difference is as likely to point the other way. Sessions
-    without a difference say nothing; if none is left, p is 1. All sign patterns are tried where
-    there are no more than `flips`, otherwise `flips` drawn ones and the observed, so p > 0.
+    If two models are equally good, a session's difference is as likely to have the other sign.
+    Sessions without a difference carry no information; without any other session, p is 1. All sign
+    patterns are tried where there are at most `flips` of them. Otherwise `flips` drawn patterns and
+    the observed one are used, so p > 0.
 
     Args:
-      difference: float [S, M], sums of M differences over each session's rows.
+      difference: float [S, M]. Sums of M differences over each session's rows.
       flips: sign patterns.
       seed: of the draw.
 
