@@ -80,10 +80,10 @@ def get_config():
     ))
     c.model = model()
     c.losses = losses()
-    for loss in c.losses.values():
+    for name in c.losses:
         # ((step, factor), ...): of the stage's steps; the weight times the factor, linear between
         # two points, constant outside; (): the weight as it is
-        loss.schedule = ()
+        c.losses[name].schedule = ()
     c.stage = ConfigDict(dict(
         knowledge=stage(batch_size=64, steps=60, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),

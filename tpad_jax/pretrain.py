@@ -56,7 +56,9 @@ def make_items(count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
         for i, picture in enumerate(rendered, start):
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, 'JPEG', quality=90)
-            pictures[i] = images.decode(buffer.getvalue(), IMAGE)
+            pixels = images.decode(buffer.getvalue(), IMAGE)
+            assert pixels is not None  # it was encoded just above
+            pictures[i] = pixels
     return attributes, pictures, texts
 
 

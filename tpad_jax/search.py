@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -31,12 +30,12 @@ from tpad_jax.errors import InputError
 METRICS = ('hit@20', 'mrr@20')  # the first decides; the second decides between equals
 
 
-def search_config(config: ConfigDict, workdir: str | Path, *, trials: int,
+def search_config(config, workdir: str | Path, *, trials: int,
                   stopping: Callable[[], bool] = lambda: False) -> dict:
     """Run or resume the search and write best.json.
 
     Args:
-      config: of a job, with `search.space`. Its `seed` is also the seed of the search.
+      config: ConfigDict of a job, with `search.space`. Its `seed` is also the seed of the search.
       workdir: directory of the trials.
       trials: budget, with the trials that the workdir already has.
       stopping: as in `job.run`.
@@ -80,11 +79,11 @@ def search_config(config: ConfigDict, workdir: str | Path, *, trials: int,
     return result
 
 
-def override(config: ConfigDict, params: dict) -> ConfigDict:
+def override(config, params: dict):
     """Copy a config and set keys of the copy.
 
     Args:
-      config: of a job.
+      config: ConfigDict of a job.
       params: {key: value}, such as {'model.dropout': 0.1}.
 
     Returns:

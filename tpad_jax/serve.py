@@ -83,10 +83,15 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
                          '--host or --port') from error
     # without it a body waits 40 ms for the acknowledgement of its headers
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    server = uvicorn.Server(uvicorn.Config(
+
+    class Server(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self):
+            yield  # signals are handled below, with an exit status
+
+    server = Server(uvicorn.Config(
         app, log_level='warning', access_log=False, lifespan='on',
         timeout_graceful_shutdown=args.grace))
-    server.capture_signals = contextlib.nullcontext  # handled below, with an exit status
 
     def stop():
         server.force_exit = count.stopping

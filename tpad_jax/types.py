@@ -12,11 +12,11 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax
 import jax
+from flax import struct
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Batch:
     """Rows of a stage, sharded over devices along the first axis of every field.
 
@@ -53,7 +53,7 @@ class Batch:
         return jax.numpy.maximum((self.items > 0).sum(axis=1) - 1, 0)
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class State:
     """Everything a step reads and writes; donated to it, and what a checkpoint holds."""
 

@@ -50,7 +50,7 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     return read
 
 
-def command(name: str):
+def command(name: str) -> Callable[[Callable[[list[str]], int | None]], Callable[..., int]]:
     """Turn the errors of a main function into one sentence on stderr and an exit status.
 
     The function gets the arguments after the program's name and may return a status. InputError and
@@ -65,7 +65,7 @@ def command(name: str):
       A decorator. The decorated function takes the arguments, by default those of the process, and
       optionally another name; it returns the status.
     """
-    def decorate(main):
+    def decorate(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None, name: str = name) -> int:
             if argv is None:

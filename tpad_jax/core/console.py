@@ -1,6 +1,7 @@
 """Console output: progress bars and the header of a run, printed by the first process only."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 
 import jax
 from rich.console import Console
@@ -12,7 +13,8 @@ from tpad_jax.core import progress as progress_lib
 
 
 @contextlib.contextmanager
-def progress(stage, total, start=0, console=None):
+def progress(stage: str, total: int, start: int = 0,
+             console: Console | None = None) -> Iterator[Callable[..., None]]:
     """Show how much of a stage is done, in the first process only; see `core.progress`.
 
     Args:
@@ -31,8 +33,14 @@ def progress(stage, total, start=0, console=None):
         yield update
 
 
-def print_header(title, facts, console=None):
-    """Prints `title` and, one line each, the pairs of `facts` ({name: anything}) in a frame."""
+def print_header(title: str, facts: dict, console: Console | None = None) -> None:
+    """Print a title and facts in a frame.
+
+    Args:
+      title: on the frame.
+      facts: {name: anything}, one line each.
+      console: where to print; None: standard output.
+    """
     if jax.process_index() != 0:
         return
     grid = Table.grid(padding=(0, 2))

@@ -7,43 +7,49 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import IO
 
 import jax
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpad_jax.core import files
 from tpad_jax.errors import InputError
 
 FLUSH_SECONDS = 10  # between two flushes of an event file
+# protobuf makes these classes at import, so type checkers do not know them
+Event, SessionLog = vars(event_pb2)['Event'], vars(event_pb2)['SessionLog']
+Summary = vars(summary_pb2)['Summary']
 
 
 class Writer:
-    """Appends scalars to `workdir/log.jsonl` and to event files in `workdir/events/<stage>`.
+    """Append scalars to `workdir/log.jsonl` and to event files in `workdir/events/<stage>`.
 
-    A last line that a killed run left unfinished is removed when the writer is made.
+    The last line is removed at the start if a killed run did not finish it.
     """
 
-    def __init__(self, workdir):
+    def __init__(self, workdir: str | Path):
+        """Open the log of a run; other processes than the first write nothing."""
         self._path = Path(workdir) / 'log.jsonl'
         self._events_dir = Path(workdir) / 'events'
-        self._events, self._purge = {}, {}
-        self._file = None
+        self._events: dict[str, _Events] = {}
+        self._purge: dict[str, int] = {}  # stage -> first step that its next event file replaces
+        self._file: IO[bytes] | None = None
         if jax.process_index() == 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._path, 'a+b')
-            self._drop_unfinished_line()
+            self._file.seek(0)
+            self._file.truncate(self._file.read().rfind(b'\n') + 1)
 
-    def scalars(self, stage, step, values):
-        """Writes one step's numbers.
+    def scalars(self, stage: str, step: int, values: dict) -> None:
+        """Write the numbers of one step.
 
         Args:
-          stage: str, the folder of the event files.
-          step: int.
-          values: {name: number}, numbers of Python, numpy or jax (which are fetched). Integers stay
-            integers, others are rounded to 6 significant digits; one that is not finite is null
-            in the log and absent from the event file.
+          stage: folder of the event files.
+          step: of the stage.
+          values: {name: number} of Python, numpy or jax; numbers of jax are fetched. Integers stay
+            integers, other numbers are rounded to 6 significant digits. A number that is not
+            finite is null in the log and absent from the event file.
         """
         if self._file is None:
             return
@@ -56,49 +62,44 @@ class Writer:
         self._events[stage].scalars(int(step), {
             name: value for name, value in values.items() if value is not None})
 
-    def rewind(self, stage, step):
-        """Forgets what `stage` wrote after `step`, so that each step stands once after a resume.
+    def rewind(self, stage: str, step: int) -> None:
+        """Remove the entries of a stage after a step, so a resumed run has each step once.
 
-        Log lines are removed; event files are told to show nothing from there on.
+        Log lines are removed. A new event file hides the later steps of earlier ones.
+
+        Args:
+          stage: folder of the event files.
+          step: last step to keep.
 
         Raises:
           InputError: a line of log.jsonl is not JSON.
         """
         if self._file is None:
             return
-        kept = [
-            json.dumps(line) + '\n'
-            for line in read_log(self._path)
-            if line['stage'] != stage or line['step'] <= step
-        ]
+        lines = [json.dumps(line) + '\n' for line in read_log(self._path)
+                 if line['stage'] != stage or line['step'] <= step]
         self._file.close()
-        files.write_text(self._path, ''.join(kept))
+        files.write_text(self._path, ''.join(lines))
         self._file = open(self._path, 'a+b')
         if stage in self._events:
             self._events.pop(stage).close()
         self._purge[stage] = int(step) + 1
 
-    def close(self):
-        """Closes the files; nothing more can be written."""
+    def close(self) -> None:
+        """Close the files; nothing can be written afterwards."""
         events, self._events = self._events, {}
-        with contextlib.ExitStack() as stack:  # all of them, whatever one raises
+        with contextlib.ExitStack() as stack:  # closes all of them, even if one raises
             if self._file is not None:
                 stack.callback(self._file.close)
             for file in events.values():
                 stack.callback(file.close)
 
-    def _drop_unfinished_line(self):
-        self._file.seek(0)
-        text = self._file.read()
-        if not text.endswith(b'\n'):
-            self._file.truncate(text.rfind(b'\n') + 1)
-
 
 class _Events:
-    """One event file, written here and now.
+    """One event file, written in this thread.
 
-    TensorBoard's own writer hands everything to a thread, which a full disk ends; then its queue
-    fills up and the run stands still.
+    TensorBoard's writer hands events to another thread, which a full disk ends. Then its queue
+    fills up, and the run waits forever.
     """
 
     def __init__(self, directory, purge):
@@ -119,45 +120,58 @@ class _Events:
     def close(self):
         self._file.close()
 
-    def _write(self, step, **what):
-        self._file.write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+    def _write(self, step, **content):
+        event = Event(wall_time=time.time(), step=step, **content)
+        self._file.write(event.SerializeToString())
 
 
-def read_log(path):
-    """The lines of a log.jsonl, dicts `{"stage": str, "step": int, name: number or None}`.
+def read_log(path: str | Path) -> list[dict]:
+    """Read a log.jsonl.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      Its lines, dicts `{"stage": str, "step": int, name: number or None}`.
 
     Raises:
-      InputError: there is no such file, or a line is not one of a log.
+      InputError: the file does not exist, or a line is not one of a log.
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f'{path} does not exist; give the log.jsonl of a run')
+        raise InputError(f'{path} does not exist. Fix: give the log.jsonl of a run')
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             line = json.loads(text)
-            line['stage'], line['step']
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{path}, line {number} is not a log line (a JSON object with stage and step); '
-                'remove the line'
-            ) from error
+            if not {'stage', 'step'} <= line.keys():
+                raise ValueError
+        except (ValueError, AttributeError) as error:
+            raise InputError(f'{path}, line {number} is not a line of a log. Expected a JSON '
+                             'object with stage and step. Fix: remove the line') from error
         lines.append(line)
     return lines
 
 
-def curves_of(log_path):
-    """{stage: {name: (steps, values)}} of every number in a log.jsonl; null becomes nan, a gap."""
-    found = {}
-    for line in read_log(log_path):
-        curves = found.setdefault(line['stage'], {})
+def curves_of(path: str | Path) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Read the curves of a log.jsonl.
+
+    Args:
+      path: of the file.
+
+    Returns:
+      {stage: {name: (steps, values)}} of every number; null becomes nan, a gap.
+    """
+    stages = {}
+    for line in read_log(path):
+        curves = stages.setdefault(line['stage'], {})
         for name, value in line.items():
             if name in ('stage', 'step') or isinstance(value, str):
                 continue
             steps, values = curves.setdefault(name, ([], []))
             steps.append(line['step'])
             values.append(math.nan if value is None else value)
-    return found
+    return stages
 
 
 def _significant(value):

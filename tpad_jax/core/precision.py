@@ -14,7 +14,7 @@ import jax
 
 PRECISIONS = ('float32', 'tensorfloat32', 'bfloat16', 'default')  # choices of config.precision
 # JAX's setting where the outermost function of `at_precision` was called; () outside of all
-_OUTSIDE = contextvars.ContextVar('outside', default=())
+_OUTSIDE: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('outside', default=())
 
 
 def at_precision(fn: Callable, precision: str) -> Callable:
@@ -30,7 +30,7 @@ def at_precision(fn: Callable, precision: str) -> Callable:
     @functools.wraps(fn)
     def traced(*args, **kwargs):
         # explicit: a gradient of a product without precision has that of the code around it
-        outside = _OUTSIDE.get() or (jax.config.jax_default_matmul_precision or 'default',)
+        outside = _OUTSIDE.get() or (jax.default_matmul_precision.value or 'default',)
         token = _OUTSIDE.set(outside)
         try:
             with jax.default_matmul_precision(precision):

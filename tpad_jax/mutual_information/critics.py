@@ -1,11 +1,12 @@
 """Critics, which score pairs, and the variational family of vCLUB."""
 
 import math
+from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from tpad_jax.nn.linear import Linear
 from tpad_jax.nn.mlp import MLP, unit
@@ -105,14 +106,14 @@ class GaussianQ(nn.Module):
         return (a, b) if factors else a @ b.T
 
 
-@flax.struct.dataclass
+@struct.dataclass
 class Score:
     """A critic with its parameters bound: x [A, I], y [G, J] -> [A, G]."""
 
-    module: nn.Module = flax.struct.field(pytree_node=False)
-    params: dict
+    module: nn.Module = struct.field(pytree_node=False)
+    params: Any
 
-    def __call__(self, x, y):
+    def __call__(self, x, y) -> Any:
         """Score every pair."""
         return self.module.apply({'params': self.params}, x, y)
 

@@ -55,23 +55,25 @@ class Reader:
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
         try:
-            base = bases.read(ConfigDict({'mllm': mllm, 'model': about['models'][0]}))
+            loaded = bases.read(ConfigDict({'mllm': mllm, 'model': about['models'][0]}))
         except InputError as error:
             raise InputError(f'the base of the run cannot be read ({error}). Fix: give its '
                              'directory, base=DIR') from error
-        if base.fingerprint != about['base']:
-            raise InputError(f'{base.directory} is not the base of the run. Fix: give its '
+        if loaded.fingerprint != about['base']:
+            raise InputError(f'{loaded.directory} is not the base of the run. Fix: give its '
                              'directory, base=DIR')
-        self._specs = tuple(artifact.spec_of(about, i, base.module)
+        self._specs = tuple(artifact.spec_of(about, i, loaded.module)
                             for i in range(len(served.specs)))
-        self._side, self._length = base.image_size, mllm['text_length']
+        self._side, self._length = loaded.image_size, mllm['text_length']
         own = served.directory / artifact.TOKENIZER
-        self._tokenizer = own if mllm['tokenizer'] else base.directory
+        self._tokenizer = own if mllm['tokenizer'] else loaded.directory
         params = artifact.reader_params(served)
         if not any(path.startswith('base/') for path in params):
-            shapes = {} if isinstance(base.module, VLM) else bases.shapes_of(
-                self._specs[0].knowledge, base.image_size)
-            params = flatten_dict({'base': base.load(shapes)['base']}, sep='/') | params
+            knowledge = self._specs[0].knowledge
+            assert knowledge is not None  # the run has an MLLM
+            shapes = {} if isinstance(loaded.module, VLM) else bases.shapes_of(
+                knowledge, loaded.image_size)
+            params = flatten_dict({'base': loaded.load(shapes)['base']}, sep='/') | params
         self._params = jax.device_put(unflatten_dict(params, sep='/'))
         self._recommenders = jax.device_put(tuple(params for params, _ in served.weights))
         self._read = compiled(self._vectors)

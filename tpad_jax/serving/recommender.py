@@ -167,7 +167,8 @@ class Recommender:
         if not calls:
             return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
         parts = [finish() for finish in calls]
-        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+        items, scores = (np.concatenate(x) for x in zip(*parts, strict=True))
+        return items, scores
 
     def begin(self, rows: np.ndarray, k: int, table=None) -> Iterable:
         """Dispatch rows int32 [S, N] to the device and yield, per call, a function that waits.
