@@ -41,6 +41,9 @@ def get_config():
     # of float32 matrix products outside the MLLM: 'float32', 'tensorfloat32', 'bfloat16' or
     # 'default', which rounds operands to bfloat16 on TPUs and to TF32 on GPUs
     c.precision = 'float32'
+    # threads next to the main one, which train independent recommenders, compile and tune
+    # baselines; -1: one per further core on a CPU, none on accelerators. Changes no result
+    c.workers = -1
     c.model_shards = 1  # devices that share one part of a batch and hold a part of the table each
 
     c.refit = False  # train the chosen recommender anew on training and validation sessions

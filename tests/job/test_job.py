@@ -38,6 +38,7 @@ def config(base_dir):
     """`amazon.py:tiny`, made smaller still."""
     c = amazon.get_config('tiny')
     c.parallel, c.save_every, c.log_every = 'jit', 2, 1
+    c.workers = 2
     c.mllm.update(base=str(base_dir), image_size=SIDE, text_length=8)
     c.model.update(features=WIDTH, width=WIDTH, lora_rank=2)
     c.data.planted.update(items=40, train=120, valid=20, test=30)
@@ -259,8 +260,8 @@ def run_through(config, workdir, when):
         patch.setattr(loop_lib, 'lifted', counting)
         while True:
             try:
-                with Recorded() as params:
-                    job.run(config, workdir, stopping)
+                with Recorded() as params:  # one run of steps after the other: `stops` counts them
+                    job.run(changed(config, workers=0), workdir, stopping)
                 return params, stopped, steps
             except (Stopped, Killed):
                 stopped += 1

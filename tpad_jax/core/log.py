@@ -5,6 +5,7 @@ import json
 import math
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import IO
@@ -25,7 +26,8 @@ Summary = vars(summary_pb2)['Summary']
 class Writer:
     """Append scalars to `workdir/log.jsonl` and to event files in `workdir/events/<stage>`.
 
-    The last line is removed at the start if a killed run did not finish it.
+    The last line is removed at the start if a killed run did not finish it. Threads may share a
+    writer: one of them at a time writes.
     """
 
     def __init__(self, workdir: str | Path):
@@ -34,6 +36,7 @@ class Writer:
         self._events_dir = Path(workdir) / 'events'
         self._events: dict[str, _Events] = {}
         self._purge: dict[str, int] = {}  # stage -> first step that its next event file replaces
+        self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         if jax.process_index() == 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +58,13 @@ class Writer:
             return
         values = {name: _significant(value) for name, value in values.items()}
         line = {'stage': stage, 'step': int(step)} | values
-        self._file.write(json.dumps(line, allow_nan=False).encode() + b'\n')
-        self._file.flush()
-        if stage not in self._events:
-            self._events[stage] = _Events(self._events_dir / stage, self._purge.get(stage))
-        self._events[stage].scalars(int(step), {
-            name: value for name, value in values.items() if value is not None})
+        with self._lock:
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b'\n')
+            self._file.flush()
+            if stage not in self._events:
+                self._events[stage] = _Events(self._events_dir / stage, self._purge.get(stage))
+            self._events[stage].scalars(int(step), {
+                name: value for name, value in values.items() if value is not None})
 
     def rewind(self, stage: str, step: int) -> None:
         """Remove the entries of a stage after a step, so a resumed run has each step once.
@@ -76,14 +80,15 @@ class Writer:
         """
         if self._file is None:
             return
-        lines = [json.dumps(line) + '\n' for line in read_log(self._path)
-                 if line['stage'] != stage or line['step'] <= step]
-        self._file.close()
-        files.write_text(self._path, ''.join(lines))
-        self._file = open(self._path, 'a+b')
-        if stage in self._events:
-            self._events.pop(stage).close()
-        self._purge[stage] = int(step) + 1
+        with self._lock:
+            lines = [json.dumps(line) + '\n' for line in read_log(self._path)
+                     if line['stage'] != stage or line['step'] <= step]
+            self._file.close()
+            files.write_text(self._path, ''.join(lines))
+            self._file = open(self._path, 'a+b')
+            if stage in self._events:
+                self._events.pop(stage).close()
+            self._purge[stage] = int(step) + 1
 
     def close(self) -> None:
         """Close the files; nothing can be written afterwards."""

@@ -1,6 +1,7 @@
 """A progress bar on a terminal, sparse plain lines elsewhere; without jax."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -36,13 +37,38 @@ def progress(name: str, total: int, start: int = 0, console: Console | None = No
     if not console.is_terminal:
         yield _plain_lines(name, total, start, console)
         return
-    with _bar(console) as bar:
+    with _BARS.shown(console) as bar:
         task = bar.add_task(name, total=total, completed=start, note='')
 
         def update(step, note=''):
             bar.update(task, completed=step, note=note or bar.tasks[task].fields['note'])
 
         yield update
+
+
+class _Bars:
+    """The bars of all tasks that run now: a terminal has one live display, and threads share it."""
+
+    def __init__(self):
+        self._lock, self._progress, self._users = threading.Lock(), None, 0
+
+    @contextlib.contextmanager
+    def shown(self, console):
+        with self._lock:
+            if not self._users:
+                self._progress = _bar(console)
+                self._progress.start()
+            self._users += 1
+        try:
+            yield self._progress
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._progress.stop()
+
+
+_BARS = _Bars()
 
 
 def _bar(console):

@@ -131,6 +131,20 @@ class Encoder:
             parts.append({name: x[:len(chunk)] for name, x in rows.items()})
         return {name: np.concatenate([rows[name] for rows in parts]) for name in self.names}
 
+    def compile(self, params: dict) -> None:
+        """Compile every call, so that the first one finds it compiled.
+
+        Args:
+          params: nested; shapes and dtypes.
+        """
+        used = self._read_paths(params)
+        used = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                            used, self._devices.shardings(used))
+        params = unflatten_dict(used, sep='/')
+        for length, ids in {length: ids for length, ids in self._parts}.items():
+            _, *arrays = self._contents(ids[:self._rows], length)
+            self._read.lower(params, *arrays).compile()
+
     def made_by(self, params: dict, **more) -> dict[str, dict]:
         """Describe everything that the rows of each name depend on, {name: {key: value}}.
 
@@ -277,10 +291,13 @@ class Encoder:
 
     def _used(self, params):
         """Place the parameters that are read on the devices, as devices.RULES cut them."""
-        flat = flatten_dict(params, sep='/')
+        return unflatten_dict(self._devices.share(self._read_paths(params)), sep='/')
+
+    def _read_paths(self, params):
+        """Return the parameters that are read, {path: array}."""
         roots = set().union(*self._reads.values())
-        used = {path: x for path, x in flat.items() if _under(path, roots)}
-        return unflatten_dict(self._devices.share(used), sep='/')
+        return {path: x for path, x in flatten_dict(params, sep='/').items()
+                if _under(path, roots)}
 
 
 def _write(tables, rows, at):

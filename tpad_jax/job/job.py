@@ -5,8 +5,11 @@
     report      baselines, test metrics, results.json, figures
 """
 
+import copy
 import json
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +32,12 @@ from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation import tables
 from tpad_jax.evaluation.evaluate import evaluate
-from tpad_jax.evaluation.scorers import foretold, scorer
+from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases
 from tpad_jax.features import encoder as encoder_lib
 from tpad_jax.job import plan, recommenders, results
+from tpad_jax.job.background import COMPILE, LOOK, TUNE, Background, workers
+from tpad_jax.job.stages import ENTRIES
 from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import readers, tpad
 from tpad_jax.training import handover, profiling
@@ -40,6 +45,7 @@ from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 from tpad_jax.training.workdir import claim, enter, locked
+from tpad_jax.types import Batch
 
 DONE = 'finished'  # a file beside a finished stage's checkpoints
 
@@ -58,11 +64,13 @@ class Job:
 
     def __init__(self, config, workdir: Path, stopping, profile: int = 0):
         """Prepare data and parameters; `stopping` is asked between and within stages."""
-        self.config, self.workdir, self.stopping = config, workdir, stopping
+        self.config, self.workdir = config, workdir
+        self.stopping = lambda: self.background.closing or stopping()
         self.profile = profile
         self.devices = devices.choose(config.parallel, config.devices, config.model_shards,
                                       precision=config.precision)
-        self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, 0.0, {}
+        self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, {}, {}
+        self.background, self.compiling, self.encoders, self.looks = Background(0), {}, {}, []
         self.content = None
         self.source = sources.chosen(config)
         self.planted = self.source.world(config) if self.source.world else None
@@ -112,6 +120,7 @@ class Job:
         blank = {n: jnp.zeros((data.num_items + 1, *s)) for n, s in
                  (('k', (2, c.model.features)),
                   ('r', (2, c.model.features) if self.spec.blended else (2 * c.model.features,)))}
+        self.blank = jax.eval_shape(lambda: blank)
         make = jax.jit(partial(  # followed once, though both its shapes and its values are asked
             tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
             rank=c.model.lora_rank, targets=c.model.lora_targets,
@@ -123,6 +132,10 @@ class Job:
                                     self.devices, stages=stages, positions=self.max_length,
                                     side=base.image_size):
                 console.print(line, markup=False, highlight=False)
+        dtypes = {'base': c.mllm.param_dtype, 'teacher': c.mllm.teacher_dtype}
+        self.compile_ahead(stages, {
+            path: x.update(dtype=jnp.dtype(dtypes.get(path.split('/')[0], x.dtype)))
+            for path, x in flatten_dict(shapes | taught, sep='/').items()})
         held, cut = {n: shapes[n] for n in base.given}, self.devices.own.model > 1
         loaded = base.load(held, self.devices.own.shardings(held) if cut else None)
         if teacher:
@@ -156,28 +169,43 @@ class Job:
         """All parameters as a tree, with `trained` {path: array} laid over them."""
         return unflatten_dict({**self.params, **(trained or {})}, sep='/')
 
-    def run_stage(self, stage: str, writer, progress, name: str = '') -> None:
-        """Train a stage (or take up its finished checkpoint) and leave its rows behind.
+    def encoder(self, stage: str) -> encoder_lib.Encoder | None:
+        """The encoder of the rows that a stage makes, the same one at every call; None: no rows."""
+        if stage in MAKES and stage not in self.encoders:
+            m = self.config.mllm
+            # two threads may come here at once: the first one's is kept
+            self.encoders.setdefault(stage, encoder_lib.Encoder(
+                self.spec, self.content, MAKES[stage], rows=m.encode_rows, part=m.encode_part,
+                devices=self.devices.own))
+        return self.encoders.get(stage)
 
-        `name`: of its folder, where that is not the stage's.
+    def stage_spec(self, stage: str) -> step_lib.StepSpec | None:
+        """The static part of a stage's step; None: the stage takes its model as it is."""
+        if not self.config.stage[stage].steps:
+            return None
+        return step_lib.make_spec(self.config, stage, self.spec, self.config.seed)
+
+    def run_stage(self, stage: str, writer, progress, name: str = '') -> None:
+        """Train a stage, or read its finished checkpoint, and add the rows that it makes.
+
+        Args:
+          stage: of config.STAGES.
+          writer: log.Writer of the run.
+          progress: as console.progress.
+          name: of its folder, where that is not the stage's.
         """
         name = name or stage
-        c = self.config.stage[stage]
-        spec = c.steps and step_lib.make_spec(self.config, stage, self.spec, self.config.seed)
+        c, spec, encoder = self.config.stage[stage], self.stage_spec(stage), self.encoder(stage)
         self.params = handover.copied(self.params, stage, c.copy)
         if spec and 'cluster' in spec.needs:
-            self.catalogue['cluster'] = handover.clustered(
-                self.catalogue['k'], self.config.model.clusters, self.config.seed)
-        encoder = None
-        if stage in MAKES:
-            m = self.config.mllm
-            encoder = encoder_lib.Encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
-                                     part=m.encode_part, devices=self.devices.own)
+            self.catalogue = {**self.catalogue, 'cluster': handover.clustered(
+                self.catalogue['k'], self.config.model.clusters, self.config.seed)}
         self.first = self.params
         (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)
         trained, rows, record = {}, {}, {'seconds': 0.0}
         if spec:
-            snapshots.take(self, stage, 'before', spec, encoder)
+            self.look(stage, 'before', spec, encoder)
+            self.background.results([self.compiling[name]] if name in self.compiling else [])
             trained, rows, record = self.fit(name, stage, spec, writer, progress, encoder)
         self.params = {**self.params, **trained}
         if stage == 'transfer' and self.config.model.blend.kind:
@@ -187,41 +215,106 @@ class Job:
         (self.workdir / 'stages' / name / DONE).touch()
         self.seconds[name] = record['seconds']
         if encoder is not None:
-            self.catalogue |= encoder.leave(
+            self.catalogue = self.catalogue | encoder.leave(
                 self.nested(), self.workdir / 'features' / name, progress, self.stopping, rows,
                 stage=stage, seed=self.config.seed, data=self.data.fingerprint,
                 checkpoint=self.base.fingerprint)
             bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
-        snapshots.take(self, stage, 'after', spec, encoder)
+        self.look(stage, 'after', spec, encoder)
+
+    def look(self, stage: str, moment: str, spec, encoder) -> None:
+        """Look at a stage's features, see `snapshots.take`, next to what follows."""
+        if moment not in snapshots.MOMENTS.get(stage, ()):
+            return
+        take = partial(snapshots.take, copy.copy(self), stage, moment, spec, encoder)
+        if not self.background:
+            take()
+            return
+        earlier = self.looks[-1:]  # whose file this one reads, and whose lines come first
+
+        def in_turn():
+            self.background.results(earlier)
+            take()
+
+        self.looks.append(self.background.submit(in_turn, LOOK))
+
+    def compile_ahead(self, stages, shapes: dict) -> None:
+        """Compile the steps of stages in the background, in the order in which they are needed.
+
+        Args:
+          stages: those that this run trains or has trained.
+          shapes: {path: shape and dtype} of all parameters.
+        """
+        rows = self.catalogue
+        for number, stage in enumerate(stages):
+            finished = (self.workdir / 'stages' / stage / DONE).is_file()
+            blended = self.config.model.blend.kind and stage == 'joint'  # the rank is not known yet
+            if self.background and not finished and not blended:
+                self.compiling[stage] = self.background.submit(
+                    partial(self._compile, stage, shapes, rows), COMPILE + number)
+            rows = {**rows, **{name: self.blank[name] for name in MAKES.get(stage, ())}}
+
+    def _compile(self, stage, shapes, rows):
+        spec, c = self.stage_spec(stage), self.config.stage[stage]
+        if spec is None or spec.modules:  # a loss's own parameters are made when its stage starts
+            return
+        if 'cluster' in spec.needs:
+            rows = {**rows, 'cluster': np.zeros(self.data.num_items + 1, np.int32)}
+        if c.eval_every and ENTRIES[stage].validates_rows:
+            rows = {**rows, **{name: self.blank[name] for name in MAKES[stage]}}
+        with closing(self.batches(stage, spec)(start_step=0)) as drawn:
+            batch = Batch.of(next(drawn))
+        state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), shapes)
+        loop_lib.compile_step(self.devices, spec, state, batch, rows)
+        if stage in MAKES:
+            self.encoder(stage).compile(unflatten_dict(shapes, sep='/'))
+
+    def batches(self, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[dict]]:
+        """(start_step) -> host batches of a stage, see data/batches.py."""
+        c = self.config.stage[stage]
+        shared = dict(batch_size=c.batch_size, seed=self.config.seed,
+                      **self.devices.drawn_here(c.accumulate))
+        reads = (spec.fresh or spec.model.form == 'full' or spec.needs
+                 & ({'describe', 'foretell'} | readers.STATES | readers.THERE))
+        content = self.content if reads and ENTRIES[stage].content else None
+        if ENTRIES[stage].batches == 'items':
+            return partial(batches.item_batches, self.data, content=content, **shared)
+        return partial(batches.session_batches, self.final, content=content,
+                       every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
+                       **shared)
 
     def count_both(self) -> None:
-        """From here on what is trained and tested has validation's sessions among training's."""
+        """Add validation's sessions to the training sessions, for what is trained from here on."""
         both = sessions.join(self.data.train, self.data.valid)
         warm = sessions.warm_items(both, self.data.num_items)
         self.final = replace(self.data, train=both, warm=warm)
         self.count()
 
     def fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
-        """Run a stage's loop; `steps`: exactly so many, without validation (a refit)."""
+        """Run a stage's loop.
+
+        Args:
+          name: of its folder and in the log.
+          stage: whose config and batches it has.
+          spec: step.StepSpec.
+          writer, progress: see `run_stage`.
+          encoder: of the rows the stage makes, or None.
+          params: {path: array} of all parameters; None: the run's.
+          steps: exactly so many, without validation (a refit); None: as config.stage says.
+
+        Returns:
+          See `loop.fit`.
+        """
         c, params = self.config.stage[stage], self.params if params is None else params
-        shared = dict(batch_size=c.batch_size, seed=self.config.seed,
-                      **self.devices.drawn_here(c.accumulate))
-        reads = (spec.fresh or spec.model.form == 'full' or spec.needs
-                 & ({'describe', 'foretell'} | readers.STATES | readers.THERE))
-        content = self.content if reads and stage != 'recommend' else None
-        if stage == 'knowledge':
-            draw = partial(batches.item_batches, self.data, content=content, **shared)
-        else:
-            draw = partial(batches.session_batches, self.final, content=content,
-                           every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
-                           **shared)
-        params = step_lib.with_own(spec, params, partial(draw, start_step=0), self.catalogue)
-        bind = foretold(spec.model) if stage == 'transfer' else scorer(spec.model, self.devices.own)
+        catalogue = self.catalogue
+        draw = self.batches(stage, spec)
+        params = step_lib.with_own(spec, params, partial(draw, start_step=0), catalogue)
+        bind = ENTRIES[stage].scorer(spec.model, self.devices.own)
         validating = c.eval_every and steps is None
-        refreshing, catalogue = c.refresh_every, self.catalogue
-        if stage == 'transfer' and validating:  # on rows r that there are none of before
-            blank = jnp.zeros((self.data.num_items + 1, 2 * self.config.model.features))
-            refreshing, catalogue = True, {'r': blank, **catalogue}
+        refreshing = c.refresh_every
+        if ENTRIES[stage].validates_rows and validating:
+            blank = {row: jnp.zeros(self.blank[row].shape) for row in MAKES[stage]}
+            refreshing, catalogue = True, {**blank, **catalogue}
 
         def validate(state, catalogue):
             tree = unflatten_dict({**params, **state.params}, sep='/')
@@ -252,14 +345,15 @@ class Job:
             return out
         finally:
             checkpoints.close()
-            self.sitting += time.perf_counter() - begun
+            self.sitting[name] = time.perf_counter() - begun
 
     def pause(self) -> None:
-        """Leave, with what is finished kept, where a signal asked for it.
+        """End the run here if a signal came or a task failed; what is finished is kept.
 
         Raises:
-          Stopped: one did.
+          Stopped: a signal came.
         """
+        self.background.check()
         if self.stopping():
             raise Stopped('stopped between stages')
 
@@ -292,44 +386,82 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
     begun = time.perf_counter()
     job = Job(config, workdir, stopping, profile)
     claim(workdir, config.to_dict(), job.data.fingerprint)
-    written = workdir / 'results.json'
-    if written.is_file():
-        try:
-            found = json.loads(written.read_text())
-        except ValueError as error:
-            raise InputError(f'{written} is damaged ({error}); delete it, and the same command '
-                             'makes it again from the checkpoints') from error
-        if set(stages) <= set(found['provenance']['stages']):
-            console.print(tables.table(found))
-            console.print(f'{written}: finished {found["provenance"]["date"]}, nothing was trained '
-                          'now; --workdir=DIR begins anew', markup=False, highlight=False)
-            return found
-    job.build(stages, console)
-    results.introduce(job, console)
-    writer = log.Writer(workdir)
-    scorers, chosen, knowledge = {}, {}, None
-    try:
-        for stage in STAGES:
-            if stage not in stages and stage not in finished:
-                continue
-            job.pause()
-            job.run_stage(stage, writer, console_lib.progress)
-            if stage == 'knowledge':
-                knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
-            if stage == 'recommend' and until == 'validation':
-                return {'valid': job.record['valid']}
-            if stage == 'recommend':
-                scorers, chosen = recommenders.beside(job, writer, console_lib.progress)
-            elif stage == 'joint':
-                bind = scorer(job.spec, job.devices.own)
-                scorers['tpad_joint'] = bind(job.nested(), job.catalogue)
-                chosen['tpad_joint'] = job.record['valid']
-    finally:
-        writer.close()
+    file = workdir / 'results.json'
+    results_before = _read_results(file) if file.is_file() else None
+    if results_before and set(stages) <= set(results_before['provenance']['stages']):
+        console.print(tables.table(results_before))
+        console.print(f'{file}: finished {results_before["provenance"]["date"]}, nothing was '
+                      'trained now; --workdir=DIR starts another run', markup=False,
+                      highlight=False)
+        return results_before
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
-    with hosts.one_first('report'):  # the others find it finished
-        if jax.process_count() > 1:
-            job.stopping = lambda: False  # they ask nothing meanwhile, and all must equally often
-        if jax.process_index() == 0:
-            return results.report(job, stages, scorers, chosen, knowledge, begun, console)
-    return json.loads(written.read_text())
+    writer = log.Writer(workdir)
+    try:
+        # a trace of the device shows one stage at a time
+        job.background = Background(0 if profile else workers(config.workers, job.devices))
+        job.build(stages, console)
+        results.introduce(job, console)
+        recorded = _run_stages(job, stages, writer, until)
+        if until == 'validation':
+            return {'valid': job.record['valid']}
+        with hosts.one_first('report'):  # the others find it finished
+            if jax.process_count() > 1:
+                job.stopping = lambda: False  # they ask nothing meanwhile: all must equally often
+            if jax.process_index() == 0:
+                return results.report(job, stages, *recorded, begun, console)
+        return json.loads(file.read_text())
+    finally:
+        job.background.close()
+        writer.close()
+
+
+def _run_stages(job, stages, writer, until):
+    """Run the stages and what is independent of them.
+
+    Returns:
+      {name: scorer} of all recommenders, {name: validation metrics} of each at its chosen step, and
+      the task that tunes the baselines.
+    """
+    knowledge, tuning, joint = None, None, {}
+    company = recommenders.Recommenders(job, writer, console_lib.progress)
+    trains = 'recommend' in stages and until != 'validation'
+    for stage in stages:
+        job.pause()
+        if trains and 'recommend' in stages[stages.index(stage):]:
+            company.begin(stage)
+        if tuning is None and stage != 'knowledge' and not until:
+            tuning = job.background.submit(partial(
+                results.baseline_scorers, job, knowledge, trains and job.config.refit), TUNE)
+        job.run_stage(stage, writer, console_lib.progress)
+        if stage == 'knowledge':
+            knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
+        elif stage == 'recommend' and until == 'validation':
+            return None
+        elif stage == 'recommend':
+            company.take_own()
+        elif stage == 'joint':
+            bind = scorer(job.spec, job.devices.own)
+            joint = {'tpad_joint': bind(job.nested(), job.catalogue)}
+    scorers, chosen = company.finish() if trains else ({}, {})
+    job.background.results(job.looks)
+    if joint:
+        chosen['tpad_joint'] = job.record['valid']
+    if tuning is None:
+        tuning = job.background.submit(partial(results.baseline_scorers, job, knowledge, False))
+    return scorers | joint, chosen, tuning
+
+
+def _read_results(file: Path) -> dict:
+    """Read the results of a finished run.
+
+    Raises:
+      InputError: they are damaged.
+    """
+    try:
+        found = json.loads(file.read_text())
+        found['models'], found['provenance']['stages'], found['provenance']['date']
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{file} is damaged ({type(error).__name__}: {error}). Expected the '
+                         'results of a finished run. Fix: delete it, and the same command makes it '
+                         'again from the checkpoints') from error
+    return found

@@ -1,15 +1,19 @@
-"""What a run recommends by: its own recommender, its rivals, and a partner of each [ours].
+"""What a run recommends by: its own recommender, trained baselines, and a partner of each [ours].
 
-A rival reads other rows than the run's own recommender (`config.rivals`) and is trained with the
-same care. Encoders of different kinds err on different sessions: where `config.partner` says how a
-second recommender differs from the first, it is trained beside it, with its own stage and its own
-validation, and the list that is served is made of the sum of both scores. Each is a log-linear
-model with a temperature of its own, so the sum needs no weight, and none is tuned. Rivals have the
-same partner, so that what is compared is what they read.
+A trained baseline (`config.rivals`) reads other rows than the run's own recommender and is trained
+with the same care. Encoders of different kinds err on different sessions: where `config.partner`
+describes how a second recommender differs from the first, both are trained, each with its own
+validation, and the list that is served comes from the sum of their scores. Each is a log-linear
+model with a temperature of its own, so the sum needs no weight, and none is tuned. Trained
+baselines have the same partner, so that a comparison is about what they read.
+
+None of them reads another, so they train in the background (see background.py), a trained baseline
+as soon as the rows it reads exist.
 """
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from flax.traverse_util import unflatten_dict
@@ -17,12 +21,15 @@ from flax.traverse_util import unflatten_dict
 from tpad_jax.config import names, partnered
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import scorer
+from tpad_jax.job.background import TRAIN
 from tpad_jax.models import tpad
-from tpad_jax.training import step
+from tpad_jax.training import optimizer, step
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 KEPT = 'hit@20', 'mrr@20', 'ndcg@20'  # of validation
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
+# Outputs of a recommender alone: they are the same before and after the other stages.
+ALONE = frozenset({'h', 'h_each', 'z', 'items', 'next', 'warm', 'repeat', 'popularity'})
 
 
 @dataclass
@@ -30,10 +37,12 @@ class Trained:
     """One recommender at the step that validation chose.
 
     Attributes:
-      job: job.Job with its config and its catalogue's rows. name: of its folder; a refit's is
-        <name>_refit.
-      model: its modules. params: all parameters {path: array}. blank: as they were before it was
-        trained, its own aside. record: of its fit, see fitting.
+      job: job.Job with its config and its catalogue's rows.
+      name: of its folder; a refit's is <name>_refit.
+      model: its modules.
+      params: all parameters {path: array}.
+      blank: as they were before it was trained, its own left out.
+      record: of its fit, see `loop.fit`.
     """
 
     job: Any
@@ -44,7 +53,7 @@ class Trained:
     record: dict
 
     def refit(self, writer, progress):
-        """Train it anew on training and validation sessions, for as many steps as were chosen.
+        """Train it again on training and validation sessions, for as many steps as were chosen.
 
         The draws are the same, and there are rows for items new to training.
         """
@@ -52,75 +61,145 @@ class Trained:
         job.pause()
         name = 'refit' if self.name == 'recommend' else f'{self.name}_refit'
         spec = step.make_spec(job.config, 'recommend', self.model, job.config.seed)
-        trained, _, found = job.fit(name, 'recommend', spec, writer, progress, None,
-                                    {**self.blank, **job.fresh(self.model)}, self.record['chosen'])
-        job.seconds[name] = found['seconds']
+        trained, _, record = job.fit(name, 'recommend', spec, writer, progress, None,
+                                     {**self.blank, **job.fresh(self.model)},
+                                     self.record['chosen'])
+        job.seconds[name] = record['seconds']
         self.params = {**self.params, **trained}
 
 
-def beside(job, writer, progress) -> tuple[dict, dict]:
-    """Train what stands beside a job whose recommend stage is done, refit, and score.
+class Recommenders:
+    """The recommenders of a run that are trained next to its own.
 
-    Returns:
-      {name: scorer} of all that is tested and {name: validation metrics}, each at its chosen step.
+    Args:
+      job: job.Job, built.
+      writer: log.Writer of the run.
+      progress: as console.progress.
     """
-    c = job.config
-    own = [Trained(job, 'recommend', job.spec, job.params, job.first, job.record)]
-    if c.partner:
-        own.append(_partner(job, writer, progress))
-    if job.content is not None:
-        found = {OWN: own}
-    else:
-        found = {NAME: own} if c.partner else {}
-    if c.partner or job.content is None:
-        encoders = [one.job.config.model.encoder for one in own]
-        if encoders[1:] == encoders[:1]:
-            encoders[1] += '_partner'
-        found |= {name: [one] for name, one in zip(encoders, own, strict=True)}
-    everyone = list(own)
-    for name, rival in c.rivals.items():
-        if 'true' in names(rival.recommend) and job.planted is None:
-            continue  # no such rows: only a planted catalogue knows the truth
-        found[name] = [_rival(one.job, name, f'{name}_partner' if i else name, writer, progress)
-                       for i, one in enumerate(own)]
-        everyone += found[name]
-    chosen = {name: _valid(several, name) for name, several in found.items()}
-    if c.refit:  # after all of them, for they validate on what it trains on
-        for one in own:
-            one.job.count_both()
-        for one in everyone:
-            one.refit(writer, progress)
-        job.params = own[0].params
-    return {name: _scorer(several) for name, several in found.items()}, chosen
+
+    def __init__(self, job, writer, progress):
+        self._job, self._shared = job, (writer, progress)
+        self._own = self._partner = None
+        # without the truth, which only a planted catalogue knows, nothing reads the rows 'true'
+        self._rivals = [name for name, rival in job.config.rivals.items()
+                        if job.planted is not None or 'true' not in names(rival.recommend)]
+        self._tasks = {}  # folder -> task of a trained baseline
+
+    def begin(self, stage: str = '') -> None:
+        """Submit what can be trained before `stage` runs; every stage before it is done.
+
+        A partner and its trained baselines wait for stage recommend, and so does a trained baseline
+        with a loss or parameters beyond the recommender's own.
+        """
+        job, last = self._job, stage == 'recommend'
+        for name in self._rivals:
+            if name not in self._tasks and (last or self._independent(name)):
+                self._submit(job, name, name)
+        if last and job.config.partner:
+            other = _partner_job(job)
+            self._partner = job.background.submit(partial(_train_partner, other, *self._shared),
+                                                  TRAIN)
+            for name in self._rivals:
+                self._submit(other, name, f'{name}_partner')
+
+    def _submit(self, job, name, folder):
+        # with the rows and parameters of now: what later stages add is not read
+        then = copy.copy(job)
+        self._tasks[folder] = job.background.submit(
+            partial(_train_rival, then, name, folder, *self._shared), TRAIN)
+
+    def _independent(self, name):
+        """Whether the rows a trained baseline reads exist, and it reads no other stage's model."""
+        job = self._job
+        if not set(names(job.config.rivals[name].recommend)) <= job.catalogue.keys():
+            return False
+        model = _rival_model(job, name)
+        spec = step.make_spec(job.config, 'recommend', model, job.config.seed)
+        trained, _ = optimizer.split(job.params, job.config.stage.recommend.train)
+        return spec.needs <= ALONE and all(path.startswith('recommender/') for path in trained)
+
+    def take_own(self) -> None:
+        """Take the run's own recommender and the rows it reads, once stage recommend is done."""
+        job = copy.copy(self._job)  # stage joint changes both
+        self._own = Trained(job, 'recommend', job.spec, job.params, job.first, job.record)
+
+    def finish(self) -> tuple[dict, dict]:
+        """Wait for all of them, refit where the config asks for it, and bind the scorers.
+
+        Returns:
+          {name: scorer} of all that is tested and {name: validation metrics}, each at its chosen
+          step.
+        """
+        job, c, background = self._job, self._job.config, self._job.background
+        own = [self._own]
+        if self._partner is not None:
+            own += background.results([self._partner])
+        if job.content is not None:
+            groups = {OWN: own}
+        else:
+            groups = {NAME: own} if c.partner else {}
+        if c.partner or job.content is None:
+            encoders = [member.job.config.model.encoder for member in own]
+            if encoders[1:] == encoders[:1]:
+                encoders[1] += '_partner'
+            groups |= {name: [member] for name, member in zip(encoders, own, strict=True)}
+        trained = dict(zip(self._tasks, background.results(self._tasks.values()), strict=True))
+        for name in self._rivals:
+            groups[name] = [trained[f'{name}_partner' if i else name] for i in range(len(own))]
+        chosen = {name: _valid(members, name) for name, members in groups.items()}
+        if c.refit:  # after all of them: they validate on what it trains on
+            everyone = (*own, *trained.values())
+            for member in everyone:
+                member.job.count_both()
+            background.results([background.submit(partial(member.refit, *self._shared), TRAIN)
+                                for member in everyone])
+            job.params, job.final = self._own.params, self._own.job.final
+            job.catalogue = self._own.job.catalogue
+        return {name: _scorer(members) for name, members in groups.items()}, chosen
 
 
-def _partner(job, writer, progress):
-    """Train the second recommender of `config.partner` by a job of its own."""
-    job.pause()
+def _partner_job(job):
+    """A job of the second recommender of `config.partner`, with its own config and rows."""
     other = copy.copy(job)
     other.config = partnered(job.config)
-    other.catalogue = dict(job.catalogue)
     c = other.config.model
-    made = tpad.build(None, c, recommend=names(c.recommend),
-                      items=job.data.num_items, max_length=job.max_length,
-                      side_sizes=job.data.side_sizes)
+    made = tpad.build(None, c, recommend=names(c.recommend), items=job.data.num_items,
+                      max_length=job.max_length, side_sizes=job.data.side_sizes)
     other.spec = replace(job.spec, **{part: getattr(made, part) for part in PARTS})
     other.count()
-    other.params = _others(job.params) | other.fresh(other.spec)
-    other.run_stage('recommend', writer, progress, name='partner')
-    return Trained(other, 'partner', other.spec, other.params, other.first, other.record)
+    other.params = _others(job.params)
+    return other
 
 
-def _rival(job, name, folder, writer, progress):
-    """Train a recommender beside the run's own with the recommend stage's own care."""
+def _train_partner(job, writer, progress) -> Trained:
+    """Train the second recommender by a job of its own, see `_partner_job`."""
     job.pause()
+    job.params = job.params | job.fresh(job.spec)
+    job.run_stage('recommend', writer, progress, name='partner')
+    return Trained(job, 'partner', job.spec, job.params, job.first, job.record)
+
+
+def _rival_model(job, name) -> tpad.TPAD:
+    """The modules of a trained baseline: the run's, with what config.rivals changes."""
     c, changes = job.config, job.config.rivals[name].to_dict()
     fusion = job.spec.fusion.clone(
         use_id=changes.get('use_id', c.model.use_id),
         side_sizes=job.data.side_sizes if changes.get('use_side', c.model.use_side) else ())
-    model = replace(job.spec, fusion=fusion,
-                    recommend=names(changes['recommend']))
-    spec = step.make_spec(c, 'recommend', model, c.seed)
+    return replace(job.spec, fusion=fusion, recommend=names(changes['recommend']))
+
+
+def _train_rival(job, name, folder, writer, progress) -> Trained:
+    """Train a recommender next to the run's own with the recommend stage's own care.
+
+    Args:
+      job: a copy of job.Job with the rows that it reads.
+      name: of config.rivals.
+      folder: of its checkpoints.
+      writer, progress: see `Recommenders`.
+    """
+    job.pause()
+    model = _rival_model(job, name)
+    spec = step.make_spec(job.config, 'recommend', model, job.config.seed)
     blank = _others(job.params, *(f'loss/{loss}/' for loss, _ in spec.modules))
     params = blank | job.fresh(model)
     trained, _, record = job.fit(folder, 'recommend', spec, writer, progress, None, params)
@@ -133,11 +212,11 @@ def _others(params, *own):
     return {path: x for path, x in params.items() if not path.startswith(('recommender/', *own))}
 
 
-def _scorer(several):
-    """Of one recommender, or of several whose scores are added."""
-    given = [(one.model, unflatten_dict(one.params, sep='/'), one.job.catalogue)
-             for one in several]
-    devices = several[0].job.devices.own
+def _scorer(members):
+    """Of one recommender, or of members whose scores are added."""
+    given = [(member.model, unflatten_dict(member.params, sep='/'), member.job.catalogue)
+             for member in members]
+    devices = members[0].job.devices.own
     if len(given) == 1:
         model, params, catalogue = given[0]
         return scorer(model, devices)(params, catalogue)
@@ -145,10 +224,10 @@ def _scorer(several):
     return scorer(models, devices)(params, catalogues)
 
 
-def _valid(several, name):
+def _valid(members, name):
     """Validation metrics, of a sum as of one."""
-    if len(several) == 1:
-        return several[0].record['valid']
-    job = several[0].job
-    found, _ = evaluate(_scorer(several), job.valid, job.data.warm, ks=(20,), name=name)
+    if len(members) == 1:
+        return members[0].record['valid']
+    job = members[0].job
+    found, _ = evaluate(_scorer(members), job.valid, job.data.warm, ks=(20,), name=name)
     return {key: found[key] for key in KEPT}

@@ -28,20 +28,20 @@ SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
 
-def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
+def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
     """Score everything on the same rows, write results and figures, print the table.
 
     Args:
       job, console: of the run. stages: the finished ones. begun: when it began, see time.
       scorers: {model: scorer}. chosen: {model: validation metrics}, see `score_models`.
-      knowledge: float [V+1, D], the features k, or None.
+      tuning: background.Task of `baseline_scorers`.
 
     Returns:
       What results.json holds.
     """
     started = time.perf_counter()
     own = next(iter(scorers), None)  # of a run without content the sum, if there is one
-    tuned = baseline_scorers(job, knowledge)
+    tuned, = job.background.results([tuning])
     scorers.update({name: found.scorer for name, found in tuned.items()})
     chosen |= {name: found.valid for name, found in tuned.items()}
     models, ranks = score_models(job, scorers, chosen)
@@ -55,7 +55,7 @@ def report(job, stages, scorers, chosen, knowledge, begun, console) -> dict:
     truth, truth_ranks = oracle_scores(job)
     job.seconds['report'] = time.perf_counter() - started
     # stages count all their sittings, the rest this one
-    here = time.perf_counter() - begun - job.sitting
+    here = time.perf_counter() - begun - sum(job.sitting.values())
     within = 'report', 'diagnostics'
     job.seconds['total'] = here + sum(s for name, s in job.seconds.items() if name not in within)
     out = {'data': data_facts(job), 'audit': job.data.audit, 'models': models,
@@ -167,22 +167,30 @@ def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict,
                                      strict=True))
 
 
-def baseline_scorers(job, features: np.ndarray) -> dict:
-    """The baselines of the config, tuned on validation; content_knn reads `features` [V+1, D].
+def baseline_scorers(job, features: np.ndarray | None, refit: bool) -> dict:
+    """Tune the baselines of the config on validation.
 
-    Where the recommender was refitted, they are, too, on the same sessions.
+    Args:
+      job: job.Job.
+      features: float [V+1, D]. Features k, which content_knn reads; None: no stage made them.
+      refit: whether they are fitted on validation's sessions too, as the recommender is.
+
+    Returns:
+      {name: rules.Tuned}.
     """
     data, out = job.config.data, {}
     ordered = None if job.source.timed else data.ordered
+    train = job.data.train
+    final = sessions.join(train, job.data.valid) if refit else train
     for name in names(job.config.baselines):
         job.pause()
         if name == 'content_knn' and features is None:
             continue  # no stage has read the items
         given = features if name == 'content_knn' else None
-        out[name] = rules.tune(name, job.data.train, job.valid, job.data.num_items,
+        out[name] = rules.tune(name, train, job.valid, job.data.num_items,
                                    trials=job.config.search.trials, seed=job.config.seed,
                                    storage=job.workdir / 'search.journal', features=given,
-                                   final=job.final.train, ordered=ordered)
+                                   final=final, ordered=ordered)
     return out
 
 

@@ -46,10 +46,34 @@ def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | 
     return state.replace(frozen={}), logged
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)  # every recommender of a run and every stage
 def lifted(devices: Devices, spec: StepSpec) -> Callable:
     """The step on the devices: a stage that is resumed, or a refit, finds it compiled."""
     return devices.lift(partial(lean_step, spec=spec))
+
+
+def compile_step(devices: Devices, spec: StepSpec, state: State, batch: Batch,
+                 catalogue: dict) -> jax.stages.Compiled:
+    """Compile a stage's step from shapes; the first step of the stage then finds it compiled.
+
+    Args:
+      devices: those that run the step, also of another machine.
+      spec: of the stage.
+      state: arrays or shapes, the frozen parameters among them.
+      batch: arrays or shapes, a host's.
+      catalogue: arrays or shapes, {name: [V+1, ...]}.
+    """
+    def placed(tree, shardings):
+        return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(
+            x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=sharding,
+            weak_type=getattr(x, 'weak_type', False)), tree, shardings)
+
+    shared = {'catalogue': catalogue, 'frozen': state.frozen}
+    state = state.replace(frozen={})
+    batch = placed(batch, jax.tree.map(lambda _: devices.split(), batch))
+    traced = lifted(devices, spec).trace(placed(state, devices.shardings(state)), batch,
+                                         placed(shared, devices.shardings(shared)))
+    return traced.lower(lowering_platforms=(devices.devices[0].platform,)).compile()
 
 
 @dataclass

@@ -22,8 +22,8 @@ from tpad_jax.features import bases
 # Version of a workdir's files. Version 1 had no such key; its checkpoints joined all arrays.
 FORMAT = 2
 # Keys that change no result: how often the run saves and logs, and on how many devices it runs.
-FREE_KEYS = frozenset({'parallel', 'devices', 'model_shards', 'accumulate', 'stages', 'save_every',
-                       'bad_share'})
+FREE_KEYS = frozenset({'parallel', 'devices', 'model_shards', 'accumulate', 'stages', 'workers',
+                       'save_every', 'bad_share'})
 # Keys of sessions. The fingerprint of the data covers their content, so the paths may change.
 SOURCES = ('data.npz', 'data.ready', 'data.raw_dir')
 # Keys of other inputs. Their content is compared instead of the path.

@@ -1,0 +1,133 @@
+"""Tasks that run next to a run's stages, on the processor cores that the main thread leaves idle.
+
+A train step of the default config keeps about one core busy. Recommenders that do not read each
+other, compilation of later stages and the tuning of baselines are independent of what the main
+thread does, so they run in threads: a compiled program does not hold the interpreter's lock.
+
+The order in which tasks run changes no result: each reads what it was given when it was submitted
+and writes files of its own.
+"""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+
+from tpad_jax.distributed.devices import Devices
+from tpad_jax.errors import Stopped
+
+# Priorities: what the main thread waits for first comes first.
+COMPILE, LOOK, TRAIN, TUNE = 0, 10, 20, 30
+MOST = 4  # threads at most: each holds the activations of a training of its own
+
+
+def workers(wanted: int, devices: Devices) -> int:
+    """Count the threads to use next to the main one.
+
+    An accelerator is not shared: its memory is planned for one stage. Neither are several devices
+    or processes, whose collective operations have to meet in one order.
+
+    Args:
+      wanted: config.workers; -1 stands for one thread per further core, at most MOST.
+      devices: those that run the steps.
+    """
+    if devices.how != 'jit' or jax.default_backend() != 'cpu' or jax.process_count() > 1:
+        return 0
+    return min(len(os.sched_getaffinity(0)) - 1, MOST) if wanted < 0 else wanted
+
+
+class Task:
+    """A call that runs once, in any thread."""
+
+    def __init__(self, function: Callable[[], Any]):
+        self._function, self.future = function, Future()
+
+    def run(self) -> None:
+        """Run it and keep its result or its exception."""
+        try:
+            self.future.set_result(self._function())
+        except BaseException as error:  # raised again where the result is asked for
+            self.future.set_exception(error)
+        self._function = None  # and what it refers to
+
+
+class Background:
+    """Threads that run tasks in order of priority.
+
+    Args:
+      count: threads; 0: a task runs in the main thread when its result is asked for.
+    """
+
+    def __init__(self, count: int):
+        self.closing = False
+        self._numbers, self._queue, self._tasks = itertools.count(), [], []
+        self._changed = threading.Condition()
+        self._threads = [threading.Thread(target=self._work, name=f'background-{i}', daemon=True)
+                         for i in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def __bool__(self) -> bool:
+        return bool(self._threads)
+
+    def submit(self, function: Callable[[], Any], priority: int = 0) -> Task:
+        """Queue a call. Of those that wait, the one with the lowest priority number runs first."""
+        task = Task(function)
+        with self._changed:
+            self._queue.append((priority, next(self._numbers), task))
+            self._queue.sort(key=lambda entry: entry[:2])
+            self._tasks.append(task)
+            self._changed.notify()
+        return task
+
+    def results(self, tasks: Iterable[Task]) -> list:
+        """Return what the tasks return; those that no thread has begun run here, in this order.
+
+        Raises:
+          Exception: that of the first task that failed.
+        """
+        tasks = list(tasks)
+        for task in tasks:
+            if self._take(task):
+                task.run()
+                self.check()
+        return [task.future.result() for task in tasks]
+
+    def check(self) -> None:
+        """Raise the exception of a task that failed, so that nobody waits for its result first."""
+        for task in self._tasks:
+            if task.future.done() and (error := task.future.exception()):
+                raise error
+
+    def close(self) -> None:
+        """Drop the tasks that wait and return when those that run have ended.
+
+        A training that runs saves and ends, because `closing` is one of the reasons to stop.
+        """
+        with self._changed:
+            self.closing = True
+            self._queue.clear()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _take(self, wanted):
+        with self._changed:
+            before = len(self._queue)
+            self._queue = [entry for entry in self._queue if entry[2] is not wanted]
+            return len(self._queue) < before
+
+    def _work(self):
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self.closing)
+                if self.closing:
+                    return
+                _, _, task = self._queue.pop(0)
+            task.run()
+            if isinstance(task.future.exception(), Stopped):
+                return  # a signal came: the main thread stops as well

@@ -1,0 +1,47 @@
+"""What a run has to know of each stage: a stage is config.stage.* and one entry of this table.
+
+config.STAGES gives the order of the stages, and config.MAKES the rows that each of them writes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tpad_jax.evaluation.scorers import foretold, scorer
+
+
+def _by_recommender(model, devices):
+    return scorer(model, devices)
+
+
+def _by_transfer(model, devices):
+    del devices  # one of them scores the few rows of validation
+    return foretold(model)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stage.
+
+    Attributes:
+      reads: rows of the catalogue that it reads, other than those of config.model.recommend.
+      recommends: whether it reads the rows of config.model.recommend.
+      batches: 'items', one item per row, or 'sessions', one prefix per row.
+      content: whether its steps may read images and texts.
+      scorer: (model, devices) -> (params, catalogue) -> scores, by which it is validated.
+      validates_rows: whether validation needs rows that the stage itself makes.
+    """
+
+    reads: tuple[str, ...] = ()
+    recommends: bool = False
+    batches: str = 'sessions'
+    content: bool = True
+    scorer: Callable = _by_recommender
+    validates_rows: bool = False
+
+
+ENTRIES = {
+    'knowledge': Entry(batches='items'),
+    'transfer': Entry(reads=('k',), scorer=_by_transfer, validates_rows=True),
+    'recommend': Entry(recommends=True, content=False),
+    'joint': Entry(reads=('k', 'r')),
+}
