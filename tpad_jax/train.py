@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
     stopping = startup.begin(config.get('xla_flags', ''))
     # imported here: --help and a wrong flag do not wait for jax
     if values.plan not in (None, 'false'):
-        from tpad_jax.job import ahead
-        print(*ahead.lines(config, workdir, values.plan, values.plan_items), sep='\n')
+        from tpad_jax.job import memory_plan
+        print(*memory_plan.lines(config, workdir, values.plan, values.plan_items), sep='\n')
         return
     from tpad_jax.distributed import hosts
     from tpad_jax.job import job, mirror

@@ -8,8 +8,6 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,31 +21,25 @@ from rich.console import Console
 from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
-from tpad_jax.data import batches, item_graphs, sessions, sources, text
 from tpad_jax.data import catalogue as catalogue_lib
+from tpad_jax.data import item_graphs, sessions, sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.distributed import devices, hosts
-from tpad_jax.errors import InputError, Stopped
+from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
-from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases
 from tpad_jax.features import encoder as encoder_lib
-from tpad_jax.job import plan, recommenders, results
-from tpad_jax.job.background import COMPILE, LOOK, TUNE, Background, workers
-from tpad_jax.job.stages import ENTRIES
+from tpad_jax.job import compilation, fitting, memory_plan, recommenders, results
+from tpad_jax.job.background import LOOK, TUNE, Background, workers
+from tpad_jax.job.fitting import DONE
 from tpad_jax.job.validate import check, check_inputs, check_workdir
-from tpad_jax.models import readers, tpad
-from tpad_jax.training import handover, profiling
-from tpad_jax.training import loop as loop_lib
+from tpad_jax.models import tpad
+from tpad_jax.training import handover
 from tpad_jax.training import step as step_lib
-from tpad_jax.training.checkpoint import Checkpoints
 from tpad_jax.training.workdir import claim, enter, locked
-from tpad_jax.types import Batch
-
-DONE = 'finished'  # a file beside a finished stage's checkpoints
 
 
 class Job:
@@ -86,10 +78,8 @@ class Job:
         """Read content, the base and the first parameters; the slow part of preparing."""
         c, data = self.config, self.data
         self.probabilities = None
-        shared = dict(recommend=names(c.model.recommend), items=data.num_items,
-                      max_length=self.max_length, side_sizes=data.side_sizes)
         if not self.source.content:
-            self.spec = tpad.build(None, c.model, **shared)
+            self.spec = self.modules(None, c)
             self.count()
             self.params = self.fresh(self.spec)
             return
@@ -103,8 +93,8 @@ class Job:
                                             else base.directory, text_length=c.mllm.text_length,
                                             bad_share=c.data.bad_share)
         teacher = bases.teacher(c, base)
-        self.spec = tpad.build(base.module, c.model, pooling=c.mllm.pooling, chunk=c.mllm.chunk,
-                               teacher=teacher and teacher.reader, **shared)
+        build = partial(self.modules, teacher=teacher and teacher.reader)
+        self.spec = build(base.module, c)
         self.count()
         if c.data.features:
             given = external_features.read(c.data.features, data.asins)
@@ -126,16 +116,15 @@ class Job:
             rank=c.model.lora_rank, targets=c.model.lora_targets,
             image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length))
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
-        taught = {'teacher': teacher.shapes} if teacher else {}
-        if c.mllm.checkpoint:  # said before gigabytes are read
-            for line in plan.of_run(c, base.module, shapes | taught, {**self.catalogue, **blank},
-                                    self.devices, stages=stages, positions=self.max_length,
-                                    side=base.image_size):
+        every = memory_plan.parameter_shapes(
+            c, shapes | ({'teacher': teacher.shapes} if teacher else {}))
+        if c.mllm.checkpoint:  # printed before gigabytes are read
+            subject = memory_plan.Subject(
+                c, build, base.module, every, self.catalogue | self.blank, self.devices,
+                self.max_length, base.image_size)
+            for line in memory_plan.of_run(subject, stages):
                 console.print(line, markup=False, highlight=False)
-        dtypes = {'base': c.mllm.param_dtype, 'teacher': c.mllm.teacher_dtype}
-        self.compile_ahead(stages, {
-            path: x.update(dtype=jnp.dtype(dtypes.get(path.split('/')[0], x.dtype)))
-            for path, x in flatten_dict(shapes | taught, sep='/').items()})
+        compilation.submit(self, stages, every)
         held, cut = {n: shapes[n] for n in base.given}, self.devices.own.model > 1
         loaded = base.load(held, self.devices.own.shardings(held) if cut else None)
         if teacher:
@@ -145,6 +134,13 @@ class Job:
             lambda key: {n: p for n, p in make(key).items() if n not in base.given})
         params = draw(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
+
+    def modules(self, base, config, teacher=None) -> tpad.TPAD:
+        """The model of a config over this run's data; `base`: the MLLM's module, or None."""
+        return tpad.build(base, config.model, recommend=names(config.model.recommend),
+                          items=self.data.num_items, max_length=self.max_length,
+                          side_sizes=self.data.side_sizes, pooling=config.mllm.pooling,
+                          chunk=config.mllm.chunk, teacher=teacher)
 
     def count(self) -> None:
         """Lay the catalogue's rows that are counted on training sessions over what it has."""
@@ -179,6 +175,10 @@ class Job:
                 devices=self.devices.own))
         return self.encoders.get(stage)
 
+    def finished(self, stage: str) -> bool:
+        """Whether a stage was run to its end."""
+        return (self.workdir / 'stages' / stage / DONE).is_file()
+
     def stage_spec(self, stage: str) -> step_lib.StepSpec | None:
         """The static part of a stage's step; None: the stage takes its model as it is."""
         if not self.config.stage[stage].steps:
@@ -206,7 +206,7 @@ class Job:
         if spec:
             self.look(stage, 'before', spec, encoder)
             self.background.results([self.compiling[name]] if name in self.compiling else [])
-            trained, rows, record = self.fit(name, stage, spec, writer, progress, encoder)
+            trained, rows, record = fitting.fit(self, name, stage, spec, writer, progress)
         self.params = {**self.params, **trained}
         if stage == 'transfer' and self.config.model.blend.kind:
             self.params = handover.blended(self.params, self.config)
@@ -238,114 +238,12 @@ class Job:
 
         self.looks.append(self.background.submit(in_turn, LOOK))
 
-    def compile_ahead(self, stages, shapes: dict) -> None:
-        """Compile the steps of stages in the background, in the order in which they are needed.
-
-        Args:
-          stages: those that this run trains or has trained.
-          shapes: {path: shape and dtype} of all parameters.
-        """
-        rows = self.catalogue
-        for number, stage in enumerate(stages):
-            finished = (self.workdir / 'stages' / stage / DONE).is_file()
-            blended = self.config.model.blend.kind and stage == 'joint'  # the rank is not known yet
-            if self.background and not finished and not blended:
-                self.compiling[stage] = self.background.submit(
-                    partial(self._compile, stage, shapes, rows), COMPILE + number)
-            rows = {**rows, **{name: self.blank[name] for name in MAKES.get(stage, ())}}
-
-    def _compile(self, stage, shapes, rows):
-        spec, c = self.stage_spec(stage), self.config.stage[stage]
-        if spec is None or spec.modules:  # a loss's own parameters are made when its stage starts
-            return
-        if 'cluster' in spec.needs:
-            rows = {**rows, 'cluster': np.zeros(self.data.num_items + 1, np.int32)}
-        if c.eval_every and ENTRIES[stage].validates_rows:
-            rows = {**rows, **{name: self.blank[name] for name in MAKES[stage]}}
-        with closing(self.batches(stage, spec)(start_step=0)) as drawn:
-            batch = Batch.of(next(drawn))
-        state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), shapes)
-        loop_lib.compile_step(self.devices, spec, state, batch, rows)
-        if stage in MAKES:
-            self.encoder(stage).compile(unflatten_dict(shapes, sep='/'))
-
-    def batches(self, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[dict]]:
-        """(start_step) -> host batches of a stage, see data/batches.py."""
-        c = self.config.stage[stage]
-        shared = dict(batch_size=c.batch_size, seed=self.config.seed,
-                      **self.devices.drawn_here(c.accumulate))
-        reads = (spec.fresh or spec.model.form == 'full' or spec.needs
-                 & ({'describe', 'foretell'} | readers.STATES | readers.THERE))
-        content = self.content if reads and ENTRIES[stage].content else None
-        if ENTRIES[stage].batches == 'items':
-            return partial(batches.item_batches, self.data, content=content, **shared)
-        return partial(batches.session_batches, self.final, content=content,
-                       every_prefix=c.every_prefix, max_length=self.max_length, steps=c.steps,
-                       **shared)
-
     def count_both(self) -> None:
         """Add validation's sessions to the training sessions, for what is trained from here on."""
         both = sessions.join(self.data.train, self.data.valid)
         warm = sessions.warm_items(both, self.data.num_items)
         self.final = replace(self.data, train=both, warm=warm)
         self.count()
-
-    def fit(self, name, stage, spec, writer, progress, encoder, params=None, steps=None):
-        """Run a stage's loop.
-
-        Args:
-          name: of its folder and in the log.
-          stage: whose config and batches it has.
-          spec: step.StepSpec.
-          writer, progress: see `run_stage`.
-          encoder: of the rows the stage makes, or None.
-          params: {path: array} of all parameters; None: the run's.
-          steps: exactly so many, without validation (a refit); None: as config.stage says.
-
-        Returns:
-          See `loop.fit`.
-        """
-        c, params = self.config.stage[stage], self.params if params is None else params
-        catalogue = self.catalogue
-        draw = self.batches(stage, spec)
-        params = step_lib.with_own(spec, params, partial(draw, start_step=0), catalogue)
-        bind = ENTRIES[stage].scorer(spec.model, self.devices.own)
-        validating = c.eval_every and steps is None
-        refreshing = c.refresh_every
-        if ENTRIES[stage].validates_rows and validating:
-            blank = {row: jnp.zeros(self.blank[row].shape) for row in MAKES[stage]}
-            refreshing, catalogue = True, {**blank, **catalogue}
-
-        def validate(state, catalogue):
-            tree = unflatten_dict({**params, **state.params}, sep='/')
-            result, _ = evaluate(bind(tree, catalogue), self.valid, self.data.warm, ks=(20,),
-                                 name=name)
-            return {k: result[k] for k in recommenders.KEPT}
-
-        checkpoints = Checkpoints(self.workdir / 'stages' / name)
-        if (checkpoints.directory / DONE).is_file() and not checkpoints.steps():
-            raise InputError(f'{checkpoints.directory} is of a finished stage, but no checkpoint '
-                             'is left in it; restore them from a copy, or delete the folder to '
-                             'train the stage again')
-        loop = loop_lib.Loop(
-            name=name, total=steps or c.steps, devices=self.devices,
-            batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
-            progress=progress, log_every=self.config.log_every, save_every=self.config.save_every,
-            eval_every=c.eval_every, patience=c.patience, refresh_every=c.refresh_every,
-            validate=validate if validating else None,
-            refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
-            if refreshing else None, refreshed=MAKES.get(stage, ()),
-            stopping=self.stopping, shown=snapshots.shown(spec.losses),
-            broken=self.workdir / 'not_finite', profile=self.profile and profiling.Profile(
-                self.workdir / 'profile', self.profile, name, self.devices))
-        begun = time.perf_counter()
-        try:
-            out = loop_lib.fit(loop, spec, step_lib.start(spec, params, c.train), catalogue)
-            self.spent[name] = {'all': out[-1]['seconds'], **out[-1]['spent']}
-            return out
-        finally:
-            checkpoints.close()
-            self.sitting[name] = time.perf_counter() - begun
 
     def pause(self) -> None:
         """End the run here if a signal came or a task failed; what is finished is kept.
@@ -387,7 +285,7 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
     job = Job(config, workdir, stopping, profile)
     claim(workdir, config.to_dict(), job.data.fingerprint)
     file = workdir / 'results.json'
-    results_before = _read_results(file) if file.is_file() else None
+    results_before = results.read(file) if file.is_file() else None
     if results_before and set(stages) <= set(results_before['provenance']['stages']):
         console.print(tables.table(results_before))
         console.print(f'{file}: finished {results_before["provenance"]["date"]}, nothing was '
@@ -449,19 +347,3 @@ def _run_stages(job, stages, writer, until):
     if tuning is None:
         tuning = job.background.submit(partial(results.baseline_scorers, job, knowledge, False))
     return scorers | joint, chosen, tuning
-
-
-def _read_results(file: Path) -> dict:
-    """Read the results of a finished run.
-
-    Raises:
-      InputError: they are damaged.
-    """
-    try:
-        found = json.loads(file.read_text())
-        found['models'], found['provenance']['stages'], found['provenance']['date']
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{file} is damaged ({type(error).__name__}: {error}). Expected the '
-                         'results of a finished run. Fix: delete it, and the same command makes it '
-                         'again from the checkpoints') from error
-    return found

@@ -22,11 +22,11 @@ from tpad_jax.config import names, partnered
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
+from tpad_jax.job.fitting import VALIDATED, fit
 from tpad_jax.models import tpad
 from tpad_jax.training import optimizer, step
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
-KEPT = 'hit@20', 'mrr@20', 'ndcg@20'  # of validation
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
 # Outputs of a recommender alone: they are the same before and after the other stages.
 ALONE = frozenset({'h', 'h_each', 'z', 'items', 'next', 'warm', 'repeat', 'popularity'})
@@ -61,9 +61,9 @@ class Trained:
         job.pause()
         name = 'refit' if self.name == 'recommend' else f'{self.name}_refit'
         spec = step.make_spec(job.config, 'recommend', self.model, job.config.seed)
-        trained, _, record = job.fit(name, 'recommend', spec, writer, progress, None,
-                                     {**self.blank, **job.fresh(self.model)},
-                                     self.record['chosen'])
+        trained, _, record = fit(job, name, 'recommend', spec, writer, progress,
+                                 {**self.blank, **job.fresh(self.model)},
+                                 self.record['chosen'])
         job.seconds[name] = record['seconds']
         self.params = {**self.params, **trained}
 
@@ -162,9 +162,7 @@ def _partner_job(job):
     """A job of the second recommender of `config.partner`, with its own config and rows."""
     other = copy.copy(job)
     other.config = partnered(job.config)
-    c = other.config.model
-    made = tpad.build(None, c, recommend=names(c.recommend), items=job.data.num_items,
-                      max_length=job.max_length, side_sizes=job.data.side_sizes)
+    made = job.modules(None, other.config)
     other.spec = replace(job.spec, **{part: getattr(made, part) for part in PARTS})
     other.count()
     other.params = _others(job.params)
@@ -202,7 +200,7 @@ def _train_rival(job, name, folder, writer, progress) -> Trained:
     spec = step.make_spec(job.config, 'recommend', model, job.config.seed)
     blank = _others(job.params, *(f'loss/{loss}/' for loss, _ in spec.modules))
     params = blank | job.fresh(model)
-    trained, _, record = job.fit(folder, 'recommend', spec, writer, progress, None, params)
+    trained, _, record = fit(job, folder, 'recommend', spec, writer, progress, params)
     job.seconds[folder] = record['seconds']
     return Trained(job, folder, model, params | trained, blank, record)
 
@@ -230,4 +228,4 @@ def _valid(members, name):
         return members[0].record['valid']
     job = members[0].job
     found, _ = evaluate(_scorer(members), job.valid, job.data.warm, ks=(20,), name=name)
-    return {key: found[key] for key in KEPT}
+    return {key: found[key] for key in VALIDATED}

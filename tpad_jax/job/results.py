@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import platform
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
 from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import snapshots
+from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate, oracle
 from tpad_jax.report import contact_sheet, gallery, page
@@ -267,3 +269,19 @@ def write(job, results: dict, ranks: dict) -> None:
                               ranks, metrics.registry(job.config.metrics))
     np.savez_compressed(job.workdir / compare.FILE, **stored)
     files.write_json(job.workdir / 'results.json', results)
+
+
+def read(file: Path) -> dict:
+    """Read the results of a finished run.
+
+    Raises:
+      InputError: they are damaged.
+    """
+    try:
+        found = json.loads(file.read_text())
+        found['models'], found['provenance']['stages'], found['provenance']['date']
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f'{file} is damaged ({type(error).__name__}: {error}). Expected the '
+                         'results of a finished run. Fix: delete it, and the same command makes it '
+                         'again from the checkpoints') from error
+    return found

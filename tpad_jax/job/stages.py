@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpad_jax.evaluation.scorers import foretold, scorer
+from tpad_jax.models import readers
+from tpad_jax.training.step import StepSpec
 
 
 def _by_recommender(model, devices):
@@ -45,3 +47,10 @@ ENTRIES = {
     'recommend': Entry(recommends=True, content=False),
     'joint': Entry(reads=('k', 'r')),
 }
+
+
+def reads_content(stage: str, spec: StepSpec) -> bool:
+    """Whether a stage's batches need images and texts."""
+    reads = (spec.fresh or spec.model.form == 'full'
+             or spec.needs & ({'describe', 'foretell'} | readers.STATES | readers.THERE))
+    return bool(reads) and ENTRIES[stage].content

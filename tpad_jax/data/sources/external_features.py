@@ -76,6 +76,29 @@ def read(file, asins: list[str]) -> Given:
     return _align(file, ids, found, asins)
 
 
+def width(file) -> int:
+    """How many numbers an item has in a file, from its header alone.
+
+    Args:
+      file: .npy, .safetensors or .parquet, see above.
+
+    Raises:
+      InputError: the file has no such header.
+    """
+    file = Path(file)
+    try:
+        if file.suffix == '.npy':
+            return np.load(file, mmap_mode='r', allow_pickle=False).shape[1]
+        if file.suffix == '.safetensors':
+            with safe_open(file, framework='np') as tensors:
+                return tensors.get_slice('features').get_shape()[1]
+        return len(pl.scan_parquet(file).select('features').head(1).collect().item())
+    except (*FAILURES, IndexError) as error:
+        raise InputError(f'{file}: the width of its features cannot be read '
+                         f'({type(error).__name__}). Expected a .npy, .safetensors or .parquet of '
+                         'item features. Fix: give such a file') from error
+
+
 def _align(file, ids, found, asins) -> Given:
     number = {asin: item for item, asin in enumerate(asins) if item}
     row_of, unknown, repeats = np.full(len(asins), -1), [], []

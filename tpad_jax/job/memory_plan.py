@@ -1,0 +1,408 @@
+"""What a run asks of a device's memory: `--plan`, and the lines before a checkpoint is read.
+
+Parameters, the optimiser's state, batches and the catalogue's rows are counted exactly, from their
+shapes. What a step needs besides them is either the compiler's own number for the very step, where
+the devices are those of this machine, or an estimate from the step's operations (`live_bytes`): the
+step is traced with shapes alone, and nothing is computed. Neither knows a loss or an encoder by
+name.
+
+Not counted: a checkpoint's copy of the state, rows that are encoded between steps, parameters that
+a loss brings along, and the program itself. Temporary arrays are counted as if each device held
+them whole, also where parameters are cut over several.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from tpad_jax.config import MAKES, STAGES, names
+from tpad_jax.data import sources, text
+from tpad_jax.data.sources import external_features
+from tpad_jax.data.synthetic import wording
+from tpad_jax.distributed import devices as devices_lib
+from tpad_jax.errors import InputError
+from tpad_jax.features import bases
+from tpad_jax.job.live_bytes import bytes_of, live_bytes
+from tpad_jax.job.stages import ENTRIES, reads_content
+from tpad_jax.job.validate import check
+from tpad_jax.models import tpad
+from tpad_jax.training import loop
+from tpad_jax.training import step as step_lib
+from tpad_jax.types import Batch
+
+KINDS = {'v5e': 15.75, 'v6e': 31.25}  # GiB a program may use of a chip's 16 and 32
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per device of one stage.
+
+    Attributes:
+      name: of the stage.
+      frozen: parameters that the stage only reads.
+      trained: parameters that it trains.
+      optimiser: the optimiser's state.
+      batches: this step's and the next one's.
+      catalogue: rows per item.
+      temporary: what a step needs besides: gradients, activations, scores.
+    """
+
+    name: str
+    frozen: int
+    trained: int
+    optimiser: int
+    batches: int
+    catalogue: int
+    temporary: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """{part: bytes}."""
+        return {name: x for name, x in dataclasses.asdict(self).items() if name != 'name'}
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a run's shapes.
+
+    Attributes:
+      config: the run's.
+      build: (the MLLM or None, config) -> tpad.TPAD.
+      base: the MLLM's module, or None without content.
+      params: {path: shape and dtype} of all parameters, as `parameter_shapes` makes it.
+      catalogue: {name: shape and dtype} of the rows per item.
+      devices: devices.Devices, or anything with `shards` and `model`.
+      positions: N, items of a prefix.
+      side: pixels of an image's side.
+    """
+
+    config: object
+    build: Callable
+    base: object
+    params: dict
+    catalogue: dict
+    devices: object
+    positions: int
+    side: int = 0
+
+    def changed(self, model: int | None = None, **changes) -> 'Subject':
+        """The same run with other settings.
+
+        Args:
+          model: devices that share a parameter; None: as many as now.
+          **changes: nested keys of the config.
+        """
+        c = self.config.copy_and_resolve_references()
+        c.update_from_flattened_dict(changes)
+        fields = {field.name for field in dataclasses.fields(self.base)} if self.base else set()
+        same = {name: c.mllm[name] for name in ('remat', 'dtype') if name in fields}
+        devices = self.devices
+        if model is not None:
+            count = devices.shards * devices.model
+            devices = SimpleNamespace(shards=count // model, model=model)
+        return dataclasses.replace(
+            self, config=c, devices=devices, params=parameter_shapes(c, self.params),
+            base=self.base.clone(**same) if same else self.base)
+
+
+def parameter_shapes(config, params: dict) -> dict:
+    """The shapes of parameters in the dtypes that they are held in.
+
+    Args:
+      config: the run's.
+      params: nested or {path: shape and dtype}.
+
+    Returns:
+      {path: jax.ShapeDtypeStruct}.
+    """
+    dtypes = {'base': config.mllm.param_dtype, 'teacher': config.mllm.teacher_dtype}
+    return {path: x.update(dtype=jnp.dtype(dtypes.get(path.split('/')[0], x.dtype)))
+            for path, x in flatten_dict(params, sep='/').items()}
+
+
+def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> Plan:
+    """Plan the memory of a stage.
+
+    Args:
+      subject: of the run.
+      stage: of config.STAGES.
+      compile_step: whether the compiler is asked, which takes as long as the stage's compilation;
+        the devices are this process's.
+    """
+    c, entry, devices = subject.config.stage[stage], ENTRIES[stage], subject.devices
+    held = partial(_bytes, model=devices.model)
+    made = {row for earlier in STAGES[:STAGES.index(stage)] for row in MAKES.get(earlier, ())}
+    rows = {name: x for name, x in subject.catalogue.items()
+            if name in made or not any(name in some for some in MAKES.values())}
+    if not c.steps:
+        return Plan(stage, held(subject.params), 0, 0, 0, held(rows), 0)
+    model = subject.build(subject.base, subject.config)
+    spec = step_lib.make_spec(subject.config, stage, model, 0)
+    state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), subject.params)
+    batch = _batch(subject, stage, spec, entry)
+    if 'cluster' in spec.needs:
+        rows['cluster'] = jax.ShapeDtypeStruct(rows['warm'].shape, jnp.int32)
+    if compile_step:
+        device = dataclasses.replace(devices, how='jit', devices=devices.devices[:1], model=1)
+        compiled = loop.compile_step(device, spec, state, batch, rows)
+        besides = compiled.memory_analysis().temp_size_in_bytes
+    else:
+        traced = jax.make_jaxpr(partial(loop.lean_step, spec=spec, axis=None))(
+            state.replace(frozen={}), batch, {'catalogue': rows, 'frozen': state.frozen})
+        besides = live_bytes(traced.jaxpr)
+    return Plan(stage, held(state.frozen), held(state.params), _tree_bytes(state.opt_state),
+                2 * _tree_bytes(batch), held(rows), besides)
+
+
+def _batch(subject, stage, spec, entry):
+    """A device's part of a batch, as shapes: at most so many items, each of which is read once."""
+    c, shards = subject.config.stage[stage], subject.devices.shards
+    rows, ints = c.batch_size // shards, partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    n = 1 if entry.batches == 'items' else subject.positions
+    batch = Batch(items=ints((rows, n)), next=ints((rows, n)), target=ints((rows,)),
+                  valid=jax.ShapeDtypeStruct((rows,), bool), row=ints((rows,)))
+    if entry.batches == 'sessions' and not c.every_prefix:
+        batch = batch.replace(places=ints((rows * n,)))
+    if not reads_content(stage, spec):
+        return batch
+    part = rows // c.accumulate * (1 if entry.batches == 'items' else n + 1)
+    seen = c.accumulate * (1 + min(part, subject.catalogue['warm'].shape[0] - 1))
+    return batch.replace(
+        slots=ints((rows, n)), next_slots=ints((rows, n)), ids=ints((seen,)),
+        tokens=ints((seen, subject.config.mllm.text_length)),
+        has_image=jax.ShapeDtypeStruct((seen,), bool),
+        image=jax.ShapeDtypeStruct((seen, subject.side, subject.side, 3), jnp.uint8))
+
+
+def _tree_bytes(tree):
+    return sum(map(bytes_of, jax.tree.leaves(tree)))
+
+
+def _bytes(arrays, model):
+    """Bytes per device of {path: array}, cut over `model` devices as devices.RULES says."""
+    return sum(bytes_of(x) // _parts(path, x.shape, model) for path, x in arrays.items())
+
+
+def _parts(path, shape, model):
+    for pattern, spec in devices_lib.RULES:
+        cut = [n for n, axis in zip(shape, spec, strict=False) if axis == devices_lib.MODEL]
+        if re.search(pattern, path) and all(n % model == 0 for n in cut):
+            return model if cut else 1
+    return 1  # refused where it is placed
+
+
+def limit() -> int | None:
+    """Bytes that the first device of this process has; of a CPU those of the machine."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get('bytes_limit') if stats else os.sysconf(
+        'SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+def gib(n: float) -> str:
+    """Bytes in GiB, as the plan writes them."""
+    return f'{n / GIB:.2f}'
+
+
+def of_run(subject: Subject, stages, available: int | None = None, compile_step: bool = False
+           ) -> list[str]:
+    """The plan of some stages in words: a line for each, and one for each that does not fit.
+
+    Args:
+      subject: of the run.
+      stages: of config.STAGES.
+      available: bytes of a device; None: those of this process's.
+      compile_step: see `stage_plan`.
+    """
+    plans = [stage_plan(subject, stage, compile_step) for stage in stages]
+    out = [f'Memory of {p.name}: {gib(p.total)} GiB per device = ' + ' + '.join(
+        f'{name} {gib(x)}' for name, x in p.parts.items()) for p in plans]
+    available = available or limit()
+    for p in plans:
+        if available and p.total > available:
+            out.append(f'Warning: {p.name} may not fit into {gib(available)} GiB. '
+                       + _remedies(subject, p, available))
+    return out
+
+
+def _remedies(subject, plan, available):
+    """Which settings lower a stage that does not fit, in words: each change alone, and all."""
+    c, m, devices = subject.config.stage[plan.name], subject.config.mllm, subject.devices
+    key, tried = f'stage.{plan.name}.', {}
+    if m.checkpoint or hasattr(subject.base, 'remat'):
+        better = {'remat': 'full', 'param_dtype': 'bfloat16', 'dtype': 'bfloat16'}
+        tried |= {f'mllm.{name}': to for name, to in better.items() if m[name] != to}
+        if m.chunk != 1:
+            tried['mllm.chunk'] = m.chunk // 2 or 8
+    rows = c.batch_size // devices.shards
+    if rows > 1:
+        tried[key + 'batch_size'] = devices.shards * (rows // 2)
+    if rows % (2 * c.accumulate) == 0:
+        tried[key + 'accumulate'] = 2 * c.accumulate
+    for name, loss in subject.config.losses.items():
+        weight = c.weights.get(name)
+        if plan.name in names(loss.stages) and (loss.weight if weight is None else weight):
+            for option, now, to in (('by_row', False, True), ('chunk', 0, 4096)):
+                if option in loss and loss[option] == now:
+                    tried[f'losses.{name}.{option}'] = to
+    # all by the estimate, also where the compiler was asked: the ratio tells
+    now = stage_plan(subject, plan.name).total
+    found = {f'config.{name}={to}': stage_plan(subject.changed(**{name: to}), plan.name).total
+             for name, to in tried.items()}
+    count = devices.shards * devices.model
+    found |= {f'config.model_shards={n}': stage_plan(subject.changed(n), plan.name).total
+              for n in (2, 4, 8) if n > devices.model and count % n == 0
+              and c.batch_size % (count // n) == 0}
+    found = {option: total * plan.total / now for option, total in found.items()
+             if total < 0.99 * now}
+    more = 'More devices with a larger config.model_shards hold less each.'
+    if not found:
+        return f'No setting of the config lowers it by much. {more}'
+    listed = ', '.join(f'{option}: {gib(found[option])}'
+                       for option in sorted(found, key=found.get))
+    out = f'With one change it is {listed}.'
+    if len(tried) > 1 and min(found.values()) > available:
+        every = stage_plan(subject.changed(**tried), plan.name).total * plan.total / now
+        out += f' With all but model_shards it is {gib(every)}.'
+    return f'{out} {more}'
+
+
+# --- the command ------------------------------------------------------------------------------
+
+
+def target(value: str) -> tuple[int | None, int | None]:
+    """Read what `--plan` names.
+
+    Args:
+      value: '' or 'true' (this machine), KIND-COUNT with a kind of KINDS, or NUMBERgib-COUNT.
+
+    Returns:
+      Bytes per device and number of devices; None, None: this machine's.
+
+    Raises:
+      InputError: the value is none of these.
+    """
+    if value in ('', 'true'):
+        return None, None
+    match = re.fullmatch(rf'({"|".join(KINDS)}|\d+(?:\.\d+)?gib)-([1-9]\d*)', value.lower())
+    if match is None:
+        raise InputError(f'--plan={value}: names no devices. Expected '
+                         f'{", ".join(f"{kind}-8" for kind in KINDS)} or 24gib-8, the GiB of each '
+                         'device and their number. Fix: name devices so, or leave the value out '
+                         'for those of this machine')
+    kind, count = match.groups()
+    return round((KINDS.get(kind) or float(kind.removesuffix('gib'))) * GIB), int(count)
+
+
+def facts(config, workdir: Path, items: int | None) -> tuple[int, tuple[int, ...], int, str]:
+    """Find out what the plan has to know of the data.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      items: V where the command gives it, or None.
+
+    Returns:
+      V, how many values each side feature has, N, and in words where that comes from.
+
+    Raises:
+      InputError: raw files that are not prepared yet and no `items`.
+    """
+    longest = config.data.max_length
+    source = sources.chosen(config)
+    if items is not None:
+        if items < 1:
+            raise InputError(f'--plan_items={items}: cannot be planned for. Expected a number of '
+                             'items, 1 or more. Fix: give the number of items of the catalogue')
+        side = (1, 1, text.PRICE_LEVELS + 1) if source.content else ()  # of brands nobody knows
+        return items, side, longest, '--plan_items'
+    total, side = sources.sizes(config, workdir)
+    return total, side, min(longest, source.longest or longest), sources.origin(config)
+
+
+def rows(config, items: int, sides: int) -> dict:
+    """The catalogue's rows that stages read, {name: shape and dtype} of [V+1, ...].
+
+    Args:
+      config: the run's.
+      items: V.
+      sides: how many side features.
+    """
+    c, source = config.model, sources.chosen(config)
+    shapes = {'side': ((sides,), jnp.int32), 'warm': ((), bool), 'popularity': ((), jnp.float32)}
+    if c.encoder == 'gce_gnn':
+        shapes |= {'near': ((c.near,), jnp.int32), 'near_weight': ((c.near,), jnp.float32)}
+    if c.together:
+        shapes |= {'together': ((c.together,), jnp.int32),
+                   'together_lift': ((c.together,), jnp.float32)}
+    if source.content:
+        shapes |= {'k': ((2, c.features), jnp.float32),
+                   'r': ((2, c.features) if c.blend.kind else (2 * c.features,), jnp.float32)}
+        if config.data.features:
+            shapes['given'] = (external_features.width(config.data.features),), jnp.float32
+        if source.world:
+            shapes['true'] = (sum(wording.SIZES),), jnp.float32
+    return {name: jax.ShapeDtypeStruct((items + 1, *shape), dtype)
+            for name, (shape, dtype) in shapes.items()}
+
+
+def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
+    """The plan of a run in words.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      value: of `--plan`, see `target`.
+      items: see `facts`.
+
+    Raises:
+      InputError: an unusable config or flag, or data that tell nothing yet.
+    """
+    room, count = target(value)
+    among = None if count is None else range(count)
+    stages = check(config, among)
+    total, sizes, positions, source = facts(config, Path(workdir), items)
+    devices = devices_lib.choose(config.parallel, config.devices, config.model_shards, among,
+                                 config.precision)
+    catalogue, key = rows(config, total, len(sizes)), jax.random.key(0)
+
+    def build(base, c, teacher=None):
+        return tpad.build(base, c.model, recommend=names(c.model.recommend), items=total,
+                          max_length=positions, side_sizes=sizes, pooling=c.mllm.pooling,
+                          chunk=c.mllm.chunk, teacher=teacher)
+
+    if not sources.chosen(config).content:
+        module, side = None, 0
+        shapes = {'recommender': jax.eval_shape(
+            partial(tpad.recommender_init, spec=build(None, config)), key, catalogue=catalogue)}
+    else:
+        base = bases.read(config)
+        module, side, teacher = base.module, base.image_size, bases.teacher(config, base)
+        build = partial(build, teacher=teacher and teacher.reader)
+        shapes = jax.eval_shape(
+            partial(tpad.init, spec=build(module, config), rank=config.model.lora_rank,
+                    targets=config.model.lora_targets, image_shape=(side, side, 3),
+                    text_length=config.mllm.text_length), key, catalogue=catalogue)
+        shapes |= {'teacher': teacher.shapes} if teacher else {}
+    subject = Subject(config, build, module, parameter_shapes(config, shapes), catalogue, devices,
+                      positions, side)
+    available = room or limit()
+    size = 'unknown' if available is None else f'{gib(available)} GiB'
+    how = 'estimated from' if room else 'compiled for this machine,'
+    return [f'Planned for: {total} items ({source}), prefixes of {positions}, '
+            f'{len(devices.devices)} device(s) of {size}; {how} shapes alone',
+            *of_run(subject, stages, available, compile_step=not room)]
