@@ -214,7 +214,7 @@ def limit() -> int | None:
 
 
 def gib(n: float) -> str:
-    """Bytes in GiB, as the plan writes them."""
+    """Write bytes in GiB."""
     return f'{n / GIB:.2f}'
 
 
@@ -243,11 +243,11 @@ def _remedies(subject, plan, available):
     """Which settings lower a stage that does not fit, in words: each change alone, and all."""
     c, m, devices = subject.config.stage[plan.name], subject.config.mllm, subject.devices
     key, tried = f'stage.{plan.name}.', {}
-    if m.checkpoint or hasattr(subject.base, 'remat'):
-        better = {'remat': 'full', 'param_dtype': 'bfloat16', 'dtype': 'bfloat16'}
-        tried |= {f'mllm.{name}': to for name, to in better.items() if m[name] != to}
-        if m.chunk != 1:
-            tried['mllm.chunk'] = m.chunk // 2 or 8
+    if hasattr(subject.base, 'remat'):
+        better = {'remat': 'full', 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
+                  'chunk': m.chunk // 2 or 8}
+        tried |= {f'mllm.{name}': to for name, to in better.items()
+                  if m[name] not in (to, 1)}
     rows = c.batch_size // devices.shards
     if rows > 1:
         tried[key + 'batch_size'] = devices.shards * (rows // 2)
@@ -279,9 +279,6 @@ def _remedies(subject, plan, available):
         every = stage_plan(subject.changed(**tried), plan.name).total * plan.total / now
         out += f' With all but model_shards it is {gib(every)}.'
     return f'{out} {more}'
-
-
-# --- the command ------------------------------------------------------------------------------
 
 
 def target(value: str) -> tuple[int | None, int | None]:
@@ -375,7 +372,7 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
     room, count = target(value)
     among = None if count is None else range(count)
     stages = check(config, among)
-    total, sizes, positions, source = facts(config, Path(workdir), items)
+    total, sizes, positions, origin = facts(config, Path(workdir), items)
     devices = devices_lib.choose(config.parallel, config.devices, config.model_shards, among,
                                  config.precision)
     catalogue, key = rows(config, total, len(sizes)), jax.random.key(0)
@@ -403,6 +400,6 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
     available = room or limit()
     size = 'unknown' if available is None else f'{gib(available)} GiB'
     how = 'estimated from' if room else 'compiled for this machine,'
-    return [f'Planned for: {total} items ({source}), prefixes of {positions}, '
+    return [f'Planned for: {total} items ({origin}), prefixes of {positions}, '
             f'{len(devices.devices)} device(s) of {size}; {how} shapes alone',
             *of_run(subject, stages, available, compile_step=not room)]
