@@ -3,7 +3,7 @@
 Qwen3-VL-2B's sizes in bfloat16 under three adapters and a catalogue of 100,000 items, all losses of
 stage joint, on random parameters and random content: what `benchmarks.tpu_compile` compiles for
 TPUs, here taken for real. Prints and writes to full_size.json what compiling took, the compiler's
-memory, peak use beside `tpad_jax.job.plan`'s sums, seconds a step, the operations of
+memory, peak use beside `tpad_jax.job.memory_plan`'s sums, seconds a step, the operations of
 its products and their share of the device's peak. `--small` is a model that a CPU can run, to try
 this out; nothing is written then.
 """
@@ -25,7 +25,7 @@ from absl import app, flags
 
 from benchmarks import tpu_compile
 from benchmarks.checkout import commit
-from tpad_jax.job import plan
+from tpad_jax.job.memory_plan import gib
 from tpad_jax.training import loop, profiling
 
 FLAGS = flags.FLAGS
@@ -100,10 +100,10 @@ def shown(c: dict) -> str:
     planned = c['plan']['total'] - c['plan']['batches'] // 2  # one batch is here, not two
     return (f'{c["rows"]} sessions, chunk {c["chunk"]}, remat {c["remat"]}, {c["device"]}: '
             f'{c["seconds"]:.2f} s a step, {c["operations"] / 1e12:.1f} TFLOP in products, '
-            f'{100 * c["share"]:.1f} % of the {c["peak of"]}; GiB held {plan.gib(c["held"])} + '
-            f'temporary {plan.gib(c["temporary"])} (planned {plan.gib(planned)}, '
+            f'{100 * c["share"]:.1f} % of the {c["peak of"]}; GiB held {gib(c["held"])} + '
+            f'temporary {gib(c["temporary"])} (planned {gib(planned)}, '
             f'{planned / (c["held"] + c["temporary"]):.2f} of it), in use at most '
-            f'{plan.gib(c["used"])}; compiled in {c["compile_seconds"]:.0f} s')
+            f'{gib(c["used"])}; compiled in {c["compile_seconds"]:.0f} s')
 
 
 def main(argv):

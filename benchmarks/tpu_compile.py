@@ -5,8 +5,8 @@
 Qwen3-VL-2B's sizes in bfloat16 under three adapters, a catalogue of 100,000 items, all losses of
 stage joint: the step a run takes, lifted by `parallel.Devices` over the devices of a topology, and
 compiled by the TPU's own compiler on this CPU, of shapes alone: no parameter is ever held. Beside
-the compiler's memory stands `tpad_jax.job.plan`'s. `export` lowers the step for 'cuda' and 'tpu' by
-`jax.export`, which compiles nothing.
+the compiler's memory stands `tpad_jax.job.memory_plan`'s. `export` lowers the step for 'cuda' and
+'tpu' by `jax.export`, which compiles nothing.
 
 It needs the libtpu that goes with this jax (`pip install "jax[tpu]"`), no accelerator, some 10 GB
 and a quarter of an hour of a CPU core for a compile. Every cell has a process of its own; what
@@ -78,7 +78,7 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
 
     from configs import amazon
     from tpad_jax.distributed import devices as devices_lib
-    from tpad_jax.job import ahead, plan
+    from tpad_jax.job import memory_plan
     from tpad_jax.models import tpad
     from tpad_jax.models.hf.vlm import VLM
     from tpad_jax.training import loop
@@ -94,7 +94,7 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
                (5, 6, 7))
     model = tpad.build(base, c.model, recommend=('r',), items=items, max_length=n,
                        side_sizes=SIDES, pooling=c.mllm.pooling, chunk=c.mllm.chunk)
-    catalogue = ahead.rows(c, items, len(SIDES))
+    catalogue = memory_plan.rows(c, items, len(SIDES))
     shapes = jax.eval_shape(
         partial(tpad.init, spec=model, rank=c.model.lora_rank, targets=c.model.lora_targets,
                 image_shape=(side, side, 3), text_length=text),
@@ -120,8 +120,8 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     arguments = (placed(state.replace(frozen={})),
                  jax.tree.map(lambda x: x.update(sharding=devices.split()), batch),
                  placed({'catalogue': catalogue, 'frozen': state.frozen}))
-    planned = plan.stage_plan(c, 'joint', base, flat, catalogue, shards=devices.shards,
-                              model=devices.model, positions=n, side=side)
+    planned = memory_plan.stage_plan(memory_plan.Subject(
+        c, lambda base, c: model, base, flat, catalogue, devices, n, side), 'joint')
     return devices.lift(partial(loop.lean_step, spec=spec)), arguments, planned, spec
 
 
@@ -168,7 +168,7 @@ def apart(name: str) -> dict:
 
 def show(cells: list[dict]) -> Table:
     """The cells as a table, GiB per device."""
-    from tpad_jax.job.ahead import KINDS
+    from tpad_jax.job.memory_plan import KINDS
     table = Table(title='stage joint, Qwen3-VL-2B, GiB per device', title_justify='left', box=None)
     for column in ('devices', 'data x model', 'of', 'held', 'planned', 'temporary', 'planned',
                    'program', 'plan / compiler', 'CPU s'):
@@ -177,10 +177,9 @@ def show(cells: list[dict]) -> Table:
         if c['cell'] == 'export':
             continue
         p, own, shards = c['plan'], c['compiler'], c['config']['model_shards']
-        # the plan has the next batch, too, and no program; trained parameters, moments and rows are
-        # arguments, gradients temporary
-        held = sum(p[part] for part in ('frozen', 'moments', 'rows')) + p['batches'] // 2
-        beside = p['trained'] + p['activations'] + p['logits']
+        # the plan has the next batch, too, and no program
+        held = sum(p[part] for part in ('frozen', 'trained', 'optimiser', 'catalogue'))
+        held, beside = held + p['batches'] // 2, p['temporary']
         temp = own['temp'] + own['output'] - own['alias']
         table.add_row(c['cell'], f'{8 // shards} x {shards}', f'{KINDS[c["cell"][:3]]}', *(
             f'{x / 2**30:.2f}' for x in (c['held'], held, temp, beside, own['generated_code'])),

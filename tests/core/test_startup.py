@@ -42,3 +42,22 @@ def test_blocks_are_not_mapped_anew():
     assert usual > 1000
     assert faults('keep') < 0.1 * usual
     assert faults('leave', **startup.ENVIRONMENT) < 0.1 * usual
+
+
+def test_compiled_programs_are_kept_where_the_user_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.delenv(startup.CACHE)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    startup.cache_compilations()
+    assert os.environ[startup.CACHE] == str(tmp_path / 'tpad_jax')
+    for value in ('', '/elsewhere'):  # off, and another directory
+        monkeypatch.setenv(startup.CACHE, value)
+        startup.cache_compilations()
+        assert os.environ[startup.CACHE] == value
+
+
+def test_a_cache_directory_that_cannot_be_made_turns_the_cache_off(monkeypatch, tmp_path):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.delenv(startup.CACHE)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    startup.cache_compilations()
+    assert startup.CACHE not in os.environ

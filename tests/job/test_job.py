@@ -301,6 +301,31 @@ def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
     assert found['provenance']['stages'] == list(STAGES)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures('whole')
+def test_trainings_that_run_at_once_stop_and_resume_together(whole, config, tmp_path):
+    workdir = tmp_path / 'run'
+    with pytest.raises(Stopped):
+        job.run(config, workdir, (workdir / 'stages' / 'id_only' / '2').is_dir)
+    assert not (workdir / 'stages' / 'joint').exists()
+    with Recorded() as params:
+        found = job.run(config, workdir)
+    for run, final in whole[2].items():
+        for path, x in final.items():
+            np.testing.assert_array_equal(params[run][path], x, err_msg=f'{run}: {path}')
+    assert log_of(workdir) == log_of(whole[0])
+    assert json.loads((workdir / 'results.json').read_text())['models'] == json.loads(
+        (whole[0] / 'results.json').read_text())['models']
+    assert found['seconds'].keys() == whole[1]['seconds'].keys()
+
+
+def test_results_without_a_provenance_are_refused(whole, config, tmp_path):
+    shutil.copytree(whole[0], tmp_path / 'run')
+    (tmp_path / 'run' / 'results.json').write_text('{"models": {}}')
+    with pytest.raises(InputError, match=r"results.json is damaged \(KeyError: 'provenance'\)"):
+        job.run(config, tmp_path / 'run')
+
+
 def test_a_stop_between_stages_is_heeded(config, tmp_path):
     with pytest.raises(Stopped, match='between stages'):
         job.run(config, tmp_path / 'run', lambda: True)

@@ -1,6 +1,7 @@
 """A workdir's copy: whole, cut short anywhere, damaged, of another run, out of reach."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -16,7 +17,9 @@ FIRST = {'config.json': '{"seed": 0}', 'log.jsonl': 'one\n', 'stages/transfer/2/
          'stages/transfer/2/metadata': 'mm', 'features/knowledge/k.npy': 'kk',
          'events/transfer/file': 'e'}
 NEVER = {'raw/meta.json.gz': 'r', 'data/items': 'd', 'profile/joint/trace': 't',
-         'stages/transfer/4.orbax-checkpoint-tmp-7/a': 'half', 'features/knowledge/r.npy.part': 'x'}
+         'stages/transfer/4.orbax-checkpoint-tmp-7/a': 'half', 'features/knowledge/r.npy.part': 'x',
+         'features/knowledge/r.npy.partial': 'x', 'stages/transfer/6.partial/a': 'half',
+         'stages/transfer/2-old.partial/a': 'half'}
 THEN = {'log.jsonl': 'one\ntwo\n', 'stages/transfer/4/a': 'bb', 'stages/transfer/4/metadata': 'nn',
         'events/transfer/file': 'ee', 'results.json': '{}'}
 
@@ -59,7 +62,7 @@ def test_what_changed_is_copied_and_what_is_gone_is_deleted(tmp_path, run, monke
         written.append(Path(self).relative_to(tmp_path / 'mirror').as_posix()),
         Path(self).write_bytes(data))[1])
     run.push()
-    assert sorted(written) == sorted(f'{name}.part' for name in (*THEN, 'mirror.json'))
+    assert sorted(written) == sorted(f'{name}.partial' for name in (*THEN, 'mirror.json'))
     left = {n: x for n, x in FIRST.items() if not n.startswith('stages/transfer/2/')}
     assert fetched(tmp_path) == {**left, **THEN}
     assert not (tmp_path / 'mirror/stages/transfer/2/a').exists()
@@ -85,8 +88,8 @@ def test_a_copy_cut_short_gives_the_state_before_or_behind(tmp_path, run, monkey
             return original(self, *args, **kwargs)
         return one
 
-    for name in ('write_bytes', 'replace', 'unlink'):
-        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
+    for owner, name in ((kind, 'write_bytes'), (os, 'replace'), (kind, 'unlink')):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     with pytest.raises(KeyboardInterrupt):
         run.push()
     monkeypatch.undo()
@@ -124,8 +127,8 @@ def test_the_mirror_of_another_run_is_not_written_over(tmp_path, run):
 
 
 @pytest.mark.parametrize(('text', 'told'), [
-    ('{"a": ', 'is damaged'), ('{"../out": [1, "x"]}', 'lies outside a workdir'),
-    ('{"/etc/passwd": [1, "x"]}', 'lies outside a workdir')])
+    ('{"a": ', 'is damaged'), ('{"../out": [1, "x"]}', 'is outside a workdir'),
+    ('{"/etc/passwd": [1, "x"]}', 'is outside a workdir')])
 def test_a_manifest_that_is_none_is_refused(tmp_path, text, told):
     lay(tmp_path / 'mirror', {'mirror.json': text})
     with pytest.raises(InputError, match=told):

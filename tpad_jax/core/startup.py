@@ -5,6 +5,7 @@ import os
 import platform
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import logging
 
@@ -20,6 +21,8 @@ ENVIRONMENT = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**63 - 1)
 REQUIRED = {'JAX_ENABLE_X64': ('', '0', 'false', 'f', 'no', 'n', 'off'),
             'JAX_NUMPY_DTYPE_PROMOTION': ('', 'standard'),
             'JAX_NUMPY_RANK_PROMOTION': ('', 'allow', 'warn')}
+
+CACHE = 'JAX_COMPILATION_CACHE_DIR'
 
 
 def begin(xla_flags: str = '') -> Callable[[], bool]:
@@ -61,7 +64,29 @@ def prepare(xla_flags: str = '') -> None:
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA logs from C++
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
+    cache_compilations()
     keep_memory()
+
+
+def cache_compilations() -> None:
+    """Keep compiled programs in the user's cache directory, where the next process finds them.
+
+    JAX_COMPILATION_CACHE_DIR names another directory; set to nothing, it turns the cache off. A
+    directory that cannot be written leaves it off.
+    """
+    if CACHE in os.environ:
+        return
+    home = Path(os.path.expanduser('~'))
+    default = home / ('Library/Caches' if platform.system() == 'Darwin' else '.cache')
+    directory = Path(os.environ.get('XDG_CACHE_HOME') or default, 'tpad_jax')
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(directory, os.W_OK):
+        os.environ[CACHE] = str(directory)
+        # jax's own limit is a second, which half of a run's programs stay below
+        os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 
 def check_environment() -> None:

@@ -37,7 +37,10 @@ def workers(wanted: int, devices: Devices) -> int:
     """
     if devices.how != 'jit' or jax.default_backend() != 'cpu' or jax.process_count() > 1:
         return 0
-    return min(len(os.sched_getaffinity(0)) - 1, MOST) if wanted < 0 else wanted
+    if wanted >= 0:
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return min(cores - 1, MOST)
 
 
 class Task:

@@ -1,13 +1,13 @@
 """A copy of a run's workdir in a bucket, kept while it runs: `--mirror=gs://BUCKET/RUN`.
 
-A machine that may be taken away with its disk loses nothing that was copied: the same command on
-another, with an empty workdir, begins with what the mirror has and goes on from there.
-Paths are etils.epath's: a directory, or a bucket where the library for it is installed
+A machine may be taken away together with its disk. The same command on another machine, with an
+empty workdir, starts from the files of the mirror and resumes the run. Paths are those of
+etils.epath: a directory, or a bucket where its library is installed
 (`pip install "tpad_jax[gcs]"`).
 
-Files keep their names, so a mirror can be looked into. What of them belongs together is said by
-`mirror.json`, {path: [bytes, sha256]}, written behind every round of copies and in front of every
-round of deletions: a copy that was cut short is in no manifest, or is not what the manifest says.
+Files keep their names, so a mirror can be read directly. The manifest `mirror.json`, {path: [bytes,
+sha256]}, lists the files that belong together. It is written after every round of copies and before
+every round of deletions: a file that was copied in part is absent from it or differs from it.
 """
 
 import hashlib
@@ -23,32 +23,39 @@ from pathlib import Path
 import jax
 from etils import epath
 
+from tpad_jax.core.files import PARTIAL, replacing
 from tpad_jax.distributed import hosts
 from tpad_jax.errors import InputError
 
 MANIFEST = 'mirror.json'
-EVERY = 30.0  # seconds between two looks at the workdir
-MADE_AGAIN = 'raw', 'data', 'profile'  # from the same files, by the same command, or not at all
-UNFINISHED = re.compile(r'\.orbax-checkpoint-tmp|\.partial$|\.part$|\.tmp$')
-# What grows while it is copied: any version of it will do, a run cuts off what came too late.
+EVERY = 30.0  # seconds between two rounds of copies
+# Folders that the same command makes again from the same files, or that nothing reads.
+REPRODUCIBLE = 'raw', 'data', 'profile'
+# Also inside a name: Orbax appends to the name of a checkpoint that it writes.
+UNFINISHED = re.compile(rf'{re.escape(PARTIAL)}|\.orbax-checkpoint-tmp|\.part$|\.tmp$')
+# Files that grow while they are copied. Any version will do: a resumed run removes later lines.
 GROWING = re.compile(r'^(log\.jsonl|search\.journal|events/.*)$')
-CHECKPOINT = re.compile(r'^stages/[^/]+/\d+/')  # of which every file is needed
+CHECKPOINT = re.compile(r'^stages/[^/]+/\d+/')  # a folder of which every file is needed
 
 
 class Mirror:
-    """Copies what has changed in a workdir.
+    """Copies the files of a workdir that have changed.
 
     Args:
-      workdir: of the run. where: the mirror, as etils.epath takes it.
+      workdir: of the run.
+      where: the mirror, as etils.epath takes it.
     """
 
     def __init__(self, workdir: Path, where: str):
         self._workdir, self._where = Path(workdir), epath.Path(where)
-        self._there: dict[str, list] = {}  # what the mirror has: path -> [bytes, sha256]
-        self._seen: dict[str, tuple] = {}  # path -> (bytes, time) of the file that was copied
+        self._manifest: dict[str, list] = {}  # of the mirror's files: path -> [bytes, sha256]
+        self._copied: dict[str, tuple] = {}  # path -> (bytes, time) of the file when it was copied
 
     def fetch(self) -> int:
-        """Fill an empty workdir; how many files came. Where a run is already nothing is fetched.
+        """Fill an empty workdir; a workdir that holds a run already is left as it is.
+
+        Returns:
+          How many files were fetched.
 
         Raises:
           InputError: the manifest is damaged, the mirror cannot be read, or it is of another run.
@@ -58,109 +65,113 @@ class Mirror:
             if not manifest.exists():
                 return 0
             try:
-                self._there = dict(json.loads(manifest.read_text()))
+                self._manifest = dict(json.loads(manifest.read_text()))
             except ValueError as error:
-                raise InputError(f'{manifest} is damaged ({error}); name another mirror, or delete '
-                                 'that file to begin a new one there') from error
-            own = self._workdir / 'config.json'
-            if own.is_file():
-                if self._there.get(own.name, told := _digest(own.read_bytes())) != told:
-                    raise InputError(f'{self._where} is the mirror of another run than '
-                                     f'{self._workdir}; name another for this one')
+                raise InputError(f'--mirror={self._where}: {MANIFEST} is damaged ({error}). Fix: '
+                                 'name another mirror, or delete this file to start a new one '
+                                 'there') from error
+            config = self._workdir / 'config.json'
+            if config.is_file():
+                digest = _digest(config.read_bytes())
+                if self._manifest.get(config.name, digest) != digest:
+                    raise InputError(f'--mirror={self._where}: it is the mirror of another run '
+                                     f'than {self._workdir}. Fix: name another mirror for this '
+                                     'run')
                 return 0
-            bad = [path for path in self._there if not self._take(path)]
-        spoiled = {found[0] for path in bad if (found := CHECKPOINT.match(path))}
-        for path in self._there:
-            if any(path.startswith(folder) for folder in spoiled):
+            bad = [path for path in self._manifest if not self._fetch_file(path)]
+        damaged = {match[0] for path in bad if (match := CHECKPOINT.match(path))}
+        for path in self._manifest:
+            if any(path.startswith(folder) for folder in damaged):
                 (self._workdir / path).unlink(missing_ok=True)
         if bad:
-            print(f'Warning: {self._where}: {len(bad)} files are not what was copied there and are '
-                  f'left out, {bad[0]} among them; the run makes them again', file=sys.stderr)
-        return len(self._there) - len(bad)
+            print(f'Warning: {self._where}: {len(bad)} files differ from the manifest and were not '
+                  f'fetched, {bad[0]} among them; the run makes them again', file=sys.stderr)
+        return len(self._manifest) - len(bad)
 
-    def _take(self, path: str) -> bool:
-        """Bring one file; whether it is the one the manifest means."""
+    def _fetch_file(self, path: str) -> bool:
+        """Fetch one file; whether it is the one of the manifest."""
         target = self._workdir / path
         if not target.resolve().is_relative_to(self._workdir.resolve()):
-            raise InputError(f'{self._where / MANIFEST} names {path!r}, which lies outside a '
-                             'workdir; it is no mirror of a run')
+            raise InputError(f'--mirror={self._where}: {MANIFEST} names {path!r}, which is outside '
+                             'a workdir. Expected the mirror of a run. Fix: name another mirror')
         source = self._where / path
         if not source.exists():
             return False
         data = source.read_bytes()
-        if not GROWING.match(path) and _digest(data) != self._there[path]:
+        if not GROWING.match(path) and _digest(data) != self._manifest[path]:
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + '.part')
-        part.write_bytes(data)
-        os.replace(part, target)
+        with replacing(target) as partial:
+            partial.write_bytes(data)
         return True
 
     def push(self) -> None:
-        """Copy what has changed, say so in the manifest, then delete what is gone.
+        """Copy what has changed, write the manifest, then delete what is gone.
 
         Raises:
-          OSError: the mirror cannot be written; what it had is still whole.
+          OSError: the mirror cannot be written; its manifest and files are still complete.
         """
-        now, before = {}, dict(self._there)
-        for path, about in self._files():
-            if self._seen.get(path) == about and path in before:
+        now, before = {}, dict(self._manifest)
+        for path, stat in self._files():
+            if self._copied.get(path) == stat and path in before:
                 now[path] = before[path]
                 continue
             try:
                 data = (self._workdir / path).read_bytes()
-            except FileNotFoundError:  # deleted since
+            except FileNotFoundError:  # deleted since it was listed
                 continue
-            told = _digest(data)
-            if before.get(path) != told:
+            digest = _digest(data)
+            if before.get(path) != digest:
                 self._write(path, data)
-            now[path], self._seen[path] = told, about
-        halved = {found[0] for path in now if (found := CHECKPOINT.match(path))
-                  and not (self._workdir / found[0]).is_dir()}
-        now = {path: told for path, told in now.items()
-               if not any(path.startswith(folder) for folder in halved)}
+            now[path], self._copied[path] = digest, stat
+        # a checkpoint that was removed while its files were copied is incomplete
+        removed = {match[0] for path in now if (match := CHECKPOINT.match(path))
+                   and not (self._workdir / match[0]).is_dir()}
+        now = {path: digest for path, digest in now.items()
+               if not any(path.startswith(folder) for folder in removed)}
         if now == before:
             return
         self._write(MANIFEST, json.dumps(now).encode())
-        self._there = now
+        self._manifest = now
         for path in before.keys() - now.keys():
             (self._where / path).unlink(missing_ok=True)
 
     def _write(self, path: str, data: bytes) -> None:
-        """Put a file there, at once or not at all."""
+        """Write a file of the mirror completely or not at all."""
         target = self._where / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        if '://' in str(self._where):  # an object of a bucket appears when it is whole
+        if '://' in str(self._where):  # an object of a bucket appears when it is complete
             target.write_bytes(data)
             return
-        part = target.with_name(target.name + '.part')
-        part.write_bytes(data)
-        part.replace(target)
+        with replacing(target) as partial:
+            epath.Path(partial).write_bytes(data)
 
     def _files(self) -> Iterator[tuple[str, tuple]]:
         for folder, inner, files in os.walk(self._workdir):
-            at = Path(folder).relative_to(self._workdir)
+            relative = Path(folder).relative_to(self._workdir)
             inner[:] = sorted(name for name in inner if not UNFINISHED.search(name)
-                              and not (at == Path() and name in MADE_AGAIN))
+                              and not (relative == Path() and name in REPRODUCIBLE))
             for name in sorted(files):
                 if UNFINISHED.search(name):
                     continue
                 try:
-                    found = os.stat(Path(folder, name))
+                    stat = os.stat(Path(folder, name))
                 except FileNotFoundError:
                     continue
-                yield (at / name).as_posix(), (found.st_size, found.st_mtime_ns)
+                yield (relative / name).as_posix(), (stat.st_size, stat.st_mtime_ns)
 
 
 @contextmanager
 def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
-    """Around a run: begins with what the mirror has and keeps it up to date, to the end.
+    """Keep a mirror of a run: fetch its files first, then copy what changes until the run ends.
 
-    Process 0 of several does so for all. A mirror that cannot be written meanwhile is told once on
-    stderr and tried again; that it could not be at the end is an error, for the copy is not whole.
+    Process 0 of several does so for all. If the mirror cannot be written during the run, a warning
+    is printed once and the copy is tried again. At the end it is an error: the copy is incomplete.
 
     Args:
-      workdir: of the run. where: the mirror; '': none. every: seconds between two looks.
+      workdir: of the run.
+      where: the mirror; '': none.
+      every: seconds between two rounds of copies.
 
     Raises:
       InputError: see `Mirror.fetch`, and a mirror that could not be written at the end.
@@ -176,17 +187,17 @@ def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
     if not first:
         yield
         return
-    ended, told = threading.Event(), []
+    ended, warned = threading.Event(), []
 
     def follow():
         while not ended.wait(every):
             try:
                 mirror.push()
-            except Exception as error:  # a library's own: the run goes on without
-                if not told:
-                    print(f'Warning: {where} could not be written ({error}); the run goes on, and '
-                          f'it is tried again every {every:g} s', file=sys.stderr)
-                told.append(error)
+            except Exception as error:  # of any file system's library: the run continues
+                if not warned:
+                    print(f'Warning: {where} could not be written ({error}); the run continues, '
+                          f'and the copy is tried again every {every:g} s', file=sys.stderr)
+                warned.append(error)
 
     thread = threading.Thread(target=follow, name='mirror', daemon=True)
     thread.start()
@@ -203,19 +214,20 @@ def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
         except InputError as error:
             if not failed:
                 raise
-            print(f'Warning: {error}', file=sys.stderr)  # what ended the run is told by itself
+            print(f'Warning: {error}', file=sys.stderr)  # the error that ended the run is raised
 
 
 @contextmanager
 def _named(where):
-    """What goes wrong with the mirror, as one sentence that names it."""
+    """Raise every error of the mirror as one sentence that names it."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # each file system has errors of its own
-        raise InputError(f'{where}: {type(error).__name__}: {error}; the workdir is whole, and the '
-                         'same command copies what is missing') from error
+        raise InputError(f'--mirror={where}: {type(error).__name__}: {error}. The workdir is '
+                         'complete. Fix: make the mirror writable; the same command copies what is '
+                         'missing') from error
 
 
 def _digest(data: bytes) -> list:
