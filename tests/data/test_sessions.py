@@ -164,7 +164,8 @@ def test_take_reorders_and_repeats():
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    (dict(gap_seconds=0), 'gap_seconds=0'), (dict(gap_seconds=60, min_length=99), 'min_length=99')])
+    (dict(gap_seconds=0), 'gap_hours: 0 seconds are not a pause'),
+    (dict(gap_seconds=60, min_length=99), 'min_length=99')])
 def test_cut_refuses(options, message):
     with pytest.raises(InputError, match=message):
         lib.cut(interactions(), by_day=False, seed=0, **options)

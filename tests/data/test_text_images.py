@@ -119,7 +119,7 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, damage):
     text.train_tokenizer(['a mug'], tmp_path, 300)
     damage(tmp_path / 'tokenizer.json')
-    with pytest.raises(InputError, match=r'tokenizer\.json is no usable tokenizer .*copy the file'):
+    with pytest.raises(InputError, match=r'tokenizer\.json is not a usable tokenizer .*copy it'):
         text.tokenize(['a'], tmp_path, 4)
 
 

@@ -23,7 +23,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
-    partial.unlink(missing_ok=True)  # a link of this name would be written through
+    if partial.is_symlink():  # it would be written through
+        partial.unlink()
     try:
         yield partial
         os.replace(partial, path)

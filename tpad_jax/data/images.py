@@ -15,20 +15,20 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from tpad_jax.data.untrusted import Reason, inside
 
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # told by the content of a file, not by its name
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF')  # of the content of a file; its name does not matter
 ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.gif')  # of file names, in any case
 MAX_PIXELS = 40_000_000  # 120 MB decoded; a product photo has a tenth of it
 MAX_BYTES = 32 * 2**20  # of a file; a product photo has a hundredth of it
 MAX_SCANS = 200  # of a progressive JPEG; each goes over all pixels, and genuine ones have ten or so
 LARGE = 4_000_000  # pixels; larger images are decoded one at a time, by one thread
 
-# what `read` can say, beside pixels
+# the outcomes of `read` other than pixels
 EMPTY, UNKNOWN, TOO_MANY_PIXELS, DAMAGED = REASONS = tuple(map(Reason, (
     'image_empty_or_unreadable', 'image_of_unknown_format', 'image_of_too_many_pixels',
     'image_damaged')))
 NOT_THERE, WITHOUT_ITEM, REPEATED = 'image_not_there', 'image_without_item', 'image_repeated'
 WHOLE = frozenset({NOT_THERE, WITHOUT_ITEM, REPEATED})  # reasons that do not mean damage
-# what Pillow raises on damaged bytes of these formats; its own size guard warns, then raises
+# raised by Pillow on damaged bytes of these formats; its own size guard warns, then raises
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError,
            RuntimeError, OverflowError, MemoryError, struct.error, zlib.error,
            Image.DecompressionBombError, Warning)
@@ -37,18 +37,18 @@ _TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90), start=2))
-# a lock would not do: what an image took stays with the thread that decoded it
+# one thread in place of a lock: memory that an image took stays with the thread that decoded it
 _alone = ThreadPoolExecutor(1)
 
 
 def decode(data: bytes, size: int) -> np.ndarray | None:
-    """`read`, but None in place of a reason."""
+    """Decode an image as `read` does, with None in place of a reason."""
     pixels = read(data, size)
     return None if isinstance(pixels, Reason) else pixels
 
 
 def read(data: bytes, size: int) -> np.ndarray | Reason:
-    """Decodes an image to a square of RGB pixels.
+    """Decode an image to a square of RGB pixels.
 
     The whole picture is resized to the square without bars, so its aspect is not kept; transparent
     parts turn white, as on a shop's page. A picture that has this size already keeps its pixels.
@@ -84,9 +84,9 @@ def read(data: bytes, size: int) -> np.ndarray | Reason:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Lets Pillow keep to itself what it thinks of a file's metadata; the pixels may be whole.
+    """Silence Pillow's warnings about a file's metadata; the pixels may be undamaged.
 
-    Around the threads that `read`, not inside them: the list of filters is the process's.
+    Use it around the threads that call `read`, not inside them: the filters are the process's.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
@@ -110,7 +110,15 @@ def by_stem(folder: Path) -> dict[str, list[Path]]:
 
 
 def unusable(path: Path, folder: Path) -> Reason | None:
-    """Why an image file of a folder is not read, None if it is: its path, kind or size."""
+    """Check path, kind and size of an image file, without opening it.
+
+    Args:
+      path: the file.
+      folder: links out of it are not followed.
+
+    Returns:
+      The reason why the file is not read, None if it is.
+    """
     if not path.is_file():
         return Reason('image_not_a_file')  # a folder, a pipe, links in a circle
     if not inside(path, folder):
@@ -121,10 +129,11 @@ def unusable(path: Path, folder: Path) -> Reason | None:
 
 
 def _square(image, size):
+    """Resize an opened image to a square of RGB pixels, turned upright."""
     # JPEG only: decodes at a half, quarter or eighth, about twice as fast, but never below
-    # 1.1 times the size: a photograph at 128 pixels or more is 36 dB or more from what the
-    # whole would have given, where bilinear for bicubic costs as much. The box says where
-    # the picture ends in the last pixel, which stands for fewer than the others
+    # 1.1 times the size. A photograph of 128 pixels or more is then within 36 dB of the full
+    # decoding, a difference like that between bilinear and bicubic. The box ends where the
+    # picture ends inside the last pixel, which covers fewer pixels than the others
     drafted = image.draft('RGB', (11 * size // 10, 11 * size // 10))
     box = drafted and drafted[1]
     turn = _turn(image)

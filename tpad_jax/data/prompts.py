@@ -1,10 +1,10 @@
-"""The words around an item's or a session's content, as the chat models were taught them.
+"""The words around an item's or a session's content, as the chat models were trained with them.
 
-A prompt is made of pieces that are tokenised apart: what stands before the content, what stands
-between items, what stands at the end. So a long text is cut without ever cutting the frame, and a
-text that spells out a special token does not become one. It is the model's own chat template, but
-for a line break that LLaVA's have behind an image and a system's turn that Qwen2-VL's and
-Qwen2.5-VL's begin with; `before` can say the latter.
+A prompt has three pieces that are tokenised separately: before the content, between items, at the
+end. So a long text is cut without cutting the frame, and a text that spells out a special token
+does not become one. The pieces follow the model's own chat template, except for the line break that
+LLaVA's have after an image and the system's turn that Qwen2-VL's and Qwen2.5-VL's begin with;
+`before` can add the latter.
 """
 
 from pathlib import Path
@@ -22,30 +22,46 @@ FRAMES = {  # before, between, end
 
 def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', between: str = '',
           end: str = '') -> tuple[tuple[int, ...], ...]:
-    """Token ids of the three pieces: before the content, between items, at the end.
+    """Tokenize the three pieces of a prompt.
 
     Args:
-      directory: of the tokenizer. family: see FRAMES. vocab: rows of the model's embedding.
-      before, between, end: texts in place of the family's own, where not empty.
+      directory: of the tokenizer.
+      family: see FRAMES.
+      vocab: rows of the model's embedding.
+      before: text in place of the family's own, where not empty.
+      between: text in place of the family's own, where not empty.
+      end: text in place of the family's own, where not empty.
+
+    Returns:
+      Token ids before the content, between items and at the end.
 
     Raises:
       InputError: no usable tokenizer, or one that is not the model's.
     """
     tokenizer = read_tokenizer(directory)
-    own = FRAMES[family]
-    pieces = [tuple(tokenizer(given or default, add_special_tokens=False)['input_ids'])
-              for given, default in zip((before, between, end), own, strict=True)]
+    pieces = [tuple(tokenizer(piece or default, add_special_tokens=False)['input_ids'])
+              for piece, default in zip((before, between, end), FRAMES[family], strict=True)]
     if family == 'llava' and tokenizer.bos_token_id is not None:  # Llama's sentences begin with it
         pieces[0] = (tokenizer.bos_token_id, *pieces[0])
-    # special tokens that no prompt uses may lie beyond; what a text can become may not
+    # special tokens that no prompt uses may be beyond; tokens of a text may not
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     largest = max((set(tokenizer.get_vocab().values()) - special).union(*pieces))
     if largest >= vocab:
         raise InputError(f'{directory}: the tokenizer has ids up to {largest}, the model {vocab} '
-                         'embeddings; put the tokenizer of this very checkpoint there')
+                         'embeddings. Expected an embedding for each. Fix: put the tokenizer of '
+                         'this checkpoint there.')
     return tuple(pieces)
 
 
 def expand(tokens: list[int], image_id: int, per_image: int) -> list[int]:
-    """Every placeholder repeated as often as its image has tokens."""
+    """Repeat every image placeholder.
+
+    Args:
+      tokens: of a prompt.
+      image_id: token id of the placeholder.
+      per_image: tokens of an image.
+
+    Returns:
+      The tokens.
+    """
     return [t for token in tokens for t in (token,) * (per_image if token == image_id else 1)]

@@ -1,7 +1,7 @@
 """Sessions: cut from timed interactions, split by time, filtered, unrolled into prefix rows.
 
-Pure functions on arrays. A session is a run of one user's items in order; the sessions of a split
-lie behind each other in compressed rows (CSR), so a million of them are two flat arrays.
+Pure functions on arrays. A session is a run of one user's items in order. The sessions of a split
+are stored as compressed rows (CSR), so that a million of them are two flat arrays.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,10 @@ DAY = 86_400  # seconds
 class Sessions(NamedTuple):
     """S sessions with E events in all; session k is `items[offsets[k]:offsets[k + 1]]`.
 
-    items: int32 [E], item ids 1..V. offsets: int64 [S + 1].
-    start: int64 [S], time of each session's first event in seconds since 1970 (UTC).
+    Attributes:
+      items: int32 [E]. Item ids 1..V.
+      offsets: int64 [S + 1].
+      start: int64 [S]. Time of each session's first event in seconds since 1970 (UTC).
     """
 
     items: np.ndarray
@@ -27,11 +29,13 @@ class Sessions(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """R pairs of a prefix and what follows it, one per scored prediction.
+    """R pairs of a prefix and the item that follows it, one per scored prediction.
 
-    items: int32 [R, N], the prefix, left aligned, 0 pads.
-    next: int32 [R, N], the item that follows position j (the target at the last valid j), 0 pads.
-    target: int32 [R], the item to predict. session: int32 [R], its session's number in the split.
+    Attributes:
+      items: int32 [R, N]. The prefix, left aligned, 0 pads.
+      next: int32 [R, N]. The item that follows position j (the target at the last valid j), 0 pads.
+      target: int32 [R]. The item to predict.
+      session: int32 [R]. Its session's number in the split.
     """
 
     items: np.ndarray
@@ -71,7 +75,7 @@ def check(sessions: Sessions, name: str, num_items: int) -> None:
 
 def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int,
         min_length: int = 2) -> Sessions:
-    """Cuts each user's events into sessions, sorted by their start.
+    """Cut each user's events into sessions, sorted by their start.
 
     Events with equal times carry no order: they are put in a seeded one, which depends on the
     events alone and not on the order of the file's lines; so are sessions with an equal start.
@@ -84,6 +88,9 @@ def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int
       seed: seed of the order among equal times.
       min_length: shorter sessions are dropped.
 
+    Returns:
+      The sessions.
+
     Raises:
       InputError: `gap_seconds` is not positive, or no session is long enough.
     """
@@ -93,17 +100,24 @@ def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int
     sessions = Sessions(item.astype(np.int32), offsets, time[offsets[:-1]])
     kept = np.flatnonzero(np.diff(offsets) >= min_length)
     if not len(kept):
-        raise InputError(f'none of the {len(offsets) - 1} sessions of {len(item)} interactions has '
-                         f'min_length={min_length} items or more; give more reviews, '
-                         'a larger gap or a smaller min_length')
+        raise InputError(f'config.data.min_length={min_length}: all {len(offsets) - 1} sessions of '
+                         f'{len(item)} interactions are shorter. Expected one of that many items. '
+                         'Fix: give more reviews, raise config.data.gap_hours or lower '
+                         'config.data.min_length.')
     order = np.lexsort((rng.random(len(kept)), sessions.start[kept]))
     return take(sessions, kept[order])
 
 
 def time_ties(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int) -> float:
-    """Share of neighbouring events of one session that have the same time, so no known order.
+    """Compute the share of neighbouring events of one session whose times are equal.
 
-    Args as in `cut`. 0.0 when no session has two events.
+    Args:
+      interactions: as in `cut`.
+      by_day: as in `cut`.
+      gap_seconds: as in `cut`.
+
+    Returns:
+      The share, 0.0 when no session has two events.
     """
     _, time, first = _grouped(interactions, by_day, gap_seconds, np.random.default_rng(0))
     inside = ~first[1:]
@@ -111,11 +125,18 @@ def time_ties(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int) -> 
 
 
 def split(sessions: Sessions, valid: float, test: float) -> tuple[Sessions, Sessions, Sessions]:
-    """Splits by time into (train, valid, test): every later split starts strictly later.
+    """Split by time: every later split starts strictly later.
 
-    `valid` and `test` below 1 are shares of the sessions, from 1 on they are counts. Sessions that
-    start in the same second are never torn apart (with day-granular times: of the same day), so
-    a boundary that falls among such sessions moves to the nearer end of them.
+    Sessions that start in the same second (with day-granular times: on the same day) stay
+    together. A boundary that falls among such sessions moves to the nearer end of them.
+
+    Args:
+      sessions: sorted by start.
+      valid: share (below 1) or number of sessions for validation.
+      test: share (below 1) or number of sessions for the test.
+
+    Returns:
+      Training, validation and test sessions.
 
     Raises:
       InputError: a size is not positive, or a split would stay empty.
@@ -123,23 +144,32 @@ def split(sessions: Sessions, valid: float, test: float) -> tuple[Sessions, Sess
     total = len(sessions.start)
     sizes = [size if size >= 1 else size * total for size in (valid, test)]
     if min(valid, test) <= 0:
-        raise InputError(f'the split sizes valid={valid} and test={test} must be positive: '
-                         'a share below 1 or a number of sessions')
+        raise InputError(f'config.data.valid={valid} and config.data.test={test}: not both '
+                         'positive. Expected a share below 1 or a number of sessions. Fix: raise '
+                         'them.')
     last = _boundary(sessions.start, total - round(sizes[1]))
     middle = _boundary(sessions.start, last - round(sizes[0]))
     if not 0 < middle < last < total:
         raise InputError(f'{total} sessions with {len(np.unique(sessions.start))} different start '
-                         f'times cannot be split by time into valid={valid} and test={test} with '
-                         'every part non-empty; give more sessions or other split sizes')
+                         f'times cannot be split by time into config.data.valid={valid} and '
+                         f'config.data.test={test}. Expected sessions in every part. Fix: give '
+                         'more sessions or other sizes.')
     parts = np.split(np.arange(total), [middle, last])
     return tuple(take(sessions, part) for part in parts)
 
 
 def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
-    """Drops items with fewer than `core` events and then short sessions, until nothing changes.
+    """Drop items with fewer than `core` events and then short sessions, until nothing changes.
 
-    Item ids stay as they are: a dropped item stays in the catalogue and is merely cold.
-    `core` of 1 or less is off.
+    Item ids stay as they are: a dropped item stays in the catalogue as a cold one.
+
+    Args:
+      train: sessions.
+      core: events that an item needs; 1 or less: none is dropped.
+      min_length: shorter sessions are dropped.
+
+    Returns:
+      The remaining sessions.
 
     Raises:
       InputError: nothing is left.
@@ -157,18 +187,22 @@ def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
         shorter = Sessions(train.items[frequent], offsets, train.start)
         train = take(shorter, np.flatnonzero(lengths >= min_length))
         if not len(train.start):
-            raise InputError(f'core={core} with min_length={min_length} leaves no training '
-                             'session; lower core')
+            raise InputError(f'config.data.core={core}: no training session of '
+                             f'config.data.min_length={min_length} items remains. Expected some. '
+                             'Fix: lower config.data.core.')
 
 
 def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows:
-    """Unrolls sessions into (prefix, target) rows, in order of session and prefix length.
+    """Unroll sessions into (prefix, target) rows, in order of session and prefix length.
 
     Args:
       sessions: S sessions; one with a single item gives no row.
       max_length: N, the width; a longer prefix keeps its last N items.
       every_prefix: True: a session of n items gives n - 1 rows. False (the last-item-only
         protocol of some papers): one, its target being the session's last item.
+
+    Returns:
+      The rows.
     """
     lengths = np.diff(sessions.offsets)
     if every_prefix:
@@ -192,19 +226,19 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
 
 
 def warm_items(train: Sessions, num_items: int) -> np.ndarray:
-    """-> bool [V + 1]: whether an item occurs in a training session; row 0 (padding) is False."""
+    """Mark the items that occur in a training session: bool [V + 1], False at the padding."""
     warm = np.zeros(num_items + 1, bool)
     warm[train.items] = True
     return warm
 
 
 def counts(train: Sessions, num_items: int) -> np.ndarray:
-    """-> int64 [V + 1]: events of every item."""
+    """Count the events of every item: int64 [V + 1]."""
     return np.bincount(train.items, minlength=num_items + 1)
 
 
 def take(sessions: Sessions, index: np.ndarray) -> Sessions:
-    """The sessions with the numbers `index` (int [S']), in that order."""
+    """Select the sessions with the numbers `index` (int [S']), in that order."""
     lengths = np.diff(sessions.offsets)[index]
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
     shift = sessions.offsets[:-1][index] - offsets[:-1]
@@ -213,7 +247,7 @@ def take(sessions: Sessions, index: np.ndarray) -> Sessions:
 
 
 def join(first: Sessions, second: Sessions) -> Sessions:
-    """The sessions of both, the first ones first."""
+    """Concatenate the sessions of two splits."""
     return Sessions(np.concatenate([first.items, second.items]),
                     np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
                     np.concatenate([first.start, second.start]))
@@ -223,9 +257,9 @@ def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
              rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Events by user and time -> items int64 [E], times int64 [E], session begins here bool [E]."""
     if not by_day and gap_seconds <= 0:
-        raise InputError(f'gap_seconds={gap_seconds} must be positive: the longest pause '
-                         'inside a session')
-    # a canonical order first, so that the seeded order below does not hang on the file's
+        raise InputError(f'config.data.gap_hours: {gap_seconds} seconds are not a pause. Expected '
+                         'the longest pause inside a session, above 0. Fix: raise it.')
+    # a canonical order first, so that the seeded order below does not depend on the file's
     events = interactions.sort('user', 'time', 'item')
     user, item, time = (events[name].to_numpy().astype(np.int64)
                         for name in ('user', 'item', 'time'))

@@ -14,7 +14,7 @@ import polars as pl
 from tpad_jax.errors import InputError
 
 PRICE_LEVELS = 10
-# what tokenizer_config.json says of a tokenizer that needs no more than tokenizer.json
+# keys in tokenizer_config.json of a tokenizer that tokenizer.json describes completely
 PLAIN = {'tokenizer_class', 'backend', 'model_max_length', 'pad_token'}
 TOKENIZER_CHUNK = 8192  # texts per call, so that Python lists of ids stay small
 NESTED = 4  # levels of lists in a field whose words are read
@@ -30,43 +30,68 @@ _NO_CHARACTER = re.compile('&#[0-9]{1000,};?')
 
 
 def clean(text: str) -> str:
-    """Plain text of a web page's fragment: entities resolved, tags removed, white space collapsed.
+    """Turn a fragment of a web page into plain text.
 
-    Entities are resolved first, because the raw files hold escaped tags as well as plain ones.
-    A lone `<` or `>` ("size < 5") is no tag and stays.
+    Entities are resolved first, because the raw files hold escaped tags as well as plain ones. Then
+    tags are removed and white space collapses. A lone `<` or `>` ("size < 5") stays.
+
+    Args:
+      text: the fragment.
+
+    Returns:
+      One line of text.
     """
     text = _MARKUP.sub(' ', html.unescape(_NO_CHARACTER.sub('\ufffd', text)))
     return _SPACE.sub(' ', _UNPRINTABLE.sub(' ', text)).strip()
 
 
-def said(value, levels: int = NESTED) -> str:
-    """The words of a field: a list's one after the other, a number's digits, '' of nothing."""
+def words_of(value, levels: int = NESTED) -> str:
+    """Read the words of a field.
+
+    Args:
+      value: a text, a number (its digits), a list of these or lists, or anything else.
+      levels: of nested lists that are read.
+
+    Returns:
+      The words, '' if there are none.
+    """
     if isinstance(value, list):
-        return ' '.join(filter(None, (said(one, levels - 1) for one in value))) if levels else ''
+        parts = (words_of(part, levels - 1) for part in value) if levels else ()
+        return ' '.join(filter(None, parts))
     return '' if value is None or isinstance(value, dict) else clean(str(value))
 
 
 def joined(values: Iterable) -> str:
-    """One text of an item's fields, "title. brand": what each says, empty ones left out."""
-    return '. '.join(filter(None, map(said, values)))
+    """Join the words of an item's fields, as in "title. brand"; empty ones are left out."""
+    return '. '.join(filter(None, map(words_of, values)))
 
 
 def item_texts(catalogue: pl.DataFrame) -> list[str]:
-    """One text per item, "title. brand. category. description" of its non-empty parts.
+    """Join title, brand, category and description of every item, as in "title. brand".
 
-    -> list of V + 1 str; index 0 (padding) is ''.
+    Args:
+      catalogue: V rows.
+
+    Returns:
+      List of V + 1 str; index 0 (padding) is ''.
     """
     columns = catalogue.select('title', 'brand', 'category', 'description')
     return ['', *('. '.join(part for part in row if part) for row in columns.iter_rows())]
 
 
 def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.ndarray:
-    """Token ids of the texts by the Hugging Face tokenizer in a local directory.
+    """Tokenize texts by the Hugging Face tokenizer in a local directory.
 
-    Special tokens are left to the prompt, and a text that spells one out does not become it; long
-    texts keep their first `length` tokens, short ones are padded on the right with -1.
+    Special tokens belong to the prompt, and a text that spells one out does not become it. Long
+    texts keep their first `length` tokens; short ones are padded on the right with -1.
 
-    -> int32 [V + 1, length]; an empty text is all padding.
+    Args:
+      texts: V + 1 texts.
+      tokenizer_dir: the directory.
+      length: tokens per text.
+
+    Returns:
+      int32 [V + 1, length]; an empty text is all padding.
 
     Raises:
       InputError: the directory holds no usable tokenizer.
@@ -84,19 +109,25 @@ def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.nda
 
 
 def _plain(directory, length):
-    """texts -> {'input_ids'} without `transformers`, which takes seconds to import.
+    """Make a function texts -> {'input_ids'} without `transformers`, which imports for seconds.
 
-    None unless tokenizer.json says all of the tokenizer, as `train_tokenizer` leaves it.
+    Args:
+      directory: of the tokenizer.
+      length: tokens per text.
+
+    Returns:
+      The function; None unless tokenizer.json describes the tokenizer completely, as that of
+      `train_tokenizer` does.
 
     Raises:
       InputError: that file is missing or damaged.
     """
     try:
-        found = json.loads((directory / 'tokenizer_config.json').read_bytes())
+        settings = json.loads((directory / 'tokenizer_config.json').read_bytes())
     except (OSError, ValueError):
-        return None  # `read_tokenizer` knows other files, and says what is wrong
-    if (not isinstance(found, dict) or found.get('tokenizer_class') != 'TokenizersBackend'
-            or found.keys() - PLAIN):
+        return None  # `read_tokenizer` knows other files, and names what is wrong
+    if (not isinstance(settings, dict) or settings.get('tokenizer_class') != 'TokenizersBackend'
+            or settings.keys() - PLAIN):
         return None
     from tokenizers import Tokenizer
 
@@ -104,47 +135,57 @@ def _plain(directory, length):
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f'{file} is no usable tokenizer ({error}); copy the file anew') from error
+        raise InputError(f'{file} is not a usable tokenizer ({error}). Expected the file of the '
+                         'tokenizers library. Fix: copy it again.') from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
 
     def encode(texts):
-        found = tokenizer.encode_batch(texts, add_special_tokens=False)
-        return {'input_ids': [one.ids for one in found]}
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        return {'input_ids': [encoding.ids for encoding in encodings]}
 
     return encode
 
 
 def read_tokenizer(directory: str | Path):
-    """The tokenizer in a local directory.
+    """Read the tokenizer in a local directory.
+
+    Args:
+      directory: local.
+
+    Returns:
+      A tokenizer of `transformers` that pads and truncates on the right.
 
     Raises:
       InputError: it holds no usable one.
     """
     if not Path(directory).is_dir():
-        raise InputError(f'{directory}: no such directory; give the local directory of a '
-                         'tokenizer (tokenizer.json and tokenizer_config.json)')
+        raise InputError(f'{directory}: no such directory. Expected the local directory of a '
+                         'tokenizer (tokenizer.json and tokenizer_config.json). Fix: correct the '
+                         'path.')
     from transformers import AutoTokenizer  # slow to import, and few callers tokenize
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True,
                                                   trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError(f'{directory}: no usable tokenizer ({str(error).splitlines()[0]}); '
-                         'it needs tokenizer.json and tokenizer_config.json') from error
+        raise InputError(f'{directory}: no usable tokenizer ({str(error).splitlines()[0]}). '
+                         'Expected tokenizer.json and tokenizer_config.json. Fix: copy both '
+                         'there.') from error
     tokenizer.padding_side = tokenizer.truncation_side = 'right'
     return tokenizer
 
 
 def train_tokenizer(corpus: list[str], directory: str | Path, vocab: int) -> None:
-    """Writes a byte-level BPE of at most `vocab` tokens, so that no text is unknown, trained here.
+    """Train a byte-level BPE, which can encode any text, and write it.
 
     The corpus' most frequent words become one token each.
 
     Args:
-      corpus: texts. directory: made if absent, see `read_tokenizer`; one that is there is replaced.
-      vocab: rows of the model's embedding.
+      corpus: texts.
+      directory: made if absent; its tokenizer is replaced.
+      vocab: rows of the model's embedding, the most tokens.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast  # here: it takes seconds to import
@@ -157,13 +198,13 @@ def train_tokenizer(corpus: list[str], directory: str | Path, vocab: int) -> Non
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                   show_progress=False)
     tokenizer.train_from_iterator(corpus, trainer)
-    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>')
-    whole.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>').save_pretrained(
+        directory)
 
 
 def side_features(catalogue: pl.DataFrame,
                   warm: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Brand, category and price level of every item as ids; 0 is unknown (and padding).
+    """Number brand, category and price level of every item; 0 is unknown (and padding).
 
     Args:
       catalogue: V rows with brand, category (str) and price (float or null).
@@ -178,10 +219,14 @@ def side_features(catalogue: pl.DataFrame,
 
 
 def side_vocabulary(catalogue: pl.DataFrame, warm: np.ndarray) -> dict[str, list]:
-    """What the side features of an item, one to come included, are told by.
+    """Collect the values of side features that have an id, for later items too.
 
-    It comes from the warm items alone. A value that fewer than two of them have says nothing that
-    the item's id does not. The price levels 1..10 are the tenths of the warm items' prices.
+    They come from the warm items alone. A value that fewer than two of them have adds nothing to
+    the item's id. The price levels 1..10 are the tenths of the warm items' prices.
+
+    Args:
+      catalogue: as in `side_features`.
+      warm: bool [V + 1].
 
     Returns:
       {'brand': values in their alphabetic order, 'category': likewise, 'price': 9 edges, or none
@@ -197,20 +242,36 @@ def side_vocabulary(catalogue: pl.DataFrame, warm: np.ndarray) -> dict[str, list
 
 
 def side_ids(catalogue: pl.DataFrame, vocabulary: dict[str, list]) -> np.ndarray:
-    """Ids int32 [V, 3] of the rows of a catalogue, by `side_vocabulary`."""
-    found = np.zeros((catalogue.height, 3), np.int32)
+    """Number the side features of a catalogue.
+
+    Args:
+      catalogue: V rows.
+      vocabulary: of `side_vocabulary`.
+
+    Returns:
+      int32 [V, 3].
+    """
+    ids = np.zeros((catalogue.height, 3), np.int32)
     for column, name in enumerate(('brand', 'category')):
         number = {value: n for n, value in enumerate(vocabulary[name], start=1)}
-        found[:, column] = [number.get(value, 0) for value in catalogue[name]]
+        ids[:, column] = [number.get(value, 0) for value in catalogue[name]]
     price = _prices(catalogue)
     known = ~np.isnan(price)
     if vocabulary['price']:
-        found[known, 2] = 1 + np.searchsorted(vocabulary['price'], price[known], side='right')
-    return found
+        ids[known, 2] = 1 + np.searchsorted(vocabulary['price'], price[known], side='right')
+    return ids
 
 
 def value_ids(values: list[str], warm: np.ndarray) -> tuple[np.ndarray, int]:
-    """Ids int32 [V] of values at least two warm items have, in their alphabetic order from 1."""
+    """Number the values that at least two warm items have, in alphabetic order from 1.
+
+    Args:
+      values: V texts, '' for none.
+      warm: bool [V].
+
+    Returns:
+      int32 [V], 0 for other values, and how many different ids there can be, 0 included.
+    """
     ids = {value: number for number, value in enumerate(_shared(values, warm), start=1)}
     return np.array([ids.get(value, 0) for value in values], np.int32), len(ids) + 1
 

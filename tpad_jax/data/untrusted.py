@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: lines of JSON, bounded and counted, and links out of a folder."""
+"""Files of unknown origin: lines of JSON, bounded and counted, and links out of a folder."""
 
 import gzip
 import json
@@ -14,43 +14,49 @@ from pathlib import Path
 from tpad_jax.errors import InputError
 
 MAX_LINE = 4 * 2**20  # bytes; the longest genuine metadata lines have some hundred thousand
-# a .gz file that gives more than the first of these bytes and more than the second times what was
-# read of it is a bomb: JSON packs to a tenth, and nothing genuine to a hundredth
+# a .gz file that unpacks to more than this many bytes, and to more than this many times what was
+# read of it, is a bomb: JSON packs to a tenth, and genuine files never to a hundredth
 MAX_UNPACKED, MAX_PACKING = 64 * 2**20, 100
 SHOWN = 3  # damaged lines an error names
 # how members of a zip file may be packed: of others one cannot unpack a part only
 PACKINGS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
-# what zipfile and numpy raise on damaged bytes, besides OSError; MemoryError where absurd sizes are
-# said, TokenError where numpy takes what heads an array for a program's
+# raised by zipfile and numpy on damaged bytes, in addition to OSError; MemoryError on absurd sizes,
+# TokenError where numpy parses the head of an array
 DAMAGE = (ValueError, EOFError, KeyError, TypeError, RuntimeError, MemoryError,
           zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError)
-# Reasons to leave out a line that is as it was written
+# Reasons to drop a line that is not damaged
 WHOLE = frozenset({'blank_line', 'duplicate_item', 'duplicate_review', 'item_without_metadata'})
 
 
 class Reason(str):
-    """Why something is rejected; its own type, so that no text of a file is taken for one."""
+    """Why something is rejected; a separate type, so that no text of a file is taken for one."""
 
     __slots__ = ()
 
 
 class Lines:
-    """The JSON objects of a file, plain or .gz, one per line, and why the other lines are none.
+    """The JSON objects of a file, plain or .gz, one per line, and why other lines are rejected.
 
-    Iterate once. Never more than MAX_LINE bytes are in memory. Of two equal keys in an object the
-    later counts. Where a .gz file is cut short, damaged or a bomb, the lines before are given.
+    Iterate once. At most MAX_LINE bytes are in memory. Of two equal keys in an object the later
+    counts. Of a .gz file that is cut short, damaged or a bomb, the lines before are read.
 
     Attributes:
-      path: of the file, '-' is what comes on standard input.
-      number: of the line last read, from 1 on.
-      rejected: {reason: lines}, those of `reject` among them. damaged: the first few lines that are
-        rejected for another reason than those in WHOLE, as (number, reason).
-      unread: share of the file's bytes behind the place where it could not be unpacked any more;
+      path: of the file; '-' is standard input.
+      number: of the line last read, from 1.
+      rejected: {reason: lines}, those of `reject` among them.
+      damaged: the first few lines that are rejected for a reason outside WHOLE, as (number,
+        reason).
+      unread: share of the file's bytes after the position where it could not be unpacked any more;
         1 for a bomb.
     """
 
     def __init__(self, path: Path, tell=lambda number, reason: None):
-        """`tell(number, reason)` is called for every line that is damaged."""
+        """Prepare to read a file.
+
+        Args:
+          path: of the file.
+          tell: called with number and reason of every line that is damaged.
+        """
         self.path, self.number, self.unread, self._tell = path, 0, 0.0, tell
         self.rejected, self.damaged = Counter(), []
 
@@ -64,7 +70,7 @@ class Lines:
                 yield record
 
     def reject(self, reason: str) -> None:
-        """Count the line last given as rejected."""
+        """Count the line last read as rejected."""
         self.rejected[reason] += 1
         if reason in WHOLE:
             return
@@ -72,14 +78,14 @@ class Lines:
         if len(self.damaged) < SHOWN:
             self.damaged.append((self.number, reason))
 
-    def check(self, bad_share: float, knob: str = 'config.data.bad_share',
+    def check(self, bad_share: float, option: str = 'config.data.bad_share',
               hints: dict[str, str] | None = None) -> None:
         """Refuse the file where more than a share of it is damaged; call it at the end.
 
         Args:
           bad_share: of the lines, in 0..1. Those rejected for a reason in WHOLE are not damaged;
             what could not be unpacked counts by its bytes.
-          knob: the option that sets it.
+          option: the option that sets it.
           hints: {reason: what to do about it}.
 
         Raises:
@@ -90,9 +96,10 @@ class Lines:
         if share + (1 - share) * self.unread <= bad_share:
             return
         cut = f', and {self.unread:.0%} of it cannot be unpacked' if self.unread else ''
-        raise self.refusal(f'{sum(bad.values())} of {self.number} lines are damaged{cut}', hints or
-                           {}, f'a share of at most {knob}={bad_share}',
-                           f'get the file again or correct it, or raise {knob} to drop these lines')
+        raise self.refusal(f'{sum(bad.values())} of {self.number} lines are damaged{cut}',
+                           hints or {}, f'a share of at most {option}={bad_share}',
+                           'get the file again or correct it, or raise that option to drop these '
+                           'lines')
 
     def refusal(self, what: str, hints: dict[str, str], expected: str,
                 fix: str = 'get the file again or correct it') -> InputError:
@@ -122,26 +129,27 @@ class Lines:
                     yield from self._split(file, None)
                     return
                 if file.read(2) != b'\x1f\x8b':
-                    raise InputError(f'{self.path}: not a gzip file although its name ends in .gz; '
-                                     'download it again, or take .gz off the name of a plain file')
+                    raise InputError(f'{self.path}: not a gzip file although its name ends in .gz. '
+                                     'Expected gzip. Fix: download it again, or take .gz off the '
+                                     'name of a plain file.')
                 file.seek(0)
                 with gzip.GzipFile(fileobj=file) as unpacked:
                     yield from self._split(unpacked, file)
         except OSError as error:
-            raise InputError(f'{self.path} cannot be read ({error.strerror}); check its owner and '
-                             'its disk') from error
+            raise InputError(f'{self.path} cannot be read ({error.strerror}). Expected a readable '
+                             'file. Fix: check its owner and its disk.') from error
 
     def _split(self, lines, file) -> Iterator[bytes | Reason]:
-        """`lines`: unpacked. `file`: as it lies on the disk, None where that is the same."""
-        bom, given = b'\xef\xbb\xbf', 0
+        """Split unpacked `lines`; `file` is the packed file, None where there is none."""
+        bom, total = b'\xef\xbb\xbf', 0
         while True:
             try:
                 line = lines.readline(MAX_LINE)
                 long = len(line) == MAX_LINE
-                given += len(line)
-                while long and line and not line.endswith(b'\n') and not self._bomb(given, file):
+                total += len(line)
+                while long and line and not line.endswith(b'\n') and not self._bomb(total, file):
                     line = lines.readline(MAX_LINE)
-                    given += len(line)
+                    total += len(line)
             except EOFError:  # the end of the compressed stream is missing
                 yield Reason('truncated_file')
                 return
@@ -149,8 +157,8 @@ class Lines:
                 self.unread = 1 - file.tell() / self.path.stat().st_size
                 yield Reason('damaged_file')
                 return
-            if self._bomb(given, file):
-                self.unread = 1.0  # next to it the lines before are nothing
+            if self._bomb(total, file):
+                self.unread = 1.0  # the lines before are a vanishing part of it
                 yield Reason('file_unpacks_without_end')
                 return
             if long:
@@ -159,19 +167,19 @@ class Lines:
                 yield line.removeprefix(bom)
             else:
                 return
-            bom = b''  # a byte order mark stands at the very beginning or is no such mark
+            bom = b''  # only at the beginning of the file it is a byte order mark
 
-    def _bomb(self, given, file):
-        return file is not None and given > MAX_UNPACKED and given > MAX_PACKING * file.tell()
+    def _bomb(self, total, file):
+        return file is not None and total > MAX_UNPACKED and total > MAX_PACKING * file.tell()
 
 
 def reasons(counts: dict) -> str:
-    """'bad_json: 2, blank_line: 1'."""
+    """Format counts by reason, as in 'bad_json: 2, blank_line: 1'."""
     return ', '.join(f'{reason}: {count}' for reason, count in sorted(counts.items()))
 
 
 def inside(path: Path, folder: Path) -> bool:
-    """Whether `path`, every link followed, lies in `folder`."""
+    """Check whether `path`, every link followed, is in `folder`."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # links in a circle
@@ -181,12 +189,17 @@ def inside(path: Path, folder: Path) -> bool:
 def stay_inside(path: Path, folder: Path) -> None:
     """Refuse a path that leads out of its folder.
 
+    Args:
+      path: to check.
+      folder: that must hold it.
+
     Raises:
-      InputError: it does.
+      InputError: it leads out.
     """
     if not inside(path, folder):
-        raise InputError(f'{path}: a link that leads out of {folder} is not followed; copy the '
-                         'data there, or give the folder it points to')
+        raise InputError(f'{path}: a link that leads out of {folder} is not followed. Expected a '
+                         'file in that folder. Fix: copy the data there, or name the folder it '
+                         'points to.')
 
 
 def _record(line: bytes) -> dict | Reason:

@@ -154,8 +154,8 @@ class Reader:
         if not vocabulary:
             return np.zeros((len(items), width), np.int32)
         table = pl.DataFrame({
-            'brand': [text.said(item.get('brand')) for item in items],
-            'category': [text.said(item.get('category')) for item in items],
+            'brand': [text.words_of(item.get('brand')) for item in items],
+            'category': [text.words_of(item.get('category')) for item in items],
             'price': pl.Series([item.get('price') for item in items], dtype=pl.Float64)})
         return text.side_ids(table, vocabulary)
 

@@ -308,7 +308,7 @@ def test_lines_that_are_whole_but_left_out_are_no_damage(tmp_path):
 def test_the_share_reaches_the_reader_and_is_no_part_of_the_tables(tmp_path):
     folder = shared(tmp_path, bad_reviews=7)
     options = dict(gap_hours=1, core=1, min_length=1, valid=0.1, test=0.1, seed=0)
-    with pytest.raises(InputError, match='raise config'):
+    with pytest.raises(InputError, match=r'most config\.data\.bad_share=0\.05'):
         amazon_tables.prepare(folder, tmp_path / 'data', **options, bad_share=0.05)
     amazon_tables.prepare(folder, tmp_path / 'data', **options, bad_share=0.1)
     before = amazon_tables.read_finished(tmp_path / 'data')

@@ -62,7 +62,7 @@ def test_test_sessions_change_nothing_that_is_trained_on(tmp_path):
     (dict(train_offsets=np.array([0, 5, 3])), 'train_offsets: .* rise from 0'),
     (dict(train_items=np.array([1, 0, 2]), train_offsets=np.array([0, 3])),
      r'train_items\[1\]=0: not an item id'),
-    (dict(test_items=np.array([[1]], object)), 'is no usable')])
+    (dict(test_items=np.array([[1]], object)), 'is not a usable')])
 def test_refusals_name_file_and_array(tmp_path, changes, told):
     path = write(tmp_path / 'a.npz', **changes)
     with pytest.raises(InputError, match=told) as error:
@@ -77,7 +77,7 @@ def test_a_missing_array_a_cut_file_and_no_file(tmp_path):
         ids_lib.read(path)
     write(path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match='is no usable'):
+    with pytest.raises(InputError, match='is not a usable'):
         ids_lib.read(path)
     with pytest.raises(InputError, match='cannot be read'):
         ids_lib.read(tmp_path / 'none.npz')

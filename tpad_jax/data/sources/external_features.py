@@ -1,11 +1,11 @@
-"""Item features that were computed elsewhere: a file of rows keyed by item id -> rows by number.
+"""Item features computed elsewhere: a file of rows keyed by item id -> rows by item number.
 
-    features.npy            [N, D], and beside it features.npy.ids: a text file, line n the id of
-                            row n (UTF-8; an empty line: the row is of no item)
-    features.safetensors    tensor 'features' [N, D], and the ids: either a tensor 'ids', uint8, the
-                            same text as bytes, or metadata 'ids', a JSON list of strings
-    features.parquet        a row per item: column item_id (string), column features (a list or an
-                            array of numbers)
+- features.npy: [N, D], and next to it features.npy.ids, a text file whose line n is the id of row n
+  (UTF-8; an empty line: the row belongs to no item).
+- features.safetensors: tensor 'features' [N, D], and the ids, either as a tensor 'ids', uint8, of
+  that text, or as metadata 'ids', a JSON list of strings.
+- features.parquet: a row per item with the columns item_id (string) and features (a list or an
+  array of numbers).
 """
 
 import json
@@ -21,7 +21,7 @@ from tpad_jax.data.untrusted import DAMAGE
 from tpad_jax.errors import InputError
 
 SHOWN = 5  # ids an error names
-# what the readers raise on damage; polars panics on some, which is no Exception
+# raised by the readers on damage; a panic of polars is a BaseException
 FAILURES = (OSError, *DAMAGE, SafetensorError, pl.exceptions.PolarsError,
             pl.exceptions.PanicException)
 MAX_WIDTH = 65_536  # numbers per item; MLLMs have some thousand
@@ -29,12 +29,13 @@ MAX_WIDTH = 65_536  # numbers per item; MLLMs have some thousand
 
 @dataclass(frozen=True)
 class Given:
-    """Rows of the catalogue, and what the file held besides.
+    """Rows of the catalogue, and counts of the others.
 
     Attributes:
       rows: float32 [V+1, D], row 0 zero.
-      unknown: how many of the file's ids no item has; some: the first of them.
-      repeated: how many rows said again what an earlier row of their item had said.
+      unknown: how many of the file's ids belong to no item.
+      some: the first of these ids.
+      repeated: how many rows repeat an earlier row of their item.
     """
 
     rows: np.ndarray
@@ -44,11 +45,14 @@ class Given:
 
 
 def read(file, asins: list[str]) -> Given:
-    """The rows of a file in the catalogue's order.
+    """Read the rows of a file in the catalogue's order.
 
     Args:
       file: .npy, .safetensors or .parquet, see above.
       asins: the items' ids by number; [0] is the padding item and is not looked up.
+
+    Returns:
+      The rows and counts.
 
     Raises:
       InputError: the file cannot be read; an item has no row, or two that differ; a number is not
@@ -57,30 +61,39 @@ def read(file, asins: list[str]) -> Given:
     file = Path(file)
     readers = {'.npy': _npy, '.safetensors': _safetensors, '.parquet': _parquet}
     if file.suffix not in readers:
-        raise InputError(f'{file}: features are read from {", ".join(readers)}; give one of these')
+        raise InputError(f'{file}: not a file of features. Expected {", ".join(readers)}. Fix: '
+                         'convert it.')
     if not file.is_file():
-        raise InputError(f'{file} does not exist; give a file of item features')
+        raise InputError(f'{file} does not exist. Expected a file of item features. Fix: correct '
+                         'the path.')
     try:
-        ids, found = readers[file.suffix](file)
+        ids, features = readers[file.suffix](file)
     except InputError:
         raise
     except FAILURES as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f'{file} cannot be read as {file.suffix[1:]} of item features: '
-                         f'{why}; see tpad_jax/data/sources/external_features.py') from error
-    if found.ndim != 2 or not 0 < found.shape[1] <= MAX_WIDTH or found.dtype.kind not in 'fiu':
-        raise InputError(f'{file}: features are {found.dtype} {list(found.shape)}, but must be '
-                         f'numbers [items, width], the width at most {MAX_WIDTH}')
-    if len(ids) != len(found):
-        raise InputError(f'{file}: {len(ids)} ids for {len(found)} rows; give every row its id')
-    return _align(file, ids, found, asins)
+                         f'{why}. Expected the form in tpad_jax/data/sources/external_features.py. '
+                         'Fix: write the file again.') from error
+    if features.ndim != 2 or not 0 < features.shape[1] <= MAX_WIDTH or (
+            features.dtype.kind not in 'fiu'):
+        raise InputError(f'{file}: features are {features.dtype} {list(features.shape)}. Expected '
+                         f'numbers [items, width], the width at most {MAX_WIDTH}. Fix: convert '
+                         'them.')
+    if len(ids) != len(features):
+        raise InputError(f'{file}: {len(ids)} ids for {len(features)} rows. Expected one for each. '
+                         'Fix: give every row its id.')
+    return _align(file, ids, features, asins)
 
 
 def width(file) -> int:
-    """How many numbers an item has in a file, from its header alone.
+    """Read how many numbers an item has, from the header of a file alone.
 
     Args:
       file: .npy, .safetensors or .parquet, see above.
+
+    Returns:
+      The width.
 
     Raises:
       InputError: the file has no such header.
@@ -99,7 +112,8 @@ def width(file) -> int:
                          'item features. Fix: give such a file') from error
 
 
-def _align(file, ids, found, asins) -> Given:
+def _align(file, ids, features, asins) -> Given:
+    """Order rows by item; refuses missing, contradicting and infinite ones."""
     number = {asin: item for item, asin in enumerate(asins) if item}
     row_of, unknown, repeats = np.full(len(asins), -1), [], []
     for row, name in enumerate(ids):
@@ -112,19 +126,21 @@ def _align(file, ids, found, asins) -> Given:
             repeats.append((row_of[item], row))
     absent = [asins[item] for item in np.flatnonzero(row_of[1:] < 0) + 1]
     if absent:
-        raise InputError(f'{file} lacks {len(absent)} of {len(number)} items: {_first(absent)}; '
-                         'add their rows')
-    differing = [ids[b] for a, b in repeats if not np.array_equal(found[a], found[b])]
+        raise InputError(f'{file} lacks {len(absent)} of {len(number)} items: {_first(absent)}. '
+                         'Expected a row for each. Fix: add their rows.')
+    differing = [ids[b] for a, b in repeats if not np.array_equal(features[a], features[b])]
     if differing:
         raise InputError(f'{file}: {len(differing)} rows differ from an earlier row of their item: '
-                         f'{_first(differing)}; leave one row for each')
-    rows = np.zeros((len(asins), found.shape[1]), np.float32)
+                         f'{_first(differing)}. Expected one row for each item. Fix: remove the '
+                         'others.')
+    rows = np.zeros((len(asins), features.shape[1]), np.float32)
     with np.errstate(over='ignore'):  # a float64 too large becomes inf, and is named below
-        rows[1:] = found[row_of[1:]]
+        rows[1:] = features[row_of[1:]]
     broken = np.flatnonzero(~np.isfinite(rows).all(1))
     if len(broken):
         raise InputError(f'{file}: features of {len(broken)} items are not finite: '
-                         f'{_first([asins[item] for item in broken])}; compute these anew')
+                         f'{_first([asins[item] for item in broken])}. Expected finite numbers. '
+                         'Fix: compute these again.')
     return Given(rows, len(unknown), tuple(unknown[:SHOWN]), len(repeats))
 
 
@@ -133,47 +149,49 @@ def _first(names) -> str:
 
 
 def _npy(file):
-    beside = file.with_name(file.name + '.ids')
-    if not beside.is_file():
-        raise InputError(f'{file} has no {beside.name} beside it; write one, a line with its item '
-                         'id for every row')
-    found = np.load(file, mmap_mode='r', allow_pickle=False)
-    if not isinstance(found, np.ndarray):
-        raise ValueError('it is an .npz by another name')
-    return _lines(beside.read_bytes()), found
+    ids = file.with_name(file.name + '.ids')
+    if not ids.is_file():
+        raise InputError(f'{file}: there is no {ids.name} next to it. Expected the item id of '
+                         'every row, one per line. Fix: write that file.')
+    features = np.load(file, mmap_mode='r', allow_pickle=False)
+    if not isinstance(features, np.ndarray):
+        raise ValueError('it is an .npz with another ending')
+    return _lines(ids.read_bytes()), features
 
 
 def _safetensors(file):
     with safe_open(file, framework='np') as tensors:
-        names, about = tensors.keys(), tensors.metadata() or {}
-        if 'features' not in names or not ('ids' in names or 'ids' in about):
-            raise InputError(f'{file} holds {", ".join(sorted(names)) or "nothing"}; it needs the '
-                             "tensor 'features' and the ids, as a tensor or in its metadata")
+        names, metadata = tensors.keys(), tensors.metadata() or {}
+        if 'features' not in names or not ('ids' in names or 'ids' in metadata):
+            raise InputError(f'{file} holds {", ".join(sorted(names)) or "no tensor"}. Expected '
+                             "the tensor 'features' and the ids, as a tensor or in its metadata. "
+                             'Fix: save both.')
         if 'ids' in names:
             ids = _lines(tensors.get_tensor('ids').astype(np.uint8).tobytes())
         else:
-            ids = [str(name) for name in json.loads(about['ids'])]
+            ids = [str(name) for name in json.loads(metadata['ids'])]
         try:
-            found = tensors.get_tensor('features')
-        except AttributeError as error:  # a number's form that numpy does not have
+            features = tensors.get_tensor('features')
+        except AttributeError as error:  # a dtype that numpy does not have
             raise ValueError(str(error)) from error
-        # numpy itself cannot tell whether a bfloat16 is a number
-        return ids, found.astype(np.float32) if found.dtype == ml_dtypes.bfloat16 else found
+        # to numpy bfloat16 is not a numeric dtype
+        bfloat16 = features.dtype == ml_dtypes.bfloat16
+        return ids, features.astype(np.float32) if bfloat16 else features
 
 
 def _parquet(file):
     table = pl.read_parquet(file)
     absent = [name for name in ('item_id', 'features') if name not in table.columns]
     if absent:
-        raise InputError(f'{file} has the columns {", ".join(table.columns)}; it lacks '
-                         f'{", ".join(absent)}')
+        raise InputError(f'{file} has the columns {", ".join(table.columns)}. Expected also '
+                         f'{", ".join(absent)}. Fix: rename or add them.')
     ids, column = table['item_id'].cast(pl.String).fill_null('').to_list(), table['features']
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
     lengths = column.list.len()
     if lengths.null_count() or lengths.n_unique() > 1:
-        raise InputError(f'{file}: features of one width are needed, but there are lists of '
-                         f'{lengths.min()} to {lengths.max()} numbers or none')
+        raise InputError(f'{file}: there are lists of {lengths.min()} to {lengths.max()} numbers, '
+                         'or none. Expected one length. Fix: correct these rows.')
     flat = column.explode().cast(pl.Float32).to_numpy()  # a missing number becomes NaN
     return ids, flat.reshape(len(ids), -1)
 
