@@ -231,7 +231,7 @@ def test_every_space_holds_the_defaults(name):
 def test_tune_finds_the_best_it_tries(monkeypatch):
     monkeypatch.setattr(rules, 'TUNED_AT', 3)  # of so few items 20 are nearly all
     valid = rows(sessions(drawn(9, 30)), 9)
-    tuned = rules.tune('markov', TRAIN, valid, V, trials=8, chunk=50)
+    tuned = rules.tune('markov', TRAIN, valid, V, trials=8)
     seen = {}
     for one in tuned.record['tried']:
         scorer = rules.fit_markov(TRAIN, V, **one['params'])
@@ -256,9 +256,10 @@ def test_a_budget_of_one_is_the_defaults():
         assert tuned.record['trials'] == 1
 
 
-def test_tune_reads_a_sample_of_many_rows():
+def test_tune_reads_a_sample_of_many_rows(monkeypatch):
+    monkeypatch.setattr(rules, 'TUNED_ROWS', 100)
     valid = rows(sessions(drawn(9, 60)), 9)
-    tuned = rules.tune('ar', TRAIN, valid, V, trials=1, rows=100, seed=3)
+    tuned = rules.tune('ar', TRAIN, valid, V, trials=1, seed=3)
     assert tuned.record['rows'] == 100
     chosen = np.random.default_rng(3).choice(len(valid.target), 100, replace=False)
     counted = metrics.ranks(fitted('ar'), valid.items[chosen], valid.target[chosen], V)
@@ -323,7 +324,7 @@ def test_tune_says_whether_the_order_of_sessions_is_known():
 
 def test_tune_refuses_what_it_cannot_use():
     valid = rows(sessions(drawn(9, 5)), 9)
-    with pytest.raises(InputError, match="unknown baseline 'fpmc'; choose from pop,"):
+    with pytest.raises(InputError, match=r"unknown baseline 'fpmc'. Expected one of pop,"):
         rules.tune('fpmc', TRAIN, valid, V, trials=1)
     with pytest.raises(InputError, match='content_knn needs item features'):
         rules.tune('content_knn', TRAIN, valid, V, trials=1)

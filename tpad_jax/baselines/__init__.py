@@ -1,1 +1,1 @@
-"""Rules and neighbours that every model is compared with."""
+"""Baselines that every model is compared with, and the search that tunes them."""

@@ -1,14 +1,14 @@
 """Session-neighbour baselines: V-SKNN, STAN and VSTAN, vectorised over rows.
 
-Training sessions that share an item with the prefix are candidates; the most recent `sample_size`
-of them are compared with the prefix, the `k` most similar are its neighbours, and every item i of a
-neighbour n adds to its score, prefix s:
+Training sessions that share an item with the prefix are candidates. The most recent `sample_size`
+of them are compared with the prefix, and the `k` most similar are its neighbours. With a prefix s,
+every item i of a neighbour n gets a score:
 
     sim(s, n)    = sum over shared items of w1(item)  *  |n|^-1/2 if cosine  *  w2(n)
     score(i | s) = sum over neighbours of sim(s, n) * step(i*) * w3(i, i*, n) * (1 + idf(i))
 
-i* is the most recent item of s that n holds, p(i, .) the place of an item in s or n (from 1; an
-item that comes again stands at its last place), |n| the number of different items in n.
+i* is the most recent item of s that is in n. p(i, .) is the place of an item in s or n, from 1; a
+repeated item has its last place. |n| is the number of different items in n.
 
     V-SKNN  w1 = (p / |s|)^position_power, 1 being the linear decay of Ludewig and Jannach,
             "Evaluation of session-based recommendation algorithms" (2018); w2 = w3 = 1;
@@ -19,15 +19,18 @@ item that comes again stands at its last place), |n| the number of different ite
     VSTAN   STAN with idf, and with step = exp((p(i*) - |s|) / lambda4): Ludewig et al., "Empirical
             analysis of session-based recommendation algorithms" (2020).
 
-idf(i) is idf_weight times ln(S / sessions that hold i). k, sample_size, the lambdas and idf are the
-papers'. Ours: exponents where V-SKNN's authors try a list of decays, cosine as its option; the age
-of a neighbour, by rank instead of by days (1 is the whole training split); of equally similar
-sessions the more recent; `after` (VSTAN's sequential filter: only items behind i* in the neighbour
-count); `repeats` (whether items of the prefix are scored); rows scaled so that the heaviest
-neighbour weighs 1, which changes no ranking.
+idf(i) is idf_weight times ln(S / sessions with i). k, sample_size, the lambdas and idf are from the
+papers [paper]. These are choices of this project [ours]:
 
-Without `ordered` sessions no one knows what is recent: candidates are sampled, and equals ranked,
-in a seeded order, and w2 is 1.
+  * exponents, where the authors of V-SKNN try a list of decays, and cosine as its option;
+  * the age of a neighbour by rank instead of by days (1 is the whole training split);
+  * among equally similar sessions, the more recent one;
+  * `after`, VSTAN's sequential filter: only items after i* in the neighbour count;
+  * `repeats`: whether items of the prefix are scored;
+  * rows scaled so that the heaviest neighbour weighs 1, which changes no ranking.
+
+If sessions are not `ordered`, recency is unknown: candidates are sampled, and equals ranked, in a
+seeded order, and w2 is 1.
 """
 
 import math
@@ -48,25 +51,25 @@ def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int
               position_power: float = 1.0, cosine: bool = False, step_power: float = 1.0,
               idf_weight: float = 1.0, repeats: bool = True,
               ordered: bool | None = None) -> metrics.Scorer:
-    """V-SKNN; see the head of this file.
+    """Fit V-SKNN; see the head of this file.
 
     Args:
       train: S sessions.
       num_items: V.
-      k: neighbours.
-      sample_size: most recent candidates that are compared.
+      k: number of neighbours.
+      sample_size: number of most recent candidates that are compared.
       position_power: how fast an item's weight in the similarity falls towards the prefix's start;
         0: not at all.
       cosine: whether long neighbours count less.
       step_power: how fast a neighbour's weight falls with the steps from the prefix's end to the
-        most recent item it shares; 0: not at all.
+        most recent shared item; 0: not at all.
       idf_weight: of the inverse session frequency; 0: none.
-      repeats: whether the prefix's own items are scored.
-      ordered: whether the sessions stand in order of time; None: unless `train.start` are all the
-        same.
+      repeats: whether items of the prefix are scored.
+      ordered: whether the sessions are in the order of time; None: yes, unless all `train.start`
+        are equal.
 
     Returns:
-      scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
+      A scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
     """
     index = _index(train, num_items, ordered)
     return _scorer(index, _session_items(index, idf_weight), False, k=k, sample_size=sample_size,
@@ -78,17 +81,22 @@ def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int
 def fit_stan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int = 2000,
              lambda1: float = 2.0, lambda2: float = 1.0, lambda3: float = 4.0,
              repeats: bool = True, ordered: bool | None = None) -> metrics.Scorer:
-    """STAN; see the head of this file.
+    """Fit STAN; see the head of this file.
 
     Args:
+      train: S sessions.
+      num_items: V.
+      k: number of neighbours.
+      sample_size: number of most recent candidates that are compared.
       lambda1: places over which an item's weight in the similarity falls to 1/e.
-      lambda2: age, as a share of the training split, at which a neighbour weighs 1/e; not read
-        where sessions are not ordered.
-      lambda3: places between i* and another item of the neighbour at which that weighs 1/e.
-      train, num_items, k, sample_size, repeats, ordered: as in `fit_vsknn`.
+      lambda2: age, as a share of the training split, at which a neighbour's weight is 1/e; not read
+        if sessions are not ordered.
+      lambda3: distance in places from i* at which an item's weight is 1/e.
+      repeats: whether items of the prefix are scored.
+      ordered: as in `fit_vsknn`.
 
     Returns:
-      scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
+      A scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
     """
     index = _index(train, num_items, ordered)
     return _scorer(index, _event_items(index, lambda3, 0, False), True, k=k,
@@ -100,17 +108,24 @@ def fit_vstan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int
               lambda1: float = 2.0, lambda2: float = 1.0, lambda3: float = 4.0,
               lambda4: float = 4.0, idf_weight: float = 1.0, after: bool = False,
               repeats: bool = True, ordered: bool | None = None) -> metrics.Scorer:
-    """VSTAN; see the head of this file.
+    """Fit VSTAN; see the head of this file.
 
     Args:
-      lambda4: places from the prefix's end to i* at which a neighbour weighs 1/e.
+      train: S sessions.
+      num_items: V.
+      k: as in `fit_stan`.
+      sample_size: as in `fit_stan`.
+      lambda1: as in `fit_stan`.
+      lambda2: as in `fit_stan`.
+      lambda3: as in `fit_stan`.
+      lambda4: places from the prefix's end to i* at which a neighbour's weight is 1/e.
       idf_weight: of the inverse session frequency; 0: none.
-      after: whether only items behind i* in the neighbour are scored.
-      train, num_items, k, sample_size, lambda1, lambda2, lambda3, repeats, ordered: as in
-        `fit_stan`.
+      after: whether only items after i* in the neighbour are scored.
+      repeats: whether items of the prefix are scored.
+      ordered: as in `fit_vsknn`.
 
     Returns:
-      scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
+      A scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
     """
     index = _index(train, num_items, ordered)
     return _scorer(index, _event_items(index, lambda3, idf_weight, after), True, k=k,
@@ -119,13 +134,14 @@ def fit_vstan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int
 
 
 def latest_places(items: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The different items of each prefix, each where it stands last.
+    """List the different items of each prefix at their last places.
 
     Args:
       items: int32 [R, N] prefixes, left aligned, 0 pads.
 
     Returns:
-      row, item, place (from 1) and the row's length, int64 [P] each; by row, the latest item first.
+      Row, item, place (from 1) and the row's length, int64 [P] each, ordered by row and then from
+      the latest item to the earliest.
     """
     row, place = np.nonzero(items)
     item = items[row, place].astype(np.int64)
@@ -136,11 +152,16 @@ def latest_places(items: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 class _Index(NamedTuple):
-    """S sessions, the later the more recent, as E events: their different items at last places.
+    """S sessions, the most recent last, as E events: their different items at their last places.
 
-    item, place, session: int [E], by session; places differ by the steps between two events of a
-    session, wherever they start. start: int64 [S + 1], of a session's events.
-    by_item: int64 [E], events by item, then session. first: int64 [V + 2], of an item's in there.
+    Attributes:
+      item: int [E], by session.
+      place: int [E], ascending. Differences within a session are the steps between two events.
+      session: int [E].
+      start: int64 [S + 1]. The first event of each session.
+      by_item: int64 [E]. Events ordered by item, then by session.
+      first: int64 [V + 2]. The first place of each item in `by_item`.
+      ordered: whether the order of sessions is that of time.
     """
 
     item: np.ndarray
@@ -172,7 +193,7 @@ def _index(train, num_items, ordered):
 
 
 def _last(owner, item):
-    """Numbers of the events after which their owner has the item no more, ascending: int64."""
+    """Numbers of the events that are the last ones of their owner and item, ascending: int64."""
     order = np.lexsort((item, owner))  # stable: of one item the last event comes last
     owner, item = owner[order], item[order]
     last = np.append((owner[1:] != owner[:-1]) | (item[1:] != item[:-1]), True)
@@ -190,14 +211,14 @@ def _idf(index, weight):
 
 
 def _session_items(index, idf_weight):
-    """What a neighbour adds to each item: csr float64 [S, V + 1]."""
+    """The weight that a neighbour gives to each item: csr float64 [S, V + 1]."""
     weight = _idf(index, idf_weight)
     return sp.csr_array((weight[index.item], index.item, index.start),
                         shape=(len(index.sizes), len(weight)))
 
 
 def _event_items(index, lambda3, idf_weight, after):
-    """What a neighbour adds to each item if i* is this event of it: csr float64 [E, V + 1].
+    """The weight that a neighbour gives to each item if i* is this event: csr float64 [E, V + 1].
 
     Items further than `window` places from i* are left out, for a session of n items would have
     n^2 cells. In sessions longer than WINDOW they weigh less than float32 resolves.
@@ -221,15 +242,19 @@ def _event_items(index, lambda3, idf_weight, after):
 def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample_size: int,
             weight: Callable, step: Callable, cosine: bool, lambda2: float | None,
             repeats: bool) -> metrics.Scorer:
-    """The search for neighbours and the sum over them.
+    """Make the scorer that searches for neighbours and sums over them.
 
     Args:
       index: the training sessions.
-      adds: what a neighbour adds, by session [S, V + 1] or by its event of i* [E, V + 1].
-      by_event: which of the two.
+      adds: weights of a neighbour's items, by session [S, V + 1] or by its event i* [E, V + 1].
+      by_event: whether `adds` is by event.
+      k: number of neighbours.
+      sample_size: number of most recent candidates that are compared.
       weight: w1 of (places, lengths of their prefixes).
       step: of (places of i*, lengths of their prefixes).
-      k, sample_size, cosine, lambda2, repeats: as in `fit_stan`; lambda2 None: w2 is 1.
+      cosine: whether similarities are divided by the square root of the neighbour's length.
+      lambda2: as in `fit_stan`; None: w2 is 1.
+      repeats: whether items of the prefix are scored.
     """
     num_items, sessions = adds.shape[1] - 1, len(index.sizes)
     # a session without events shares no item, so its scale is never read
@@ -240,8 +265,8 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
         # one entry per item of a prefix and session that holds it, most recent items first
         width = index.first[item + 1] - index.first[item]
         entry = np.repeat(np.arange(len(item)), width)
-        behind = np.arange(len(entry)) - np.repeat(np.cumsum(width) - width, width)
-        event = index.by_item[index.first[item][entry] + behind]
+        offset = np.arange(len(entry)) - np.repeat(np.cumsum(width) - width, width)
+        event = index.by_item[index.first[item][entry] + offset]
         key = row[entry] * sessions + index.session[event]
         order = np.argsort(key, kind='stable')
         key, entry, event = key[order], entry[order], event[order]
@@ -250,13 +275,14 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
         similar = np.bincount(np.cumsum(begin) - 1, weight(place, length)[entry])
         entry, event = entry[begin], event[begin]
         owner, session = row[entry], index.session[event]
-        kept = _from_end(owner, len(items)) < sample_size
+        sampled = _from_end(owner, len(items)) < sample_size
         owner, session, entry, event, similar = (
-            array[kept] for array in (owner, session, entry, event, similar))
+            array[sampled] for array in (owner, session, entry, event, similar))
         similar = similar * scale[session]
-        if lambda2 is not None and index.ordered:  # from the row's latest: else all might vanish
+        # relative to the row's latest candidate, or all could vanish
+        if lambda2 is not None and index.ordered:
             latest = np.zeros(len(items), session.dtype)
-            latest[owner] = session  # ascending in a row, so the last stands
+            latest[owner] = session  # ascending within a row, so the last one remains
             similar *= np.exp((session - latest[owner]) / (sessions * lambda2))
         order = np.lexsort((similar, owner))  # stable: of equals the later session comes last
         order = order[_from_end(owner[order], len(items)) < k]
@@ -268,15 +294,15 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
         start = np.searchsorted(owner, np.arange(len(items) + 1))
         neighbours = sp.csr_array((value / heaviest[owner], event if by_event else session, start),
                                   shape=(len(items), adds.shape[0]))
-        found = neighbours @ adds
+        scores = neighbours @ adds
         if not repeats:
-            cell = np.repeat(np.arange(len(items)), np.diff(found.indptr)) * (num_items + 1)
-            found.data[np.isin(cell + found.indices, row * (num_items + 1) + item)] = 0
-        return metrics.Sparse(found.astype(np.float32), np.zeros(num_items + 1, np.float32))
+            cell = np.repeat(np.arange(len(items)), np.diff(scores.indptr)) * (num_items + 1)
+            scores.data[np.isin(cell + scores.indices, row * (num_items + 1) + item)] = 0
+        return metrics.Sparse(scores.astype(np.float32), np.zeros(num_items + 1, np.float32))
 
     return scorer
 
 
 def _from_end(owner, count):
-    """Sorted int [P] -> how many of the same owner follow, int64 [P]."""
+    """Count the later entries of the same owner: sorted int [P] -> int64 [P]."""
     return np.cumsum(np.bincount(owner, minlength=count))[owner] - 1 - np.arange(len(owner))

@@ -1,18 +1,17 @@
-"""The baselines every model is shown next to, each tuned on validation.
+"""The baselines that every model is compared with, each tuned on validation.
 
-`fit_x(train, num_items, ...)` counts on training sessions alone and returns a scorer: int32 [R, N]
-prefixes (left aligned, 0 pads) -> float32 [R, V + 1] scores (`metrics.Sparse` from all but
-`content_knn`), column 0 (padding) being worthless. A row's scores depend on that row only. Items no
-training session holds (cold) get what popularity gives them, nothing; `content_knn` alone can tell
-them apart. The session neighbours (V-SKNN, STAN, VSTAN) are `session_knn`'s.
+`fit_x(train, num_items, ...)` counts on training sessions only and returns a scorer: int32 [R, N]
+prefixes (left aligned, 0 pads) -> float32 [R, V + 1] scores. They are `metrics.Sparse`, except for
+`content_knn`. Column 0 (padding) has no meaning. A row's scores depend on that row only. Items
+without training sessions (cold) score 0, as their popularity is 0; only `content_knn` distinguishes
+them. The session neighbours (V-SKNN, STAN, VSTAN) are in `neighbours`.
 
 Rules and neighbours follow Ludewig and Jannach, "Evaluation of session-based recommendation
-algorithms" (2018); popularity as a back-off, and weighing a rule by the square root of its item's
-frequency (between counts and conditional probabilities), are choices of this project.
+algorithms" (2018) [paper]. Popularity as a back-off, and dividing a rule by the square root of its
+item's frequency (between counts and conditional probabilities), are choices of this project [ours].
 """
 
 import inspect
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -28,17 +27,18 @@ from tpad_jax.evaluation import metrics
 LONGEST_RULE = 10  # steps between the two items of a rule
 LONGEST_SESSION = 1000  # latest events of a session that item_knn pairs: n items make n^2 pairs
 CELLS = 2**20  # float64 scores that content_knn holds at a time: 8 MB
-TUNED_AT = 20  # K of the hit@K that `tune` maximises, as every model's selection does
+TUNED_AT = 20  # K of the hit@K that `tune` maximises, as the selection of every model does
+TUNED_ROWS = 10_000  # validation rows that `tune` reads; of more rows it draws a sample
 
 
 def fit_pop(train: Sessions, num_items: int) -> metrics.Scorer:
-    """POP: every prefix is followed by what is frequent in training."""
+    """Fit POP: every prefix is followed by the items that are frequent in training."""
     share = _popularity(train, num_items).astype(np.float32)
     return lambda items: _sparse(sp.csr_array((len(items), num_items + 1)), share)
 
 
 def fit_repeat_last(train: Sessions, num_items: int) -> metrics.Scorer:
-    """The prefix's own items, the latest first; all others tie behind them. Reads no session."""
+    """Rank the items of the prefix, the latest first; all others tie below. Reads no session."""
     del train
 
     def scorer(items):
@@ -49,19 +49,19 @@ def fit_repeat_last(train: Sessions, num_items: int) -> metrics.Scorer:
 
 
 def fit_markov(train: Sessions, num_items: int, backoff: float = 0.1) -> metrics.Scorer:
-    """First-order transitions: (1 - backoff) P(next | last) + backoff P(next), by counts."""
+    """Fit first-order transitions: (1 - backoff) P(next | last) + backoff P(next), by counts."""
     return _rule_scorer(followers(train, num_items, 1), train, num_items, 0, backoff)
 
 
 def fit_sr(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float = 1,
            backoff: float = 0.1) -> metrics.Scorer:
-    """Sequential rules: item -> an item up to 10 steps later, worth 1 / steps^lag_power.
+    """Fit sequential rules: item -> an item up to 10 steps later, with weight 1 / steps^lag_power.
 
     Args:
       train: S sessions.
       num_items: V.
-      decay: an item d steps before the prefix's end weighs decay^d; 0: the last item alone.
-      lag_power: 0: all steps count alike.
+      decay: an item d steps before the prefix's end has the weight decay^d; 0: the last item only.
+      lag_power: how fast the weight falls with the steps; 0: all steps have the same weight.
       backoff: share of popularity in the score.
     """
     rules = followers(train, num_items, LONGEST_RULE, lag_power)
@@ -70,17 +70,23 @@ def fit_sr(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float
 
 def fit_ar(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float = 1,
            backoff: float = 0.1) -> metrics.Scorer:
-    """Association rules: `fit_sr` counted in both directions, so blind to order."""
+    """Fit association rules: `fit_sr` counted in both directions, without order."""
     rules = followers(train, num_items, LONGEST_RULE, lag_power)
     return _rule_scorer(rules + rules.T, train, num_items, decay, backoff)
 
 
 def fit_item_knn(train: Sessions, num_items: int, decay: float = 0.6, shrink: float = 20,
                  repeats: bool = False) -> metrics.Scorer:
-    """Cosine of two items' sessions: co(i, j) / sqrt((n_i + shrink) (n_j + shrink)).
+    """Fit item-kNN: the cosine of two items' sessions, co(i, j) / sqrt((n_i + s) (n_j + s)).
 
-    co: sessions that hold both, n: sessions that hold one. `shrink` distrusts the rare (Hidasi et
-    al. 2016 use 20). `decay` as in `fit_sr`; `repeats`: whether an item is its own neighbour.
+    co is the number of sessions with both items, n of those with one, and s is `shrink`.
+
+    Args:
+      train: S sessions; of a longer session the last LONGEST_SESSION events count.
+      num_items: V.
+      decay: as in `fit_sr`.
+      shrink: lowers the similarity of rare items (Hidasi et al. 2016 use 20).
+      repeats: whether an item is its own neighbour.
     """
     lengths = np.diff(train.offsets)
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -97,7 +103,7 @@ def fit_item_knn(train: Sessions, num_items: int, decay: float = 0.6, shrink: fl
 
 def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay: float = 0.6,
                     repeats: bool = False) -> metrics.Scorer:
-    """Cosine of item features to the decayed sum of the prefix's. Reads no session.
+    """Fit content-kNN: the cosine of an item's features and the decayed sum of the prefix's.
 
     Args:
       train: unused.
@@ -107,30 +113,30 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
       repeats: whether an item is similar to itself.
     """
     del train
-    # rounded at the end: items with equal features tie, whatever order BLAS adds in, and a row's
-    # scores do not hang on the rows next to it
+    # Scores are rounded: items with equal features then tie although BLAS may add in another order,
+    # and a row's scores do not depend on the other rows.
     unit = np.array(features, np.float64)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-    own = (unit * unit).sum(axis=1)
+    square = (unit * unit).sum(axis=1)
 
     def scorer(items):
         prefix = _prefix(items, decay, num_items).tocsc()
-        wanted = prefix @ unit
+        query = prefix @ unit
         scores = np.empty((len(items), num_items + 1), np.float32)
-        # a part of the catalogue at a time: in float64 and over all items it would be gigabytes
+        # a part of the catalogue at a time: all items in float64 would be gigabytes
         size = max(1, CELLS // max(len(items), 1))
         for begin in range(0, num_items + 1, size):
             part = slice(begin, begin + size)
-            cosine = wanted @ unit[part].T
+            cosine = query @ unit[part].T
             if not repeats:
-                cosine -= (prefix[:, part] * own[part]).toarray()
+                cosine -= (prefix[:, part] * square[part]).toarray()
             scores[:, part] = cosine.round(9)
         return scores
 
     return scorer
 
 
-# Every baseline with what is searched; the search starts from the defaults of its function.
+# Every baseline with its search space; the search starts from the defaults of its function.
 _DECAY, _BACKOFF = ('float', 0.0, 1.0), ('float', 0.0, 0.5)
 _YES_NO = ('choice', (False, True))
 _RULE = {'decay': _DECAY, 'lag_power': ('float', 0.0, 3.0), 'backoff': _BACKOFF}
@@ -159,10 +165,13 @@ BASELINES = {
 
 
 class Tuned(NamedTuple):
-    """A fitted baseline, the parameters chosen for it, and how they were found.
+    """A fitted baseline and its search.
 
-    valid: {'hit@20', 'mrr@20'} of them on the validation rows read. record: of `trials.search`,
-    with 'rows', how many those were.
+    Attributes:
+      scorer: fitted with the chosen parameters.
+      params: the chosen parameters.
+      valid: their {'hit@20', 'mrr@20'} on the validation rows that were read.
+      record: of `tune.search`, with 'rows', the number of those rows.
     """
 
     scorer: metrics.Scorer
@@ -171,57 +180,53 @@ class Tuned(NamedTuple):
     record: dict
 
 
-def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, trials: int, seed: int = 0,
-         rows: int = 10_000, storage: str | Path | None = None, final: Sessions | None = None,
-         ordered: bool | None = None, features: np.ndarray | None = None,
-         chunk: int = 512) -> Tuned:
-    """Fits a baseline with the parameters that maximise hit@20 on validation, mrr@20 among equals.
+def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int = 0,
+         final: Sessions | None = None, ordered: bool | None = None,
+         features: np.ndarray | None = None, **budget) -> Tuned:
+    """Fit a baseline with the parameters that maximise hit@20 on validation, mrr@20 among equals.
 
     Args:
       name: a key of `BASELINES`.
       train: the training sessions.
-      valid: validation rows, which nothing is counted on.
+      valid: validation rows, which are not counted on.
       num_items: V.
-      trials: budget of the search, as many as any model has; 1: the defaults alone.
       seed: of the search and of the sample of rows.
-      rows: validation rows read; of more, a sample.
-      storage: journal file that keeps the trials.
-      final: sessions that the scorer returned is fitted on, where a refit counts validation
-        sessions in; None: `train`.
-      ordered: of the session neighbours, see `session_knn.fit_vsknn`.
-      features: float [V + 1, D], for 'content_knn'.
-      chunk: rows scored at a time.
+      final: sessions that the returned scorer is fitted on, if a refit includes validation
+        sessions; None: `train`.
+      ordered: of the session neighbours, see `neighbours.fit_vsknn`.
+      features: float [V + 1, D], for 'content_knn' only.
+      **budget: `trials` and `storage` of `tune.search`.
 
     Raises:
-      InputError: an unknown name, no rows, or features where none are read or the other way round.
+      InputError: the name is unknown, there are no rows, or features are missing or not read.
     """
     if name not in BASELINES:
-        raise InputError(f'unknown baseline {name!r}; choose from {", ".join(BASELINES)}')
+        raise InputError(f'unknown baseline {name!r}. Expected one of {", ".join(BASELINES)}')
     if not len(valid.target):
-        raise InputError(f'{name} cannot be tuned: the validation split has no rows; enlarge it')
+        raise InputError(f'{name} cannot be tuned: the validation split has no rows. Fix: enlarge '
+                         'it')
     fit, space = BASELINES[name]
     keywords = inspect.signature(fit).parameters
     if ('features' in keywords) != (features is not None):
         raise InputError(f'{name} {"reads no" if features is not None else "needs"} item features')
-    given = {'features': features, 'ordered': ordered}
-    fixed = {key: value for key, value in given.items() if key in keywords}
-    if len(valid.target) > rows:
-        drawn = np.random.default_rng(seed).choice(len(valid.target), rows, replace=False)
-        valid = Rows(*(array[np.sort(drawn)] for array in valid))
+    fixed = {key: value for key, value in (('features', features), ('ordered', ordered))
+             if key in keywords}
+    if len(valid.target) > TUNED_ROWS:
+        rng = np.random.default_rng(seed)
+        drawn = np.sort(rng.choice(len(valid.target), TUNED_ROWS, replace=False))
+        valid = Rows(*(array[drawn] for array in valid))
 
-    def measured(params, number):
-        del number
+    def measured(params, _):
         above, equal = metrics.ranks(fit(train, num_items, **fixed, **params), valid.items,
-                                     valid.target, num_items, chunk=chunk, name=name)
+                                     valid.target, num_items, name=name)
         return {f'hit@{TUNED_AT}': metrics.hit(above, equal, TUNED_AT).mean(),
                 f'mrr@{TUNED_AT}': metrics.mrr(above, equal, TUNED_AT).mean()}
 
     defaults = {key: keywords[key].default for key in space}
-    params, record = search(measured, space, defaults, trials=trials, seed=seed, storage=storage,
-                            name=name)
-    best = next(one for one in record['tried'] if one['trial'] == record['best'])
+    params, record = search(measured, space, defaults, seed=seed, name=name, **budget)
     scorer = fit(train if final is None else final, num_items, **fixed, **params)
-    return Tuned(scorer, params, best['values'], {**record, 'rows': len(valid.target)})
+    return Tuned(scorer, params, record['tried'][record['best']]['values'],
+                 {**record, 'rows': len(valid.target)})
 
 
 def _popularity(train, num_items):

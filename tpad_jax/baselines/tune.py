@@ -5,9 +5,9 @@ A space is {name: axis}. An axis is one of
     ('float', low, high)   uniform         ('int', low, high)   uniform, both ends included
     ('log', low, high)     log-uniform     ('choice', (a, b))   without an order
 
-Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) proposes the trials. It is seeded
-anew for every trial, so the proposal of trial n depends only on the seed, n and the trials before
-it. A search that was stopped therefore resumes as if it had run through.
+Optuna's tree-structured Parzen estimator (Bergstra et al. 2011) proposes the trials. It gets a
+new seed for every trial, so the proposal of trial n depends only on the seed, n and the earlier
+trials. A search that was stopped therefore resumes as if it had run through.
 """
 
 import json

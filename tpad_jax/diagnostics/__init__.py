@@ -1,1 +1,1 @@
-"""What features say: probes, ranks, mutual information."""
+"""Diagnostics of a run's features: effective ranks, probes, mutual information."""

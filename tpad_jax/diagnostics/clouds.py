@@ -1,7 +1,7 @@
-"""What a cloud of feature vectors looks like, and words for one that has collapsed. On the host.
+"""Describes clouds of feature vectors in numbers, and warns of collapsed ones. On the host.
 
-A cloud is float [n, D], a row per item or per position of a session. Figures are of the rows scaled
-to length one where their source says so, and of the rows as they are otherwise.
+A cloud is float [n, D], a row per item or per position of a session. A measure scales the rows to
+length one only where its source does so.
 """
 
 import numpy as np
@@ -9,11 +9,11 @@ import numpy as np
 # A feature below one of the first three, or above the fourth, is called collapsed [ours].
 LEAST_SPREAD = 1e-3  # share of the mean square that is variance
 LEAST_RANK = 0.03  # effective rank, as a share of the most that n rows of width D can have
-LEAST_DIRECTIONS = 2.0  # effective rank, whatever the width
+LEAST_DIRECTIONS = 2.0  # effective rank, for any width
 MOST_COSINE = 0.98  # mean cosine of two rows
-FULL = 0.3  # nats below log N at which an InfoNCE estimate says no more than "at least"
+FULL = 0.3  # nats below log N: a closer InfoNCE estimate is only a lower bound
 
-# What to turn where a feature has collapsed, by its name without what stands behind an underscore.
+# The options that fix a collapsed feature, by the first part of its name.
 REMEDIES = {
     'k': 'raise config.stage.knowledge.steps or config.losses.gen_knowledge.weight, or lower '
          'config.stage.knowledge.learning_rate; every later stage reads k',
@@ -26,16 +26,16 @@ REMEDIES = {
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Rows of x [n, D] scaled to length one, in float64; zero stays zero."""
+    """Scale the rows of x [n, D] to length one, in float64; zero stays zero."""
     x = np.asarray(x, np.float64)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def effective_rank(x: np.ndarray) -> float:
-    """exp of the entropy of the singular values' shares (Roy and Vetterli 2007, equation 4).
+    """Compute exp of the entropy of the singular values' shares.
 
-    Between 1 and min(n, D): n orthogonal rows of one length have n, multiples of one row have 1.
-    Of zeros it is 0 [ours].
+    The result is between 1 and min(n, D): n orthogonal rows of one length have n, multiples of one
+    row have 1. Zeros have 0 [ours]. Source: Roy and Vetterli 2007, equation 4 [paper].
     """
     values = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
     if not values.sum():
@@ -46,32 +46,39 @@ def effective_rank(x: np.ndarray) -> float:
 
 
 def mean_cosine(x: np.ndarray) -> float:
-    """Mean cosine of two different rows of x [n, D], n > 1. Rows of zeros have cosine 0."""
+    """Average the cosine of two different rows of x [n, D], n > 1. Rows of zeros have cosine 0."""
     n, total = len(x), unit(x).sum(0)
-    own = (np.linalg.norm(x, axis=1) > 0).sum()  # every row with itself
-    return float((total @ total - own) / (n * (n - 1)))
+    itself = (np.linalg.norm(x, axis=1) > 0).sum()  # the cosines of rows with themselves
+    return float((total @ total - itself) / (n * (n - 1)))
 
 
 def spread(x: np.ndarray) -> float:
-    """Variance of the rows of x [n, D] as a share of their mean square; of zeros it is 0."""
+    """Divide the variance of the rows of x [n, D] by their mean square; zeros have 0."""
     x = np.asarray(x, np.float64)
-    whole = (x * x).sum(1).mean()
-    return float(x.var(0).sum() / whole) if whole else 0.0
+    square = (x * x).sum(1).mean()
+    return float(x.var(0).sum() / square) if square else 0.0
 
 
 def alignment(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean squared distance of pairs on the unit sphere (Wang and Isola 2020, alpha = 2).
+    """Average the squared distance of pairs on the unit sphere.
 
-    x, y [n, D], row i of both a pair. 0: the same directions; 2: what unrelated pairs have; 4 at
-    most.
+    Source: Wang and Isola 2020, alpha = 2 [paper].
+
+    Args:
+      x: float [n, D].
+      y: float [n, D]. Row i of both is a pair.
+
+    Returns:
+      0 for equal directions, about 2 for unrelated pairs, at most 4.
     """
     return float(((unit(x) - unit(y)) ** 2).sum(1).mean())
 
 
 def uniformity(x: np.ndarray) -> float:
-    """log of the mean of exp(-2 d^2) over pairs of different rows on the unit sphere.
+    """Compute the log of the mean of exp(-2 d^2) over pairs of different rows on the unit sphere.
 
-    Wang and Isola 2020, t = 2. 0 where all rows are one, near -4 where they are spread evenly.
+    It is 0 where all rows are equal and near -4 where they are spread evenly. Source: Wang and
+    Isola 2020, t = 2 [paper].
     """
     x = unit(x)
     square = np.maximum((x * x).sum(1)[:, None] + (x * x).sum(1)[None] - 2 * x @ x.T, 0)
@@ -81,20 +88,21 @@ def uniformity(x: np.ndarray) -> float:
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear centred kernel alignment of x [n, D] and y [n, E] (Kornblith et al. 2019, section 3).
+    """Compute the linear centred kernel alignment of x [n, D] and y [n, E].
 
-    1 where one is a rotation of the other and scaled, 0 where no column of one is correlated with
-    one of the other; unrelated clouds of few rows read high, about D / n. A constant cloud has 0.
+    It is 1 where one cloud is the other rotated and scaled, and 0 where no column of one correlates
+    with a column of the other. Unrelated clouds of few rows have about D / n; a constant cloud has
+    0. Source: Kornblith et al. 2019, section 3 [paper].
     """
     x, y = (np.asarray(a, np.float64) - np.mean(a, 0, np.float64) for a in (x, y))
-    own = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
-    return float(np.linalg.norm(x.T @ y) ** 2 / own) if own else 0.0
+    scale = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return float(np.linalg.norm(x.T @ y) ** 2 / scale) if scale else 0.0
 
 
 def cross_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Root mean square of the correlations of x's columns [n, D] with y's [n, E], in 0..1.
+    """Compute the root mean square correlation of x's columns [n, D] with y's [n, E], in 0..1.
 
-    Uncorrelated columns read about n^-1/2. A column that does not vary has correlation 0.
+    Uncorrelated columns have about n^-1/2. A constant column has correlation 0.
     """
     x, y = (np.asarray(a, np.float64) - np.mean(a, 0, np.float64) for a in (x, y))
     x, y = (a / np.maximum(np.linalg.norm(a, axis=0), 1e-12) for a in (x, y))
@@ -102,10 +110,10 @@ def cross_correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def feature(x: np.ndarray) -> dict:
-    """A feature's figures, {name: number}, from its cloud [n, D].
+    """Describe a feature by its cloud [n, D]: {name: number}.
 
-    The effective rank is of the rows without their mean [ours], which has its say in `spread` and
-    `mean_cosine`.
+    The effective rank is that of the rows without their mean [ours]; `spread` and `mean_cosine`
+    include the mean.
     """
     x = np.asarray(x, np.float64)
     return {'rows': len(x), 'width': x.shape[1], 'effective_rank': effective_rank(x - x.mean(0)),
@@ -113,11 +121,12 @@ def feature(x: np.ndarray) -> dict:
 
 
 def pair(x: np.ndarray, y: np.ndarray, embedded: tuple | None = None) -> dict:
-    """Figures of two features whose rows are pairs, {name: number}.
+    """Describe two features whose rows are pairs: {name: number}.
 
     Args:
-      x, y: float [n, D] and [n, E].
-      embedded: both as their critic compares them, [n, F] each; None: as they are, if D = E.
+      x: float [n, D].
+      y: float [n, E].
+      embedded: the two as their critic compares them, [n, F] each. None: x and y, if D = E.
     """
     out = {'cka': linear_cka(x, y), 'cross_correlation': cross_correlation(x, y)}
     if embedded is None and x.shape[1] != y.shape[1]:
@@ -127,51 +136,51 @@ def pair(x: np.ndarray, y: np.ndarray, embedded: tuple | None = None) -> dict:
             'space': 'features' if embedded is None else 'critic'}
 
 
-def collapse(found: dict) -> list[str]:
-    """Why a feature with these figures (see `feature`) has collapsed; empty: it has not."""
-    most = min(found['rows'] - 1, found['width'])
+def collapse(numbers: dict) -> list[str]:
+    """List the reasons why a feature with these numbers of `feature` has collapsed, if any."""
+    most = min(numbers['rows'] - 1, numbers['width'])
     least = max(LEAST_RANK * most, min(LEAST_DIRECTIONS, 0.5 * most))
     why = []
-    if found['effective_rank'] < least:
-        why.append(f'its effective rank is {found["effective_rank"]:.2f} of {most}, below '
+    if numbers['effective_rank'] < least:
+        why.append(f'its effective rank is {numbers["effective_rank"]:.2f} of {most}, below '
                    f'{least:.1f}')
-    if found['mean_cosine'] > MOST_COSINE:
-        why.append(f'two rows have a mean cosine of {found["mean_cosine"]:.3f}, above '
+    if numbers['mean_cosine'] > MOST_COSINE:
+        why.append(f'two rows have a mean cosine of {numbers["mean_cosine"]:.3f}, above '
                    f'{MOST_COSINE}')
-    if found['spread'] < LEAST_SPREAD:
-        why.append(f'its variance is {found["spread"]:.1e} of its mean square, below '
+    if numbers['spread'] < LEAST_SPREAD:
+        why.append(f'its variance is {numbers["spread"]:.1e} of its mean square, below '
                    f'{LEAST_SPREAD}')
     return why
 
 
 def warnings(features: dict, held_out: dict, when: str) -> list[str]:
-    """What the figures of one moment warn of, a sentence or two each.
+    """Warn of the numbers of one moment, in a sentence or two each.
 
     Args:
-      features: {name: figures of `feature`}.
+      features: {name: numbers of `feature`}.
       held_out: {name: number} as the losses log them, on sessions the stage does not train on.
-      when: 'after stage transfer', say.
+      when: the moment, such as 'after stage transfer'.
     """
-    out = []
-    for name, found in features.items():
-        why = collapse(found)
+    out, begin = [], f'{when[0].upper()}{when[1:]}'
+    for name, numbers in features.items():
+        why = collapse(numbers)
         if why:
-            out.append(f'{when[0].upper()}{when[1:]} the feature {name} has collapsed: '
+            out.append(f'{begin} the feature {name} has collapsed: '
                        f'{", and ".join(why)}. Remedy: {REMEDIES[name.split("_")[0]]}.')
     for name, value in held_out.items():
         kind, _, loss = name.rpartition('/')
         if kind == 'log_q' and value <= 0:
-            out.append(f'{when[0].upper()}{when[1:]} the likelihood of q ({loss}) is '
-                       f'{value:.3f} nats per dimension above that of a Gaussian which knows only '
-                       'the mean and variances: no vCLUB figure made with it is a bound. Remedy: '
+            out.append(f'{begin} the likelihood of q ({loss}) is '
+                       f'{value:.3f} nats per dimension above that of a Gaussian with the same '
+                       'mean and variances: a vCLUB estimate with it is not a bound. Remedy: '
                        f'raise config.losses.{loss}.weight or the steps of the stage.')
         if name[:3] == 'mi_' and value < 0:
-            out.append(f'{when[0].upper()}{when[1:]} the estimate of {name[3:]} is {value:.3f} '
-                       'nats, which no mutual information is: its critic, or q, knows nothing of '
-                       'these sessions. Remedy: raise the steps of the stage, or the weight of '
-                       'the loss that fits it.')
+            out.append(f'{begin} the estimate of {name[3:]} is {value:.3f} nats, but mutual '
+                       'information is never negative: its critic, or q, does not fit these '
+                       'sessions. Remedy: raise the steps of the stage, or the weight of the loss '
+                       'that fits it.')
         if kind == 'room' and value < FULL:
-            out.append(f'{when[0].upper()}{when[1:]} the InfoNCE estimate of {loss} is within '
-                       f'{value:.2f} nats of log N, the most it can say: the mutual information '
-                       'is at least that. Remedy: a larger batch_size.')
+            out.append(f'{begin} the InfoNCE estimate of {loss} is within '
+                       f'{value:.2f} nats of its limit log N: the mutual information is at least '
+                       'that. Remedy: raise batch_size.')
     return out

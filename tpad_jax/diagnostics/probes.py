@@ -1,17 +1,19 @@
-"""Linear probes: what can be read off a feature by a straight line, on items training never met."""
+"""Linear probes: attributes predicted from a feature, on items without training sessions."""
 
 import numpy as np
 
 CLASSES = 50  # most common values of an attribute that are probed
-FITTED, SCORED = 20_000, 5_000  # items at most: a catalogue of millions needs no more
+FITTED, SCORED = 20_000, 5_000  # items at most: more would not change the accuracy
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, fit_on: np.ndarray,
                  ridge: float = 1e-2) -> float:
-    """Accuracy on the other rows of a ridge regression to one-hot labels, fitted on some.
+    """Fit a ridge regression to one-hot labels on some rows and measure it on the others.
 
     Args:
-      features: float [V, F]. labels: int [V]. fit_on: bool [V]; the rest is scored.
+      features: float [V, F].
+      labels: int [V].
+      fit_on: bool [V]. The rows to fit on; the others are scored.
       ridge: penalty, relative to the mean square of a standardised feature times the rows.
 
     Returns:
@@ -29,18 +31,20 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, fit_on: np.ndarray,
 
 def attributes(rows: np.ndarray, labels: dict[str, np.ndarray], warm: np.ndarray,
                seed: int = 0) -> dict:
-    """Probes of every attribute, fitted on warm items and scored on cold ones.
+    """Probe every attribute: fit on warm items, score on cold ones.
 
-    The most common `CLASSES` values among warm items are probed, and items that have one of them.
+    The `CLASSES` most common values among warm items are probed, on the items with these values.
 
     Args:
-      rows: float [V, ...], flattened. labels: {attribute: int [V]}, below 0 where it is unknown.
-      warm: bool [V]. seed: of the items drawn where there are more than `FITTED` or `SCORED`.
+      rows: float [V, ...]. Features; they are flattened.
+      labels: {attribute: int [V]}, below 0 where it is unknown.
+      warm: bool [V].
+      seed: of the items that are drawn, if there are more than `FITTED` or `SCORED`.
 
     Returns:
-      {attribute: {'accuracy', 'chance', 'rows', 'classes'}}; 'chance' is the share of the most
-      common value among the scored rows. An attribute without two values or without a cold item to
-      be scored on is left out.
+      {attribute: {'accuracy', 'chance', 'rows', 'classes'}}. 'chance' is the share of the most
+      common value among the scored rows. An attribute with fewer than two values, or without cold
+      items, is left out.
     """
     out = {}
     for name, label in labels.items():
