@@ -32,7 +32,7 @@ from tpad_jax import losses
 from tpad_jax.core import files
 from tpad_jax.data import batches
 from tpad_jax.job.job import Job
-from tpad_jax.models import tpad
+from tpad_jax.models import outputs
 from tpad_jax.mutual_information.critics import Critic, GaussianQ, Score
 from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch
@@ -123,7 +123,7 @@ def against_products(count=1024, width=256):
     """The losses of fixed shapes beside their products."""
     modules, params, features, batch = case((count, 1), width)
     chosen = step_lib.stage_losses(amazon.get_config(), 'transfer')
-    picked = tuple(one for one in chosen if one[0] in LOSSES)
+    picked = tuple(one for one in chosen if one.name in LOSSES)
     run, operands, shapes = products(count, width)
     singles = [partial(alone((one,), modules), features, params, batch) for one in picked]
     every = partial(alone(picked, modules), features, params, batch)
@@ -132,7 +132,7 @@ def against_products(count=1024, width=256):
     return {'milliseconds': 1e3 * np.median(times[:, 0]), 'batch': count, 'width': width,
             'products_milliseconds': 1e3 * np.median(times[:, 1]), 'gflop': work / 1e9,
             'ratio': np.median(times[:, 0] / times[:, 1]), 'ratios': times[:, 0] / times[:, 1],
-            'each': {one[0]: round(1e3 * float(t), 1) for one, t in
+            'each': {one.name: round(1e3 * float(t), 1) for one, t in
                      zip(picked, np.median(times[:, 2:], axis=0), strict=True)}}
 
 
@@ -155,11 +155,11 @@ def of_joint_step():
     drawn.close()
     step = jax.jit(partial(step_lib.train_step, spec=spec, axis=None))
     tree = unflatten_dict({**state.frozen, **state.params}, sep='/')
-    out = jax.jit(partial(tpad.forward, spec.model, needs=spec.needs, fresh=spec.fresh))(
+    out = jax.jit(partial(outputs.forward, spec.model, needs=spec.needs, fresh=spec.fresh))(
         tree, batch, catalogue, key=jax.random.key(0))
     modules = dict(job.spec.critics)
     modules = {f'critic.{n}': m for n, m in modules.items()} | {'club': job.spec.club}
-    picked = tuple(one for one in spec.losses if one[0] in LOSSES)
+    picked = tuple(one for one in spec.losses if one.name in LOSSES)
     features = {n: out[n] for n in FEATURES}
     params = {n: out[n].params for n in modules}
     times = seconds(partial(step, state, batch, catalogue),
@@ -177,7 +177,7 @@ def memory(count=32_768, width=64, chunk=512):
                          (features, batch))
     out = {'pairs': count, 'width': width, 'chunk': chunk}
     for name, size in (('whole', 0), ('chunked', chunk)):
-        picked = (('align', losses.infonce, 1.0, {'chunk': size}),)
+        picked = (losses.LossSpec('align', losses.infonce, 1.0, {'chunk': size}),)
         planned = alone(picked, modules).lower(grown[0], params, grown[1]).compile()
         out[name] = planned.memory_analysis().temp_size_in_bytes / 2**30
     return out

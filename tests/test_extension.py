@@ -16,20 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+from tests import tiny_stages
 from tests.job import test_job
 from tpad_jax import config, losses
+from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job
+from tpad_jax.losses import LossSpec, Out, check
 from tpad_jax.losses import __main__ as command
-from tpad_jax.losses import check
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch, Loss
 
 ROOT = Path(__file__).parents[1]
-HERE = 'test_extension'
+HERE = __name__
 base_dir, small = test_job.base_dir, test_job.config
 B, N, D = 8, 2, 4
 
@@ -48,23 +51,28 @@ class Counting(nn.Module):
         return x + self.variable('seen', 'count', jnp.zeros, ()).value
 
 
-def headed(out, batch, *, axis=None, head=None, x='r'):
+def headed(out, batch, *, head=None, x: Out = Out('r')):
     return Loss((head(out[x]) ** 2).mean(-1), batch.mask.astype(jnp.float32))
 
 
-def pull(out, batch, *, axis=None, x='r'):
+def silent(out, batch, *, head=None, x: Out = Out('r')):
     return (out[x] ** 2).mean(-1)[:, 0]
 
 
-def whole(out, batch, *, axis=None, x='r'):
+def pull(out, batch, *, x: Out = Out('r')):
+    return (out[x] ** 2).mean(-1)[:, 0]
+
+
+def whole(out, batch, *, x: Out = Out('r')):
     return (out[x] ** 2).mean(-1)
 
 
-def unmasked(out, batch, *, axis=None, x='r'):
+def unmasked(out, batch, *, x: Out = Out('r')):
     return (out[x] ** 2).mean((-1, -2))
 
 
-def contrast(out, batch, *, axis=None, x='r', y='t', critic='critic.distil'):
+def contrast(out, batch, *, x: Out = Out('r'), y: Out = Out('t'),
+             critic: Out = Out('critic.distil')):
     """Against this replica's positions only, repeats of an item among them."""
     a, b = (out[n].reshape(-1, out[n].shape[-1]) for n in (x, y))
     scores = jnp.where(batch.mask.reshape(-1), out[critic](a, b), -1e9)
@@ -72,16 +80,16 @@ def contrast(out, batch, *, axis=None, x='r', y='t', critic='critic.distil'):
     return Loss(value.reshape(batch.items.shape), batch.mask.astype(jnp.float32))
 
 
-def noisy(out, batch, *, axis=None, key=None, x='r'):
+def noisy(out, batch, *, key=None, x: Out = Out('r')):
     return (out[x] ** 2).mean(-1)[:, 0] * jax.random.uniform(key, batch.valid.shape)
 
 
-def noisy_by_row(out, batch, *, axis=None, key=None, x='r'):
+def noisy_by_row(out, batch, *, key=None, x: Out = Out('r')):
     drawn = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row)))(batch.row)
     return (out[x] ** 2).mean(-1)[:, 0] * drawn
 
 
-def counted(out, batch, *, axis=None, state=None, x='r'):
+def counted(out, batch, *, state=None, x: Out = Out('r')):
     value = (out[x] ** 2).mean(-1)[:, 0]
     return Loss(value, jnp.ones_like(value), state=state + 1)
 
@@ -89,23 +97,38 @@ def counted(out, batch, *, axis=None, state=None, x='r'):
 counted.initial_state = lambda: jnp.int32(0)
 
 
-def root(out, batch, *, axis=None, x='r'):
+def root(out, batch, *, x: Out = Out('r')):
     return jnp.sqrt(out[x][:, 0, 0])
 
 
-def hidden(out, batch, *, axis=None):
+def negative(out, batch, *, x: Out = Out('r')):
+    value = (out[x] ** 2).mean(-1)[:, 0]
+    return Loss(value, jnp.where(batch.row % 4 == 0, -0.5, 1.0))
+
+
+def settled(out, batch, *, x: Out = Out('t'), mode='t', widths=(), options=None, end=None):
+    assert (mode, widths, options['a']['b'], end) == ('t', (0.5, 1.0), (1,), None)
+    return (out[x] ** 2).mean(-1)[:, 0] * widths[1]
+
+
+def old(out, batch, *, axis=None, x='r', mode='cosine'):
+    assert mode == 'cosine'
+    return (out[x] ** 2).mean(-1)[:, 0]
+
+
+def hidden(out, batch):
     return out['r'].mean((1, 2))
 
 
-def swapped(batch, out, *, axis=None):
+def swapped(batch, out):
     return out
 
 
-def wanting(out, batch, *, axis=None, x, scale):
+def wanting(out, batch, *, x: Out, scale):
     return out[x] * scale
 
 
-def headless(out, batch, *, head, axis=None):
+def headless(out, batch, *, head):
     return head(out)
 
 
@@ -116,24 +139,24 @@ def entry(fn, **keywords):
 def chosen(**entries):
     c = config.get_config()
     c.losses.update(entries)
-    found = step_lib.stage_losses(c, 'recommend')
-    return found, step_lib.own_modules(c, found)
+    return step_lib.stage_losses(c, 'recommend')
 
 
 # --- what a config may say of a loss --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(('entry', 'told'), [
-    (entry('pul'), "fn='test_extension:pul' cannot be found: test_extension has no 'pul', but"),
-    (entry('B'), "fn='test_extension:B' is no function but a int"),
-    (entry('pull', y='t'), 'pull takes no y; it takes x'),
-    (entry('pull', x='q'), 'reads q, which no stage computes; there are c, '),
-    (entry('swapped'), r'swapped\(batch, out, \*, axis=None\) does not begin with \(out, batch\)'),
-    (entry('wanting', x='r'), 'cannot be called as a loss is .*scale'),
-    (entry('headless'), "wants a head; name its module in the config"),
+    (entry('pul'), f"fn='{HERE}:pul': it cannot be found; {HERE} has no 'pul', but"),
+    (entry('B'), f"fn='{HERE}:B': it is not a function but a int"),
+    (entry('pull', y='t'), 'pull takes no y. Expected keywords of x'),
+    (entry('pull', x=3), r'mine.x=3: x names an output. Expected a string'),
+    (entry('pull', x='q'), 'reads q, which no stage computes. Expected c, '),
+    (entry('swapped'), r'swapped\(batch, out\) does not begin with \(out, batch\)'),
+    (entry('wanting', x='r'), 'cannot be called as a loss .*scale'),
+    (entry('headless'), 'needs a head. Expected a flax module in the entry'),
     (entry('pull', module=f'{HERE}:Head'), 'takes no head, but the config names a module'),
-    (entry('headed', module=f'{HERE}:Hea'), "module='test_extension:Hea' cannot be found"),
-    (entry('headed', module=f'{HERE}:headed'), 'is no flax.linen.Module but headed'),
+    (entry('headed', module=f'{HERE}:Hea'), f"module='{HERE}:Hea': it cannot be found"),
+    (entry('headed', module=f'{HERE}:headed'), 'it is not a flax.linen.Module but headed'),
     (entry('headed', module=f'{HERE}:Head', fields=dict(wide=1)), "fields={'wide': 1}"),
     (entry('pull', schedule=((5, 1.0), (5, 0.0))), 'pairs .* with rising steps'),
     (entry('pull', schedule=(0, 1.0)), 'pairs .* with rising steps'),
@@ -146,13 +169,13 @@ def test_a_wrong_entry_is_one_sentence(entry, told):
 def test_what_a_stage_comes_too_early_for_is_refused_before_it():
     c = config.get_config()
     c.losses.mine = ConfigDict(dict(fn=f'{HERE}:pull', weight=1.0, stages='transfer', x='h'))
-    with pytest.raises(InputError, match=r'reads h, which stage transfer does not compute \(the '
-                                         'recommender reads r, which is there behind that stage'):
+    with pytest.raises(InputError, match=r'it reads h, which stage transfer does not compute \(the '
+                                         'recommender reads r, which a later stage makes'):
         step_lib.stage_losses(c, 'transfer')
     c.model.recommend = 'k'  # that is there
-    assert 'mine' in [name for name, *_ in step_lib.stage_losses(c, 'transfer')]
+    assert 'mine' in [spec.name for spec in step_lib.stage_losses(c, 'transfer')]
     c.losses.mine.stages = 'knowledge'
-    with pytest.raises(InputError, match='the recommender reads k, which is there behind'):
+    with pytest.raises(InputError, match='the recommender reads k, which a later stage makes'):
         step_lib.stage_losses(c, 'knowledge')
 
 
@@ -162,7 +185,7 @@ def test_the_recommend_stage_reads_no_content(x, form, refused):
     c = config.get_config()
     c.model.form = form
     c.losses.mine = entry('pull', x=x)
-    told = f'reads {x}, which stage recommend does not compute .stage recommend reads no content'
+    told = f'it reads {x}, which stage recommend does not compute .stage recommend reads no content'
     with pytest.raises(InputError, match=told) if refused else contextlib.nullcontext():
         step_lib.stage_losses(c, 'recommend')
 
@@ -182,16 +205,16 @@ def test_a_module_that_does_not_import_says_why(tmp_path, monkeypatch):
     (Loss(jnp.ones(B), jnp.ones(B), metrics={'m': jnp.ones(3)}), r"metric 'm' of .* float32 \[3\]"),
 ])
 def test_a_wrong_shape_says_what_came_and_what_the_contract_is(result, told):
-    def fn(out, batch, *, axis=None):
+    def fn(out, batch):
         return result
 
     with pytest.raises(InputError, match=told):
-        losses.combine((('mine', fn, 1.0, {}),), {}, batch_of(), {})
+        losses.combine((LossSpec('mine', fn),), {}, batch_of(), {})
 
 
 def test_an_output_that_no_keyword_names_is_explained():
-    with pytest.raises(InputError, match=r"reads out\['r'\] without saying so"):
-        losses.combine((('mine', hidden, 1.0, {}),), {}, batch_of(), {})
+    with pytest.raises(InputError, match=r"reads out\['r'\], which no keyword names"):
+        losses.combine((LossSpec('mine', hidden),), {}, batch_of(), {})
 
 
 def batch_of(row=None):
@@ -201,17 +224,57 @@ def batch_of(row=None):
 
 def test_a_schedule_is_numpys_interpolation_logged_and_under_jit():
     points = ((2, 0.0), (6, 1.0), (8, 0.5))
-    weight = losses.weigh('mine', 3.0, points)
-    run = jax.jit(lambda step: losses.combine(
-        (('mine', pull, weight, {}),), {'r': jnp.full((B, N, D), 2.0)}, batch_of(), {},
-        step=step)[::2])
+    spec = LossSpec('mine', pull, 3.0, schedule=points)
+    out = {'r': jnp.full((B, N, D), 2.0)}
+    run = jax.jit(lambda step: losses.combine((spec,), out, batch_of(), {}, step=step)[::2])
     for step in (0, 2, 3, 6, 7, 50):
         total, logged = run(jnp.int32(step))
         expected = 3 * np.interp(step, *np.transpose(points))
         assert float(logged['weight/mine']) == pytest.approx(expected)
         assert float(total) == pytest.approx(4 * expected)
         assert float(logged['mine']) == pytest.approx(4)
-    assert losses.weigh('mine', 3.0) == 3.0
+    assert LossSpec('mine', pull, 3.0).weight_at(7) == 3.0
+
+
+def test_an_output_is_marked_by_its_type_and_any_other_string_is_a_setting():
+    assert LossSpec('mine', settled, 1.0, {'mode': 'r'}).reads == {'x': 't'}
+    assert LossSpec('mine', settled, 1.0, {'x': 'h'}).reads == {'x': 'h'}
+
+
+def test_the_old_form_still_runs_and_names_outputs_by_their_names():
+    assert LossSpec('mine', old).reads == {'x': 'r'}
+    assert LossSpec('mine', old, 1.0, {'x': 'q'}).needs == {'q'}  # refused as no stage computes it
+    total, _, _ = losses.combine((LossSpec('mine', old),), {'r': jnp.full((B, N, D), 2.0)},
+                                 batch_of(), {})
+    assert float(total) == pytest.approx(4)
+    form, = (finding for finding in check.check(old) if finding.what == 'form')
+    assert "x: Out = Out('r')" in form.text
+
+
+def test_settings_of_any_type_are_hashable_and_measured_on_held_out_sessions():
+    """The diagnostics compile a function per set of losses, which they look up by its hash."""
+    model, params, _ = tiny_stages.model()
+    c = tiny_stages.make_config().copy_and_resolve_references()
+    c.unlock()
+    for name in c.losses:
+        c.losses[name].weight = 0.0
+    settings = dict(mode='t', widths=[0.5, 1.0], options=dict(a=dict(b=[1])), end=None)
+    c.losses.mine = ConfigDict(dict(fn=f'{HERE}:settled', weight=1.0, stages='transfer',
+                                    **settings))
+    spec = step_lib.make_spec(c, 'transfer', model, 0)
+    assert spec.losses[0] == LossSpec('mine', settled, 1.0, settings)
+    assert hash(spec) == hash(step_lib.make_spec(c, 'transfer', model, 0))
+    items = np.ones((3, tiny_stages.N), np.int32)
+    rows = Batch(items, items, items[:, 0], items[:, 0] > 0, items[:, 0])
+    features = {name: np.full((3, tiny_stages.N, 16), 2.0, np.float32) for name in snapshots.READ}
+    measured, _ = snapshots._measure(spec, unflatten_dict(params, sep='/'), rows, np.arange(5),
+                                     features, 3)
+    assert measured['mine'] == pytest.approx(4)
+
+
+def test_a_setting_that_is_not_hashable_is_refused():
+    with pytest.raises(InputError, match=r'losses.mine.widths=.*ndarray is not hashable'):
+        LossSpec('mine', settled, 1.0, {'widths': np.ones(2)})
 
 
 # --- parameters of a loss's own -------------------------------------------------------------------
@@ -220,15 +283,15 @@ def test_a_schedule_is_numpys_interpolation_logged_and_under_jit():
 @lru_cache
 def started():
     """A stage of one loss with a head on a made-up recommender, and its first parameters."""
-    found, modules = chosen(next_item=dict(weight=0.0),
-                            mine=entry('headed', module=f'{HERE}:Head', fields=dict(width=5)))
-    spec = step_lib.StepSpec(None, found, frozenset({'r'}), frozenset(), optax.sgd(0.1), 3, modules)
+    specs = chosen(next_item=dict(weight=0.0),
+                   mine=entry('headed', module=f'{HERE}:Head', fields=dict(width=5)))
+    spec = step_lib.StepSpec(None, specs, frozenset(), optax.sgd(0.1), 3)
     params = {'a/w': jnp.ones((2, 2)), 'b': jnp.ones(3)}
 
     def outputs(params, batch):
         return {'r': jnp.ones((B, N, D)) * params['b'].sum()}, batch
 
-    return spec, params, losses.first_parameters(modules, found, outputs, (params, batch_of()), 3)
+    return spec, params, losses.first_parameters(specs, outputs, (params, batch_of()), 3)
 
 
 def test_own_parameters_come_from_the_seed_and_the_name_alone():
@@ -237,8 +300,8 @@ def test_own_parameters_come_from_the_seed_and_the_name_alone():
         'loss/mine/Dense_0/kernel': (D, 5), 'loss/mine/Dense_0/bias': (5,)}
 
     def again(name, seed):
-        found = ((name, headed, 1.0, {}),)
-        drawn = losses.first_parameters(((name, Head(5)),), found, lambda p, b: (
+        spec = LossSpec(name, headed, module=Head(5))
+        drawn = losses.first_parameters((spec,), lambda p, b: (
             {'r': jnp.zeros((B, N, D))}, b), (params, batch_of()), seed)
         return drawn[f'loss/{name}/Dense_0/kernel']
 
@@ -263,7 +326,7 @@ def test_a_head_gets_its_parameters_and_a_gradient():
     def objective(kernel):
         tree = {'loss': {'mine': {'Dense_0': {'kernel': kernel, 'bias': jnp.full(5, x)}}}}
         return losses.combine(spec.losses, out, batch_of(), {},
-                              heads=losses.bound(spec.modules, tree))[0]
+                              heads=losses.bound(spec.losses, tree))[0]
 
     kernel = own['loss/mine/Dense_0/kernel']
     value, slope = jax.value_and_grad(objective)(kernel)
@@ -273,11 +336,11 @@ def test_a_head_gets_its_parameters_and_a_gradient():
 
 
 @pytest.mark.parametrize(('fn', 'module', 'told'), [
-    (headed, Counting(), 'module keeps seen; it may have parameters alone'),
-    (pull, Head(), 'its function never calls head')])
+    (headed, Counting(), 'it has seen. Expected parameters alone'),
+    (silent, Head(), 'the function never calls head')])
 def test_a_module_that_cannot_be_trained_is_refused(fn, module, told):
     with pytest.raises(InputError, match=told):
-        losses.first_parameters((('mine', module),), (('mine', fn, 1.0, {}),), lambda b: (
+        losses.first_parameters((LossSpec('mine', fn, module=module),), lambda b: (
             {'r': jnp.ones((B, N, D))}, b), (batch_of(),), 0)
 
 
@@ -289,12 +352,12 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
     value = jnp.where(jnp.isin(jnp.arange(B), jnp.array([1, 6, 7])), jnp.nan, 1.0)
     batch = batch_of(10 * jnp.arange(B)).replace(valid=jnp.arange(B) < 7)
 
-    def bad(out, batch, *, axis=None, x='v'):
+    def bad(out, batch, *, x: Out = Out('v')):
         return out[x]
 
     def step(value, batch, axis):
-        found = (('fine', bad, 1.0, {'x': 'w'}), ('bad', bad, 1.0, {}))
-        return losses.combine(found, {'v': value, 'w': jnp.ones_like(value)}, batch, {}, axis=axis,
+        specs = LossSpec('fine', bad, 1.0, {'x': 'w'}), LossSpec('bad', bad)
+        return losses.combine(specs, {'v': value, 'w': jnp.ones_like(value)}, batch, {}, axis=axis,
                               rows=True)[2]
 
     if replicas == 1:
@@ -309,7 +372,8 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
     clean = {**logged, 'bad': 1.0, 'loss': 1.0}
     wrote = SimpleNamespace(scalars=lambda *_: pytest.fail('wrote what is not finite'))
     loop = SimpleNamespace(name='transfer', log_every=4, writer=wrote, shown=(), broken=None)
-    spec = SimpleNamespace(losses=(('fine',), ('bad',)), skip=0)
+    specs = SimpleNamespace(name='fine'), SimpleNamespace(name='bad')
+    spec = SimpleNamespace(losses=specs, skip=0)
     recent = [(2, clean), (3, logged), (4, {**logged, 'fine': np.nan})]
     with pytest.raises(FloatingPointError, match=(
             'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60'
@@ -324,7 +388,7 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
 
 
 def breaches(fn, keywords=(), module=None):
-    return {finding.what: finding.told for finding in check.check(fn, keywords, module)
+    return {finding.what: finding.text for finding in check.check(fn, keywords, module)
             if finding.ok is False}
 
 
@@ -342,7 +406,9 @@ def test_check_finds_nothing_wrong_with_a_good_loss(capsys):
 
 @pytest.mark.parametrize(('fn', 'breach', 'told'), [
     (swapped, 'contract', 'does not begin with'), (whole, 'contract', r'float32 \[16, 3\]'),
-    (root, 'finite', r'the value is nan in rows \d'), (hidden, 'contract', 'without saying so'),
+    (root, 'finite', r'the value is nan in rows \d'),
+    (negative, 'finite', 'a row weight is below 0; .* in the config: rows 0, '),
+    (hidden, 'contract', 'which no keyword names'),
     (headed, 'runs', r'test_extension.py, line \d+: TypeError'),
 ])
 def test_check_ends_where_nothing_can_follow(fn, breach, told):
@@ -363,7 +429,7 @@ def test_check_says_how_draws_and_states_are_kept():
     rows = breaches(noisy)['rows']
     assert rows.endswith('by jax.random.fold_in(key, row), its row being of batch.row')
     assert not breaches(noisy_by_row)
-    assert breaches(counted)['no rows'].endswith('a state goes on as it was where no row counts')
+    assert breaches(counted)['no rows'].endswith('a state stays as it is if no row counts')
 
 
 def test_the_command_refuses_in_words(capsys):

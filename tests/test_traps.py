@@ -21,6 +21,7 @@ from tpad_jax.evaluation import evaluate, metrics, slices
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job import job
 from tpad_jax.models import tpad
+from tpad_jax.models.sessions import ENCODERS
 
 V, N = 30, 6
 TABLES = 'train', 'valid', 'warm', 'side', 'side_sizes', 'titles'  # of pipeline.Data
@@ -72,7 +73,7 @@ def neural(encoder, **rates):
 
 
 SCORERS = {**{name: partial(baseline, name) for name in rules.BASELINES},
-           **{name: partial(neural, name) for name in tpad.ENCODERS},
+           **{name: partial(neural, name) for name in ENCODERS},
            'repeats': partial(neural, 'attention', repeats=True)}
 
 
@@ -114,7 +115,7 @@ def repeatable(score):
     return twice[0] == twice[1]
 
 
-@pytest.mark.parametrize('encoder', tpad.ENCODERS)
+@pytest.mark.parametrize('encoder', ENCODERS)
 def test_nothing_is_dropped_at_test(encoder, monkeypatch):
     seen = []
     original = tpad.encode_sessions

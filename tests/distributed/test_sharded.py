@@ -55,7 +55,7 @@ def step(state, batch, catalogue, *, loss, tx, axis):
         z = params[TABLE] + state.frozen['recommender/fusion/shared']
         out = {'z': z, 'h': z[batch.items].mean(axis=1) @ params['recommender/gnn/w'],
                'repeat': None, **catalogue}
-        total, _, logged = losses.combine((('it', loss, 1.0, {}),), out, batch, {}, axis=axis,
+        total, _, logged = losses.combine((losses.LossSpec('it', loss),), out, batch, {}, axis=axis,
                                           key=key)
         return total, logged
 

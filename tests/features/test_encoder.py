@@ -18,7 +18,7 @@ from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.features import encoder as encoder_lib
 from tpad_jax.features import store
-from tpad_jax.models import tpad
+from tpad_jax.models import readers, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 
 V, T, SIDE, ROWS, PART = 53, 40, 8, 8, 16
@@ -113,8 +113,8 @@ def test_buckets_give_the_rows_of_no_buckets():
     c = content()
     assert len(encoder_lib.buckets(c.tokens, PART)) == 2
     everything = jax.jit(lambda p: (
-        tpad.read_items(spec, p, 'knowledge', c.image, c.has_image, c.tokens),
-        tpad.distil_items(spec, p, c.image, c.has_image, c.tokens)))(params)
+        readers.read_items(spec, p, 'knowledge', c.image, c.has_image, c.tokens),
+        readers.distil_items(spec, p, c.image, c.has_image, c.tokens)))(params)
     for name, whole in zip(('k', 'r'), everything, strict=True):
         found, whole = rows()[name], np.asarray(whole)
         assert found.dtype == np.float32
@@ -255,7 +255,7 @@ def test_r_without_a_reading_of_its_own_is_read_under_the_adapter_of_k():
     one = encoder_lib.Encoder(spec, content(), ('r',), rows=ROWS, part=PART)
     own = {**params, 'lora': {'knowledge': params['lora']['knowledge']}}
     c = content()
-    expected = tpad.distil_items(spec, own, c.image[1:], c.has_image[1:], c.tokens[1:])
+    expected = readers.distil_items(spec, own, c.image[1:], c.has_image[1:], c.tokens[1:])
     np.testing.assert_allclose(one(params)['r'][1:], expected, atol=1e-5)
     assert one.made_by(params)['r']['adapter'] == 'knowledge'
 

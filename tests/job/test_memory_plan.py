@@ -21,7 +21,7 @@ from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
 from tpad_jax.job import memory_plan
 from tpad_jax.job.live_bytes import live_bytes
-from tpad_jax.models import tpad
+from tpad_jax.models import sessions, tpad
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
@@ -169,7 +169,7 @@ class Mean(nn.Module):
 
 
 def test_an_added_encoder_is_planned(monkeypatch):
-    monkeypatch.setitem(tpad.ENCODERS, 'mean', lambda model, *, max_length, **_: Mean(max_length))
+    monkeypatch.setitem(sessions.ENCODERS, 'mean', lambda model, *, max_length, **_: Mean(max_length))
     c = base.get_config()
     c.model.encoder = 'mean'
     assert memory_plan.stage_plan(recommender(c, 2000), 'recommend').temporary > 4 * 512 * 2000

@@ -7,15 +7,16 @@ import pytest
 
 from tpad_jax import losses
 from tpad_jax.errors import InputError
+from tpad_jax.losses import LossSpec, Out
 from tpad_jax.nn import mlp
 from tpad_jax.types import Batch, Loss
 
 
-def per_row(out, batch, *, axis=None, a='a'):
+def per_row(out, batch, *, a: Out = Out('a')):
     return out[a]
 
 
-def stateful(out, batch, *, axis=None, state=None, key=None, a='a'):
+def stateful(out, batch, *, state=None, key=None, a: Out = Out('a')):
     weight = jnp.array([[1.0, 0.5], [0.0, 2.0], [1.0, 1.0]])
     value = jnp.array([[4.0, 2.0], [jnp.inf, 1.0], [jnp.nan, 7.0]])  # row 2 is not valid
     draw = jnp.broadcast_to(jax.random.uniform(key), value.shape)
@@ -26,10 +27,10 @@ def test_combine_averages_weighs_logs_and_carries_state():
     batch = Batch(items=np.ones((3, 2), np.int32), next=None, target=None,
                   valid=np.array([True, True, False]), row=np.arange(3))
     out = {'a': jnp.array([1.0, 3.0, 100.0]), 'b': jnp.array([5.0, 5.0, 0.0])}
-    chosen = (('first', per_row, 0.5, {}), ('again', per_row, 2.0, {'a': 'b'}),
-              ('last', stateful, 3.0, {}), ('lastly', stateful, 0.0, {}))
+    specs = (LossSpec('first', per_row, 0.5), LossSpec('again', per_row, 2.0, {'a': 'b'}),
+             LossSpec('last', stateful, 3.0), LossSpec('lastly', stateful, 0.0))
     state = {'last': {'seen': 4}, 'lastly': {'seen': 0}, 'other': {'kept': 1}}
-    total, new, logged = losses.combine(chosen, out, batch, state, key=jax.random.key(0))
+    total, new, logged = losses.combine(specs, out, batch, state, key=jax.random.key(0))
     mean = (4 * 1 + 2 * 0.5 + 1 * 2) / 3.5
     assert logged.keys() == {'first', 'again', 'last', 'lastly', 'double/last', 'double/lastly',
                              'draw/last', 'draw/lastly', 'loss'}
@@ -56,17 +57,18 @@ def test_resolve_refuses_what_is_not_there(fn):
 
 
 def test_needs_names_the_outputs_a_loss_reads():
-    assert losses.needs('align', losses.infonce, {}) == {'k', 'c', 'items', 'critic.align'}
+    assert LossSpec('align', losses.infonce).needs == {'k', 'c', 'items', 'critic.align'}
     entry = {'x': 'r_next', 'y': 'p', 'ids': 'next', 'critic': 'critic.distil', 'temperature': 0.2}
-    assert losses.needs('distil', losses.infonce, entry) == {'r_next', 'p', 'next', 'critic.distil'}
-    assert losses.needs('rec', losses.next_item, {'dtype': 'bfloat16'}) == {
+    assert LossSpec('distil', losses.infonce, 1.0, entry).needs == {
+        'r_next', 'p', 'next', 'critic.distil'}
+    assert LossSpec('rec', losses.next_item, 1.0, {'dtype': 'bfloat16'}).needs == {
         'h', 'z', 'warm', 'repeat'}
 
 
 @pytest.mark.parametrize('keyword', ['temperatur', 'axis', 'batch', 'state'])
 def test_needs_refuses_a_keyword_that_is_not_the_configs(keyword):
-    with pytest.raises(InputError, match=rf'losses\.align: mine takes no {keyword}; .*decay'):
-        losses.needs('align', losses.mine, {keyword: 'k'})
+    with pytest.raises(InputError, match=rf'losses\.align: mine takes no {keyword}. .*decay'):
+        LossSpec('align', losses.mine, 1.0, {keyword: 'k'})
 
 
 @pytest.mark.parametrize('name', ['next_item', 'sampled_next_item'])

@@ -11,7 +11,7 @@ import pytest
 from tpad_jax import config, losses
 from tpad_jax.losses import check, example, pairs
 from tpad_jax.losses.example import REPLICAS, B, D, N, V, make, make_params, named
-from tpad_jax.models import tpad
+from tpad_jax.models import outputs
 from tpad_jax.mutual_information import critics
 
 PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
@@ -27,7 +27,7 @@ jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 def mean_loss(fn, out, batch):
     """The loss as `combine` averages it."""
-    return losses.combine((('it', fn, 1.0, {}),), out, batch, {})[0]
+    return losses.combine((losses.LossSpec('it', fn),), out, batch, {})[0]
 
 
 def close(got, expected, tolerance=2e-5):
@@ -58,27 +58,29 @@ EVERY = {fn.__name__: fn for fn in PUBLIC} | FORMS
 def test_contract(fn):
     """Shape, finite, padding without influence, nothing but padding, 1 device == 8."""
     fn, keywords = (fn.func, fn.keywords) if isinstance(fn, partial) else (fn, {})
-    trial = check.Trial(fn, keywords)
-    absent = losses.needs('it', fn, keywords) - trial.outputs
-    assert not absent, f'add what `forward` calls {absent} to losses/example.py'
+    trial = check.Trial(losses.LossSpec(check.NAME, fn, check.WEIGHT, keywords))
     found = [look() for look in (trial.shape, trial.finite, trial.slope, trial.padding, trial.fewer,
-                                 trial.nobody, trial.repeats)]
+                                 trial.only_padding, trial.repeats)]
     assert not [finding for finding in found
                 if not (finding.ok or (fn in CUT and finding.what == 'slope')
                         or (finding.what == 'repeats' and 'scale' in keywords))]
-    assert largest(trial.found[1]) > 1e-4
+    assert largest(trial.result[1]) > 1e-4
 
     many = jax.pmap(partial(trial.step, axis='data'), axis_name='data', in_axes=(None, 0, 0, None),
                     out_axes=None)
     parts = jax.tree.map(lambda x: np.reshape(x, (REPLICAS, -1, *x.shape[1:])),
                          (trial.raw, trial.batch))
-    close(many(trial.params, *parts, trial.state), trial.found)
+    close(many(trial.params, *parts, trial.state), trial.result)
 
 
-def test_there_is_an_example_of_every_output():
+def test_there_is_an_example_of_every_output_of_its_shape_and_dtype():
     batch, raw = make(0)
-    assert jax.eval_shape(named, make_params(0), raw, batch).keys() == tpad.OUTPUTS | {
-        f'critic.{name}' for name in config.model().critics}
+    out = jax.eval_shape(named, make_params(0), raw, batch)
+    assert sorted(out) == outputs.names(config.model().critics)
+    for name, entry in outputs.OUTPUTS.items():
+        if entry.shape:
+            shape = tuple(example.SIZES[size] for size in entry.shape.split(', '))
+            assert (out[name].shape, out[name].dtype) == (shape, entry.dtype), name
 
 
 def test_the_contract_is_tested_for_every_loss():
@@ -251,7 +253,7 @@ def test_chunked_is_whole(kind, fns):
     assert {fn.__name__ for fn in CHUNKED} >= {'infonce', 'mine', 'nwj', 'jsd', 'smile', 'l1out'}
     batch, raw = make(0)
     params = make_params(2)
-    raw = example.foretold(params, raw)
+    raw = example.predicted(params, raw)
     critic = critics.Critic(kind, 6)
     shape = jax.eval_shape(critic.init, jax.random.key(0), raw['k'][0], raw['c'][0])['params']
     params['critic.align'] = {'params': jax.tree.map(
@@ -260,7 +262,8 @@ def test_chunked_is_whole(kind, fns):
     def objective(params, fn, chunk):
         out = named(params, raw, batch)
         out['critic.align'] = critics.Score(critic, params['critic.align']['params'])
-        return losses.combine((('it', fn, 1.0, {'chunk': chunk}),), out, batch, {})[::2]
+        return losses.combine((losses.LossSpec('it', fn, 1.0, {'chunk': chunk}),), out, batch,
+                              {})[::2]
 
     def measured(params):
         return [[jax.value_and_grad(objective, has_aux=True)(params, fn, chunk) for fn in fns]

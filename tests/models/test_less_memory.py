@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-
 from tests.job.test_plan import FRAME, QWEN, small
+
 from tpad_jax import config as base
 from tpad_jax import losses
 from tpad_jax.distributed import devices as devices_lib
-from tpad_jax.models import tpad
+from tpad_jax.models import readers
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
@@ -53,7 +53,7 @@ def test_items_read_in_chunks_are_the_same_items():
     def run(chunk):
         def total(trained):
             model.chunk = chunk
-            k = tpad.read_items(model, {**params, **trained}, 'distil', *given)
+            k = readers.read_items(model, {**params, **trained}, 'distil', *given)
             return (k * weight).sum(), k
 
         (_, k), grads = quick(jax.value_and_grad(total, has_aux=True))(

@@ -11,7 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.evaluation import scorers
-from tpad_jax.models import stream, tpad
+from tpad_jax.models import outputs, readers, stream, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.builtin.vision import VisionTower
 from tpad_jax.nn import linear
@@ -86,7 +86,7 @@ def params():
 
 @partial(jit, static_argnames=('spec', 'needs', 'fresh'))
 def forward(spec, params, batch, catalogue, needs, fresh, key=None):
-    return tpad.forward(spec, params, batch, catalogue, needs, fresh, key)
+    return outputs.forward(spec, params, batch, catalogue, needs, fresh, key)
 
 
 def same(a, b):
@@ -174,7 +174,7 @@ def test_vision_tower_halves_at_every_stage():
 
 
 def test_knowledge_reads_what_is_given_and_nothing_else(params):
-    read = jit(lambda image, has, tokens, keep: tpad.read_items(
+    read = jit(lambda image, has, tokens, keep: readers.read_items(
         SPEC, params, 'knowledge', image, has, tokens, keep))
     c = make_content(np.random.default_rng(0), 8)
     image, has, tokens = c['image'], c['has_image'], c['tokens']
@@ -201,7 +201,7 @@ def test_knowledge_reads_what_is_given_and_nothing_else(params):
 
 
 def test_transfer_features_do_not_see_later_items(params):
-    variables = tpad.transfer_variables(SPEC, params)
+    variables = readers.transfer_variables(SPEC, params)
     read = jit(lambda x, there, mask: SPEC.transfer.apply(variables, stream.plain(x, there), mask))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 3, 2, BASE['width'])).astype(np.float32)
@@ -247,7 +247,7 @@ def test_session_features_from_ids_to_t(params, form, stage):
 
 def test_the_writer_sees_the_words_before_only(params):
     """Of a text being written, position t is predicted from words before t, and from those kept."""
-    variables = tpad.transfer_variables(SPEC, params)
+    variables = readers.transfer_variables(SPEC, params)
     write = jit(partial(SPEC.transfer.apply, variables, method='foretell'))
     rng = np.random.default_rng(0)
     t = rng.normal(size=(3, M * D)).astype(np.float32)
@@ -272,7 +272,7 @@ def reading(params, adapter):
     """k of fixed items, under an adapter (a tree; {} for none)."""
     c = make_content(np.random.default_rng(0), 8)
     params = {**params, 'lora': {'knowledge': adapter}}
-    return tpad.read_items(SPEC, params, 'knowledge', c['image'], c['has_image'], c['tokens'])
+    return readers.read_items(SPEC, params, 'knowledge', c['image'], c['has_image'], c['tokens'])
 
 
 def test_a_fresh_adapter_is_nothing_and_a_trained_one_is_a_change_of_the_kernels(params):
@@ -299,7 +299,7 @@ def test_a_reader_trains_its_own_adapter_only(params):
     c = make_content(np.random.default_rng(0), 8)
 
     def objective(adapters):
-        r = tpad.distil_items(SPEC, {**params, 'lora': adapters}, c['image'], c['has_image'],
+        r = readers.distil_items(SPEC, {**params, 'lora': adapters}, c['image'], c['has_image'],
                               c['tokens'])
         return (r[:, 0] ** 2).sum()
 
@@ -337,8 +337,9 @@ def test_every_stage_gets_what_it_needs(params, stage, form):
         batch = Batch(*(getattr(batch, n) for n in ('items', 'next', 'target', 'valid', 'row')))
     if stage == 'knowledge':  # an item is a session of one
         batch = batch.replace(items=batch.items[:, :1], slots=batch.slots[:, :1])
-    out = jax.eval_shape(partial(tpad.forward, replace(SPEC, form=form), needs=needs, fresh=fresh,
-                                 key=jax.random.key(0)), params, batch, make_catalogue())
+    out = jax.eval_shape(partial(
+        outputs.forward, replace(SPEC, form=form), needs=needs, fresh=fresh,
+        key=jax.random.key(0)), params, batch, make_catalogue())
     assert needs <= out.keys()
     for name in needs & SHAPES.keys():
         assert out[name].shape == SHAPES[name], name
@@ -352,7 +353,7 @@ def test_item_vectors_of_any_feature_fresh_or_stored(params, recommend):
 
     def outputs(params, batch, catalogue, fresh):
         own = {'recommender': tpad.recommender_init(jax.random.key(0), spec, catalogue)}
-        return tpad.forward(spec, params | own, batch, catalogue, frozenset({'h'}), fresh)
+        return outputs.forward(spec, params | own, batch, catalogue, frozenset({'h'}), fresh)
 
     for fresh in (frozenset(), frozenset({'k', 'r'})):
         out = jax.eval_shape(partial(outputs, fresh=fresh), params, make_batch(), make_catalogue())

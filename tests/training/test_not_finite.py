@@ -11,6 +11,7 @@ import pytest
 
 from tests.tiny_stages import draw, make_config, model
 from tpad_jax.distributed import devices as devices_lib
+from tpad_jax.losses import LossSpec
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
@@ -46,7 +47,7 @@ def run(tmp_path, how, skip):
     config = make_config().copy_and_resolve_references()
     config.skip_not_finite = skip
     step = step_lib.make_spec(config, 'recommend', spec, seed=5)
-    step = replace(step, losses=(*step.losses, ('spoiled', spoiled(how), 1.0, {})))
+    step = replace(step, losses=(*step.losses, LossSpec('spoiled', spoiled(how))))
     logged = {}
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda _, n, x: logged.update({n: x}))
     checkpoints = Checkpoints(tmp_path / 'stage')

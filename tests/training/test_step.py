@@ -97,7 +97,7 @@ def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
     run = runs(stage, 'jit')
     asked = {name for name, entry in make_config().losses.items()
              if stage in entry.stages.split(',') and entry.weight}
-    assert {name for name, *_ in run.spec.losses} == asked
+    assert {loss.name for loss in run.spec.losses} == asked
     assert asked | {'loss', 'optim/grad_norm'} <= run.metrics[1].keys()
     still = {path for path, x in run.params.items() if np.array_equal(x, model()[1][path])}
     assert still == set()

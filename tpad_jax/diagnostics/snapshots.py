@@ -8,9 +8,9 @@ beside it (float16, for the figure); a stage that is taken up again reads them t
 session, in evaluation mode: nothing is dropped or withheld.
 """
 
-import inspect
 import json
 import time
+from dataclasses import replace
 from functools import lru_cache
 
 import jax
@@ -25,12 +25,12 @@ from tpad_jax.data.synthetic import wording
 from tpad_jax.diagnostics import clouds as clouds_lib
 from tpad_jax.diagnostics import probes
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.models import tpad
+from tpad_jax.models import outputs, tpad
 from tpad_jax.models.knowledge import MODALITIES
 from tpad_jax.types import Batch
 
 MOMENTS = {'knowledge': ('after',), 'transfer': ('before', 'after'), 'joint': ('before', 'after')}
-READ = ('k', 't', 'c', 'p', 'r', 'r_next')  # of positions, from `tpad.forward`
+READ = ('k', 't', 'c', 'p', 'r', 'r_next')  # outputs of positions
 PAIRS = {'align': ('k', 'c'), 'distil': ('r_next', 'p'), 'disentangle': ('c', 'p')}
 ROWS = 64  # sessions a call reads
 POSITIONS = 1000  # of the clouds
@@ -143,10 +143,10 @@ def category(job) -> np.ndarray:
     return next(iter(known.values()), np.full(job.data.num_items, -1))
 
 
-def shown(chosen: tuple) -> tuple[str, ...]:
-    """Names beside the progress bar: a stage's losses, behind each `club_fit` its likelihood."""
-    return tuple(name for loss, fn, _, _ in chosen for name in
-                 ((loss, f'log_q/{loss}') if fn is losses.club_fit else (loss,)))
+def shown(specs: tuple) -> tuple[str, ...]:
+    """List the metrics next to the progress bar: each loss, and the likelihood of a `club_fit`."""
+    return tuple(name for spec in specs for name in (
+        (spec.name, f'log_q/{spec.name}') if spec.fn is losses.club_fit else (spec.name,)))
 
 
 def lines(stage: str, before: dict | None, after: dict) -> list[str]:
@@ -245,10 +245,9 @@ def _measure(spec, params, rows, ids, of, some):
       {name: number} of the losses that read nothing but features of positions and critics, and
       {pair: (x, y)}, float [some * N, F] each.
     """
-    there = {'items', 'next', *READ, 'club', *(f'critic.{n}' for n, _ in spec.model.critics)}
-    chosen = tuple((name, fn, tuple(sorted(kw.items()))) for name, fn, _, kw in spec.losses
-                   if losses.needs(name, fn, kw) <= there
-                   and not {'key', 'head'} & inspect.signature(fn).parameters.keys())
+    available = {'items', 'next', *READ, 'club', *(f'critic.{n}' for n, _ in spec.model.critics)}
+    chosen = tuple(replace(loss, weight=1.0, schedule=()) for loss in spec.losses
+                   if loss.needs <= available and not loss.takes('key') and not loss.module)
     if not chosen:
         return {}, {}
     batch = _batch(rows, ids, slice(0, some), some)
@@ -261,7 +260,7 @@ def _measure(spec, params, rows, ids, of, some):
 @lru_cache(maxsize=4)  # one compilation for all moments
 def _reader(model: tpad.TPAD):
     def read(params, catalogue, batch):
-        out = tpad.forward(model, params, batch, catalogue, frozenset(READ), frozenset())
+        out = outputs.forward(model, params, batch, catalogue, frozenset(READ), frozenset())
         return {name: out[name] for name in READ}
 
     return compiled(read)
@@ -269,14 +268,11 @@ def _reader(model: tpad.TPAD):
 
 @lru_cache(maxsize=4)
 def _meter(model: tpad.TPAD, chosen: tuple):
-    weighed = tuple((name, fn, 1.0, dict(keywords)) for name, fn, keywords in chosen)
-    bound = frozenset({'club', *(f'critic.{name}' for name, _ in model.critics)})
+    names = frozenset({'items', 'next', 'club', *(f'critic.{name}' for name, _ in model.critics)})
 
     def measure(params, of, batch):
-        out = tpad.forward(model, params, batch, {'warm': None}, bound, frozenset())
-        state = {name: fn.initial_state() for name, fn, _, _ in weighed
-                 if hasattr(fn, 'initial_state')}
-        _, _, logged = losses.combine(weighed, {**out, **of}, batch, state)
+        out = outputs.forward(model, params, batch, {}, names, frozenset())
+        _, _, logged = losses.combine(chosen, {**out, **of}, batch, losses.first_states(chosen))
         laid = {name: out[f'critic.{name}'].factors(*(
             of[x].reshape(-1, of[x].shape[-1]) for x in PAIRS[name]))
             for name, _ in model.critics if name in PAIRS}

@@ -9,7 +9,7 @@ import numpy as np
 
 from tpad_jax.distributed.devices import Devices, compiled
 from tpad_jax.evaluation.device_ranks import ranker
-from tpad_jax.models import tpad
+from tpad_jax.models import outputs, tpad
 from tpad_jax.types import Batch
 
 
@@ -131,7 +131,7 @@ def foretold(spec: tpad.TPAD) -> Callable:
     def score(params, catalogue, items):
         here, rows = items > 0, jnp.arange(len(items))
         batch = Batch(items=items, next=items, target=items[:, 0], valid=here[:, 0], row=rows)
-        out = tpad.forward(spec, params, batch, catalogue, needs, frozenset())
+        out = outputs.forward(spec, params, batch, catalogue, needs, frozenset())
         r = tpad.flat(catalogue['r'][None])[0]
         return out['critic.distil'](r, out['p'][rows, batch.last]).T.at[:, 0].set(0)
 

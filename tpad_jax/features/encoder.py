@@ -23,7 +23,7 @@ from tpad_jax.distributed import hosts
 from tpad_jax.distributed.devices import Devices, compiled
 from tpad_jax.errors import Stopped
 from tpad_jax.features import store
-from tpad_jax.models import tpad
+from tpad_jax.models import readers, tpad
 
 ROWS = 120  # items per compiled call; the last call of a part is padded
 PART = 16 * ROWS  # items per file of an unfinished store
@@ -216,9 +216,10 @@ class Encoder:
     def _encode(self, params, image, has_image, tokens):
         rows = {}
         if 'k' in self.names:
-            rows['k'] = tpad.read_items(self._spec, params, 'knowledge', image, has_image, tokens)
+            rows['k'] = readers.read_items(self._spec, params, 'knowledge', image, has_image,
+                                           tokens)
         if 'r' in self.names:
-            rows['r'] = tpad.distil_items(self._spec, params, image, has_image, tokens)
+            rows['r'] = readers.distil_items(self._spec, params, image, has_image, tokens)
         return {name: x.astype(jnp.float32) for name, x in rows.items()}
 
     def _calls(self, params, numbers) -> Iterator[tuple]:

@@ -35,7 +35,8 @@ def submit(job, stages, shapes: dict) -> None:
 
 def _compile(job, stage, shapes, rows):
     spec, c = job.stage_spec(stage), job.config.stage[stage]
-    if spec is None or spec.modules:  # a loss's own parameters are made when its stage starts
+    # the parameters of a loss's module are drawn when its stage starts
+    if spec is None or any(loss.module for loss in spec.losses):
         return
     if 'cluster' in spec.needs:
         rows = {**rows, 'cluster': np.zeros(job.data.num_items + 1, np.int32)}

@@ -36,6 +36,7 @@ from tpad_jax.job import compilation, fitting, memory_plan, recommenders, result
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
 from tpad_jax.job.fitting import DONE
 from tpad_jax.job.validate import check, check_inputs, check_workdir
+from tpad_jax.models import sessions as encoders
 from tpad_jax.models import tpad
 from tpad_jax.training import handover
 from tpad_jax.training import step as step_lib
@@ -147,7 +148,7 @@ class Job:
         c, data = self.config.model, self.final
         rows = {'warm': data.warm, 'side': data.side,
                 'popularity': sessions.counts(data.train, data.num_items).astype(np.float32)}
-        if c.encoder == 'gce_gnn':
+        if encoders.reads_graph(self.spec.encoder):
             rows['near'], rows['near_weight'] = item_graphs.neighbours(
                 data.train, data.num_items, window=c.near_window, most=c.near)
         if c.together:

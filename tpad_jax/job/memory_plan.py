@@ -34,7 +34,7 @@ from tpad_jax.features import bases
 from tpad_jax.job.live_bytes import bytes_of, live_bytes
 from tpad_jax.job.stages import ENTRIES, reads_content
 from tpad_jax.job.validate import check
-from tpad_jax.models import tpad
+from tpad_jax.models import sessions, tpad
 from tpad_jax.training import loop
 from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch
@@ -341,7 +341,7 @@ def rows(config, items: int, sides: int) -> dict:
     """
     c, source = config.model, sources.chosen(config)
     shapes = {'side': ((sides,), jnp.int32), 'warm': ((), bool), 'popularity': ((), jnp.float32)}
-    if c.encoder == 'gce_gnn':
+    if sessions.reads_graph(sessions.build(c, 1)):
         shapes |= {'near': ((c.near,), jnp.int32), 'near_weight': ((c.near,), jnp.float32)}
     if c.together:
         shapes |= {'together': ((c.together,), jnp.int32),

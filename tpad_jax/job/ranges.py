@@ -13,9 +13,9 @@ from tpad_jax.baselines import rules
 from tpad_jax.config import STAGES, flat, names
 from tpad_jax.errors import InputError
 from tpad_jax.losses import distillation
-from tpad_jax.models import tpad
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
+from tpad_jax.models.sessions import ENCODERS
 from tpad_jax.mutual_information import critics
 from tpad_jax.training import merge_adapters
 
@@ -122,7 +122,7 @@ RULES = {key: rule for rule, keys in (
     (Choice(ROWS, several=True), 'model.recommend rivals.*.recommend'),
     (Choice(('k', 'r'), several=True), 'stage.*.fresh'),
     (Choice(tuple(rules.BASELINES), several=True), 'baselines'),
-    (Choice(tpad.ENCODERS), 'model.encoder'),
+    (Choice(ENCODERS), 'model.encoder'),
     (Choice(('compressed', 'full')), 'model.form'),
     (Choice(critics.KINDS), 'model.critics.*'),
     (Choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),

@@ -198,7 +198,7 @@ def _train_rival(job, name, folder, writer, progress) -> Trained:
     job.pause()
     model = _rival_model(job, name)
     spec = step.make_spec(job.config, 'recommend', model, job.config.seed)
-    blank = _others(job.params, *(f'loss/{loss}/' for loss, _ in spec.modules))
+    blank = _others(job.params, *(f'loss/{loss.name}/' for loss in spec.losses))
     params = blank | job.fresh(model)
     trained, _, record = fit(job, folder, 'recommend', spec, writer, progress, params)
     job.seconds[folder] = record['seconds']

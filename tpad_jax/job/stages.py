@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpad_jax.evaluation.scorers import foretold, scorer
-from tpad_jax.models import readers
 from tpad_jax.training.step import StepSpec
 
 
@@ -51,6 +50,4 @@ ENTRIES = {
 
 def reads_content(stage: str, spec: StepSpec) -> bool:
     """Whether a stage's batches need images and texts."""
-    reads = (spec.fresh or spec.model.form == 'full'
-             or spec.needs & ({'describe', 'foretell'} | readers.STATES | readers.THERE))
-    return bool(reads) and ENTRIES[stage].content
+    return spec.reads_content and ENTRIES[stage].content

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from tpad_jax import losses
 from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.data import sources
 from tpad_jax.distributed import devices
@@ -138,10 +137,9 @@ def _check_stage(config, stage, shards):
                          f'leave {stage} out of config.stages')
     if c.steps:
         chosen = step.stage_losses(config, stage)
-        modules = dict(step.own_modules(config, chosen))
-        for name, fn, _, keywords in chosen:
-            if ':' in config.losses[name].fn:  # the built-in ones are tested
-                loss_check.shape(name, fn, keywords, modules.get(name))
+        for spec in chosen:
+            if ':' in config.losses[spec.name].fn:  # the built-in ones are tested
+                loss_check.check_shape(spec)
     if c.batch_size % (shards * c.accumulate):
         raise InputError(f'{key}batch_size={c.batch_size} must be a multiple of '
                          f'{shards * c.accumulate}: {shards} device(s) times {c.accumulate} '
@@ -175,7 +173,7 @@ def _check_transfer_validation(config, chosen):
     elif config.model.form != 'compressed':
         reason = f'T scores stored rows k, and config.model.form is {config.model.form!r}'
     elif 'critic.distil' not in frozenset().union(
-            *(losses.needs(name, fn, keywords) for name, fn, _, keywords in chosen)):
+            *(spec.needs for spec in chosen)):
         reason = 'no loss of the stage trains critic.distil, by which T scores items'
     if reason:
         raise InputError(f'config.stage.transfer.eval_every={config.stage.transfer.eval_every} '

@@ -1,23 +1,23 @@
 """One pure function per loss, and `combine`, which masks, averages, weighs and logs them all.
 
-A loss takes `(out, batch, *, axis=None, **keywords)` and returns one value per row, `[B]`, or,
-where its rows are positions or tokens or it keeps a state, `Loss(value, weight, state, metrics)`.
-It never calls an encoder, never averages over rows, never weighs. Every keyword that is a string
-(but for those in `contract.PLAIN`) names one of `models.tpad.forward`'s outputs; a stage checks
-them when it starts. Optional keywords a loss may take: `state` (its own, from the last step),
-`key` (the step's) and `head` (its own module, parameters bound, where the config names one).
+A loss is called as `fn(out, batch, **keywords)`. It returns one value per row, `[B]`; or
+`Loss(value, weight, state, metrics)` if its rows are positions or tokens, or if it has a state. It
+never calls an encoder, never averages over rows, never weighs. A keyword of type `Out` names one of
+the outputs in `models/outputs.py`; any other keyword is a setting of any type. A loss may also take
+`axis` (if it looks at other rows), `state` (its own, from the last step), `key` (the step's, folded
+by the loss's name) and `head` (its module, parameters bound, if the config names one).
 """
 
 from tpad_jax.losses.clusters import clusters
-from tpad_jax.losses.combine import bound, combine, first_parameters
-from tpad_jax.losses.contract import ENTRY, check_call, needs, own_module, resolve, weigh
+from tpad_jax.losses.combine import bound, combine, first_parameters, first_states
+from tpad_jax.losses.contract import LossSpec, Out, from_entry, resolve
 from tpad_jax.losses.discrepancy import alignment_uniformity, mmd
 from tpad_jax.losses.distillation import mdist, rdist
 from tpad_jax.losses.generation import generation
 from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
 from tpad_jax.losses.recommendation import next_item, sampled_next_item
 
-__all__ = ['ENTRY', 'alignment_uniformity', 'bound', 'check_call', 'club_fit', 'clusters',
-           'combine', 'first_parameters', 'generation', 'infonce', 'jsd', 'l1out', 'mdist', 'mine',
-           'mmd', 'needs', 'next_item', 'nwj', 'own_module', 'rdist', 'resolve',
-           'sampled_next_item', 'smile', 'vclub', 'weigh']
+__all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bound', 'club_fit', 'clusters', 'combine',
+           'first_parameters', 'first_states', 'from_entry', 'generation', 'infonce', 'jsd',
+           'l1out', 'mdist', 'mine', 'mmd', 'next_item', 'nwj', 'rdist', 'resolve',
+           'sampled_next_item', 'smile', 'vclub']

@@ -38,13 +38,13 @@ def main(argv: list[str]) -> int:
     module = keywords.pop('module', '')
     try:
         fn = contract.resolve(words[1], words[1])
-        head = contract.own_module(words[1], module, fields) if module else None
+        head = contract.make_module(f'config.losses.{words[1]}', module, fields) if module else None
     except InputError as error:
         print(f'{SIGNS[False]}  found      {error}')
         return cli.UNUSABLE
     broken = False
     for finding in check.check(fn, keywords, head):
-        print(f'{SIGNS[finding.ok]}  {finding.what:<9}  {finding.told}', flush=True)
+        print(f'{SIGNS[finding.ok]}  {finding.what:<9}  {finding.text}', flush=True)
         broken |= finding.ok is False
     return cli.UNUSABLE if broken else 0
 

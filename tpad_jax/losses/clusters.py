@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.losses.contract import Out
 
-def clusters(out, batch, *, axis=None, x='interest', cluster='cluster'):
+
+def clusters(out, batch, *, x: Out = Out('interest'), cluster: Out = Out('cluster')):
     """KL of a session's predicted distribution over item clusters from the true one. -> [B]
 
     P2Rec (arXiv 2406.00333). [paper] a pre-task per user, not per prefix: the model parses the

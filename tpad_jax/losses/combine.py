@@ -1,7 +1,5 @@
 """`combine`: masks, averages, weighs and logs all losses of a stage; and their own parameters."""
 
-import inspect
-import zlib
 from functools import partial
 
 import jax
@@ -11,51 +9,61 @@ from jax.tree_util import Partial
 
 from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
-from tpad_jax.losses.contract import checked, label, needs
+from tpad_jax.losses.contract import checked, label
+from tpad_jax.types import Loss
 
 
 def combine(losses, out, batch, state, *, axis=None, key=None, step=None, heads=None, rows=False):
-    """Weighted sum of a stage's losses, each the mean of its values over all replicas.
+    """Compute the weighted sum of losses, each the mean of its values over all replicas.
+
+    A row weight below 0 counts as NaN: so does the loss, and the row is reported.
 
     Args:
-      losses: tuple of (name, function, weight, keywords); a weight may be a function of the step
-        (see `contract.weigh`).
-      out, batch: what the functions read. state: {name: state} of the stateful ones.
-      key, step: of the stage's step. heads: {name: module with its parameters bound}.
+      losses: tuple of `LossSpec`.
+      out: {name: output}.
+      batch: types.Batch.
+      state: {name: state} of the losses that have one.
+      axis: name of the replicas' axis, or None.
+      key: the step's key. A loss gets it folded by its name, so that no other loss changes it.
+      step: the stage's step, for schedules.
+      heads: {name: module with its parameters bound}, see `bound`.
       rows: whether metrics get 'not_finite', int32 [all rows, losses]: the row's number (batch.row)
         where a loss's value is not finite, -1 elsewhere.
 
     Returns:
-      total (scalar), new state, metrics {name: scalar}: every loss unweighted, 'loss' the total,
-      and each loss's own metrics as '<metric>/<name>', an estimate of mutual information as
-      'mi_<name>', a weight that changes as 'weight/<name>'.
+      The total (scalar); the new state; and metrics {name: scalar}: every loss unweighted, 'loss'
+      the total, each loss's metrics as '<metric>/<name>', an estimate of mutual information as
+      'mi_<name>', a weight with a schedule as 'weight/<name>'.
 
     Raises:
-      InputError: a loss reads a name that `out` lacks, or returns what its contract does not say.
+      InputError: `out` lacks an output that a loss reads, or a result breaks the contract.
     """
     total, new_state, logged, broken = 0.0, dict(state), {}, []
-    for i, (name, fn, weight, keywords) in enumerate(losses):
-        if callable(weight):
-            weight = logged[f'weight/{name}'] = weight(step)
-        result = called(name, fn, keywords, out, batch, axis, state.get(name),
-                         None if key is None else jax.random.fold_in(key, i),
-                         (heads or {}).get(name))
+    for i, spec in enumerate(losses):
+        name = spec.name
+        weight = spec.weight_at(step)
+        if spec.schedule:
+            logged[f'weight/{name}'] = weight
+        result = call(spec, out, batch, axis=axis, state=state.get(name),
+                      key=None if key is None else jax.random.fold_in(key, i),
+                      head=(heads or {}).get(name))
         valid = batch.valid.reshape(-1, *(1,) * (result.value.ndim - 1))
         w = jnp.where(valid, result.weight, 0)
         mass = jnp.maximum(collectives.total(w.sum(), axis), jnp.finfo(jnp.float32).tiny)
 
         def average(value, w=w, mass=mass):
-            return collectives.total(jnp.where(w > 0, value * w, 0).sum(), axis) / mass
+            # the inner `where` keeps the gradient of a value that is not finite out of the sum
+            value = jnp.where(w > 0, jnp.where(w > 0, value, 0) * w, 0)
+            return collectives.total(value.sum(), axis) / mass
 
-        logged[name] = average(jnp.where(w > 0, result.value, 0))
+        logged[name] = average(result.value)
         total += weight * logged[name]
         for metric, value in result.metrics.items():
-            shown = f'mi_{name}' if metric == 'mi' else f'{metric}/{name}'
-            logged[shown] = average(jnp.where(w > 0, value, 0))
+            logged[f'mi_{name}' if metric == 'mi' else f'{metric}/{name}'] = average(value)
         if result.state is not None:
             new_state[name] = result.state
         if rows:
-            bad = valid & ~(jnp.isfinite(result.weight) & ((w <= 0) | jnp.isfinite(result.value)))
+            bad = valid & ~(jnp.isfinite(w) & ((w <= 0) | jnp.isfinite(result.value)))
             broken.append(jnp.where(bad.reshape(len(bad), -1).any(axis=1), batch.row, -1))
     logged['loss'] = total
     if rows:
@@ -63,88 +71,100 @@ def combine(losses, out, batch, state, *, axis=None, key=None, step=None, heads=
     return total, new_state, jax.lax.stop_gradient(logged)
 
 
-def called(name, fn, keywords, out, batch, axis, state, key, head):
-    """What one loss returns, as a `Loss`.
+def call(spec, out, batch, **provided) -> Loss:
+    """Call one loss.
+
+    Args:
+      spec: its `LossSpec`.
+      out: {name: output}.
+      batch: types.Batch.
+      **provided: axis, state, key and head; the function gets those that it takes.
 
     Raises:
       InputError: while tracing, before the first step; see `combine`.
     """
-    signature = inspect.signature(fn).parameters
-    absent = sorted(needs(name, fn, keywords) - out.keys())
+    option, fn = f'config.losses.{spec.name}', label(spec.fn)
+    absent = sorted(spec.needs - out.keys())
     if absent:
-        raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which this stage '
-                         f'does not compute; it has {", ".join(sorted(out))}')
-    own = {n: x for n, x in dict(state=state, key=key, head=head).items() if n in signature}
+        raise InputError(f'{option}: it reads {", ".join(absent)}, which this stage does not '
+                         f'compute. Expected {", ".join(sorted(out))}. Fix: name another output.')
+    provided = {n: x for n, x in provided.items() if spec.takes(n)}
     try:
-        result = fn(out, batch, axis=axis, **{**keywords, **own})
+        result = spec.fn(out, batch, **spec.keywords, **provided)
     except KeyError as error:
         if error.args[0] in out:
             raise
-        raise InputError(f'config.losses.{name}: {label(fn)} reads out[{error.args[0]!r}] without '
-                         'saying so; an output is computed where a keyword names it, as in '
-                         f"def {label(fn)}(out, batch, *, axis=None, x='r')") from error
+        raise InputError(f'{option}: {fn} reads out[{error.args[0]!r}], which no keyword names. '
+                         'Expected a keyword for every output that is read. Fix: write '
+                         f"{fn}(out, batch, *, x: Out = Out('r')) and out[x].") from error
     except Exception as error:
-        error.add_note(f'This is config.losses.{name} on a batch of {len(batch.valid)} rows.')
+        error.add_note(f'This is {option} on a batch of {len(batch.valid)} rows.')
         raise
-    return checked(name, fn, result, len(batch.valid))
+    return checked(spec, result, len(batch.valid))
 
 
-def bound(modules, params):
-    """{name: head}: each loss's module (name, module) with its parameters, a jax.tree_util.Partial.
+def bound(losses, params: dict) -> dict:
+    """Bind parameters to the losses' modules: {name: head}, each a jax.tree_util.Partial.
 
     Args:
-      params: nested; those of a loss stand under 'loss', then its name.
+      losses: tuple of `LossSpec`.
+      params: nested; those of a loss are stored under 'loss', then its name.
     """
-    return {name: Partial(partial(_apply, module), params.get('loss', {}).get(name, {}))
-            for name, module in modules}
+    return {spec.name: Partial(partial(_apply, spec.module),
+                               params.get('loss', {}).get(spec.name, {}))
+            for spec in losses if spec.module}
 
 
-def first_parameters(modules, losses, outputs, args, seed):
-    """The losses' own parameters at the start: {'loss/<name>/<path>': array}.
+def first_parameters(losses, outputs, args, seed: int) -> dict:
+    """Draw the first parameters of losses with a module: {'loss/<name>/<path>': array}.
 
-    They are drawn from the seed and the loss's name alone, so no other draw is shifted. What a
-    module is given is found by following the loss's function once, without computing: every call
-    of its head adds the parameters that no earlier call made.
+    They depend on the seed and the loss's name alone, so no other draw changes. Tracing the loss's
+    function once shows what its module is given: every call of the head adds the parameters that
+    no earlier call made.
 
     Args:
-      modules: tuple of (name, module). losses: as in `combine`, theirs among them.
-      outputs: args -> (out, batch). seed: of the run.
+      losses: tuple of `LossSpec`, each with a module.
+      outputs: args -> (out, batch).
+      args: of `outputs`; only their shapes matter.
+      seed: of the run.
 
     Raises:
-      InputError: a module keeps more than parameters, or the function never calls its head.
+      InputError: a module has more than parameters, or the function never calls its head.
     """
-    calls = {name: [] for name, _ in modules}
-    keys = {name: jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()) >> 1)
-            for name, _ in modules}
+    calls = {spec.name: [] for spec in losses}
+    keys = {spec.name: jax.random.fold_in(jax.random.key(seed), spec.hash) for spec in losses}
 
-    def seen(name, module, *args, rngs=None, **kwargs):
-        draws = dict.fromkeys(('params', *(rngs or ())), keys[name])
-        calls[name].append((jax.tree.map(_shape, (args, kwargs)), draws))
-        return module.init_with_output(draws, *args, **kwargs)[0]
+    def record(spec, *args, rngs=None, **kwargs):
+        draws = dict.fromkeys(('params', *(rngs or ())), keys[spec.name])
+        calls[spec.name].append((jax.tree.map(_shape, (args, kwargs)), draws))
+        return spec.module.init_with_output(draws, *args, **kwargs)[0]
 
     def follow(*args):
         out, batch = outputs(*args)
-        chosen = tuple(loss for loss in losses if loss[0] in calls)
-        state = {name: fn.initial_state() for name, fn, _, _ in chosen
-                 if hasattr(fn, 'initial_state')}
-        return combine(chosen, out, batch, state, key=jax.random.key(0), step=0,
-                       heads={name: partial(seen, name, module) for name, module in modules})[0]
+        return combine(losses, out, batch, first_states(losses), key=jax.random.key(0), step=0,
+                       heads={spec.name: partial(record, spec) for spec in losses})[0]
 
     jax.eval_shape(follow, *args)
-    found = {}
-    for name, module in modules:
-        if not calls[name]:
-            raise InputError(f'config.losses.{name} names a module, but its function never calls '
-                             'head; call it, or leave the module out')
-        for (args, kwargs), draws in calls[name]:
-            variables = jax.jit(lambda d, m=module, a=args, k=kwargs: m.init(
+    params = {}
+    for spec in losses:
+        option = f'config.losses.{spec.name}.module'
+        if not calls[spec.name]:
+            raise InputError(f'{option}: the function never calls head. Expected a call of it. '
+                             'Fix: call head, or remove the module.')
+        for (args, kwargs), draws in calls[spec.name]:
+            variables = jax.jit(lambda d, m=spec.module, a=args, k=kwargs: m.init(
                 d, *jax.tree.map(_ones, a), **jax.tree.map(_ones, k)))(draws)
             if variables.keys() - {'params'}:
-                raise InputError(f'config.losses.{name}.module keeps '
-                                 f'{", ".join(sorted(variables))}; it may have parameters alone')
-            drawn = flatten_dict({'loss': {name: variables.get('params', {})}}, sep='/')
-            found = {**drawn, **found}
-    return found
+                raise InputError(f'{option}: it has {", ".join(sorted(variables))}. Expected '
+                                 'parameters alone. Fix: remove its other variables.')
+            drawn = {'loss': {spec.name: variables.get('params', {})}}
+            params = {**flatten_dict(drawn, sep='/'), **params}
+    return params
+
+
+def first_states(losses) -> dict:
+    """Return {name: state before the first step} of the losses that have one."""
+    return {spec.name: spec.initial_state for spec in losses if spec.initial_state is not None}
 
 
 def _apply(module, params, *args, **kwargs):

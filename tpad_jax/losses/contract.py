@@ -1,186 +1,310 @@
 """The contract of a loss: how a config names one, what it reads, what it may return.
 
-An entry of config.losses holds `fn`, `weight` and `stages`; maybe `schedule`, which the weight is
-multiplied by, `module` and `fields`, a flax module whose parameters are the loss's own; and the
-function's own keywords.
+An entry of config.losses holds `fn`, `weight` and `stages`; optionally `schedule`, which the
+weight is multiplied by, and `module` and `fields`, a flax module whose parameters belong to the
+loss; and the function's keywords. `from_entry` turns it into a `LossSpec`.
+
+A function without a keyword of type `Out` is read in the old form: a keyword whose default, or
+whose value in the config where it has no default, is the name of an output names an output.
 """
 
 import difflib
 import importlib
 import inspect
-from functools import partial
+import typing
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from numbers import Real
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 
 from tpad_jax.errors import InputError
+from tpad_jax.models import outputs
 from tpad_jax.types import Loss
 
-PROVIDED = ('axis', 'state', 'key', 'head')  # what `combine` passes by itself
-PLAIN = ('dtype', 'kind')  # keywords that are strings but no names of outputs
-ENTRY = ('fn', 'weight', 'stages', 'schedule', 'module', 'fields')  # keys that are no keywords
+PROVIDED = ('axis', 'state', 'key', 'head')  # keywords that `combine` passes if a function has them
+ENTRY = ('fn', 'weight', 'stages', 'schedule', 'module', 'fields')  # keys that are not keywords
 HOME = 'tpad_jax.losses'  # where a name without a module is looked up
 
 
-def resolve(name, fn):
-    """The function a config names: one of this package's, or 'package.module:function'.
+class Out(str):
+    """The name of an output, as a keyword's type and default: `x: Out = Out('r')`."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss of a stage: complete, hashable, refused while it is made if it cannot be called.
+
+    Attributes:
+      name: of its entry in config.losses; its draws and first parameters depend on it.
+      fn: (out, batch, **keywords) -> one value per row, or `Loss`.
+      weight: what its mean is multiplied by.
+      keywords: {keyword: value}, hashable at any depth: lists become tuples, dicts FrozenDicts.
+      schedule: ((step, factor), ...) with rising steps: the weight is multiplied by the factor,
+        linear between two points and constant outside (numpy.interp); (): constant.
+      module: the flax module of its `head`, or None.
+
+    Raises:
+      InputError: the function cannot be called like this, a keyword is not one of its keywords,
+        or the schedule has another form.
+    """
+
+    name: str
+    fn: Callable
+    weight: float = 1.0
+    keywords: FrozenDict = field(default_factory=FrozenDict)
+    schedule: tuple = ()
+    module: nn.Module | None = None
+
+    def __post_init__(self):
+        option = f'config.losses.{self.name}'
+        keywords = {n: _frozen(f'{option}.{n}', x) for n, x in dict(self.keywords).items()}
+        object.__setattr__(self, 'keywords', FrozenDict(keywords))
+        object.__setattr__(self, 'schedule', _frozen(f'{option}.schedule', self.schedule))
+        _check_signature(option, self.fn, keywords, self.module is not None)
+        _check_schedule(option, self.schedule)
+        for keyword, output in self.reads.items():
+            if not isinstance(output, str | None):
+                raise InputError(f'{option}.{keyword}={output!r}: {keyword} names an output. '
+                                 "Expected a string. Fix: write the output's name, as in "
+                                 f"{keyword}='r'.")
+
+    @cached_property
+    def reads(self) -> dict:
+        """The outputs by keyword, from the config or the defaults: {keyword: name of an output}."""
+        values = {n: self.keywords.get(n, p.default) for n, p in _parameters(self.fn).items()}
+        marked = [n for n, p in _parameters(self.fn).items() if _is_output(p)]
+        if not marked:
+            first = {n: p.default if p.default is not p.empty else self.keywords.get(n)
+                     for n, p in _parameters(self.fn).items()}
+            marked = [n for n, x in first.items() if isinstance(x, str) and outputs.is_known(x)]
+        return {n: values[n] for n in marked}
+
+    @property
+    def needs(self) -> frozenset:
+        """Names of the outputs it reads."""
+        return frozenset(self.reads.values()) - {None}
+
+    @property
+    def is_old_form(self) -> bool:
+        """Whether its outputs are recognised by their names instead of by `Out`."""
+        return bool(self.reads) and not any(map(_is_output, _parameters(self.fn).values()))
+
+    @property
+    def initial_state(self):
+        """The state before the first step, or None for a loss without a state."""
+        return self.fn.initial_state() if hasattr(self.fn, 'initial_state') else None
+
+    @property
+    def hash(self) -> int:
+        """A number that depends on the name alone, for `jax.random.fold_in`."""
+        return zlib.crc32(self.name.encode()) >> 1  # fold_in takes 31 bits from a Python int
+
+    def takes(self, keyword: str) -> bool:
+        """Whether the function has this keyword."""
+        return keyword in inspect.signature(self.fn).parameters
+
+    def weight_at(self, step):
+        """The weight in a stage's step: a number, or an array if there is a schedule."""
+        if not self.schedule:
+            return self.weight
+        steps, factors = np.float32(self.schedule).T
+        return self.weight * jnp.interp(jnp.asarray(step, jnp.float32), steps, factors)
+
+
+def from_entry(name: str, entry, weight: float | None = None) -> LossSpec:
+    """Make the `LossSpec` of an entry of config.losses.
+
+    Args:
+      name: of the entry.
+      entry: mapping with the keys above.
+      weight: in place of the entry's.
+
+    Raises:
+      InputError: the function or the module does not exist; see `LossSpec`.
+    """
+    module, fields = entry.get('module'), entry.get('fields', {})
+    return LossSpec(
+        name, resolve(name, entry['fn']), entry.get('weight', 1.0) if weight is None else weight,
+        {n: x for n, x in entry.items() if n not in ENTRY}, entry.get('schedule', ()),
+        make_module(f'config.losses.{name}', module, fields) if module else None)
+
+
+def resolve(name: str, fn: str) -> Callable:
+    """Find the function that a config names: of this package, or 'package.module:function'.
 
     Raises:
       InputError: there is no such function.
     """
-    found = _find(f'config.losses.{name}.fn={fn!r}', fn,
-                  'a function of tpad_jax/losses/ or package.module:function')
-    if not callable(found) or isinstance(found, type):
-        raise InputError(f'config.losses.{name}.fn={fn!r} is no function but a '
-                         f'{type(found).__name__}; name a function')
-    return found
+    option = f'config.losses.{name}.fn={fn!r}'
+    function = _find(option, fn, 'a function of tpad_jax/losses/ or package.module:function')
+    if not callable(function) or isinstance(function, type):
+        raise InputError(f'{option}: it is not a function but a {type(function).__name__}. '
+                         'Expected a function. Fix: name a function.')
+    return function
 
 
-def needs(name, fn, keywords):
-    """Names of the outputs a loss reads: its string keywords (but `PLAIN`), by config or default.
-
-    Raises:
-      InputError: a keyword the function does not take.
-    """
-    signature = inspect.signature(fn).parameters
-    known = [n for n, p in signature.items()
-             if n not in ('out', 'batch', *PROVIDED) and p.kind is not p.VAR_KEYWORD]
-    unknown = sorted(set(keywords) - set(known))
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in signature.values()):
-        raise InputError(f'config.losses.{name}: {label(fn)} takes no {", ".join(unknown)}; it '
-                         f'takes {", ".join(known) or "none of its own"}')
-    merged = {**{n: p.default for n, p in signature.items()}, **keywords}
-    return frozenset(v for n, v in merged.items() if isinstance(v, str) and n not in PLAIN)
-
-
-def check_call(name, fn, keywords, head=False):
-    """Refuse a function that `combine` could not call; `head`: the entry names a module.
-
-    Raises:
-      InputError: it does not begin with (out, batch), takes no axis, has a keyword that nobody
-        gives, or one of the entry's module and the function's `head` is without the other.
-    """
-    signature = inspect.signature(fn)
-    shown = f'config.losses.{name}: {label(fn)}{signature}'
-    wanted = f'write it as {label(fn)}(out, batch, *, axis=None), with keywords of its own behind'
-    if list(signature.parameters)[:2] != ['out', 'batch']:
-        raise InputError(f'{shown} does not begin with (out, batch); {wanted}')
-    provided = {n: None for n in PROVIDED if n == 'axis' or n in signature.parameters}
-    try:
-        signature.bind({}, None, **{**keywords, **provided})
-    except TypeError as error:
-        raise InputError(f'{shown} cannot be called as a loss is ({error}); {wanted}, each with a '
-                         'default or a value in the config') from error
-    asks = 'head' in signature.parameters
-    if head and not asks:
-        raise InputError(f'{shown} takes no head, but the config names a module; add the keyword '
-                         'head=None, which is the module with its parameters')
-    if asks and not head and signature.parameters['head'].default is inspect.Parameter.empty:
-        raise InputError(f'{shown} wants a head; name its module in the config, '
-                         "module='package.module:Class'")
-
-
-def own_module(name, module, fields):
-    """The flax module of an entry, whose parameters are the loss's own.
+def checked(spec: LossSpec, result, rows: int) -> Loss:
+    """Return what a loss returned as a `Loss`.
 
     Args:
-      module: 'package.module:Class', a flax.linen.Module. fields: its dataclass fields.
+      spec: of the loss.
+      result: what its function returned.
+      rows: of the batch.
 
     Raises:
-      InputError: no such class, or fields it does not take.
+      InputError: the result has another form than the contract.
     """
-    at = f'config.losses.{name}.module={module!r}'
-    found = _find(at, module, 'package.module:Class')
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise InputError(f'{at} is no flax.linen.Module but {label(found)}; name such a class')
-    try:
-        return found(**fields)
-    except TypeError as error:
-        raise InputError(f'{at} cannot be made with fields={fields} ({error}); give its dataclass '
-                         'fields') from error
-
-
-def weigh(name, weight, schedule=()):
-    """A weight as `combine` takes it: a number, or a function of the stage's step.
-
-    Args:
-      schedule: ((step, factor), ...) with rising steps: the weight is multiplied by the factor,
-        linear between two points and constant outside (numpy.interp); () leaves it a number.
-
-    Raises:
-      InputError: a schedule that is not of this form.
-    """
-    if not len(schedule):
-        return weight
-    numbers = all(isinstance(point, tuple | list) and len(point) == 2
-                  and all(isinstance(x, Real) and np.isfinite(x) for x in point)
-                  for point in schedule)
-    if not numbers or any(a[0] >= b[0] for a, b in pairwise(schedule)):
-        raise InputError(f'config.losses.{name}.schedule={tuple(schedule)!r} must hold pairs '
-                         '(step, factor) with rising steps, as in ((0, 0.0), (100, 1.0))')
-    return partial(_scheduled, weight, *np.float32(schedule).T)
-
-
-def checked(name, fn, result, rows):
-    """What a loss returned, as a `Loss`; `rows`: of the batch.
-
-    Raises:
-      InputError: it has another form than the contract says.
-    """
-    whole = result if isinstance(result, Loss) else Loss(result, 1.0)
-    value, weight = whole.value, whole.weight if isinstance(result, Loss) else whole.value
-    fits = all(hasattr(x, 'shape') for x in (value, weight))
-    fits = fits and value.shape == weight.shape and value.shape[:1] == (rows,) and (
-        jnp.issubdtype(value.dtype, jnp.floating)
-        and (value.ndim == 1 or isinstance(result, Loss)))
+    option, fn = f'config.losses.{spec.name}', label(spec.fn)
+    loss = result if isinstance(result, Loss) else Loss(result, result)
+    fits = all(hasattr(x, 'shape') for x in loss[:2])
+    fits = fits and loss.value.shape == loss.weight.shape and loss.value.shape[:1] == (rows,) and (
+        jnp.issubdtype(loss.value.dtype, jnp.floating)
+        and (loss.value.ndim == 1 or isinstance(result, Loss)))
     if not fits:
-        found = (f'Loss(value {_shown(result.value)}, weight {_shown(result.weight)})'
-                 if isinstance(result, Loss) else _shown(result))
-        raise InputError(f'config.losses.{name}: {label(fn)} returned {found}; a loss returns one '
-                         f'value per row, float [{rows}], or Loss(value, weight) of one shape '
-                         f'[{rows}, ...]')
+        shown = (f'Loss(value {_form(loss.value)}, weight {_form(loss.weight)})'
+                 if isinstance(result, Loss) else _form(result))
+        raise InputError(f'{option}: {fn} returned {shown}. Expected one value per row, float '
+                         f'[{rows}], or Loss(value, weight) of one shape [{rows}, ...]. '
+                         f'Fix: change what {fn} returns.')
     if not isinstance(result, Loss):
-        return Loss(value, jnp.ones_like(value))
-    for metric, x in whole.metrics.items():
-        if not hasattr(x, 'shape') or x.shape not in ((), value.shape):
-            raise InputError(f'config.losses.{name}: the metric {metric!r} of {label(fn)} is '
-                             f'{_shown(x)}; it must have the shape of the value, '
-                             f'{list(value.shape)}')
-    return whole
+        return Loss(result, jnp.ones_like(result))
+    for metric, x in loss.metrics.items():
+        if not hasattr(x, 'shape') or x.shape not in ((), loss.value.shape):
+            raise InputError(f'{option}: the metric {metric!r} of {fn} is {_form(x)}. Expected the '
+                             f"value's shape, {list(loss.value.shape)}, or a scalar. "
+                             f'Fix: change the metric.')
+    return loss
 
 
-def label(fn):
-    """What a message calls a function or a class."""
+def label(fn) -> str:
+    """Return what a message calls a function or a class."""
     return getattr(fn, '__name__', repr(fn))
 
 
-def _find(at, path, wanted):
-    """What 'package.module:name' leads to; `at`: the config's words for it."""
+def _parameters(fn):
+    """The parameters that a config may set."""
+    return {n: p for n, p in inspect.signature(fn).parameters.items()
+            if n not in ('out', 'batch', *PROVIDED) and p.kind is not p.VAR_KEYWORD}
+
+
+def _is_output(parameter):
+    annotation = parameter.annotation
+    if isinstance(annotation, str):  # from __future__ import annotations
+        annotation = Out if 'Out' in annotation.replace('.', ' ').split() else annotation
+    return (isinstance(parameter.default, Out) or annotation is Out
+            or Out in typing.get_args(annotation))
+
+
+def _check_signature(option, fn, keywords, has_module):
+    signature = inspect.signature(fn)
+    shown = f'{option}: {label(fn)}{signature}'
+    form = f'Expected {label(fn)}(out, batch, *, ...)'
+    if list(signature.parameters)[:2] != ['out', 'batch']:
+        raise InputError(f'{shown} does not begin with (out, batch). {form}. '
+                         'Fix: change the signature.')
+    known = _parameters(fn)
+    unknown = sorted(keywords.keys() - known.keys())
+    free = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    if unknown and (not free or set(unknown) & {'out', 'batch', *PROVIDED}):
+        raise InputError(f'{option}: {label(fn)} takes no {", ".join(unknown)}. Expected keywords '
+                         f'of {", ".join(known) or "none"}. Fix: remove or rename the key.')
+    head = signature.parameters.get('head')
+    if has_module and not head:
+        raise InputError(f'{shown} takes no head, but the config names a module. {form} with the '
+                         'keyword head, the module with its parameters. Fix: add head=None.')
+    if head and not has_module and head.default is head.empty:
+        raise InputError(f'{shown} needs a head. Expected a flax module in the entry. '
+                         "Fix: set module='package.module:Class'.")
+    try:
+        signature.bind({}, None, **keywords,
+                       **{n: None for n in PROVIDED if n in signature.parameters})
+    except TypeError as error:
+        raise InputError(f'{shown} cannot be called as a loss ({error}). {form}, each keyword with '
+                         'a default or a value in the config. Fix: add the value.') from error
+
+
+def _check_schedule(option, schedule):
+    numbers = isinstance(schedule, tuple) and all(
+        isinstance(point, tuple) and len(point) == 2
+        and all(isinstance(x, Real) and np.isfinite(x) for x in point) for point in schedule)
+    if not numbers or any(a[0] >= b[0] for a, b in pairwise(schedule)):
+        raise InputError(f'{option}.schedule={schedule!r}: it is not a schedule. Expected pairs '
+                         '(step, factor) with rising steps. '
+                         'Fix: write it as in ((0, 0.0), (100, 1.0)).')
+
+
+def make_module(option, module, fields):
+    """Make the flax module of an entry.
+
+    Args:
+      option: how messages name it.
+      module: 'package.module:Class'.
+      fields: its dataclass fields.
+
+    Raises:
+      InputError: there is no such class, or it does not take these fields.
+    """
+    option = f'{option}.module={module!r}'
+    kind = _find(option, module, 'package.module:Class')
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise InputError(f'{option}: it is not a flax.linen.Module but {label(kind)}. '
+                         'Expected such a class. Fix: name one.')
+    fields = {n: _frozen(f'{option}, fields.{n}', x) for n, x in fields.items()}
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise InputError(f'{option}: it cannot be made with fields={fields} ({error}). Expected '
+                         'its dataclass fields. Fix: change fields.') from error
+
+
+def _frozen(option, value):
+    """The value with tuples for lists and FrozenDicts for dicts, at any depth."""
+    if hasattr(value, 'items'):  # a dict, or a ConfigDict
+        return FrozenDict({n: _frozen(f'{option}.{n}', x) for n, x in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(option, x) for x in value)
+    if isinstance(value, set):
+        return frozenset(value)
+    try:
+        hash(value)
+    except TypeError as error:
+        raise InputError(f'{option}={value!r}: a {type(value).__name__} is not hashable. Expected '
+                         'numbers, strings, None, and lists, tuples and dicts of them. '
+                         'Fix: convert it.') from error
+    return value
+
+
+def _find(option, path, expected):
+    """What 'package.module:name' leads to."""
     module, _, attribute = path.rpartition(':')
+    fix = f'Expected {expected}. Fix: change the name.'
     try:
         home = importlib.import_module(module or HOME)
     except ModuleNotFoundError as error:
-        raise InputError(f'{at} cannot be found ({error}); name {wanted}') from error
-    except Exception as error:  # whatever a file of the user's raises
+        raise InputError(f'{option}: it cannot be found ({error}). {fix}') from error
+    except Exception as error:  # anything that a user's file raises
         where = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise InputError(f'{at} cannot be found: {module} does not import '
-                         f'({type(error).__name__}: {error}{where}); mend it') from error
+        raise InputError(f'{option}: it cannot be found; {module} does not import '
+                         f'({type(error).__name__}: {error}{where}). Expected a module that '
+                         'imports. Fix: repair it.') from error
     if not attribute or not hasattr(home, attribute):
         near = difflib.get_close_matches(attribute, vars(home), 1)
-        raise InputError(f'{at} cannot be found: {home.__name__} has no {attribute!r}'
-                         + (f', but {near[0]!r}' if near else '') + f'; name {wanted}')
+        raise InputError(f'{option}: it cannot be found; {home.__name__} has no {attribute!r}'
+                         + (f', but {near[0]!r}' if near else '') + f'. {fix}')
     return getattr(home, attribute)
 
 
-def _scheduled(weight, steps, factors, step):
-    return weight * jnp.interp(jnp.asarray(step, jnp.float32), steps, factors)
-
-
-def _shown(x):
-    """float32 [16, 3], or the type of what is no array."""
+def _form(x):
+    """'float32 [16, 3]', or the type of what is not an array."""
     if hasattr(x, 'shape') and hasattr(x, 'dtype'):
         return f'{x.dtype} {list(x.shape)}'
     return type(x).__name__

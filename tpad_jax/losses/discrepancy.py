@@ -3,13 +3,14 @@
 import jax.numpy as jnp
 
 from tpad_jax.distributed import collectives
+from tpad_jax.losses.contract import Out
 from tpad_jax.losses.pairs import flat, score_pairs
 from tpad_jax.mutual_information import bounds
 from tpad_jax.nn.mlp import unit
 from tpad_jax.types import Loss
 
 
-def mmd(out, batch, *, axis=None, x='r', y='t', widths=4, chunk=0):
+def mmd(out, batch, *, axis=None, x: Out = Out('r'), y: Out = Out('t'), widths=4, chunk=0):
     """Squared maximum mean discrepancy between two normalised clouds. -> Loss [B, N]
 
     Gretton et al. 2012, see `bounds.mmd`. One point of each cloud per position, so that the value
@@ -23,8 +24,8 @@ def mmd(out, batch, *, axis=None, x='r', y='t', widths=4, chunk=0):
     return Loss(value.reshape(weight.shape), weight)
 
 
-def alignment_uniformity(out, batch, *, axis=None, x='r_next', y='p', ids='next', power=2.0,
-                         sharpness=2.0, uniform=1.0, chunk=0):
+def alignment_uniformity(out, batch, *, axis=None, x: Out = Out('r_next'), y: Out = Out('p'),
+                         ids: Out = Out('next'), power=2.0, sharpness=2.0, uniform=1.0, chunk=0):
     """Alignment of pairs plus `uniform` times the mean uniformity of both clouds. -> Loss [B, N]
 
     Wang and Isola 2020, as LLM-ISR trains by it; features of length one. Positions of one item are

@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
+from tpad_jax.losses.contract import Out
 from tpad_jax.nn.mlp import unit
 from tpad_jax.types import Loss
 
 KINDS = ('forward', 'reverse', 'symmetric', 'js', 'skewed')
 
 
-def mdist(out, batch, *, axis=None, x='r.text', teacher='k.text', there='text.there',
-          table='vocabulary', teacher_table='vocabulary', kind='forward', temperature=1.0,
-          skew=0.1, by_row=False):
+def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
+          there: Out = Out('text.there'), table: Out = Out('vocabulary'),
+          teacher_table: Out = Out('vocabulary'), kind='forward', temperature=1.0, skew=0.1,
+          by_row=False):
     """Divergence of the student's next-token distributions from the teacher's. -> Loss [B, L]
 
     x, teacher: hidden states [B, L, width], of widths of their own; there: bool [B, L], what
@@ -85,7 +87,8 @@ def divergence(p, q, kind, skew=0.1):
     raise ValueError(f'no divergence {kind!r}: {", ".join(KINDS)}')
 
 
-def rdist(out, batch, *, axis=None, x='r.image', teacher='k.image', there='image.there'):
+def rdist(out, batch, *, axis=None, x: Out = Out('r.image'), teacher: Out = Out('k.image'),
+          there: Out = Out('image.there')):
     """1 - the cosine between student's and teacher's relations among an image's tokens. -> Loss [B]
 
     A model's relations are the cosines of its tokens' hidden states with each other, [L, L]; x,

@@ -1,5 +1,7 @@
-"""A small batch and every output a stage can name, made of random numbers: what losses are checked
-on. Every size differs from the others, so that a mistaken axis shows.
+"""A small batch and all outputs, made of random numbers: what `check` tries a loss on.
+
+Names, shapes and dtypes come from the table of outputs. Every size differs from the others, so that
+a mistaken axis shows.
 """
 
 import flax
@@ -7,23 +9,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpad_jax.models.outputs import OUTPUTS
 from tpad_jax.models.sessions import repeats
 from tpad_jax.mutual_information import critics
 from tpad_jax.types import Batch
 
 # rows, positions, items, width, modalities, text tokens, vocabulary, replicas
 B, N, V, D, M, T, W, REPLICAS = 16, 3, 9, 4, 2, 5, 11, 8
-# Widths of the outputs that `models.tpad.forward` names; one that a new loss reads is added here.
-POSITIONS = {'k': M * D, 't': D, 'c': D, 'p': D, 'r': D, 'r_next': D, 'h_each': D}
-TEXTS = ('describe', 'foretell')
-# with as many tokens as the texts
-STATES = ('k.text', 'r.text', 'teacher.text', 'k.image', 'r.image', 'teacher.image')
+SIZES = {'B': B, 'N': N, 'V+1': V + 1, 'D': D, 'M D': M * D, 'T': T, 'P': T, 'W': W, 'C': D,
+         'width': D}  # P = T: an image has as many tokens as a text
+# Outputs whose values mean something: `named` and `make` compute them.
+SPECIAL = {'items', 'next', 'repeat', 'image.there', 'text.there', 'warm', 'popularity', 'cluster',
+           'club', 'teacher.vocabulary'}
 CRITICS = {'align': critics.Critic('separable', 6), 'distil': critics.Critic('bilinear', 6)}
 CLUB = critics.GaussianQ(6)
+SCORES = {'club': CLUB} | {f'critic.{name}': critic for name, critic in CRITICS.items()}
+
+
+def entries(is_table, *dtypes) -> dict[str, tuple[int, ...]]:
+    """Shapes of the outputs that random numbers can stand in for: {name: shape}."""
+    return {name: tuple(SIZES[size] for size in entry.shape.split(', '))
+            for name, entry in OUTPUTS.items()
+            if name[0] != '_' and name not in SPECIAL and entry.is_table == is_table
+            and entry.dtype in dtypes}
 
 
 def make(seed):
-    """A batch with repeats and padded rows, all of one replica's among them, and raw rows."""
+    """Make a batch and raw rows; some rows are padded, among them all of one replica."""
     rng = np.random.default_rng(seed)
     length = rng.integers(1, N + 1, B)
     real = np.arange(N) < length[:, None]
@@ -33,52 +45,51 @@ def make(seed):
                   next=np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32),
                   target=rng.integers(1, V - 1, B).astype(np.int32), valid=valid,
                   row=np.arange(B, dtype=np.int32))
-    raw = {n: rng.normal(size=(B, N, w)).astype(np.float32) for n, w in POSITIONS.items()}
-    raw['h'] = rng.normal(size=(B, D)).astype(np.float32)
+    raw = {name: rng.normal(size=shape).astype(np.float32)
+           for name, shape in entries(False, 'float32').items()}
     raw['repeat'] = np.asarray(repeats.shifts(rng.normal(size=N), batch.items), np.float32)
-    raw['interest'] = rng.normal(size=(B, D)).astype(np.float32)
-    for name in STATES:
-        raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
-    for name in TEXTS:
-        raw[name] = rng.normal(size=(B, T, D)).astype(np.float32)
-        words = rng.integers(0, W, (B, T))
+    for name, shape in entries(False, 'int32').items():  # tokens, -1 pads
+        words = rng.integers(0, W, shape)
         words[np.arange(T) >= rng.integers(1, T + 1, (B, 1))] = -1
-        raw[f'{name}.tokens'] = words.astype(np.int32)
+        raw[name] = words.astype(np.int32)
+    raw |= {name: rng.random(shape) < 0.5 for name, shape in entries(False, 'bool').items()}
     return batch, raw
 
 
 def make_params(seed):
-    """One matrix per named output, the tables, critics and q: the replicated parameters."""
+    """Make the replicated parameters: a matrix per output of rows, tables, critics and q."""
     rng = np.random.default_rng(seed)
     one, two = jnp.ones((1, D)), jnp.ones((1, M * D))
-    modules = {'critic.align': (CRITICS['align'], two, one), 'club': (CLUB, one, one),
-               'critic.distil': (CRITICS['distil'], one, one)}
-    shapes = {n: jax.eval_shape(m.init, jax.random.key(0), *x) for n, (m, *x) in modules.items()}
-    shapes |= {'z': jnp.ones((V + 1, D)), 'vocabulary': jnp.ones((W, D))}
+    inputs = {'critic.align': (two, one), 'club': (one, one), 'critic.distil': (one, one)}
+    shapes = {n: jax.eval_shape(SCORES[n].init, jax.random.key(0), *x) for n, x in inputs.items()}
+    shapes |= {n: jnp.ones(shape) for n, shape in entries(True, 'float32').items()}
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.7, shapes)
-    widths = {**POSITIONS, 'h': D, 'interest': D, **dict.fromkeys((*TEXTS, *STATES), D)}
-    mixing = {n: np.eye(w) + 0.3 * rng.normal(size=(w, w)) for n, w in widths.items()}
-    return params | {n: x.astype(np.float32) for n, x in mixing.items()}
+    for name, (*_, width) in entries(False, 'float32').items():
+        mixing = np.eye(width) + 0.3 * rng.normal(size=(width, width))
+        params[name] = mixing.astype(np.float32)
+    return params
 
 
 def named(params, raw, batch):
-    """Outputs by name, each a function of replicated parameters and this replica's rows."""
+    """Compute the outputs by name, each from the replicated parameters and this replica's rows."""
     out = {n: x @ params[n] if n in params else x for n, x in raw.items()}
+    out |= {n: params[n] for n in entries(True, 'float32')}
+    out |= {n: jnp.arange(np.prod(shape)).reshape(shape) % 2 > 0
+            for n, shape in entries(True, 'bool').items()}
+    out |= {n: jnp.arange(np.prod(shape)).reshape(shape) % D
+            for n, shape in entries(True, 'int32').items()}
     warm = jnp.arange(V + 1) < V - 1  # the last two items are cold; row 0 is padding
     out |= {'items': batch.items, 'next': batch.next, 'warm': warm.at[0].set(False),
-            'z': params['z'], **dict.fromkeys(('vocabulary', 'teacher.vocabulary'),
-                                              params['vocabulary']),
-            'popularity': 1.0 + jnp.arange(V + 1) % 3, 'cluster': jnp.arange(V + 1) % D}
-    # which tokens are there: of an image all or none, in one row of three
+            'teacher.vocabulary': params['vocabulary'], 'cluster': jnp.arange(V + 1) % D,
+            'popularity': 1.0 + jnp.arange(V + 1) % 3}
+    # which tokens exist: of an image all or none, in one row of three
     out['text.there'] = raw['describe.tokens'] >= 0
     out['image.there'] = out['text.there'] & (batch.row % 3 > 0)[:, None]
-    modules = {f'critic.{n}': c for n, c in CRITICS.items()} | {'club': CLUB}
-    out |= {n: critics.Score(c, params[n]['params']) for n, c in modules.items()}
-    return out
+    return out | {n: critics.Score(c, params[n]['params']) for n, c in SCORES.items()}
 
 
-def foretold(params, raw):
-    """Rows whose p is what q expects of their c: upper bounds are positive there, and pull."""
+def predicted(params, raw):
+    """Replace p by what q expects of c: upper bounds are positive there, and pull."""
     c = raw['c'].reshape(-1, D) @ params['c']
     half, centre, _ = np.split(np.asarray(CLUB.apply(params['club'], c, c, factors=True)[0]),
                                [D, 2 * D], axis=1)
@@ -87,47 +98,55 @@ def foretold(params, raw):
 
 
 def garbled(batch, raw, seed):
-    """The same batch and raw rows, but for what stands in padded rows, positions and tokens."""
+    """Put other numbers into padded rows, positions and tokens."""
     rng, rows = np.random.default_rng(seed), batch.valid[:, None]
     other = Batch(items=np.where(rows, batch.items, 4), next=np.where(rows, batch.next, 5),
                   target=np.where(batch.valid, batch.target, 6), valid=batch.valid,
                   row=np.where(batch.valid, batch.row, 0))
-    mask, garbage = np.asarray(batch.mask), {}
+    garbage = {}
     for name, x in raw.items():
-        real = {T: raw.get(f'{name}.tokens', raw['describe.tokens']) >= 0, N: mask, D: mask[:, :1]}
-        real = real[x.shape[1]] & rows
-        if x.dtype == np.int32:  # tokens of a valid row end where they end
-            garbage[name] = np.where(rows, x, 3)
-        else:
-            real = real if x.ndim == 2 else real[..., None]
+        tokens = raw.get(f'{name}.tokens', raw['describe.tokens']) >= 0
+        size = OUTPUTS[name].shape.split(', ')[1:2]
+        real = rows & {'N': batch.mask, 'T': tokens, 'P': tokens}.get(*size, rows)
+        if x.dtype == np.float32:
+            real = real.reshape(*real.shape[:x.ndim - 1], *(1,) * (x.ndim - real.ndim))
             garbage[name] = np.where(real, x, 20 * rng.normal(size=x.shape)).astype(np.float32)
+        else:  # tokens of a valid row end where they end
+            garbage[name] = np.where(rows, x, np.asarray(3, x.dtype))
     return other, garbage
 
 
 def numbered(raw):
-    """Raw rows whose features carry the number of their position, b N + n, in their first place."""
+    """Write the number of each position, b N + n, into the first place of its features."""
     number = np.arange(B * N, dtype=np.float32).reshape(B, N)
-    return {n: np.concatenate([number[..., None], x[..., 1:]], -1) if n in POSITIONS else x
+    return {n: np.concatenate([number[..., None], x[..., 1:]], -1) if is_of_positions(n) else x
             for n, x in raw.items()}
+
+
+def is_of_positions(name) -> bool:
+    """Whether an output has a feature for every position."""
+    shape = OUTPUTS[name].shape
+    return shape.startswith('B, N, ') and name not in SPECIAL
 
 
 @flax.struct.dataclass
 class LookUp:
-    """A critic that looks its scores [B N, B N] up by the numbers of `numbered`; NaN where the
-    features it is given no longer carry them.
+    """A critic that looks up its scores [B N, B N] by the numbers of `numbered`.
+
+    The scores are NaN where the features no longer carry the numbers.
     """
 
     scores: jax.Array
 
     def __call__(self, x, y):
-        """x [A, I], y [G, J] -> [A, G]."""
+        """Score all pairs: x [A, I], y [G, J] -> [A, G]."""
         i, j = (a[:, 0].astype(jnp.int32) for a in (x, y))
         known = (i == x[:, 0])[:, None] & (j == y[:, 0])
         return jnp.where(known, self.scores[i[:, None] % (B * N), j % (B * N)], jnp.nan)
 
     def factors(self, x, y):
-        """None: scores that are looked up are no product."""
+        """Return None: these scores are not a product."""
 
     def own(self, x, y):
-        """Scores of the pairs alone, [A]."""
+        """Score each pair, [A]."""
         return jax.vmap(lambda a, b: self(a[None], b[None])[0, 0])(x, y)

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.losses.contract import Out
 from tpad_jax.types import Loss
 
 
-def generation(out, batch, *, axis=None, x='describe', tokens='describe.tokens',
-               table='vocabulary', by_row=False):
+def generation(out, batch, *, axis=None, x: Out = Out('describe'),
+               tokens: Out = Out('describe.tokens'), table: Out = Out('vocabulary'), by_row=False):
     """Next-token cross entropy of a text, per token. -> Loss [B, T]
 
     [paper] both MLLMs learn by a generation task; [ours] what they are given (see models/).

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.distributed import collectives
+from tpad_jax.losses.contract import Out
 from tpad_jax.losses.pairs import flat, positions, scaled, score_pairs
 from tpad_jax.mutual_information import bounds
 from tpad_jax.types import Loss
 
 
-def infonce(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align',
-            temperature=1.0, chunk=0):
+def infonce(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
+            critic: Out = Out('critic.align'), temperature=1.0, chunk=0):
     """Minus the InfoNCE lower bound of I(x; y), negatives from every replica. -> Loss [B, N]
 
     van den Oord et al. 2018. The estimate cannot exceed the log of the candidates' number: the
@@ -28,8 +29,8 @@ def infonce(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.
                   room=jnp.log(pairs.at.others + 1.0) - estimate)
 
 
-def mine(out, batch, *, axis=None, state=None, x='k', y='c', ids='items', critic='critic.align',
-         decay=0.99, chunk=0):
+def mine(out, batch, *, axis=None, state=None, x: Out = Out('k'), y: Out = Out('c'),
+         ids: Out = Out('items'), critic: Out = Out('critic.align'), decay=0.99, chunk=0):
     """Minus the Donsker-Varadhan bound of I(x; y) (MINE, Belghazi et al. 2018). -> Loss [B, N]
 
     The gradient of the log partition is corrected by a moving average of the partition, which is
@@ -47,7 +48,8 @@ def mine(out, batch, *, axis=None, state=None, x='k', y='c', ids='items', critic
 mine.initial_state = lambda: {'log_average': jnp.float32(-jnp.inf)}
 
 
-def nwj(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align', chunk=0):
+def nwj(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
+        critic: Out = Out('critic.align'), chunk=0):
     """Minus the bound of Nguyen, Wainwright and Jordan 2010 of I(x; y). -> Loss [B, N]
 
     Its critic learns 1 + the log density ratio, constant and all. A score above 88 is too much for
@@ -58,7 +60,8 @@ def nwj(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.alig
                   bounds.nwj(*pairs.every, axis=axis))
 
 
-def jsd(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align', chunk=0):
+def jsd(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
+        critic: Out = Out('critic.align'), chunk=0):
     """Minus the Jensen-Shannon objective (Hjelm et al. 2019). -> Loss [B, N]
 
     No bound of I(x; y), but its critic learns the log density ratio, and the estimate beside it is
@@ -69,8 +72,8 @@ def jsd(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.alig
                   bounds.donsker_varadhan(*pairs.every, axis=axis))
 
 
-def smile(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.align', clip=5.0,
-          chunk=0):
+def smile(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
+          critic: Out = Out('critic.align'), clip=5.0, chunk=0):
     """Minus SMILE (Song and Ermon 2020), no bound of I(x; y). -> Loss [B, N]
 
     The value is SMILE's and the gradient `jsd`'s, as its authors train it.
@@ -82,8 +85,8 @@ def smile(out, batch, *, axis=None, x='k', y='c', ids='items', critic='critic.al
                   bounds.smile(*pairs.every, axis=axis, clip=clip))
 
 
-def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0,
-          scale=False):
+def vclub(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'), ids: Out = Out('items'),
+          club: Out = Out('club'), chunk=0, scale=False):
     """vCLUB upper bound of I(x; y) (Cheng et al. 2020), q held fixed. -> Loss [B, N]
 
     An upper bound only while q(y|x) is good: see `club_fit`'s value beside it. Where the batch's
@@ -110,8 +113,8 @@ def vclub(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chun
     return _upper(bound(total - same, at.different), at.weight, bound(total - b, at.others), axis)
 
 
-def l1out(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chunk=0,
-          scale=False):
+def l1out(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'), ids: Out = Out('items'),
+          club: Out = Out('club'), chunk=0, scale=False):
     """Leave-one-out upper bound of I(x; y) (Poole et al. 2019), q held fixed. -> Loss [B, N]
 
     A position's negatives are the x of others for its own y. As `vclub` it is a bound only while
@@ -124,7 +127,8 @@ def l1out(out, batch, *, axis=None, x='c', y='p', ids='items', club='club', chun
     return _upper(bounds.l1out(*pairs.differ), pairs.at.weight, bounds.l1out(*pairs.every), axis)
 
 
-def club_fit(out, batch, *, axis=None, x='c', y='p', club='club', scale=False):
+def club_fit(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'),
+             club: Out = Out('club'), scale=False):
     """Minus the log-likelihood of q(y|x), on features that get no gradient. -> Loss [B, N]
 
     The metric `log_q` is what q makes of x: nats per dimension above the diagonal Gaussian of y's

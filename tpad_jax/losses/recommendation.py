@@ -5,14 +5,16 @@ import math
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.losses.contract import Out
 from tpad_jax.models.sessions import repeats
 from tpad_jax.nn import softmax
 from tpad_jax.nn.gather import take
 from tpad_jax.types import Loss
 
 
-def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', repeat='repeat', temperature=1.0,
-              smoothing=0.0, chunk=0, dtype='float32'):
+def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
+              warm: Out = Out('warm'), repeat: Out = Out('repeat'), temperature=1.0, smoothing=0.0,
+              chunk=0, dtype='float32'):
     """Softmax cross entropy of the target over the warm catalogue, logits <h, z>. -> [B]
 
     Where `h` is h_each, [B, N, D], every position predicts the item that follows. -> Loss [B, N]
@@ -48,8 +50,9 @@ def next_item(out, batch, *, axis=None, h='h', z='z', warm='warm', repeat='repea
     return back(whole - own)
 
 
-def sampled_next_item(out, batch, *, axis=None, key=None, h='h', z='z', warm='warm',
-                      popularity='popularity', samples=8192, power=0.75, temperature=1.0):
+def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('z'),
+                      warm: Out = Out('warm'), popularity: Out = Out('popularity'), samples=8192,
+                      power=0.75, temperature=1.0):
     """`next_item` with its partition estimated from `samples` drawn items. -> [B], or Loss [B, N]
 
     Bengio and Senecal 2008. The step's key draws them once for all rows and replicas, with

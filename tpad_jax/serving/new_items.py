@@ -20,7 +20,7 @@ from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
-from tpad_jax.models import tpad
+from tpad_jax.models import readers, tpad
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.serving import artifact
 
@@ -107,8 +107,8 @@ class Reader:
         return z
 
     def _vectors(self, params, recommenders, image, seen, tokens, side):
-        rows, reads = {}, {'k': partial(tpad.read_items, adapter='knowledge'),
-                           'r': tpad.distil_items}
+        rows, reads = {}, {'k': partial(readers.read_items, adapter='knowledge'),
+                           'r': readers.distil_items}
         for name in self._rows:
             rows[name] = reads[name](self._specs[0], params, image=image, has_image=seen,
                                      tokens=tokens).astype(jnp.float32)

@@ -32,7 +32,7 @@ def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
         return
     # Parameters of a loss's module are drawn when its stage starts. Only their prefix is known,
     # so rates of such parameters are checked then.
-    modules = tuple(f'loss/{name}/' for name, _ in spec.modules)
+    modules = tuple(f'loss/{loss.name}/' for loss in spec.losses if loss.module)
     try:
         trained, _ = optimizer.split({**params, **dict.fromkeys(modules)}, c.train, modules)
         rates = [rate for rate in c.rates if not (modules and 'loss' in rate[0])]

@@ -296,11 +296,12 @@ def _not_finite(loop, spec, recent):
     if 'not_finite' not in logged:
         return text
     rows = np.asarray(jax.device_get(logged['not_finite']))
-    where = [f'{name} in {_listed(column[column >= 0])}'
-             for (name, *_), column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
+    where = [f'{loss.name} in {_listed(column[column >= 0])}'
+             for loss, column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
     if where:
-        return f'{text}; of the training rows: {", ".join(where)}'
-    if not {name for name, *_ in spec.losses} & set(bad):
+        return (f'{text}; of the training rows: {", ".join(where)} '
+                '(a row weight below 0 counts as not finite)')
+    if not {loss.name for loss in spec.losses} & set(bad):
         text += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
                  'checks one loss alone')
     return text

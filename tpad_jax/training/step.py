@@ -11,15 +11,12 @@ import optax
 from flax.traverse_util import unflatten_dict
 
 from tpad_jax import losses
-from tpad_jax.config import names
+from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
-from tpad_jax.models import readers, tpad
+from tpad_jax.models import outputs, sessions, tpad
 from tpad_jax.training import accumulation, optimizer
 from tpad_jax.types import Batch, State
-
-# Features that no stage before this one has left behind.
-LATER = {'knowledge': {'k', 'r'}, 'transfer': {'r'}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,21 +24,21 @@ class StepSpec:
     """What is static in a train step; equal to another that was made of the same.
 
     Attributes:
-      model: the modules. losses: (name, function, weight, keywords) of the stage.
-      needs: outputs they read. fresh: features computed from content. seed: of all draws.
-      modules: (name, flax module) of the losses that have parameters of their own.
+      model: the modules.
+      losses: of the stage.
+      fresh: features computed from content.
+      tx: the optimiser.
+      seed: of all draws.
       skip: how many updates in a row may be left out because a number was not finite.
       parts: of a replica's rows, whose activations exist one after the other.
       made_of: all that it was made of, hashable, or () where nothing else is the same.
     """
 
     model: tpad.TPAD
-    losses: tuple
-    needs: frozenset
+    losses: tuple[losses.LossSpec, ...]
     fresh: frozenset
     tx: optax.GradientTransformation
     seed: int
-    modules: tuple = ()
     skip: int = 0
     parts: int = 1
     made_of: tuple = field(default=(), init=False)  # `replace` leaves it out
@@ -52,6 +49,17 @@ class StepSpec:
 
     def __hash__(self):
         return hash(self.made_of)
+
+    @property
+    def needs(self) -> frozenset:
+        """Names of the outputs that the losses read."""
+        return frozenset().union(*(spec.needs for spec in self.losses))
+
+    @property
+    def reads_content(self) -> bool:
+        """Whether an output that is read needs the images and words of the batch's items."""
+        plan = outputs.Plan(self.model.form, self.model.recommend, self.model.reread, self.fresh)
+        return 'content' in outputs.required(self.needs, plan)
 
 
 def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
@@ -65,11 +73,11 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     """
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
 
-    def outputs(params, batch):
+    def read(params, batch):
         tree = unflatten_dict({**state.frozen, **params}, sep='/')
-        out = tpad.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh, key)
-        rows, tables = tpad.apart(out, len(batch.valid))
-        return rows, (tables, losses.bound(spec.modules, tree))
+        out = outputs.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh, key)
+        rows, tables = outputs.split_tables(out, len(batch.valid))
+        return rows, (tables, losses.bound(spec.losses, tree))
 
     def objective(rows, rest, batch):
         tables, heads = rest
@@ -78,7 +86,7 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
             step=state.step, heads=heads, rows=True)
         return loss, (loss_state, logged)
 
-    grads, (loss_state, logged) = accumulation.gradient(outputs, objective, state.params, batch,
+    grads, (loss_state, logged) = accumulation.gradient(read, objective, state.params, batch,
                                                         spec.parts)
     # `combine` sums over replicas, so each replica's gradient is that of the whole, for its rows
     # only, times their number: the mean is the sum over all rows.
@@ -97,84 +105,72 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     return State(state.step + 1, params, state.frozen, opt_state, loss_state), logged
 
 
-def stage_losses(config, stage: str) -> tuple:
-    """(name, function, weight, keywords) of every loss the stage uses with a weight other than 0.
+def stage_losses(config, stage: str) -> tuple[losses.LossSpec, ...]:
+    """Make the specs of the losses that a stage uses with a weight other than 0.
 
     Raises:
-      InputError: a function that does not exist or cannot be called as a loss, a keyword it does
-        not take, an output that no stage computes, a schedule that is none.
+      InputError: an entry is not a loss (see `losses.LossSpec`), it reads an output that the stage
+        does not compute, or no loss has a weight.
     """
     missing = _missing(config, stage)
-    known = (tpad.OUTPUTS | {f'critic.{name}' for name in config.model.critics}) - missing.keys()
-    chosen = []
+    known = [n for n in outputs.names(config.model.critics) if n not in missing]
+    specs = []
     for name, entry in config.losses.items():
-        own = config.stage[stage].weights.get(name)
-        weight = entry.weight if own is None else own
-        if stage in names(entry.stages) and weight:
-            keywords = {k: x for k, x in entry.items() if k not in losses.ENTRY}
-            function = losses.resolve(name, entry.fn)
-            absent = sorted(losses.needs(name, function, keywords) - known)
-            if absent:
-                why = sorted({missing[n] for n in absent if n in missing})
-                raise InputError(f'config.losses.{name} reads {", ".join(absent)}, which '
-                                 + (f'stage {stage} does not compute ({"; ".join(why)})' if why
-                                    else 'no stage computes')
-                                 + f'; there are {", ".join(sorted(known))}')
-            losses.check_call(name, function, keywords, bool(entry.get('module')))
-            weight = losses.weigh(name, weight, entry.get('schedule', ()))
-            chosen.append((name, function, weight, dict(sorted(keywords.items()))))
-    if not chosen:
-        raise InputError(f'stage {stage} has no loss with a weight: give one of config.losses a '
-                         f'weight and {stage!r} among its stages')
-    return tuple(chosen)
+        changed = config.stage[stage].weights.get(name)
+        weight = entry.weight if changed is None else changed
+        if stage not in names(entry.stages) or not weight:
+            continue
+        spec = losses.from_entry(name, entry, weight)
+        absent = sorted(spec.needs - set(known))
+        if absent:
+            why = sorted({missing[n] for n in absent if n in missing})
+            where = f'stage {stage} does not compute ({"; ".join(why)})' if why else (
+                'no stage computes')
+            raise InputError(f'config.losses.{name}: it reads {", ".join(absent)}, which {where}. '
+                             f'Expected {", ".join(known)}. Fix: name another output.')
+        specs.append(spec)
+    if not specs:
+        raise InputError(f'config.stage.{stage}: no loss has a weight. Expected at least one. Fix: '
+                         f'give one of config.losses a weight and {stage!r} among its stages.')
+    return tuple(specs)
 
 
 def _missing(config, stage):
-    """{output: why} of those that a stage of this config cannot compute."""
-    states, out = readers.STATES | readers.THERE | {'teacher.vocabulary'}, {}
-    if config.model.encoder not in tpad.EACH:
-        out['h_each'] = 'only config.model.encoder=attention reads a session once for all prefixes'
+    """{output: why} of the outputs that a stage of this config cannot compute."""
+    model, lacking = config.model, {}
+    if not sessions.reads_prefixes(sessions.build(model, 1)):
+        lacking['prefixes'] = (f'config.model.encoder={model.encoder} does not read all prefixes '
+                               'of a session at once')
     if not config.mllm.teacher:
-        out |= {name: 'config.mllm.teacher names no teacher' for name in states
-                if name.startswith('teacher')}
-    if not config.model.clusters:
-        out |= dict.fromkeys(('interest', 'cluster'), 'config.model.clusters is 0')
-    if config.model.blend.kind:
-        why = 'config.model.blend makes r, which no loss trains; set its weight to 0'
-        out |= dict.fromkeys(('r', 'r_next', 'r.image', 'r.text'), why)
-    if late := LATER.get(stage, set()) & set(names(config.model.recommend)):
-        why = f'the recommender reads {", ".join(sorted(late))}, which is there behind that stage'
-        out |= dict.fromkeys(('h', 'h_each', 'z'), why)
+        lacking['teacher'] = 'config.mllm.teacher names no teacher'
+    if not model.clusters:
+        lacking['clusters'] = 'config.model.clusters is 0'
+    if model.blend.kind:
+        lacking['trained r'] = 'config.model.blend makes r, which no loss trains'
+    earlier = {row for s in STAGES[:STAGES.index(stage)] for row in MAKES.get(s, ())}
+    late = {row for rows in MAKES.values() for row in rows} - earlier
+    if late := sorted(late & set(names(model.recommend))):
+        lacking['features'] = f'the recommender reads {", ".join(late)}, which a later stage makes'
     if stage == 'recommend':
-        read = {'describe', 'describe.tokens', 'foretell', 'foretell.tokens'}
-        read |= {'t', 'c', 'p', 'interest'} if config.model.form == 'full' else set()
-        out |= dict.fromkeys(states | read, 'stage recommend reads no content')
-    return out
-
-
-def own_modules(config, chosen: tuple) -> tuple:
-    """(name, flax module) of those `stage_losses` whose config names one. Raises InputError."""
-    entries = {name: config.losses[name] for name, *_ in chosen}
-    return tuple((name, losses.own_module(name, entry.module, dict(entry.get('fields', {}))))
-                 for name, entry in entries.items() if entry.get('module'))
+        lacking['content'] = 'stage recommend reads no content'
+    plan = outputs.Plan(model.form, names(model.recommend), model.reread,
+                        frozenset(names(config.stage[stage].fresh)))
+    why = {name: sorted(outputs.required([name], plan) & lacking.keys())
+           for name in outputs.OUTPUTS}
+    return {name: '; '.join(lacking[n] for n in sources) for name, sources in why.items()
+            if sources}
 
 
 def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
-    """The static part of a stage's step."""
-    chosen = stage_losses(config, stage)
-    needs = frozenset().union(*(losses.needs(name, fn, kw) for name, fn, _, kw in chosen))
-    fresh = frozenset(names(config.stage[stage].fresh))
-    tx, skip = optimizer.optimizer(config.stage[stage]), config.skip_not_finite
+    """Make the static part of a stage's step."""
+    c, skip = config.stage[stage], config.skip_not_finite
+    tx = optimizer.optimizer(c)
     if skip:
         tx = optax.apply_if_finite(tx, skip)
-    modules = own_modules(config, chosen)
-    told = json.dumps([config.stage[stage].to_dict(), skip, {
-        name: config.losses[name].to_dict() for name, *_ in chosen}], default=str, sort_keys=True)
-    own = tuple((name, type(module), repr(module)) for name, module in modules)
-    made_of = told, tuple(fn for _, fn, *_ in chosen), own, stage, model, seed
-    spec = StepSpec(model, chosen, needs, fresh, tx, seed, modules, skip,
-                    config.stage[stage].accumulate)
-    object.__setattr__(spec, 'made_of', made_of)
+    specs = stage_losses(config, stage)
+    spec = StepSpec(model, specs, frozenset(names(c.fresh)), tx, seed, skip, c.accumulate)
+    options = json.dumps([c.to_dict(), skip], default=str, sort_keys=True)
+    object.__setattr__(spec, 'made_of', (options, specs, stage, model, seed))
     return spec
 
 
@@ -185,19 +181,19 @@ def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
       batches: () -> iterator of the stage's host batches; only their shapes matter.
       catalogue: rows per item.
     """
-    new = tuple((name, module) for name, module in spec.modules
-                if not any(path.startswith(f'loss/{name}/') for path in params))
+    new = tuple(loss for loss in spec.losses if loss.module
+                and not any(path.startswith(f'loss/{loss.name}/') for path in params))
     if not new:
         return params
 
-    def outputs(params, batch, catalogue):
+    def read(params, batch, catalogue):
         tree = unflatten_dict(params, sep='/')
-        return tpad.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh,
+        return outputs.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh,
                             jax.random.key(spec.seed)), batch
 
     with closing(batches()) as some:
         given = params, Batch.of(next(some)), catalogue
-    return params | losses.first_parameters(new, spec.losses, outputs, given, spec.seed)
+    return params | losses.first_parameters(new, read, given, spec.seed)
 
 
 def start(spec: StepSpec, params: dict, pattern: str) -> State:
@@ -205,10 +201,8 @@ def start(spec: StepSpec, params: dict, pattern: str) -> State:
 
     `pattern`: what trains, and with it the own parameters of the stage's losses.
     """
-    own = tuple(f'loss/{name}/' for name, _ in spec.modules)
+    own = tuple(f'loss/{loss.name}/' for loss in spec.losses if loss.module)
     trained, frozen = optimizer.split(params, pattern, own)
-    loss_state = {name: fn.initial_state() for name, fn, _, _ in spec.losses
-                  if hasattr(fn, 'initial_state')}
     # a copy: what trains is donated, and the caller keeps its parameters
     return State(jnp.int32(0), jax.tree.map(jnp.copy, trained), frozen, spec.tx.init(trained),
-                 loss_state)
+                 losses.first_states(spec.losses))

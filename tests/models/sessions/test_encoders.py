@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tpad_jax.models import tpad
+from tpad_jax.models.sessions import ENCODERS
 from tpad_jax.models.sessions.gce_gnn import NEVER, relations
 
 V, D, N = 9, 8, 5
@@ -60,7 +61,7 @@ def encode(parts, items, keys=None, each=False):
 
 @pytest.mark.parametrize('encoder', [
     'attention', *(pytest.param(name, marks=pytest.mark.slow)
-                   for name in tpad.ENCODERS if name != 'attention')])
+                   for name in ENCODERS if name != 'attention')])
 def test_one_row_is_encoded_alike_alone_in_company_and_with_more_padding(encoder):
     parts = built(encoder)
     together = encode(parts, ITEMS)
@@ -73,7 +74,7 @@ def test_one_row_is_encoded_alike_alone_in_company_and_with_more_padding(encoder
     assert gaps.min() > 1e-2  # and different sessions do not look the same
 
 
-@pytest.mark.parametrize('encoder', tpad.ENCODERS)
+@pytest.mark.parametrize('encoder', ENCODERS)
 def test_what_stands_in_the_vector_of_padding_changes_nothing(encoder):
     spec, params, rows = built(encoder)
     z = jnp.asarray(np.random.default_rng(2).normal(size=(V + 1, D)), jnp.float32)
@@ -81,7 +82,7 @@ def test_what_stands_in_the_vector_of_padding_changes_nothing(encoder):
     np.testing.assert_allclose(run(z), run(z.at[0].set(1e3)), atol=1e-5)
 
 
-@pytest.mark.parametrize('encoder', tpad.ENCODERS)
+@pytest.mark.parametrize('encoder', ENCODERS)
 def test_dropout_acts_with_keys_alone_and_by_row(encoder):
     parts = built(encoder)
     keys = jax.random.split(jax.random.key(3), len(ITEMS))

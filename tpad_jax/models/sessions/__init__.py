@@ -1,1 +1,40 @@
-"""Session encoders: item vectors of a prefix to one vector."""
+"""Session encoders: item vectors of a prefix to one vector, h."""
+
+import inspect
+
+from tpad_jax.models.sessions.attention import SessionAttention
+from tpad_jax.models.sessions.gce_gnn import GlobalGraphGNN
+from tpad_jax.models.sessions.sr_gnn import SessionGNN
+
+# What config.model.encoder may name: (config.model, fields that all encoders have) -> flax module.
+# All else about an encoder is derived from the module.
+ENCODERS = {
+    'attention': lambda model, **shared: SessionAttention(model.layers, model.heads, **shared),
+    'sr_gnn': lambda model, **shared: SessionGNN(model.gnn_steps, positions=model.positions,
+                                                 **shared),
+    'gce_gnn': lambda model, **shared: GlobalGraphGNN(**shared),
+}
+
+
+def build(model, max_length: int):
+    """Build the session encoder that config.model.encoder names.
+
+    Args:
+      model: config.model.
+      max_length: longest prefix.
+    """
+    return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
+                                   item_rate=model.item_dropout)
+
+
+def reads_graph(encoder) -> bool:
+    """Whether an encoder reads the global item graph: it takes the argument `near`."""
+    return 'near' in inspect.signature(encoder.__call__).parameters
+
+
+def reads_prefixes(encoder) -> bool:
+    """Whether an encoder reads all prefixes of a session at once: it has a method `positions`.
+
+    A field of that name, as `SessionGNN` has, is not a method.
+    """
+    return callable(getattr(encoder, 'positions', None))
