@@ -45,6 +45,16 @@ def test_combine_averages_weighs_logs_and_carries_state():
     assert state['last'] == {'seen': 4}
 
 
+def test_a_loss_draws_the_same_beside_any_other_losses():
+    batch = Batch(items=np.ones((3, 2), np.int32), next=None, target=None,
+                  valid=np.array([True, True, False]), row=np.arange(3))
+    out, state = {'a': jnp.array([1.0, 3.0, 100.0])}, {'last': {'seen': 4}}
+    first, last = LossSpec('first', per_row), LossSpec('last', stateful)
+    draws = [float(losses.combine(specs, out, batch, state, key=jax.random.key(0))[2]['draw/last'])
+             for specs in ((last,), (first, last), (last, first))]
+    assert draws[0] == draws[1] == draws[2]
+
+
 def test_resolve_finds_own_and_foreign_functions():
     assert losses.resolve('align', 'infonce') is losses.infonce
     assert losses.resolve('mine_own', 'tpad_jax.mutual_information.critics:unit') is mlp.unit

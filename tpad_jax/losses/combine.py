@@ -39,13 +39,13 @@ def combine(losses, out, batch, state, *, axis=None, key=None, step=None, heads=
       InputError: `out` lacks an output that a loss reads, or a result breaks the contract.
     """
     total, new_state, logged, broken = 0.0, dict(state), {}, []
-    for i, spec in enumerate(losses):
+    for spec in losses:
         name = spec.name
         weight = spec.weight_at(step)
         if spec.schedule:
             logged[f'weight/{name}'] = weight
         result = call(spec, out, batch, axis=axis, state=state.get(name),
-                      key=None if key is None else jax.random.fold_in(key, i),
+                      key=None if key is None else jax.random.fold_in(key, spec.hash),
                       head=(heads or {}).get(name))
         valid = batch.valid.reshape(-1, *(1,) * (result.value.ndim - 1))
         w = jnp.where(valid, result.weight, 0)
