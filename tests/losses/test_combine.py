@@ -55,6 +55,41 @@ def test_a_loss_draws_the_same_beside_any_other_losses():
     assert draws[0] == draws[1] == draws[2]
 
 
+@pytest.mark.parametrize('replicas', [1, 2])
+def test_a_row_weight_below_zero_is_reported_as_not_finite(replicas):
+    """A mean with negative weights has no bounds: that of ones would be 1.5 here."""
+    def fn(out, batch, *, weight: Out = Out('w')):
+        return Loss(jnp.ones_like(out[weight]), out[weight])
+
+    out = {'w': jnp.array([1.0, -0.5, 0.5, -1.0])}
+    batch = Batch(items=np.ones((4, 1), np.int32), next=None, target=None,
+                  valid=np.array([True, True, True, False]), row=10 * np.arange(4))
+
+    def logged(out, batch, axis):
+        return losses.combine((LossSpec('mine', fn),), out, batch, {}, axis=axis, rows=True)[2]
+
+    if replicas == 1:
+        found = logged(out, batch, None)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), (out, batch))
+        found = jax.vmap(lambda o, b: logged(o, b, 'data'), axis_name='data')(*parts)
+        found = jax.tree.map(lambda x: x[0], found)
+    assert np.isnan(found['mine'])
+    np.testing.assert_array_equal(found['not_finite'][:, 0], [-1, 10, -1, -1])
+
+
+def test_mine_counts_an_outlying_batch_up_to_its_limit():
+    rng = np.random.default_rng(0)
+    out = {n: jnp.asarray(rng.normal(size=(4, 2, 3)), jnp.float32) for n in 'kc'}
+    out |= {'items': jnp.arange(1, 9).reshape(4, 2), 'critic.align': lambda x, y: 50 + x @ y.T}
+    batch = Batch(items=out['items'], next=None, target=None, valid=jnp.ones(4, bool), row=None)
+    state = {'log_average': jnp.float32(0)}
+    for limit in (1.0, 2.0):
+        new = losses.mine(out, batch, state=state, limit=limit).state['log_average']
+        np.testing.assert_allclose(new, np.log(0.99 + 0.01 * np.exp(limit)), rtol=1e-5)
+    assert float(losses.mine(out, batch, state=state).state['log_average']) < 0.1
+
+
 def test_resolve_finds_own_and_foreign_functions():
     assert losses.resolve('align', 'infonce') is losses.infonce
     assert losses.resolve('mine_own', 'tpad_jax.mutual_information.critics:unit') is mlp.unit

@@ -48,7 +48,8 @@ def combine(losses, out, batch, state, *, axis=None, key=None, step=None, heads=
                       key=None if key is None else jax.random.fold_in(key, spec.hash),
                       head=(heads or {}).get(name))
         valid = batch.valid.reshape(-1, *(1,) * (result.value.ndim - 1))
-        w = jnp.where(valid, result.weight, 0)
+        w = jnp.where(result.weight < 0, jnp.nan, result.weight)  # a mean has no negative weights
+        w = jnp.where(valid, w, 0)
         mass = jnp.maximum(collectives.total(w.sum(), axis), jnp.finfo(jnp.float32).tiny)
 
         def average(value, w=w, mass=mass):
@@ -63,7 +64,7 @@ def combine(losses, out, batch, state, *, axis=None, key=None, step=None, heads=
         if result.state is not None:
             new_state[name] = result.state
         if rows:
-            bad = valid & ~(jnp.isfinite(w) & ((w <= 0) | jnp.isfinite(result.value)))
+            bad = valid & ~(jnp.isfinite(w) & ((w == 0) | jnp.isfinite(result.value)))
             broken.append(jnp.where(bad.reshape(len(bad), -1).any(axis=1), batch.row, -1))
     logged['loss'] = total
     if rows:

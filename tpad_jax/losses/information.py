@@ -30,16 +30,19 @@ def infonce(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids:
 
 
 def mine(out, batch, *, axis=None, state=None, x: Out = Out('k'), y: Out = Out('c'),
-         ids: Out = Out('items'), critic: Out = Out('critic.align'), decay=0.99, chunk=0):
+         ids: Out = Out('items'), critic: Out = Out('critic.align'), decay=0.99, limit=1.0,
+         chunk=0):
     """Minus the Donsker-Varadhan bound of I(x; y) (MINE, Belghazi et al. 2018). -> Loss [B, N]
 
     The gradient of the log partition is corrected by a moving average of the partition, which is
     this loss's state: {'log_average': float32 []}.
+    limit: nats above the average that a batch counts for; see `bounds.moving_partition`.
     """
     pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
     rows = bounds.log_rows(*pairs.differ)
     past = jnp.float32(-jnp.inf) if state is None else state['log_average']
-    corrected, new = bounds.moving_partition(bounds.partition(rows, axis), past, decay)
+    corrected, new = bounds.moving_partition(bounds.partition(rows, axis), past, decay,
+                                              limit)
     new = jnp.where(collectives.total(rows.count.sum(), axis) > 0, new, past)
     return _lower(rows.own - corrected, pairs.at.weight,
                   bounds.donsker_varadhan(*pairs.every, axis=axis), state={'log_average': new})
