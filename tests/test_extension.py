@@ -485,10 +485,10 @@ def blocks(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', ['loss', 'an_encoder', 'dataset', 'metric'])
+@pytest.mark.parametrize('page', ['a_loss', 'an_output', 'an_encoder', 'a_dataset', 'a_metric'])
 def test_a_page_followed_to_the_letter(page, tmp_path):
     """A block that begins with '# name.py' is that file; bash is run, sh has its config checked."""
-    file = ROOT / 'docs' / f'add_{page if page.startswith("an_") else f"a_{page}"}.md'
+    file = ROOT / 'docs' / f'add_{page}.md'
     python = f'{Path(sys.executable).parent}:/usr/bin:/bin'
     for language, text in blocks(file):
         if language == 'python':
@@ -503,6 +503,6 @@ def test_a_page_followed_to_the_letter(page, tmp_path):
                               env={'PATH': python, 'PYTHONPATH': str(ROOT), 'HOME': str(tmp_path),
                                    **{n: x for n, x in os.environ.items() if 'CACHE' in n}})
         assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
-    if page == 'loss':
+    if page == 'a_loss':
         found = json.loads((tmp_path / 'runs/mine/results.json').read_text())['losses']
         assert np.isfinite(found['transfer']['pull'])

@@ -351,12 +351,12 @@ def test_item_vectors_of_any_feature_fresh_or_stored(params, recommend):
     spec = tpad.build(MLLM(**BASE), MODEL, recommend=recommend, items=V, max_length=N,
                       side_sizes=())
 
-    def outputs(params, batch, catalogue, fresh):
+    def read(params, batch, catalogue, fresh):
         own = {'recommender': tpad.recommender_init(jax.random.key(0), spec, catalogue)}
         return outputs.forward(spec, params | own, batch, catalogue, frozenset({'h'}), fresh)
 
     for fresh in (frozenset(), frozenset({'k', 'r'})):
-        out = jax.eval_shape(partial(outputs, fresh=fresh), params, make_batch(), make_catalogue())
+        out = jax.eval_shape(partial(read, fresh=fresh), params, make_batch(), make_catalogue())
         assert out['h'].shape == (B, D)
 
 

@@ -1,4 +1,4 @@
-"""How two clouds of features lie to each other: losses that are no mutual information."""
+"""Losses on the distance of two clouds of features, other than mutual information."""
 
 import jax.numpy as jnp
 
@@ -11,10 +11,22 @@ from tpad_jax.types import Loss
 
 
 def mmd(out, batch, *, axis=None, x: Out = Out('r'), y: Out = Out('t'), widths=4, chunk=0):
-    """Squared maximum mean discrepancy between two normalised clouds. -> Loss [B, N]
+    """Return the squared maximum mean discrepancy between two normalised clouds.
 
-    Gretton et al. 2012, see `bounds.mmd`. One point of each cloud per position, so that the value
-    does not depend on how a batch is divided. chunk: rows whose kernels exist at once, 0: all.
+    Gretton et al. 2012, see `bounds.mmd`. Each position is one point of each cloud, so the value
+    does not depend on how a batch is divided.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, D]. Output with one cloud.
+      y: float32 [B, N, D]. Output with the other.
+      widths: number of kernel widths.
+      chunk: rows whose kernels exist at the same time, 0: all.
+
+    Returns:
+      Loss [B, N].
     """
     weight = batch.mask.astype(jnp.float32)
     a, b = (unit(flat(out[n])) for n in (x, y))
@@ -26,10 +38,25 @@ def mmd(out, batch, *, axis=None, x: Out = Out('r'), y: Out = Out('t'), widths=4
 
 def alignment_uniformity(out, batch, *, axis=None, x: Out = Out('r_next'), y: Out = Out('p'),
                          ids: Out = Out('next'), power=2.0, sharpness=2.0, uniform=1.0, chunk=0):
-    """Alignment of pairs plus `uniform` times the mean uniformity of both clouds. -> Loss [B, N]
+    """Return the alignment of pairs plus the weighted mean uniformity of both clouds.
 
     Wang and Isola 2020, as LLM-ISR trains by it; features of length one. Positions of one item are
-    no pair of a cloud. Metrics: both parts, `aligned` and `uniform`.
+    not a pair of a cloud. Metrics: the parts `aligned` and `uniform`.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, D]. Output with one cloud.
+      y: float32 [B, N, D]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      power: of the distance.
+      sharpness: of the uniformity's kernel.
+      uniform: weight of the uniformity.
+      chunk: rows whose scores exist at the same time, 0: all.
+
+    Returns:
+      Loss [B, N].
     """
     unit_out = {**out, **{n: unit(out[n]) for n in (x, y)}}
     aligned = bounds.alignment(*(flat(unit_out[n]) for n in (x, y)), power)

@@ -1,11 +1,10 @@
-"""What a student takes over from a teacher: LLaVA-KD's MDist and RDist (arXiv 2410.16236).
+"""Losses of a student that learns from a teacher: LLaVA-KD's MDist and RDist (arXiv 2410.16236).
 
 [paper] MDist matches next-token distributions at the response's tokens and at the image's alike, by
 the Kullback-Leibler divergence from the teacher's; RDist matches the relations among an image's
 tokens, by the cosine between both models' matrices of them. [ours] the other divergences; relations
-as cosines of hidden states, which both models have whatever their widths; and who teaches whom:
-names of outputs, so a larger MLLM may teach a smaller one, and the Knowledge-MLLM itself under
-another adapter.
+as cosines of hidden states, which any two models have; and student and teacher as names of outputs,
+so a larger MLLM may teach a smaller one, or the Knowledge-MLLM itself under another adapter.
 """
 
 import math
@@ -25,20 +24,34 @@ def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
           there: Out = Out('text.there'), table: Out = Out('vocabulary'),
           teacher_table: Out = Out('vocabulary'), kind='forward', temperature=1.0, skew=0.1,
           by_row=False):
-    """Divergence of the student's next-token distributions from the teacher's. -> Loss [B, L]
+    """Return the divergence of the student's next-token distributions from the teacher's.
 
-    x, teacher: hidden states [B, L, width], of widths of their own; there: bool [B, L], what
-    counts. table, teacher_table: rows of the words [W, width]; where the two differ in length, the
-    words both have are compared (tables of one tokenizer are padded differently). kind, skew: see
-    `divergence`. temperature: divides both models' logits, and its square multiplies the value, so
-    that the gradient keeps its scale (Hinton et al. 2015). by_row: one row's logits exist at a
-    time, in both passes. The teacher gets no gradient.
+    The two vocabularies may differ in length (tables of one tokenizer are padded differently): the
+    words of both are compared. The teacher gets no gradient.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      x: float32 [B, L, width]. Output with the student's hidden states.
+      teacher: float32 [B, L, width]. Output with the teacher's, of any width.
+      there: bool [B, L]. Output with the tokens that count.
+      table: float32 [W, width]. Output with the words of the student.
+      teacher_table: float32 [W, width]. Output with the words of the teacher.
+      kind: see `divergence`.
+      temperature: divides both models' logits; its square multiplies the value, so that the
+        gradient keeps its scale (Hinton et al. 2015).
+      skew: see `divergence`.
+      by_row: whether one row's logits exist at a time, in both passes.
+
+    Returns:
+      Loss [B, L].
 
     Raises:
       InputError: another kind than `KINDS`.
     """
     if kind not in KINDS:
-        raise InputError(f'mdist has no kind {kind!r}; choose from {", ".join(KINDS)}')
+        raise InputError(f'kind={kind!r}: mdist has no such kind. Expected {", ".join(KINDS)}. '
+                         'Fix: choose one.')
     words = min(len(out[table]), len(out[teacher_table]))
 
     def log_share(states, table):
@@ -60,12 +73,19 @@ def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
 
 
 def divergence(p, q, kind, skew=0.1):
-    """Divergence of q from p, both given as log-probabilities [..., W]. -> [...], nats, at least 0
+    """Return a divergence of q from p, nats, at least 0.
 
-    'forward': KL(p || q), which covers what the teacher may say. 'reverse': KL(q || p), which
-    settles on a part of it. 'symmetric': their mean. 'js': Jensen-Shannon, at most log 2 (Lin
-    1991). 'skewed': KL(p || skew p + (1 - skew) q), whose gradient stays bounded where q is all but
-    0 (Ko et al. 2024); skew 0 is 'forward'.
+    Args:
+      p: float32 [..., W]. Log-probabilities of the teacher.
+      q: float32 [..., W]. Log-probabilities of the student.
+      kind: 'forward': KL(p || q), which covers all that the teacher may write. 'reverse':
+        KL(q || p), which settles on a part of it. 'symmetric': their mean. 'js': Jensen-Shannon, at
+        most log 2 (Lin 1991). 'skewed': KL(p || skew p + (1 - skew) q), whose gradient stays
+        bounded where q is almost 0 (Ko et al. 2024).
+      skew: of kind 'skewed'; 0 is 'forward'.
+
+    Returns:
+      float32 [...].
     """
     def kl(a, b):
         return (jnp.exp(a) * (a - b)).sum(-1)
@@ -84,16 +104,26 @@ def divergence(p, q, kind, skew=0.1):
             if not skew:
                 return kl(p, q)
             return kl(p, jnp.logaddexp(p + math.log(skew), q + math.log1p(-skew)))
-    raise ValueError(f'no divergence {kind!r}: {", ".join(KINDS)}')
+    raise ValueError(f'kind={kind!r}: expected {", ".join(KINDS)}')
 
 
-def rdist(out, batch, *, axis=None, x: Out = Out('r.image'), teacher: Out = Out('k.image'),
+def rdist(out, batch, *, x: Out = Out('r.image'), teacher: Out = Out('k.image'),
           there: Out = Out('image.there')):
-    """1 - the cosine between student's and teacher's relations among an image's tokens. -> Loss [B]
+    """Return 1 - the cosine between the relations among an image's tokens of student and teacher.
 
-    A model's relations are the cosines of its tokens' hidden states with each other, [L, L]; x,
-    teacher: [B, L, width], there: bool [B, L]. One value per item, so it does not depend on how a
-    batch is divided; a row without an image has none. The teacher gets no gradient.
+    The relations of a model are the cosines of its tokens' hidden states with each other, [L, L].
+    One value per item, so it does not depend on how a batch is divided; a row without an image has
+    none. The teacher gets no gradient.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      x: float32 [B, L, width]. Output with the student's hidden states.
+      teacher: float32 [B, L, width]. Output with the teacher's.
+      there: bool [B, L]. Output with the tokens that count.
+
+    Returns:
+      Loss [B].
     """
     seen = out[there] & batch.valid[:, None]
 

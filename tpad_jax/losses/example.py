@@ -27,7 +27,7 @@ SCORES = {'club': CLUB} | {f'critic.{name}': critic for name, critic in CRITICS.
 
 
 def entries(is_table, *dtypes) -> dict[str, tuple[int, ...]]:
-    """Shapes of the outputs that random numbers can stand in for: {name: shape}."""
+    """Shapes of the outputs that random numbers can replace: {name: shape}."""
     return {name: tuple(SIZES[size] for size in entry.shape.split(', '))
             for name, entry in OUTPUTS.items()
             if name[0] != '_' and name not in SPECIAL and entry.is_table == is_table
@@ -109,7 +109,7 @@ def garbled(batch, raw, seed):
         size = OUTPUTS[name].shape.split(', ')[1:2]
         real = rows & {'N': batch.mask, 'T': tokens, 'P': tokens}.get(*size, rows)
         if x.dtype == np.float32:
-            real = real.reshape(*real.shape[:x.ndim - 1], *(1,) * (x.ndim - real.ndim))
+            real = real.reshape(*real.shape, *(1,) * (x.ndim - real.ndim))
             garbage[name] = np.where(real, x, 20 * rng.normal(size=x.shape)).astype(np.float32)
         else:  # tokens of a valid row end where they end
             garbage[name] = np.where(rows, x, np.asarray(3, x.dtype))

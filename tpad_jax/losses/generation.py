@@ -1,4 +1,4 @@
-"""What an MLLM learns from text: the generation task."""
+"""The generation task: an MLLM learns to write a text."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,24 @@ from tpad_jax.losses.contract import Out
 from tpad_jax.types import Loss
 
 
-def generation(out, batch, *, axis=None, x: Out = Out('describe'),
+def generation(out, batch, *, x: Out = Out('describe'),
                tokens: Out = Out('describe.tokens'), table: Out = Out('vocabulary'), by_row=False):
-    """Next-token cross entropy of a text, per token. -> Loss [B, T]
+    """Return the next-token cross entropy of a text, per token.
 
-    [paper] both MLLMs learn by a generation task; [ours] what they are given (see models/).
-    by_row: one row's scores exist at a time, in both passes: B times less memory where the
-    vocabulary is large.
+    [paper] both MLLMs learn by a generation task; [ours] the features they write from (see
+    models/).
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      x: float32 [B, T, width]. Output with the hidden states.
+      tokens: int32 [B, T]. Output with the text, -1 pads.
+      table: float32 [W, width]. Output with the rows of the words.
+      by_row: whether one row's scores exist at a time, in both passes: B times less memory for a
+        large vocabulary.
+
+    Returns:
+      Loss [B, T].
     """
     hidden, tokens = out[x], out[tokens]
     words = out[table].astype(hidden.dtype)

@@ -1,9 +1,9 @@
 """Mutual information between features, as losses on a batch's positions.
 
-Lower bounds come with a minus, so that a loss is always made small. Pairs of positions that hold
-the same item (by `ids`) and padding are never negatives in a loss; the estimate that is logged
-keeps equal items, or it were no bound. Negatives come from every replica. `chunk` is the number of
-rows whose scores exist at once, 0: all; values and gradients are the same.
+Lower bounds have a minus sign, so that a loss is always minimised. In a loss, positions of padding
+and pairs of positions with the same item (by `ids`) are never negatives. The logged estimate keeps
+pairs of equal items as negatives; without them it would not be a bound. Negatives come from every
+replica. With `chunk`, values and gradients are the same.
 """
 
 import jax
@@ -18,10 +18,24 @@ from tpad_jax.types import Loss
 
 def infonce(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
             critic: Out = Out('critic.align'), temperature=1.0, chunk=0):
-    """Minus the InfoNCE lower bound of I(x; y), negatives from every replica. -> Loss [B, N]
+    """Return minus the InfoNCE lower bound of I(x; y) (van den Oord et al. 2018).
 
-    van den Oord et al. 2018. The estimate cannot exceed the log of the candidates' number: the
-    metric `room` is what is left.
+    The estimate cannot exceed the log of the number of candidates; the metric `room` is the
+    difference.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      critic: Output with the score of pairs.
+      temperature: divides the scores.
+      chunk: rows whose scores exist at the same time, 0: all.
+
+    Returns:
+      Loss [B, N].
     """
     pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk, scale=1 / temperature)
     estimate = bounds.infonce(*pairs.every)
@@ -32,11 +46,26 @@ def infonce(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids:
 def mine(out, batch, *, axis=None, state=None, x: Out = Out('k'), y: Out = Out('c'),
          ids: Out = Out('items'), critic: Out = Out('critic.align'), decay=0.99, limit=1.0,
          chunk=0):
-    """Minus the Donsker-Varadhan bound of I(x; y) (MINE, Belghazi et al. 2018). -> Loss [B, N]
+    """Return minus the Donsker-Varadhan bound of I(x; y) (MINE, Belghazi et al. 2018).
 
-    The gradient of the log partition is corrected by a moving average of the partition, which is
-    this loss's state: {'log_average': float32 []}.
-    limit: nats above the average that a batch counts for; see `bounds.moving_partition`.
+    The gradient of the log partition is corrected by a moving average of the partition, the state
+    of this loss.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      state: {'log_average': float32 []}.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      critic: Output with the score of pairs.
+      decay: of the moving average.
+      limit: nats above the average that a batch counts for; see `bounds.moving_partition` [ours].
+      chunk: rows whose scores exist at the same time, 0: all.
+
+    Returns:
+      Loss [B, N].
     """
     pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
     rows = bounds.log_rows(*pairs.differ)
@@ -53,10 +82,23 @@ mine.initial_state = lambda: {'log_average': jnp.float32(-jnp.inf)}
 
 def nwj(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
         critic: Out = Out('critic.align'), chunk=0):
-    """Minus the bound of Nguyen, Wainwright and Jordan 2010 of I(x; y). -> Loss [B, N]
+    """Return minus the bound of Nguyen, Wainwright and Jordan 2010 of I(x; y).
 
-    Its critic learns 1 + the log density ratio, constant and all. A score above 88 is too much for
-    float32, which a critic of bounded scores does not reach.
+    Its critic learns 1 + the log density ratio, with the constant. float32 overflows at a score
+    above 88, which a critic of bounded scores does not reach.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      critic: Output with the score of pairs.
+      chunk: rows whose scores exist at the same time, 0: all.
+
+    Returns:
+      Loss [B, N].
     """
     pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
     return _lower(bounds.nwj(*pairs.differ, axis=axis), pairs.at.weight,
@@ -65,10 +107,23 @@ def nwj(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out
 
 def jsd(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
         critic: Out = Out('critic.align'), chunk=0):
-    """Minus the Jensen-Shannon objective (Hjelm et al. 2019). -> Loss [B, N]
+    """Return minus the Jensen-Shannon objective (Hjelm et al. 2019).
 
-    No bound of I(x; y), but its critic learns the log density ratio, and the estimate beside it is
-    Donsker and Varadhan's by that critic.
+    It is not a bound of I(x; y), but its critic learns the log density ratio. The logged estimate
+    is the Donsker-Varadhan bound by that critic.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      critic: Output with the score of pairs.
+      chunk: rows whose scores exist at the same time, 0: all.
+
+    Returns:
+      Loss [B, N].
     """
     pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
     return _lower(bounds.jsd(*pairs.differ, axis=axis), pairs.at.weight,
@@ -77,9 +132,23 @@ def jsd(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out
 
 def smile(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
           critic: Out = Out('critic.align'), clip=5.0, chunk=0):
-    """Minus SMILE (Song and Ermon 2020), no bound of I(x; y). -> Loss [B, N]
+    """Return minus SMILE (Song and Ermon 2020), which is not a bound of I(x; y).
 
-    The value is SMILE's and the gradient `jsd`'s, as its authors train it.
+    The value is SMILE's and the gradient that of `jsd`, as its authors train it.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      critic: Output with the score of pairs.
+      clip: limit of the scores in the partition, nats.
+      chunk: rows whose scores exist at the same time, 0: all.
+
+    Returns:
+      Loss [B, N].
     """
     pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
     value = jax.lax.stop_gradient(bounds.smile(*pairs.differ, axis=axis, clip=clip))
@@ -90,11 +159,25 @@ def smile(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: O
 
 def vclub(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'), ids: Out = Out('items'),
           club: Out = Out('club'), chunk=0, scale=False):
-    """vCLUB upper bound of I(x; y) (Cheng et al. 2020), q held fixed. -> Loss [B, N]
+    """Return the vCLUB upper bound of I(x; y) (Cheng et al. 2020), with q held fixed.
 
-    An upper bound only while q(y|x) is good: see `club_fit`'s value beside it. Where the batch's
-    estimate is negative, which no mutual information is, it stops pulling. A q with factors needs
-    no matrix: the mean of its scores is the score of the mean [ours]. scale: see `club_fit`.
+    It is an upper bound only while q(y|x) is good: see the value of `club_fit`. If the batch's
+    estimate is negative, which mutual information cannot be, its gradient is zero. A q with factors
+    needs no matrix: the mean of its scores is the score of the mean [ours].
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      club: Output with the density q.
+      chunk: rows whose scores exist at the same time, 0: all.
+      scale: whether q is of features with mean 0 and variance 1, see `club_fit`.
+
+    Returns:
+      Loss [B, N].
     """
     out = scaled(out, batch, axis, x, y) if scale else out
     q = jax.lax.stop_gradient(out[club])
@@ -118,11 +201,24 @@ def vclub(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'), ids: O
 
 def l1out(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'), ids: Out = Out('items'),
           club: Out = Out('club'), chunk=0, scale=False):
-    """Leave-one-out upper bound of I(x; y) (Poole et al. 2019), q held fixed. -> Loss [B, N]
+    """Return the leave-one-out upper bound of I(x; y) (Poole et al. 2019), with q held fixed.
 
-    A position's negatives are the x of others for its own y. As `vclub` it is a bound only while
-    q(y|x) is good, and stops pulling where the batch's estimate is negative. scale: see
-    `club_fit`.
+    The negatives of a position are the x of others for its y. As in `vclub` it is a bound only
+    while q(y|x) is good, and its gradient is zero if the batch's estimate is negative.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      ids: int32 [B, N]. Output with the items of the positions.
+      club: Output with the density q.
+      chunk: rows whose scores exist at the same time, 0: all.
+      scale: whether q is of features with mean 0 and variance 1, see `club_fit`.
+
+    Returns:
+      Loss [B, N].
     """
     out = scaled(out, batch, axis, x, y) if scale else out
     q = jax.lax.stop_gradient(out[club])
@@ -132,14 +228,24 @@ def l1out(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'), ids: O
 
 def club_fit(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'),
              club: Out = Out('club'), scale=False):
-    """Minus the log-likelihood of q(y|x), on features that get no gradient. -> Loss [B, N]
+    """Return minus the log-likelihood of q(y|x), on features that get no gradient.
 
-    The metric `log_q` is what q makes of x: nats per dimension above the diagonal Gaussian of y's
-    own mean and variances over the batch [ours; a standard normal is beaten by knowing the mean].
-    Where it is not above 0, no vCLUB figure made with this q is a bound.
+    The metric `log_q` is the gain of knowing x: nats per dimension above the diagonal Gaussian of
+    y's mean and variances over the batch [ours; knowing the mean is enough to beat a standard
+    normal]. Where it is not above 0, no vCLUB value of this q is a bound.
 
-    scale: q is of both features at mean 0 and variance 1 over the batch, so that one which starts
-    as a standard normal starts where `log_q` is 0; the losses that use q have to be told, too.
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: float32 [B, N, I]. Output with one feature of each pair.
+      y: float32 [B, N, J]. Output with the other.
+      club: Output with the density q.
+      scale: whether q is of features with mean 0 and variance 1 over the batch, so that a q which
+        starts as a standard normal starts where `log_q` is 0. The losses that use q need the same.
+
+    Returns:
+      Loss [B, N].
     """
     out = scaled(out, batch, axis, x, y) if scale else out
     c, p = (flat(jax.lax.stop_gradient(out[n])) for n in (x, y))
@@ -153,14 +259,14 @@ def club_fit(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'),
 
 
 def _lower(bound, weight, estimate, state=None, **metrics):
-    """A lower bound [A] as a loss: minus it, and the estimate that is logged beside it."""
+    """Make a loss of a lower bound [A]: minus the bound; the estimate is logged."""
     metrics = {name: jax.lax.stop_gradient(value).reshape(weight.shape)
                for name, value in dict(mi=estimate, **metrics).items()}
     return Loss(-bound.reshape(weight.shape), weight, state, metrics)
 
 
 def _upper(bound, weight, estimate, axis):
-    """An upper bound [A] as a loss that stops pulling where its mean is below zero."""
+    """Make a loss of an upper bound [A], without a gradient if its mean is below zero."""
     value = bound.reshape(weight.shape)
     mean = collectives.total((value * weight).sum(), axis)
     pulled = jnp.where(jax.lax.stop_gradient(mean) > 0, value, jax.lax.stop_gradient(value))

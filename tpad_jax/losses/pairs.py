@@ -1,4 +1,4 @@
-"""Which positions of a batch are a pair, which are negatives, and how a critic scores them."""
+"""The pairs of a batch's positions: which are negatives, and how a critic scores them."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,16 @@ from tpad_jax.mutual_information import bounds
 
 
 class Positions(NamedTuple):
-    """Who stands where, A = B N positions of this replica and G of all.
+    """The items at the A = B N positions of this replica and the G of all replicas.
 
     Attributes:
-      own: int32 [A], each position's place among all. item: int32 [A] and everyone: int32 [G],
-        what stands there, 0 for padding.
-      weight: float32 [B, N], whether a position counts and has a negative: a bound says nothing of
-        others. different, others: int32 [A], how many positions hold another item, and how many
-        there are beside this one.
+      own: int32 [A]. The index of each position among all.
+      item: int32 [A]. Items of this replica's positions, 0 for padding.
+      everyone: int32 [G]. Items of all positions, 0 for padding.
+      weight: float32 [B, N]. 1 where a position holds an item and has a negative, else 0: a
+        bound is not defined for the others.
+      different: int32 [A]. How many positions hold another item.
+      others: int32 [A]. How many other positions hold an item.
     """
 
     own: jax.Array
@@ -29,13 +31,13 @@ class Positions(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A replica's positions against everyone's, as every bound takes them.
+    """A replica's positions against those of all replicas, as every bound takes them.
 
     Attributes:
-      differ: (scores [A, G], own [A], negative [A, G]), or (`bounds.Blocks`,); negatives are pairs
-        of different items, for losses.
-      every: the same, negatives being all but a position's own, for estimates (whose gradient the
-        caller stops).
+      differ: (scores [A, G], own [A], negative [A, G]), or (`bounds.Blocks`,), for losses.
+        Negatives are pairs of different items.
+      every: the same for estimates, whose gradient the caller stops. Negatives are all pairs of
+        different positions.
       at: `Positions`.
     """
 
@@ -45,10 +47,20 @@ class Pairs(NamedTuple):
 
 
 def scaled(out, batch, axis, *names) -> dict:
-    """`out` with some features [B, N, D] at mean 0 and variance 1 in every dimension [ours].
+    """Give some features [B, N, D] mean 0 and variance 1 in every dimension [ours].
 
-    Moments are those of all replicas' positions: to one batch this is an affine map, which changes
-    no mutual information. They get their gradient, or a loss could make features smaller for ever.
+    Moments are those of the positions of all replicas: to one batch this is an affine map, which
+    changes no mutual information. The moments get their gradient; otherwise a loss could shrink
+    features without limit.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      *names: of the features.
+
+    Returns:
+      `out` with these features scaled.
     """
     weight = batch.mask.astype(jnp.float32)[..., None]
     count = jnp.maximum(collectives.total(weight.sum(), axis), 1)
@@ -59,15 +71,15 @@ def scaled(out, batch, axis, *names) -> dict:
     maps = {}
     for name in names:
         x = out[name] - mean(out[name])
-        # Again: where a mean is 50 deviations large, what it was rounded by moves every position
-        # alike, and a bound that is a difference of large numbers with them. No gradient is lost.
+        # Twice: the rounding of a mean of 50 deviations moves every position alike, and with them
+        # a bound that is a difference of large numbers. The gradient stays complete.
         x -= jax.lax.stop_gradient(mean(x))
         maps[name] = x * jax.lax.rsqrt(mean(x**2) + 1e-6)
     return {**out, **maps}
 
 
 def positions(out, batch, axis, ids) -> Positions:
-    """`Positions` by the items out[ids] int32 [B, N]."""
+    """Return `Positions` by the items out[ids] int32 [B, N]."""
     item = jnp.where(batch.mask, out[ids], 0).reshape(-1)
     everyone = collectives.gather(item, axis)
     own = collectives.offset(len(item), axis) + jnp.arange(len(item))
@@ -81,12 +93,20 @@ def positions(out, batch, axis, ids) -> Positions:
 
 
 def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=False) -> Pairs:
-    """`Pairs` of the features x [B, N, I] and y [B, N, J] of `out`.
+    """Score the pairs of two features.
 
-    score: (x [A, I], y [G, J]) -> [A, G]; where it has `factors` (see models.critics.Score), these
-      are gathered and not the features, and no replica computes another's.
-    chunk: rows whose scores exist at once, 0: all. scale: of the scores. flip: rows are y, and
-      columns x.
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      x: name of a feature [B, N, I].
+      y: name of a feature [B, N, J].
+      ids: name of the items int32 [B, N].
+      score: (x [A, I], y [G, J]) -> [A, G]. If it has `factors` (see `critics.Score`), these are
+        gathered instead of the features, and no replica computes another's.
+      chunk: rows whose scores exist at the same time, 0: all.
+      scale: factor of the scores.
+      flip: whether rows are y and columns x.
     """
     at = positions(out, batch, axis, ids)
     x, y = flat(out[x]), flat(out[y])
@@ -120,5 +140,5 @@ def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=Fa
 
 
 def flat(x):
-    """[B, N, D] -> [B N, D]."""
+    """Reshape [B, N, D] -> [B N, D]."""
     return x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""What trains a recommender: softmax cross entropy over the catalogue, whole or sampled."""
+"""Losses of a recommender: softmax cross entropy over the catalogue, complete or sampled."""
 
 import math
 
@@ -15,15 +15,28 @@ from tpad_jax.types import Loss
 def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
               warm: Out = Out('warm'), repeat: Out = Out('repeat'), temperature=1.0, smoothing=0.0,
               chunk=0, dtype='float32'):
-    """Softmax cross entropy of the target over the warm catalogue, logits <h, z>. -> [B]
+    """Return the softmax cross entropy of the target over the warm catalogue, logits <h, z>.
 
-    Where `h` is h_each, [B, N, D], every position predicts the item that follows. -> Loss [B, N]
-    Items no training session contains are never negatives: that would teach "never recommend
-    these". [paper] trains its recommender on the next item; [ours] the exclusion of cold items.
+    Items that no training session contains are never negatives; as negatives they would teach
+    "never recommend these". [paper] trains its recommender on the next item; [ours] the exclusion
+    of cold items.
 
-    `repeat`: what is added to the logits of the prefix's own items, [B, N, N], or None.
-    `smoothing`: share of the target's mass spread evenly over the warm catalogue (Szegedy et al.
-    2016). `chunk`, `dtype`: of `softmax.log_partition`, for a large catalogue.
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      h: float32 [B, D] or [B, N, D]. Output with the sessions. With [B, N, D] (`h_each`) every
+        position predicts the item that follows.
+      z: float32 [V+1, D]. Output with the items.
+      warm: bool [V+1]. Output with the items that training sessions contain.
+      repeat: float32 [B, N, N]. Output added to the logits of the prefix's items, or None.
+      temperature: divides the logits.
+      smoothing: share of the target's mass spread evenly over the warm catalogue (Szegedy et al.
+        2016).
+      chunk: of `softmax.log_partition`, for a large catalogue.
+      dtype: of `softmax.log_partition`.
+
+    Returns:
+      [B], or Loss [B, N].
     """
     z, warm, repeat, every = out[z], out[warm], out[repeat], out[h] / temperature
     h, target, pick, back = _predictions(every, batch)
@@ -44,7 +57,7 @@ def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
         own = (1 - smoothing) * own + smoothing * mean
     whole = softmax.log_partition(h, z, warm, chunk=chunk, dtype=dtype)
     if repeat is not None:
-        # of the whole the prefix's items have these shares, which grow by exp(shift)
+        # the shares of the prefix's items in the partition grow by exp(shift)
         more = (jnp.exp(scores - whole[:, None]) * jnp.expm1(shift)).sum(axis=1)
         whole += jnp.log(jnp.maximum(1 + more, 1e-6))
     return back(whole - own)
@@ -53,13 +66,28 @@ def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
 def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('z'),
                       warm: Out = Out('warm'), popularity: Out = Out('popularity'), samples=8192,
                       power=0.75, temperature=1.0):
-    """`next_item` with its partition estimated from `samples` drawn items. -> [B], or Loss [B, N]
+    """Return `next_item` with its partition estimated from drawn items.
 
-    Bengio and Senecal 2008. The step's key draws them once for all rows and replicas, with
-    replacement, in proportion to popularity ** power over the warm items (0: uniformly). Each is
-    corrected by the log of how often it is expected (Yi et al. 2019); the target stands beside them
-    with its own logit, and draws of it do not count. So the partition is unbiased, and the loss is
-    too low by what the logarithm makes of its variance. It does not train `model.repeats`.
+    Bengio and Senecal 2008. The step's key draws items once for all rows and replicas, with
+    replacement, in proportion to popularity ** power over the warm items. Each is corrected by the
+    log of how often it is expected (Yi et al. 2019). The target has its exact logit, and draws of
+    it do not count. So the partition is unbiased; by the variance in the logarithm the loss is too
+    low. It does not train `model.repeats`.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      key: the step's.
+      h: float32 [B, D] or [B, N, D]. Output with the sessions.
+      z: float32 [V+1, D]. Output with the items.
+      warm: bool [V+1]. Output with the items that training sessions contain.
+      popularity: float32 [V+1]. Output with how often they do.
+      samples: how many items are drawn.
+      power: of the popularity, 0: uniform.
+      temperature: divides the logits.
+
+    Returns:
+      [B], or Loss [B, N].
     """
     z, warm = out[z], out[warm]
     h, target, _, back = _predictions(out[h], batch)
@@ -70,19 +98,21 @@ def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('
     logits = h @ z[drawn].T - expected
     counts = (drawn[None] != target[:, None]) & (drawn[None] > 0)
     logits = jnp.where(counts, logits, -jnp.inf)
-    beside = jnp.where(warm[target], own, -jnp.inf)  # a cold target is in no partition
-    return back(jax.nn.logsumexp(jnp.concatenate([beside[:, None], logits], axis=1), axis=1) - own)
+    # a cold target is not in the partition
+    exact = jnp.where(warm[target], own, -jnp.inf)[:, None]
+    return back(jax.nn.logsumexp(jnp.concatenate([exact, logits], axis=1), axis=1) - own)
 
 
 def _predictions(h, batch):
-    """What predicts what, without the padding where the batch says which places hold an item.
+    """Select the sessions that predict and their targets, without padding if the batch has places.
 
     Args:
-      h: [B, D], or [B, N, D] for a prediction after every position.
+      h: float32 [B, D], or [B, N, D] for a prediction after every position.
+      batch: types.Batch.
 
     Returns:
-      h [A, D], target int32 [A], a function that picks [A, ...] of what has a row or position for
-      each h, and one that puts values [A] back as the loss returns them.
+      h [A, D]; target int32 [A]; a function that selects [A, ...] of an array with a row or
+      position for each h; and one that puts values [A] into the form that the loss returns.
     """
     if h.ndim == 2:
         return h, batch.target, lambda x: x, lambda value: value
@@ -91,7 +121,7 @@ def _predictions(h, batch):
     count = math.prod(shape)
     at = batch.places
     if at is not None:
-        at = jnp.where(at < 0, count, at)  # what fills up is read and thrown away
+        at = jnp.where(at < 0, count, at)  # fillers are read and dropped
 
     def pick(x):
         x = x.reshape(count, *x.shape[2:])
@@ -110,9 +140,12 @@ def _rounded(x, dtype):
 
 
 def _own(h, theirs, dtype='float32'):
-    """h and the targets' logits [B], both from operands rounded as the partition's are.
+    """Return h and the targets' logits [B], both of operands rounded as in the partition.
 
-    h: [B, D]. theirs: [B, D], the targets' vectors.
+    Args:
+      h: float32 [B, D].
+      theirs: float32 [B, D]. The targets' vectors.
+      dtype: of the partition's operands.
     """
     h = _rounded(h, dtype)
     return h, (h * _rounded(theirs, dtype)).sum(-1)

@@ -31,7 +31,7 @@ SOURCES = {
 
 
 class Plan(NamedTuple):
-    """What decides which values an output needs.
+    """The options that decide which values an output needs.
 
     Attributes:
       form: see `TPAD`.
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every maker may read.
+    """The inputs of every maker.
 
     Attributes:
       spec: the modules.

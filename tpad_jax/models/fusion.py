@@ -12,18 +12,19 @@ from tpad_jax.nn.mlp import MLP
 class Fusion(nn.Module):
     """z = id + W f + side.
 
-    Items that no training session holds have no id embedding: they share a learned one, which warm
-    items meet too, by id dropout, so that it is trained and its use at test is no surprise. Without
-    id dropout nothing would train it; then their rows are zero (`blank` makes them so), and a step
-    neither copies the table nor masks its gradient.
+    Items that no training session holds have no trained id embedding: they share a learned one. Id
+    dropout gives it to warm items too, so that it is trained. Without id dropout it would stay
+    untrained; then the rows of cold items are zero (see `blank`), and a step neither copies the
+    table nor masks its gradient.
 
     Attributes:
-      items: V.  width: D of z.
-      use_id: False: content only.
-      side_sizes: vocabulary size of each side feature; () leaves them out.
-      id_dropout: share of warm items, drawn per step, that meet the shared embedding.
+      items: V.
+      width: D of z.
+      use_id: whether z has an id embedding; False: content only.
+      side_sizes: vocabulary size of each side feature; (): none.
+      id_dropout: share of warm items, drawn per step, that get the shared embedding.
       feature_dropout: dropout on the content features.
-      hidden: of an MLP beside each feature, as `alignment.Adapter` has one; 0: none.
+      hidden: of an MLP added to each feature, as in `heads.Adapter`; 0: none.
     """
 
     items: int
@@ -40,10 +41,10 @@ class Fusion(nn.Module):
 
         Args:
           ids: int32 [..., ]; None: the whole catalogue, [V+1], whose table is then not copied.
-          warm: bool, same shape: has an id embedding of its own.
+          warm: bool, same shape: whether the item has its own id embedding.
           features: list of float [..., F] content features (may be empty).
           side: int32 [..., S].
-          key: for dropout, drawn per item so that an item looks the same all over a batch; or None.
+          key: for dropout, drawn per item so that an item is the same all over a batch; or None.
 
         Returns:
           z [..., D].
@@ -74,18 +75,19 @@ class Fusion(nn.Module):
             parts.append(Linear(self.width, use_bias=True, name=f'feature_{i}')(x))
         for i, size in enumerate(self.side_sizes):
             table = self.param(f'side_{i}', small, (size, self.width))
-            # value 0 is "unknown": it says nothing
+            # value 0 is "unknown": it adds nothing
             parts.append(jnp.where(side[..., i, None] > 0, table[side[..., i]], 0))
         return sum(parts)
 
 
 def blank(params, warm):
-    """A fusion's first parameters with the id rows of cold items, and of padding, at zero.
+    """Set the id rows of cold items, and of padding, in a fusion's first parameters to zero.
 
-    There they stay without id dropout: no session holds these items, and they are no negatives.
+    Without id dropout they stay zero: no session holds these items, and they are never negatives.
 
     Args:
-      params: of `Fusion.init`. warm: bool [V+1].
+      params: of `Fusion.init`.
+      warm: bool [V+1].
     """
     if 'id' not in params:
         return params

@@ -14,7 +14,7 @@ class Disentangle(nn.Module):
 
     @nn.compact
     def __call__(self, t):
-        """t [..., D] -> c [..., D], p [..., D], each of mean square one."""
+        """Apply to t [..., D] -> c [..., D], p [..., D], each of mean square one."""
         parts = (MLP(self.hidden, self.features, name=n)(t) for n in ('consistent', 'transition'))
         return tuple(unit(x) * self.features**0.5 for x in parts)
 
@@ -22,7 +22,7 @@ class Disentangle(nn.Module):
 class Adapter(nn.Module):
     """r = A(k): one vector over the modalities, of mean square one. [..., M, D] -> [..., M D].
 
-    [ours] It starts as k itself and learns what to add: r never has to find again what k says.
+    [ours] It starts as k itself and learns what to add, so r does not have to learn k again.
     """
 
     hidden: int

@@ -3,9 +3,9 @@
 [paper] a Knowledge-MLLM reads items by image and text and learns by a generation task.
 [ours] one summary token per modality closes the prompt; a feature is read from its hidden state
 plus the mean over its modality's tokens (without that skip the summary tokens stayed empty); and
-the description is written by a second pass of the decoder that is given the features alone, so that
-whatever the description needs has to pass through them. A real checkpoint may instead be read as
-such models are elsewhere: at the prompt's last token, or by the mean over its tokens.
+a second pass of the decoder writes the description from the features alone, so that they have to
+hold all that the description needs. A real checkpoint may instead be read as is common: at the
+prompt's last token, or by the mean over its tokens.
 """
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ POOLING = ('summary', 'last', 'mean')  # how an item's features are read off its
 
 
 def masked_mean(x, mask):
-    """Mean of x [..., L, D] over mask bool [..., L] -> [..., D]; zero where nothing is unmasked."""
+    """Compute the mean of x [..., L, D] over mask bool [..., L], [..., D]; zero without tokens."""
     weight = mask[..., None].astype(x.dtype)
     return (x * weight).sum(-2) / jnp.maximum(weight.sum(-2), 1)
 
@@ -30,14 +30,19 @@ def masked_mean(x, mask):
 class Writer(nn.Module):
     """Turns features into the hidden states that predict a text. [B, K, D] -> [B, T, width].
 
-    The decoder sees the K feature tokens and the words before; `keep` withholds some of those
+    The decoder sees the K feature tokens and the earlier words; `keep` withholds some of these
     words.
     """
 
     @nn.compact
     def __call__(self, base, features, tokens, keep):
-        """Write tokens int32 [B, T] (-1 pads) from features [B, K, D]; keep bool [B, T]: words it
-        may see.
+        """Write a text.
+
+        Args:
+          base: the MLLM.
+          features: float32 [B, K, D].
+          tokens: int32 [B, T], -1 pads.
+          keep: bool [B, T]. Words that it may see.
         """
         prefix = Linear(base.width, use_bias=True, name='prefix')(features)
         blank = self.param('blank', nn.initializers.normal(0.02), (base.width,))
@@ -48,7 +53,7 @@ class Writer(nn.Module):
 
 
 def opening(module, rows):
-    """How a prompt of `rows` rows begins: the checkpoint's own tokens, else a learned vector."""
+    """Begin a prompt of `rows` rows: with the checkpoint's tokens, else with a learned vector."""
     base = module.base
     if base.before:
         ids = jnp.broadcast_to(jnp.array(base.before, jnp.int32), (rows, len(base.before)))
@@ -61,9 +66,9 @@ class KnowledgeMLLM(nn.Module):
     """Item -> features k, and k -> the item's description.
 
     Attributes:
-      base: the shared MLLM (its parameters stand under 'base').
+      base: the shared MLLM; its parameters are stored under 'base'.
       features: width D of a modality's feature.
-      pooling: see POOLING. 'summary': a learned token per modality at the end, beside the mean over
+      pooling: see POOLING. 'summary': a learned token per modality at the end, plus the mean over
         the modality's tokens; 'last': the last token's state, the same for both; 'mean': the means
         alone.
     """
@@ -87,9 +92,10 @@ class KnowledgeMLLM(nn.Module):
         """Read items.
 
         Args:
-          image: uint8 [U, H, W, 3]; has_image: bool [U], False: the image is not looked at.
+          image: uint8 [U, H, W, 3].
+          has_image: bool [U], False: the image is not read.
           tokens: int32 [U, T], -1 pads.
-          keep: bool [U, T], False: the word is withheld; None: the whole text is given.
+          keep: bool [U, T], False: the word is withheld; None: the text is complete.
 
         Returns:
           k float32 [U, M, D].
@@ -126,14 +132,16 @@ class KnowledgeMLLM(nn.Module):
                           for head, state in zip(self.head, states, strict=True)], axis=1)
 
     def states(self, image, has_image, tokens):
-        """Hidden states of an item's prompt, for what they say comes next; all words are given.
+        """Compute the hidden states of an item's prompt that predict its tokens; all words visible.
 
         Args:
-          image, has_image, tokens: see above.
+          image: uint8 [U, H, W, 3].
+          has_image: bool [U].
+          tokens: int32 [U, T], -1 pads.
 
         Returns:
-          [U, P, width] at the image's P cells, row by row; [U, T, width] that predict each token,
-          each from what stands before it, the first from the image or, without one, the opening.
+          [U, P, width] at the image's P cells, row by row; [U, T, width] that predict each token
+          from the tokens before it, the first from the image or, without one, the opening.
         """
         start, seen = opening(self, len(tokens)), self.base.frame(image, has_image)
         said = self.base.say(jnp.maximum(tokens, 0), tokens >= 0)
@@ -146,10 +154,10 @@ class KnowledgeMLLM(nn.Module):
         return h[:, begin + first:begin + first + rows * columns], words
 
     def describe(self, k, tokens, keep):
-        """Hidden states [B, T, width] that predict tokens int32 [B, T] from k [B, M, D] alone."""
+        """Compute the states [B, T, width] that predict tokens [B, T] from k [B, M, D] alone."""
         return self.writer(self.base, k, tokens, keep)
 
     def everything(self, image, has_image, tokens):
-        """Touch every parameter once: what initialisation calls."""
+        """Use every parameter once, for initialisation."""
         k = self(image, has_image, tokens)
         return self.describe(k, tokens, tokens >= 0)

@@ -309,7 +309,7 @@ def _h_each(at, z, prefix):
 
 @output('repeat', 'B, N, N')
 def _repeat(at):
-    """What is added to the scores of the prefix's items (`model.repeats`), or None."""
+    """The shift of the scores of the prefix's items (`model.repeats`), or None."""
     table = at.params['recommender'].get('repeat')
     return None if table is None else shifts(table, at.batch.items)
 

@@ -1,4 +1,4 @@
-"""How the MLLMs are applied: which parameters and which adapter, in chunks where a step has many.
+"""How the MLLMs are applied: which parameters, which adapter, and in chunks for large steps.
 
 `spec` is models.tpad.TPAD, `params` its parameters, nested.
 """
@@ -8,33 +8,33 @@ import jax.numpy as jnp
 
 from tpad_jax.nn import linear
 
-WHAT = 'image', 'text'  # the tokens of an item whose hidden states can be asked for
-# Who reads an item for that: K under the adapter 'knowledge', K under 'distil', a foreign teacher.
+WHAT = 'image', 'text'  # the tokens of an item that have hidden states
+# The readers of an item: K under the adapter 'knowledge', K under 'distil', another model.
 WHO = {'k': 'knowledge', 'r': 'distil', 'teacher': None}
 STATES = frozenset(f'{who}.{what}' for who in WHO for what in WHAT)
 THERE = frozenset(f'{what}.there' for what in WHAT)
 
 
 def knowledge_variables(spec, params, adapter):
-    """Variables of the Knowledge-MLLM under the LoRA tree named `adapter`."""
+    """Return the variables of the Knowledge-MLLM under the LoRA tree named `adapter`."""
     return {'params': {**params['knowledge'], 'base': params['base']},
             'lora': {'base': linear.scaled(params['lora'][adapter], spec.lora_scale)}}
 
 
 def transfer_variables(spec, params):
-    """Variables of the Transfer-MLLM."""
+    """Return the variables of the Transfer-MLLM."""
     return {'params': {**params['transfer'], 'base': params['base']},
             'lora': {'base': linear.scaled(params['lora']['transfer'], spec.lora_scale)}}
 
 
 def vocabulary(params):
-    """Rows of the words a base's states are compared with, [W, width]."""
+    """Return the rows of the words that a base's states are compared with, [W, width]."""
     base = params['base']
     return base['head']['kernel'].T if 'head' in base else base['embed']['embedding']
 
 
 def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
-    """Content of U items -> k [U, M, D] under a LoRA tree ('knowledge' or 'distil')."""
+    """Read the content of U items -> k [U, M, D] under a LoRA tree ('knowledge' or 'distil')."""
     variables = knowledge_variables(spec, params, adapter)
 
     def read(part):
@@ -45,21 +45,33 @@ def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
 
 
 def distil_items(spec, params, image, has_image, tokens, keep=None):
-    """Content of U items -> r: distilled, [U, D], or as a blended adapter reads them, [U, M, D]."""
+    """Read the content of U items -> r.
+
+    Returns:
+      The distilled vector, [U, D], or what a blended adapter reads, [U, M, D].
+    """
     k = read_items(spec, params, 'distil' if spec.reread else 'knowledge', image, has_image, tokens,
                    keep)
     return k if spec.blended else spec.adapter.apply({'params': params['adapter']}, k)
 
 
 def item_states(spec, params, who, image, has_image, tokens):
-    """Hidden states of U items' tokens, as one of `WHO` reads them, all words given.
+    """Compute hidden states of U items' tokens, with all words visible.
 
-    The teacher's image may have another number of tokens. Both models' tokens are cells of one grid
-    over the same picture, so its states are resampled onto the student's cells, linearly, as logits
-    are linear in them [ours].
+    The teacher's image may have another number of tokens. The tokens of both models are cells of
+    one grid over the same picture, so the teacher's states are resampled onto the student's cells,
+    linearly, as logits are linear in them [ours].
+
+    Args:
+      spec: the modules.
+      params: nested.
+      who: the reader, one of `WHO`.
+      image: uint8 [U, H, W, 3].
+      has_image: bool [U].
+      tokens: int32 [U, T], -1 pads.
 
     Returns:
-      [U, P, width] at the image's tokens, P as K has them, and [U, T, width] that predict the text.
+      [U, P, width] at the image's tokens, P as in K, and [U, T, width] that predict the text.
     """
     reader, side = spec.knowledge, image.shape[1]
     variables = (knowledge_variables(spec, params, WHO[who]) if who != 'teacher'
@@ -80,36 +92,14 @@ def item_states(spec, params, who, image, has_image, tokens):
     return cells, words
 
 
-def row_states(spec, params, batch, needs) -> dict:
-    """Those of `STATES` and `THERE` that are needed, of one item per row: its prefix's last.
-
-    So a row has one item's states wherever it is computed, and the item is read once per row. The
-    teacher gets no gradient.
-
-    Returns:
-      who.image [B, P, width], who.text [B, T, width]; image.there bool [B, P], text.there [B, T].
-    """
-    out, at = {}, batch.slots[jnp.arange(len(batch.items)), batch.last]
-    image, has_image, tokens = (x[at] for x in (batch.image, batch.has_image, batch.tokens))
-    for who in sorted({name.split('.')[0] for name in needs & STATES}):
-        found = item_states(spec, params, who, image, has_image, tokens)
-        if who == 'teacher':
-            found = jax.lax.stop_gradient(found)
-        out |= {f'{who}.{what}': x for what, x in zip(WHAT, found, strict=True)}
-    _, rows, columns = spec.knowledge.base.grid(image.shape[1])
-    out['image.there'] = jnp.broadcast_to(has_image[:, None], (len(at), rows * columns))
-    out['text.there'] = tokens >= 0
-    return out
-
-
-def _by_chunk(read, chunk, given):
-    """read(given), `chunk` items at a time, where there are more; a backward pass reads again."""
-    total = len(given[-1])
+def _by_chunk(read, chunk, arrays):
+    """Return read(arrays), in chunks if there are more items; a backward pass reads them again."""
+    total = len(arrays[-1])
     if not chunk or total <= chunk:
-        return read(given)
+        return read(arrays)
     parts = -(-total // chunk)
-    given = jax.tree.map(lambda x: jnp.pad(
+    arrays = jax.tree.map(lambda x: jnp.pad(
         x, ((0, parts * chunk - total), *((0, 0),) * (x.ndim - 1))
-    ).reshape(parts, chunk, *x.shape[1:]), given)
-    out = jax.lax.map(jax.checkpoint(read), given)
+    ).reshape(parts, chunk, *x.shape[1:]), arrays)
+    out = jax.lax.map(jax.checkpoint(read), arrays)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], out)

@@ -1,9 +1,9 @@
-"""What a decoder reads: tokens of every kind, laid end to end.
+"""The input of a decoder: tokens of every kind, joined end to end.
 
-Text tokens, image tokens and learned vectors become parts of one `Stream`; whatever builds a prompt
-joins parts and never counts positions. A position moves on by `advance` behind every token that
-is there, so padding and missing images may stand anywhere: a row of an item without an image has
-the positions it would have had if the image had never been mentioned.
+Text tokens, image tokens and learned vectors become parts of one `Stream`. Prompts join parts and
+never count positions. The position moves by `advance` after every token that exists, so padding and
+missing images may be anywhere: a row of an item without an image has the positions of a prompt
+that never mentioned the image.
 """
 
 import flax
@@ -20,23 +20,30 @@ class Stream:
     """
 
     x: jax.Array  # [..., L, D] embeddings
-    mask: jax.Array  # bool [..., L], False: not there
-    advance: jax.Array  # int32 [..., L], how far the position moves behind the token
+    mask: jax.Array  # bool [..., L], False: there is no token
+    advance: jax.Array  # int32 [..., L], how far the position moves after the token
     offset: jax.Array  # int32 [..., L, 3], of the token's position from where its image begins
-    deep: jax.Array | None = None  # [..., L, n, D] added behind the first n layers (DeepStack)
+    deep: jax.Array | None = None  # [..., L, n, D] added after the first n layers (DeepStack)
 
 
 def plain(x, mask):
-    """Tokens or vectors x [..., L, D] that each take one position; mask bool [..., L]."""
+    """Make a stream of x [..., L, D] that each take one position; mask bool [..., L]."""
     mask = jnp.broadcast_to(mask, x.shape[:-1])
     return Stream(x, mask, jnp.ones(mask.shape, jnp.int32),
                   jnp.zeros((*mask.shape, 3), jnp.int32))
 
 
 def grid(x, mask, rows: int, columns: int, deep=None):
-    """An image's tokens x [..., rows columns, D], row by row, as one block of M-RoPE positions.
+    """Make a stream of an image's tokens, row by row, as one block of M-RoPE positions.
 
-    The block moves the position on by its longer side, whatever the number of its tokens.
+    The block moves the position by its longer side, for any number of tokens.
+
+    Args:
+      x: [..., rows columns, D].
+      mask: bool [...] or [..., rows columns].
+      rows: of the grid.
+      columns: of the grid.
+      deep: [..., rows columns, n, D], see `Stream`, or None.
     """
     mask = jnp.broadcast_to(mask, x.shape[:-1])
     place = jnp.arange(rows * columns)
@@ -48,7 +55,7 @@ def grid(x, mask, rows: int, columns: int, deep=None):
 
 
 def join(*parts: Stream) -> Stream:
-    """The parts end to end, leading axes being equal; without deep features a part has zeros."""
+    """Join parts with equal leading axes end to end; a part without deep features gets zeros."""
     depth = max((p.deep.shape[-2] for p in parts if p.deep is not None), default=0)
 
     def deep(part):
@@ -65,17 +72,17 @@ def join(*parts: Stream) -> Stream:
 
 
 def rows(stream: Stream, which) -> Stream:
-    """Rows `which` int32 [...] of a stream [U, L, ...] -> [..., L, ...]."""
+    """Select rows `which` int32 [...] of a stream [U, L, ...] -> [..., L, ...]."""
     return jax.tree.map(lambda a: a[which], stream)
 
 
 def flatten(stream: Stream) -> Stream:
-    """[B, N, L, ...] -> [B, N L, ...]."""
+    """Reshape [B, N, L, ...] -> [B, N L, ...]."""
     return jax.tree.map(lambda a: a.reshape(a.shape[0], -1, *a.shape[3:]), stream)
 
 
 def positions(stream: Stream):
-    """M-RoPE positions int32 [..., L, 3]; where no image is, all three count tokens from 0."""
+    """Compute M-RoPE positions int32 [..., L, 3]; without an image, all three count tokens."""
     moved = stream.advance * stream.mask
     start = jnp.cumsum(moved, axis=-1) - moved
     return start[..., None] + stream.offset

@@ -36,25 +36,35 @@ GRAPHS = GRAPH + COMPANY
 
 @dataclass(frozen=True)
 class TPAD:
-    """The modules and the few numbers that say how they are composed; hashable, static in a step.
+    """The modules and the few numbers that compose them; hashable, static in a step.
 
     Attributes:
-      recommend: which features enter z besides id and side: names of catalogue rows ('r', 'k',
+      knowledge: the Knowledge-MLLM, or None for a recommender of ids.
+      transfer: the Transfer-MLLM, or None.
+      disentangle: the heads of c and p.
+      adapter: the head of r.
+      club: the density q of p given c.
+      critics: (name, critic) of the mutual information losses.
+      fusion: of an item's vector z.
+      encoder: of sessions.
+      recommend: which features enter z next to id and side: names of catalogue rows ('r', 'k',
         'true').
       form: 'compressed' or 'full', how the Transfer-MLLM is fed an item.
-      withhold: share of an item's words kept from a reader that is trained, of k or of r [ours].
-      word_dropout: share of the words kept from the writer, which has to use the features instead.
+      withhold: share of an item's words withheld from a reader of k or r that is trained [ours].
+      word_dropout: share of the words withheld from the writer, which then uses the features.
       lora_scale: alpha / rank.
-      normalise: z and h have length one, and their products are divided by a learned temperature.
-      temperature: where that starts.
-      repeats: the items of a prefix get a learned shift of their scores, see repeats.py.
-      together: (strength, decay) of what the companions of a prefix's items get, see together.py,
-        or () for nothing.
-      chunk: items an MLLM reads at a time in a step, 0: all; a backward pass then reads them again,
-        chunk by chunk, and keeps the activations of one.
+      normalise: whether z and h have length one, and their products are divided by a learned
+        temperature.
+      temperature: its first value.
+      repeats: whether the items of a prefix get a learned shift of their scores, see repeats.py.
+      together: (strength, decay) of the shift that companions of a prefix's items get, see
+        companions.py, or () for none.
+      chunk: items an MLLM reads at a time in a step, 0: all; a backward pass then reads them
+        again, chunk by chunk, and stores the activations of one chunk.
       teacher: another MLLM, which reads items for a distillation, or None.
-      blended: r is what K reads under a blend of adapters (blend.py), one feature per modality.
-      reread: r = A(K_d(i)), K under an adapter of its own; False: r = A(k), the cheap ablation.
+      blended: whether K reads r under a blend of adapters (merge_adapters.py), one feature per
+        modality.
+      reread: whether r = A(K_d(i)), K under a separate adapter; False: r = A(k), an ablation.
     """
 
     knowledge: KnowledgeMLLM | None
@@ -83,9 +93,18 @@ class TPAD:
 def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, max_length: int,
           side_sizes: tuple, pooling: str = 'summary', chunk: int = 0,
           teacher: KnowledgeMLLM | None = None) -> TPAD:
-    """Modules from the shared MLLM `base` and plain numbers, `model` (config.model).
+    """Build the modules from the shared MLLM and plain numbers.
 
-    Without a base (None) there are no MLLMs, and only the recommender can be asked for anything.
+    Args:
+      base: the shared MLLM; None: there are no MLLMs, and only the recommender exists.
+      model: config.model.
+      recommend: see `TPAD`.
+      items: V.
+      max_length: longest prefix.
+      side_sizes: vocabulary size of each side feature.
+      pooling: see `KnowledgeMLLM`.
+      chunk: see `TPAD`.
+      teacher: see `TPAD`.
     """
     width = model.features
     wide = len(MODALITIES) * width  # of k over its modalities, and so of t, c, p and r
@@ -106,11 +125,16 @@ def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,
          text_length: int) -> dict:
-    """All parameters, nested: base, lora/{knowledge,transfer,distil}, and one entry per head.
+    """Draw all parameters, nested: base, lora/{knowledge,transfer,distil}, and one entry per head.
 
     Args:
-      key: of every draw. catalogue: rows per item (see features.py), for their widths.
-      rank, targets: of the adapters. image_shape: (H, W, 3); text_length: T.
+      key: of every draw.
+      spec: the modules.
+      catalogue: rows per item, for their widths.
+      rank: of the adapters.
+      targets: of the adapters, a regular expression over parameter paths.
+      image_shape: (H, W, 3).
+      text_length: T.
     """
     keys = iter(jax.random.split(key, 16))
     image = jnp.zeros((1, *image_shape), jnp.uint8)
@@ -126,7 +150,7 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
     transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), image, seen, tokens,
                      method='everything')
     base = knowledge.pop('base')
-    del transfer['base']  # the two share one
+    del transfer['base']  # both MLLMs share one base
     return {
         'base': base,
         'lora': {n: linear.init(next(keys), base, rank=rank, targets=targets)
@@ -142,7 +166,7 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
 
 
 def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
-    """Parameters of fusion and session encoder alone."""
+    """Draw the parameters of fusion and session encoder alone."""
     a, b = jax.random.split(key)
     ids = jnp.ones((1, 1), jnp.int32)
     features = [flat(catalogue[n][ids]) for n in spec.recommend]
@@ -160,14 +184,20 @@ def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
 
 
 def flat(rows):
-    """Features [..., M, D] -> [..., M D]; features [..., D] stay as they are."""
+    """Reshape features [..., M, D] -> [..., M D]; features [..., D] do not change."""
     return rows.reshape(*rows.shape[:2], -1)
 
 
 def item_vectors(spec, params, ids, rows, catalogue, key=None):
-    """z [..., D] of items `ids` from their feature rows (one array per name in spec.recommend).
+    """Compute z [..., D] of items from their feature rows.
 
-    ids None: of the whole catalogue, [V+1, D].
+    Args:
+      spec: the modules.
+      params: nested.
+      ids: int32 [...], or None for the whole catalogue, [V+1, D].
+      rows: one array per name in spec.recommend.
+      catalogue: rows per item.
+      key: for dropout, or None.
     """
     warm, side = (catalogue[n] if ids is None else catalogue[n][ids] for n in ('warm', 'side'))
     z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids, warm, rows, side, key)
@@ -175,20 +205,23 @@ def item_vectors(spec, params, ids, rows, catalogue, key=None):
 
 
 def z_table(spec, params, catalogue, key=None):
-    """Vectors of the whole catalogue, [V+1, D]."""
+    """Compute the vectors of the whole catalogue, [V+1, D]."""
     rows = [flat(catalogue[n][None])[0] for n in spec.recommend]
     return item_vectors(spec, params, None, rows, catalogue, key)
 
 
 def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, each=False):
-    """h of prefixes, such that <h, z> scores an item.
+    """Compute h of prefixes, such that <h, z> scores an item.
 
     Args:
+      spec: the modules.
+      params: nested.
       items: int32 [B, N], 0 pads at the end.
-      z_table: [V+1, D]. catalogue: rows per item, for the global graph where the encoder reads one.
+      z_table: [V+1, D].
+      catalogue: rows per item, for the item graph if the encoder reads it.
       keys: a key per row [B] for dropout, or None.
-      z: vectors of `items` [B, N, D] where they were read before, or are not z_table's.
-      each: h after every position, [B, N, D], instead of after the last, [B, D].
+      z: vectors of `items` [B, N, D], if they are already read or differ from z_table's.
+      each: whether to return h after every position, [B, N, D], instead of after the last, [B, D].
     """
     z = z_table[items] if z is None else z
     h = spec.encoder.apply({'params': params['recommender']['encoder']}, z, items, keys,
@@ -200,19 +233,19 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
 
 
 def repeat_shift(spec, params, items):
-    """Added to the scores of a prefix's items int32 [B, N], where they stand: float32 [B, N]."""
+    """Compute the shift of the scores of a prefix's items int32 [B, N]: float32 [B, N]."""
     return last(shifts(params['recommender']['repeat'], items), items)
 
 
 def company_shift(spec, catalogue, items):
-    """Items [B, N K] and what is added to their scores, see `together.shifts`."""
+    """Return companions [B, N K] and the shift of their scores, see `companions.shifts`."""
     strength, decay = spec.together
     ids, lift = (catalogue[name] for name in COMPANY)
     return companions.shifts(ids, lift, items, strength=strength, decay=decay)
 
 
 def _near(spec, catalogue, items, z_table):
-    """The global neighbours of every position, where the encoder reads them."""
+    """Return the global neighbours of every position, if the encoder reads them."""
     if not sessions.reads_graph(spec.encoder):
         return {}
     near, weight = (catalogue[name] for name in GRAPH)

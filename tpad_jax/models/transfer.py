@@ -1,6 +1,6 @@
 """Transfer-MLLM: reads a session item by item, yields a transition-aware feature at each position.
 
-[paper] a Transfer-MLLM reads sessions beside the Knowledge-MLLM.
+[paper] a Transfer-MLLM reads sessions, next to the Knowledge-MLLM.
 [ours] the two share one frozen base and differ in their adapters; an item is fed as a few tokens
 made from its knowledge features ('compressed') or as its image and text tokens ('full'); a summary
 token after each item has seen i_1..i_j only; the next item's text is written from that token alone.
@@ -23,9 +23,9 @@ class TransferMLLM(nn.Module):
     """Session -> t, and t -> the next item's text.
 
     Attributes:
-      base: the shared MLLM (its parameters stand under 'base').
+      base: the shared MLLM; its parameters are stored under 'base'.
       features: width D of t.
-      clusters: C of the head that tells a session's clusters (losses/sessions.py), 0: none.
+      clusters: C of the head that predicts a session's clusters (losses/clusters.py), 0: none.
     """
 
     base: MLLM | VLM
@@ -46,12 +46,12 @@ class TransferMLLM(nn.Module):
             self.to_clusters = Linear(self.clusters, use_bias=True)
 
     def compress(self, k) -> Stream:
-        """Knowledge features k [..., M, D] -> item tokens [..., M, width]."""
+        """Turn knowledge features k [..., M, D] into item tokens [..., M, width]."""
         x = jnp.stack([into(k[..., m, :]) for m, into in enumerate(self.into)], axis=-2)
         return streams.plain(x, jnp.ones(x.shape[:-1], bool))
 
     def unfold(self, image, has_image, tokens) -> Stream:
-        """An item's image and text tokens, [U, P + T, width]."""
+        """Turn content into an item's image and text tokens, [U, P + T, width]."""
         parts = [self.base.frame(image, has_image),
                  self.base.say(jnp.maximum(tokens, 0), tokens >= 0)]
         if self.base.between:
@@ -81,15 +81,15 @@ class TransferMLLM(nn.Module):
         return self.head(self.norm(h[:, :, -1] + skip))
 
     def foretell(self, t, tokens, keep):
-        """Hidden states [B, T, width] that predict the next item's tokens [B, T] from t [B, D]."""
+        """Compute states [B, T, width] that predict the next item's tokens [B, T] from t [B, D]."""
         return self.writer(self.base, t[:, None], tokens, keep)
 
     def interest(self, t):
-        """Logits [..., C] of a session's distribution over item clusters, from t [..., D]."""
+        """Compute logits [..., C] of a session's distribution over clusters, from t [..., D]."""
         return self.to_clusters(t)
 
     def everything(self, k, mask, image, has_image, tokens):
-        """Touch every parameter once: what initialisation calls."""
+        """Use every parameter once, for initialisation."""
         self.unfold(image, has_image, tokens)
         t = self(self.compress(k), mask)
         if self.clusters:

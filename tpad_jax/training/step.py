@@ -1,4 +1,4 @@
-"""What a stage trains: its losses and modules, the step, and the state the step begins with."""
+"""The step of a stage: its losses, the update itself, and its first state."""
 
 import json
 from contextlib import closing
@@ -21,7 +21,7 @@ from tpad_jax.types import Batch, State
 
 @dataclass(frozen=True, eq=False)
 class StepSpec:
-    """What is static in a train step; equal to another that was made of the same.
+    """The static part of a train step; equal to another that is made of the same.
 
     Attributes:
       model: the modules.
@@ -29,9 +29,9 @@ class StepSpec:
       fresh: features computed from content.
       tx: the optimiser.
       seed: of all draws.
-      skip: how many updates in a row may be left out because a number was not finite.
+      skip: how many updates in a row may be skipped because a number was not finite.
       parts: of a replica's rows, whose activations exist one after the other.
-      made_of: all that it was made of, hashable, or () where nothing else is the same.
+      made_of: all that decides what it is, hashable; (): it equals itself alone.
     """
 
     model: tpad.TPAD
@@ -41,7 +41,7 @@ class StepSpec:
     seed: int
     skip: int = 0
     parts: int = 1
-    made_of: tuple = field(default=(), init=False)  # `replace` leaves it out
+    made_of: tuple = field(default=(), init=False)  # `replace` drops it
 
     def __eq__(self, other):
         return self is other or (type(self) is type(other) and bool(self.made_of)
@@ -63,10 +63,14 @@ class StepSpec:
 
 
 def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
-    """One update: pure, the same function under jit (axis=None), pmap and shard_map.
+    """Make one update: pure, the same function under jit (axis=None), pmap and shard_map.
 
     Args:
-      state: donated. batch: this replica's rows. catalogue: rows per item, read only.
+      state: donated.
+      batch: this replica's rows.
+      catalogue: rows per item, read only.
+      spec: static.
+      axis: name of the replicas' axis, or None.
 
     Returns:
       The new state and {name: scalar}, equal on all replicas; and 'not_finite', see `combine`.
@@ -175,9 +179,11 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
 
 
 def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
-    """All parameters {path: array}, and those of the losses' own modules that have none yet.
+    """Return all parameters, with first ones for the losses' modules that have none yet.
 
     Args:
+      spec: of the stage.
+      params: {path: array}.
       batches: () -> iterator of the stage's host batches; only their shapes matter.
       catalogue: rows per item.
     """
@@ -197,9 +203,13 @@ def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
 
 
 def start(spec: StepSpec, params: dict, pattern: str) -> State:
-    """A stage's first state from all parameters {path: array}.
+    """Make a stage's first state.
 
-    `pattern`: what trains, and with it the own parameters of the stage's losses.
+    Args:
+      spec: of the stage.
+      params: {path: array}, all parameters.
+      pattern: regular expression over the paths that train; the parameters of the stage's losses
+        always do.
     """
     own = tuple(f'loss/{loss.name}/' for loss in spec.losses if loss.module)
     trained, frozen = optimizer.split(params, pattern, own)

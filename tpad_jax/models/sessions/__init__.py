@@ -6,8 +6,8 @@ from tpad_jax.models.sessions.attention import SessionAttention
 from tpad_jax.models.sessions.gce_gnn import GlobalGraphGNN
 from tpad_jax.models.sessions.sr_gnn import SessionGNN
 
-# What config.model.encoder may name: (config.model, fields that all encoders have) -> flax module.
-# All else about an encoder is derived from the module.
+# Values of config.model.encoder: (config.model, fields that all encoders have) -> flax module. All
+# else about an encoder is derived from the module.
 ENCODERS = {
     'attention': lambda model, **shared: SessionAttention(model.layers, model.heads, **shared),
     'sr_gnn': lambda model, **shared: SessionGNN(model.gnn_steps, positions=model.positions,

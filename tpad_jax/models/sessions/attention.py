@@ -1,10 +1,10 @@
-"""A session encoder by attention whose output is a weighted mean of the session's own items.
+"""A session encoder by attention whose output is a weighted mean of the session's items.
 
-What a session means is said in the items' own space: attention only decides how much each item
+A session's meaning stays in the space of the items: attention only decides how much each item
 counts. [source] That idea is CORE's (Hou et al. 2022, "CORE: Simple and Effective Session-based
 Recommendation within Consistent Representation Space"). [ours] The weights: causal attention, so
-that one reading of a session gives every prefix's h; how far back an item lies and whether it is
-the same item enter as biases of the attention's scores.
+that one pass over a session gives every prefix's h; an item's distance and whether it is the same
+item are biases of the attention's scores.
 """
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from tpad_jax.nn.attention import dropout
 from tpad_jax.nn.linear import Linear
 
-NEVER = -1e9  # score of what may not be attended to; finite, so that padded rows stay finite
+NEVER = -1e9  # score of a hidden position; finite, so that padded rows stay finite
 
 
 class SessionAttention(nn.Module):
@@ -24,7 +24,8 @@ class SessionAttention(nn.Module):
       layers: of the transformer that computes the weights.
       heads: number of heads H; the width must be a multiple.
       max_length: longest prefix N, for the distances' table.
-      rate: dropout inside the layers. item_rate: dropout on the item vectors.
+      rate: dropout inside the layers.
+      item_rate: dropout on the item vectors.
     """
 
     layers: int = 1
@@ -52,7 +53,7 @@ class SessionAttention(nn.Module):
         same = (items[:, :, None] == items[:, None, :]).astype(z.dtype)
 
         def scores(q, k, heads, name):
-            """[B, H, N, N]: how much position i looks at position j <= i."""
+            """Compute [B, H, N, N]: the attention of position i to position j <= i."""
             distance = self.param(f'{name}_distance', nn.initializers.zeros,
                                   (heads, self.max_length))
             repeat = self.param(f'{name}_repeat', nn.initializers.zeros, (heads,))

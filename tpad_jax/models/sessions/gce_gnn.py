@@ -1,4 +1,4 @@
-"""GCE-GNN: a session's own graph, and what the training sessions of everyone say of its items.
+"""GCE-GNN: a session's graph, and the graph over items of all training sessions.
 
 Source: Wang et al. 2020, "Global Context Enhanced Graph Neural Networks for Session-based
 Recommendation": the global item graph (section 3.1), the two attentions (4.1 and 4.2), the readout
@@ -17,7 +17,7 @@ SLOPE = 0.2  # of the leaky rectifier, the paper's
 
 
 def relations(items):
-    """How position i is tied to position j by a transition of the session's graph.
+    """Compute how the session's graph relates position i to position j.
 
     Args:
       items: int32 [B, N], 0 pads at the end.
@@ -29,7 +29,7 @@ def relations(items):
     same = (items[:, :, None] == items[:, None, :]) & real[:, :, None]
     step = jnp.eye(items.shape[1], k=1, dtype=bool) & real[:, :, None] & real[:, None, :]
     s = same.astype(jnp.float32)
-    goes = s @ (step.astype(jnp.float32) @ s) > 0  # some place of i's item before some place of j's
+    goes = s @ (step.astype(jnp.float32) @ s) > 0  # a place of i's item is before a place of j's
     back = goes.swapaxes(1, 2)
     tie = jnp.where(goes & back, 4, jnp.where(goes, 2, jnp.where(back, 3, 0)))
     return jnp.where(same, 1, tie).astype(jnp.int32)
@@ -40,7 +40,8 @@ class GlobalGraphGNN(nn.Module):
 
     Attributes:
       max_length: longest prefix N, for the positions' table.
-      rate: dropout on the global part and on the result. item_rate: dropout on the item vectors.
+      rate: dropout on the global part and on the result.
+      item_rate: dropout on the item vectors.
     """
 
     max_length: int = 20
@@ -52,10 +53,11 @@ class GlobalGraphGNN(nn.Module):
         """Encode sessions.
 
         Args:
-          z: item vectors of the prefix [B, N, D]. items: int32 [B, N], 0 pads at the end.
+          z: item vectors of the prefix [B, N, D].
+          items: int32 [B, N], 0 pads at the end.
           keys: a key per row [B] for dropout, or None (evaluation).
           near: global neighbours of every item of the prefix: their vectors [B, N, S, D] and
-            weights [B, N, S], 0 where there is none; see `data.graph`.
+            weights [B, N, S], 0 where there is none; see `data.item_graphs`.
 
         Returns:
           h [B, D].
@@ -84,7 +86,7 @@ class GlobalGraphGNN(nn.Module):
         return dropout(jnp.where(real, weight * x, 0).sum(axis=1), self.rate, draw(2))
 
     def _local(self, z, items):
-        """Attention along the session's transitions (paper, equations 9-11). -> [B, N, D]"""
+        """Attend along the session's transitions (paper, equations 9-11); returns [B, N, D]."""
         tie = relations(items)
         kinds = self.param('relations', uniform(z.shape[-1] ** -0.5), (4, z.shape[-1]))
         # one plain product per kind: [B, N, 4 D] x [B, N, D]
@@ -94,7 +96,7 @@ class GlobalGraphGNN(nn.Module):
         return jax.nn.softmax(e, axis=-1) @ z
 
     def _global(self, z, mean, vectors, weights):
-        """Attention to global neighbours, as near as they are to the session (5-8). -> [B, N, D]"""
+        """Attend to global neighbours by closeness to the session (5-8); returns [B, N, D]."""
         width = z.shape[-1]
         pairs = jnp.concatenate([mean[:, None, None] * vectors, weights[..., None]], axis=-1)
         e = nn.leaky_relu(Linear(width, name='w1')(pairs), SLOPE)

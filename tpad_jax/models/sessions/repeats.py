@@ -1,15 +1,15 @@
-"""Items a session has seen already score higher or lower than their vectors say [ours].
+"""A learned shift of the scores of items that a session already holds [ours].
 
-A session's vector is close to the vectors of its own items, whether people return to them or never
-do. One learned number per distance puts that right, and the vectors are free to say what is alike.
-That repeating and exploring want to be told apart is RepeatNet's (Ren et al. 2019).
+A session's vector is close to the vectors of its items, whether or not people return to them. One
+learned number per distance corrects that, and the vectors are free to express similarity.
+RepeatNet (Ren et al. 2019) separates repeating from exploring.
 """
 
 import jax.numpy as jnp
 
 
 def shifts(table, items):
-    """What is added to the score of every item a prefix holds, at each of its positions.
+    """Compute the shift of the score of every item a prefix holds, at each of its positions.
 
     Args:
       table: float32 [N], by the steps since the item was last met; 0: it is the prefix's last item.
@@ -28,6 +28,6 @@ def shifts(table, items):
 
 
 def last(shift, items):
-    """Of [B, N, N] the row of each prefix's last position, [B, N]."""
+    """Select of [B, N, N] the row of each prefix's last position, [B, N]."""
     at = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
     return jnp.take_along_axis(shift, at[:, None, None], axis=1)[:, 0]

@@ -1,12 +1,11 @@
-"""The session GNN: a gated graph network over a session's items, and a readout of the whole
-session.
+"""The session GNN: a gated graph network over a session's items, and a readout.
 
 Source: Wu et al. 2019, "Session-based Recommendation with Graph Neural Networks" (SR-GNN),
-equations 1-7, as the authors' published code computes them where the two differ: an edge counts
-once however often it is taken, the reset gate applies behind its product, the update gate keeps
-the old state, the edges' products have one bias inside the sum over neighbours and one outside,
-and every parameter starts uniform in +-1 / sqrt(D). The graph is built on the device from padded
-ids: nothing but the ids travels.
+equations 1-7, computed as in the authors' published code where the two differ: an edge counts
+once for any number of steps along it, the reset gate is applied after its product, the update gate
+keeps the old state, the edges' products have one bias inside the sum over neighbours and one
+outside, and every parameter starts uniform in +-1 / sqrt(D). The graph is built on the device from
+padded ids; only the ids are transferred.
 [ours] Optional: positions counted from both ends enter the readout's attention; dropout, keyed by
 row.
 """
@@ -25,24 +24,24 @@ PACKED, PACKED_ROW = 0.3, 3.5
 
 
 def packed(size: int, length: int) -> int:
-    """The positions a batch [size, length] is computed at, where it holds no more."""
+    """Return the number of positions of a batch [size, length] that is computed packed."""
     return max(1, int(size * min(length, max(PACKED * length, PACKED_ROW))))
 
 
 def session_graph(items):
-    """The session graph of each row as a list of edges, one per step from a position to the next.
+    """Build the session graph of each row as a list of edges, one per step to the next position.
 
-    Nodes are the different items of a row; node j stands at the position where its item is first
-    met, so no compaction is needed. Steps that repeat an edge carry no weight.
+    Nodes are the different items of a row; node j is the position where its item is first met, so
+    no compaction is needed. Steps that repeat an edge have weight 0.
 
     Args:
       items: int32 [B, N], 0 pads at the end.
 
     Returns:
-      alias: int32 [B, N], the node of each position; padding has one of its own.
-      leaving: float32 [B, N], weight of the step from position j to j + 1 at the node it leaves,
-        1 / the different nodes that one goes to; 0 where there is no such step.
-      arriving: float32 [B, N], likewise at the node it reaches, 1 / the nodes that lead there.
+      alias: int32 [B, N], the node of each position; padding is a separate node.
+      from_node: float32 [B, N], weight of the step from position j to j + 1 at the node where it
+        starts, 1 / the number of different nodes that follow it; 0 where there is no such step.
+      to_node: float32 [B, N], likewise at the node where it ends, 1 / the nodes that lead there.
     """
     same = items[:, :, None] == items[:, None, :]
     after = jnp.pad(items[:, 1:], ((0, 0), (0, 1)))
@@ -65,7 +64,8 @@ class SessionGNN(nn.Module):
       steps: rounds of message passing.
       max_length: longest prefix N, for the positions' table.
       positions: whether the readout knows positions [ours]; SR-GNN itself does not.
-      rate: dropout on the result [ours]. item_rate: dropout on the item vectors [ours].
+      rate: dropout on the result [ours].
+      item_rate: dropout on the item vectors [ours].
     """
 
     steps: int = 1
@@ -122,16 +122,16 @@ class SessionGNN(nn.Module):
 
 
 def _encode(params, z, items, graph, *, steps, room):
-    """h [B, D] from vectors z [B, N, D], over the first `room` positions that hold an item.
+    """Compute h [B, D] from vectors z [B, N, D], over the first `room` positions with an item.
 
-    Rows stand one behind the other without their padding, K = room positions in all, each with its
-    node's state, which all positions of an item share.
+    Rows follow one another without their padding, K = room positions in all, each with its node's
+    state, which all positions of an item share.
     """
     size, length, width = z.shape
     held = items > 0
     lengths = held.sum(axis=1)
     begin = jnp.cumsum(lengths) - lengths  # where each row starts among the K
-    place = jnp.flatnonzero(held, size=room)  # where each of the K stands in [B, N]; then zeros
+    place = jnp.flatnonzero(held, size=room)  # index of each of the K in [B, N]; then zeros
     real = jnp.arange(room) < lengths.sum()
     row = place // length
     alias, leaving, arriving = (x.reshape(-1)[place] for x in graph)
@@ -140,7 +140,7 @@ def _encode(params, z, items, graph, *, steps, room):
     state = jnp.where(real[:, None], z.reshape(-1, width)[row * length + alias], 0)
 
     def gathered(values, at):
-        """Sum values [K, D] per node and hand it to every position of the node."""
+        """Sum values [K, D] per node and return the sum at every position of the node."""
         return jnp.zeros_like(values).at[at].add(values)[node]
 
     def dense(name, x):
@@ -149,7 +149,7 @@ def _encode(params, z, items, graph, *, steps, room):
 
     for _ in range(steps):
         leave, arrive, gates = jnp.split(dense('node', state), (width, 2 * width), axis=1)
-        # eq 1; the last position's step has weight zero, wherever it leads
+        # eq 1; the last position's step has weight zero
         forth = gathered(leaving * jnp.roll(leave, -1, axis=0), node)
         back = gathered(arriving * arrive, jnp.roll(node, -1))
         message = jnp.concatenate([back, forth], axis=1) + params['edge']
@@ -166,10 +166,11 @@ def _encode(params, z, items, graph, *, steps, room):
 
 
 def gated(message, old, state):
-    """A gated recurrent unit's new state (equations 2-5), from both products with its gates.
+    """Compute a gated recurrent unit's new state (equations 2-5).
 
     Args:
-      message, old: float [K, 3 D], of the input and of the state: reset, update, candidate.
+      message: float [K, 3 D]. Product of the input: reset, update, candidate.
+      old: float [K, 3 D]. Product of the state, likewise.
       state: float [K, D].
     """
     reset, update, new = jnp.split(message, 3, axis=1)
