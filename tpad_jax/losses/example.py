@@ -64,7 +64,8 @@ def make_params(seed):
     shapes = {n: jax.eval_shape(SCORES[n].init, jax.random.key(0), *x) for n, x in inputs.items()}
     shapes |= {n: jnp.ones(shape) for n, shape in entries(True, 'float32').items()}
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.7, shapes)
-    for name, (*_, width) in entries(False, 'float32').items():
+    for name, (_, *sizes) in entries(False, 'float32').items():
+        width = sizes[-1] if sizes else 1
         mixing = np.eye(width) + 0.3 * rng.normal(size=(width, width))
         params[name] = mixing.astype(np.float32)
     return params
@@ -72,7 +73,8 @@ def make_params(seed):
 
 def named(params, raw, batch):
     """Compute the outputs by name, each from the replicated parameters and this replica's rows."""
-    out = {n: x @ params[n] if n in params else x for n, x in raw.items()}
+    out = {n: (x @ params[n] if x.ndim > 1 else x * params[n][0, 0]) if n in params else x
+           for n, x in raw.items()}
     out |= {n: params[n] for n in entries(True, 'float32')}
     out |= {n: jnp.arange(np.prod(shape)).reshape(shape) % 2 > 0
             for n, shape in entries(True, 'bool').items()}
@@ -106,10 +108,11 @@ def garbled(batch, raw, seed):
     garbage = {}
     for name, x in raw.items():
         tokens = raw.get(f'{name}.tokens', raw['describe.tokens']) >= 0
-        size = OUTPUTS[name].shape.split(', ')[1:2]
-        real = rows & {'N': batch.mask, 'T': tokens, 'P': tokens}.get(*size, rows)
+        _, size, *_ = f'{OUTPUTS[name].shape}, , '.split(', ')
+        real = rows & {'N': batch.mask, 'T': tokens, 'P': tokens}.get(size, rows)
         if x.dtype == np.float32:
-            real = real.reshape(*real.shape, *(1,) * (x.ndim - real.ndim))
+            real = real[:, 0] if x.ndim == 1 else real.reshape(
+                *real.shape, *(1,) * (x.ndim - real.ndim))
             garbage[name] = np.where(real, x, 20 * rng.normal(size=x.shape)).astype(np.float32)
         else:  # tokens of a valid row end where they end
             garbage[name] = np.where(rows, x, np.asarray(3, x.dtype))

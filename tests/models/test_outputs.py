@@ -1,0 +1,143 @@
+"""The table of outputs and the registry of encoders: one entry is enough, all else is derived."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from tests import tiny_stages
+from tests.tiny_stages import DATA, N, V
+from tpad_jax.errors import InputError
+from tpad_jax.losses import Out, check
+from tpad_jax.models import outputs, sessions, tpad
+from tpad_jax.training import step as step_lib
+from tpad_jax.types import Batch
+
+PAGE = Path(__file__).parents[2] / 'docs' / 'add_a_loss.md'
+
+
+def test_the_page_lists_every_output_with_its_shape():
+    rows = re.findall(r'^\| (`.*`) \| (.+?) \| (.+) \|$', PAGE.read_text(), re.MULTILINE)
+    rows = {name.strip('`'): (form, doc) for name, form, doc in rows}
+    for name, entry in outputs.OUTPUTS.items():
+        if name[0] != '_':
+            form = f'{entry.dtype} [{entry.shape}]' if entry.shape else 'function'
+            assert rows.get(name) == (form, entry.doc)
+
+
+@pytest.fixture
+def session():
+    """An output `session`, made of t, and one that reads content."""
+    before = dict(outputs.OUTPUTS)
+
+    @outputs.output('session', 'B, D', needs=('t',))
+    def _session(inputs, t):
+        """The session at the prefix's last item."""
+        return t[inputs.rows, inputs.batch.last]
+
+    @outputs.output('length', 'B', needs=('content',))
+    def _length(inputs):
+        """Number of words."""
+        return (inputs.batch.tokens >= 0).sum(axis=1)
+
+    yield
+    outputs.OUTPUTS.clear()
+    outputs.OUTPUTS.update(before)
+
+
+def small(out, batch, *, x: Out = Out('session')):
+    return (out[x] ** 2).mean(-1)
+
+
+@pytest.mark.usefixtures('session')
+def test_one_entry_makes_an_output_that_stages_compute_and_losses_are_checked_on():
+    model, params, catalogue = tiny_stages.model()
+    batch = Batch.of(next(tiny_stages.draw('recommend')))
+    out = outputs.forward(model, tiny_stages.unflatten_dict(params, sep='/'), batch, catalogue,
+                          frozenset({'session', 't'}), frozenset())
+    assert out.keys() == {'session', 't'}
+    np.testing.assert_array_equal(out['session'], out['t'][np.arange(len(batch.items)), batch.last])
+    assert not [finding for finding in check.check(small) if finding.ok is False]
+
+    c = tiny_stages.make_config().copy_and_resolve_references()
+    c.unlock()
+    c.losses.mine = ConfigDict(dict(fn=f'{__name__}:small', weight=1.0, stages='recommend'))
+    assert 'session' in step_lib.make_spec(c, 'recommend', model, 0).needs
+    c.losses.mine.x = 'length'
+    with pytest.raises(InputError, match=r'length, which stage recommend does not compute \(stage '
+                                         'recommend reads no content'):
+        step_lib.stage_losses(c, 'recommend')
+
+
+def test_only_what_is_needed_is_computed():
+    """Without content and without rows r, a stage still reads sessions of stored k."""
+    model, params, catalogue = tiny_stages.model()
+    batch = Batch.of(next(tiny_stages.draw('recommend')))
+    rows = {name: catalogue[name] for name in ('k', 'warm')}
+    out = jax.eval_shape(lambda p: outputs.forward(
+        model, p, batch, rows, frozenset({'p', 'warm'}), frozenset()),
+        tiny_stages.unflatten_dict(params, sep='/'))
+    assert out.keys() == {'p', 'warm'}
+    with pytest.raises(InputError, match='output r: the catalogue has no rows of it'):
+        outputs.forward(model, {}, batch, rows, frozenset({'r'}), frozenset())
+
+
+def test_what_needs_content_is_derived():
+    compressed = outputs.Plan('compressed', ('r',), True, frozenset())
+    assert 'content' not in outputs.required(['t', 'h', 'k', 'r'], compressed)
+    assert 'content' in outputs.required(['t'], compressed._replace(form='full'))
+    assert 'content' in outputs.required(['h'], compressed._replace(fresh=frozenset({'r'})))
+    for name in ('describe', 'foretell.tokens', 'r.image', 'text.there'):
+        assert 'content' in outputs.required([name], compressed)
+
+
+class Mean(nn.Module):
+    """The smallest session encoder."""
+
+    max_length: int = 20
+    rate: float = 0.0
+    item_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, z, items, keys=None):
+        real = (items > 0)[..., None]
+        mean = jnp.where(real, z, 0).sum(1) / jnp.maximum(real.sum(1), 1)
+        return nn.Dense(z.shape[-1])(mean)
+
+
+def test_one_entry_makes_an_encoder_that_is_built_and_trained(monkeypatch):
+    monkeypatch.setitem(sessions.ENCODERS, 'mean', lambda model, **shared: Mean(**shared))
+    c = tiny_stages.make_config().copy_and_resolve_references()
+    c.model.update(encoder='mean', recommend='')
+    model = tpad.build(None, c.model, recommend=(), items=V, max_length=N,
+                       side_sizes=DATA.side_sizes)
+    assert not sessions.reads_graph(model.encoder)
+    catalogue = {'warm': jnp.asarray(DATA.warm), 'side': jnp.asarray(DATA.side)}
+    params = tpad.recommender_init(jax.random.key(0), model, catalogue)
+    params = flatten_dict({'recommender': params}, sep='/')
+    spec = step_lib.make_spec(c, 'recommend', model, 0)
+    first = step_lib.start(spec, params, c.stage.recommend.train)
+    step = jax.jit(partial(step_lib.train_step, spec=spec, axis=None))
+    state, logged = step(first, Batch.of(next(tiny_stages.draw('recommend'))), catalogue)
+    assert np.isfinite(logged['loss'])
+    path = 'recommender/encoder/Dense_0/kernel'
+    assert np.abs(state.params[path] - first.params[path]).max() > 1e-4
+    c.losses.next_item.h = 'h_each'
+    with pytest.raises(InputError, match='encoder=mean does not read all prefixes'):
+        step_lib.stage_losses(c, 'recommend')
+
+
+def test_what_an_encoder_reads_is_derived_from_its_module():
+    c = tiny_stages.make_config().model
+    read = {}
+    for name in sessions.ENCODERS:
+        encoder = sessions.build(ConfigDict({**c.to_dict(), 'encoder': name}), N)
+        read[name] = sessions.reads_graph(encoder), sessions.reads_prefixes(encoder)
+    assert read == {'attention': (False, True), 'sr_gnn': (False, False), 'gce_gnn': (True, False)}
