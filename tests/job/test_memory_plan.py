@@ -169,7 +169,8 @@ class Mean(nn.Module):
 
 
 def test_an_added_encoder_is_planned(monkeypatch):
-    monkeypatch.setitem(sessions.ENCODERS, 'mean', lambda model, *, max_length, **_: Mean(max_length))
+    monkeypatch.setitem(sessions.ENCODERS, 'mean',
+                        lambda model, *, max_length, **_: Mean(max_length))
     c = base.get_config()
     c.model.encoder = 'mean'
     assert memory_plan.stage_plan(recommender(c, 2000), 'recommend').temporary > 4 * 512 * 2000
