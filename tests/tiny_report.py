@@ -16,6 +16,7 @@ from tpad_jax.diagnostics import clouds as clouds_lib
 from tpad_jax.evaluation import compare, tables
 from tpad_jax.features import store
 from tpad_jax.job import results
+from tpad_jax.job.background import Background
 from tpad_jax.report import charts, gallery, stored
 from tpad_jax.report.values import BETWEEN
 
@@ -64,7 +65,8 @@ def fake_job(workdir, *, content=True, seed=0, name='tiny'):
         content=SimpleNamespace(has_image=has_image, pictures={
             'read': 20, 'kept': 20, 'rejected': {}}) if content else None,
         probabilities=truth if content else None, seconds={'recommend': 3.25, 'total': 7.5},
-        spent={}, sitting=0.0, pause=lambda: None, devices=SimpleNamespace(shards=1))
+        spent={}, sitting={}, background=Background(0), pause=lambda: None,
+        devices=SimpleNamespace(shards=1))
 
 
 def scorer_of(salt):

@@ -120,7 +120,7 @@ def test_baselines_are_chosen_by_the_config(tmp_path, named, expected):
     job = tiny_report.fake_job(tmp_path)
     job.config.baselines, job.config.search.trials = named, 1
     job.source = type('Source', (), {'timed': True})
-    assert list(results.baseline_scorers(job, None)) == expected
+    assert list(results.tune_baselines(job, None, refit=False)) == expected
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest_name():

@@ -140,14 +140,14 @@ def test_pictures_beyond_the_room_are_left_out_and_said(tmp_path, monkeypatch):
 def test_a_failed_page_loses_no_results(tmp_path, monkeypatch, capsys):
     job = tiny_report.fake_job(tmp_path)
     tiny_report.write_log(tmp_path / 'log.jsonl', content=True)
-    monkeypatch.setattr(results, 'baseline_scorers', lambda *_: {})
     monkeypatch.setattr(results, 'oracle_scores', lambda _: (None, None))
     monkeypatch.setattr(results.artifact, 'write', lambda *_: None)
     scorers = {'tpad_recommend': tiny_report.scorer_of(0)}
     job.spent = {'recommend': {n: 0.0 for n in ('all', *results.SPENT)}}
     monkeypatch.setattr(results.page, 'write', lambda workdir: json.loads(
         (workdir / 'results.json').read_text())['no such key'])
-    given = job, ['recommend'], scorers, {}, None, 0.0, Console(width=200)
+    tuning = job.background.submit(dict)
+    given = job, ['recommend'], scorers, {}, tuning, 0.0, Console(width=200)
     assert results.report(*given)['models'].keys() == {'tpad', 'tpad_recommend'}
     told = capsys.readouterr().out
     assert "could not be made (KeyError: 'no such key')" in told
@@ -190,7 +190,7 @@ def test_what_is_absent_is_said_and_left_out(runs, tmp_path, capsys):
     ('report/gallery.json', '[1]', 'gallery.json is damaged'),
     ('ranks.npz', 'PK', 'ranks.npz cannot be read'),
     ('diagnostics/transfer-after.npz', 'PK', 'holds a damaged file'),
-    ('log.jsonl', '{"stage": "x"}', 'line 1 is not a log line')])
+    ('log.jsonl', '{"stage": "x"}', 'line 1 is not a line of a log')])
 def test_a_damaged_file_is_refused_in_one_sentence(runs, tmp_path, capsys, file, content, told):
     shutil.copytree(runs / 'planted', tmp_path / 'run')
     (tmp_path / 'run' / file).write_text(content)

@@ -330,7 +330,7 @@ def _run_stages(job, stages, writer, until):
             company.begin(stage)
         if tuning is None and stage != 'knowledge' and not until:
             tuning = job.background.submit(partial(
-                results.baseline_scorers, job, knowledge, trains and job.config.refit), TUNE)
+                results.tune_baselines, job, knowledge, trains and job.config.refit), TUNE)
         job.run_stage(stage, writer, console_lib.progress)
         if stage == 'knowledge':
             knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
@@ -346,5 +346,5 @@ def _run_stages(job, stages, writer, until):
     if joint:
         chosen['tpad_joint'] = job.record['valid']
     if tuning is None:
-        tuning = job.background.submit(partial(results.baseline_scorers, job, knowledge, False))
+        tuning = job.background.submit(partial(results.tune_baselines, job, knowledge, False))
     return scorers | joint, chosen, tuning

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: every model on the same rows, results.json and the figures."""
+"""The results of a finished run: every model on the same rows, results.json and the page."""
 
 import datetime
 import importlib.metadata
@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,32 +32,38 @@ PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', '
 
 
 def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
-    """Score everything on the same rows, write results and figures, print the table.
+    """Score everything on the same rows, write the results and the page, print the table.
 
     Args:
-      job, console: of the run. stages: the finished ones. begun: when it began, see time.
-      scorers: {model: scorer}. chosen: {model: validation metrics}, see `score_models`.
-      tuning: background.Task of `baseline_scorers`.
+      job: job.Job.
+      stages: the finished ones.
+      scorers: {model: scorer} of the recommenders, the run's own first.
+      chosen: {model: validation metrics}, see `score_models`.
+      tuning: background.Task of `tune_baselines`.
+      begun: when the run began, by time.perf_counter.
+      console: of the run.
 
     Returns:
-      What results.json holds.
+      The content of results.json.
     """
     started = time.perf_counter()
+    oracle_task = job.background.submit(partial(oracle_scores, job))
     own = next(iter(scorers), None)  # of a run without content the sum, if there is one
     tuned, = job.background.results([tuning])
-    scorers.update({name: found.scorer for name, found in tuned.items()})
-    chosen |= {name: found.valid for name, found in tuned.items()}
+    scorers.update({name: baseline.scorer for name, baseline in tuned.items()})
+    chosen |= {name: baseline.valid for name, baseline in tuned.items()}
     models, ranks = score_models(job, scorers, chosen)
-    for name, found in tuned.items():
-        models[name]['search'] = {'params': found.params, **found.record}
+    for name, baseline in tuned.items():
+        models[name]['search'] = {'params': baseline.params, **baseline.record}
     ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
     if ours:
         best = max(ours, key=lambda name: models[name]['valid'][SELECT])
         own, models = best, {'tpad': {**models[best], 'is': best}, **models}
         scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
-    truth, truth_ranks = oracle_scores(job)
+    (truth, truth_ranks), = job.background.results([oracle_task])
     job.seconds['report'] = time.perf_counter() - started
-    # stages count all their sittings, the rest this one
+    # Stages count all their sittings, the rest this one. Those of earlier sittings may have run at
+    # the same time, so that the total of a resumed run is an upper limit.
     here = time.perf_counter() - begun - sum(job.sitting.values())
     within = 'report', 'diagnostics'
     job.seconds['total'] = here + sum(s for name, s in job.seconds.items() if name not in within)
@@ -65,43 +72,50 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
            'seconds': job.seconds, 'spent': job.spent}
     if truth is not None:
         out['oracle'] = truth
-    found = snapshots.collect(job.workdir)
-    if found:
-        out['diagnostics'] = found
-        read = found.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
-        out |= {'probes': {n: x['accuracy'] for n, x in read.items()}} if read else {}
+    diagnostics = snapshots.collect(job.workdir)
+    if diagnostics:
+        out['diagnostics'] = diagnostics
+        probes = diagnostics.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
+        out |= {'probes': {name: x['accuracy'] for name, x in probes.items()}} if probes else {}
     if own is not None:
         artifact.write(job, own, scorers[own])
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
-    made = write_page(job, out, scorers, ranks, console)
+    file = write_page(job, out, scorers, ranks, console)
     console.print(tables.table(out))
     console.print(spent(job.spent), highlight=False)
-    console.print(f'{job.workdir / "results.json"}  '
-                  + f'report: {made}  ' * bool(made) + f'{job.seconds["total"]:.0f} s',
-                  highlight=False, soft_wrap=True)
+    page_part = f'report: {file}  ' if file else ''
+    console.print(f'results: {job.workdir / "results.json"}  {page_part}'
+                  f'total: {job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
     return out
 
 
 def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path | None:
-    """The page of the run and what it needs beside results.json, which is there and stays.
+    """Write the page of the run and the files that it reads next to results.json.
+
+    Args:
+      job: job.Job.
+      results: the content of results.json.
+      scorers: {model: scorer}.
+      ranks: {model: {'above', 'equal'}} of the test rows.
+      console: of the run, which gets the reason where there is no page.
 
     Returns:
-      Its path; None where it could not be made, which the console says.
+      Its path, or None where it could not be made.
     """
     best = results['models'].get('tpad', {}).get('is', '')
     try:
         gallery.write(job, scorers, ranks, best)
         contact_sheet.write(job.workdir)
         return page.write(job.workdir)
-    except Exception as error:  # whatever it is, a finished run is not lost over a page
+    except Exception as error:  # of any kind: a finished run is not lost over a page
         console.print(f'The page could not be made ({type(error).__name__}: {error}); the results '
-                      f'are whole. python -m tpad_jax.report {job.workdir} tries again.',
+                      f'are complete. Fix: python -m tpad_jax.report {job.workdir} tries again.',
                       markup=False, highlight=False, soft_wrap=True)
         return None
 
 
 def spent(runs: dict) -> str:
-    """In words what the steps of all `runs`, {name: seconds by fitting.SPENT}, waited for."""
+    """Tell what the steps of all `runs`, {name: seconds by loop.SPENT}, waited for."""
     total = {name: sum(run[name] for run in runs.values()) for name in ('all', *SPENT)}
     steps = max(total['all'] - total['compile'] - total['between'], 1e-9)
     share = {name: f'{100 * total[name] / steps:.1f} %' for name in ('input', 'save', 'log')}
@@ -112,41 +126,47 @@ def spent(runs: dict) -> str:
 
 
 def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
-    """Validation and test metrics of every scorer, the test's ranks kept per row.
+    """Measure every scorer on validation and test.
 
     Args:
-      job: job.Job. scorers: {model: scorer}.
-      chosen: {model: validation metrics} as they were when it was chosen; after a refit, which has
-        trained on these rows, they are all that can be said of validation.
+      job: job.Job.
+      scorers: {model: scorer}.
+      chosen: {model: validation metrics} of the moment when it was chosen. After a refit, which
+        trains on these rows, they are the only ones.
 
     Returns:
-      {model: {'valid': {...}, 'test': {...}}} and {model: {'above', 'equal'}} of the test rows; the
-      test metrics with their intervals, see `add_intervals`.
+      {model: {'valid': {...}, 'test': {...}}} and {model: {'above', 'equal'}} of the test rows. The
+      test metrics have intervals, see `add_intervals`.
     """
-    models, ranks = {}, {}
     seen, warm, gains = training_counts(job), job.final.warm, metrics.registry(job.config.metrics)
     values = {metric: metrics.gain_table(gain, compare.AT) for metric, gain in gains.items()}
-    for name, scorer in scorers.items():
+
+    def score(name):
         job.pause()
         if job.final is job.data:
-            valid, _ = evaluate(scorer, job.valid, warm, counts=seen, gains=gains, name=name)
+            valid, _ = evaluate(scorers[name], job.valid, warm, counts=seen, gains=gains,
+                                name=name)
         else:
             valid = chosen[name]
-        test, ranks[name] = evaluate(scorer, job.test, warm, counts=seen, name=name,
-                                     gains=gains, probabilities=job.probabilities)
-        add_intervals(test, job.test, warm, ranks[name], values)
-        models[name] = {'valid': valid, 'test': test}
-    return models, ranks
+        test, rank = evaluate(scorers[name], job.test, warm, counts=seen, name=name, gains=gains,
+                              probabilities=job.probabilities)
+        add_intervals(test, job.test, warm, rank, values)
+        return {'valid': valid, 'test': test}, rank
+
+    tasks = [job.background.submit(partial(score, name)) for name in scorers]
+    scored = dict(zip(scorers, job.background.results(tasks), strict=True))
+    return {name: x for name, (x, _) in scored.items()}, {name: x for name, (_, x)
+                                                          in scored.items()}
 
 
 def training_counts(job) -> np.ndarray:
-    """Training events of every item, validation's too after a refit: int64 [V + 1]."""
+    """Count the training events of every item, after a refit with validation's: int64 [V + 1]."""
     return sessions.counts(job.final.train, job.final.num_items)
 
 
 def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict,
                   gains: dict = compare.BUILT_IN) -> None:
-    """Puts 'interval' into a result and its slices 'warm' and 'cold', in place.
+    """Add 'interval' to a result and to its slices 'warm' and 'cold', in place.
 
     {metric: [low, high]}: 95 % by bootstrap over sessions, of every metric at 20; None where fewer
     than two sessions have rows.
@@ -169,7 +189,7 @@ def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict,
                                      strict=True))
 
 
-def baseline_scorers(job, features: np.ndarray | None, refit: bool) -> dict:
+def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:
     """Tune the baselines of the config on validation.
 
     Args:
@@ -188,16 +208,15 @@ def baseline_scorers(job, features: np.ndarray | None, refit: bool) -> dict:
         job.pause()
         if name == 'content_knn' and features is None:
             continue  # no stage has read the items
-        given = features if name == 'content_knn' else None
-        out[name] = rules.tune(name, train, job.valid, job.data.num_items,
-                                   trials=job.config.search.trials, seed=job.config.seed,
-                                   storage=job.workdir / 'search.journal', features=given,
-                                   final=final, ordered=ordered)
+        out[name] = rules.tune(
+            name, train, job.valid, job.data.num_items, trials=job.config.search.trials,
+            seed=job.config.seed, storage=job.workdir / 'search.journal', final=final,
+            features=features if name == 'content_knn' else None, ordered=ordered)
     return out
 
 
 def data_facts(job) -> dict:
-    """What results.json says under 'data'."""
+    """Describe the data, as results.json does under 'data'."""
     data, content = job.data, {}
     if job.content is not None:
         content = {'items_without_image': int((~job.content.has_image[1:]).sum()),
@@ -212,14 +231,19 @@ def data_facts(job) -> dict:
 
 
 def introduce(job, console):
-    """The run's first lines: which data, how it was cut, and what the audit says of it."""
+    """Print the first lines of a run: its data, how they were cut, and their audit.
+
+    Args:
+      job: job.Job.
+      console: of the run.
+    """
     data, facts = job.data, data_facts(job)
     pictures = ('no content' if job.content is None
                 else f'{facts["items_without_image"]} without image')
     console_lib.print_header(f'TPAD  {job.config.name}', {
         'data': sources.origin(job.config),
-        **({'sessions read': _said(facts['lines'])} if job.content is None else
-           {'raw lines': _said(facts['lines']), 'images': _said(facts['images'])}),
+        **({'sessions read': _line_counts(facts['lines'])} if job.content is None else
+           {'raw lines': _line_counts(facts['lines']), 'images': _line_counts(facts['images'])}),
         'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
         'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
         'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}'
@@ -229,19 +253,19 @@ def introduce(job, console):
         console.print(line, markup=False, highlight=False)
 
 
-def _said(counts):
-    why = ', '.join(f'{n} {reason}' for reason, n in counts['rejected'].items()) or 'none'
-    return f'{counts["read"]} read, {counts["kept"]} kept, rejected: {why}'
+def _line_counts(counts):
+    reasons = ', '.join(f'{n} {reason}' for reason, n in counts['rejected'].items()) or 'none'
+    return f'{counts["read"]} read, {counts["kept"]} kept, rejected: {reasons}'
 
 
 def final_losses(job) -> dict:
-    """{run of steps: {'step': n, loss or metric: value}} as training last logged them."""
+    """Read what training logged last: {run of steps: {'step': n, loss or metric: value}}."""
     return {line['stage']: {name: x for name, x in line.items() if name != 'stage'}
             for line in log_lib.read_log(job.workdir / 'log.jsonl') if 'loss' in line}
 
 
 def provenance(job) -> dict:
-    """Config, code version and machine of a run."""
+    """Describe the config, the code's version and the machine of a run."""
     config, commit = job.config, ''
     if (Path(__file__).parents[2] / '.git').exists() and shutil.which('git'):
         commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
@@ -254,7 +278,7 @@ def provenance(job) -> dict:
 
 
 def oracle_scores(job) -> tuple[dict | None, dict | None]:
-    """The oracle's test metrics and ranks, or (None, None) where the truth is unknown."""
+    """Measure the oracle on test: metrics and ranks, or (None, None) without a known truth."""
     if job.probabilities is None:
         return None, None
     return oracle(job.test, job.final.warm, job.probabilities, counts=training_counts(job),
@@ -262,7 +286,13 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
 
 
 def write(job, results: dict, ranks: dict) -> None:
-    """results.json, and every model's test ranks per row in ranks.npz for `compare`."""
+    """Write results.json, and every model's test ranks per row into ranks.npz for `compare`.
+
+    Args:
+      job: job.Job.
+      results: the content of results.json.
+      ranks: {model: {'above', 'equal'}} of the test rows.
+    """
     rows, data = job.test, job.final
     features = slices.features(rows, data.warm, training_counts(job))
     stored = compare.contents(rows.session, rows.target, data.fingerprint, data.num_items, features,
