@@ -1,12 +1,27 @@
 """TPAD in JAX: transitional patterns distilled into multimodal item representations."""
 
+from typing import TYPE_CHECKING
 
-def load(workdir, **options):
-    """A finished run as an object that recommends, see `serving.load`; only now is jax imported.
+if TYPE_CHECKING:
+    from tpad_jax.serving.recommender import Recommender
+
+
+def load(workdir, *, base: str = '') -> 'Recommender':
+    """Load a finished run as an object that recommends. jax is imported by this call.
 
         shop = tpad_jax.load('runs/amazon')
         shop.recommend([['P000000123', 'P000000045']], k=20).items
+
+    Args:
+      workdir: of the run.
+      base: directory of the run's MLLM base, if it was moved; only `add_items` reads it.
+
+    Returns:
+      The recommender.
+
+    Raises:
+      InputError: the run is not finished, or a file of it is damaged.
     """
     from tpad_jax.serving import recommender
 
-    return recommender.load(workdir, **options)
+    return recommender.load(workdir, base=base)

@@ -61,7 +61,7 @@ scores, items = recommend(weights, rows)  # [{rows}, {k}], best first
 print([ids[n] for n in items[0].tolist()])
 ```
 
-A session without a known item has no list of its own: recommend the items with most `events`.
+A session without a known item has no list: recommend the items with most `events`.
 The product of `vector` and a session's vector is the score of the item{but}.
 '''
 

@@ -48,7 +48,7 @@ def parse(argv: Sequence[str], doc: str, define: Callable[[flags.FlagValues], No
     Args:
       argv: arguments of the command.
       doc: text that --help prints above the flags.
-      define: adds the flags of the command, besides --config and --workdir.
+      define: adds the flags of the command, in addition to --config and --workdir.
 
     Returns:
       The absl flag values: `config` is the locked ConfigDict with all overrides.

@@ -1,1 +1,1 @@
-"""What knows nothing of this project: start-up, logs, console, files."""
+"""Parts without knowledge of this project: commands, start-up, logs, console, files."""

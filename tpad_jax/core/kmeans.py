@@ -1,4 +1,4 @@
-"""k-means: a partition of items by their features, the same for the same seed."""
+"""k-means: groups points by their distances, the same way for the same seed."""
 
 import numpy as np
 
@@ -7,25 +7,29 @@ from tpad_jax.errors import InputError
 BLOCK = 1 << 16  # points whose distances to all centres are held at a time
 
 
-def kmeans(points: np.ndarray, count: int, *, seed: int, rounds: int = 100):
-    """Lloyd's algorithm (1982) from a k-means++ start (Arthur and Vassilvitskii 2007).
+def kmeans(points: np.ndarray, count: int, *, seed: int,
+           rounds: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Run Lloyd's algorithm (1982) from a k-means++ start (Arthur and Vassilvitskii 2007).
 
-    It ends when no point changes its cluster, or after `rounds`. A cluster that loses all its
-    points starts anew at the point that is farthest from its own centre.
+    It ends when no point changes its cluster. A cluster that loses all its points starts over at
+    the point that is farthest from its centre.
 
     Args:
-      points: [A, D]. count: C. seed: of the start.
+      points: float [A, D].
+      count: number of clusters C.
+      seed: of the start.
+      rounds: largest number of rounds.
 
     Returns:
-      int32 [A], each point's cluster, and float64 [C, D], the clusters' means.
+      int32 [A], the cluster of each point, and float64 [C, D], the means of the clusters.
 
     Raises:
       InputError: more clusters than points.
     """
     points = np.asarray(points, np.float64)
     if not 0 < count <= len(points):
-        raise InputError(f'config.model.clusters={count}, but there are {len(points)} items; '
-                         'choose at most that many')
+        raise InputError(f'config.model.clusters={count}, but there are {len(points)} items. '
+                         'Expected at most that many')
     centres = _start(points, count, np.random.default_rng(seed))
     labels = np.full(len(points), -1, np.int32)
     for _ in range(rounds):
@@ -41,26 +45,34 @@ def kmeans(points: np.ndarray, count: int, *, seed: int, rounds: int = 100):
     return labels, centres
 
 
-def nearest(points: np.ndarray, centres: np.ndarray):
-    """The nearest centre of each point and its squared distance: int32 [A], float64 [A]."""
+def nearest(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest centre of each point.
+
+    Args:
+      points: float [A, D].
+      centres: float [C, D].
+
+    Returns:
+      int32 [A], number of the centre, and float64 [A], its squared distance.
+    """
     labels, distance = np.empty(len(points), np.int32), np.empty(len(points))
     for begin in range(0, len(points), BLOCK):
         part = points[begin:begin + BLOCK]
         square = (centres**2).sum(1) - 2 * part @ centres.T
-        own = square.argmin(axis=1)
-        labels[begin:begin + BLOCK] = own
-        square = square[np.arange(len(part)), own] + (part**2).sum(1)
+        best = square.argmin(axis=1)
+        labels[begin:begin + BLOCK] = best
+        square = square[np.arange(len(part)), best] + (part**2).sum(1)
         distance[begin:begin + BLOCK] = np.maximum(square, 0)
     return labels, distance
 
 
 def _start(points, count, rng):
-    """Points [count, D]: each is drawn in proportion to its squared distance from those before."""
+    """Draw points [count, D], each in proportion to its squared distance from earlier ones."""
     chosen = [rng.integers(len(points))]
     distance = np.full(len(points), np.inf)
     for _ in range(count - 1):
         distance = np.minimum(distance, ((points - points[chosen[-1]]) ** 2).sum(1))
         total = distance.sum()
-        share = distance / total if total > 0 else None  # all points are chosen ones: any
+        share = distance / total if total > 0 else None  # every point equals a chosen one: draw any
         chosen.append(rng.choice(len(points), p=share))
     return points[chosen]

@@ -1,4 +1,4 @@
-"""What a rank earns where several items have the same score."""
+"""The gain of a rank if several items have the same score."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ def mean_gain(gains: np.ndarray, above: np.ndarray, equal: np.ndarray, k) -> np.
     """Average a gain over all orders of the items that have the target's score.
 
     Args:
-      gains: float64 [K]. What the target earns at place 1, 2, .. K.
+      gains: float64 [K]. Gain of the target at place 1, 2, .. K.
       above: int [...]. Items with a higher score.
       equal: int [...]. Items with the same score, the target among them.
       k: int or int [...], at most K. Places below the k-th earn nothing.

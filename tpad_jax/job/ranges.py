@@ -93,7 +93,7 @@ class Pattern(NamedTuple):
 
 COUNT, COUNT_OR_NONE = Range(1, INT32, whole=True), Range(0, INT32, whole=True)
 FLOAT_TYPES = Choice(('float32', 'bfloat16'))
-# {key: rule}; a star stands for any name
+# {key: rule}; a star matches any name
 RULES = {key: rule for rule, keys in (
     # one seed more would repeat the stream of seed 0: keys of jax are made from 32 bits
     (Range(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
@@ -105,6 +105,7 @@ RULES = {key: rule for rule, keys in (
      'model.clusters model.feature_hidden model.together model.blend.rank stage.*.steps '
      'stage.*.eval_every stage.*.patience stage.*.refresh_every losses.*.chunk'),
     (Range(2, INT32, whole=True), 'data.planted.items'),
+    (Range(-1, 1024, whole=True), 'workers'),
     (COUNT_OR_NONE, 'data.planted.train data.planted.valid data.planted.test'),
     (Range(0, 1), 'data.bad_share data.planted.noise stage.*.warmup'),
     (Range(0, 1, above=True), 'model.blend.keep model.together_decay'),

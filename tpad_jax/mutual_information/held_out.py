@@ -127,7 +127,8 @@ def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate
         warning = (f'rare pairs dominate the partition, whose log is uncertain by about '
                    f'{noise:.2f} nats: {bound} may be wrong by as much; use more pairs, or infonce')
     curve = {name: np.asarray(values) for name, values in (curve or {}).items()}
-    return Estimate(bound, value, error, (value - reach, value + reach), level, len(x), curve,
+    interval = float(value - reach), float(value + reach)
+    return Estimate(bound, value, error, interval, level, len(x), curve,
                     warning, score, likelihood)
 
 

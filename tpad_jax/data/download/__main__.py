@@ -1,13 +1,13 @@
-"""Pictures of a raw Amazon category: `python -m tpad_jax.data.download RAW_DIR [--FLAG=VALUE ...]`.
+"""Download pictures for raw Amazon files: `python -m tpad_jax.data.download RAW_DIR`.
 
-The metadata hold addresses only. This asks for one picture of every item that a review names and
-puts it at RAW_DIR/images/<asin>.jpg or .png, where the job looks for it. What is there is not asked
-for again: the same command goes on after a stop, a kill or a failure of the network, inside a
-picture too where the server gives parts. images/download.jsonl holds what was answered, and
-images/download.json the counts of the last run and what it could not have.
+Metadata hold addresses only. The command asks for one picture of every item that a review names and
+stores it as RAW_DIR/images/<asin>.jpg or .png, where a run reads it. Pictures that exist are not
+asked for again. The same command resumes after a stop, a kill or a network failure, within a
+picture too if the server sends parts. images/download.jsonl records the answers;
+images/download.json has the counts of the last run and its failures.
 
-Exit status: 0 done (the failures are told), 1 a defect, 2 unusable input, or no picture at all, in
-one sentence, 75 stopped by SIGINT or SIGTERM (the same command goes on).
+Exit status: 0 done (failures are printed), 1 a defect, 2 unusable input, or not a single picture,
+in one sentence, 75 stopped by SIGINT or SIGTERM; run the same command to resume.
 """
 
 import sys
