@@ -119,7 +119,7 @@ def run(directory, side: int, *, dtype: str, steps: int, with_gradients: bool):
             yield padding, what, compare(hidden[i][given.mask], hidden_there[i][given.mask])
         yield padding, 'logits', compare(logits[given.mask], logits_there[given.mask])
         if steps:
-            written, _ = generate(model, params, *_arrays(given), steps=steps, stop=())
+            written, _ = generate(model, params, _arrays(given), steps=steps, stop=())
             same = np.asarray(written) == chosen
             yield padding, 'tokens', {'equal': int(same.sum()), 'of': same.size}
     if with_gradients:

@@ -148,7 +148,7 @@ def test_all_or_nothing(tmp_path, monkeypatch):
     del wrong['embed']
     with pytest.raises(InputError) as error:
         export.export(wrong, source, tmp_path / 'b')
-    for word in ('embed/embedding is missing', 'extra is not of it', 'head/kernel is [48, 319]'):
+    for word in ('embed/embedding is missing', 'extra is unexpected', 'head/kernel is [48, 319]'):
         assert word in str(error.value)
 
     def broken(*_):
@@ -294,8 +294,8 @@ def test_what_binds_to_nothing_is_refused(tmp_path, tmp_path_factory):
     refused({**found, one.replace('lora_A', 'lora_magnitude_vector'): found[one]}, 'magnitude')
     refused({**found, one.replace('lora_A', 'lora_A.b'): found[one]}, '1 of its tensors')
     refused(rest, 'has no lora_A of', 'layers.1.self_attn.q_proj')
-    refused({**rest, one: found[one][:, 1:].copy()}, one, 'not [3, 48]')
-    refused({}, 'there are none')
+    refused({**rest, one: found[one][:, 1:].copy()}, one, 'Expected [3, 48]')
+    refused({}, 'the file is empty')
     file.rename(tmp_path / 'adapter_model.bin')
     with pytest.raises(InputError, match=r'pickled.*python -c'):
         adapters.load_adapter(tmp_path, spec)
@@ -321,7 +321,7 @@ def test_what_peft_cannot_hold_is_refused(tmp_path, tmp_path_factory):
     patch = linear.init(jax.random.key(0), params, rank=RANK, targets='patch')
     with pytest.raises(InputError, match='vision/patch'):
         adapters.save_adapter(tmp_path, patch, spec, RANK, ALPHA, 'base')
-    with pytest.raises(InputError, match='not of rank 2'):
+    with pytest.raises(InputError, match='Expected rank 2'):
         adapters.save_adapter(tmp_path, pair, spec, 2, ALPHA, 'base')
     assert not list(tmp_path.iterdir())
 
@@ -339,7 +339,7 @@ def test_merge(tmp_path_factory):
         # half a unit in the last place of bfloat16: the sum was not made of rounded parts
         error = np.abs(np.asarray(got[*path, 'kernel']).astype(np.float64) - w)
         assert (error <= 2.0**-9 * 1.01 * np.abs(w) * 2 + 1e-6).all()
-    with pytest.raises(InputError, match='no kernel of the model'):
+    with pytest.raises(InputError, match=r'the kernel \(missing\)'):
         export.merge(params, {'decoder': {'q': pair['projector']['fc2']}}, 1.0)
     with pytest.raises(InputError, match='merge it into the model'):
         export.merge(params, {'projector': {'fc1': pair['projector']['fc2']}}, 1.0)

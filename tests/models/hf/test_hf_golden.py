@@ -134,7 +134,7 @@ def test_greedy_tokens_are_torchs(name):
     spec, params, expected = case(name)
     given = padded(expected, True)
     model = vlm.VLM(spec, given[2].shape[-2])
-    written, _ = generate(model, params, *given, steps=expected['written'].shape[1], stop=())
+    written, _ = generate(model, params, given, steps=expected['written'].shape[1], stop=())
     np.testing.assert_array_equal(written, expected['written'])
 
 

@@ -202,7 +202,7 @@ def test_all_faults_in_one_error_and_nothing_read(tmp_path, monkeypatch):
     for key in ('layers.0.attention.q.weight', 'layers.3.mlp.up_proj.weight', 'lm_head.weight'):
         assert key in unexpected
     assert shape == f'of another shape {P}linear_1.bias [7], not [48]'
-    assert kind == f'of no float dtype {P}linear_2.bias'
+    assert kind.startswith(f'not a float {P}linear_2.bias. Expected')
 
 
 def refused(directory, *words):
@@ -219,18 +219,18 @@ def test_damaged_files_are_named(tmp_path):
     for broken in (whole[:-100], whole[:200], whole[:4], b'', whole + b'more',
                    b'\x10' + 7 * b'\0' + b'{"a": 1}' + 8 * b' ', b'\xff' * 500):
         file.write_bytes(broken)
-        refused(tmp_path, 'model.safetensors is damaged', 'download it again')
+        refused(tmp_path, 'model.safetensors: damaged', 'download it again')
 
 
 def test_shards_that_are_not_there(tmp_path):
     write_shards('llava', tmp_path)
     (tmp_path / 'part1.safetensors').rename(tmp_path / 'elsewhere')
-    refused(tmp_path, 'lacks 1 of the 3 files', 'part1.safetensors')
+    refused(tmp_path, 'lacks 1 of 3 files', 'part1.safetensors')
     (tmp_path / 'elsewhere').rename(tmp_path / 'part1.safetensors')
     index = tmp_path / 'model.safetensors.index.json'
     for text in ('{', '[]', '{"weight_map": {"a": "../model.safetensors"}}'):
         index.write_text(text)
-        refused(tmp_path, 'index.json is damaged')
+        refused(tmp_path, 'index.json: damaged')
     index.unlink()
     refused(tmp_path, 'neither model.safetensors nor')
 

@@ -29,21 +29,18 @@ def compared(name, directory, *, seed=0, side=None, steps=0, with_gradients=Fals
 
 
 @pytest.mark.slow
-def test_greedy_tokens_and_gradients(tmp_path):
-    found = compared('qwen3_vl_tied', tmp_path, steps=6, with_gradients=True)
-    assert 'tokens' in found
-    assert sum(f.startswith('gradient of') for f in found) == 8
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize('name', tiny_hf.NAMES)
 def test_everything(name, tmp_path):
-    compared(name, tmp_path, seed=1, steps=32, with_gradients=True)
+    """The decoders of the LLaVA variants have their gradients compared in other models."""
+    with_gradients = name not in ('llava_qwen2', 'llava_qwen3')
+    found = compared(name, tmp_path, seed=1, steps=8, with_gradients=with_gradients)
+    assert 'tokens' in found
+    assert sum(f.startswith('gradient of') for f in found) == 8 * with_gradients
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('side', [16, 80])
-@pytest.mark.parametrize('name', ['qwen2_vl', 'qwen2_5_vl', 'qwen3_vl'])
+@pytest.mark.parametrize(('name', 'side'), [  # test_hf_vision compares the towers at more sizes
+    ('qwen2_vl', 80), ('qwen2_5_vl', 80), ('qwen3_vl', 80), ('qwen3_vl', 16)])
 def test_other_sizes_of_images(name, side, tmp_path):
     """Beside torch in float64: in float32 its own rounding comes to 2.8e-5 in one of these."""
     tiny_hf.save(name, tmp_path, seed=2)

@@ -1,1 +1,1 @@
-"""Vision-language models of the Hugging Face families, their checkpoints and their adapters."""
+"""Vision-language models of Hugging Face: families, checkpoints and adapters."""

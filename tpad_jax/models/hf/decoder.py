@@ -1,8 +1,8 @@
-"""One causal decoder for Llama, Qwen2, Qwen3 and the Qwen-VL families; layers are scanned.
+"""One causal decoder for Llama, Qwen2, Qwen3 and the Qwen-VL families, with scanned layers.
 
-RMSNorm, grouped-query attention with rotary positions in one coordinate or three, SwiGLU. What a
-family adds is a field of spec.Decoder. Parameters may be stored in any dtype; the dtype of the
-embeddings is that of the computation, norms and softmax being float32.
+RMSNorm, grouped-query attention with rotary positions in one or three coordinates, SwiGLU. The
+fields of spec.Decoder describe the differences between families. Parameters may have any dtype. The
+computation has the dtype of the embeddings; norms and softmax are float32.
 """
 
 import einops
@@ -18,10 +18,10 @@ from tpad_jax.nn.transformer import RMSNorm
 
 
 def coordinates(spec: specs.Decoder) -> np.ndarray:
-    """Which position coordinate turns each rotary frequency, int [hd / 2].
+    """Return the position coordinate that each rotary frequency uses, int [hd / 2].
 
-    Blocks of `sections` (Qwen2-VL, arXiv 2409.12191), or alternating t h w t h w ... for as long as
-    rows and columns have frequencies left (Qwen3-VL); 0 without M-RoPE.
+    Qwen2-VL (arXiv 2409.12191) has blocks of `sections`. Qwen3-VL alternates t h w t h w ... while
+    rows and columns have frequencies left. Without M-RoPE all are 0.
     """
     half = spec.head_dim // 2
     if not spec.sections:
@@ -35,31 +35,49 @@ def coordinates(spec: specs.Decoder) -> np.ndarray:
 
 
 def angles(spec: specs.Decoder, positions):
-    """cos and sin [B, L, 1, hd / 2] float32 of positions int32 [B, L, 3]."""
+    """Return cos and sin float32 [B, L, 1, hd / 2] of positions int32 [B, L, 3]."""
     half = spec.head_dim // 2
     frequency = spec.theta ** -(np.arange(half) / half)
-    turned = positions[..., coordinates(spec)].astype(jnp.float32) * frequency.astype(np.float32)
-    return jnp.cos(turned)[:, :, None], jnp.sin(turned)[:, :, None]
+    angle = positions[..., coordinates(spec)].astype(jnp.float32) * frequency.astype(np.float32)
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
 
 
 def tokens_at(x, at, axis: int = 1):
-    """Tokens at int32 [B, n] of x, [B, L, ...] for axis 1; None: all of them."""
+    """Select tokens of x.
+
+    Args:
+      x: [B, L, ...] for axis 1.
+      at: int32 [B, n]. None: all tokens.
+      axis: of the tokens.
+    """
     if at is None:
         return x
-    where = at.reshape(len(at), *(1,) * (axis - 1), -1, *(1,) * (x.ndim - axis - 1))
-    return jnp.take_along_axis(x, where, axis)
+    index = at.reshape(len(at), *(1,) * (axis - 1), -1, *(1,) * (x.ndim - axis - 1))
+    return jnp.take_along_axis(x, index, axis)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention; with a cache, over what was read before as well."""
+    """Grouped-query self-attention, also over the tokens in a cache."""
 
     spec: specs.Decoder
     how: str
 
     @nn.compact
     def __call__(self, x, cos, sin, allowed, cache, number, index, at=None):
-        """x [B, L, D], allowed bool [B, 1, L, S]; cache (k, v) of all layers, of which this is
-        layer `number`, or None; at int32 [B, n]: the tokens whose result is wanted, None: all.
+        """Attend.
+
+        Args:
+          x: float [B, L, D].
+          cos: of `angles`.
+          sin: of `angles`.
+          allowed: bool [B, 1, L, S].
+          cache: (k, v) of all layers, or None.
+          number: of this layer.
+          index: tokens in the cache.
+          at: int32 [B, n]. The tokens whose result is needed. None: all.
+
+        Returns:
+          float [B, L or n, D], and the cache with the new tokens.
         """
         s = self.spec
 
@@ -84,9 +102,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, written as a scan body: carry (x, cache of all layers, number).
+    """One layer, a scan body with carry (x, cache of all layers, number).
 
-    The cache is carried, not scanned over: so a step writes one token into it in place.
+    The scan carries the cache, so a step writes one token into it in place.
     """
 
     spec: specs.Decoder
@@ -95,8 +113,19 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry, cos, sin, allowed, deep, index, at=None):
-        """-> (x, cache, number + 1), states before the deep features or None; of tokens at int32
-        [B, n] alone, where that is given.
+        """Apply the layer.
+
+        Args:
+          carry: (x, cache, number).
+          cos: of `angles`.
+          sin: of `angles`.
+          allowed: bool [B, 1, L, S].
+          deep: see `Decoder`.
+          index: tokens in the cache.
+          at: int32 [B, n]. The tokens whose states are needed. None: all.
+
+        Returns:
+          (x, cache, number + 1), and the states before deep features are added, or None.
         """
         (x, cache, number), s = carry, self.spec
         attention = Attention(s, self.how, name='attention')
@@ -109,17 +138,18 @@ class Block(nn.Module):
         state = x if self.every else None
         if deep is not None:
             depth = deep.shape[2]
-            own = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(number, depth - 1), 2, False)
-            own = tokens_at(own, at)
-            x = x + jnp.where(number < depth, own, 0).astype(x.dtype)
+            extra = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(number, depth - 1), 2, False)
+            x = x + jnp.where(number < depth, tokens_at(extra, at), 0).astype(x.dtype)
         return (x, cache, number + 1), state
 
 
 class Decoder(nn.Module):
-    """All layers and the last norm.
+    """All layers and the final norm.
 
     Attributes:
-      spec: sizes. how: attention, see layers.ATTENTION. remat: see layers.REMAT.
+      spec: sizes.
+      how: of attention, one of layers.ATTENTION.
+      remat: one of layers.REMAT.
     """
 
     spec: specs.Decoder
@@ -132,16 +162,19 @@ class Decoder(nn.Module):
         """Decode.
 
         Args:
-          x: [B, L, D]. positions: int32 [B, L, 3]. allowed: bool [B, 1, L, S], what a token sees.
-          deep: [B, L, n, D], added to the states behind the first n layers, or None.
-          cache: (k, v), each [layers, B, S, KV, hd], written at `index`, or None: then S = L.
-          every: also return the states behind each layer.
-          at: int32 [B, n], the tokens whose states are wanted, which spares the last layer the
-            others; None: all. Not with a cache or `every`.
+          x: float [B, L, D].
+          positions: int32 [B, L, 3].
+          allowed: bool [B, 1, L, S]. The tokens that each token sees.
+          deep: float [B, L, n, D]. Features that are added after the first n layers. None: none.
+          cache: (k, v), each [layers, B, S, KV, hd]. None: S = L.
+          index: where new tokens are written to the cache.
+          every: whether to return the states after each layer.
+          at: int32 [B, n]. The tokens whose states are needed. The last layer computes only these.
+            None: all. Not with a cache or `every`.
 
         Returns:
-          states [B, L or n, D] after the last norm, states behind each layer [layers, B, L, D] or
-          None (before deep features are added, as transformers counts them), the cache.
+          States [B, L or n, D] after the final norm, states after each layer [layers, B, L, D] or
+          None, and the cache. As in transformers, the latter do not include deep features.
         """
         cos, sin = angles(self.spec, positions)
         if at is not None and not self.is_initializing():
@@ -155,14 +188,14 @@ class Decoder(nn.Module):
         return tokens_at(RMSNorm(self.spec.eps, name='norm')(x), at), states, cache
 
     def _read_at(self, x, at, *shared):
-        """States [B, n, D] behind the last layer, which computes only these tokens' queries."""
+        """Return states [B, n, D] after the last layer, which computes only these queries."""
         stacked = {kind: self.variables[kind]['layers'] for kind in ('params', 'lora')
                    if 'layers' in self.variables.get(kind, ())}
         block, last = Block(self.spec, self.how, every=False, parent=None), self.spec.layers - 1
 
         def layer(x, number, at=None):
-            own = jax.tree.map(lambda leaf: leaf[number], stacked)  # read in place, never copied
-            (x, *_), _ = block.apply(own, (x, None, number), *shared, 0, at)
+            variables = jax.tree.map(lambda leaf: leaf[number], stacked)  # XLA does not copy them
+            (x, *_), _ = block.apply(variables, (x, None, number), *shared, 0, at)
             return x, None
 
         x, _ = jax.lax.scan(rematerialised(layer, self.remat, jax.checkpoint), x, jnp.arange(last))

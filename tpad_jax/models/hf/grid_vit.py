@@ -1,8 +1,8 @@
 """The vision transformers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
-Tokens stay in row-major order from the pixels to the merged tokens: neighbours are gathered where
-they are merged and nowhere else, and an attention window is a mask. All that follows from the grid
-alone (angles, windows, places) is worked out in numpy once per program.
+Tokens stay in row-major order from the pixels to the merged tokens. Neighbours are gathered only
+where they are merged, and an attention window is a mask. Angles, windows and places depend only on
+the grid, so numpy computes them once per program.
 """
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ THETA = 10_000.0  # base of the rotary frequencies in all three
 
 
 def angles(cells, head_dim: int):
-    """cos and sin [1, P, 1, head_dim / 2] float32: a quarter head turns by row, one by column."""
+    """Return cos and sin float32 [1, P, 1, head_dim / 2]: a quarter head by row, one by column."""
     frequencies = THETA ** -(np.arange(0, head_dim // 2, 2) / (head_dim // 2))
     row, column = (place.reshape(-1, 1) * frequencies for place in np.indices(cells))
     angle = np.concatenate([row, column], axis=-1)[None, :, None]
@@ -28,9 +28,9 @@ def angles(cells, head_dim: int):
 
 
 def windows(cells, grid: spec.Grid):
-    """Who shares a window: bool [1, 1, P, P], None where one window holds the whole image.
+    """Return which cells share a window, bool [1, 1, P, P], or None with a single window.
 
-    Windows are laid from the top left corner, so those at the right and the bottom may be smaller.
+    Windows start at the top left corner, so those at the right and the bottom may be smaller.
     """
     if not grid.window:
         return None
@@ -41,9 +41,9 @@ def windows(cells, grid: spec.Grid):
 
 
 def resampled(table, cells):
-    """A square table of learned places [N N, W] at a grid's cells, float32 [P, W].
+    """Resample a square table of learned places [N N, W] at a grid's cells, float32 [P, W].
 
-    Bilinear, corner upon corner: the first and the last cell get the first and the last place.
+    Bilinear with aligned corners: the first and the last cell get the first and the last place.
     """
     side = round(table.shape[0] ** 0.5)
     x = table.astype(jnp.float32).reshape(side, side, -1)
@@ -52,20 +52,20 @@ def resampled(table, cells):
         low = np.minimum(at.astype(int), max(side - 2, 0))
         high = np.minimum(low + 1, side - 1)
         share = np.expand_dims(at - low, (1, 2) if axis == 0 else (0, 2)).astype(np.float32)
-        # gathers rather than a product with a matrix of weights: exact at any matmul precision
+        # gathers instead of a product with a matrix of weights: exact at any matmul precision
         x = x.take(low, axis) * (1 - share) + x.take(high, axis) * share
     return x.reshape(-1, x.shape[-1])
 
 
 def norm(grid: spec.Grid, name: str):
-    """The norm of the grid's kind."""
+    """Make the norm of the grid's kind."""
     return (RMSNorm if grid.kind == 'qwen2_5' else LayerNorm)(grid.eps, name=name)
 
 
 class Patch(nn.Module):
-    """Embeds patches of a still image by a video kernel [2, 3 p p, W]. [..., 3 p p] -> [..., W].
+    """Patch embedding of a still image by a video kernel [2, 3 p p, W]. [..., 3 p p] -> [..., W].
 
-    A still image is shown at both of the kernel's time steps, so the steps' slices add up.
+    A still image fills both time steps of the kernel, so the slices of the steps are summed.
     """
 
     features: int
@@ -76,11 +76,11 @@ class Patch(nn.Module):
         """Embed x [B, P, 3 p p].
 
         Raises:
-          InputError: an adapter is given for this layer, which would go unused.
+          InputError: the variables have an adapter for this layer, which does not support one.
         """
         if self.has_variable('lora', 'a'):
-            raise InputError('config.model.lora_targets matches vision/patch, a convolution that '
-                             'takes no adapter; narrow the pattern')
+            raise InputError('config.model.lora_targets: matches vision/patch, a convolution. '
+                             'Expected dense layers only. Fix: narrow the expression')
         kernel = self.param('kernel', nn.initializers.lecun_uniform(),
                             (2, x.shape[-1], self.features))
         y = x @ kernel.astype(jnp.float32).sum(0).astype(x.dtype)
@@ -97,7 +97,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, cos, sin, mask):
-        """Attend among x; cos, sin as angles() gives them; mask bool [1, 1, P, P] or None."""
+        """Attend.
+
+        Args:
+          x: float [B, P, W].
+          cos: of `angles`.
+          sin: of `angles`.
+          mask: bool [1, 1, P, P] or None.
+        """
         width = x.shape[-1]
         qkv = Linear(3 * width, use_bias=True, name='qkv')(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
@@ -106,7 +113,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; a scan body with carry (x [B, P, W], kept [n + 1, B, P, W] or None)."""
+    """One pre-norm layer, a scan body with carry (x [B, P, W], deep [n + 1, B, P, W] or None)."""
 
     grid: spec.Grid
     how: str
@@ -116,21 +123,23 @@ class Block(nn.Module):
         """Apply the layer.
 
         Args:
-          layer: (everywhere, slot): attend outside windows too; where in `kept` x is written.
-          fixed: (cos, sin, window), the same for all layers; window may be None.
+          carry: (x, deep).
+          layer: (everywhere, slot). Whether to attend outside of windows, and the index in `deep`
+            where x is written.
+          fixed: (cos, sin, window), the same for all layers. The window may be None.
         """
-        (x, kept), (everywhere, slot), (cos, sin, window) = carry, layer, fixed
+        (x, deep), (everywhere, slot), (cos, sin, window) = carry, layer, fixed
         grid = self.grid
         mask = None if window is None else window | everywhere
         y = norm(grid, 'norm1')(x)
         x = x + Attention(grid.heads, self.how, name='attention')(y, cos, sin, mask)
         x = x + self.mlp(norm(grid, 'norm2')(x))
-        if kept is not None:
-            kept = jax.lax.dynamic_update_index_in_dim(kept, x, slot, 0)
-        return (x, kept), None
+        if deep is not None:
+            deep = jax.lax.dynamic_update_index_in_dim(deep, x, slot, 0)
+        return (x, deep), None
 
     def mlp(self, y):
-        """The layer's feed-forward half, [B, P, W] -> [B, P, W]."""
+        """Apply the MLP of the layer, [B, P, W] -> [B, P, W]."""
         grid, act = self.grid, activation(self.grid.activation)
 
         def dense(features, name):
@@ -143,10 +152,12 @@ class Block(nn.Module):
 
 
 class Merger(nn.Module):
-    """Joins merge x merge neighbours into one token. [B, P, W] -> [B, P / merge^2, out].
+    """Merger of merge x merge neighbours into one token. [B, P, W] -> [B, P / merge^2, out].
 
     Attributes:
-      joined: the norm is over the neighbours together, not over each.
+      grid: sizes.
+      cells: rows and columns of patches.
+      joined: whether the norm is over all neighbours together instead of over each.
     """
 
     grid: spec.Grid
@@ -155,15 +166,15 @@ class Merger(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        """Merge x, row-major in and out."""
+        """Merge x. Input and output are row-major."""
         m, width = self.grid.merge, x.shape[-1]
         rows, columns = (n // m for n in self.cells)
         x = x.reshape(-1, rows, m, columns, m, width).swapaxes(2, 3)
-        together = (x.shape[0], rows * columns, m * m * width)
+        merged = (x.shape[0], rows * columns, m * m * width)
         if self.joined:
-            x = x.reshape(together)
-        x = norm(self.grid, 'norm')(x).reshape(together)
-        x = activation('gelu')(Linear(together[-1], use_bias=True, name='fc1')(x))
+            x = x.reshape(merged)
+        x = norm(self.grid, 'norm')(x).reshape(merged)
+        x = activation('gelu')(Linear(merged[-1], use_bias=True, name='fc1')(x))
         return Linear(self.grid.out, use_bias=True, name='fc2')(x)
 
 
@@ -171,8 +182,10 @@ class GridTransformer(nn.Module):
     """A Qwen vision transformer for images of one size.
 
     Attributes:
-      cells: rows and columns of an image's patches, multiples of grid.merge.
-      how: of attention, one of layers.ATTENTION. remat: one of layers.REMAT.
+      grid: sizes.
+      cells: rows and columns of patches, multiples of grid.merge.
+      how: of attention, one of layers.ATTENTION.
+      remat: one of layers.REMAT.
     """
 
     grid: spec.Grid
@@ -182,19 +195,22 @@ class GridTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, patches):
-        """Encode patches [B, P, 3 p p] of normalised pixels, row by row, in their dtype.
+        """Encode patches of normalised pixels in their dtype.
+
+        Args:
+          patches: float [B, P, 3 p p]. Row by row.
 
         Returns:
-          tokens [B, P / merge^2, out], row by row; and deep [B, P / merge^2, n, out], what the
-          decoder's first n layers add to them, None where grid.deep is empty.
+          Tokens [B, P / merge^2, out], row by row, and deep features [B, P / merge^2, n, out] that
+          the decoder's first n layers add to them (None if grid.deep is empty).
         """
         grid, cells, n = self.grid, self.cells, len(self.grid.deep)
         x = Patch(grid.width, use_bias=grid.kind == 'qwen3', name='patch')(patches)
         if grid.places:
             table = self.param('place', uniform(0.02), (grid.places ** 2, grid.width))
             x += resampled(table, cells).astype(x.dtype)
-        # a layer outside grid.deep writes to one slot too many, which nothing reads
-        kept = jnp.zeros((n + 1, *x.shape), x.dtype) if n else None
+        # a layer outside grid.deep writes to an extra slot, which nothing reads
+        deep = jnp.zeros((n + 1, *x.shape), x.dtype) if n else None
         layers = range(grid.layers)
         layer = (jnp.array([i in grid.full for i in layers]),
                  jnp.array([grid.deep.index(i) if i in grid.deep else n for i in layers]))
@@ -202,10 +218,10 @@ class GridTransformer(nn.Module):
         scanned = nn.scan(rematerialised(Block, self.remat), length=grid.layers,
                           in_axes=(0, nn.broadcast),
                           variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
-        (x, kept), _ = scanned(grid, self.how, name='layers')((x, kept), layer, fixed)
+        (x, deep), _ = scanned(grid, self.how, name='layers')((x, deep), layer, fixed)
         tokens = Merger(grid, cells, joined=False, name='merger')(x)
         if not n:
             return tokens, None
         mergers = nn.vmap(Merger, in_axes=0, out_axes=2,
                           variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
-        return tokens, mergers(grid, cells, joined=True, name='deep')(kept[:n])
+        return tokens, mergers(grid, cells, joined=True, name='deep')(deep[:n])

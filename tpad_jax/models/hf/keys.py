@@ -1,22 +1,21 @@
-"""Which tensor of a Hugging Face checkpoint is which parameter here, one to one.
+"""The one-to-one table of a Hugging Face checkpoint's tensors and the parameters here.
 
-`table` lists every parameter of a Spec with the name transformers 5 gives it inside the model;
-`canonical` brings whatever a checkpoint on disk calls a tensor to that name. Reading, export and
-adapters all follow this one table.
+`table` lists every parameter of a Spec with its name inside the model of transformers 5.
+`canonical` converts the names in a checkpoint to these. Reading, export and adapters use the table.
 """
 
 import re
 from dataclasses import dataclass
 
+import numpy as np
+from einops import rearrange
+
 from tpad_jax.models.hf.spec import Spec, Tower
 
-# How one layer's tensor lies on disk and here; but for 'plain', the first axis there is the last
-# here, so that rows of a file are columns of a kernel.
-#   plain   [...]               as it is
-#   linear  [O, I]              -> [I, O]
-#   patch   [W, C, p, p]        -> [C p p, W]
-#   patch3  [W, C, 2, p, p]     -> [2, C p p, W]
-TURNED = {'linear': (1, 0), 'patch': (1, 2, 3, 0), 'patch3': (2, 1, 3, 4, 0)}
+# Axes of one layer's tensor on disk and of the parameter, which are the same for 'plain'. In these
+# forms the first axis on disk is the last one here: rows of a file are columns of a kernel.
+FORMS = {'linear': ('o i', 'i o'), 'patch': ('w c p q', '(c p q) w'),
+         'patch3': ('w c t p q', 't (c p q) w')}
 
 _TOWER = ((r'(?:model\.)?language_model\.(?:model\.)?(?!lm_head\.)', 'model.language_model.'),
           (r'(?:model\.)?(?:language_model\.)?lm_head\.', 'lm_head.'),
@@ -35,11 +34,11 @@ class Entry:
     """One parameter.
 
     Attributes:
-      path: of the parameter, 'decoder/layers/attention/q/kernel'.
-      name: of the tensor in transformers 5; '{}' stands for the layer.
-      form: 'plain' or a key of TURNED.
+      path: of the parameter, for example 'decoder/layers/attention/q/kernel'.
+      name: of the tensor in transformers 5, with '{}' for the layer.
+      form: 'plain' or a key of FORMS.
       stored: shape of one layer's tensor on disk.
-      layers: how many are stacked on axis 0, None: the parameter is no stack.
+      layers: number of layers, stacked on axis 0. None: the parameter is not stacked.
     """
 
     path: str
@@ -57,15 +56,8 @@ class Entry:
 
     @property
     def inner(self) -> tuple[int, ...]:
-        """Shape of one layer here."""
-        s = self.stored
-        if self.form == 'linear':
-            return s[::-1]
-        if self.form == 'patch':
-            return (s[1] * s[2] * s[3], s[0])
-        if self.form == 'patch3':
-            return (s[2], s[1] * s[3] * s[4], s[0])
-        return s
+        """Shape of one layer of the parameter."""
+        return self.here(np.broadcast_to(np.uint8(0), self.stored)).shape
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,40 +65,38 @@ class Entry:
         return self.inner if self.layers is None else (self.layers, *self.inner)
 
     def here(self, rows):
-        """Rows [n, *stored[1:]] of a tensor on disk, as they lie here; turned: [*inner[:-1], n]."""
-        if self.form == 'plain':
-            return rows
-        return rows.transpose(TURNED[self.form]).reshape(*self.inner[:-1], len(rows))
+        """Convert rows [n, *stored[1:]] of a tensor on disk. Unless 'plain': [*inner[:-1], n]."""
+        return rows if self.form == 'plain' else rearrange(rows, ' -> '.join(FORMS[self.form]))
 
     def there(self, layer):
-        """One layer, `inner`, as the tensor on disk, `stored`."""
+        """Convert one layer, `inner`, to the tensor on disk, `stored`."""
         if self.form == 'plain':
             return layer
-        turn = TURNED[self.form]
-        back = tuple(turn.index(i) for i in range(len(turn)))
-        return layer.reshape([self.stored[i] for i in turn]).transpose(back)
+        disk, memory = FORMS[self.form]
+        return rearrange(layer, f'{memory} -> {disk}',
+                         **dict(zip(disk.split(), self.stored, strict=True)))
 
 
 def canonical(name: str, spec: Spec) -> str:
-    """The name transformers 5 has inside the model for what a checkpoint calls `name`.
+    """Convert a tensor's name in a checkpoint to its name in the model of transformers 5.
 
-    A LLaVA has four namings: with or without `model.` in front (then the decoder's own `model.`
-    stands behind `language_model.`), and with or without `vision_model.` in its tower. Qwen2-VL and
-    2.5 have two, the older with `visual.` and `model.layers.`; and a bare model leaves `model.`
-    out. A name of no known form is returned as it is.
+    LLaVA has four namings. The prefix `model.` may be absent; the decoder's `model.` then follows
+    `language_model.`. The tower may have `vision_model.` or not. Qwen2-VL and 2.5 have two namings,
+    the older one with `visual.` and `model.layers.`. A bare model omits `model.`. Unknown names are
+    returned unchanged.
     """
-    for pattern, now in _TOWER if isinstance(spec.vision, Tower) else _GRID:
-        found = re.match(pattern, name)
-        if found:
-            return now + name[found.end():]
+    for pattern, prefix in _TOWER if isinstance(spec.vision, Tower) else _GRID:
+        match = re.match(pattern, name)
+        if match:
+            return prefix + name[match.end():]
     return name
 
 
 def needless(name: str, spec: Spec) -> bool:
-    """Whether a tensor of this canonical name may be there, but is not read: export passes it on.
+    """Whether a tensor of this canonical name may exist but is not read. Export copies it.
 
-    Buffers, pooling heads, a tower's last norm and layers behind the one whose states are used,
-    and an output embedding that the config ties to the input's.
+    These are buffers, pooling heads, a tower's final norm, layers after the one whose states are
+    used, and an output embedding that the config ties to the input embedding.
     """
     v = spec.vision
     layer = re.match(r'model\.vision_tower\.encoder\.layers\.(\d+)\.', name)
@@ -116,7 +106,7 @@ def needless(name: str, spec: Spec) -> bool:
 
 
 def table(spec: Spec) -> tuple[Entry, ...]:
-    """Every parameter of the model, with its tensors."""
+    """List every parameter of the model with its tensors."""
     out = []
     d, text = spec.decoder, 'model.language_model.'
     add = _Adder(out, 'decoder/layers/', text + 'layers.{}.', d.layers)
@@ -209,7 +199,7 @@ def _gated(add, width, hidden, bias):
 
 @dataclass(frozen=True)
 class _Adder:
-    """Appends entries below one path, one name and one number of layers."""
+    """Appends entries with one path prefix, one name prefix and one number of layers."""
 
     out: list
     path: str

@@ -1,11 +1,11 @@
-"""Norm, activations and attention that all the families share; statistics in float32."""
+"""Norm, activations and attention of all families. Statistics are float32."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ATTENTION = ('xla', 'cudnn')  # what config.mllm.attention may name
-REMAT = ('none', 'dots', 'full')  # what config.mllm.remat may name: what a backward pass recomputes
+ATTENTION = ('xla', 'cudnn')  # choices of config.mllm.attention
+REMAT = ('none', 'dots', 'full')  # choices of config.mllm.remat, see `rematerialised`
 
 
 class LayerNorm(nn.Module):
@@ -25,25 +25,28 @@ class LayerNorm(nn.Module):
 
 
 def activation(name: str):
-    """The function a config.json names; 'gelu' is the exact one."""
+    """Return the activation that a config.json names. 'gelu' is the exact one."""
     return {'silu': nn.silu, 'gelu': lambda x: nn.gelu(x, approximate=False),
             'gelu_pytorch_tanh': nn.gelu, 'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x)}[name]
 
 
 def attend(q, k, v, mask, how: str):
-    """Scaled dot-product attention; query head h reads key head h // (H / KV).
+    """Compute scaled dot-product attention. Query head h reads key head h // (H / KV).
 
     Args:
-      q: [B, L, H, hd]. k, v: [B, S, KV, hd]. mask: bool [B or 1, 1, L, S] or None: all to all.
-      how: 'xla', anywhere; 'cudnn', fused, on NVIDIA GPUs in 16 bits.
+      q: float [B, L, H, hd].
+      k: float [B, S, KV, hd].
+      v: float [B, S, KV, hd].
+      mask: bool [B or 1, 1, L, S]. None: every query reads every key.
+      how: 'xla' on any device, or 'cudnn', a fused kernel for 16 bits on NVIDIA GPUs.
 
     Returns:
       [B, L, H, hd].
     """
     if how == 'cudnn':
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')
-    # Heads first, so that both products are plain batches of matrices, and the query heads that
-    # share a key head are rows of one: on CPU twice as fast as jax.nn.dot_product_attention.
+    # Heads come first, so both products are batches of matrices. Query heads that share a key head
+    # are rows of one matrix. On CPU this is twice as fast as jax.nn.dot_product_attention.
     (rows, length, heads, size), shared = q.shape, k.shape[2]
     q = q.reshape(rows, length, shared, -1, size).transpose(0, 2, 3, 1, 4)
     q = q.reshape(rows, shared, -1, size)
@@ -59,12 +62,13 @@ def attend(q, k, v, mask, how: str):
 
 
 def rematerialised(block, how: str, lift=nn.remat):
-    """The scan body `block` (a module class) as config.mllm.remat says; the values are the same.
+    """Set how much of a scan body the backward pass computes again. Values do not change.
 
-    `lift`: jax.checkpoint where it is a function.
-
-    'none' keeps every intermediate of the forward pass, 'dots' the matrix products' results, 'full'
-    only a layer's input.
+    Args:
+      block: a module class, or a function.
+      how: 'none' saves every intermediate of the forward pass, 'dots' the results of matrix
+        products, 'full' only the input of a layer.
+      lift: nn.remat for a module class, jax.checkpoint for a function.
     """
     if how == 'none':
         return block
@@ -73,7 +77,13 @@ def rematerialised(block, how: str, lift=nn.remat):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions by half heads. x [B, L, H, hd]; cos, sin [B or 1, L, 1, hd / 2] float32."""
+    """Apply rotary positions to half heads.
+
+    Args:
+      x: float [B, L, H, hd].
+      cos: float32 [B or 1, L, 1, hd / 2].
+      sin: float32 [B or 1, L, 1, hd / 2].
+    """
     half = x.shape[-1] // 2
     x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""Low-rank adapters from and to the files of the `peft` library.
+"""Read and write low-rank adapters in the files of the `peft` library.
 
-An adapter that silently does nothing is the failure to fear, so a tensor that belongs to no kernel
-here, a layer without its tensor, or an option that would change the sum is refused by name.
+An adapter must never silently do nothing. A tensor without a kernel, a layer without its tensor and
+an option that would change the sum are refused by name.
 """
 
 import json
@@ -21,38 +21,41 @@ CONFIG, WEIGHTS, PICKLE = ('adapter_config.json', 'adapter_model.safetensors',
                            'adapter_model.bin')
 PREFIX = 'base_model.model.'
 NAME = re.compile(r'(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight')
-# Options of LoraConfig that change what an adapter computes; unset, nothing is changed.
+# Options of LoraConfig that change the result of an adapter if they are set.
 OPTIONS = ('use_dora', 'lora_bias', 'modules_to_save', 'rank_pattern', 'alpha_pattern',
            'trainable_token_indices', 'target_parameters', 'layer_replication', 'use_qalora',
            'alora_invocation_tokens', 'use_bdlora', 'arrow_config', 'kasa_config',
            'velora_config', 'monteclora_config', 'megatron_config')
-STARTS = (None, True, False, 'gaussian', 'eva', 'orthogonal')  # others change the base, too
+STARTS = (None, True, False, 'gaussian', 'eva', 'orthogonal')  # others also change the base
 
 
 def save_adapter(directory, lora_tree, spec: Spec, rank: int, alpha: float, base_name: str):
-    """Write an adapter so that `peft` loads it onto the transformers model `base_name`.
+    """Write an adapter that `peft` loads onto a transformers model.
 
     Args:
-      directory: made if it is not there.
-      lora_tree: nested dict of pairs a [.., I, r], b [.., r, O], see models/lora.py.
-      spec: of the base. rank: r. alpha: the effect is scaled by alpha / rank.
-      base_name: what peft shall call the base, a hub id or a directory.
+      directory: created if it does not exist.
+      lora_tree: nested dict of pairs a [.., I, r], b [.., r, O], see nn/linear.py.
+      spec: of the base.
+      rank: r.
+      alpha: the effect is scaled by alpha / rank.
+      base_name: name of the base in peft, a hub id or a directory.
 
     Raises:
-      InputError: a pair is of no dense layer of the base, or of another shape.
+      InputError: a pair does not fit a dense layer of the base.
     """
     pairs, entries = flatten_dict(lora_tree, sep='/'), _dense(spec)
     tensors, modules = {}, []
     for path in sorted({p.rpartition('/')[0] for p in pairs}):
         entry = entries.get(path)
         if entry is None:
-            raise InputError(f'the adapter has {path}, which peft cannot hold: it is no dense '
-                             'layer of the model; train one with other config.model.lora_targets')
-        # float32 and contiguous: safetensors writes an array's memory as it lies
+            raise InputError(f'{path}: peft cannot store this adapter. Expected dense layers of '
+                             'the model. Fix: train with other config.model.lora_targets')
+        # float32 and contiguous: safetensors writes the memory of an array unchanged
         a, b = (np.asarray(pairs[f'{path}/{x}'], np.float32) for x in 'ab')
         if (*a.shape[:-1], b.shape[-1]) != entry.shape or {a.shape[-1], b.shape[-2]} != {rank}:
-            raise InputError(f'the adapter\'s {path} is {list(a.shape)} by {list(b.shape)}, which '
-                             f'is not of rank {rank} for a kernel {list(entry.shape)}')
+            raise InputError(f'{path}: an adapter {list(a.shape)} by {list(b.shape)} does not fit. '
+                             f'Expected rank {rank} for a kernel {list(entry.shape)}. Fix: give '
+                             'the rank and the base it was trained with')
         for i, name in enumerate(entry.names):
             module = name.removesuffix('.weight')
             modules.append(module)
@@ -62,7 +65,7 @@ def save_adapter(directory, lora_tree, spec: Spec, rank: int, alpha: float, base
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS, metadata={'format': 'pt'})
-    # full paths: a bare 'q_proj' would also adapt the vision tower's
+    # full paths, because 'q_proj' would also match the vision tower's layers
     config = {'peft_type': 'LORA', 'task_type': None, 'base_model_name_or_path': str(base_name),
               'inference_mode': True, 'r': rank, 'lora_alpha': alpha, 'lora_dropout': 0.0,
               'bias': 'none', 'fan_in_fan_out': False, 'use_rslora': False, 'use_dora': False,
@@ -71,15 +74,19 @@ def save_adapter(directory, lora_tree, spec: Spec, rank: int, alpha: float, base
 
 
 def load_adapter(directory, spec: Spec) -> tuple[dict, float]:
-    """An adapter that `peft` wrote, for the model of `spec`; the base may be of any naming.
+    """Read an adapter that `peft` wrote.
+
+    Args:
+      directory: of the adapter.
+      spec: of the base, whose tensors may follow any naming.
 
     Returns:
-      (tree, scale): nested dict of pairs a [.., I, r], b [.., r, O] float32, and alpha / rank (or
-      alpha / sqrt(rank), where the config says so).
+      (tree, scale). tree: nested dict of pairs a [.., I, r], b [.., r, O] float32. scale: alpha /
+      rank, or alpha / sqrt(rank) with use_rslora.
 
     Raises:
-      InputError: a file is missing or damaged, an option is not implemented, a tensor belongs to
-        no dense layer or is of another shape, or a layer lacks one.
+      InputError: a file is missing or damaged, an option is not implemented, or tensors do not fit
+        the dense layers of the base.
     """
     directory = Path(directory)
     rank, scale = _config(directory / CONFIG)
@@ -87,82 +94,84 @@ def load_adapter(directory, spec: Spec) -> tuple[dict, float]:
     if not file.is_file():
         if (directory / PICKLE).is_file():
             raise InputError(
-                f'{directory / PICKLE} is pickled, which is not read; convert it: python -c '
+                f'{directory / PICKLE}: pickled. Expected safetensors. Fix: convert it: python -c '
                 '"import torch, safetensors.torch as s; s.save_file(torch.load('
                 f'\'{directory / PICKLE}\', weights_only=True), \'{file}\')"')
-        raise InputError(f'{directory} holds no {WEIGHTS}; give the directory of a peft adapter')
+        raise InputError(f'{directory}: has no {WEIGHTS}. Expected the directory of a peft '
+                         'adapter. Fix: correct the path')
     entries = _dense(spec)
     want = {f'{name.removesuffix(".weight")}.lora_{letter}': (path, letter, i)
             for path, e in entries.items() for i, name in enumerate(e.names) for letter in 'AB'}
-    found, unbound = {}, []
+    bound, unbound = {}, []
     for tensor in load.header(file).values():
         name = NAME.fullmatch(tensor.name)
         module = name and keys.canonical(f'{name[1]}.weight', spec)
         if module and keys.needless(module, spec) and module != 'lm_head.weight':
-            continue  # of a layer whose states nothing reads, with peft as here
+            continue  # neither peft nor this package reads the states of this layer
         key = module and f'{module.removesuffix(".weight")}.lora_{name[2]}'
-        if key not in want or tensor.dtype is None or want[key] in found:
+        if key not in want or tensor.dtype is None or want[key] in bound:
             unbound.append(tensor.name)
         else:
-            found[want[key]] = tensor
-    if unbound or not found:
-        raise InputError(f'{file}: {len(unbound) or "all"} of its tensors belong to no dense layer '
-                         f'of this model: {", ".join(sorted(unbound)) or "there are none"}; use '
-                         'an adapter of this base')
+            bound[want[key]] = tensor
+    if unbound or not bound:
+        raise InputError(f'{file}: {len(unbound) or "all"} of its tensors do not fit a dense layer '
+                         f'of this model: {", ".join(sorted(unbound)) or "the file is empty"}. '
+                         'Expected an adapter of this base. Fix: choose another adapter')
     tree = {}
     with open(file, 'rb', buffering=0) as f:
-        for path in sorted({p for p, _, _ in found}):
+        for path in sorted({p for p, _, _ in bound}):
             for letter in 'AB':
-                layers = [_read(f, found.get((path, letter, i)), entries[path], name, letter, rank)
+                layers = [_read(f, bound.get((path, letter, i)), entries[path], name, letter, rank)
                           for i, name in enumerate(entries[path].names)]
-                whole = np.stack(layers) if entries[path].layers else layers[0]
-                tree[f'{path}/{letter.lower()}'] = jnp.asarray(whole)
+                tree[f'{path}/{letter.lower()}'] = jnp.asarray(
+                    np.stack(layers) if entries[path].layers else layers[0])
     return unflatten_dict(tree, sep='/'), scale
 
 
 def _dense(spec):
-    """Path of a dense layer -> its kernel's entry."""
+    """Return the kernel's entry of every dense layer by its path."""
     return {e.path.removesuffix('/kernel'): e for e in keys.table(spec) if e.form == 'linear'}
 
 
 def _read(file, tensor, entry, name, letter, rank):
-    """One layer's a [I, r] or b [r, O]."""
+    """Read a [I, r] or b [r, O] of one layer."""
     if tensor is None:
-        raise InputError(f'{file.name} has no lora_{letter} of {name.removesuffix(".weight")}, '
-                         'though the other layers have one; adapters of some layers only are not '
-                         'implemented')
+        raise InputError(f'{file.name}: has no lora_{letter} of {name.removesuffix(".weight")}. '
+                         'Expected one for every layer, as the other layers have one. Fix: train '
+                         'an adapter of all layers')
     rows, columns = entry.stored
     shape = (rank, columns) if letter == 'A' else (rows, rank)
     if tensor.shape != shape:
-        raise InputError(f'{file.name}: {tensor.name} is {list(tensor.shape)}, not {list(shape)}; '
-                         'use an adapter of this base')
+        raise InputError(f'{file.name}: {tensor.name} has shape {list(tensor.shape)}. Expected '
+                         f'{list(shape)}. Fix: choose an adapter of this base')
     array = np.empty(shape, tensor.dtype)
     load.read_into(array, tensor, file)
     return array.astype(np.float32).T
 
 
 def _config(file):
-    """(rank, scale) of an adapter_config.json."""
+    """Read (rank, scale) from an adapter_config.json."""
     try:
-        found = json.loads(file.read_text())
-        kind, rank, alpha = found.get('peft_type'), int(found['r']), float(found['lora_alpha'])
+        config = json.loads(file.read_text())
+        kind, rank, alpha = config.get('peft_type'), int(config['r']), float(config['lora_alpha'])
         if rank < 1:
             raise ValueError(rank)
     except FileNotFoundError as error:
-        raise InputError(f'{file.parent} holds no {CONFIG}; give the directory of a peft '
-                         'adapter') from error
+        raise InputError(f'{file.parent}: has no {CONFIG}. Expected the directory of a peft '
+                         'adapter. Fix: correct the path') from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file} is no config of a LoRA adapter: r and lora_alpha cannot be '
-                         'read; write it anew with peft') from error
-    wrong = {o: found[o] for o in OPTIONS if found.get(o)}
+        raise InputError(f'{file}: r and lora_alpha cannot be read. Expected the config of a LoRA '
+                         'adapter. Fix: write it again with peft') from error
+    wrong = {o: config[o] for o in OPTIONS if config.get(o)}
     if kind != 'LORA':
         wrong['peft_type'] = kind
-    if found.get('bias', 'none') != 'none':
-        wrong['bias'] = found['bias']
-    if found.get('init_lora_weights') not in STARTS:
-        wrong['init_lora_weights'] = found['init_lora_weights']
+    if config.get('bias', 'none') != 'none':
+        wrong['bias'] = config['bias']
+    if config.get('init_lora_weights') not in STARTS:
+        wrong['init_lora_weights'] = config['init_lora_weights']
     if wrong:
         options = ', '.join(f'{o}={json.dumps(value)}' for o, value in wrong.items())
-        raise InputError(f'{file} asks for what is not implemented: {options}; merge the adapter '
-                         'into its base with peft (merge_and_unload) and use the merged model')
-    return rank, alpha / (rank**0.5 if found.get('use_rslora') else rank)
+        raise InputError(f'{file}: {options} is not implemented. Expected a plain LoRA adapter. '
+                         'Fix: merge the adapter into its base with peft (merge_and_unload) and '
+                         'use the merged model')
+    return rank, alpha / (rank**0.5 if config.get('use_rslora') else rank)

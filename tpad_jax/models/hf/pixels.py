@@ -1,26 +1,30 @@
-"""From the bytes of an image to the rows a patch embedding multiplies; it runs on the device."""
+"""Turn the bytes of an image into the rows of a patch embedding, on the device."""
 
 import jax.numpy as jnp
 
 
 def normalise(image, mean, std, dtype):
-    """(image / 255 - mean) / std per channel, in float32 and then cast to dtype.
+    """Compute (image / 255 - mean) / std per channel in float32.
 
     Args:
-      image: uint8 [..., H, W, 3]. mean, std: three numbers each, on 0..1.
+      image: uint8 [..., H, W, 3].
+      mean: three numbers, on 0..1.
+      std: three numbers, on 0..1.
+      dtype: of the result.
     """
     x = image.astype(jnp.float32) / 255
     return ((x - jnp.float32(mean)) / jnp.float32(std)).astype(dtype)
 
 
 def patches(image, p: int):
-    """Squares of p x p pixels, row by row; a square is laid out (channel, row, column).
+    """Cut an image into squares row by row. The layout of a square is (channel, row, column).
 
-    Pixels at the right and the bottom that fill no square are left out, as a convolution of stride
-    p leaves them out (SigLIP reads 27 squares of 14 out of 384 pixels).
+    Pixels at the right and the bottom that do not fill a square are dropped, as in a convolution of
+    stride p (SigLIP reads 27 squares of 14 from 384 pixels).
 
     Args:
       image: [..., H, W, 3].
+      p: side of a square in pixels.
 
     Returns:
       [..., (H // p) (W // p), 3 p p].

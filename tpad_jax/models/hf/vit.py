@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's vision transformer, up to the states a projector reads."""
+"""The vision transformers of CLIP and SigLIP, up to the states that a projector reads."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from tpad_jax.nn.linear import Linear, uniform
 
 
 class Attention(nn.Module):
-    """Every token attends to all. [B, P, W] -> [B, P, W]."""
+    """Attention of every token to all tokens. [B, P, W] -> [B, P, W]."""
 
     heads: int
     how: str
@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; a scan body with carry x [B, P, W]."""
+    """One pre-norm layer, a scan body with carry x [B, P, W]."""
 
     tower: spec.Tower
     how: str
@@ -42,10 +42,12 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The tower's first `tower.layers` blocks; its last norm and its pooling are not read.
+    """The first `tower.layers` blocks of a tower, without its final norm and its pooling.
 
     Attributes:
-      how: of attention, one of layers.ATTENTION. remat: one of layers.REMAT.
+      tower: sizes.
+      how: of attention, one of layers.ATTENTION.
+      remat: one of layers.REMAT.
     """
 
     tower: spec.Tower
@@ -54,10 +56,13 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, patches):
-        """Encode patches [B, P, 3 p p] of normalised pixels, in whose dtype the tower runs.
+        """Encode patches of normalised pixels in their dtype.
+
+        Args:
+          patches: float [B, P, 3 p p].
 
         Returns:
-          [B, P, W], or [B, 1 + P, W] with tower.keep_class: the class token stands first.
+          [B, P, W], or [B, 1 + P, W] with the class token first if tower.keep_class.
         """
         tower = self.tower
         x = Linear(tower.width, use_bias=tower.kind == 'siglip', name='patch')(patches)
@@ -65,7 +70,7 @@ class VisionTransformer(nn.Module):
             first = self.param('class', uniform(0.02), (tower.width,)).astype(x.dtype)
             first = jnp.broadcast_to(first, (x.shape[0], 1, tower.width))
             x = jnp.concatenate([first, x], axis=1)
-        # the native size's positions: one of another size has no place here and fails to broadcast
+        # positions of the native size; an image of another size fails to broadcast
         count = (tower.image // tower.patch) ** 2 + tower.has_class
         x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
         if tower.pre_norm:

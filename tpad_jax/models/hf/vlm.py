@@ -1,7 +1,7 @@
-"""A vision-language model: tower or grid, projector, decoder, in one module.
+"""A vision-language model in one module: vision transformer, projector and decoder.
 
-It reads a `Stream` (see stream.py), so a prompt may hold any number of images, learned vectors and
-absent parts, and makes its own parts: `see` images, `say` tokens, or both by `prompt`.
+It reads a `Stream` (see stream.py), so a prompt may have any number of images, learned vectors and
+absent parts. It also makes the parts: `see` of images, `say` of tokens, `prompt` of both.
 """
 
 import math
@@ -24,7 +24,7 @@ from tpad_jax.nn.linear import Linear
 
 
 class Projector(nn.Module):
-    """Tower width -> decoder width, two layers (LLaVA). [..., W] -> [..., D]."""
+    """Two layers from tower width to decoder width (LLaVA). [..., W] -> [..., D]."""
 
     width: int
     act: str
@@ -38,14 +38,17 @@ class Projector(nn.Module):
 
 
 class VLM(nn.Module):
-    """A model of one of the families of spec.FAMILIES.
+    """A model of one of the families in spec.FAMILIES.
 
     Attributes:
       spec: sizes and choices, from spec.read.
-      side: pixels of every image's height and width.
-      how, remat: attention and rematerialisation, see layers.py.
+      side: height and width of every image in pixels.
+      how: of attention, one of layers.ATTENTION.
+      remat: one of layers.REMAT.
       dtype: of the computation, 'float32' or 'bfloat16'.
-      before, between, end: token ids around an item's or a session's content, see prompts.
+      before: token ids before the content of an item or a session, see prompts.
+      between: token ids between its parts.
+      end: token ids after it.
     """
 
     spec: specs.Spec
@@ -77,12 +80,17 @@ class VLM(nn.Module):
 
     @property
     def width(self):
-        """D, of the decoder."""
+        """D, the width of the decoder."""
         return self.spec.decoder.width
 
     @mllm_precision
     def see(self, image, there) -> Stream:
-        """Images uint8 [..., side, side, 3], there bool [...] -> their tokens [..., P, D]."""
+        """Encode images as tokens [..., P, D].
+
+        Args:
+          image: uint8 [..., side, side, 3].
+          there: bool [...]. Whether there is an image.
+        """
         s, lead = self.spec, image.shape[:-3]
         flat = image.reshape(-1, *image.shape[-3:])
         x = pixels.normalise(flat, s.mean, s.std, jnp.dtype(self.dtype))
@@ -99,16 +107,15 @@ class VLM(nn.Module):
         return streams.grid(x.reshape(*lead, *x.shape[1:]), mask, *s.cells(self.side), deep)
 
     def words(self, tokens):
-        """Token ids int32 [...] -> embeddings [..., D]."""
-        table = self.embed.embedding
-        return table[tokens].astype(self.dtype)
+        """Embed token ids int32 [...] -> [..., D]."""
+        return self.embed.embedding[tokens].astype(self.dtype)
 
     def say(self, tokens, mask) -> Stream:
-        """Token ids int32 [..., T], mask bool [..., T] -> their part of a stream."""
+        """Make a part of a stream from token ids int32 [..., T] and mask bool [..., T]."""
         return streams.plain(self.words(tokens), mask)
 
     def frame(self, image, there) -> Stream:
-        """`see`, between the tokens the family puts before and behind an image."""
+        """Call `see`, and add the tokens that the family puts before and after an image."""
         def say(ids):
             ids = jnp.broadcast_to(jnp.array(ids, jnp.int32), (*there.shape, len(ids)))
             return self.say(ids, there[..., None])
@@ -117,40 +124,48 @@ class VLM(nn.Module):
                             say(self.spec.end_ids))
 
     def grid(self, side: int) -> tuple[int, int, int]:
-        """Where in `frame` an image's cells begin, and how many rows and columns they have."""
+        """Return the index of an image's first cell in `frame`, and the rows and columns."""
         v = self.spec.vision
-        lead = isinstance(v, specs.Tower) and v.keep_class  # a class token stands first
+        lead = isinstance(v, specs.Tower) and v.keep_class  # the class token comes first
         return len(self.spec.start_ids) + int(lead), *self.spec.cells(side)
 
     def prompt(self, tokens, mask, image) -> Stream:
-        """Tokens with placeholders and the images these stand for.
+        """Combine tokens and the images that their placeholders represent.
 
         Args:
-          tokens: int32 [B, S]; every image of a row has spec.image_tokens(side) placeholders.
-          mask: bool [B, S]. image: uint8 [B, n, side, side, 3], in the order of the placeholders;
-            a row may hold fewer than n.
+          tokens: int32 [B, S]. Every image of a row has spec.image_tokens(side) placeholders.
+          mask: bool [B, S].
+          image: uint8 [B, n, side, side, 3]. In the order of the placeholders. A row may use fewer
+            than n images.
         """
-        held = (tokens == self.spec.image_id) & mask
-        said = self.say(jnp.where(held, 0, tokens), mask)
+        visual = (tokens == self.spec.image_id) & mask
+        words = self.say(jnp.where(visual, 0, tokens), mask)
         if image.shape[1] == 0:
-            return said
-        seen = streams.flatten(self.see(image, jnp.ones(image.shape[:2], bool)))
-        slot = jnp.maximum(jnp.cumsum(held, axis=1) - 1, 0)
-        seen = jax.vmap(streams.rows)(seen, slot)
-        if seen.deep is not None:
-            said = said.replace(deep=jnp.zeros_like(seen.deep))
-        out = jax.tree.map(lambda a, b: jnp.where(held.reshape(*held.shape, *(1,) * (a.ndim - 2)),
-                                                  a, b), seen, said)
+            return words
+        images = streams.flatten(self.see(image, jnp.ones(image.shape[:2], bool)))
+        slot = jnp.maximum(jnp.cumsum(visual, axis=1) - 1, 0)
+        images = jax.vmap(streams.rows)(images, slot)
+        if images.deep is not None:
+            words = words.replace(deep=jnp.zeros_like(images.deep))
+        out = jax.tree.map(lambda a, b: jnp.where(
+            visual.reshape(*visual.shape, *(1,) * (a.ndim - 2)), a, b), images, words)
         return out.replace(mask=mask)
 
     @mllm_precision
     def __call__(self, stream: Stream, every=False, at=None):
-        """Read a stream [B, L]. -> states [B, L, D] after the last norm; every: and behind each
-        layer, [layers, B, L, D]; at int32 [B, n]: of these tokens alone, [B, n, D].
+        """Read a stream [B, L].
+
+        Args:
+          stream: the tokens.
+          every: whether to return also the states after each layer, [layers, B, L, D].
+          at: int32 [B, n]. The tokens whose states are needed. None: all.
+
+        Returns:
+          States [B, L or n, D] after the final norm.
         """
         length = stream.x.shape[1]
         order = jnp.tril(jnp.ones((length, length), bool))
-        # a padded token that sees nothing may see itself; nobody reads it
+        # a padded token that would see nothing sees itself, or its softmax would be NaN
         allowed = (stream.mask[:, None, None] & order) | jnp.eye(length, dtype=bool)
         h, states, _ = self.decoder(stream.x.astype(self.dtype), streams.positions(stream), allowed,
                                     stream.deep, every=every, at=at)
@@ -158,14 +173,15 @@ class VLM(nn.Module):
 
     @mllm_precision
     def decode(self, stream: Stream, cache: dict, index):
-        """Read on where a cache ends.
+        """Read more tokens after those in a cache.
 
         Args:
-          stream: [B, L] of new tokens; `cache`: from `empty_cache` or an earlier call, donated by
-            whoever compiles this; index: int32, tokens the cache holds, the same for all rows.
+          stream: [B, L]. The new tokens.
+          cache: of `empty_cache` or an earlier call. The compiled caller donates it.
+          index: int32. Tokens in the cache, the same for all rows.
 
         Returns:
-          states [B, L, D], the cache with these tokens in.
+          States [B, L, D], and the cache with the new tokens.
         """
         length = stream.mask.shape[1]
         mask = jax.lax.dynamic_update_slice_in_dim(cache['mask'], stream.mask, index, axis=1)
@@ -179,7 +195,7 @@ class VLM(nn.Module):
         return h, dict(k=k, v=v, mask=mask, position=cache['position'] + moved)
 
     def empty_cache(self, rows: int, length: int) -> dict:
-        """Room for `length` tokens of `rows` rows."""
+        """Make a cache for `length` tokens of `rows` rows."""
         s = self.spec.decoder
         shape = (s.layers, rows, length, s.kv_heads, s.head_dim)
         return dict(k=jnp.zeros(shape, self.dtype), v=jnp.zeros(shape, self.dtype),
@@ -187,25 +203,25 @@ class VLM(nn.Module):
 
     @mllm_precision
     def logits(self, h):
-        """States [..., D] -> float32 [..., V]."""
+        """Compute logits float32 [..., V] of states [..., D]."""
         if self.spec.decoder.tied:
             table = self.embed.embedding.astype(h.dtype)
             return jnp.matmul(h, table.T, preferred_element_type=jnp.float32)
         return self.head(h).astype(jnp.float32)
 
     def everything(self):
-        """Touch every parameter once: what initialisation calls."""
+        """Use every parameter once, for initialisation."""
         image = jnp.zeros((1, 1, self.side, self.side, 3), jnp.uint8)
         tokens = jnp.full((1, self.spec.image_tokens(self.side)), self.spec.image_id)
         return self.logits(self(self.prompt(tokens, jnp.ones(tokens.shape, bool), image)))
 
 
 def shapes(spec: specs.Spec, side: int) -> dict:
-    """Shapes of all parameters, nested; dtypes are float32."""
+    """Return the shapes of all parameters, nested, with dtype float32."""
     model = VLM(spec, side)
     return jax.eval_shape(partial(model.init, method='everything'), jax.random.key(0))['params']
 
 
 def size(tree) -> int:
-    """Number of parameters."""
+    """Count the parameters of a tree."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
