@@ -29,7 +29,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.features import store
 from tpad_jax.job import job
 from tpad_jax.training.checkpoint import abstract
-from tpad_jax.training.workdir import claim, enter
+from tpad_jax.training.workdir import claim, enter, locked
 
 base_dir, config = test_job.base_dir, test_job.config  # fixtures
 WIDTH = 60_000  # of a state: 480 kB
@@ -175,6 +175,8 @@ def test_a_journal_that_was_cut_goes_on(tmp_path):
     assert search(4) == found
 
 
+# ml_collections reads a config file by a deprecated function
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 @pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.ENOENT])
 def test_the_command_says_it_in_a_sentence(tmp_path, monkeypatch, capsys, number):
     def run(*_, **__):
@@ -283,6 +285,12 @@ def test_the_table_says_what_failed(failed, capsys):
 
 
 # --- the job ------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_before_it_reads_data(config, tmp_path):
+    with locked(tmp_path), pytest.raises(InputError, match='another run uses it'):
+        job.run(config, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ['run.lock']
 
 
 def knowledge(c, workdir, stopping=lambda: False):

@@ -5,16 +5,17 @@ import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny_stages
 from tests.training.test_checkpoint import assert_same, make_state, opened
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.training import loop as loop_lib
-from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import abstract
+from tpad_jax.types import State
 
 
 def halve(file):
@@ -96,33 +97,40 @@ def test_what_was_moved_aside_is_not_forgotten(two, tmp_path):
         checkpoints.latest(abstract(two[1][1]))
 
 
-def fit(directory, scores=(0.2, 0.9, 0.1, 0.3), total=8):
-    """A small recommender's stage, validated every other step with these scores."""
-    spec, params, catalogue = tiny_stages.model()
-    c, left = tiny_stages.make_config(), list(scores)
-    step = step_lib.make_spec(c, 'recommend', spec, seed=5)
+def fit(directory, monkeypatch, scores=(0.2, 0.9, 0.1, 0.3), total=8):
+    """A stage of trivial steps, validated every other step with these scores."""
+    def step(state, batch, shared):
+        params = {'w': state.params['w'] * 0.9 + batch.row.sum() * shared['catalogue']['one']}
+        return state.replace(step=state.step + 1, params=params), {'loss': params['w'].sum()}
+
+    def batches(first):
+        for number in range(first, total + 1):
+            yield dict.fromkeys(('items', 'next', 'target', 'valid', 'row'), np.full(2, number))
+
+    monkeypatch.setattr(loop_lib, 'lifted', lambda devices, spec: jax.jit(step))
+    remaining = list(scores)
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda *_: None)
+    state = State(jnp.int32(0), {'w': jnp.arange(6.0)}, {}, {}, {})
     with opened(directory) as checkpoints:
         loop = loop_lib.Loop(
             name='recommend', total=total, devices=devices.choose('jit', 1), writer=writer,
-            batches=lambda start: tiny_stages.draw('recommend', start), checkpoints=checkpoints,
+            batches=batches, checkpoints=checkpoints,
             progress=lambda *_: nullcontext(lambda *_: None), log_every=2, save_every=100,
-            eval_every=2, validate=lambda *_: {'hit@20': left.pop(0)})
-        return loop_lib.fit(loop, step, step_lib.start(step, params, c.stage.recommend.train),
-                           catalogue)
+            eval_every=2, validate=lambda *_: {'hit@20': remaining.pop(0)})
+        return loop_lib.fit(loop, SimpleNamespace(skip=0, losses=()), state,
+                            {'one': jnp.float32(1)})
 
 
-@pytest.mark.slow
-def test_a_stage_goes_on_from_the_one_before_and_never_takes_a_worse_one(tmp_path):
-    params, _, record = fit(tmp_path / 'stage')
+def test_a_stage_resumes_from_the_one_before_and_never_takes_a_worse_one(tmp_path, monkeypatch):
+    params, _, record = fit(tmp_path / 'stage', monkeypatch)
     assert (record['chosen'], record['best']) == (4, 0.9)
     assert sorted(f.name for f in (tmp_path / 'stage').iterdir()) == ['4', '6', '8']
     halve(tmp_path / 'stage' / '8' / 'state' / 'manifest.ocdbt')
-    again, _, record = fit(tmp_path / 'stage', (0.3,))
+    again, _, record = fit(tmp_path / 'stage', monkeypatch, (0.3,))
     assert (record['chosen'], [h['step'] for h in record['history']]) == (4, [2, 4, 6, 8])
     for path, x in params.items():
         np.testing.assert_array_equal(again[path], x)
     os.remove(tmp_path / 'stage' / '4' / 'meta.json')
     with pytest.raises(InputError, match=r'chose a step of hit@20 0\.9, whose checkpoint is .* '
                                          r'missing \(the best remaining .* step 8\).*delete that'):
-        fit(tmp_path / 'stage')
+        fit(tmp_path / 'stage', monkeypatch)
