@@ -293,6 +293,21 @@ def test_a_second_run_is_refused_before_it_reads_data(config, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ['run.lock']
 
 
+@pytest.mark.parametrize(('changes', 'words'), [
+    ({'stage__joint__train': '^nothing/'}, r"config\.stage\.joint: train='\^nothing/'"),
+    ({'stage__transfer__copy': 'lora/k->lora/distil'}, r"config\.stage\.transfer\.copy='lora/k->"),
+    ({'stage__joint__rates': (('^lora/knowledges', 2.0),)}, r"rates: .*'\^lora/knowledges'"),
+    # the run's own recommender has this table, its trained baseline on features has none
+    ({'stage__recommend__rates': (('^recommender/fusion/feature_0', 2.0),)},
+     r"config\.stage\.recommend: rates: .*feature_0"),
+    ({'model__clusters': 1000, 'losses__clusters__weight': 0.1}, r'config\.model\.clusters=1000: '),
+])
+def test_what_fits_no_parameter_is_refused_before_any_stage(config, tmp_path, changes, words):
+    with pytest.raises(InputError, match=words):
+        job.run(test_job.changed(config, **changes), tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'stages').exists()
+
+
 def knowledge(c, workdir, stopping=lambda: False):
     """The job's first stage alone, and what its parameters became."""
     enter(workdir, c)

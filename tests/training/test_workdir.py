@@ -100,18 +100,7 @@ def test_a_bucket_is_refused_as_a_workdir(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name', ['run[1]', 'back\\slash'])
-def test_a_path_that_orbax_cannot_read_is_refused_before_training(tmp_path, name, monkeypatch):
-    (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / name)
-    special = name[3] if '[' in name else '\\'
-    for workdir in (tmp_path / name / 'run', Path('run')):  # a relative path is below it, too
-        with pytest.raises(InputError, match=re.escape(f'the character {special!r} in the path')):
-            enter(workdir, ConfigDict())
-    assert not list((tmp_path / name).iterdir())
-
-
-@pytest.mark.parametrize('name', ['a*b', 'a?b', 'a b', '50%', 'a#b', 'é', "it's", '{x}', '$HOME'])
+@pytest.mark.parametrize('name', ['a b', '50%', 'a#b', 'é', "it's", '{x}', '$HOME'])
 def test_other_special_characters_in_a_path_work(tmp_path, name):
     enter(tmp_path / name, ConfigDict())
     state = {'w': jnp.arange(3.0)}

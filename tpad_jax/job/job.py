@@ -64,6 +64,7 @@ class Job:
                                       precision=config.precision)
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, {}, {}
         self.background, self.compiling, self.encoders, self.looks = Background(0), {}, {}, []
+        self.blank = {}
         self.content = None
         self.source = sources.chosen(config)
         self.planted = self.source.world(config) if self.source.world else None
@@ -83,6 +84,7 @@ class Job:
             self.spec = self.modules(None, c)
             self.count()
             self.params = self.fresh(self.spec)
+            self._check_patterns(stages)
             return
         base = self.base = bases.read(c)
         where = self.workdir / 'data'
@@ -119,6 +121,8 @@ class Job:
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
         every = memory_plan.parameter_shapes(
             c, shapes | ({'teacher': teacher.shapes} if teacher else {}))
+        self.params = every  # shapes, until the values are read
+        self._check_patterns(stages)
         if c.mllm.checkpoint:  # printed before gigabytes are read
             subject = memory_plan.Subject(
                 c, build, base.module, every, self.catalogue | self.blank, self.devices,
@@ -135,6 +139,14 @@ class Job:
             lambda key: {n: p for n, p in make(key).items() if n not in base.given})
         params = draw(jax.random.key(c.seed))
         self.params = flatten_dict({**params, **loaded}, sep='/')
+
+    def _check_patterns(self, stages):
+        """Refuse settings that fit no parameter before anything is compiled or trained."""
+        for stage in stages:
+            handover.check_stage(self.config, stage, self.stage_spec(stage), self.params,
+                                 self.data.num_items)
+        if 'recommend' in stages:
+            recommenders.check(self)
 
     def modules(self, base, config, teacher=None) -> tpad.TPAD:
         """The model of a config over this run's data; `base`: the MLLM's module, or None."""

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from flax.traverse_util import unflatten_dict
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.config import names, partnered
 from tpad_jax.evaluation.evaluate import evaluate
@@ -24,7 +25,7 @@ from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
 from tpad_jax.job.fitting import VALIDATED, fit
 from tpad_jax.models import tpad
-from tpad_jax.training import optimizer, step
+from tpad_jax.training import handover, optimizer, step
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
@@ -68,6 +69,31 @@ class Trained:
         self.params = {**self.params, **trained}
 
 
+def check(job) -> None:
+    """Refuse settings of stage recommend that fit no parameter of a recommender.
+
+    Args:
+      job: job.Job. Its parameters may be shapes.
+
+    Raises:
+      InputError: see `handover.check_stage`.
+    """
+    for owner in [job, _partner_job(job)] if job.config.partner else [job]:
+        for model in (owner.spec, *(_rival_model(owner, name) for name in _rivals(job))):
+            init = partial(tpad.recommender_init, spec=model)
+            shapes = jax.eval_shape(init, jax.random.key(0),
+                                    catalogue={**owner.catalogue, **owner.blank})
+            params = _others(job.params) | flatten_dict({'recommender': shapes}, sep='/')
+            spec = step.make_spec(owner.config, 'recommend', model, owner.config.seed)
+            handover.check_stage(owner.config, 'recommend', spec, params, job.data.num_items)
+
+
+def _rivals(job):
+    """Names of the trained baselines whose rows exist: only a planted catalogue has 'true'."""
+    return [name for name, rival in job.config.rivals.items()
+            if job.planted is not None or 'true' not in names(rival.recommend)]
+
+
 class Recommenders:
     """The recommenders of a run that are trained next to its own.
 
@@ -80,9 +106,7 @@ class Recommenders:
     def __init__(self, job, writer, progress):
         self._job, self._shared = job, (writer, progress)
         self._own = self._partner = None
-        # without the truth, which only a planted catalogue knows, nothing reads the rows 'true'
-        self._rivals = [name for name, rival in job.config.rivals.items()
-                        if job.planted is not None or 'true' not in names(rival.recommend)]
+        self._rivals = _rivals(job)
         self._tasks = {}  # folder -> task of a trained baseline
 
     def begin(self, stage: str = '') -> None:

@@ -74,20 +74,13 @@ def enter(workdir: Path, config) -> None:
       config: ConfigDict of the run.
 
     Raises:
-      InputError: it cannot be created or written to, its path cannot be used, or it belongs to
-        another config.
+      InputError: it cannot be created or written to, or it belongs to another config.
     """
     if re.match('[a-z0-9]+:/', str(workdir)):  # a Path of gs://, which would be created here
         bucket = str(workdir).replace(':/', '://', 1)
         raise InputError(f'--workdir={bucket}: not a directory. Data is mapped into memory and '
                          'files are renamed, which a bucket does not offer. Fix: name a local '
                          f'directory, and --mirror={bucket} for a copy there.')
-    # Orbax takes the whole path for a glob pattern when it looks for a checkpoint's files.
-    special = re.search(r'[\[\]\\]', str(Path(workdir).absolute()))
-    if special:
-        raise InputError(f'--workdir={workdir}: the character {special[0]!r} in the path '
-                         f'{Path(workdir).absolute()} is not supported, because checkpoints below '
-                         'it could not be read. Fix: choose a path without it.')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
