@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,11 +15,11 @@ from tpad_jax.training import step as step_lib
 def check(stage='transfer', clusters=0, **changes):
     model, params, _ = tiny_stages.model()
     config = copy.deepcopy(tiny_stages.make_config())
-    spec = step_lib.make_spec(config, stage, model, seed=5)
+    config.model.clusters = clusters
+    config.losses.clusters.weight = 0.1 * (clusters > 0)
     config.stage[stage].update(changes)
-    if clusters:
-        config.model.clusters, spec = clusters, replace(spec, needs=spec.needs | {'cluster'})
-    handover.check_stage(config, stage, spec, params, tiny_stages.DATA.num_items)
+    spec = step_lib.make_spec(config, stage, model, seed=5)
+    handover.check_stage(config, stage, spec, params, tiny_stages.V)
 
 
 @pytest.mark.parametrize(('changes', 'words'), [
@@ -40,6 +41,7 @@ def test_rates_of_parameters_that_a_loss_brings_are_not_refused_early():
     model, params, _ = tiny_stages.model()
     config = copy.deepcopy(tiny_stages.make_config())
     spec = step_lib.make_spec(config, 'transfer', model, seed=5)
-    spec = replace(spec, modules=(('mine', None),))
+    mine = SimpleNamespace(name='mine', module=True, needs=frozenset())
+    spec = replace(spec, losses=(*spec.losses, mine))
     config.stage.transfer.rates = (('^loss/mine/kernel', 2.0),)
-    handover.check_stage(config, 'transfer', spec, params, 40)
+    handover.check_stage(config, 'transfer', spec, params, tiny_stages.V)
