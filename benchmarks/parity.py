@@ -27,12 +27,13 @@ from flax.traverse_util import flatten_dict
 
 from benchmarks import parity_torch as theirs
 from tests import tiny_hf
+from tpad_jax.distributed.devices import compiled
 from tpad_jax.models.hf import keys, load, vlm
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.generate import generate
 
 FLAGS = flags.FLAGS
-GOLDEN = Path(__file__).parent.parent / 'tests' / 'golden'
+GOLDEN = Path(__file__).parent.parent / 'tests' / 'models' / 'hf' / 'golden'
 FAMILIES = ('llava', 'llava_onevision', 'qwen2_vl', 'qwen2_5_vl', 'qwen3_vl')
 TINY_BAR, BAR, GRADIENT_BAR = 3e-5, 1e-3, 1e-5
 WATCHED = (r'embed/embedding|vision/patch/kernel|vision/layers/.*kernel|'
@@ -56,7 +57,7 @@ def outputs(model, tokens, mask, image):
 
 def forward(model: vlm.VLM):
     """Compiled (params, tokens, mask, image) -> hidden states, logits."""
-    return jax.jit(lambda params, *given: model.apply({'params': params}, *given, method=outputs))
+    return compiled(lambda params, *given: model.apply({'params': params}, *given, method=outputs))
 
 
 def gradients(model: vlm.VLM, params, given: theirs.Prompt, weight, there: dict):
@@ -71,7 +72,7 @@ def gradients(model: vlm.VLM, params, given: theirs.Prompt, weight, there: dict)
     def loss(params):
         return (model.apply({'params': params}, *_arrays(given), method=outputs)[1] * weight).sum()
 
-    here = flatten_dict(jax.jit(jax.grad(loss))(params), sep='/')
+    here = flatten_dict(compiled(jax.grad(loss))(params), sep='/')
     for entry in keys.table(model.spec):
         if re.fullmatch(WATCHED, entry.path):
             layers = [entry.here(there[name]) for name in entry.names]
@@ -110,9 +111,9 @@ def run(directory, side: int, *, dtype: str, steps: int, with_gradients: bool):
 
     params = load.load(directory, spec, dtype=dtype)
     model = vlm.VLM(spec, side, dtype=dtype)
-    compiled = forward(model)
+    states = forward(model)
     for padding, given in prompts.items():
-        hidden, logits = map(np.asarray, compiled(params, *_arrays(given)))
+        hidden, logits = map(np.asarray, states(params, *_arrays(given)))
         hidden_there, logits_there, _ = expected[padding]
         for i in range(len(hidden)):
             what = 'inputs' if i == 0 else 'last' if i == len(hidden) - 1 else f'layer {i}'
@@ -225,5 +226,5 @@ if __name__ == '__main__':
     flags.DEFINE_integer('steps', 32, 'tokens to decode, 0: none')
     flags.DEFINE_bool('gradients', None, 'compare gradients; by default of tiny models')
     flags.DEFINE_string('out', None, 'JSON file to write')
-    flags.DEFINE_bool('write_golden', False, 'write tests/golden and leave')
+    flags.DEFINE_bool('write_golden', False, 'write tests/models/hf/golden and exit')
     app.run(main)
