@@ -1,7 +1,7 @@
-"""The data audit in front of every run: what the sessions are, and what may not be claimed on them.
+"""The data audit at the start of every run: properties of the sessions, and the claims they allow.
 
-Counts what has misled this field: an order inside sessions that is a file's and not the
-customer's, test sessions seen in training, repeats, cold targets, coarse times.
+It counts what has misled this field: sessions in the order of a file and not of the customer, test
+sessions seen in training, repeats, cold targets, coarse times.
 """
 
 from itertools import pairwise
@@ -12,43 +12,48 @@ from scipy.special import expit
 from tpad_jax.data.sessions import DAY, Sessions
 from tpad_jax.data.shuffle_test import GAINS, shuffle_test
 
-MIN_SEEN = 6  # times a pair of items must be adjacent to say something about direction
-MIN_PAIRS = 30  # such pairs, below which the order test says nothing
+MIN_SEEN = 6  # times that a pair of items must be adjacent to count for the order test
+MIN_PAIRS = 30  # pairs that the order test needs
 ORDER_STEPS, ORDER_RATE = 60, 2.0  # of the fit of one fixed order of all items
 LENGTHS = ('2', '3', '4', '5', '6-10', '11+')
 _EDGES = (3, 4, 5, 6, 11)  # first length of the next bin
 
-# above these a number becomes a warning
+# above these a share becomes a warning
 ONE_WAY = 0.5
 FIXED_ORDER = 0.7
 TIES = 0.05
-MOST_TIES = 0.5  # above it the order inside sessions is as good as unknown
-OVERLAP = 0.05
-DUPLICATES = 0.2
-REPEATS = 0.3
-COLD = 0.3
+WARNED_SHARES = {
+    'overlap_share': (0.05, 'the test sessions are identical to a training session, so memory '
+                            'alone predicts them.'),
+    'duplicate_share': (0.2, 'the training sessions repeat another one exactly.'),
+    'repeat_share': (0.3, 'the test targets are already in their session: compare with '
+                          'repeat-last, and read the slice "new".'),
+    'cold_target_share': (0.3, 'the test targets occur in no training session; models of item ids '
+                               'cannot predict them.'),
+}
+MOST_TIES = 0.5  # above it the order inside sessions counts as unknown
 SURE = 3  # standard errors that a loss by shuffling has to exceed
 
 
 def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *, form: str,
           ties: float) -> dict:
-    """Examines the three splits.
+    """Examine the three splits.
 
     Args:
       train: training sessions after all filters.
       valid: validation sessions as they are scored.
       test: test sessions as they are scored.
       warm: bool [V + 1], the items of the training sessions.
-      form: what the data come from, '2018' or '2023', say.
+      form: of the source, such as '2018' or '2023'.
       ties: share of neighbouring events of one session with equal times (`sessions.time_ties`);
         nan if the data have no times.
 
     Returns:
       A JSON-able dict of numbers (shares in 0..1, None where nothing could be counted) with
-      `lengths` {bin: sessions} of the training sessions, `shuffle` (`shuffle.shuffle_test`),
+      `lengths` {bin: sessions} of the training sessions, `shuffle` (`shuffle_test.shuffle_test`),
       `warnings`, a list of sentences, and `verdict`, whether claims about transitions can be made.
-      `tie_share` and `day_granular` are None where times are not known, which sessions that all
-      start at the same moment say as well.
+      `tie_share` and `day_granular` are None where times are not known, as in sessions that all
+      start at the same moment.
     """
     seen = set(_keys(train))
     starts = np.concatenate([train.start, valid.start, test.start])
@@ -73,13 +78,17 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
 
 
 def order_artefact(train: Sessions, test: Sessions) -> dict:
-    """Tests whether the order inside sessions looks like a list's instead of a customer's.
+    """Test whether the order inside sessions looks like a list's instead of a customer's.
 
-    Of the unordered pairs of different items adjacent at least MIN_SEEN times in `train`, the
-    share that occurs in one direction only, next to what a fair coin would give: 2 * 0.5^n for a
-    pair seen n times. True transitions can be directed as well; but a list's order is *one* order
-    of all items. So the order that fits `train` best is estimated, and `fixed_order_share` is the
-    share of `test`'s adjacent pairs it predicts (equal places count half): 0.5 if there is none.
+    `one_way_share` is the share of unordered pairs of different items, adjacent at least MIN_SEEN
+    times in `train`, that occur in one direction only. By chance it would be 2 * 0.5^n for a pair
+    seen n times. True transitions can be directed as well, but a list's order is *one* order of all
+    items. So the order that fits `train` best is estimated. `fixed_order_share` is the share of
+    `test`'s adjacent pairs that it predicts (equal positions count half): 0.5 without an order.
+
+    Args:
+      train: training sessions.
+      test: test sessions.
 
     Returns:
       order_pairs (pairs counted), one_way_share, one_way_by_chance, fixed_order_share.
@@ -104,14 +113,14 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
 
 
 def length_histogram(sessions: Sessions) -> dict[str, int]:
-    """Number of sessions by length, in the bins LENGTHS; those of one item are not counted."""
+    """Count sessions by length, in the bins LENGTHS; those of one item are not counted."""
     lengths = np.diff(sessions.offsets)
     bins = np.digitize(lengths[lengths > 1], _EDGES)
     return dict(zip(LENGTHS, np.bincount(bins, minlength=len(LENGTHS)).tolist(), strict=True))
 
 
 def repeat_share(sessions: Sessions) -> float | None:
-    """Share of targets (every item but a session's first) that occurred earlier in the session."""
+    """Compute the share of targets (all but a session's first item) that occurred in it before."""
     owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
     events = np.stack([owner, sessions.items], axis=1)
     different = len(np.unique(events, axis=0))
@@ -120,7 +129,7 @@ def repeat_share(sessions: Sessions) -> float | None:
 
 
 def describe(report: dict) -> list[str]:
-    """The audit in words, one line per finding, then the warnings, then the verdict."""
+    """Describe an audit: one line per finding, then the warnings, then the verdict."""
     sessions = report['sessions']
     lengths = ', '.join(f'{name}: {count}' for name, count in report['lengths'].items())
     lines = [
@@ -135,12 +144,12 @@ def describe(report: dict) -> list[str]:
         'sessions.',
         f'Order: {report["order_pairs"]} item pairs are adjacent {MIN_SEEN} times or more, '
         f'{_percent(report["one_way_share"])} of them in one direction only '
-        f'({_percent(report["one_way_by_chance"])} by a coin); one fixed order of the items '
-        f'predicts {_percent(report["fixed_order_share"])} of the test pairs (50 % if there is '
-        'none).',
+        f'({_percent(report["one_way_by_chance"])} by chance); one fixed order of the items '
+        f'predicts {_percent(report["fixed_order_share"])} of the test pairs (50 % without such '
+        'an order).',
         f'Shuffling every session, hit@20 on {report["shuffle"]["rows"]} test rows: '
-        f'{_lost(report, "markov", "one step")}, {_lost(report, "sr", "ten steps")}, '
-        f'{_lost(report, "symmetric", "ten steps either way")}.',
+        f'{_change(report, "markov", "one step")}, {_change(report, "sr", "ten steps")}, '
+        f'{_change(report, "symmetric", "ten steps either way")}.',
         'Equal times among neighbours in a session: '
         + ('not known.' if report['tie_share'] is None else f'{_percent(report["tie_share"])}.'),
     ]
@@ -149,56 +158,62 @@ def describe(report: dict) -> list[str]:
 
 
 def verdict(report: dict) -> str:
-    """One or two sentences: can claims about transitions be made on these data, and why.
+    """State whether claims about transitions can be made on these data, and why.
 
-    They cannot where the order inside sessions is a file's, where it is not known, or where
-    shuffling the sessions costs the rules of direction nothing.
+    They cannot if the order inside sessions is a file's, if it is not known, or if shuffling the
+    sessions does not lower the metrics of directed rules.
+
+    Args:
+      report: of `audit`, without its warnings.
+
+    Returns:
+      One or two sentences.
     """
-    never = 'Nothing can be claimed about transitions on these data: '
-    shuffled = report['shuffle']
-    felt = [(rule, metric) for rule in ('sr', 'markov') for metric in GAINS
-            if _loss(shuffled, rule, metric) > SURE * (shuffled[rule][metric]['error'] or 0)]
+    no = 'Claims about transitions cannot be made on these data: '
+    shuffled, ties = report['shuffle'], report['tie_share']
+    affected = [(rule, metric) for rule in ('sr', 'markov') for metric in GAINS
+                if _loss(shuffled, rule, metric) > SURE * (shuffled[rule][metric]['error'] or 0)]
+    one_way = f'{_percent(report["one_way_share"])} of the frequent pairs occur in one direction'
     if _is_a_files(report):
-        return (f'{never}the order inside sessions is a file\'s, not the customers\' '
-                f'({_percent(report["one_way_share"])} of the frequent pairs go one way only, one '
-                f'fixed order of the items predicts {_percent(report["fixed_order_share"])} of the '
-                'test pairs). A directed model that wins here may have learnt that order alone.')
+        return (f'{no}the order inside sessions is that of a file, not of the customers ({one_way} '
+                f'only, one fixed order of the items predicts '
+                f'{_percent(report["fixed_order_share"])} of the test pairs). A directed model '
+                'that wins here may have learnt that order alone.')
     if report['day_granular']:
-        return f'{never}the times are days, so the order inside sessions is not known.'
-    if (report['tie_share'] or 0) > MOST_TIES:
-        return (f'{never}{_percent(report["tie_share"])} of neighbouring events have equal times, '
-                'so the order inside sessions is not known.')
-    if not felt:
-        return (f'{never}shuffling the sessions costs rules of direction nothing that '
-                f'{report["shuffle"]["rows"]} test rows could show, so there is no order to model.')
-    rule, metric = felt[0]
+        return f'{no}the times are days, so the order inside sessions is not known.'
+    if (ties or 0) > MOST_TIES:
+        return (f'{no}{_percent(ties)} of neighbouring events have equal times, so the order '
+                'inside sessions is not known.')
+    if not affected:
+        return (f'{no}on {shuffled["rows"]} test rows, shuffling the sessions does not lower the '
+                'metrics of directed rules measurably.')
+    rule, metric = affected[0]
     close = _loss(shuffled, 'symmetric', metric) > _loss(shuffled, rule, metric) / 2
-    figures = ' and '.join(_lost(report, *names, metric) for names in
+    changes = ' and '.join(_change(report, *names, metric) for names in
                            ((rule, 'a directed rule'), ('symmetric', 'a symmetric one')))
     reserves = []
-    if report['tie_share'] is None:
-        reserves.append('the times are not known, so all of this rests on the sessions alone')
-    elif report['tie_share'] > TIES:
-        reserves.append(f'{_percent(report["tie_share"])} of neighbouring events have equal times')
+    if ties is None:
+        reserves.append('the times are not known, so that this holds for the sessions as they are')
+    elif ties > TIES:
+        reserves.append(f'{_percent(ties)} of neighbouring events have equal times')
     if report['order_pairs'] < MIN_PAIRS:
-        reserves.append(f'{report["order_pairs"]} frequent pairs are too few to tell a file\'s '
-                        'order from the customers\'')
+        reserves.append(f'{report["order_pairs"]} frequent pairs are too few to tell the order of '
+                        'a file from that of the customers')
     elif _one_way(report):
-        reserves.append(f'{_percent(report["one_way_share"])} of the frequent pairs go one way '
-                        'only, which the times must bear out')
-    reserve = f' But {", and ".join(reserves)}.' if reserves else ''
-    return ('Claims about transitions can be made on these data: no fixed order shows, and '
-            f'shuffling costs {metric} ({figures}), '
-            + ('more by closeness than by direction.' if close else 'by direction.') + reserve)
+        reserves.append(f'{one_way} only, which must be due to the times')
+    return ('Claims about transitions can be made on these data: there is no fixed order, and '
+            f'shuffling lowers {metric} ({changes}), '
+            + ('more by closeness than by direction.' if close else 'by direction.')
+            + (f' But {", and ".join(reserves)}.' if reserves else ''))
 
 
 def _warnings(report: dict) -> list[str]:
     sentences = []
     if report['day_granular']:
         sentences.append(
-            'Every session starts at midnight UTC: the times are days, not moments, so the order '
-            'inside a session is not known (equal times were put in a seeded random order) and '
-            'nothing may be claimed about transitions inside a day.')
+            'Every session starts at midnight UTC: the times are days, not moments. The order '
+            'inside a session is not known (equal times are in a seeded random order), and claims '
+            'about transitions inside a day cannot be made.')
     elif (report['tie_share'] or 0) > TIES:
         sentences.append(
             f'{_percent(report["tie_share"])} of neighbouring events in a session have equal '
@@ -206,30 +221,16 @@ def _warnings(report: dict) -> list[str]:
     if _one_way(report):
         facts = (f'Of {report["order_pairs"]} item pairs adjacent {MIN_SEEN} times or more '
                  f'{_percent(report["one_way_share"])} occur in one direction only '
-                 f'({_percent(report["one_way_by_chance"])} by a coin)')
-        if _is_a_files(report):
-            sentences.append(
-                f'{facts}, and one fixed order of the items predicts '
-                f'{_percent(report["fixed_order_share"])} of the test pairs: the order inside '
-                'sessions looks like that of a file, not of the customers, and a directed model '
-                'may only be learning it.')
-        else:
-            sentences.append(
-                f'{facts}: what follows is strongly directed; make sure that the times are real '
-                'before claiming anything about transitions.')
-    if (report['overlap_share'] or 0) > OVERLAP:
-        sentences.append(f'{_percent(report["overlap_share"])} of the test sessions are identical '
-                         'to a training session, so memory alone predicts them.')
-    if (report['duplicate_share'] or 0) > DUPLICATES:
-        sentences.append(f'{_percent(report["duplicate_share"])} of the training sessions repeat '
-                         'another one exactly.')
-    if (report['repeat_share'] or 0) > REPEATS:
-        sentences.append(f'{_percent(report["repeat_share"])} of the test targets are already in '
-                         'their session: compare with repeat-last, and read the slice "new".')
-    if (report['cold_target_share'] or 0) > COLD:
-        sentences.append(f'{_percent(report["cold_target_share"])} of the test targets occur in no '
-                         'training session; models of item ids cannot predict them.')
-    return sentences
+                 f'({_percent(report["one_way_by_chance"])} by chance)')
+        sentences.append(
+            f'{facts}, and one fixed order of the items predicts '
+            f'{_percent(report["fixed_order_share"])} of the test pairs: the order inside sessions '
+            'looks like that of a file, not of the customers, and a directed model may only be '
+            'learning it.' if _is_a_files(report) else
+            f'{facts}: transitions are strongly directed; check that the times are real before '
+            'you claim anything about transitions.')
+    return sentences + [f'{_percent(report[name])} of {text}' for name, (limit, text)
+                        in WARNED_SHARES.items() if (report[name] or 0) > limit]
 
 
 def _one_way(report: dict) -> bool:
@@ -241,21 +242,20 @@ def _is_a_files(report: dict) -> bool:
 
 
 def _loss(shuffled: dict, rule: str, metric: str) -> float:
-    found = shuffled[rule][metric]
-    return (found['before'] or 0) - (found['after'] or 0)
+    return (shuffled[rule][metric]['before'] or 0) - (shuffled[rule][metric]['after'] or 0)
 
 
-def _lost(report: dict, rule: str, name: str, metric: str = 'hit@20') -> str:
+def _change(report: dict, rule: str, name: str, metric: str = 'hit@20') -> str:
     """'one step 24.0 % -> 16.7 %', before and after shuffling."""
-    found = report['shuffle'][rule][metric]
-    return f'{name} {_percent(found["before"])} -> {_percent(found["after"])}'
+    values = report['shuffle'][rule][metric]
+    return f'{name} {_percent(values["before"])} -> {_percent(values["after"])}'
 
 
 def _fixed_order(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray:
-    """Places of all items in one order, f64 [size]: the second of a pair stands behind the first.
+    """Positions of all items in one order, f64 [size]: the second of a pair comes after the first.
 
-    Bradley and Terry's model (1952), P(first before second) = sigmoid(place difference), fitted by
-    gradient steps from equal places; stopping early stands in for a prior.
+    Bradley and Terry's model (1952), P(first before second) = sigmoid(position difference), fitted
+    by gradient steps from equal positions; stopping early takes the role of a prior.
     """
     place = np.zeros(size)
     seen = np.bincount(first, minlength=size) + np.bincount(second, minlength=size)

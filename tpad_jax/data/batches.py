@@ -30,13 +30,13 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
     consecutive parts (one per local device):
       items int32 [B, N] prefix, next int32 [B, N] what follows each position, target int32 [B]
       (all as in `sessions.rows`), valid bool [B] (all True), row int32 [B] the row's number in the
-      data set, the same whichever step, shard or process it falls into.
+      data set, which does not depend on step, shard or process.
     With every_prefix=False, moreover `places` int32 [shards * P]: the flat positions b N + j of
     each shard that hold an item, then -1; P is the most any of `steps` steps needs.
     With content, moreover the distinct items of each shard, U rows (see `content_width`): ids
     int32 [shards * U] (0 first, then ascending, then 0 to fill up), image uint8 [shards * U, H, W,
     3], has_image bool [shards * U], tokens int32 [shards * U, T], and
-      slots, next_slots int32 [B, N]: where items and next stand among the rows of their shard.
+      slots, next_slots int32 [B, N]: positions of items and next among the rows of their shard.
 
     Args:
       data: its train split is read.

@@ -31,7 +31,7 @@ class Data:
     Attributes:
       asins: list of str, [0] being ''. External ids.
       titles: list of str, [0] being ''.
-      texts: list of str, [0] being ''. What the MLLMs read of an item.
+      texts: list of str, [0] being ''. The MLLMs read these.
       image_bytes: encoded images by item id, b'' where there is none; None: no item has one.
       has_image: bool [V + 1]. A picture was found.
       side: int32 [V + 1, S]. Ids of side features, of raw files brand, category and price level.

@@ -1,8 +1,8 @@
-"""The shuffle test: what the order inside sessions is worth to the simplest rules.
+"""The shuffle test: how much the order inside sessions helps the simplest rules.
 
-The items of every session are put in a random order, in training and in test, and rules counted
-before and after are compared on test targets. A rule of direction loses what the order told it; a
-symmetric one loses what closeness told it. Where neither loses, there is no order to model.
+The items of every session are put in a random order, in training and in test. Rules counted before
+and after are compared on test targets. A directed rule loses by it the information in the order, a
+symmetric rule the information in closeness. If neither loses, the order holds no information.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from tpad_jax.data.item_graphs import followers
 from tpad_jax.data.sessions import Rows, Sessions, rows
 
 AT = 20  # K of the metrics
-# what finding the target at place 1, 2, .. AT earns
+# gain for the target at place 1, 2, .. AT
 GAINS = {'hit@20': np.ones(AT), 'mrr@20': 1 / np.arange(1, AT + 1)}
 SAMPLE = 5_000  # test rows at most
 LONGEST, DECAY = 10, 0.6  # steps between the items of a rule; weight per step from the prefix's end
@@ -24,14 +24,14 @@ RULES = {'markov': (1, 0.0, False), 'sr': (LONGEST, DECAY, False),
 
 
 def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
-    """hit@20 and mrr@20 of three rules as the sessions are and after shuffling each of them.
+    """Measure hit@20 and mrr@20 of three rules before and after shuffling every session.
 
     'markov' follows the last item by one step. 'sr' follows all items of the prefix by up to 10
-    steps, worth 1 / steps and 0.6 for each step from the prefix's end; 'symmetric' is the same
-    counted in both directions. The same rows (session and place) are scored before and after.
+    steps; a pair weighs 1 / steps, and 0.6 for each step from the prefix's end. 'symmetric' is the
+    same counted in both directions. The same rows (session and place) are scored before and after.
 
     Args:
-      train: what rules are counted on.
+      train: sessions that the rules are counted on.
       test: every prefix of its sessions is a row; at most SAMPLE of them, drawn by the seed.
       seed: of the sample and of the orders.
 
@@ -41,24 +41,24 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
     """
     rng = np.random.default_rng(seed)
     size = 1 + max((int(part.items.max()) for part in (train, test) if len(part.items)), default=0)
-    found = {name: [] for name in RULES}
+    places = {name: [] for name in RULES}
     picked = None
-    for one, other in ((train, test), (shuffled(train, rng), shuffled(test, rng))):
-        scored = rows(other, PREFIX)
+    for counted, tested in ((train, test), (shuffled(train, rng), shuffled(test, rng))):
+        scored = rows(tested, PREFIX)
         if picked is None:
             total = len(scored.target)
             picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
         for name, (steps, decay, both) in RULES.items():
-            table = followers(one, size - 1, steps, lag_power=1)
+            table = followers(counted, size - 1, steps, lag_power=1)
             table = sp.csr_array(table + table.T) if both else table
-            found[name].append(_places(table, scored, picked, decay) if len(picked) else None)
+            places[name].append(_places(table, scored, picked, decay) if len(picked) else None)
     return {'rows': len(picked),
-            **{name: {metric: _summary(gain, *places) for metric, gain in GAINS.items()}
-               for name, places in found.items()}}
+            **{name: {metric: _summary(gain, *pair) for metric, gain in GAINS.items()}
+               for name, pair in places.items()}}
 
 
 def shuffled(sessions: Sessions, rng: np.random.Generator) -> Sessions:
-    """The same sessions, the items of each in a random order."""
+    """Put the items of every session in a random order."""
     owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
     return sessions._replace(items=sessions.items[np.lexsort((rng.random(len(owner)), owner))])
 

@@ -307,12 +307,12 @@ def test_write_never_mixes_two_catalogues(tmp_path):
     planted_lib.write(tmp_path / 'raw', seed=6, **SMALL)
     before = digests(tmp_path / 'raw')
     planted_lib.write(tmp_path / 'raw', seed=6, **SMALL)
-    with pytest.raises(InputError, match='another directory'):
+    with pytest.raises(InputError, match='another workdir'):
         planted_lib.write(tmp_path / 'raw', seed=7, **SMALL)
     assert digests(tmp_path / 'raw') == before
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other/mine.txt').write_text('mine')
-    with pytest.raises(InputError, match='no planted catalogue'):
+    with pytest.raises(InputError, match='not a planted catalogue'):
         planted_lib.write(tmp_path / 'other', seed=6, **SMALL)
     with pytest.raises(InputError, match='noise'):
         planted_lib.write(tmp_path / 'new', seed=6, **SMALL, noise=-1)

@@ -25,27 +25,34 @@ NAME = 'tpad_jax.data.download'
 
 
 def table(report: dict) -> Table:
-    """What `download` returns, a row per outcome; of a reason, one item it happened to."""
-    says = {'fetched': 'fetched', 'there': 'there already', 'without_url': 'without an address',
-            'unreviewed': 'in no review (--unreviewed gets them)', 'left': 'left'}
-    rows = [(str(report[key]), text, '') for key, text in says.items()
+    """Tabulate a report.
+
+    Args:
+      report: of `download`.
+
+    Returns:
+      A table with a row per outcome; of a reason, with one item as an example.
+    """
+    words = {'fetched': 'fetched', 'there': 'there already', 'without_url': 'without an address',
+             'unreviewed': 'in no review (--unreviewed gets them)', 'left': 'left'}
+    rows = [(str(report[key]), text, '') for key, text in words.items()
             if report[key] or key == 'fetched']
     for reason, count in report['reasons'].items():
-        same = [one for one in report['failures'] if one['reason'] == reason]
-        said = {'for now': sum(not one['for_good'] for one in same),
-                'not asked again; --again does': sum(one['remembered'] for one in same)}
-        said = ', '.join(f'{number} {what}' for what, number in said.items() if number)
-        rows.append((str(count), f'failed: {reason}' + f' ({said})' * bool(said),
-                     ' '.join([same[0]['asin'], *same[0]['urls'][:1]])))
+        failures = [failure for failure in report['failures'] if failure['reason'] == reason]
+        numbers = {'for now': sum(not failure['for_good'] for failure in failures),
+                   'not asked again; --again does': sum(f['remembered'] for f in failures)}
+        note = ', '.join(f'{number} {what}' for what, number in numbers.items() if number)
+        rows.append((str(count), f'failed: {reason}' + f' ({note})' * bool(note),
+                     ' '.join([failures[0]['asin'], *failures[0]['urls'][:1]])))
     rows.append((str(report['items']), 'items in all', ''))
-    made = Table(box=None, header_style='bold')
-    for number, head in enumerate(('items', '', 'for example')):  # what is long gives way
-        made.add_column(head, justify='left' if number else 'right', no_wrap=True,
-                        min_width=max(len(head), *(len(row[number]) for row in rows)) if number < 2
-                        else None)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    out = Table(box=None, header_style='bold')
+    out.add_column('items', justify='right', no_wrap=True, min_width=max(5, widths[0]))
+    out.add_column('outcome', no_wrap=True, min_width=widths[1])
+    out.add_column('for example', no_wrap=True)  # addresses are cut to the width of the terminal
     for row in rows:
-        made.add_row(*map(escape, row))
-    return made
+        out.add_row(*map(escape, row))
+    return out
 
 
 @cli.command(NAME)

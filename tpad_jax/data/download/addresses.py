@@ -19,7 +19,7 @@ _NAT64 = ipaddress.ip_network('64:ff9b::/96')
 
 
 class RefusedAddressError(Exception):
-    """None of a name's addresses may be connected to."""
+    """A name has no address that may be connected to."""
 
 
 def is_public(address: str) -> bool:

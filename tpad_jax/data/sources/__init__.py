@@ -24,7 +24,7 @@ DEFAULT = 'planted'
 
 
 class Sizes(NamedTuple):
-    """What memory planning has to know of a source.
+    """Sizes of a source for memory planning.
 
     Attributes:
       items: V, the padding item not counted.
@@ -47,7 +47,7 @@ class Source:
       content: whether items have texts and pictures. Without, only the recommender can be trained.
       timed: whether the sessions' start times are times; else `config.data.ordered` decides.
       longest: the longest prefix there is; 0: `config.data.max_length` alone limits it.
-      world: the known next-item distribution behind the sessions; None: there is none.
+      world: makes the world that the sessions were drawn from; None: it is not known.
     """
 
     load: Callable[[Any, Path], Data]

@@ -213,7 +213,7 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
 
 
 def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
-    """Find the picture of every item, whatever the case of its ending.
+    """Find the picture of every item; the case of its ending does not matter.
 
     Args:
       raw_dir: the folder that holds `images/`.

@@ -1,7 +1,7 @@
 """The fields of a raw Amazon line -> values, or the reason why the line cannot be used.
 
 2018 and 2023 differ in the names of their fields. Numbers where a text is expected are read as
-their digits. What cannot be read in a line that is kept is counted as unused.
+their digits. Values that cannot be read in a line that is kept are counted as unused.
 """
 
 import math
@@ -117,7 +117,7 @@ def event(record: dict, fields: Fields, items) -> tuple[str, str, int] | Reason:
 
 
 def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
-    """Read what a metadata line says about its item.
+    """Read the words and the price of a metadata line.
 
     Args:
       record: a line of the metadata.

@@ -1,8 +1,8 @@
 """The planted catalogue: items and sessions whose true next-item distribution is known.
 
-`write` leaves raw Amazon files in the 2023 form, which the ordinary pipeline reads. Everything is
-a pure function of the seed; the catalogue, its texts, its images and each split's sessions have
-random streams of their own, so the same seed with fewer training sessions or more noise is the same
+`write` writes raw Amazon files in the 2023 form, which the ordinary pipeline reads. Everything is a
+pure function of the seed. The catalogue, its texts, its images and each split's sessions have
+separate random streams. So the same seed with fewer training sessions or more noise is the same
 world, tested on the same sessions.
 """
 
@@ -23,7 +23,7 @@ from tpad_jax.data.sources import Sizes, Source
 from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.errors import InputError
 
-# The definition. None of these is a knob.
+# The definition; these are not options.
 POPULARITY_SIGMA = 0.5
 COLD_SHARE = 0.15
 CATEGORY_WEIGHTS = (0.6, 0.3, 0.1)
@@ -42,14 +42,23 @@ _EVENT_SECONDS, _SESSION_SECONDS = 60, 600  # eight events end before the next s
 
 
 class Planted(NamedTuple):
-    """A drawn world of V items. Row k of a per-item array is planted id k + 1; id 0 is padding."""
+    """A drawn world of V items. Row k of a per-item array is planted id k + 1; id 0 is padding.
 
-    attributes: np.ndarray  # int32 [V, 5] category, brand, style, colour, material
-    popularity: np.ndarray  # float64 [V], sums to 1
-    cold: np.ndarray  # bool [V], in no training session
-    category_weights: np.ndarray  # float64 [12, 12], C[last, next]
-    next_style: np.ndarray  # int32 [5]
-    next_colour: np.ndarray  # int32 [8]
+    Attributes:
+      attributes: int32 [V, 5]. Category, brand, style, colour, material.
+      popularity: float64 [V], sums to 1.
+      cold: bool [V]. In no training session.
+      category_weights: float64 [12, 12], C[last, next].
+      next_style: int32 [5].
+      next_colour: int32 [8].
+    """
+
+    attributes: np.ndarray
+    popularity: np.ndarray
+    cold: np.ndarray
+    category_weights: np.ndarray
+    next_style: np.ndarray
+    next_colour: np.ndarray
 
 
 def _stream(seed, number):
@@ -65,21 +74,28 @@ def _cycle(rng, size):
 
 
 def draw(seed, items=600):
-    """Draws the world of a seed.
+    """Draw the world of a seed.
 
-    Attributes are independent and uniform, popularity is log-normal (sigma 0.5), exactly
-    round(0.15 items) items are cold, whichever they are. Each category has its own three other
-    categories, drawn without replacement, with weights 0.6, 0.3, 0.1; all else, itself included,
-    weighs 1e-4. Successors of style and of colour run along one random cycle, so that every value
-    is followed by another one and follows exactly one.
+    Attributes are independent and uniform, popularity is log-normal (sigma 0.5), and exactly
+    round(0.15 items) random items are cold. Each category has three other categories, drawn without
+    replacement, with weights 0.6, 0.3, 0.1; all others, itself included, weigh 1e-4. Successors of
+    style and of colour follow one random cycle, so that every value is followed by another one and
+    follows exactly one.
+
+    Args:
+      seed: of the world.
+      items: V.
+
+    Returns:
+      The world.
 
     Raises:
-        InputError: a negative seed or fewer than 2 items.
+      InputError: a negative seed or fewer than 2 items.
     """
-    if seed < 0:
-        raise InputError(f'seed is {seed}, but a seed must be 0 or more.')
-    if items < 2:
-        raise InputError(f'items is {items}, but a planted catalogue needs at least 2 items.')
+    for name, value, least in (('seed', seed, 0), ('items', items, 2)):
+        if value < least:
+            raise InputError(f'config.data.planted.{name}={value}: too small. Expected {least} or '
+                             'more. Fix: raise it.')
     rng = _stream(seed, _TRANSITIONS)
     categories = len(wording.CATEGORIES)
     weights = np.full((categories, categories), OTHER_CATEGORY)
@@ -98,7 +114,7 @@ def draw(seed, items=600):
 
 
 def probabilities(planted, prefixes, warm_only=False):
-    """The exact distribution of the item that follows each prefix.
+    """Compute the exact distribution of the item that follows each prefix.
 
     P(i | prefix) = 0.90 P* + 0.05 / V + 0.05 pop(i), where P* is pop(i) C[cat(last), cat(i)]
     B[brand(first), brand(i)] S[style(last), style(i)] O[colour(last), colour(i)], normalised over
@@ -107,15 +123,15 @@ def probabilities(planted, prefixes, warm_only=False):
     Training follows P cut to warm items and divided by their share of it (the mixture as a whole).
 
     Args:
-        planted: the world, V items.
-        prefixes: int32 [R, N] planted ids 1..V, left aligned, 0 pads; at least one id per row.
-        warm_only: the distribution of training sessions, zero at cold items.
+      planted: the world, V items.
+      prefixes: int32 [R, N]. Planted ids 1..V, left aligned, 0 pads; at least one id per row.
+      warm_only: the distribution of training sessions, zero at cold items.
 
     Returns:
-        float64 [R, V], column k for planted id k + 1; rows sum to 1.
+      float64 [R, V], column k for planted id k + 1; rows sum to 1.
 
     Raises:
-        ValueError: a prefix without items.
+      ValueError: a prefix without items.
     """
     prefixes = np.asarray(prefixes)
     if (prefixes[:, 0] == 0).any():
@@ -123,12 +139,12 @@ def probabilities(planted, prefixes, warm_only=False):
     first = planted.attributes[prefixes[:, 0] - 1]
     lengths = (prefixes > 0).sum(1)
     last = planted.attributes[prefixes[np.arange(len(prefixes)), lengths - 1] - 1]
-    own = planted.attributes.T
-    weight = planted.category_weights[last[:, _CATEGORY]][:, own[_CATEGORY]]
+    items = planted.attributes.T
+    weight = planted.category_weights[last[:, _CATEGORY]][:, items[_CATEGORY]]
     weight *= planted.popularity
-    weight[first[:, _BRAND, None] == own[_BRAND]] *= BRAND_WEIGHT
-    weight[planted.next_style[last[:, _STYLE], None] == own[_STYLE]] *= SUCCESSOR_WEIGHT
-    weight[planted.next_colour[last[:, _COLOUR], None] == own[_COLOUR]] *= SUCCESSOR_WEIGHT
+    weight[first[:, _BRAND, None] == items[_BRAND]] *= BRAND_WEIGHT
+    weight[planted.next_style[last[:, _STYLE], None] == items[_STYLE]] *= SUCCESSOR_WEIGHT
+    weight[planted.next_colour[last[:, _COLOUR], None] == items[_COLOUR]] *= SUCCESSOR_WEIGHT
     weight *= (1 - UNIFORM_SHARE - POPULARITY_SHARE) / weight.sum(1, keepdims=True)
     weight += UNIFORM_SHARE / len(planted.popularity) + POPULARITY_SHARE * planted.popularity
     if warm_only:
@@ -138,25 +154,26 @@ def probabilities(planted, prefixes, warm_only=False):
 
 
 def catalogue_probabilities(planted, asins):
-    """The full distribution in the ids of a catalogue, as evaluation takes it.
+    """Express the full distribution in the ids of a catalogue, as evaluation takes it.
 
     Args:
-        planted: the world, V items.
-        asins: list of V + 1 str, the catalogue's, [0] being padding; all V planted items, in any
-            order.
+      planted: the world, V items.
+      asins: list of V + 1 str, the catalogue's, [0] being padding; all V planted items, in any
+        order.
 
     Returns:
-        Function of int32 [R, N] (catalogue ids, left aligned, 0 pads) -> float64 [R, V + 1], whose
-        column 0 is 0.
+      Function of int32 [R, N] (catalogue ids, left aligned, 0 pads) -> float64 [R, V + 1], whose
+      column 0 is 0.
 
     Raises:
-        InputError: the catalogue is not this planted one, or not all of it.
+      InputError: the catalogue is not this planted one, or not all of it.
     """
     ids = planted_ids(asins)
     if not np.array_equal(np.sort(ids), np.arange(len(planted.popularity) + 1)):
         raise InputError(
             f'the {len(ids) - 1} items of the catalogue are not the {len(planted.popularity)} of '
-            'the planted one, so its oracle does not apply; set its `items` and turn k-core off.')
+            'the planted one, so its oracle does not apply. Expected the same items. Fix: set '
+            'config.data.planted.items and turn k-core off.')
 
     def follow(items):
         out = np.zeros((len(items), len(ids)))
@@ -175,20 +192,21 @@ def _sample(probability, uniforms):
 
 
 def sample_sessions(planted, count, rng, warm_only=False, chunk=2048):
-    """Sessions of uniform length 2..8, the first item by popularity, the others by `probabilities`.
+    """Draw sessions of uniform length 2..8.
 
-    Each session takes its own nine numbers off the generator: with one seed, the first sessions of
-    a long sample are those of a short one.
+    The first item is drawn by popularity, the others by `probabilities`. Each session takes nine
+    numbers from the generator. So with one seed the first sessions of a long sample are those of a
+    short one.
 
     Args:
-        planted: the world, V items.
-        count: how many sessions, S.
-        rng: numpy generator.
-        warm_only: training sessions: the first item, too, by popularity among the warm.
-        chunk: rows at a time, which bounds memory and changes nothing.
+      planted: the world, V items.
+      count: S, the number of sessions.
+      rng: numpy generator.
+      warm_only: training sessions: the first item, too, by popularity among the warm.
+      chunk: rows at a time, which bounds memory and does not change the result.
 
     Returns:
-        int32 [S, 8] planted ids, left aligned, 0 pads.
+      int32 [S, 8] planted ids, left aligned, 0 pads.
     """
     shortest, longest = LENGTHS
     uniforms = rng.random((count, 1 + longest))
@@ -206,21 +224,28 @@ def sample_sessions(planted, count, rng, warm_only=False, chunk=2048):
 
 
 def asin(planted_id):
-    """The external id of a planted item: 'P000000001' for 1."""
+    """Make the external id of a planted item: 'P000000001' for 1."""
     return f'P{planted_id:09d}'
 
 
 def planted_ids(asins):
-    """Planted ids of a catalogue's items: list of V + 1 str, [0] being padding -> int32 [V + 1].
+    """Look up the planted ids of a catalogue's items.
+
+    Args:
+      asins: list of V + 1 str, [0] being padding.
+
+    Returns:
+      int32 [V + 1].
 
     Raises:
-        InputError: an asin that `write` did not make.
+      InputError: an asin that `write` did not make.
     """
     ids = np.zeros(len(asins), np.int32)
     for row, name in enumerate(asins[1:], 1):
         if not re.fullmatch('P0*[1-9][0-9]*', name) or len(name) != len(asin(1)):
-            raise InputError(f'asin {name!r} is not of the planted catalogue; its oracle and true '
-                             'attributes go with the raw files that `synthetic.write` makes.')
+            raise InputError(f'asin {name!r} is not in the planted catalogue. Expected raw files '
+                             'of `planted.write`, to which its oracle and true attributes belong. '
+                             'Fix: prepare those files.')
         ids[row] = int(name[1:])
     return ids
 
@@ -250,32 +275,36 @@ def _jpeg(image):
 
 
 def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=rendering.NOISE):
-    """Writes the planted catalogue as raw Amazon files of the 2023 form.
+    """Write the planted catalogue as raw Amazon files of the 2023 form.
 
-    `Planted.jsonl` (events, 60 s apart, each session a user of its own; all training sessions, then
-    validation, then test, one session ending before the next starts), `meta_Planted.jsonl` (brand
-    in `store`, one category for all, no price), `images/<asin>.jpg` (64 x 64, quality 90), and
-    `planted.json` with the options. The directory appears at once or not at all, and one that holds
-    the same options already is left as it is. The same options give the same bytes.
+    - `Planted.jsonl`: events, 60 s apart, each session by another user; all training sessions, then
+      validation, then test, one session ending before the next starts.
+    - `meta_Planted.jsonl`: brand in `store`, one category for all, no price.
+    - `images/<asin>.jpg`: 64 x 64, quality 90.
+    - `planted.json`: the options.
+
+    The directory appears completely or not at all. One that holds the same options stays as it is.
+    The same options give the same bytes.
 
     Args:
-        raw_dir: the directory to make, or an empty one.
-        seed: of the world and of everything in it.
-        items: size of the catalogue.
-        train: number of training sessions; the smaller sample is a part of the larger.
-        valid: number of validation sessions.
-        test: number of test sessions.
-        noise: standard deviation of the pixel noise in the range 0..1.
+      raw_dir: the directory to make, or an empty one.
+      seed: of the world and of everything in it.
+      items: size of the catalogue.
+      train: number of training sessions; a smaller sample is a part of a larger one.
+      valid: number of validation sessions.
+      test: number of test sessions.
+      noise: standard deviation of the pixel noise in the range 0..1.
 
     Raises:
-        InputError: the directory holds anything else, or an option is unusable.
+      InputError: the directory holds anything else, or an option is unusable.
     """
     raw_dir = Path(raw_dir)
     options = {'seed': int(seed), 'items': int(items), 'train': int(train), 'valid': int(valid),
                'test': int(test), 'noise': float(noise)}
     for name in ('train', 'valid', 'test', 'noise'):
         if options[name] < 0:
-            raise InputError(f'{name} is {options[name]}, but must be 0 or more.')
+            raise InputError(f'config.data.planted.{name}={options[name]}: negative. Expected 0 or '
+                             'more. Fix: raise it.')
     if _already_written(raw_dir, options):
         return
     planted = draw(seed, items)
@@ -285,7 +314,7 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
         _fill(building, planted, options)
         try:
             os.replace(building, raw_dir)
-        except OSError:  # another process was first; its bytes are ours if its options are
+        except OSError:  # another process was first; the same options gave the same bytes
             if not _already_written(raw_dir, options):
                 raise
     finally:
@@ -293,22 +322,22 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
 
 
 def _already_written(raw_dir, options):
-    """Whether the directory holds these very options; InputError where it holds anything else."""
+    """Check whether the directory holds these options; refuses one that holds anything else."""
     if not raw_dir.exists() or (raw_dir.is_dir() and not any(raw_dir.iterdir())):
         return False
     file = raw_dir / 'planted.json'
     if not file.is_file():
-        raise InputError(f'{raw_dir} exists and is no planted catalogue; name a directory that '
-                         'does not exist yet.')
-    found = json.loads(file.read_text())
-    if found != options:
-        raise InputError(f'{raw_dir} holds a planted catalogue of {found}, not {options}; remove '
-                         'it or name another directory.')
+        raise InputError(f'{raw_dir} exists and is not a planted catalogue. Expected a directory '
+                         'that does not exist yet. Fix: name another workdir.')
+    written = json.loads(file.read_text())
+    if written != options:
+        raise InputError(f'{raw_dir} holds a planted catalogue of {written}. Expected {options}. '
+                         'Fix: remove it or name another workdir.')
     return True
 
 
 def _fill(directory, planted, options):
-    """Writes every file of `write` into an existing directory."""
+    """Write every file of `write` into an existing directory."""
     seed = options['seed']
     titles, brands, descriptions = wording.texts(planted.attributes, _stream(seed, _TEXTS))
     _write_lines(directory / 'meta_Planted.jsonl', (
@@ -328,7 +357,7 @@ def _fill(directory, planted, options):
 
 
 def _load(config, workdir):
-    """Writes the raw files and reads them as any others, without k-core."""
+    """Write the raw files and read them as any others, without k-core."""
     from tpad_jax.data.sources import amazon_tables  # seconds, which drawing alone does not need
 
     c = config.data.planted

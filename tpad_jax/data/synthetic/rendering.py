@@ -1,7 +1,7 @@
 """Images of the planted catalogue: small product pictograms.
 
-The shape is the category, its colour the colour, the pattern over it the style; brand and material
-cannot be seen. Everything else (place, size, pattern phase, background, noise) says nothing.
+The shape is the category, its colour the colour, the pattern on it the style; brand and material
+cannot be seen. Everything else (place, size, pattern phase, background, noise) is random.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ PALETTE = np.array([
 
 _SHAPE_SIDE = 52.0  # pixels of the unit square at scale 1
 _SCALE = (0.90, 1.08)
-_SHIFT = 3.0  # pixels, either way
+_SHIFT = 3.0  # pixels, in each direction
 _OUTLINE = 1.5  # pixels, inside the edge
 _SHADOW = (1.0, 2.0, 3.0, 0.22)  # right, down, softness in pixels, strength
 _CHUNK = 256
@@ -42,9 +42,9 @@ def _wave(phase):
 
 
 def _pattern(style, x, y):
-    """How much of the second tone shows, 0..1, at x [M, 1, W], y [M, H, 1] pixels -> [M, H, W].
+    """The share of the second tone, 0..1, at x [M, 1, W], y [M, H, 1] pixels -> [M, H, W].
 
-    The periods of 11 to 14 pixels are what still shows after a halving to 32 x 32 under the noise.
+    Periods of 11 to 14 pixels are still visible under the noise after a halving to 32 x 32.
     """
     if style == 0:  # plain
         return np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
@@ -90,16 +90,16 @@ def _paint(attributes, uniforms, fields):
 
 
 def render(attributes, rng, noise=NOISE):
-    """Draws the items' images.
+    """Draw the items' images.
 
     Args:
-        attributes: int32 [M, 5] category, brand, style, colour, material.
-        rng: numpy generator. The noise is drawn last, so that two levels of it show the same
-            pictograms.
-        noise: standard deviation of the pixel noise, per channel, in the range 0..1.
+      attributes: int32 [M, 5]. Category, brand, style, colour, material.
+      rng: numpy generator. The noise is drawn last, so that two levels of it show the same
+        pictograms.
+      noise: standard deviation of the pixel noise, per channel, in the range 0..1.
 
     Returns:
-        uint8 [M, 64, 64, 3] RGB.
+      uint8 [M, 64, 64, 3] RGB.
     """
     uniforms = rng.random((len(attributes), 9), np.float32)
     fields = distance_fields()

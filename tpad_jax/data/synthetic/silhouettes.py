@@ -1,7 +1,7 @@
 """Twelve filled silhouettes, one per planted category, as signed distance fields.
 
-A distance field gives sharp, antialiased edges, outlines and soft shadows at any size and position,
-which is what lets `rendering` draw thousands of jittered pictograms at once.
+A distance field gives sharp, antialiased edges, outlines and soft shadows at any size and position.
+So `rendering` can draw thousands of jittered pictograms at once.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ from scipy.ndimage import distance_transform_edt
 
 from tpad_jax.data.synthetic.wording import CATEGORIES
 
-MARGIN = 0.2  # the field reaches this far beyond the unit square the silhouettes stand in
+MARGIN = 0.2  # width of the field around the unit square of the silhouettes
 GRID = 140  # samples per side of the stored field
 _OVERSAMPLING = 4
 
@@ -129,11 +129,11 @@ _SHAPES = {
 
 @lru_cache(maxsize=1)
 def distance_fields():
-    """Signed distances to the edge of every silhouette, negative inside.
+    """Compute the signed distances to the edge of every silhouette, negative inside.
 
     Returns:
-        float32 [12, GRID, GRID], rows y, columns x, in units of the unit square's side; the samples
-        span -MARGIN..1 + MARGIN. Not to be written to: it is made once.
+      float32 [12, GRID, GRID], rows y, columns x, in units of the unit square's side. The samples
+      span -MARGIN..1 + MARGIN. It is made once and cannot be written to.
     """
     fields = []
     for name in CATEGORIES:

@@ -1,7 +1,7 @@
 """The words of the planted catalogue: attribute names, item texts and captions.
 
-Everything is lower case and the whole vocabulary stays under 400 distinct words, so that a small
-tokenizer trained on it leaves few words unknown. No filler word is an attribute's name.
+Everything is lower case, and the vocabulary has fewer than 400 distinct words, so that a small
+tokenizer trained on it knows nearly all of them. No filler word is an attribute's name.
 """
 
 import numpy as np
@@ -38,51 +38,50 @@ _FILLERS = ('easy to clean', 'ships within two days', 'loved by many', 'a fine p
 
 
 def _pick(choices, uniform):
-    """The choice that a number in [0, 1) falls on, all equally likely."""
+    """Pick a choice by a number in [0, 1), all equally likely."""
     return choices[int(uniform * len(choices))]
 
 
 def mentions(attributes, uniforms):
-    """What the texts say of every item: the value mentioned, or -1 where nothing is.
+    """Draw the values that the texts of every item mention.
 
-    Each of an item's attributes is mentioned at the rate `MENTIONED`, independently of all others,
-    and where it is mentioned it is wrong at the rate `WRONG`: any of the *other* values, equally
-    likely.
+    Each of an item's attributes is mentioned at the rate `MENTIONED`, independently of all others.
+    A mentioned value is wrong at the rate `WRONG`; each *other* value is then equally likely.
 
     Args:
-        attributes: int32 [M, 5] in the order of `ATTRIBUTES`, the true values.
-        uniforms: float64 [M, 5, 3] in [0, 1): is it mentioned, is it wrong, which other value.
+      attributes: int32 [M, 5]. The true values, in the order of `ATTRIBUTES`.
+      uniforms: float64 [M, 5, 3] in [0, 1). Is it mentioned, is it wrong, which other value.
 
     Returns:
-        int32 [M, 5].
+      int32 [M, 5], -1 where an attribute is not mentioned.
     """
     sizes = np.array(SIZES)
     other = (attributes + 1 + (uniforms[..., 2] * (sizes - 1)).astype(np.int32)) % sizes
-    said = np.where(uniforms[..., 1] < WRONG, other, attributes)
-    return np.where(uniforms[..., 0] < np.array(MENTIONED), said, -1).astype(np.int32)
+    value = np.where(uniforms[..., 1] < WRONG, other, attributes)
+    return np.where(uniforms[..., 0] < np.array(MENTIONED), value, -1).astype(np.int32)
 
 
 def texts(attributes, rng):
-    """Title, brand and description of every item: mentions of its attributes among filler.
+    """Write title, brand and description of every item: its attributes among filler.
 
-    The category stands in the title, the brand in the brand field (a third of the time in the
-    description as well, the same value); style, colour and material stand in the title or in the
-    description, each mentioned once. A title always names something, an unmentioned category by a
-    word like 'item'; an unmentioned brand is ''. The three together have at most 28 words. With one
-    seed the texts of the first items are the same however many items follow.
+    The title mentions the category. The brand field holds the brand, and a third of the
+    descriptions repeat it. Title or description mention style, colour and material, each once. A
+    title names an unmentioned category by a word like 'item'; an unmentioned brand is ''. The three
+    together have at most 28 words. With one seed the texts of the first items do not depend on the
+    number of items.
 
     Args:
-        attributes: int32 [M, 5] in the order of `ATTRIBUTES`.
-        rng: numpy generator.
+      attributes: int32 [M, 5] in the order of `ATTRIBUTES`.
+      rng: numpy generator.
 
     Returns:
-        Three lists of M str: titles, brands, descriptions.
+      Three lists of M str: titles, brands, descriptions.
     """
     uniforms = rng.random((len(attributes), 33))
-    said = mentions(attributes, uniforms[:, :15].reshape(-1, 5, 3))
+    mentioned = mentions(attributes, uniforms[:, :15].reshape(-1, 5, 3))
     titles, brands, descriptions = [], [], []
     for (category, brand, style, colour, material), u in zip(
-            said.tolist(), uniforms[:, 15:].tolist(), strict=True):
+            mentioned.tolist(), uniforms[:, 15:].tolist(), strict=True):
         noun = CATEGORIES[category] if category >= 0 else _pick(_NOUNS, u[0])
         title, phrases = [_pick(_OPENINGS, u[1])], []
         for value, names, forms, place, form in (
@@ -109,13 +108,13 @@ def texts(attributes, rng):
 
 
 def caption(attributes):
-    """A sentence per item that names all five true attributes, for pretraining the small base only.
+    """Write a sentence per item with its five true attributes, to pretrain the small base only.
 
     Args:
-        attributes: int32 [M, 5] in the order of `ATTRIBUTES`.
+      attributes: int32 [M, 5] in the order of `ATTRIBUTES`.
 
     Returns:
-        List of M str like 'category mug brand acme style striped colour red material steel'.
+      List of M str like 'category mug brand acme style striped colour red material steel'.
     """
     return [' '.join(f'{name} {values[k]}' for name, values, k in
                      zip(ATTRIBUTES, VALUES, row, strict=True))
