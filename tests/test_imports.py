@@ -4,6 +4,8 @@
 """
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,17 @@ def test_benchmarks_import_no_circle():
         assert ground, f'a circle among {sorted(below)}'
         for name in ground:
             del below[name]
+
+
+def test_serving_imports_what_it_needs_only():
+    """A service starts without the libraries that only training and reports use."""
+    program = '''
+import sys
+import tpad_jax.serve
+from tpad_jax.serving import http, recommender
+unneeded = {'orbax', 'grain', 'tensorflow_datasets', 'optuna', 'matplotlib', 'tensorboard'}
+print(*unneeded & {name.split('.')[0] for name in sys.modules})
+'''
+    done = subprocess.run([sys.executable, '-c', program], text=True, capture_output=True,
+                          check=True)
+    assert done.stdout == '\n'

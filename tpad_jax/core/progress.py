@@ -50,22 +50,25 @@ class _Bars:
     """The bars of all tasks that run now: a terminal has one live display, and threads share it."""
 
     def __init__(self):
-        self._lock, self._progress, self._users = threading.Lock(), None, 0
+        self._lock, self._users = threading.Lock(), 0
+        self._progress: Progress | None = None
 
     @contextlib.contextmanager
-    def shown(self, console):
+    def shown(self, console: Console) -> Iterator[Progress]:
         with self._lock:
-            if not self._users:
+            if self._progress is None:
                 self._progress = _bar(console)
                 self._progress.start()
+            bar = self._progress
             self._users += 1
         try:
-            yield self._progress
+            yield bar
         finally:
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    self._progress.stop()
+                    bar.stop()
+                    self._progress = None
 
 
 _BARS = _Bars()
