@@ -53,7 +53,8 @@ class Checkpoints:
         self._root = Path(directory).absolute()
         self._pending, self._saving = None, None
         try:
-            with hosts.one_first(f'checkpoints in {self._root}'):
+            # not named after the path, which may differ from host to host
+            with hosts.one_first('checkpoints'):
                 self._root.mkdir(parents=True, exist_ok=True)
                 if jax.process_index() == 0:
                     self._remove_incomplete()

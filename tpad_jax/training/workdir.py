@@ -108,7 +108,7 @@ def locked(workdir) -> Iterator[None]:
       InputError: another run uses the workdir; the message names its host, process and start time.
     """
     with contextlib.ExitStack() as stack:
-        with hosts.joined(f'lock of {workdir}'):
+        with hosts.joined('lock of the workdir'):
             if jax.process_index() == 0:
                 # Never removed: a process that has just opened it would lock a file without a name.
                 lock = stack.enter_context(open(Path(workdir) / LOCK, 'a+', encoding='utf-8'))
