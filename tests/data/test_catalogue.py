@@ -209,7 +209,7 @@ def test_positions_of_a_batch_larger_than_an_epoch():
 
 
 def test_indivisible_batch_is_refused(data, content):
-    with pytest.raises(InputError, match=r'batch_size=12 .* multiple of 8'):
+    with pytest.raises(InputError, match=r'batch_size=12: .* multiple of 8'):
         batches.session_batches(data, batch_size=12, seed=0, max_length=N, processes=2, shards=4)
     with pytest.raises(InputError, match='batch_size=3'):
         batches.item_batches(data, batch_size=3, seed=0, content=content, shards=2)
@@ -219,7 +219,7 @@ def test_nothing_to_train_on_is_refused():
     none = Sessions(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64))
     data = catalogue.Data([''], [], [], None, None, None, (1, 1, 1), none, none, none, None, {}, {},
                          '', '2023')
-    with pytest.raises(InputError, match='nothing to train on'):
+    with pytest.raises(InputError, match='no training session has two items'):
         batches.session_batches(data, batch_size=2, seed=0, max_length=N)
 
 

@@ -20,11 +20,48 @@ SCANNED = 10_000  # steps whose batches are looked at beforehand, seconds of wor
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
-def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int = 0,
-                    every_prefix: bool = True, max_length: int, content: Content | None = None,
-                    processes: int = 1, process: int = 0, shards: int = 1,
-                    steps: int = 0) -> Iterator[dict]:
-    """Batches of training rows, reshuffled every epoch; a batch may reach over an epoch's end.
+@dataclass(frozen=True)
+class Cut:
+    """How the rows of a step are drawn and cut among processes and devices.
+
+    Attributes:
+      batch_size: rows of a step over all processes.
+      seed: of the order, >= 0.
+      processes: number of processes that share a step.
+      process: this one's number, from 0.
+      shards: local devices, one part each.
+    """
+
+    batch_size: int
+    seed: int
+    processes: int = 1
+    process: int = 0
+    shards: int = 1
+
+    def __post_init__(self):
+        """Refuse sizes that do not divide."""
+        if not 0 <= self.process < self.processes:
+            raise ValueError(f'process {self.process} is not one of {self.processes}')
+        parts = self.processes * self.shards
+        if self.batch_size < 1 or self.batch_size % parts:
+            raise InputError(f'batch_size={self.batch_size}: cannot be divided evenly among '
+                             f'{self.processes} process(es) of {self.shards} device(s) each. '
+                             f'Expected a multiple of {parts}. Fix: choose one.')
+
+    @property
+    def size(self) -> int:
+        """Rows of this process in a step."""
+        return self.batch_size // self.processes
+
+    def rows(self, step: int, total: int, steps: int = 1) -> np.ndarray:
+        """Number the rows of all processes, int32 [steps, batch_size]; see `positions`."""
+        drawn = positions(self.seed, step, self.batch_size, total, steps)
+        return drawn.reshape(steps, self.batch_size)
+
+
+def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_prefix: bool = True,
+                    content: Content | None = None, steps: int = 0, **cut) -> Iterator[dict]:
+    """Iterate over training rows, reshuffled every epoch; a batch may reach over an epoch's end.
 
     Each batch is this process's part, B = batch_size / processes rows, in `shards` equal
     consecutive parts (one per local device):
@@ -40,77 +77,86 @@ def session_batches(data: Data, *, batch_size: int, seed: int, start_step: int =
 
     Args:
       data: its train split is read.
-      batch_size: rows of a step over all processes.
-      seed: of the order, >= 0.
+      max_length: N.
       start_step: the step whose batch comes first.
       every_prefix: False trains on each session's last item only, see `sessions.rows`.
-      max_length: N.
       content: pixels and tokens to add.
-      processes: number of processes that share a step.
-      process: this one's number, from 0.
-      shards: local devices.
       steps: how many will be read, for U and P; 0: unknown.
+      **cut: of `Cut`.
 
     Returns:
       An iterator that prefetches in threads; `close()` ends them early.
 
     Raises:
-      InputError: batch_size cannot be divided evenly, or no training row is there.
+      InputError: batch_size cannot be divided evenly, or there is no training row.
     """
-    size = _check_sizes(batch_size, processes, process, shards)
+    cut = Cut(**cut)
     rows = sessions_lib.rows(data.train, max_length, every_prefix)
     if not len(rows.target):
-        raise InputError('no training session has two items, so there is nothing to train on')
-
-    width = 0 if content is None else content_width(
-        rows, data.num_items, batch_size=batch_size, seed=seed, steps=steps, processes=processes,
-        shards=shards)
-
+        raise InputError('no training session has two items. Expected rows to train on. Fix: give '
+                         'longer sessions.')
+    width = 0 if content is None else content_width(rows, data.num_items, cut, steps)
     length = np.count_nonzero(rows.items, axis=1)
-    room = 0 if every_prefix else places_width(
-        length, max_length, batch_size=batch_size, seed=seed, steps=steps, processes=processes,
-        shards=shards)
+    room = 0 if every_prefix else places_width(length, max_length, cut, steps)
 
     def batch(step: int) -> dict:
-        row = positions(seed, step, batch_size, len(rows.target))[process::processes]
+        row = cut.rows(step, len(rows.target))[0, cut.process::cut.processes]
         out = dict(items=rows.items[row], next=rows.next[row], target=rows.target[row],
-                   valid=np.ones(size, bool), row=row)
+                   valid=np.ones(cut.size, bool), row=row)
         if room:
-            out['places'] = _places(out['items'], shards, room)
-        return out if content is None else out | _with_content(out, content, shards, width)
+            out['places'] = _places(out['items'], cut.shards, room)
+        return out if content is None else out | _with_content(out, content, cut.shards, width)
 
     return _iterate(batch, start_step)
 
 
-def item_batches(data: Data, *, batch_size: int, seed: int, start_step: int = 0, content: Content,
-                 processes: int = 1, process: int = 0, shards: int = 1) -> Iterator[dict]:
-    """Batches of single catalogue items, cold ones included; keys and args of `session_batches`.
+def item_batches(data: Data, *, content: Content, start_step: int = 0, **cut) -> Iterator[dict]:
+    """Iterate over single catalogue items, cold ones included; keys as of `session_batches`.
 
     items int32 [B, 1] is the item, next [B, 1] and target [B] are 0 and row is the item id. The
     content rows of a shard are the padding item and its items in order, U = B / shards + 1.
 
+    Args:
+      data: its items are read.
+      content: their pixels and tokens.
+      start_step: the step whose batch comes first.
+      **cut: of `Cut`.
+
+    Returns:
+      An iterator that prefetches in threads; `close()` ends them early.
+
     Raises:
       InputError: batch_size cannot be divided evenly.
     """
-    size = _check_sizes(batch_size, processes, process, shards)
-    slots = np.tile(np.arange(1, size // shards + 1, dtype=np.int32), shards)[:, None]
+    cut = Cut(**cut)
+    slots = np.tile(np.arange(1, cut.size // cut.shards + 1, dtype=np.int32), cut.shards)[:, None]
 
     def batch(step: int) -> dict:
-        item = positions(seed, step, batch_size, data.num_items)[process::processes] + 1
+        item = cut.rows(step, data.num_items)[0, cut.process::cut.processes] + 1
         item = item.astype(np.int32)
-        ids = np.pad(item.reshape(shards, -1), ((0, 0), (1, 0)))
-        none = np.zeros((size, 1), np.int32)
-        return dict(items=item[:, None], next=none, target=none[:, 0], valid=np.ones(size, bool),
-                    row=item, slots=slots, next_slots=none, **content_rows(content, ids))
+        ids = np.pad(item.reshape(cut.shards, -1), ((0, 0), (1, 0)))
+        none = np.zeros((cut.size, 1), np.int32)
+        return dict(items=item[:, None], next=none, target=none[:, 0],
+                    valid=np.ones(cut.size, bool), row=item, slots=slots, next_slots=none,
+                    **content_rows(content, ids))
 
     return _iterate(batch, start_step)
 
 
 def positions(seed: int, step: int, batch_size: int, total: int, steps: int = 1) -> np.ndarray:
-    """Which of `total` rows a step takes: a window of all epochs' orders laid end to end.
+    """Choose the rows of a step: a window of all epochs' orders, one after the other.
 
-    -> int32 [steps * batch_size], of `steps` steps from `step` on. Every row occurs once per epoch
-    of total / batch_size steps.
+    Every row occurs once per epoch of total / batch_size steps.
+
+    Args:
+      seed: of the order.
+      step: the first step.
+      batch_size: rows of a step.
+      total: number of rows.
+      steps: how many steps.
+
+    Returns:
+      int32 [steps * batch_size], numbers in 0..total - 1.
     """
     place = step * batch_size + np.arange(steps * batch_size, dtype=np.int64)
     epochs, where = np.divmod(place, total)
@@ -121,64 +167,81 @@ def positions(seed: int, step: int, batch_size: int, total: int, steps: int = 1)
     return out
 
 
-def content_width(rows: sessions_lib.Rows, num_items: int, *, batch_size: int, seed: int,
-                  steps: int, processes: int, shards: int) -> int:
-    """U, content rows of a shard: one static shape that holds the distinct items of any step.
+def content_width(rows: sessions_lib.Rows, num_items: int, cut: Cut, steps: int) -> int:
+    """Compute U, content rows of a shard: one static shape for the distinct items of any step.
 
-    Encoding the content is what such a stage spends its time on, so the bound is exact: the batches
-    of all `steps` are looked at, which they can be, being a pure function of the step. Without a
-    number of steps, or with more than SCANNED, it is the worst case, min(B / shards * (N + 1), V).
-    Either way one more, the padding item.
+    Such a stage spends most of its time on encoding the content. So the bound is exact: the batches
+    of all `steps` are computed beforehand, as they depend on the step alone. Without a number of
+    steps, or with more than SCANNED, it is the worst case, min(B / shards * (N + 1), V). Both
+    bounds include the padding item.
+
+    Args:
+      rows: of training.
+      num_items: V.
+      cut: of a step.
+      steps: how many are read; 0: unknown.
+
+    Returns:
+      U.
     """
-    part = batch_size // (processes * shards)
-    worst = min(part * (rows.items.shape[1] + 1), num_items) + 1
+    worst = min(cut.size // cut.shards * (rows.items.shape[1] + 1), num_items) + 1
     if not 0 < steps <= SCANNED:
         return worst
     most = 0
     for step in range(steps + 1):  # one more: the loop fetches a batch ahead
-        row = positions(seed, step, batch_size, len(rows.target))
-        for process in range(processes):
-            both = np.concatenate([rows.items[row[process::processes]],
-                                   rows.target[row[process::processes]][:, None]], axis=1)
-            most = max(most, *(len(np.union1d(shard, 0)) for shard in np.split(both, shards)))
+        row, = cut.rows(step, len(rows.target))
+        for process in range(cut.processes):
+            part = row[process::cut.processes]
+            both = np.concatenate([rows.items[part], rows.target[part][:, None]], axis=1)
+            most = max(most, *(len(np.union1d(shard, 0)) for shard in np.split(both, cut.shards)))
     return min(worst, -(-most // 16) * 16)
 
 
-def places_width(length: np.ndarray, max_length: int, *, batch_size: int, seed: int, steps: int,
-                 processes: int, shards: int) -> int:
-    """P, places of a shard: one static shape that holds the positions of any step's items.
+def places_width(length: np.ndarray, max_length: int, cut: Cut, steps: int) -> int:
+    """Compute P, places of a shard: one static shape for the positions of any step's items.
 
     Exact over the batches of `steps` steps, like `content_width`, but counted for all at once;
-    without a number of steps the worst case. `length` int [R]: items of each row.
+    without a number of steps the worst case.
+
+    Args:
+      length: int [R]. Items of each row.
+      max_length: N.
+      cut: of a step.
+      steps: how many are read; 0: unknown.
+
+    Returns:
+      P.
     """
-    part = batch_size // (processes * shards)
+    part = cut.size // cut.shards
     if steps <= 0:
         return part * max_length
     most = 0
     for begin in range(0, steps + 1, SCANNED):  # one step more: the loop fetches a batch ahead
-        count = min(SCANNED, steps + 1 - begin)
-        row = positions(seed, begin, batch_size, len(length), count)
-        per_process = length[row].reshape(count, batch_size // processes, processes)
-        shares = per_process.swapaxes(1, 2).reshape(count, processes, shards, part)
+        row = cut.rows(begin, len(length), min(SCANNED, steps + 1 - begin))
+        per_process = length[row].reshape(len(row), cut.size, cut.processes).swapaxes(1, 2)
+        shares = per_process.reshape(len(row), cut.processes, cut.shards, part)
         most = max(most, int(shares.sum(axis=-1).max()))
     return min(part * max_length, -(-most // 32) * 32)
 
 
 def _places(items: np.ndarray, shards: int, room: int) -> np.ndarray:
-    """-> int32 [shards * room], the flat positions of each shard's items, then -1."""
+    """The flat positions of each shard's items, then -1: int32 [shards * room]."""
     out = np.full((shards, room), -1, np.int32)
     for shard, part in zip(out, np.split(items, shards), strict=True):
-        found = np.flatnonzero(part)
-        shard[:len(found)] = found
+        used = np.flatnonzero(part)
+        shard[:len(used)] = used
     return out.ravel()
 
 
 def content_rows(content: Content, ids: np.ndarray) -> dict:
-    """-> ids int32 [shards * U] and the image, has_image and tokens of these items.
+    """Gather the content of items.
 
     Args:
       content: pixels and tokens of the catalogue.
-      ids: int32 [shards, U]; in every shard 0, then items, then 0 to fill up.
+      ids: int32 [shards, U]. In every shard 0, then items, then 0 to fill up.
+
+    Returns:
+      ids int32 [shards * U] and the image, has_image and tokens of these items.
     """
     source = np.asarray(content.image)
     image = np.zeros((*ids.shape, *source.shape[1:]), np.uint8)
@@ -207,17 +270,6 @@ def _with_content(batch: dict, content: Content, shards: int, width: int) -> dic
         ids[shard, :len(present)] = present
         slots[:, part] = np.searchsorted(present, both[:, part])
     return dict(slots=slots[0], next_slots=slots[1], **content_rows(content, ids))
-
-
-def _check_sizes(batch_size: int, processes: int, process: int, shards: int) -> int:
-    """-> rows per step of one process."""
-    if not 0 <= process < processes:
-        raise ValueError(f'process {process} is not one of {processes}')
-    if batch_size < 1 or batch_size % (processes * shards):
-        raise InputError(f'batch_size={batch_size} cannot be divided evenly among {processes} '
-                         f'process(es) of {shards} device(s) each; choose a multiple of '
-                         f'{processes * shards}')
-    return batch_size // processes
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def test_places_are_the_positions_that_hold_items():
     np.testing.assert_array_equal(batches._places(items, 2, 4), [0, 3, 4, -1, 0, 1, 2, 3])
     rng = np.random.default_rng(0)
     length = rng.integers(1, 6, 50)
-    width = batches.places_width(length, 5, batch_size=8, seed=0, steps=30, processes=2, shards=2)
+    width = batches.places_width(length, 5, batches.Cut(8, 0, processes=2, shards=2), 30)
     most = 0
     for step in range(31):
         row = batches.positions(0, step, 8, 50)
