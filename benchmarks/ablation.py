@@ -130,14 +130,14 @@ def scores(job) -> dict:
     import numpy as np
 
     from tpad_jax.evaluation import metrics
-    from tpad_jax.evaluation.scorers import foretold, scorer
+    from tpad_jax.evaluation.scorers import scorer, transfer_scorer
 
     rows, cold, c = job.test, ~job.data.warm, job.config
     cold[0] = False
     scored = {'own': scorer(job.spec, job.devices)(job.nested(), job.catalogue),
               'oracle': job.probabilities}
     if 'transfer' in c.stages and c.losses.distil.weight and c.model.form == 'compressed':
-        scored['transfer'] = foretold(job.spec)(job.nested(), job.catalogue)
+        scored['transfer'] = transfer_scorer(job.spec)(job.nested(), job.catalogue)
     earned = {}
     for who, score in scored.items():
         kept = []

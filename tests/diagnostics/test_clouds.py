@@ -8,7 +8,7 @@ import pytest
 
 from tpad_jax import losses
 from tpad_jax.diagnostics import clouds as clouds_lib
-from tpad_jax.diagnostics import probes, snapshots
+from tpad_jax.diagnostics import labels, probes, records, snapshots
 from tpad_jax.mutual_information.critics import GaussianQ, Score
 from tpad_jax.report import planes
 from tpad_jax.types import Batch
@@ -124,11 +124,11 @@ def test_log_q_is_the_gain_over_what_the_mean_and_variances_say():
 def test_a_modality_of_k_is_drawn_in_its_own_place(tmp_path):
     x = RNG.normal(size=(4, 3)).astype(np.float32)
     (tmp_path / 'diagnostics').mkdir()
-    assert snapshots.clouds(tmp_path) is None
+    assert records.clouds(tmp_path) is None
     for moment in ('before', 'after'):
         (tmp_path / 'diagnostics' / f'transfer-{moment}.json').write_text('{}')
         np.savez(tmp_path / 'diagnostics' / f'transfer-{moment}.npz', k_image=x, k_text=2 * x)
-    title, _, _, found = snapshots.clouds(tmp_path)
+    title, _, _, found = records.clouds(tmp_path)
     assert title == 'before transfer'
     np.testing.assert_array_equal(found['k_image'] + found['k_text'], np.hstack([x, 2 * x]))
 
@@ -141,12 +141,12 @@ def test_items_are_coloured_by_what_is_known_of_them():
             data=types.SimpleNamespace(ready=ready)))
 
     raw = job(np.array([[1, 2, 3], [0, 0, 1]]), (3, 4, 11), '')
-    assert snapshots.category(raw).tolist() == [1, -1]
-    assert snapshots.labels(raw)['brand'].tolist() == [0, -1]
+    assert labels.category(raw).tolist() == [1, -1]
+    assert labels.labels(raw)['brand'].tolist() == [0, -1]
     lists = job(np.array([[5, 0, 1], [0, 1, 1], [2, 0, 0]]), (9, 2, 2), 'a folder')
-    assert snapshots.category(lists).tolist() == [1, 0, -1]
-    assert snapshots.labels(lists)['side_2'].tolist() == [1, 1, 0]
-    assert snapshots.category(job(np.zeros((4, 0), int), (), 'a folder')).tolist() == [-1] * 4
+    assert labels.category(lists).tolist() == [1, 0, -1]
+    assert labels.labels(lists)['side_2'].tolist() == [1, 1, 0]
+    assert labels.category(job(np.zeros((4, 0), int), (), 'a folder')).tolist() == [-1] * 4
 
 
 def test_content_of_a_part_is_its_own_items():

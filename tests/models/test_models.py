@@ -105,7 +105,7 @@ def differs(a, b):
 def test_t_foretells_by_its_critic_of_p_and_every_item(params):
     """Prefix by prefix, item by item."""
     catalogue, batch = make_catalogue(), make_batch()
-    found = scorers.foretold(SPEC)(params, catalogue)(batch.items)
+    found = scorers.transfer_scorer(SPEC)(params, catalogue)(batch.items)
     assert found.shape == (B, V + 1)
     assert (found[:, 0] == 0).all()
     out = forward(SPEC, params, batch.replace(valid=np.ones(B, bool)), catalogue,

@@ -1,4 +1,4 @@
-"""Scores of the whole catalogue for prefixes: what evaluation ranks and a shop serves."""
+"""Scores of the whole catalogue for prefixes, which evaluation ranks and serving returns."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -14,10 +14,13 @@ from tpad_jax.types import Batch
 
 
 class Bound(NamedTuple):
-    """What a scorer was bound to, of one recommender or of several whose scores are added.
+    """The models of a scorer: one recommender, or several whose scores are added.
 
-    specs: of each. params: of each, nested, all of them. near: of each its rows of the graphs over
-    items, or {}. z: float32 [V+1, D], the item vectors of all of them laid end to end.
+    Attributes:
+      specs: of each recommender.
+      params: of each, nested and complete.
+      near: of each, its rows of the graphs over items, or {}.
+      z: float32 [V+1, D]. The item vectors of all recommenders, concatenated.
     """
 
     specs: tuple[tpad.TPAD, ...]
@@ -27,57 +30,73 @@ class Bound(NamedTuple):
 
 
 def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
-    """(weights, z [V+1, D], items int32 [B, N]) -> h [B, D], such that <h, z> scores an item. Pure.
+    """Make the function that encodes sessions: <h, z> is an item's score. Pure.
 
-    weights: of each spec the pair ({'recommender': parameters}, rows of the graphs or {}).
-    The sum of scores is the product of vectors laid end to end.
+    The sum of several recommenders' scores is the product of their concatenated vectors.
+
+    Args:
+      specs: of each recommender.
+
+    Returns:
+      (weights, z [V+1, D], items int32 [B, N]) -> h [B, D]. `weights` has for each spec the pair
+      ({'recommender': parameters}, rows of the graphs or {}).
     """
     def encode(weights, z, items):
-        own, begin, here = [], 0, z[items]
+        parts, begin, item_vectors = [], 0, z[items]
         for spec, (params, near) in zip(specs, weights, strict=True):
             cut = slice(begin, begin + spec.fusion.width)
             begin = cut.stop
             # only the global graph reads the others' vectors
             rows = z[:, cut] if tpad.GRAPH[0] in near else None
-            own.append(tpad.encode_sessions(spec, params, items, rows, near, z=here[..., cut]))
-        return jnp.concatenate(own, axis=1)
+            parts.append(tpad.encode_sessions(spec, params, items, rows, near,
+                                              z=item_vectors[..., cut]))
+        return jnp.concatenate(parts, axis=1)
 
     return encode
 
 
 def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable | None:
-    """(weights, items int32 [B, N]) -> items [B, M] and what is added to their scores [B, M].
+    """Make the function that shifts scores of items in or near the session.
 
-    It is 0 on padding, and on all but one place of an item. None: nothing is added to any.
+    Args:
+      specs: of each recommender.
+
+    Returns:
+      (weights, items int32 [B, N]) -> items [B, M] and the shifts of their scores [B, M]. A shift
+      is 0 on padding and on all places of an item except one. None: no recommender shifts scores.
     """
     repeats = [i for i, spec in enumerate(specs) if spec.repeats]
     together = [i for i, spec in enumerate(specs) if spec.together]
 
     def shifts(weights, items):
-        found = []
+        parts = []
         if repeats:
-            found.append((items, sum(tpad.repeat_shift(specs[i], weights[i][0], items)
+            parts.append((items, sum(tpad.repeat_shift(specs[i], weights[i][0], items)
                                      for i in repeats)))
-        if together:  # all of them have the same rows, and so the same items in the same places
+        if together:  # all of them read the same rows, so their items have the same places
             each = [tpad.company_shift(specs[i], weights[i][1], items) for i in together]
-            found.append((each[0][0], sum(shift for _, shift in each)))
-        return tuple(jnp.concatenate(x, axis=1) for x in zip(*found, strict=True))
+            parts.append((each[0][0], sum(shift for _, shift in each)))
+        return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
     return shifts if repeats or together else None
 
 
-@lru_cache(maxsize=16)  # one compilation however many validations ask
+@lru_cache(maxsize=16)  # one compilation for all validations of a recommender
 def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callable:
-    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]).
+    """Make the function that binds parameters to a scorer.
 
-    No MLLM runs: items are read from the catalogue's rows. Compiled once per chunk size; the item
-    vectors are computed once per call of the outer function. What it returns moreover has `ranks`:
-    (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], counted on `devices`,
-    see `ranking.ranker`; and `bound`, see `Bound`.
+    No MLLM runs: items are read from the catalogue's rows. The scorer is compiled once per chunk
+    size, and the item vectors are computed once per binding.
 
     Args:
-      specs: of one recommender, or of several whose scores are added; then the function returned
-        takes as many nested params and catalogues, in tuples.
+      specs: of one recommender, or of several whose scores are added. The returned function then
+        takes tuples of nested params and of catalogues.
+      devices: that `ranks` counts on.
+
+    Returns:
+      (params, catalogue) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1]. The scorer
+      has `ranks`: (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], see
+      `device_ranks.ranker`, and `bound`, a `Bound`.
     """
     several = isinstance(specs, tuple)
     if not several:
@@ -85,7 +104,7 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
 
     @partial(compiled, precision=devices.precision)
     def table(params, catalogues):
-        return jnp.concatenate([tpad.z_table(spec, *own) for spec, *own in
+        return jnp.concatenate([tpad.z_table(spec, *inputs) for spec, *inputs in
                                 zip(specs, params, catalogues, strict=True)], axis=1)
 
     encode, shifts = session_encoder(specs), session_shifts(specs)
@@ -101,29 +120,32 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
     rank = ranker(encode, devices, shifts=shifts)
 
     def bind(params, catalogue):
-        given = (params, catalogue) if several else ((params,), (catalogue,))
-        recommenders = tuple({'recommender': own['recommender']} for own in given[0])
-        z = table(recommenders, given[1])
-        near = tuple({n: rows[n] for n in tpad.GRAPHS if n in rows} for rows in given[1])
+        every, catalogues = (params, catalogue) if several else ((params,), (catalogue,))
+        recommenders = tuple({'recommender': tree['recommender']} for tree in every)
+        z = table(recommenders, catalogues)
+        near = tuple({n: rows[n] for n in tpad.GRAPHS if n in rows} for rows in catalogues)
         weights = tuple(zip(recommenders, near, strict=True))
 
         def scores(items):
             return np.asarray(score(weights, z, jnp.asarray(items)))
 
         scores.ranks = partial(rank, weights, z)
-        scores.bound = Bound(specs, given[0], near, z)
+        scores.bound = Bound(specs, every, near, z)
         return scores
 
     return bind
 
 
 @lru_cache(maxsize=4)
-def foretold(spec: tpad.TPAD) -> Callable:
-    """(params, catalogue) -> (prefixes int32 [B, N] -> scores float32 [B, V+1]) of T itself.
+def transfer_scorer(spec: tpad.TPAD) -> Callable:
+    """Make the function that binds parameters to a scorer of the Transfer-MLLM alone [ours].
 
-    An item's score is what critic `distil` makes of p at the prefix's last position and the item's
-    r: how well the Transfer-MLLM foretells, before any recommender [ours]. The catalogue's k and r
-    are read; T reads the whole prefix.
+    An item's score is critic `distil` of p at the prefix's last position and the item's r. It
+    measures the Transfer-MLLM before any recommender. The catalogue's k and r are read; T reads the
+    whole prefix.
+
+    Returns:
+      (params, catalogue) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1].
     """
     needs = frozenset({'p', 'critic.distil'})
 
@@ -143,6 +165,6 @@ def foretold(spec: tpad.TPAD) -> Callable:
 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Item ids int32 [B, k] of the highest scores [B, V+1], best first; padding is never one."""
+    """Select the item ids int32 [B, k] of the highest scores [B, V+1], best first, not padding."""
     order = np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k]
     return (order + 1).astype(np.int32)

@@ -19,7 +19,7 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
 from tpad_jax.data import audit, sessions, sources
-from tpad_jax.diagnostics import snapshots
+from tpad_jax.diagnostics import records
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate, oracle
@@ -72,7 +72,7 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
            'seconds': job.seconds, 'spent': job.spent}
     if truth is not None:
         out['oracle'] = truth
-    diagnostics = snapshots.collect(job.workdir)
+    diagnostics = records.collect(job.workdir)
     if diagnostics:
         out['diagnostics'] = diagnostics
         probes = diagnostics.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')

@@ -6,7 +6,7 @@ config.STAGES gives the order of the stages, and config.MAKES the rows that each
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tpad_jax.evaluation.scorers import foretold, scorer
+from tpad_jax.evaluation.scorers import scorer, transfer_scorer
 from tpad_jax.training.step import StepSpec
 
 
@@ -16,7 +16,7 @@ def _by_recommender(model, devices):
 
 def _by_transfer(model, devices):
     del devices  # one of them scores the few rows of validation
-    return foretold(model)
+    return transfer_scorer(model)
 
 
 @dataclass(frozen=True)

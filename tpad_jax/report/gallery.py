@@ -19,7 +19,7 @@ from PIL import Image
 
 from tpad_jax.core import files
 from tpad_jax.data import images, item_graphs
-from tpad_jax.diagnostics import snapshots
+from tpad_jax.diagnostics import labels, records
 from tpad_jax.diagnostics.clouds import unit
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
@@ -175,10 +175,10 @@ def _picture(encoded):
 
 def _colours(job):
     """{id: rank of its category by frequency} of the items whose features are drawn."""
-    clouds = snapshots.clouds(job.workdir)
+    clouds = records.clouds(job.workdir)
     if clouds is None:
         return {}
-    label = snapshots.category(job)
+    label = labels.category(job)
     known, counts = np.unique(label[label >= 0], return_counts=True)
     place = {value: i for i, value in enumerate(known[np.argsort(-counts, kind='stable')])}
     ids = np.unique(np.concatenate([cloud[name] for cloud in (clouds[1], clouds[3])

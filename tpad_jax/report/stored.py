@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpad_jax.core import log as log_lib
-from tpad_jax.diagnostics import snapshots
+from tpad_jax.diagnostics import records
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare, metrics
 from tpad_jax.report import gallery
@@ -28,7 +28,7 @@ class Run(NamedTuple):
       log: {stage: {name: (steps, values)}}, empty without a log.
       ranks: of ranks.npz, or None.
       gallery: of `gallery.read`, or None.
-      clouds: of `snapshots.clouds`, or None.
+      clouds: of `records.clouds`, or None.
       absent: sentences on the parts that the page lacks.
     """
 
@@ -103,7 +103,7 @@ def _results(file):
 
 def _clouds(path):
     try:
-        return snapshots.clouds(path)
+        return records.clouds(path)
     except _UNREADABLE as error:
         raise InputError(f'{path / "diagnostics"} holds a damaged file ({error}). Fix: move the '
                          'folder away to get the page without features') from error

@@ -1,0 +1,83 @@
+"""The diagnostics that a run has stored: read again, collected and put into words."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+# the moments of each stage, in order
+MOMENTS = {'knowledge': ('after',), 'transfer': ('before', 'after'), 'joint': ('before', 'after')}
+
+
+def directory(workdir: Path) -> Path:
+    """Name the folder of a workdir's diagnostics."""
+    return workdir / 'diagnostics'
+
+
+def collect(workdir: Path) -> dict:
+    """Read all diagnostics of a workdir: {stage: {moment: ...}} and 'warnings', a list."""
+    out = {}
+    for stage, moments in MOMENTS.items():
+        for moment in moments:
+            file = directory(workdir) / f'{stage}-{moment}.json'
+            if file.is_file():
+                out.setdefault(stage, {})[moment] = json.loads(file.read_text())
+    warnings = [line for stage in out.values() for record in stage.values()
+                for line in record.pop('warnings')]
+    return {**out, 'warnings': warnings} if out else {}
+
+
+def clouds(workdir: Path) -> tuple[str, dict, str, dict] | None:
+    """Read the clouds before alignment and after its last stage: (title, {name: array}), each.
+
+    A cloud is float32 [n, M D]. A modality of k fills its own of the M places, as in r and c.
+    'items', 'at' and 'next' are the item ids of their rows. The result is None without both
+    moments: a stage without steps has no clouds.
+    """
+    folder = directory(workdir)
+    stages = [stage for stage in ('transfer', 'joint') if all(
+        (folder / f'{stage}-{moment}.json').is_file() for moment in MOMENTS[stage])]
+    if not stages:
+        return None
+    before = load(folder / f'{stages[0]}-before.npz')
+    after = load(folder / f'{stages[-1]}-after.npz')
+    for cloud in (before, after):
+        modalities = [name for name in cloud if name.startswith('k_')]
+        for i, name in enumerate(modalities):
+            width = cloud[name].shape[1]
+            cloud[name] = np.pad(cloud[name], (
+                (0, 0), (i * width, (len(modalities) - 1 - i) * width)))
+    return f'before {stages[0]}', before, f'after {stages[-1]}', after
+
+
+def load(file: Path) -> dict[str, np.ndarray]:
+    """Read the arrays of a moment; clouds, which are stored in float16, become float32."""
+    with np.load(file, allow_pickle=False) as stored:
+        return {name: stored[name].astype(np.float32) if stored[name].dtype == np.float16
+                else stored[name] for name in stored.files}
+
+
+def lines(stage: str, before: dict | None, after: dict) -> list[str]:
+    """Put a stage's numbers into words: ranks, estimates on held-out sessions, probes.
+
+    Args:
+      stage: its name.
+      before: the record of the moment before, if there is one.
+      after: the record of the moment after.
+    """
+    def change(part, name, key=None):
+        values = [record[part][name] if key is None else record[part][name][key]
+                  for record in (before, after) if record and name in record[part]]
+        return f'{name} ' + ' -> '.join(f'{x:.2f}' for x in values)
+
+    out = [f'effective rank over {stage}, on {after["sessions"]} validation sessions: '
+           + '  '.join(change('features', n, 'effective_rank') for n in after['features'])]
+    estimates = [n for n in after['held_out'] if n.startswith(('mi_', 'room/', 'log_q/'))]
+    if estimates:
+        out.append('  held-out estimates, nats: '
+                   + '  '.join(change('held_out', n) for n in estimates))
+    for name, probes in after['probes'].items():
+        if probes:
+            out.append(f'linear probes on cold items, accuracy from {name}: '
+                       + '  '.join(f'{n} {x["accuracy"]:.2f}' for n, x in probes.items()))
+    return out
