@@ -17,7 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from tpad_jax.errors import InputError
 
-STAGES = ('knowledge', 'transfer', 'recommend', 'joint')  # in the order of a run
+STAGES = ['knowledge', 'transfer', 'recommend', 'joint']  # in the order of a run
 # rows of the catalogue that a stage writes
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}
 # options of config.model that config.partner may change
@@ -109,7 +109,7 @@ def tiny(c: ConfigDict) -> None:
         'data.planted.test': 80,
         'stage.knowledge.steps': 8, 'stage.transfer.steps': 8, 'stage.recommend.steps': 40,
         'stage.joint.steps': 6, 'stage.recommend.eval_every': 20, 'stage.joint.eval_every': 3,
-        'stage.joint.refresh_every': 3} | {f'stage.{name}.batch_size': 32 for name in STAGES})
+        'stage.joint.refresh_every': 3} | {f'stage.{name}.batch_size': 32 for name in c.stage})
 
 
 def data() -> ConfigDict:

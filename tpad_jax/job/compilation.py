@@ -10,9 +10,9 @@ from flax.traverse_util import unflatten_dict
 from tpad_jax.config import MAKES
 from tpad_jax.job.background import COMPILE
 from tpad_jax.job.fitting import batches
-from tpad_jax.job.stages import ENTRIES
 from tpad_jax.training import loop
 from tpad_jax.training import step as step_lib
+from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch
 
 

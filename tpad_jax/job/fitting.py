@@ -12,11 +12,11 @@ from tpad_jax.data import batches as batches_lib
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.evaluate import evaluate
-from tpad_jax.job.stages import ENTRIES, reads_content
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import profiling
 from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
+from tpad_jax.training.stages import ENTRIES, reads_content
 
 DONE = 'finished'  # a file next to a finished stage's checkpoints
 VALIDATED = 'hit@20', 'mrr@20', 'ndcg@20'  # metrics of validation

@@ -32,11 +32,11 @@ from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
 from tpad_jax.features import bases
 from tpad_jax.job.live_bytes import bytes_of, live_bytes
-from tpad_jax.job.stages import ENTRIES, reads_content
 from tpad_jax.job.validate import check
 from tpad_jax.models import sessions, tpad
 from tpad_jax.training import loop
 from tpad_jax.training import step as step_lib
+from tpad_jax.training.stages import ENTRIES, reads_content
 from tpad_jax.types import Batch
 
 KINDS = {'v5e': 15.75, 'v6e': 31.25}  # GiB a program may use of a chip's 16 and 32

@@ -12,6 +12,7 @@ from tpad_jax.features import bases
 from tpad_jax.job import ranges
 from tpad_jax.losses import check as loss_check
 from tpad_jax.training import handover, step
+from tpad_jax.training.stages import ENTRIES
 
 IDENTITY = ('recommend', 'use_id', 'use_side')  # options by which a recommender tells items apart
 
@@ -95,7 +96,6 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
         recommended += names(partnered(config).model.recommend)
     for baseline in config.rivals.values():
         recommended += names(baseline.recommend)
-    reads = {'transfer': ('k',), 'recommend': recommended, 'joint': ('k', 'r')}
     available = {'true'}  # comes with the planted catalogue
     if config.data.features:
         available.add('given')
@@ -105,7 +105,8 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     for stage in STAGES:
         if stage not in stages and stage not in finished:
             continue
-        for row in reads.get(stage, ()):
+        entry = ENTRIES[stage]
+        for row in (*entry.reads, *(recommended if entry.recommends else ())):
             if row not in available:
                 maker = next(s for s in STAGES if row in MAKES.get(s, ()))
                 raise InputError(f'stage {stage} reads the rows {row!r}, which stage {maker} '

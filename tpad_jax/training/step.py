@@ -16,6 +16,7 @@ from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
 from tpad_jax.models import outputs, sessions, tpad
 from tpad_jax.training import accumulation, optimizer
+from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch, State
 
 
@@ -155,8 +156,8 @@ def _missing(config, stage):
     late = {row for rows in MAKES.values() for row in rows} - earlier
     if late := sorted(late & set(names(model.recommend))):
         lacking['features'] = f'the recommender reads {", ".join(late)}, which a later stage makes'
-    if stage == 'recommend':
-        lacking['content'] = 'stage recommend reads no content'
+    if not ENTRIES[stage].content:
+        lacking['content'] = f'stage {stage} reads no content'
     plan = outputs.Plan(model.form, names(model.recommend), model.reread,
                         frozenset(names(config.stage[stage].fresh)))
     why = {name: sorted(outputs.required([name], plan) & lacking.keys())

@@ -1,13 +1,12 @@
-"""What a run has to know of each stage: a stage is config.stage.* and one entry of this table.
+"""The table of stages: a stage is its options in the config and one entry here.
 
-config.STAGES gives the order of the stages, and config.MAKES the rows that each of them writes.
+config.STAGES gives the order of the stages, and config.MAKES the rows that each of them makes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpad_jax.evaluation.scorers import scorer, transfer_scorer
-from tpad_jax.training.step import StepSpec
 
 
 def _by_recommender(model, devices):
@@ -48,6 +47,11 @@ ENTRIES = {
 }
 
 
-def reads_content(stage: str, spec: StepSpec) -> bool:
-    """Whether a stage's batches need images and texts."""
+def reads_content(stage: str, spec) -> bool:
+    """Whether a stage's batches need images and texts.
+
+    Args:
+      stage: of the table.
+      spec: step.StepSpec of the stage.
+    """
     return spec.reads_content and ENTRIES[stage].content
