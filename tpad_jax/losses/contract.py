@@ -80,12 +80,12 @@ class LossSpec:
     @cached_property
     def reads(self) -> dict:
         """The outputs by keyword, from the config or the defaults: {keyword: name of an output}."""
-        values = {n: self.keywords.get(n, p.default) for n, p in _parameters(self.fn).items()}
-        marked = [n for n, p in _parameters(self.fn).items() if _is_output(p)]
-        if not marked:
-            first = {n: p.default if p.default is not p.empty else self.keywords.get(n)
-                     for n, p in _parameters(self.fn).items()}
-            marked = [n for n, x in first.items() if isinstance(x, str) and outputs.is_known(x)]
+        parameters = _parameters(self.fn)
+        values = {n: self.keywords.get(n, p.default) for n, p in parameters.items()}
+        marked = [n for n, p in parameters.items() if _is_output(p)]
+        if not marked:  # the old form
+            marked = [n for n, p in parameters.items()
+                      if outputs.is_known(values[n] if p.default is p.empty else p.default)]
         return {n: values[n] for n in marked}
 
     @property

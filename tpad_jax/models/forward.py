@@ -131,9 +131,10 @@ def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=Non
     return add
 
 
-def is_known(name: str) -> bool:
-    """Whether `forward` may compute an output of this name: of the table, or a critic."""
-    return (name in OUTPUTS and name[0] != '_') or name.startswith('critic.')
+def is_known(name) -> bool:
+    """Whether this names an output that `forward` may compute: of the table, or a critic."""
+    return isinstance(name, str) and (
+        name.startswith('critic.') or (name in OUTPUTS and name[0] != '_'))
 
 
 def names(critics=()) -> list[str]:

@@ -72,15 +72,17 @@ def row_keys(key, rows):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def dropout(x, rate, keys):
+def dropout(x, rate, keys, number):
     """Apply inverted dropout with one key per row.
 
     Args:
       x: float [B, ...].
       rate: share of the numbers that become zero.
       keys: [B]. None: no dropout.
+      number: of this use among those of the keys, which are folded by it.
     """
     if keys is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(keys)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(
+        jax.random.fold_in(key, number), 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)

@@ -61,12 +61,8 @@ class SessionAttention(nn.Module):
             s += distance[:, back] + repeat[:, None, None] * same[:, None]
             return jax.nn.softmax(jnp.where(past, s, NEVER), axis=-1)
 
-        def draw(number):
-            return None if keys is None else jax.vmap(
-                lambda key: jax.random.fold_in(key, number))(keys)
-
         norm = nn.LayerNorm
-        z = dropout(jnp.where((items > 0)[:, :, None], z, 0), self.item_rate, draw(0))
+        z = dropout(jnp.where((items > 0)[:, :, None], z, 0), self.item_rate, keys, 0)
         x = norm(name='enter')(z)
         for n in range(self.layers):
             y = norm(name=f'norm_{n}')(x)
@@ -74,10 +70,10 @@ class SessionAttention(nn.Module):
                 size, length, self.heads, -1) for p in 'qkv')
             y = jnp.einsum('bhij,bjhd->bihd', scores(q, k, self.heads, f'layer_{n}'), v)
             y = Linear(width, use_bias=True, name=f'o_{n}')(y.reshape(z.shape))
-            x += dropout(y, self.rate, draw(2 * n + 1))
+            x += dropout(y, self.rate, keys, 2 * n + 1)
             y = Linear(2 * width, use_bias=True, name=f'up_{n}')(norm(name=f'norm_up_{n}')(x))
             y = Linear(width, use_bias=True, name=f'down_{n}')(nn.gelu(y))
-            x += dropout(y, self.rate, draw(2 * n + 2))
+            x += dropout(y, self.rate, keys, 2 * n + 2)
         y = norm(name='leave')(x)
         q, k = (Linear(width, use_bias=True, name=p)(y)[:, :, None] for p in ('query', 'key'))
         return jnp.einsum('bhij,bjd->bid', scores(q, k, 1, 'weight'), z)

@@ -66,14 +66,10 @@ class GlobalGraphGNN(nn.Module):
         real = (items > 0)[:, :, None]
         share = real / jnp.maximum(real.sum(axis=1, keepdims=True), 1)
 
-        def draw(number):
-            return None if keys is None else jax.vmap(
-                lambda key: jax.random.fold_in(key, number))(keys)
-
-        z = dropout(jnp.where(real, z, 0), self.item_rate, draw(0))
+        z = dropout(jnp.where(real, z, 0), self.item_rate, keys, 0)
         x = self._local(z, items)
         if near is not None:
-            x += dropout(self._global(z, (z * share).sum(axis=1), *near), self.rate, draw(1))
+            x += dropout(self._global(z, (z * share).sum(axis=1), *near), self.rate, keys, 1)
         x = jnp.where(real, x, 0)
         table = self.param('position', uniform(width ** -0.5), (self.max_length, width))
         last = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
@@ -83,7 +79,7 @@ class GlobalGraphGNN(nn.Module):
         y = Linear(width, use_bias=True, name='w4')(y)
         y += Linear(width, name='w5')((x * share).sum(axis=1))[:, None]
         weight = Linear(1, name='q2')(nn.sigmoid(y))
-        return dropout(jnp.where(real, weight * x, 0).sum(axis=1), self.rate, draw(2))
+        return dropout(jnp.where(real, weight * x, 0).sum(axis=1), self.rate, keys, 2)
 
     def _local(self, z, items):
         """Attend along the session's transitions (paper, equations 9-11); returns [B, N, D]."""

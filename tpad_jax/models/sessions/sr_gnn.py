@@ -94,10 +94,6 @@ class SessionGNN(nn.Module):
             return (self.param(f'{name}_kernel', flat, (fan_in, fan_out)),
                     self.param(f'{name}_bias', flat, (fan_out,)))
 
-        def draw(number):
-            return None if keys is None else jax.vmap(
-                lambda key: jax.random.fold_in(key, number))(keys)
-
         params = {
             # products that read the same vectors are one: edges out, edges in, the three gates
             'node': layer('node', width, 5 * width),
@@ -108,7 +104,7 @@ class SessionGNN(nn.Module):
         if self.positions:
             for name in ('from_start', 'from_end'):
                 params[name] = self.param(name, uniform(0.03), (self.max_length, width))
-        z = dropout(z, self.item_rate, draw(0))
+        z = dropout(z, self.item_rate, keys, 0)
         graph = session_graph(items)
         count = packed(size, length)
 
@@ -118,7 +114,7 @@ class SessionGNN(nn.Module):
 
         h = jax.lax.cond((items > 0).sum() <= count, encode(count), encode(size * length),
                          params, z, items, graph)
-        return dropout(h, self.rate, draw(1))
+        return dropout(h, self.rate, keys, 1)
 
 
 def _encode(params, z, items, graph, *, steps, room):
