@@ -1,1 +1,1 @@
-"""Configs: what `launch.py --config=` reads. Plain ml_collections, no framework."""
+"""Configs for `launch.py --config=FILE`: Python files that return an ml_collections ConfigDict."""

@@ -1,16 +1,16 @@
-"""TPAD without a part, or with another in its place: `--config=configs/ablations.py:NAME`.
+"""TPAD without a part, or with a part replaced: `--config=configs/ablations.py:NAME`.
 
-Each is tpad_jax/config.py with the few keys below changed. `full` is TPAD as the paper has it, with
-the MLLMs frozen while the recommender trains; `joint` adds the step that trains all of it at once.
+Each variant changes a few options of tpad_jax/config.py. `full` is TPAD as in the paper: the MLLMs
+are frozen while the recommender trains. `joint` adds the stage that trains everything at once.
 """
 
 from tpad_jax import config
 
-# of what every name changes, {config key: value}
+# {name: {config key: value}}
 ABLATIONS = {
     'full': {},
     'joint': {'stages': 'knowledge,transfer,recommend,joint'},
-    # the paper's parts, taken out one by one
+    # one part of the paper removed
     'without_generation': {'stage.knowledge.steps': 0, 'losses.gen_knowledge.weight': 0.0,
                            'losses.gen_transfer.weight': 0.0},
     'without_disentanglement': {'losses.disentangle.weight': 0.0, 'losses.club_fit.weight': 0.0},
@@ -20,17 +20,17 @@ ABLATIONS = {
     'without_transfer': {'stages': 'knowledge,recommend', 'model.recommend': 'k'},
     'without_knowledge': {'stage.knowledge.steps': 0, 'model.form': 'full',
                           'losses.align.weight': 0.0},
-    # in place of K's own reading for r
+    # r made in another way than by reading items again
     'adapter_only': {'model.reread': False},
     'random_adapter': {'stages': 'knowledge,recommend', 'model.recommend': 'k',
                        'model.feature_hidden': 256},
     'merging': {'model.blend.kind': 'mean', 'stage.transfer.fresh': '',
                 'losses.distil.weight': 0.0, 'losses.discrepancy.weight': 0.0},
-    # as much of it as leaves T little to foretell by
+    # so much disentanglement that p keeps little to predict from
     'strong_disentanglement': {'losses.disentangle.weight': 0.02},
-    # five times the distillation, at the step whose T foretells validation best
+    # five times the distillation steps, stopped where T predicts validation items best
     'longer_transfer': {'stage.transfer.steps': 360, 'stage.transfer.eval_every': 60},
-    # what a recommender is given
+    # other inputs of the recommender
     'longer_knowledge': {'stages': 'knowledge,recommend', 'model.recommend': 'k',
                          'stage.knowledge.steps': 180},
     'frozen_raw': {'stages': 'knowledge,recommend', 'model.recommend': 'k',
@@ -42,13 +42,16 @@ ABLATIONS = {
 
 
 def get_config(variant: str = 'full'):
-    """`variant`: one of ABLATIONS.
+    """Return the config of a variant.
+
+    Args:
+      variant: one of ABLATIONS.
 
     Raises:
-      ValueError: another variant.
+      ValueError: the variant is unknown.
     """
     if variant not in ABLATIONS:
-        raise ValueError(f'configs/ablations.py has no variant {variant!r}: name one of '
+        raise ValueError(f'configs/ablations.py has no variant {variant!r}. Expected one of '
                          f'{", ".join(ABLATIONS)}')
     c = config.get_config()
     c.name = f'ablation_{variant}'

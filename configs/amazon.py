@@ -1,20 +1,23 @@
-"""Raw Amazon files: `--config=configs/amazon.py`, or with one of these behind a colon.
+"""Raw Amazon files: `--config=configs/amazon.py`, or `--config=configs/amazon.py:VARIANT`.
 
     tiny        a smoke run of all stages
-    qwen3vl_2b  Qwen3-VL-2B (or its embedding variant); give --config.mllm.checkpoint=DIR
-    llava_7b    LLaVA-1.5-7B; likewise
+    qwen3vl_2b  Qwen3-VL-2B or its embedding model; needs --config.mllm.checkpoint=DIR
+    llava_7b    LLaVA-1.5-7B; needs --config.mllm.checkpoint=DIR
 
-Without `--config.data.raw_dir=DIR` the planted catalogue is written and read in its place.
+Without `--config.data.raw_dir=DIR` a run writes the planted catalogue and reads that.
 """
 
 from tpad_jax import config
 
 
 def get_config(variant: str = ''):
-    """`variant`: '' or one of VARIANTS.
+    """Return the config of a variant.
+
+    Args:
+      variant: '' or one of VARIANTS.
 
     Raises:
-      ValueError: another variant.
+      ValueError: the variant is unknown.
     """
     c = config.get_config()
     c.name = 'amazon'
@@ -28,10 +31,15 @@ def get_config(variant: str = ''):
 
 
 def large(c, text_length):
-    """What both checkpoints share: a frozen base in bfloat16, adapters in float32."""
+    """Set the options of both checkpoints in place: a frozen bfloat16 base, float32 adapters.
+
+    Args:
+      c: config to change.
+      text_length: tokens of an item's text.
+    """
     c.mllm.update(param_dtype='bfloat16', dtype='bfloat16', remat='full', text_length=text_length)
     c.model.update(features=256, width=128, lora_rank=16, lora_alpha=32.0)
-    c.stages = 'knowledge,transfer,recommend'  # joint reads the whole catalogue again and again
+    c.stages = 'knowledge,transfer,recommend'  # stage joint would encode the catalogue often
     c.save_every, c.log_every = 200, 20
     c.stage.knowledge.update(steps=2000, learning_rate=2e-4)
     c.stage.transfer.update(steps=1000, learning_rate=2e-4)
@@ -43,7 +51,7 @@ def large(c, text_length):
 
 
 def qwen3vl_2b(c):
-    """About 7 GiB on each of 8 devices, 8 on one: a TPU v5e has 16."""
+    """Set the options of Qwen3-VL-2B: 7 GiB on each of 8 devices, 8 GiB on one."""
     large(c, text_length=128)
     c.mllm.image_size = 256  # 64 tokens
     c.mllm.chunk = 32
@@ -52,7 +60,7 @@ def qwen3vl_2b(c):
 
 
 def llava_7b(c):
-    """A device of 24 GB holds the base whole; on 8 of 16 GB set --config.model_shards=8."""
+    """Set the options of LLaVA-7B: needs 24 GB, or 8 devices of 16 GB with model_shards=8."""
     large(c, text_length=128)
     c.mllm.chunk = 8
     c.stage.knowledge.batch_size = 32

@@ -1,40 +1,43 @@
-"""Ready-made sessions of item ids, without content: the recommender alone, on public benchmarks.
+"""Prepared sessions of item ids, without content: only the recommender, on public benchmarks.
 
     python launch.py --config=configs/sessions.py:diginetica --config.data.npz=FILE
     python launch.py --config=configs/sessions.py:diginetica,sr_gnn --config.data.npz=FILE \
         --config.data.protocol=published
 
-The first word is the data set, the second (may be left out: what validation chose) the encoder;
-a third, `found`, lays over it what `python -m tpad_jax.search` found (see FOUND).
+A variant is DATA, or DATA,ENCODER; the default encoder was chosen on validation. A third word,
+`found`, adds the options that `python -m tpad_jax.search` found (see FOUND).
 """
 
 from ml_collections import ConfigDict
 
 from tpad_jax import config
 
-DATA = {  # training sessions and rows, a tenth of the sessions being held out; the encoder chosen
+DATA = {  # training sessions and rows without the tenth for validation; the default encoder
     'diginetica': dict(sessions=168_003, rows=649_944, encoder='attention'),
     'cellphones': dict(sessions=63_234, rows=95_935, encoder='gnn'),
     'grocery': dict(sessions=38_943, rows=95_512, encoder='mixture'),
 }
-# 'sr_gnn' is the published one; 'gnn' the same with vectors of length one and dropout; 'mixture'
-# adds the scores of 'attention' and 'gnn', each trained by itself
+# 'sr_gnn' is the published encoder; 'gnn' adds vectors of length one and dropout; 'mixture' adds
+# the scores of 'attention' and 'gnn', which are trained separately
 EPOCHS = {'attention': 4, 'mixture': 4, 'gnn': 5, 'sr_gnn': 4, 'gce_gnn': 4}
 ENCODER = {'mixture': 'attention', 'gnn': 'sr_gnn'}  # config.model.encoder, where it differs
 
-# The best of 8 trials on validation by the published protocol, commit 95ce270; all trials stand in
-# benchmarks/search/. Not the default: 0.35 points of hit@20 on 4,327 rows, at the same mrr@20, are
-# less than a seed may move
+# The best of 8 trials on validation by the published protocol, commit 95ce270. benchmarks/search/
+# has all trials. Not the default: it gains 0.35 points of hit@20 on 4,327 rows and no mrr@20, and
+# seeds differ by more
 FOUND = {'grocery,attention': {
     'losses.next_item.smoothing': 0.165, 'model.dropout': 0.307, 'model.item_dropout': 0.461,
     'model.temperature': 0.1006, 'stage.recommend.learning_rate': 3.31e-3}}
 
 
 def get_config(variant: str = 'diginetica'):
-    """`variant`: 'data', 'data,encoder' or 'data,encoder,found', see DATA, EPOCHS and FOUND.
+    """Return the config of a variant.
+
+    Args:
+      variant: 'data', 'data,encoder' or 'data,encoder,found'; see DATA, EPOCHS and FOUND.
 
     Raises:
-      ValueError: another variant.
+      ValueError: the variant is unknown.
     """
     searched = variant.removesuffix(',found')
     data, _, encoder = searched.partition(',')
@@ -47,11 +50,11 @@ def get_config(variant: str = 'diginetica'):
     c = config.get_config()
     c.name = f'{data}_{encoder}'
     c.stages = 'recommend'
-    c.refit = True  # the latest sessions say most about the next ones
-    c.xla_flags = '--xla_backend_optimization_level=3'  # a long run: compile with care
+    c.refit = True  # the latest sessions predict the next ones best
+    c.xla_flags = '--xla_backend_optimization_level=3'  # a long run: compile for speed
     c.log_every, c.save_every = 50, 400
     c.rivals = {}
-    # only Diginetica's sessions stand in the order of time
+    # only the sessions of Diginetica are in the order of time
     c.data.update(ordered=data == 'diginetica', published_last_only=data != 'diginetica')
     c.losses.next_item.update(chunk=2048, dtype='bfloat16')  # the whole softmax, in its fast form
     c.model.update(encoder=ENCODER.get(encoder, encoder), width=100, recommend='', use_side=False,
@@ -62,7 +65,7 @@ def get_config(variant: str = 'diginetica'):
         c.losses.next_item.h = 'h_each'
         c.model.update(width=160, normalise=True, temperature=0.08)
         stage.update(batch_size=128, every_prefix=False, learning_rate=2e-3, weight_decay=0.0)
-        if data != 'diginetica':  # smaller data: more restraint
+        if data != 'diginetica':  # smaller data: regularise more
             c.model.repeats = True
             c.losses.next_item.smoothing = 0.1
             stage.weight_decay = 0.5
@@ -73,11 +76,11 @@ def get_config(variant: str = 'diginetica'):
         stage.update(batch_size=128, learning_rate=3e-3, optimiser='adam', weight_decay=0.0)
     else:
         stage.update(batch_size=512, optimiser='adam', learning_rate=2e-3, weight_decay=1e-5)
-        # as it was published
+        # as published
         c.model.update(positions=False, dropout=0.0, item_dropout=0.0, normalise=False)
         if encoder == 'gce_gnn':
             c.model.dropout = 0.2
-    if c.model.normalise:  # what `python -m tpad_jax.search` tries
+    if c.model.normalise:  # searched by `python -m tpad_jax.search`
         c.search.space = ConfigDict(dict(
             model=dict(temperature=('log', 0.04, 0.16), item_dropout=('float', 0.0, 0.6),
                        dropout=('float', 0.0, 0.5)),

@@ -20,8 +20,12 @@ def load(workdir, *, base: str = '') -> 'Recommender':
       The recommender.
 
     Raises:
-      InputError: the run is not finished, or a file of it is damaged.
+      InputError: the run is not finished, a file of it is damaged, or the environment forbids jax
+        to promote ranks.
     """
+    from tpad_jax.core import startup
     from tpad_jax.serving import recommender
 
+    # lists are the same with 64 bits, but encoders cannot be traced without rank promotion
+    startup.check_environment(['JAX_NUMPY_RANK_PROMOTION'])
     return recommender.load(workdir, base=base)

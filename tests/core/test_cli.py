@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import tpad_jax
 from tpad_jax.core import cli, startup
 from tpad_jax.errors import InputError, Stopped
 
@@ -98,3 +99,9 @@ def test_harmless_values_of_the_environment_are_accepted(monkeypatch):
         monkeypatch.setenv(variable, values[-1])
     startup.check_environment()
     assert os.environ['JAX_ENABLE_X64'] == 'off'
+
+
+def test_a_run_is_not_loaded_without_rank_promotion(monkeypatch, tmp_path):
+    monkeypatch.setenv('JAX_NUMPY_RANK_PROMOTION', 'raise')
+    with pytest.raises(InputError, match="JAX_NUMPY_RANK_PROMOTION='raise'"):
+        tpad_jax.load(tmp_path)

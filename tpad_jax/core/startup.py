@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from absl import logging
@@ -89,18 +89,20 @@ def cache_compilations() -> None:
         os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 
 
-def check_environment() -> None:
+def check_environment(names: Iterable[str] = REQUIRED) -> None:
     """Refuse environment variables that give jax other types than this package computes with.
+
+    Args:
+      names: of the variables to check.
 
     Raises:
       InputError: naming the variable.
     """
-    for name, usable in REQUIRED.items():
-        value = os.environ.get(name, '')
+    for name in names:
+        value, usable = os.environ.get(name, ''), REQUIRED[name]
         if value.lower() not in usable:
             raise InputError(f'{name}={value!r}: this package computes in 32 bits with the usual '
-                             f'promotion of types. Expected one of {", ".join(usable[1:])}. '
-                             f'Fix: unset {name}')
+                             f'promotion of types. Expected {usable[1]}. Fix: unset {name}')
 
 
 def keep_memory() -> bool:
