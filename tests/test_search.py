@@ -160,6 +160,18 @@ def test_a_trial_that_diverges_counts_and_never_wins(tmp_path):
         search(never, SPACE, DEFAULTS, trials=3, seed=0, name='sr')
 
 
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_metric_that_is_not_finite_is_a_failed_trial(value):
+    """JSON has no nan, and a nan that came first would win."""
+    def objective(params, number):
+        return {'hit@20': 0.5, 'mrr@20': value} if number == 1 else quality(params)
+
+    best, record = search(objective, SPACE, DEFAULTS, trials=4, seed=0)
+    assert [('failed' in trial) for trial in record['tried']] == [False, True, False, False]
+    assert best == record['tried'][record['best']]['params'] != record['tried'][1]['params']
+    json.dumps(record, allow_nan=False)
+
+
 @pytest.mark.parametrize(('axis', 'default', 'message'), [
     (('float', 1.0), 1.0, 'not an axis'),
     (('float', 2.0, 1.0), 1.0, 'not an axis'),

@@ -335,10 +335,10 @@ def partnered(config):
     return other
 
 
-def flat(tree: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+def flat(tree: ConfigDict | dict, prefix: str = '') -> Iterator[tuple[str, Any]]:
     """Yield the options of a nested config as ('a.b.c', value)."""
     for key, value in tree.items():
-        if isinstance(value, ConfigDict):
+        if isinstance(value, ConfigDict | dict):
             yield from flat(value, f'{prefix}{key}.')
         else:
             yield f'{prefix}{key}', value

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tpad_jax.core import files
 from tpad_jax.errors import InputError
 
 Space = dict[str, tuple]
@@ -31,9 +32,9 @@ def search(objective: Objective, space: Space, defaults: dict, *, trials: int, s
     """Find the parameters with the best validation metric among the defaults and the proposals.
 
     A proposal that was tried before counts as a trial but is not measured again. A trial whose
-    objective raises FloatingPointError (training diverged) counts as failed, and the search
-    continues. Every other exception ends the search; with `storage`, the next call repeats the
-    interrupted trial.
+    objective raises FloatingPointError (training diverged), or returns a number that is not finite,
+    counts as failed, and the search continues. Every other exception ends the search; with
+    `storage`, the next call repeats the interrupted trial.
 
     Args:
       objective: measures parameters on validation.
@@ -76,6 +77,8 @@ def search(objective: Objective, space: Space, defaults: dict, *, trials: int, s
             if same and 'failed' in same.user_attrs:
                 raise FloatingPointError(same.user_attrs['failed'])
             values = same.user_attrs['values'] if same else objective(trial.params, len(tried))
+            if not np.isfinite(list(values.values())).all():  # JSON has no nan, and nan no order
+                raise FloatingPointError(f'the metrics are not finite: {values}')
         except FloatingPointError as error:
             trial.set_user_attr('failed', str(error))
             raise
@@ -130,7 +133,7 @@ def _study(storage, name, settings):
     optuna = _optuna()
     if storage is not None:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        _drop_unfinished_line(Path(storage))
+        files.drop_partial_line(storage)  # optuna would append to it and lose both lines
         backend = optuna.storages.journal.JournalFileBackend(str(storage))
         storage = optuna.storages.JournalStorage(backend)
     study = optuna.create_study(storage=storage, study_name=name, direction='maximize',
@@ -144,15 +147,6 @@ def _study(storage, name, settings):
         raise InputError(f'{name} was searched with another {changed} in the same journal. Fix: '
                          'search in another directory.')
     return study
-
-
-def _drop_unfinished_line(journal):
-    """Cut the line that a kill or a full disk left: optuna would append to it and lose both."""
-    if journal.is_file():
-        with journal.open('r+b') as file:
-            text = file.read()
-            if not text.endswith(b'\n'):
-                file.truncate(text.rfind(b'\n') + 1)
 
 
 def _counted(study):

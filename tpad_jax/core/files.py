@@ -33,6 +33,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def drop_partial_line(path: str | Path) -> None:
+    """Cut the unfinished last line that a kill or a full disk leaves in a file of lines, if any."""
+    if Path(path).is_file():
+        with Path(path).open('r+b') as file:
+            file.truncate(file.read().rfind(b'\n') + 1)
+
+
 def write_json(path, value):
     """Write a JSON file completely or not at all.
 

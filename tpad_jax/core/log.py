@@ -40,9 +40,8 @@ class Writer:
         self._file: IO[bytes] | None = None
         if jax.process_index() == 0:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            files.drop_partial_line(self._path)
             self._file = open(self._path, 'a+b')
-            self._file.seek(0)
-            self._file.truncate(self._file.read().rfind(b'\n') + 1)
 
     def scalars(self, stage: str, step: int, values: dict) -> None:
         """Write the numbers of one step.

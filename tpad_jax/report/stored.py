@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tpad_jax import config
 from tpad_jax.core import log as log_lib
 from tpad_jax.diagnostics import records
 from tpad_jax.errors import InputError
@@ -69,14 +70,7 @@ def read(path: str | Path) -> Run:
 
 def flat_config(run: Run) -> dict[str, Any]:
     """Flatten a run's config: {'a.b.c': value}."""
-    def leaves(tree, prefix):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f'{prefix}{key}.')
-            else:
-                yield f'{prefix}{key}', value
-
-    return dict(leaves(run.results['provenance']['config'], ''))
+    return dict(config.flat(run.results['provenance']['config']))
 
 
 def hit_curve(ranks: compare.Run, model: str, ks: np.ndarray) -> np.ndarray:
