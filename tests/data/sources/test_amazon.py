@@ -264,8 +264,10 @@ def test_picture_files_may_end_in_any_case(tmp_path):
 
 
 @pytest.mark.parametrize(('form', 'changes', 'message'), [
-    ('2023', {'timestamp': TIME}, 'the times look like seconds: multiply'),
-    ('2018', {'unixReviewTime': TIME * 1000}, 'the times look like milliseconds: divide'),
+    ('2023', {'timestamp': TIME}, r'look like seconds: convert them to .* milliseconds .2023'),
+    ('2018', {'unixReviewTime': TIME * 1000}, r'look like milliseconds: convert them to seconds'),
+    ('2023', {'timestamp': TIME * 10**9}, r'look like nanoseconds: convert'),
+    ('2018', {'unixReviewTime': str(TIME)}, 'write every time as a number'),
     ('2018', {'reviewerID': 7}, 'user as a text of at most 256 characters, a number in quotes'),
     ('2023', {'parent_asin': 'B.1'}, r'letters, digits, - and _ \(no dot')])
 @pytest.mark.parametrize('good', [0, 1])

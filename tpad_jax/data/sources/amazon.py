@@ -32,8 +32,10 @@ _OF_2014 = re.compile(r'reviews_.+\.json(\.gz)?')
 HINTS = {
     'python_dict': 'these are Python dictionaries, as in the 2014 form of the data: write every '
                    'line as JSON, for example by json.dumps(ast.literal_eval(line))',
-    'time_in_seconds': 'the times look like seconds: multiply them by 1000',
-    'time_in_milliseconds': 'the times look like milliseconds: divide them by 1000',
+    'bad_time': 'write every time as a number, of seconds (2018 form) or milliseconds (2023 form) '
+                'since 1970',
+    **{f'time_in_{unit}': f'the times look like {unit}: convert them to seconds (2018 form) or '
+                          'milliseconds (2023 form)' for unit in amazon_fields.UNITS},
     'bad_user': f'write every user as a text of at most {amazon_fields.USER_LENGTH} characters, a '
                 'number in quotes',
     'bad_asin': 'write every item id as a text of at most 32 letters, digits, - and _ (no dot: the '

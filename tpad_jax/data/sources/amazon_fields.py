@@ -15,6 +15,7 @@ from tpad_jax.data.untrusted import Reason
 
 MAX_PRICE = 1e7  # dollars
 EARLIEST, LATEST = 788_918_400, 4_102_444_800  # seconds: 1995 (Amazon's first year) to 2100
+UNITS = {'seconds': 1, 'milliseconds': 10**3, 'microseconds': 10**6, 'nanoseconds': 10**9}
 CATEGORY_LEVELS = 4  # of the path; 2018 files list sales arguments after them
 CATEGORY_LENGTH = 60  # characters; longer "levels" are sales arguments too
 PRICE_LENGTH = 60  # characters; longer "prices" are pages
@@ -108,10 +109,9 @@ def event(record: dict, fields: Fields, items) -> tuple[str, str, int] | Reason:
     if isinstance(time, bool) or not isinstance(time, int | float):
         return Reason('bad_time')
     if not EARLIEST <= time // fields.units < LATEST:
-        for unit, per_second in (('seconds', 1), ('milliseconds', 1000)):
-            if EARLIEST <= time // per_second < LATEST:
-                return Reason(f'time_in_{unit}')
-        return Reason('bad_time')
+        units = (unit for unit, per_second in UNITS.items()
+                 if EARLIEST <= time // per_second < LATEST)
+        return Reason(next((f'time_in_{unit}' for unit in units), 'bad_time'))
     return (user, asin, int(time // fields.units)) if asin in items else Reason(
         'item_without_metadata')
 

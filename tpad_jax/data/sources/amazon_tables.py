@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -92,8 +93,28 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(rows)
 
 
-def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, valid: float,
-            test: float, seed: int, bad_share: float = 1.0) -> None:
+class Cutting(NamedTuple):
+    """Options that decide what the tables of given raw files hold.
+
+    Attributes:
+      gap_hours: the longest pause inside a session; files of the 2018 form have day-granular
+        times, so that a session is one user's day and the gap is not read.
+      core: items rarer than this in training sessions leave them; 1 is off.
+      min_length: shorter sessions are dropped.
+      valid: share (below 1) or number of sessions for validation.
+      test: the same for the test.
+      seed: of the order among equal times.
+    """
+
+    gap_hours: float
+    core: int
+    min_length: int
+    valid: float
+    test: float
+    seed: int
+
+
+def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **cutting) -> None:
     """Read raw files, cut, split and filter their sessions, and write the tables.
 
     A finished `data_dir` of the same raw bytes and options stays as it is; an unfinished one is
@@ -102,33 +123,30 @@ def prepare(raw_dir, data_dir, *, gap_hours: float, core: int, min_length: int, 
     Args:
       raw_dir: folder of one category's raw files, see `amazon.read`.
       data_dir: folder to write to, made if absent; other files in it are not touched.
-      gap_hours: the longest pause inside a session; files of the 2018 form have day-granular
-        times, so that a session is one user's day and the gap is not read.
-      core: items rarer than this in training sessions leave them; 1 is off.
-      min_length: shorter sessions are dropped.
-      valid: share (below 1) or number of sessions for validation.
-      test: the same for the test.
-      seed: of the order among equal times.
       bad_share: share of a raw file's lines that may be damaged, see `amazon.read`.
+      **cutting: of `Cutting`.
 
     Raises:
       InputError: unusable raw files or options, or data_dir holds other finished data.
     """
     raw_dir, data_dir = Path(raw_dir), Path(data_dir)
-    options = dict(gap_hours=float(gap_hours), core=core, min_length=min_length,
-                   valid=float(valid), test=float(test), seed=seed)  # 2 and 2.0 are one option
+    cut = Cutting(**cutting)
+    cut = cut._replace(**{name: float(getattr(cut, name))  # 2 and 2.0 are one option
+                          for name in ('gap_hours', 'valid', 'test')})
+    options = cut._asdict()
     identity = fingerprint(raw_dir, options)
     if (data_dir / FINISHED).is_file():
         _check_same(raw_dir, data_dir, options, identity)
         return
     raw = amazon.read(raw_dir, bad_share)
-    cutting = dict(by_day=raw.form == '2018', gap_seconds=round(gap_hours * 3600))
-    sessions = sessions_lib.cut(raw.interactions, **cutting, seed=seed, min_length=min_length)
-    splits = dict(zip(('train', 'valid', 'test'), sessions_lib.split(sessions, valid, test),
-                      strict=True))
-    splits['train'] = sessions_lib.k_core(splits['train'], core, min_length)
+    pauses = dict(by_day=raw.form == '2018', gap_seconds=round(cut.gap_hours * 3600))
+    sessions = sessions_lib.cut(raw.interactions, **pauses, seed=cut.seed,
+                                min_length=cut.min_length)
+    splits = dict(zip(('train', 'valid', 'test'),
+                      sessions_lib.split(sessions, cut.valid, cut.test), strict=True))
+    splits['train'] = sessions_lib.k_core(splits['train'], cut.core, cut.min_length)
     warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
-    ties = sessions_lib.time_ties(raw.interactions, **cutting)
+    ties = sessions_lib.time_ties(raw.interactions, **pauses)
     report = audit.audit(*splits.values(), warm, form=raw.form, ties=ties)
 
     if (data_dir / Amazon.name).exists():
