@@ -24,6 +24,8 @@ from tpad_jax.nn import linear
 GOLDEN = Path(__file__).parent / 'golden'
 NAMES = sorted(p.name for p in GOLDEN.iterdir())
 BAR = 3e-5
+# compiling takes most of the time of programs of this size
+jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 @cache
@@ -57,7 +59,7 @@ def forward(spec, side, every=True):
         last, each = m(stream, every=True)
         return jnp.concatenate([stream.x[None], each[:-1], last[None]]), m.logits(last)
 
-    @jax.jit
+    @jit
     def run(params, *given):
         with jax.default_matmul_precision('highest'):
             return model.apply({'params': params}, *given, method=outputs)
@@ -104,7 +106,7 @@ def test_some_tokens_alone(name):
     adapter = linear.init(jax.random.key(0), params, rank=2, targets=r'^decoder/.*(q|k|down)$')
     adapter = jax.tree.map(lambda x: x + 0.02, adapter)
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(jit, static_argnums=0)
     def run(few, adapter):
         def outputs(m):
             stream = m.prompt(tokens, mask, image)

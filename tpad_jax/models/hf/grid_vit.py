@@ -12,7 +12,7 @@ import numpy as np
 
 from tpad_jax.errors import InputError
 from tpad_jax.models.hf import spec
-from tpad_jax.models.hf.layers import LayerNorm, activation, attend, rematerialised, rotate
+from tpad_jax.models.hf.layers import activation, attend, layer_norm, rematerialised, rotate
 from tpad_jax.nn.linear import Linear, uniform
 from tpad_jax.nn.transformer import RMSNorm
 
@@ -57,9 +57,11 @@ def resampled(table, cells):
     return x.reshape(-1, x.shape[-1])
 
 
-def norm(grid: spec.Grid, name: str):
-    """Make the norm of the grid's kind."""
-    return (RMSNorm if grid.kind == 'qwen2_5' else LayerNorm)(grid.eps, name=name)
+def norm(x, grid: spec.Grid, name: str):
+    """Normalise x with a new norm of the grid's kind."""
+    if grid.kind == 'qwen2_5':
+        return RMSNorm(grid.eps, name=name)(x)
+    return layer_norm(x, grid.eps, name)
 
 
 class Patch(nn.Module):
@@ -131,9 +133,9 @@ class Block(nn.Module):
         (x, deep), (everywhere, slot), (cos, sin, window) = carry, layer, fixed
         grid = self.grid
         mask = None if window is None else window | everywhere
-        y = norm(grid, 'norm1')(x)
+        y = norm(x, grid, 'norm1')
         x = x + Attention(grid.heads, self.how, name='attention')(y, cos, sin, mask)
-        x = x + self.mlp(norm(grid, 'norm2')(x))
+        x = x + self.mlp(norm(x, grid, 'norm2'))
         if deep is not None:
             deep = jax.lax.dynamic_update_index_in_dim(deep, x, slot, 0)
         return (x, deep), None
@@ -173,7 +175,7 @@ class Merger(nn.Module):
         merged = (x.shape[0], rows * columns, m * m * width)
         if self.joined:
             x = x.reshape(merged)
-        x = norm(self.grid, 'norm')(x).reshape(merged)
+        x = norm(x, self.grid, 'norm').reshape(merged)
         x = activation('gelu')(Linear(merged[-1], use_bias=True, name='fc1')(x))
         return Linear(self.grid.out, use_bias=True, name='fc2')(x)
 

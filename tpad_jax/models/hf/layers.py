@@ -8,20 +8,9 @@ ATTENTION = ('xla', 'cudnn')  # choices of config.mllm.attention
 REMAT = ('none', 'dots', 'full')  # choices of config.mllm.remat, see `rematerialised`
 
 
-class LayerNorm(nn.Module):
-    """(x - mean) / std * scale + bias over the last axis, in float32. [..., D] -> [..., D]."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x):
-        """Normalise the last axis of x."""
-        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
-        return (y * scale + bias).astype(x.dtype)
+def layer_norm(x, eps: float, name: str):
+    """Normalise the last axis of x with a new nn.LayerNorm. Statistics are float32."""
+    return nn.LayerNorm(eps, dtype=x.dtype, use_fast_variance=False, name=name)(x)
 
 
 def activation(name: str):

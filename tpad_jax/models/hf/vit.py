@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tpad_jax.models.hf import spec
-from tpad_jax.models.hf.layers import LayerNorm, activation, attend, rematerialised
+from tpad_jax.models.hf.layers import activation, attend, layer_norm, rematerialised
 from tpad_jax.nn.linear import Linear, uniform
 
 
@@ -34,9 +34,9 @@ class Block(nn.Module):
     def __call__(self, x, _):
         """Apply the layer to x."""
         tower = self.tower
-        y = LayerNorm(tower.eps, name='norm1')(x)
+        y = layer_norm(x, tower.eps, 'norm1')
         x = x + Attention(tower.heads, self.how, name='attention')(y)
-        y = Linear(tower.hidden, use_bias=True, name='fc1')(LayerNorm(tower.eps, name='norm2')(x))
+        y = Linear(tower.hidden, use_bias=True, name='fc1')(layer_norm(x, tower.eps, 'norm2'))
         y = activation(tower.activation)(y)
         return x + Linear(tower.width, use_bias=True, name='fc2')(y), None
 
@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         count = (tower.image // tower.patch) ** 2 + tower.has_class
         x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
         if tower.pre_norm:
-            x = LayerNorm(tower.eps, name='pre_norm')(x)
+            x = layer_norm(x, tower.eps, 'pre_norm')
         scanned = nn.scan(rematerialised(Block, self.remat), length=tower.layers,
                           variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
         x, _ = scanned(tower, self.how, name='layers')(x, None)
