@@ -200,7 +200,7 @@ def verdict(report: dict) -> str:
         reserves.append(f'{report["order_pairs"]} frequent pairs are too few to tell the order of '
                         'a file from that of the customers')
     elif _one_way(report):
-        reserves.append(f'{one_way} only, which must be due to the times')
+        reserves.append(f'{one_way} only, so check that the times are real')
     return ('Claims about transitions can be made on these data: there is no fixed order, and '
             f'shuffling lowers {metric} ({changes}), '
             + ('more by closeness than by direction.' if close else 'by direction.')
