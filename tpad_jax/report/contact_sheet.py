@@ -16,7 +16,7 @@ MODELS = 'tpad', 'id_only'  # whose lists are shown, where a run has them
 ROWS, PREFIX = 6, 5  # sessions, and the latest items of each
 TILE, STEP = 96, 108  # pixels of a picture, and from one picture to the next
 TOP, LEFT, ROW = 32, 28, 142  # pixels: heading, left margin, session
-LETTERS = 18  # of a line of an item's title
+LETTERS = 17  # of a line of an item's title
 INK, GREY, PALE, BLANK = '#222222', '#777777', '#dddddd', '#f2f2f2'
 GREEN = '#009e73'  # frames the true next item
 
@@ -33,7 +33,8 @@ def write(workdir: Path) -> Path | None:
     file = workdir / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(file) as partial:
-        draw(stored).save(partial, 'PNG')
+        # 256 colours: half the size
+        draw(stored).quantize(256).save(partial, 'PNG')
     return file
 
 
