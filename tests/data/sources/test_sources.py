@@ -1,12 +1,14 @@
 """The registry: which source a config selects, and what every source's data must hold."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tpad_jax import config
-from tpad_jax.data import sources
+from tpad_jax.data import catalogue, sources
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import ids
 from tpad_jax.errors import InputError
@@ -111,3 +113,19 @@ def test_the_fingerprint_follows_the_sessions(tmp_path, monkeypatch):
     assert sources.load(c, tmp_path).fingerprint == before
     monkeypatch.setitem(damage, 'test', split([4, 3]))
     assert sources.load(c, tmp_path).fingerprint != before
+
+
+def test_a_source_of_its_own_may_have_pictures_and_texts(tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.new('RGB', (8, 8), 'red').save(file, 'PNG')
+    for name, value in dict(texts=['', 'a', 'b', 'c', 'd'], has_image=np.arange(5) % 4 > 0,
+                            image_bytes=[b'', file.getvalue(), b'x', b'', b'']).items():
+        monkeypatch.setitem(damage, name, value)
+    data = sources.load(selecting(source=f'{__name__}:DAMAGED'), tmp_path)
+    monkeypatch.setattr(catalogue.text, 'tokenize', lambda texts, *_: np.zeros((len(texts), 1)))
+    content = catalogue.content(data, tmp_path / 'data', image_size=4, tokenizer_dir='',
+                                text_length=1)
+    assert content.has_image.tolist() == [False, True, False, False, False]
+    assert (content.image[1] == [255, 0, 0]).all()
+    assert content.pictures['rejected'] == {'image_empty_or_unreadable': 1,
+                                            'image_of_unknown_format': 1}

@@ -22,6 +22,22 @@ from tpad_jax.data.download.hosts import Limits
 from tpad_jax.errors import InputError, Stopped
 
 NAME = 'tpad_jax.data.download'
+OPTIONS = {  # smallest and largest value, meaning
+    'jobs': (1, 256, 'requests at once'),
+    'per_host': (1, 256, 'requests at once to one host'),
+    'pause': (0, 1e9, 'seconds between the starts of two requests to one host'),
+    'timeout': (0.01, 1e9, 'seconds without a byte'),
+    'tries': (1, 1000, 'tries of an address after a time-out or a status 5xx'),
+    'backoff': (0, 1e9, 'seconds before the second try, doubled before each later one'),
+    'max_bytes': (1, images.MAX_BYTES, 'largest size of a picture; the job reads no larger ones'),
+    'user_agent': ('name of the client, with an address where you can be reached',),
+    'bad_share': (0, 1, 'share of damaged lines that refuses a raw file'),
+}
+SWITCHES = {
+    'allow_private': 'also ask addresses of private networks and of this machine',
+    'again': 'ask again for pictures that failed for good',
+    'unreviewed': 'also items that no review names',
+}
 
 
 def table(report: dict) -> Table:
@@ -80,32 +96,15 @@ def main(argv: list[str]) -> int:
 
 
 def _parser():
-    default = Limits()
     parser = cli.Parser(NAME, 'Downloads the pictures of the items of a raw Amazon category.')
-    add, number = parser.add_argument, cli.number
-    add('folder', metavar='RAW_DIR', help='folder of raw files')
-    add('--jobs', type=number(int, 1, 256), default=default.jobs,
-        help='requests at once, default %(default)s')
-    add('--per_host', type=number(int, 1, 256), default=default.per_host,
-        help='requests at once to one host, default %(default)s')
-    add('--pause', type=number(float, 0, 1e9), default=default.pause,
-        help='seconds between the starts of two requests to one host, default %(default)s')
-    add('--timeout', type=number(float, 0.01, 1e9), default=default.timeout,
-        help='seconds without a byte, default %(default)s')
-    add('--tries', type=number(int, 1), default=default.tries,
-        help='tries of an address after a time-out or a status 5xx, default %(default)s')
-    add('--backoff', type=number(float, 0, 1e9), default=default.backoff,
-        help='seconds before the second try, doubled before each later one, default %(default)s')
-    add('--max_bytes', type=number(int, 1, images.MAX_BYTES), default=default.max_bytes,
-        help='largest size of a picture; the job reads no larger ones, default %(default)s')
-    add('--user_agent', default=default.user_agent,
-        help='name of the client, with an address where you can be reached')
-    add('--allow_private', action='store_true',
-        help='also ask addresses of private networks and of this machine')
-    add('--again', action='store_true', help='ask again for pictures that failed for good')
-    add('--unreviewed', action='store_true', help='also items that no review names')
-    add('--bad_share', type=number(float, 0, 1), default=0.05,
-        help='share of damaged lines that refuses a raw file, default %(default)s')
+    parser.add_argument('folder', metavar='RAW_DIR', help='folder of raw files')
+    for name, default in {**Limits()._asdict(), 'bad_share': 0.05}.items():
+        *limits, text = OPTIONS[name]
+        kind = cli.number(type(default), *limits) if limits else str
+        parser.add_argument(f'--{name}', type=kind, default=default,
+                            help=f'{text}, default %(default)s')
+    for name, text in SWITCHES.items():
+        parser.add_argument(f'--{name}', action='store_true', help=text)
     return parser
 
 
