@@ -156,7 +156,7 @@ def test_content_of_a_part_is_its_own_items():
         tokens=np.arange(10, dtype=np.int32)[:, None])
     rows = types.SimpleNamespace(items=np.array([[3, 9], [8, 0]]), next=np.array([[9, 8], [3, 0]]),
                                  target=np.array([8, 3]))
-    batch = snapshots._with_content(snapshots._batch(rows, ids, slice(0, 3), 3), ids, content)
+    batch = snapshots._batch(rows, ids, slice(0, 3), 3, content)
     assert isinstance(batch, Batch)
     np.testing.assert_array_equal(batch.tokens[batch.slots, 0], [[3, 9], [8, 0], [0, 0]])
     np.testing.assert_array_equal(batch.image[batch.next_slots].ravel(), [9, 8, 3, 0, 0, 0])

@@ -105,7 +105,7 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
                    valid=np.ones(cut.size, bool), row=row)
         if room:
             out['places'] = _places(out['items'], cut.shards, room)
-        return out if content is None else out | _with_content(out, content, cut.shards, width)
+        return out if content is None else out | with_content(out, content, cut.shards, width)
 
     return _iterate(batch, start_step)
 
@@ -258,8 +258,18 @@ def _epoch_order(seed: int, epoch: int, total: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(np.arange(total, dtype=np.int32))
 
 
-def _with_content(batch: dict, content: Content, shards: int, width: int) -> dict:
-    """-> slots and next_slots [B, N] and the content rows of every shard."""
+def with_content(batch: dict, content: Content, shards: int, width: int) -> dict:
+    """Gather the content of a batch's items, shard by shard.
+
+    Args:
+      batch: items and next, int [B, N]. Item ids.
+      content: pixels and tokens of the catalogue.
+      shards: equal parts of the batch.
+      width: rows of a shard's content, at least its different items and padding.
+
+    Returns:
+      slots and next_slots int [B, N], and the result of `content_rows`.
+    """
     both = np.stack([batch['items'], batch['next']])  # [2, B, N]
     size = both.shape[1] // shards
     slots = np.empty_like(both)

@@ -153,14 +153,14 @@ def _positions(job, stage, model, params, rows, ids, tables):
       ids: int [I]. The items that occur, ascending, 0 first.
       tables: {name: [I, ...]}, rows of these items.
     """
-    full = model.form == 'full'
-    size = max(1, job.config.stage[stage].batch_size // job.devices.shards) if full else ROWS
+    size, content = ROWS, None
+    if model.form == 'full':
+        size = max(1, job.config.stage[stage].batch_size // job.devices.shards)
+        content = job.content
     catalogue = {**tables, 'warm': job.data.warm[ids]}
     read, parts = _reader(model), []
     for begin in range(0, len(rows.target), size):
-        part = _batch(rows, ids, slice(begin, begin + size), size)
-        if full:
-            part = _with_content(part, ids, job.content)
+        part = _batch(rows, ids, slice(begin, begin + size), size, content)
         parts.append(jax.device_get(read(params, catalogue, part)))
     return {name: np.concatenate([np.asarray(p[name], np.float32) for p in parts])
             [:len(rows.target)] for name in READ}
@@ -210,26 +210,21 @@ def _meter(model: tpad.TPAD, chosen: tuple):
     return compiled(measure)
 
 
-def _batch(rows, ids, part: slice, size: int) -> Batch:
-    """Rows as a batch of `size`, filled up; items are numbered by their place in `ids`."""
+def _batch(rows, ids, part: slice, size: int, content=None) -> Batch:
+    """Rows as a batch of `size`, filled up; items are numbered by their place in `ids`.
+
+    With `content`, the batch has the content of its items, in a number of rows that fits any batch
+    of its size.
+    """
     def fill(x):
-        x = x[part]
-        return np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)))
+        places = np.searchsorted(ids, x[part]).astype(np.int32)
+        return np.pad(places, ((0, size - len(places)), *((0, 0),) * (x.ndim - 1)))
 
-    items, following = (fill(np.searchsorted(ids, x).astype(np.int32))
-                        for x in (rows.items, rows.next))
-    target = fill(np.searchsorted(ids, rows.target).astype(np.int32))
-    return Batch(items=items, next=following, target=target, valid=target > 0,
-                 row=np.arange(size, dtype=np.int32))
-
-
-def _with_content(batch: Batch, ids, content) -> Batch:
-    """Add the content of a batch's items, in a number of rows that fits any batch of its size."""
-    size, positions = batch.items.shape
-    present = np.union1d(np.union1d(batch.items, batch.next), 0)
-    room = min(size * (positions + 1) + 1, len(ids))
-    items = np.pad(ids[present], (0, room - len(present))).astype(np.int32)
-    slots, following = (np.searchsorted(present, x).astype(np.int32)
-                        for x in (batch.items, batch.next))
-    return batch.replace(slots=slots, next_slots=following,
-                         **batches.content_rows(content, items[None]))
+    items, following, target = map(fill, (rows.items, rows.next, rows.target))
+    batch = Batch(items=items, next=following, target=target, valid=target > 0,
+                  row=np.arange(size, dtype=np.int32))
+    if content is None:
+        return batch
+    width = min(items.size + size + 1, len(ids))
+    return batch.replace(**batches.with_content({'items': ids[items], 'next': ids[following]},
+                                                content, 1, width))

@@ -27,7 +27,7 @@ WIDTH = 112  # characters of the tables
 _NOTHING = 1e-12  # a smaller difference of two gains is rounding
 _AGAIN = 'Fix: delete the results.json next to it and run the command of the run again'
 # what np.load raises of a file that is cut short, damaged, pickled or one array alone
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error)
 
 
 class Run(NamedTuple):
@@ -116,7 +116,7 @@ def read(path: str | Path) -> Run:
     try:
         with file.open('rb') as opened, np.load(opened, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise InputError(f'{file} cannot be read ({error}). {_AGAIN}') from error
     absent = [n for n in ('session', 'target', 'fingerprint', 'items') if n not in arrays]
     if absent:

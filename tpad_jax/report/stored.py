@@ -1,8 +1,6 @@
 """Reads the workdir of a finished run for its page."""
 
 import json
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +14,6 @@ from tpad_jax.evaluation import compare, metrics
 from tpad_jax.report import gallery
 
 RESULTS = 'results.json'
-# what np.load raises of a file that is cut short or damaged
-_UNREADABLE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 class Run(NamedTuple):
@@ -98,6 +94,6 @@ def _results(file):
 def _clouds(path):
     try:
         return records.clouds(path)
-    except _UNREADABLE as error:
+    except compare.UNREADABLE as error:
         raise InputError(f'{path / "diagnostics"} holds a damaged file ({error}). Fix: move the '
                          'folder away to get the page without features') from error
