@@ -116,6 +116,10 @@ def old(out, batch, *, axis=None, x='r', mode='cosine'):
     return (out[x] ** 2).mean(-1)[:, 0]
 
 
+def unnamed(out, batch, *, x: Out = Out('r')):
+    return jnp.where(out['warm'][batch.target], out[x].mean((1, 2)), 0)
+
+
 def hidden(out, batch):
     return out['r'].mean((1, 2))
 
@@ -409,6 +413,7 @@ def test_check_finds_nothing_wrong_with_a_good_loss(capsys):
     (root, 'finite', r'the value is nan in rows \d'),
     (negative, 'finite', 'a row weight is below 0; .* in the config: rows 0, '),
     (hidden, 'contract', 'which no keyword names'),
+    (unnamed, 'contract', r"out\['warm'\], which no keyword names"),
     (headed, 'runs', r'test_extension.py, line \d+: TypeError'),
 ])
 def test_check_ends_where_nothing_can_follow(fn, breach, told):

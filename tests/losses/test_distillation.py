@@ -99,7 +99,7 @@ def test_a_student_that_agrees_has_nothing_to_learn(states):
     np.testing.assert_allclose(np.stack(agreed), 0, atol=1e-6)
     np.testing.assert_allclose(relations.value[0], 0, atol=1e-5)
     assert relations.weight.tolist() == [1, 0, 0]  # the second has no image, the third is no row
-    with pytest.raises(InputError, match=r"kind='backward': .* Expected forward"):
+    with pytest.raises(InputError, match=r"kind='backward': .* Expected one of forward"):
         losses.mdist(out, batch, kind='backward')
 
 

@@ -20,7 +20,6 @@ NAME = 'it'  # what the loss is called here
 WEIGHT = 0.7
 AXIS = 'data'
 CLOSE = 2e-5  # relative and absolute
-PROVIDED = {'items', 'next', 'warm', 'popularity'}  # outputs that every stage has
 
 # Programs of this size run in no time: compiling them is what takes it.
 jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -94,7 +93,6 @@ class Trial:
         self.batch, raw = example.make(0)
         self.raw = example.predicted(self.params, raw)
         self.outputs = jax.eval_shape(example.named, self.params, self.raw, self.batch).keys()
-        self.reads = spec.needs | PROVIDED
         self.state = first_states((spec,))
         if spec.module:
             drawn = first_parameters((spec,), lambda p, r, b: (self.named(p, r, b), b),
@@ -105,7 +103,7 @@ class Trial:
     def named(self, params, raw, batch):
         """Compute the outputs a stage would have for this loss alone."""
         out = example.named(params, raw, batch)
-        return {n: x for n, x in out.items() if n in self.reads}
+        return {n: x for n, x in out.items() if n in self.spec.needs}
 
     def loss(self, params, raw, batch):
         """Call the function; returns a `Loss`."""
@@ -237,10 +235,10 @@ class Trial:
         if not _finite(self.one(self.params, self.raw, alike, self.state)):
             return Finding(False, 'repeats', 'value or gradient is not finite if every position '
                            'holds the same item')
-        scorers = sorted(n for n in self.reads if n == 'club' or n.startswith('critic.'))
+        needs = self.spec.needs
+        scorers = sorted(n for n in needs if n == 'club' or n.startswith('critic.'))
         if not scorers:
             return Finding(True, 'repeats', 'finite if every position holds the same item')
-        needs = self.spec.needs
         ids = self.batch.next if 'next' in needs and 'items' not in needs else self.batch.items
         ids = np.where(self.batch.mask, ids, 0).reshape(-1)
         rng, diagonal = np.random.default_rng(4), np.eye(len(ids), dtype=bool)
@@ -251,7 +249,7 @@ class Trial:
         def value(scores):
             out = self.named(self.params, self.raw, self.batch)
             out |= {n: x for n, x in example.numbered(self.raw).items()
-                    if example.is_of_positions(n) and n in self.reads}
+                    if example.is_of_positions(n) and n in needs}
             out |= dict.fromkeys(scorers, example.LookUp(scores))
             return combine((self.spec,), out, self.batch, self.state, key=jax.random.key(3),
                            heads=bound((self.spec,), self.params))[0]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
 from tpad_jax.losses.contract import Out
+from tpad_jax.losses.generation import row_by_row
 from tpad_jax.nn.mlp import unit
 from tpad_jax.types import Loss
 
@@ -49,9 +50,6 @@ def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
     Raises:
       InputError: another kind than `KINDS`.
     """
-    if kind not in KINDS:
-        raise InputError(f'kind={kind!r}: mdist has no such kind. Expected {", ".join(KINDS)}. '
-                         'Fix: choose one.')
     words = min(len(out[table]), len(out[teacher_table]))
 
     def log_share(states, table):
@@ -64,11 +62,8 @@ def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
         known = jax.lax.stop_gradient(log_share(taught, out[teacher_table]))
         return temperature**2 * divergence(known, log_share(student, out[table]), kind, skew)
 
-    if by_row:
-        again = jax.checkpoint(value)
-        result = jax.lax.map(lambda row: again(*row), (out[x], out[teacher]))
-    else:
-        result = value(out[x], out[teacher])
+    states = out[x], out[teacher]
+    result = row_by_row(value, *states) if by_row else value(*states)
     return Loss(result, (out[there] & batch.valid[:, None]).astype(jnp.float32))
 
 
@@ -86,6 +81,9 @@ def divergence(p, q, kind, skew=0.1):
 
     Returns:
       float32 [...].
+
+    Raises:
+      InputError: another kind than `KINDS`.
     """
     def kl(a, b):
         return (jnp.exp(a) * (a - b)).sum(-1)
@@ -104,7 +102,8 @@ def divergence(p, q, kind, skew=0.1):
             if not skew:
                 return kl(p, q)
             return kl(p, jnp.logaddexp(p + math.log(skew), q + math.log1p(-skew)))
-    raise ValueError(f'kind={kind!r}: expected {", ".join(KINDS)}')
+    raise InputError(f'kind={kind!r}: there is no such divergence. Expected one of '
+                     f'{", ".join(KINDS)}. Fix: choose one.')
 
 
 def rdist(out, batch, *, x: Out = Out('r.image'), teacher: Out = Out('k.image'),

@@ -35,10 +35,12 @@ def generation(out, batch, *, x: Out = Out('describe'),
         own = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - own
 
-    if by_row:
-        again = jax.checkpoint(surprise)
-        value = jax.lax.map(lambda row: again(*row), (hidden, tokens))
-    else:
-        value = surprise(hidden, tokens)
+    value = row_by_row(surprise, hidden, tokens) if by_row else surprise(hidden, tokens)
     weight = ((tokens >= 0) & batch.valid[:, None]).astype(jnp.float32)
     return Loss(value, weight)
+
+
+def row_by_row(function, *arrays):
+    """Apply a function to one row of the arrays [B, ...] at a time, in both passes."""
+    again = jax.checkpoint(function)
+    return jax.lax.map(lambda row: again(*row), arrays)
