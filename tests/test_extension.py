@@ -271,7 +271,7 @@ def test_settings_of_any_type_are_hashable_and_measured_on_held_out_sessions():
     items = np.ones((3, tiny_stages.N), np.int32)
     rows = Batch(items, items, items[:, 0], items[:, 0] > 0, items[:, 0])
     features = {name: np.full((3, tiny_stages.N, 16), 2.0, np.float32) for name in snapshots.READ}
-    measured, _ = snapshots._measure(spec, unflatten_dict(params, sep='/'), rows, np.arange(5),
+    measured, _ = snapshots._held_out(spec, unflatten_dict(params, sep='/'), rows, np.arange(5),
                                      features, 3)
     assert measured['mine'] == pytest.approx(4)
 
