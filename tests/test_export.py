@@ -108,13 +108,35 @@ def test_approximate_lists(run, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(found, shop.first(rows, 7)[0])
 
 
+def test_a_small_catalogue_lowers_the_default_length_only(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(startup, 'prepare', lambda: None)
+    monkeypatch.setattr(export, 'K', V + 1)
+    assert export.main([str(run), str(tmp_path / 'out')]) == 0
+    assert json.loads((tmp_path / 'out' / 'export.json').read_text())['k'] == V
+    assert export.main([str(run), str(tmp_path / 'out'), '--k', str(V + 1)]) == 2
+    assert f'k={V + 1} is out of bounds' in capsys.readouterr().err
+
+
+def test_sessions_that_measure_nothing_are_refused(run, tmp_path, monkeypatch, capsys):
+    """No recall is NaN, and the share of bad lines is the user's."""
+    monkeypatch.setattr(startup, 'prepare', lambda: None)
+    file = tmp_path / 'sessions.jsonl'
+    file.write_text('{"session": ["no"]}\nnot JSON\n')
+    argv = [str(run), str(tmp_path / 'out'), '--sessions', str(file), '--ann']
+    assert export.main(argv) == 2
+    assert '1 of 2 lines are damaged' in capsys.readouterr().err
+    assert export.main([*argv, '--bad_share=0.5']) == 2
+    assert 'none of them names an item of the run' in capsys.readouterr().err
+    assert not (tmp_path / 'out' / 'export.json').exists()
+
+
 def test_recall():
     exact = np.array([[1, 2, 3, 4], [5, 6, 7, 8]])
     assert ann.recall(np.array([[4, 3, 9, 0], [8, 7, 6, 5]]), exact) == 0.75
 
 
 @pytest.mark.parametrize(('argv', 'said'), [
-    (['--ann'], '--ann needs sessions'), (['--k', '0'], 'k=0: a whole number from 1'),
+    (['--ann'], '--ann needs sessions'), (['--k', '0'], 'k=0 is out of bounds'),
     (['--rows', '0'], '--rows: 0: out of range. Expected from 1 to 4096'),
     (['--sessions', '/nowhere.jsonl'], '/nowhere.jsonl does not exist')])
 def test_unusable_arguments(run, tmp_path, monkeypatch, capsys, argv, said):

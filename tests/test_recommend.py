@@ -75,7 +75,19 @@ def test_added_items_are_known(command, run, tmp_path):
         [['new'], ['I1', 'new']], k=31).items
     status, _, told = command('--sessions', sessions, '--added', tmp_path / 'none')
     assert status == 2
-    assert 'holds no added items' in told
+    assert 'does not hold added items' in told
+
+
+def test_a_small_catalogue_lowers_the_default_length_only(command, run, tmp_path, monkeypatch):
+    sessions = write(tmp_path / 'sessions.jsonl', SESSIONS[:2])
+    total = len(tpad_jax.load(run).ids) - 1
+    monkeypatch.setattr(recommend, 'K', total + 1)
+    status, out, _ = command('--sessions', sessions)
+    assert status == 0
+    assert [len(json.loads(line)['items']) for line in out.splitlines()] == [total] * 2
+    status, _, told = command('--sessions', sessions, '--k', total + 1)
+    assert status == 2
+    assert f'k={total + 1} is out of bounds' in told
 
 
 def test_lines_that_are_no_sessions(command, tmp_path):
@@ -143,10 +155,10 @@ def test_a_signal_keeps_what_was_answered(command, tmp_path):
 
 @pytest.mark.parametrize(('argv', 'said'), [
     (['--sessions', 'nowhere.jsonl'], r'nowhere\.jsonl does not exist'),
-    (['--sessions', 'one.jsonl', '--k', '0'], 'k=0: a whole number from 1'),
+    (['--sessions', 'one.jsonl', '--k', '0'], 'k=0 is out of bounds'),
     (['--sessions', 'one.jsonl', '--out', '/nowhere/out.jsonl'], r'out\.jsonl\.partial cannot'),
     (['--sessions', 'broken.parquet'], r'broken\.parquet cannot be read as parquet'),
-    (['--sessions', 'other.parquet'], 'has the columns items; it lacks session')])
+    (['--sessions', 'other.parquet'], 'has the columns items. Expected')])
 def test_unusable_input(command, tmp_path, monkeypatch, argv, said):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / 'one.jsonl', SESSIONS[:1])

@@ -74,7 +74,8 @@ def test_the_page_in_a_browser(run, tmp_path):
 
 
 @pytest.mark.parametrize(('argv', 'said'), [
-    (['nowhere'], 'holds no run'), (['--k', '0'], '--k: 0: out of range. Expected 1 or more'),
+    (['nowhere'], 'does not hold a run'),
+    (['--k', '0'], '--k: 0: out of range. Expected 1 or more'),
     (['--port', '99999'], '--port: 99999: out of range. Expected from 0 to 65535')])
 def test_refusals(run, monkeypatch, capsys, argv, said):
     monkeypatch.setattr(startup, 'begin', lambda: lambda: False)

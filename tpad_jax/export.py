@@ -15,6 +15,7 @@ stopped by SIGINT or SIGTERM.
 """
 
 import json
+import string
 import sys
 from pathlib import Path
 
@@ -23,47 +24,7 @@ from tpad_jax.errors import InputError
 
 K = 20  # items per list, or all items of a smaller catalogue
 PLATFORMS, MAX_ROWS = ('cpu', 'cuda', 'tpu'), 4096
-README = '''# {model} of {items} items
-
-Made by `python -m tpad_jax.export`. `recommender.jax` needs jax and flatbuffers, nothing else:
-
-```python
-import json
-
-import jax
-import numpy as np
-from jax import export
-
-
-def read(file):
-    """The arrays of a .safetensors file."""
-    data = open(file, 'rb').read()
-    size = 8 + int.from_bytes(data[:8], 'little')
-    arrays = {{}}
-    for name, x in json.loads(data[8:size]).items():
-        # these two hold item numbers
-        dtype = np.int32 if name.endswith(('near', 'together')) else np.float32
-        begin, end = x['data_offsets']
-        arrays[name] = np.frombuffer(data[size + begin:size + end], dtype).reshape(x['shape'])
-    return arrays
-
-
-recommend = jax.jit(export.deserialize(bytearray(open('recommender.jax', 'rb').read())).call)
-weights = jax.device_put(read('weights.safetensors'))
-ids = ['', *json.load(open('item_ids.json'))]
-number = {{name: n for n, name in enumerate(ids)}}
-
-session = [ids[1], ids[2]]  # in the order of time
-known = [number[name] for name in session if name in number][-{length}:]
-rows = np.zeros(({rows}, {length}), np.int32)  # {rows} sessions a call; rows of zeros are padding
-rows[0, :len(known)] = known
-scores, items = recommend(weights, rows)  # [{rows}, {k}], best first
-print([ids[n] for n in items[0].tolist()])
-```
-
-A session without a known item has no list: recommend the items with most `events`.
-The product of `vector` and a session's vector is the score of the item{but}.
-'''
+README = Path(__file__).parent / 'serving' / 'export_readme.md'  # template
 
 
 @cli.command('tpad_jax.export')
@@ -123,8 +84,9 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
         ('the items it holds itself', [spec.repeats for spec in served.specs]),
         ('their companions', [spec.together for spec in served.specs])) if any(shifted)]
     but = f', but for the shift of {" and ".join(shifts)}' if shifts else ''
+    readme = string.Template(README.read_text())
     files.write_text(directory / 'README.md',
-                     README.format(length=shop.max_length, **about, but=but))
+                     readme.substitute(about, length=shop.max_length, but=but))
     if sessions is not None:
         vectors, prefixes = _write_sessions(shop, sessions, bad_share, directory)
     if ann:

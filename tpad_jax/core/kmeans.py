@@ -1,10 +1,9 @@
 """k-means: groups points by their distances, the same way for the same seed."""
 
 import numpy as np
+from scipy.cluster import vq
 
 from tpad_jax.errors import InputError
-
-BLOCK = 1 << 16  # points whose distances to all centres are held at a time
 
 
 def kmeans(points: np.ndarray, count: int, *, seed: int,
@@ -33,7 +32,7 @@ def kmeans(points: np.ndarray, count: int, *, seed: int,
     centres = _start(points, count, np.random.default_rng(seed))
     labels = np.full(len(points), -1, np.int32)
     for _ in range(rounds):
-        before, (labels, distance) = labels, nearest(points, centres)
+        before, (labels, distance) = labels, vq.vq(points, centres)
         if np.array_equal(before, labels):
             break
         sizes = np.bincount(labels, minlength=count)
@@ -43,27 +42,6 @@ def kmeans(points: np.ndarray, count: int, *, seed: int,
         empty = np.flatnonzero(sizes == 0)
         centres[empty] = points[np.argsort(-distance, kind='stable')[:len(empty)]]
     return labels, centres
-
-
-def nearest(points: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find the nearest centre of each point.
-
-    Args:
-      points: float [A, D].
-      centres: float [C, D].
-
-    Returns:
-      int32 [A], number of the centre, and float64 [A], its squared distance.
-    """
-    labels, distance = np.empty(len(points), np.int32), np.empty(len(points))
-    for begin in range(0, len(points), BLOCK):
-        part = points[begin:begin + BLOCK]
-        square = (centres**2).sum(1) - 2 * part @ centres.T
-        best = square.argmin(axis=1)
-        labels[begin:begin + BLOCK] = best
-        square = square[np.arange(len(part)), best] + (part**2).sum(1)
-        distance[begin:begin + BLOCK] = np.maximum(square, 0)
-    return labels, distance
 
 
 def _start(points, count, rng):
