@@ -1,11 +1,11 @@
-"""Tasks that run next to a run's stages, on the processor cores that the main thread leaves idle.
+"""Tasks that run next to the stages of a run, on the processor cores that are idle otherwise.
 
 A train step of the default config keeps about one core busy. Recommenders that do not read each
 other, compilation of later stages and the tuning of baselines are independent of what the main
 thread does, so they run in threads: a compiled program does not hold the interpreter's lock.
 
 The order in which tasks run changes no result: each reads what it was given when it was submitted
-and writes files of its own.
+and writes separate files.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from tpad_jax.errors import Stopped
 
 # Priorities: what the main thread waits for first comes first.
 COMPILE, LOOK, TRAIN, TUNE = 0, 10, 20, 30
-MOST = 4  # threads at most: each holds the activations of a training of its own
+MOST = 4  # threads at most: each may hold the activations of a training
 
 
 def workers(wanted: int, devices: Devices) -> int:
@@ -32,7 +32,7 @@ def workers(wanted: int, devices: Devices) -> int:
     or processes, whose collective operations have to meet in one order.
 
     Args:
-      wanted: config.workers; -1 stands for one thread per further core, at most MOST.
+      wanted: config.workers. -1: one thread per further core, at most MOST.
       devices: those that run the steps.
     """
     if devices.how != 'jit' or jax.default_backend() != 'cpu' or jax.process_count() > 1:
@@ -101,7 +101,7 @@ class Background:
         return [task.future.result() for task in tasks]
 
     def check(self) -> None:
-        """Raise the exception of a task that failed, so that nobody waits for its result first."""
+        """Raise the exception of a task that failed, long before its result is needed."""
         for task in self._tasks:
             if task.future.done() and (error := task.future.exception()):
                 raise error

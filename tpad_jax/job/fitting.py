@@ -23,7 +23,7 @@ VALIDATED = 'hit@20', 'mrr@20', 'ndcg@20'  # metrics of validation
 
 
 def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[dict]]:
-    """(start_step) -> host batches of a stage, see data/batches.py."""
+    """Return (start_step) -> iterator of a stage's host batches, see data/batches.py."""
     c = job.config.stage[stage]
     shared = dict(batch_size=c.batch_size, seed=job.config.seed,
                   **job.devices.drawn_here(c.accumulate))
@@ -43,9 +43,10 @@ def fit(job, name, stage, spec, writer, progress, params=None, steps=None):
       name: of its folder and in the log.
       stage: whose config and batches it has.
       spec: step.StepSpec.
-      writer, progress: see `run_stage`.
+      writer: log.Writer of the run.
+      progress: as console.progress.
       params: {path: array} of all parameters; None: the run's.
-      steps: exactly so many, without validation (a refit); None: as config.stage says.
+      steps: exactly so many, without validation (a refit); None: as in config.stage.
 
     Returns:
       See `loop.fit`.

@@ -1,8 +1,10 @@
 """The whole job: raw files in, a trained and evaluated recommender out; every part of it resumes.
 
-    prepare     raw files (or the planted catalogue) -> tables, batches, content; or sessions of ids
-    stages      knowledge -> rows k, transfer -> rows r, recommend (and its rivals), joint, refit
-    report      baselines, test metrics, results.json, figures
+* prepare: raw files (or the planted catalogue) become tables, batches and content; or sessions of
+  ids are read.
+* stages: knowledge makes the rows k, transfer the rows r, then recommend, joint and a refit.
+  Trained baselines, diagnostics, compilation and tuning run next to them, see background.py.
+* report: test metrics of all models, results.json, the page.
 """
 
 import copy
@@ -44,19 +46,33 @@ from tpad_jax.training.workdir import claim, enter, locked
 
 
 class Job:
-    """One workdir's run: what is read once and handed to every stage.
+    """The run of one workdir: what is read once and what the stages hand to each other.
 
     Attributes:
-      data, content: see data.pipeline; ready-made sessions have no content (None).
-      final: what the models that are tested were trained on; `data`, but after a refit.
+      data: catalogue.Data.
+      content: catalogue.Content, or None for sessions of ids.
+      final: the data that the tested models were trained on: `data`, or those of a refit.
       probabilities: the planted catalogue's, or None.
-      spec: the modules. params: all parameters {path: array}, as the stages so far left them.
-      catalogue: rows per item on the device. seconds: {stage: s} over all sittings, spent: what of
-        them went to fitting.SPENT; sitting: s spent in stages by this one.
+      spec: the modules.
+      params: all parameters {path: array} after the stages so far. Never changed in place.
+      catalogue: rows per item on the device. Never changed in place.
+      blank: {row: shape and dtype} of the rows that stages make.
+      background: the threads next to the main one.
+      compiling: {stage: task} of the steps that are compiled ahead.
+      seconds: {run of steps: seconds} over all sittings.
+      spent: of these seconds, those by loop.SPENT.
+      sitting: {run of steps: seconds} of this sitting.
     """
 
     def __init__(self, config, workdir: Path, stopping, profile: int = 0):
-        """Prepare data and parameters; `stopping` is asked between and within stages."""
+        """Prepare the data of a run.
+
+        Args:
+          config: of the run.
+          workdir: of the run, which exists.
+          stopping: asked between and within stages.
+          profile: steps of every stage to trace and time.
+        """
         self.config, self.workdir = config, workdir
         self.stopping = lambda: self.background.closing or stopping()
         self.profile = profile
@@ -77,7 +93,12 @@ class Job:
         self.valid, self.test = split(self.data.valid), split(self.data.test)
 
     def build(self, stages, console) -> None:
-        """Read content, the base and the first parameters; the slow part of preparing."""
+        """Read content, the base and the first parameters: the slow part of preparing.
+
+        Args:
+          stages: those that this run trains or has trained.
+          console: of the run.
+        """
         c, data = self.config, self.data
         self.probabilities = None
         if not self.source.content:
@@ -100,10 +121,11 @@ class Job:
         self.spec = build(base.module, c)
         self.count()
         if c.data.features:
-            given = external_features.read(c.data.features, data.asins)
-            console.print(f'{c.data.features}: {given.unknown} ids of no item {list(given.some)}, '
-                          f'{given.repeated} rows said twice', markup=False, highlight=False)
-            self.catalogue['given'] = jnp.asarray(given.rows)
+            features = external_features.read(c.data.features, data.asins)
+            console.print(f'{c.data.features}: {features.unknown} ids of unknown items '
+                          f'{list(features.some)}, {features.repeated} repeated rows',
+                          markup=False, highlight=False)
+            self.catalogue['given'] = jnp.asarray(features.rows)
         if self.planted is not None:
             self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)
             self.attributes = self.planted.attributes[planted.planted_ids(data.asins)[1:] - 1]
@@ -149,14 +171,14 @@ class Job:
             recommenders.check(self)
 
     def modules(self, base, config, teacher=None) -> tpad.TPAD:
-        """The model of a config over this run's data; `base`: the MLLM's module, or None."""
+        """Build the model of a config over this run's data; `base`: the MLLM's module or None."""
         return tpad.build(base, config.model, recommend=names(config.model.recommend),
                           items=self.data.num_items, max_length=self.max_length,
                           side_sizes=self.data.side_sizes, pooling=config.mllm.pooling,
                           chunk=config.mllm.chunk, teacher=teacher)
 
     def count(self) -> None:
-        """Lay the catalogue's rows that are counted on training sessions over what it has."""
+        """Add the catalogue's rows that are counted on training sessions."""
         c, data = self.config.model, self.final
         rows = {'warm': data.warm, 'side': data.side,
                 'popularity': sessions.counts(data.train, data.num_items).astype(np.float32)}
@@ -169,17 +191,17 @@ class Job:
         self.catalogue = {**self.catalogue, **jax.tree.map(jnp.asarray, rows)}
 
     def fresh(self, spec) -> dict:
-        """A recommender's first parameters {path: array}, for the catalogue as it is counted."""
+        """Draw a recommender's first parameters {path: array}, for the catalogue as counted."""
         make = devices.compiled(partial(tpad.recommender_init, spec=spec))
         params = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
         return flatten_dict({'recommender': params}, sep='/')
 
     def nested(self, trained: dict | None = None) -> dict:
-        """All parameters as a tree, with `trained` {path: array} laid over them."""
+        """Return all parameters as a tree, those of `trained` {path: array} replaced."""
         return unflatten_dict({**self.params, **(trained or {})}, sep='/')
 
     def encoder(self, stage: str) -> encoder_lib.Encoder | None:
-        """The encoder of the rows that a stage makes, the same one at every call; None: no rows."""
+        """Return the one encoder of the rows that a stage makes, or None if it makes none."""
         if stage in MAKES and stage not in self.encoders:
             m = self.config.mllm
             # two threads may come here at once: the first one's is kept
@@ -189,11 +211,11 @@ class Job:
         return self.encoders.get(stage)
 
     def finished(self, stage: str) -> bool:
-        """Whether a stage was run to its end."""
+        """Tell whether a stage was run to its end."""
         return (self.workdir / 'stages' / stage / DONE).is_file()
 
     def stage_spec(self, stage: str) -> step_lib.StepSpec | None:
-        """The static part of a stage's step; None: the stage takes its model as it is."""
+        """Make the static part of a stage's step; None: the stage takes its model as it is."""
         if not self.config.stage[stage].steps:
             return None
         return step_lib.make_spec(self.config, stage, self.spec, self.config.seed)
@@ -236,7 +258,7 @@ class Job:
         self.look(stage, 'after', spec, encoder)
 
     def look(self, stage: str, moment: str, spec, encoder) -> None:
-        """Look at a stage's features, see `snapshots.take`, next to what follows."""
+        """Look at a stage's features while the next one runs, see `snapshots.take`."""
         if moment not in snapshots.MOMENTS.get(stage, ()):
             return
         take = partial(snapshots.take, copy.copy(self), stage, moment, spec, encoder)
@@ -273,15 +295,18 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
     """Run or resume the whole job in `workdir`; a finished one prints its results at once.
 
     Args:
-      config, workdir: of the run. stopping: asked between and within stages, see `processes`.
-      until: 'validation' leaves once the recommender is trained and never looks at test.
+      config: of the run.
+      workdir: of the run.
+      stopping: asked between and within stages, see `hosts.together`.
+      until: 'validation' ends the run once the recommender is trained, without reading test.
       profile: steps of every stage to trace and time, see `profiling.Profile`; 0: none.
 
     Returns:
       What results.json holds; until validation, {'valid': {metric: value}} at the chosen step.
 
     Raises:
-      InputError: unusable input or config. Stopped: `stopping` answered True; state is saved.
+      InputError: unusable input or config.
+      Stopped: `stopping` returned True; the state is saved.
     """
     workdir, console = Path(workdir), Console(quiet=jax.process_index() > 0)
     check_workdir(workdir)

@@ -1,4 +1,4 @@
-"""An estimate of the memory that a function needs besides its arguments, from its operations."""
+"""An estimate of a function's temporary memory from its operations."""
 
 import math
 from collections import defaultdict

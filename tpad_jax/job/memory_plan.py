@@ -1,14 +1,13 @@
-"""What a run asks of a device's memory: `--plan`, and the lines before a checkpoint is read.
+"""The memory that a run needs on a device: `--plan`, and the lines before a checkpoint is read.
 
 Parameters, the optimiser's state, batches and the catalogue's rows are counted exactly, from their
-shapes. What a step needs besides them is either the compiler's own number for the very step, where
-the devices are those of this machine, or an estimate from the step's operations (`live_bytes`): the
+shapes. The temporary memory of a step is the compiler's number for the very step if the devices are
+those of this machine. Otherwise it is an estimate from the step's operations (`live_bytes`): the
 step is traced with shapes alone, and nothing is computed. Neither knows a loss or an encoder by
 name.
 
-Not counted: a checkpoint's copy of the state, rows that are encoded between steps, parameters that
-a loss brings along, and the program itself. Temporary arrays are counted as if each device held
-them whole, also where parameters are cut over several.
+Not counted: a checkpoint's copy of the state, rows encoded between steps, parameters of a loss's
+module, and the program itself. Each device is taken to hold its temporary arrays uncut.
 """
 
 import dataclasses
@@ -54,7 +53,7 @@ class Plan:
       optimiser: the optimiser's state.
       batches: this step's and the next one's.
       catalogue: rows per item.
-      temporary: what a step needs besides: gradients, activations, scores.
+      temporary: of a step: gradients, activations, scores.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a run's shapes.
+    """The shapes of a run that is planned.
 
     Attributes:
       config: the run's.
@@ -121,14 +120,11 @@ class Subject:
 
 
 def parameter_shapes(config, params: dict) -> dict:
-    """The shapes of parameters in the dtypes that they are held in.
+    """Give parameters the dtypes that they are held in: {path: jax.ShapeDtypeStruct}.
 
     Args:
       config: the run's.
       params: nested or {path: shape and dtype}.
-
-    Returns:
-      {path: jax.ShapeDtypeStruct}.
     """
     dtypes = {'base': config.mllm.param_dtype, 'teacher': config.mllm.teacher_dtype}
     return {path: x.update(dtype=jnp.dtype(dtypes.get(path.split('/')[0], x.dtype)))
@@ -194,7 +190,7 @@ def _tree_bytes(tree):
 
 
 def _bytes(arrays, model):
-    """Bytes per device of {path: array}, cut over `model` devices as devices.RULES says."""
+    """Bytes per device of {path: array}, cut over `model` devices by devices.RULES."""
     return sum(bytes_of(x) // _parts(path, x.shape, model) for path, x in arrays.items())
 
 
@@ -259,7 +255,6 @@ def _remedies(subject, plan, available):
             for option, now, to in (('by_row', False, True), ('chunk', 0, 4096)):
                 if option in loss and loss[option] == now:
                     tried[f'losses.{name}.{option}'] = to
-    # all by the estimate, also where the compiler was asked: the ratio tells
     now = stage_plan(subject, plan.name).total
     found = {f'config.{name}={to}': stage_plan(subject.changed(**{name: to}), plan.name).total
              for name, to in tried.items()}
@@ -325,7 +320,8 @@ def facts(config, workdir: Path, items: int | None) -> tuple[int, tuple[int, ...
         if items < 1:
             raise InputError(f'--plan_items={items}: cannot be planned for. Expected a number of '
                              'items, 1 or more. Fix: give the number of items of the catalogue')
-        side = (1, 1, text.PRICE_LEVELS + 1) if source.content else ()  # of brands nobody knows
+        # the numbers of brands and categories are unknown
+        side = (1, 1, text.PRICE_LEVELS + 1) if source.content else ()
         return items, side, longest, '--plan_items'
     total, side = sources.sizes(config, workdir)
     return total, side, min(longest, source.longest or longest), sources.origin(config)

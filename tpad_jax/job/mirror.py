@@ -224,7 +224,7 @@ def _named(where):
         yield
     except InputError:
         raise
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # every file system has other errors
         raise InputError(f'--mirror={where}: {type(error).__name__}: {error}. The workdir is '
                          'complete. Fix: make the mirror writable; the same command copies what is '
                          'missing') from error

@@ -1,13 +1,13 @@
-"""What a run recommends by: its own recommender, trained baselines, and a partner of each [ours].
+"""The recommenders of a run: its own, trained baselines, and a partner of each [ours].
 
 A trained baseline (`config.rivals`) reads other rows than the run's own recommender and is trained
 with the same care. Encoders of different kinds err on different sessions: where `config.partner`
 describes how a second recommender differs from the first, both are trained, each with its own
 validation, and the list that is served comes from the sum of their scores. Each is a log-linear
-model with a temperature of its own, so the sum needs no weight, and none is tuned. Trained
+model with its own temperature, so the sum needs no weight, and none is tuned. Trained
 baselines have the same partner, so that a comparison is about what they read.
 
-None of them reads another, so they train in the background (see background.py), a trained baseline
+They do not read each other, so they train in the background (see background.py), a trained baseline
 as soon as the rows it reads exist.
 """
 
@@ -194,7 +194,7 @@ def _partner_job(job):
 
 
 def _train_partner(job, writer, progress) -> Trained:
-    """Train the second recommender by a job of its own, see `_partner_job`."""
+    """Train the second recommender in its own job, see `_partner_job`."""
     job.pause()
     job.params = job.params | job.fresh(job.spec)
     job.run_stage('recommend', writer, progress, name='partner')
@@ -217,7 +217,8 @@ def _train_rival(job, name, folder, writer, progress) -> Trained:
       job: a copy of job.Job with the rows that it reads.
       name: of config.rivals.
       folder: of its checkpoints.
-      writer, progress: see `Recommenders`.
+      writer: log.Writer of the run.
+      progress: as console.progress.
     """
     job.pause()
     model = _rival_model(job, name)
@@ -230,12 +231,12 @@ def _train_rival(job, name, folder, writer, progress) -> Trained:
 
 
 def _others(params, *own):
-    """All but a recommender's parameters, and those of its losses where they are drawn anew."""
+    """Return all parameters but a recommender's and those of its losses, which are drawn again."""
     return {path: x for path, x in params.items() if not path.startswith(('recommender/', *own))}
 
 
 def _scorer(members):
-    """Of one recommender, or of members whose scores are added."""
+    """Bind the scorer of one recommender, or of several whose scores are added."""
     given = [(member.model, unflatten_dict(member.params, sep='/'), member.job.catalogue)
              for member in members]
     devices = members[0].job.devices.own
@@ -247,7 +248,7 @@ def _scorer(members):
 
 
 def _valid(members, name):
-    """Validation metrics, of a sum as of one."""
+    """Return the validation metrics of one recommender, or measure those of a sum."""
     if len(members) == 1:
         return members[0].record['valid']
     job = members[0].job
