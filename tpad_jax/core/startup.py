@@ -1,6 +1,7 @@
 """Start of a process that computes: memory, environment, compiler flags and signals."""
 
 import ctypes
+import gc
 import os
 import platform
 import signal
@@ -65,6 +66,8 @@ def prepare(xla_flags: str = '') -> None:
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
     cache_compilations()
+    # tracing makes millions of objects that live on: do not look through them again and again
+    gc.set_threshold(100_000, 50, 100)
     keep_memory()
 
 

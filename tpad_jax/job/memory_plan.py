@@ -394,8 +394,8 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
     subject = Subject(config, build, module, parameter_shapes(config, shapes), catalogue, devices,
                       positions, side)
     available = room or limit()
-    size = 'unknown' if available is None else f'{gib(available)} GiB'
-    how = 'estimated from' if room else 'compiled for this machine,'
+    size = 'unknown size' if available is None else f'{gib(available)} GiB'
     return [f'Planned for: {total} items ({origin}), prefixes of {positions}, '
-            f'{len(devices.devices)} device(s) of {size}; {how} shapes alone',
+            f'{len(devices.devices)} device(s) of {size}; '
+            f'{"estimated" if room else "compiled"} from shapes alone',
             *of_run(subject, stages, available, compile_step=not room)]
