@@ -102,9 +102,30 @@ FAULTS = (
           'tests/training/test_step.py::'
           'test_predictions_after_every_position_are_the_same_on_eight_devices[next_item]'),
     Fault('resume_without_loss_state', 'tpad_jax/training/loop.py',
-          "state = saved['state']\n",
-          "state = saved['state'].replace(loss_state=state.loss_state)\n",
+          "state, catalogue = saved['state'], {",
+          "state, catalogue = saved['state'].replace(loss_state=state.loss_state), {",
           'tests/training/test_step.py::test_a_resumed_stage_has_the_loss_state_it_was_stopped_with'),
+    Fault('damage_is_not_noticed', 'tpad_jax/training/checkpoint.py',
+          'if found[name] != checksum:', 'if False:',
+          'tests/training/test_damaged_checkpoints.py::'
+          'test_damage_to_any_file_of_the_newest_is_reported_and_the_one_before_is_used[flip]'),
+    Fault('two_runs_in_a_workdir', 'tpad_jax/training/workdir.py',
+          'fcntl.LOCK_EX | fcntl.LOCK_NB', 'fcntl.LOCK_SH | fcntl.LOCK_NB',
+          'tests/training/test_workdir.py::'
+          'test_a_second_run_in_a_workdir_is_refused_until_the_first_ends'),
+    Fault('inputs_are_compared_by_path', 'tpad_jax/training/workdir.py',
+          "flat[key] = f'content {content}'", "flat[key] += f' content {content}'",
+          'tests/training/test_workdir.py::'
+          'test_an_input_may_move_but_its_content_may_not_change[mllm.base]'),
+    Fault('seconds_without_the_last_save', 'tpad_jax/training/loop.py',
+          "        record['seconds'] = time.perf_counter() - begun  # with the last save, as in "
+          '`spent`\n', '',
+          'tests/training/test_step.py::test_the_loop_says_what_its_seconds_went_to[True]'),
+    Fault('patterns_are_checked_late', 'tpad_jax/job/job.py',
+          '        self._check_patterns(stages)\n        if c.mllm.checkpoint:',
+          '        if c.mllm.checkpoint:',
+          'tests/job/test_faults.py::'
+          'test_what_fits_no_parameter_is_refused_before_any_stage[train]'),
     Fault('features_of_another_model', 'tpad_jax/features/store.py',
           "**about['fingerprint']}", '}',
           'tests/features/test_store.py::test_other_features_are_refused_by_the_keys_that_differ'),

@@ -301,7 +301,7 @@ def test_a_second_run_is_refused_before_it_reads_data(config, tmp_path):
     ({'stage__recommend__rates': (('^recommender/fusion/feature_0', 2.0),)},
      r"config\.stage\.recommend: rates: .*feature_0"),
     ({'model__clusters': 1000, 'losses__clusters__weight': 0.1}, r'config\.model\.clusters=1000: '),
-])
+], ids=['train', 'copy', 'rates', 'rates of a trained baseline', 'clusters'])
 def test_what_fits_no_parameter_is_refused_before_any_stage(config, tmp_path, changes, words):
     with pytest.raises(InputError, match=words):
         job.run(test_job.changed(config, **changes), tmp_path / 'run')

@@ -263,7 +263,7 @@ def loop_events(monkeypatch, total, **knobs):
     loop = loop_lib.Loop(name='s', total=total, devices=RecordingDevices(events), batches=numbers,
                         checkpoints=NoCheckpoints(events), writer=writer, progress=progress,
                         **knobs)
-    spec = step_lib.StepSpec(None, (), frozenset(), frozenset(), None, 0)
+    spec = step_lib.StepSpec(None, (), frozenset(), None, 0)
     loop_lib.fit(loop, spec, State(0, {}, {}, {}, {}), {})
     return events
 
@@ -310,7 +310,7 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
         save_every=2, eval_every=4, validate=taking(13, lambda *_: {'hit@20': 0.5}))
     monkeypatch.setattr(checkpoints, 'best', lambda expected: (4, checkpoints.held, {}),
                         raising=False)
-    spec = step_lib.StepSpec(None, (), frozenset(), frozenset(), None, 0)
+    spec = step_lib.StepSpec(None, (), frozenset(), None, 0)
     found = loop_lib.fit(loop, spec, State(0, {}, {}, {}, {}), {})[-1]
     # lines of steps 2 and 4, and validation's own; saves of the same steps
     assert found['spent'] == {'compile': 11, 'input': 28 * ready, 'save': 1000, 'log': 6,
@@ -338,7 +338,7 @@ def test_a_resumed_stage_has_the_loss_state_it_was_stopped_with(monkeypatch, tmp
                 progress=lambda *_: nullcontext(lambda *_: None), log_every=1, save_every=100,
                 stopping=iter(asked).__next__)
             state = State(jnp.int32(0), {}, {}, {}, {'mine': {'log_average': jnp.float32(0)}})
-            spec = step_lib.StepSpec(None, (), frozenset(), frozenset(), None, 0)
+            spec = step_lib.StepSpec(None, (), frozenset(), None, 0)
             with closing(checkpoints), suppress(Stopped):
                 loop_lib.fit(loop, spec, state, {})
         with closing(Checkpoints(workdir)) as checkpoints:
