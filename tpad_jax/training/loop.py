@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from tpad_jax.core import files
 from tpad_jax.distributed import hosts
 from tpad_jax.distributed.devices import Devices
 from tpad_jax.errors import InputError, Stopped
@@ -317,7 +318,8 @@ def _save_batch(loop, number):
     with closing(loop.batches(number - 1)) as batches:
         batch = next(batches)
     loop.broken.mkdir(parents=True, exist_ok=True)
-    np.savez(file, **{name: x for name, x in batch.items() if x is not None})
+    with files.replacing(file) as partial_file, partial_file.open('wb') as opened:
+        np.savez(opened, **{name: x for name, x in batch.items() if x is not None})
     return f' (its batch: {file})'
 
 
