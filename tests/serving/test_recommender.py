@@ -12,7 +12,7 @@ import tpad_jax
 from tests import tiny_base, tiny_served
 from tests.tiny_served import N, V
 from tpad_jax.errors import InputError
-from tpad_jax.evaluation.scorers import top
+from tpad_jax.evaluation.metrics import top
 from tpad_jax.serving import recommender, topk
 
 

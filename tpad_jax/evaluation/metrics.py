@@ -246,6 +246,12 @@ def mean_gain(gain: Gain, above: np.ndarray, equal: np.ndarray, k) -> np.ndarray
     return ties.mean_gain(gain_table(gain, int(np.max(k))), above, equal, k)
 
 
+def top(scores: np.ndarray, k: int) -> np.ndarray:
+    """Select the item ids int32 [B, k] of the highest scores [B, V+1], best first, not padding."""
+    order = np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k]
+    return (order + 1).astype(np.int32)
+
+
 def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndarray:
     """Compute the weight at the first places of a ranking, averaged over the orders of tied items.
 

@@ -162,9 +162,3 @@ def transfer_scorer(spec: tpad.TPAD) -> Callable:
         return lambda items: np.asarray(score(params, read, jnp.asarray(items)))
 
     return bind
-
-
-def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """Select the item ids int32 [B, k] of the highest scores [B, V+1], best first, not padding."""
-    order = np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k]
-    return (order + 1).astype(np.int32)

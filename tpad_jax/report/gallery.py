@@ -23,7 +23,6 @@ from tpad_jax.diagnostics import labels, records
 from tpad_jax.diagnostics.clouds import unit
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import metrics
-from tpad_jax.evaluation.scorers import top
 from tpad_jax.features import store
 
 FILE = Path('report') / 'gallery.json'
@@ -52,7 +51,7 @@ def write(job, scorers: dict, ranks: dict, best: str) -> Path | None:
     if job.content is None or not shown:
         return None
     rows, drawn = job.test, drawn_rows(job)
-    lists = {name: np.concatenate([top(metrics.dense(scores), FIRST) for _, scores in
+    lists = {name: np.concatenate([metrics.top(metrics.dense(scores), FIRST) for _, scores in
                                    metrics.scored(scorers[name], rows.items[drawn],
                                                   job.data.num_items, name=name)])
              for name in shown}
