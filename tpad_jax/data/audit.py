@@ -101,11 +101,11 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
     often = count >= MIN_SEEN
     one_way = (forward == 0) | (forward == count)
 
-    place = _fixed_order(first, second, size)
+    position = _fixed_order(first, second, size)
     known = np.isin(np.arange(size), np.concatenate([first, second]))
     a, b = _adjacent(test)
-    both = known[a] & known[b]
-    step = np.sign(place[b[both]] - place[a[both]])
+    comparable = known[a] & known[b]
+    step = np.sign(position[b[comparable]] - position[a[comparable]])
     return {'order_pairs': int(often.sum()),
             'one_way_share': _mean(one_way[often]),
             'one_way_by_chance': _mean(2 * 0.5 ** count[often]),

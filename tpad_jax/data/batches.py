@@ -270,15 +270,15 @@ def with_content(batch: dict, content: Content, shards: int, width: int) -> dict
     Returns:
       slots and next_slots int [B, N], and the result of `content_rows`.
     """
-    both = np.stack([batch['items'], batch['next']])  # [2, B, N]
-    size = both.shape[1] // shards
-    slots = np.empty_like(both)
+    items = np.stack([batch['items'], batch['next']])  # [2, B, N]
+    size = items.shape[1] // shards
+    slots = np.empty_like(items)
     ids = np.zeros((shards, width), np.int32)
     for shard in range(shards):
         part = slice(shard * size, (shard + 1) * size)
-        present = np.union1d(both[:, part], 0)
+        present = np.union1d(items[:, part], 0)
         ids[shard, :len(present)] = present
-        slots[:, part] = np.searchsorted(present, both[:, part])
+        slots[:, part] = np.searchsorted(present, items[:, part])
     return dict(slots=slots[0], next_slots=slots[1], **content_rows(content, ids))
 
 

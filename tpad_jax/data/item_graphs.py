@@ -96,9 +96,9 @@ def _heaviest(graph: sp.coo_array, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Columns int32 and weights float32 of each row's heaviest edges, [rows, most], 0 beyond."""
     order = np.lexsort((graph.col, -graph.data, graph.row))
     row, col, weight = graph.row[order], graph.col[order], graph.data[order]
-    place = np.arange(len(row)) - np.searchsorted(row, row)
-    kept = place < most
+    rank = np.arange(len(row)) - np.searchsorted(row, row)
+    first = rank < most
     ids = np.zeros((graph.shape[0], most), np.int32)
     weights = np.zeros((graph.shape[0], most), np.float32)
-    ids[row[kept], place[kept]], weights[row[kept], place[kept]] = col[kept], weight[kept]
+    ids[row[first], rank[first]], weights[row[first], rank[first]] = col[first], weight[first]
     return ids, weights

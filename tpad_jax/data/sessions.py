@@ -98,14 +98,14 @@ def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int
     item, time, first = _grouped(interactions, by_day, gap_seconds, rng)
     offsets = np.append(np.flatnonzero(first), len(item)).astype(np.int64)
     sessions = Sessions(item.astype(np.int32), offsets, time[offsets[:-1]])
-    kept = np.flatnonzero(np.diff(offsets) >= min_length)
-    if not len(kept):
+    long_enough = np.flatnonzero(np.diff(offsets) >= min_length)
+    if not len(long_enough):
         raise InputError(f'config.data.min_length={min_length}: all {len(offsets) - 1} sessions of '
                          f'{len(item)} interactions are shorter. Expected one of that many items. '
                          'Fix: give more reviews, raise config.data.gap_hours or lower '
                          'config.data.min_length.')
-    order = np.lexsort((rng.random(len(kept)), sessions.start[kept]))
-    return take(sessions, kept[order])
+    order = np.lexsort((rng.random(len(long_enough)), sessions.start[long_enough]))
+    return take(sessions, long_enough[order])
 
 
 def time_ties(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int) -> float:

@@ -75,12 +75,13 @@ def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
     scores = sp.csr_array(prefix @ table)
     scores.data = scores.data.round(9)  # sums in another order tie all the same
     scores.eliminate_zeros()
-    own = scores[np.arange(len(items)), target]
+    target_score = scores[np.arange(len(items)), target]
     listed = np.diff(scores.indptr)
-    of = np.repeat(np.arange(len(items)), listed)
-    above, equal = (np.bincount(of[mask], minlength=len(items)) for mask in
-                    (scores.data > own[of], scores.data == own[of]))
-    return above, np.where(own == 0, table.shape[0] - 1 - listed, equal)  # 0: no rule leads there
+    owner = np.repeat(np.arange(len(items)), listed)
+    above, equal = (np.bincount(owner[mask], minlength=len(items)) for mask in
+                    (scores.data > target_score[owner], scores.data == target_score[owner]))
+    # at score 0 no rule leads to the target, which ties with all items that no rule leads to
+    return above, np.where(target_score == 0, table.shape[0] - 1 - listed, equal)
 
 
 def _summary(gain: np.ndarray, before: tuple | None, after: tuple | None) -> dict:

@@ -156,8 +156,8 @@ def _columns(values: list, warm: np.ndarray) -> list[tuple[np.ndarray, int]]:
         return [text.value_ids([text.words_of(value) for value in values], warm)]
     members = [{text.words_of(x) for x in (value if isinstance(value, list) else [value])} - {''}
                for value in values]
-    counts = Counter(x for own, seen in zip(members, warm, strict=True) if seen for x in own)
-    return [(np.array([x in own for own in members], np.int32), 2)
+    counts = Counter(x for item, seen in zip(members, warm, strict=True) if seen for x in item)
+    return [(np.array([x in item for item in members], np.int32), 2)
             for x in sorted(x for x, count in counts.items() if count > 1)]
 
 
