@@ -216,6 +216,13 @@ def test_other_refusals_and_help(runs, tmp_path, capsys):
         assert 'RUN' in done.stdout + done.stderr
 
 
+def test_a_page_is_made_without_jax():
+    """Its import takes longer than the page."""
+    code = ('import sys; from tpad_jax.report import comparison, page; '
+            'assert not {"jax", "flax", "matplotlib"} & sys.modules.keys()')
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
 # --- several runs -------------------------------------------------------------------------------
 
 

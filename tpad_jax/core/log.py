@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import IO
 
-import jax
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -32,6 +31,7 @@ class Writer:
 
     def __init__(self, workdir: str | Path):
         """Open the log of a run; other processes than the first write nothing."""
+        import jax  # here: reading a log, as the report does, needs no jax
         self._path = Path(workdir) / 'log.jsonl'
         self._events_dir = Path(workdir) / 'events'
         self._events: dict[str, _Events] = {}
