@@ -91,11 +91,12 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     Raises:
       InputError: naming the rows and the stage that makes them.
     """
-    recommended = names(config.model.recommend)
+    recommended = {}  # row -> the option that reads it
+    for name, baseline in config.rivals.items():
+        recommended |= dict.fromkeys(names(baseline.recommend), f'config.rivals.{name}')
     if config.partner:
-        recommended += names(partnered(config).model.recommend)
-    for baseline in config.rivals.values():
-        recommended += names(baseline.recommend)
+        recommended |= dict.fromkeys(names(partnered(config).model.recommend), 'config.partner')
+    recommended |= dict.fromkeys(names(config.model.recommend), '')
     available = {'true'}  # comes with the planted catalogue
     if config.data.features:
         available.add('given')
@@ -109,8 +110,11 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
         for row in (*entry.reads, *(recommended if entry.recommends else ())):
             if row not in available:
                 maker = next(s for s in STAGES if row in MAKES.get(s, ()))
-                raise InputError(f'stage {stage} reads the rows {row!r}, which stage {maker} '
-                                 f'makes. Fix: add {maker} to config.stages={",".join(stages)}')
+                reader = '' if row in entry.reads else recommended[row]
+                whose, instead = (f' ({reader})', f', or remove {reader}') if reader else ('', '')
+                raise InputError(f'stage {stage}{whose} reads the rows {row!r}, which stage '
+                                 f'{maker} makes. Fix: add {maker} to '
+                                 f'config.stages={",".join(stages)}{instead}')
         available |= {*MAKES.get(stage, ())}
 
 
