@@ -110,8 +110,8 @@ def test_the_fingerprint_is_of_every_file(copied):
 
 
 def test_one_layer_of_a_large_file_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(bases, 'BLOCK', 16)
-    monkeypatch.setattr(bases, 'BLOCKS', 8)
+    monkeypatch.setattr('tpad_jax.core.digest.BLOCK', 16)
+    monkeypatch.setattr('tpad_jax.core.digest.BLOCKS', 8)
     file = tmp_path / 'model.safetensors'
     held = bytearray(range(256)) * 8
     file.write_bytes(held)
@@ -164,7 +164,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
 
 def test_another_models_tokenizer_is_refused(copied):
     _, directory = copied
-    told = (directory, 'ids up to', 'put the tokenizer of this very checkpoint there')
+    told = (directory, 'ids up to', 'put the tokenizer of this checkpoint there')
     held = (directory / 'config.json').read_text()
 
     def with_vocabulary(count):
