@@ -250,17 +250,17 @@ def _rule_scorer(rules, train, num_items, decay, backoff):
     rules = sp.csr_array(sp.diags_array(1 / np.sqrt(frequency)) @ rules)
 
     def scorer(items):
-        found = _prefix(items, decay, num_items) @ rules
-        total = found.sum(axis=1)
+        scores = _prefix(items, decay, num_items) @ rules
+        total = scores.sum(axis=1)
         share = np.divide(1 - backoff, total, out=np.zeros_like(total), where=total > 0)
-        found.data *= np.repeat(share, np.diff(found.indptr))
-        return _sparse(found, backoff * popularity)
+        scores.data *= np.repeat(share, np.diff(scores.indptr))
+        return _sparse(scores, backoff * popularity)
 
     return scorer
 
 
-def _sparse(found, background=None):
-    """Scores found + background in float32; None: there is none."""
+def _sparse(scores, background=None):
+    """Make float32 scores of a sparse table and a background; None: no background."""
     if background is None:
-        background = np.zeros(found.shape[1])
-    return metrics.Sparse(sp.csr_array(found, dtype=np.float32), background.astype(np.float32))
+        background = np.zeros(scores.shape[1])
+    return metrics.Sparse(sp.csr_array(scores, dtype=np.float32), background.astype(np.float32))

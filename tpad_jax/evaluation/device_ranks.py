@@ -50,13 +50,13 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         parts = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
         held = parts.target.shape
 
-        def one(k, found):
-            made = part(jax.tree.map(lambda x: x[k], parts), shared)
-            return tuple(x.at[k].set(new) for x, new in zip(found, made, strict=True))
+        def rank_part(k, counts):
+            new = part(jax.tree.map(lambda x: x[k], parts), shared)
+            return tuple(x.at[k].set(y) for x, y in zip(counts, new, strict=True))
 
-        found = jax.lax.fori_loop(0, shared['parts'], one, (
+        counts = jax.lax.fori_loop(0, shared['parts'], rank_part, (
             jnp.zeros(held, jnp.int32), jnp.zeros(held, jnp.int32), jnp.ones(held, bool)))
-        return tuple(collectives.gather(x.reshape(-1), axis) for x in found)
+        return tuple(collectives.gather(x.reshape(-1), axis) for x in counts)
 
     lifted = devices.lift(several)
 
@@ -64,15 +64,15 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         each = -(-rows // devices.shards)  # rows of a part on one device
         size = devices.shards, PARTS, each
         shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
-        found = []
+        calls = []
         for begin in range(0, len(items), devices.shards * PARTS * each):
             # calls are queued; the host waits for results only at the end
             batch, parts = _several(items[begin:], target[begin:], size)
-            given = shared | devices.share({'parts': np.int32(parts)})
-            found.append(lifted({}, devices.place(batch), given))
+            arguments = shared | devices.share({'parts': np.int32(parts)})
+            calls.append(lifted({}, devices.place(batch), arguments))
         above, equal, finite = (
             np.concatenate([x.reshape(size).swapaxes(0, 1).reshape(-1) for x in call])[:len(items)]
-            for call in zip(*jax.device_get(found), strict=True))
+            for call in zip(*jax.device_get(calls), strict=True))
         for row in np.flatnonzero(~finite):
             _check(np.asarray(encode(weights, z, items[row:row + 1])), z, row, name)
         return above, equal
@@ -108,7 +108,7 @@ def count(h, z, target, *, chunk: int, moved=None):
         lift = jnp.where(items == target[:, None], shift, 0).sum(axis=1)
 
     def body(k, carry):
-        own, seen, above, level = carry
+        score, seen, above, level = carry
         start = jnp.minimum(k * chunk, total - chunk)
         s = _scores(h, jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])))
         at = wanted - start
@@ -117,14 +117,14 @@ def count(h, z, target, *, chunk: int, moved=None):
         # the last chunk overlaps items that were counted before; item 0 never counts
         new = jnp.where(start + place >= jnp.maximum(k * chunk, 1), -1, 0)
         # both counts in one sum take half the time of two sums
-        bar = (own + lift)[:, None]
+        bar = (score + lift)[:, None]
         code = (s > bar) + (s >= bar) * jnp.int32(2**16)
         code = (code & new).sum(axis=1)
-        return own, seen, above + code % 2**16, level + code // 2**16
+        return score, seen, above + code % 2**16, level + code // 2**16
 
     def again(carry):
-        number, own, seen, _, _ = carry
-        return (number < 2) & (own != seen[:, 0]).any()
+        number, score, seen, _, _ = carry
+        return (number < 2) & (score != seen[:, 0]).any()
 
     def once(carry):
         number, _, seen, _, _ = carry
@@ -134,10 +134,10 @@ def count(h, z, target, *, chunk: int, moved=None):
     few = -(-len(h) // LANES) * LANES
     guess = jnp.diagonal(_scores(h, z[jnp.resize(target, few)]))
     guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
-    _, own, seen, above, level = jax.lax.while_loop(
+    _, score, seen, above, level = jax.lax.while_loop(
         again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
     if moved is not None:  # these items were counted by their scores without the shift
-        was, bar = seen[:, 1:], (own + lift)[:, None]
+        was, bar = seen[:, 1:], (score + lift)[:, None]
         now = was + shift
         above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)
         level += (now >= bar).sum(axis=1) - (was >= bar).sum(axis=1)

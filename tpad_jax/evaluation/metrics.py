@@ -139,9 +139,9 @@ def _read(scores, shape, rows, name):
         scores = np.asarray(scores)
     shapes = (scores.found.shape, (shape[0], *scores.background.shape)) if sparse else (
         scores.shape,)
-    for found in shapes:
-        if found != shape:
-            raise ValueError(f'{name}: scores of shape {found} for {shape[0]} prefixes and '
+    for returned in shapes:
+        if returned != shape:
+            raise ValueError(f'{name}: scores of shape {returned} for {shape[0]} prefixes and '
                              f'{shape[1] - 1} items; they must be {shape}.')
     if sparse:
         return Sparse(scores.found[:rows].astype(np.float32, copy=False),
@@ -182,10 +182,10 @@ def counts(scores: Scores, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if isinstance(scores, Sparse):
         return _sparse_counts(scores, target)
-    own = np.take_along_axis(scores, target[:, None], axis=1)
+    score = np.take_along_axis(scores, target[:, None], axis=1)
     # a view of bytes sums three times as fast as count_nonzero along an axis
     return tuple(mask.view(np.uint8).sum(axis=1, dtype=np.int32)
-                 for mask in (scores[:, 1:] > own, scores[:, 1:] == own))
+                 for mask in (scores[:, 1:] > score, scores[:, 1:] == score))
 
 
 def _sparse_counts(scores, target):
@@ -194,15 +194,15 @@ def _sparse_counts(scores, target):
     row = np.repeat(np.arange(len(target)), np.diff(found.indptr))
     item, before = found.indices, background[found.indices]
     after = found.data + before
-    own = background[target]
+    score = background[target]
     hits = item == target[row]
-    own[row[hits]] = after[hits]
+    score[row[hits]] = after[hits]
     ordered = np.sort(background[1:])
-    until = np.searchsorted(ordered, own, side='right')
-    base = len(ordered) - until, until - np.searchsorted(ordered, own, side='left')
+    until = np.searchsorted(ordered, score, side='right')
+    base = len(ordered) - until, until - np.searchsorted(ordered, score, side='left')
     row, before, after = (array[item > 0] for array in (row, before, after))
-    own = own[row]
-    change = ((after > own) * 1. - (before > own), (after == own) * 1. - (before == own))
+    score = score[row]
+    change = ((after > score) * 1. - (before > score), (after == score) * 1. - (before == score))
     return tuple((count + np.bincount(row, by, len(target))).astype(np.int32)
                  for count, by in zip(base, change, strict=True))
 
