@@ -49,6 +49,21 @@ def test_the_main_thread_takes_a_task_that_waits(threads):
     assert threads.results([running]) == [True]
 
 
+def test_the_main_thread_helps_while_it_waits(threads):
+    gate, threads_of = threading.Event(), []
+    running = threads.submit(gate.wait)
+    while threads._queue:
+        time.sleep(0.01)
+
+    def other():
+        threads_of.append(threading.current_thread())
+        gate.set()
+
+    threads.submit(other)
+    assert threads.results([running], help_others=True) == [True]
+    assert threads_of == [threading.main_thread()]
+
+
 def test_a_failure_is_raised_before_its_result_is_asked_for(threads):
     def fail():
         raise FloatingPointError('id_only: not finite')

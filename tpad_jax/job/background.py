@@ -87,8 +87,12 @@ class Background:
             self._changed.notify()
         return task
 
-    def results(self, tasks: Iterable[Task]) -> list:
+    def results(self, tasks: Iterable[Task], help_others: bool = False) -> list:
         """Return what the tasks return; those that no thread has begun run here, in this order.
+
+        Args:
+          tasks: of this object.
+          help_others: whether other tasks that wait run here too, while these are not done.
 
         Raises:
           Exception: that of the first task that failed.
@@ -98,6 +102,13 @@ class Background:
             if self._take(task):
                 task.run()
                 self.check()
+        while help_others and self._threads and not all(task.future.done() for task in tasks):
+            with self._changed:
+                waiting = self._queue.pop(0)[2] if self._queue else None
+            if waiting is None:
+                break
+            waiting.run()
+            self.check()
         return [task.future.result() for task in tasks]
 
     def check(self) -> None:

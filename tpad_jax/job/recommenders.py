@@ -167,7 +167,8 @@ class Recommenders:
             if encoders[1:] == encoders[:1]:
                 encoders[1] += '_partner'
             groups |= {name: [member] for name, member in zip(encoders, own, strict=True)}
-        trained = dict(zip(self._tasks, background.results(self._tasks.values()), strict=True))
+        trained = dict(zip(
+            self._tasks, background.results(self._tasks.values(), help_others=True), strict=True))
         for name in self._rivals:
             groups[name] = [trained[f'{name}_partner' if i else name] for i in range(len(own))]
         chosen = {name: _valid(members, name) for name, members in groups.items()}
