@@ -270,10 +270,12 @@ def abstract(state):
     )
 
 
-@jax.jit
 def _copy(arrays):
-    # The training step donates its state, so the thread needs a copy.
-    return jax.tree.map(jnp.copy, arrays)
+    # The training step donates its state, so the thread needs a copy. The runtime makes it: a
+    # compiled copy of some hundred arrays would be compiled for a second or two in every stage.
+    if jax.process_count() == 1:
+        return jax.device_put(arrays, may_alias=False)
+    return jax.jit(partial(jax.tree.map, jnp.copy))(arrays)
 
 
 def _with_options(function, *args, **kwargs):
