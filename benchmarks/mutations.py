@@ -68,7 +68,7 @@ FAULTS = (
           'log_partition(h, z, warm,', 'log_partition(h, z, jnp.arange(len(z)) > 0,',
           'tests/losses/test_losses.py::test_cold_items_are_no_negatives_of_the_next_item'),
     Fault('combine_ignores_valid', 'tpad_jax/losses/combine.py',
-          'w = jnp.where(valid, result.weight, 0)', 'w = result.weight',
+          'w = jnp.where(valid, w, 0)', 'w = 1.0 * w',
           'tests/losses/test_combine.py::test_combine_averages_weighs_logs_and_carries_state'),
     Fault('combine_ignores_weights', 'tpad_jax/losses/combine.py',
           'total += weight * logged[name]', 'total += logged[name]',
@@ -138,13 +138,13 @@ FAULTS = (
           'np.split(np.random.default_rng(0).permutation(total), [middle, last])',
           'tests/data/test_sessions.py::test_split_shares_counts_and_order'),
     Fault('k_core_of_all_sessions', 'tpad_jax/data/sources/amazon_tables.py',
-          'train, held, tested = sessions_lib.split(every, valid, test)\n'
-          '    train = sessions_lib.k_core(train, core, min_length)\n',
-          'every = sessions_lib.k_core(every, core, min_length)\n'
-          '    train, held, tested = sessions_lib.split(every, valid, test)\n',
+          'sessions_lib.split(sessions, cut.valid, cut.test), strict=True))\n'
+          "    splits['train'] = sessions_lib.k_core(splits['train'], cut.core, cut.min_length)\n",
+          'sessions_lib.split(sessions_lib.k_core(sessions, cut.core, cut.min_length), '
+          'cut.valid, cut.test), strict=True))\n',
           'tests/test_traps.py::test_no_table_is_counted_on_test'),
-    Fault('price_ends_at_the_comma', 'tpad_jax/data/sources/amazon.py',
-          "match[1].replace(',', '')", "match[1].split(',')[0]",
+    Fault('price_ends_at_the_comma', 'tpad_jax/data/sources/amazon_fields.py',
+          "return float(number.replace(',', ''))", "return float(number.split(',')[0])",
           'tests/data/sources/test_amazon.py::test_2018_quirks'),
     Fault('links_out_are_followed', 'tpad_jax/data/untrusted.py',
           'path.resolve().is_relative_to(folder.resolve())',
@@ -154,7 +154,7 @@ FAULTS = (
     Fault('padding_is_ranked', 'tpad_jax/evaluation/device_ranks.py',
           'jnp.maximum(k * chunk, 1)', 'k * chunk',
           'tests/evaluation/test_device_ranks.py::test_counts_of_the_whole_catalogue'),
-    Fault('ties_are_won', 'tpad_jax/evaluation/metrics.py',
+    Fault('ties_are_won', 'tpad_jax/core/ties.py',
           'return (until[np.minimum(above + equal, k)] - until[np.minimum(above, k)]) / equal',
           'return until[np.minimum(above + 1, k)] - until[np.minimum(above, k)]',
           'tests/evaluation/test_metrics.py::test_a_tied_target_counts_as_the_mean_over_all_orders'),
