@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
@@ -66,6 +67,11 @@ def test_the_readme_alone_gives_the_same_lists(base, run, tmp_path, monkeypatch,
         run = tmp_path / 'run'
         tiny_served.write(run, base, **model)
     shop, out = written(run, tmp_path, monkeypatch)
+    artefact = bytearray((out / 'recommender.jax').read_bytes())
+    program = jax.export.deserialize(artefact).mlir_module()
+    products = re.findall(r'stablehlo\.dot_general.*', program)
+    assert products
+    assert all('[HIGHEST, HIGHEST]' in product for product in products)  # on any device
     code = re.search(r'```python\n(.*?)```', (out / 'README.md').read_text(), re.S)[1]
     rows = tiny_served.prefixes(16)
     asked = f'{code}\nprint(recommend(weights, np.array({rows.tolist()}, np.int32))[1].tolist())'

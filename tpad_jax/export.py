@@ -137,6 +137,7 @@ def _write_recommender(served, directory, k, rows):
     from flax.traverse_util import flatten_dict, unflatten_dict
     from safetensors.numpy import save_file
 
+    from tpad_jax.core.precision import exact_products
     from tpad_jax.evaluation import scorers
     from tpad_jax.serving import topk
 
@@ -157,7 +158,8 @@ def _write_recommender(served, directory, k, rows):
 
     shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
               jax.ShapeDtypeStruct((rows, served.about['max_length']), np.int32))
-    exported = jax.export.export(jax.jit(recommend), platforms=PLATFORMS)(*shapes)
+    exported = jax.export.export(jax.jit(exact_products(recommend)),
+                                 platforms=PLATFORMS)(*shapes)
     with files.replacing(directory / 'recommender.jax') as partial:
         partial.write_bytes(exported.serialize())
     with files.replacing(directory / 'weights.safetensors') as partial:
