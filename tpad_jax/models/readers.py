@@ -11,8 +11,6 @@ from tpad_jax.nn import linear
 WHAT = 'image', 'text'  # the tokens of an item that have hidden states
 # The readers of an item: K under the adapter 'knowledge', K under 'distil', another model.
 WHO = {'k': 'knowledge', 'r': 'distil', 'teacher': None}
-STATES = frozenset(f'{who}.{what}' for who in WHO for what in WHAT)
-THERE = frozenset(f'{what}.there' for what in WHAT)
 
 
 def knowledge_variables(spec, params, adapter):
