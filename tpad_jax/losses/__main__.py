@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
         fn = contract.resolve(words[1], words[1])
         head = contract.make_module(f'config.losses.{words[1]}', module, fields) if module else None
     except InputError as error:
-        print(f'{SIGNS[False]}  found      {error}')
+        text = str(error).replace(f'config.losses.{words[1]}.', '')
+        print(f'{SIGNS[False]}  found      {text}')
         return cli.UNUSABLE
     broken = False
     for finding in check.check(fn, keywords, head):
