@@ -337,3 +337,22 @@ def test_the_commands_sides(tmp_path, capsys):
         assert compare.main(['--compare', *arguments]) == 2
         out, err = capsys.readouterr()
         assert (out, told in err, err.count('\n')) == ('', True, 1)
+
+
+def test_slices_of_few_sessions_are_null_in_the_json(tmp_path, capsys):
+    """A slice of one session has no interval, an empty one has no number at all."""
+    rows = made_rows()
+    warm = np.zeros(240, bool)
+    warm[:3] = True  # one session
+    paths = [store(tmp_path / name, {'tpad': rank(seed)}, rows, warm=warm,
+                   length=np.full(240, 2)) for name, seed in (('a', 1), ('b', 2))]
+    assert compare.main(['--compare', *map(str, paths), '--json', str(tmp_path / 'c.json')]) == 0
+    capsys.readouterr()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    parts = json.loads((tmp_path / 'c.json').read_text(), parse_constant=refuse)['slices']
+    assert parts['warm']['hit@20']['difference_interval'] is None
+    assert parts['warm']['hit@20']['difference'] is not None
+    assert parts['length_6+']['hit@20']['a'] is parts['length_6+']['hit@20']['p'] is None
