@@ -109,7 +109,8 @@ def tiny(c: ConfigDict) -> None:
         'data.planted.test': 80,
         'stage.knowledge.steps': 8, 'stage.transfer.steps': 8, 'stage.recommend.steps': 40,
         'stage.joint.steps': 6, 'stage.recommend.eval_every': 20, 'stage.joint.eval_every': 3,
-        'stage.joint.refresh_every': 3} | {f'stage.{name}.batch_size': 32 for name in c.stage})
+        'stage.joint.refresh_every': 3} | {
+            key: 32 for key, _ in flat(c) if key.endswith('.batch_size')})
 
 
 def data() -> ConfigDict:

@@ -16,7 +16,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tpad_jax.core import files
 from tpad_jax.errors import InputError
 
-FLUSH_SECONDS = 10  # between two flushes of an event file
 # protobuf makes these classes at import, so type checkers do not know them
 Event, SessionLog = vars(event_pb2)['Event'], vars(event_pb2)['SessionLog']
 Summary = vars(summary_pb2)['Summary']
@@ -34,7 +33,7 @@ class Writer:
         import jax  # here: reading a log, as the report does, needs no jax
         self._path = Path(workdir) / 'log.jsonl'
         self._events_dir = Path(workdir) / 'events'
-        self._events: dict[str, _Events] = {}
+        self._events: dict[str, RecordWriter] = {}
         self._purge: dict[str, int] = {}  # stage -> first step that its next event file replaces
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
@@ -61,9 +60,12 @@ class Writer:
             self._file.write(json.dumps(line, allow_nan=False).encode() + b'\n')
             self._file.flush()
             if stage not in self._events:
-                self._events[stage] = _Events(self._events_dir / stage, self._purge.get(stage))
-            self._events[stage].scalars(int(step), {
-                name: value for name, value in values.items() if value is not None})
+                self._events[stage] = _event_file(self._events_dir / stage, self._purge.get(stage))
+            for name, value in values.items():
+                if value is not None:
+                    scalar = Summary.Value(tag=name, simple_value=value)
+                    _append(self._events[stage], int(step), summary=Summary(value=[scalar]))
+            self._events[stage].flush()
 
     def rewind(self, stage: str, step: int) -> None:
         """Remove the entries of a stage after a step, so a resumed run has each step once.
@@ -99,34 +101,24 @@ class Writer:
                 stack.callback(file.close)
 
 
-class _Events:
-    """One event file, written in this thread.
+def _event_file(directory, purge):
+    """Open a new event file; it hides the steps of earlier files from `purge` on.
 
     TensorBoard's writer hands events to another thread, which a full disk ends. Then its queue
-    fills up, and the run waits forever.
+    fills up, and the run waits forever. So events are written here.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'
+    file = RecordWriter(open(directory / name, 'xb'))
+    _append(file, purge or 0, file_version='brain.Event:2')
+    if purge is not None:
+        _append(file, purge, session_log=SessionLog(status=SessionLog.START))
+    return file
 
-    def __init__(self, directory, purge):
-        directory.mkdir(parents=True, exist_ok=True)
-        name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}'
-        self._file, self._flushed = RecordWriter(open(directory / name, 'xb')), 0.0
-        self._write(purge or 0, file_version='brain.Event:2')
-        if purge is not None:
-            self._write(purge, session_log=SessionLog(status=SessionLog.START))
 
-    def scalars(self, step, values):
-        for name, value in values.items():
-            self._write(step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._file.flush()
-            self._flushed = time.monotonic()
-
-    def close(self):
-        self._file.close()
-
-    def _write(self, step, **content):
-        event = Event(wall_time=time.time(), step=step, **content)
-        self._file.write(event.SerializeToString())
+def _append(file, step, **content):
+    event = Event(wall_time=time.time(), step=step, **content)
+    file.write(event.SerializeToString())
 
 
 def read_log(path: str | Path) -> list[dict]:
