@@ -14,7 +14,7 @@ SIDE, WIDTH = 16, 16
 
 
 def write(directory):
-    """A base of random parameters, a sixth of the default's width. -> directory"""
+    """Write a base of random parameters, a sixth of the default width, and return `directory`."""
     for file in files.DEFAULT.glob('tokenizer*.json'):
         shutil.copy(file, directory)
     sizes = dict(vocab=files.load_sizes(files.DEFAULT)['vocab'], width=WIDTH, layers=1,

@@ -116,7 +116,7 @@ def test_a_new_item(run, tmp_path):
     (json.dumps({'sessions': [['I' * 2**20]]}), 413, 'at most 1048576 bytes')])
 def test_limits(run, body, status, said):
     app = http.app(recommender.load(run), run)
-    app._inner.router.lifespan_context = lambda app: _nothing()  # no device is asked
+    app._inner.router.lifespan_context = lambda app: _Nothing()  # no device is asked
     answer = driven(app, lambda client: client.post(
         '/recommend', content=body, headers={'content-type': 'application/json'}))
     assert (answer.status_code, said in answer.json()['detail']) == (status, True), answer.text
@@ -125,7 +125,7 @@ def test_limits(run, body, status, said):
 def test_a_body_that_does_not_say_its_length_is_counted_as_it_comes(run):
     """Each of its parts is short enough; it is read no further than the limit."""
     app = http.app(recommender.load(run), run, limits=http.Limits(body=100))
-    app._inner.router.lifespan_context = lambda app: _nothing()
+    app._inner.router.lifespan_context = lambda app: _Nothing()
     read = []
 
     async def parts():
@@ -140,7 +140,7 @@ def test_a_body_that_does_not_say_its_length_is_counted_as_it_comes(run):
     assert read == [0, 1, 2]
 
 
-class _nothing:
+class _Nothing:
     async def __aenter__(self):
         return None
 

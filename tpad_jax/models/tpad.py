@@ -90,7 +90,8 @@ class TPAD:
     reread: bool = True
 
 
-def build(base: MLLM | VLM | None, model: Any, *, recommend: tuple, items: int, max_length: int,
+def build(base: MLLM | VLM | None, model: Any, *,  # noqa: PLR0913 (the numbers of a whole model)
+          recommend: tuple, items: int, max_length: int,
           side_sizes: tuple, pooling: str = 'summary', chunk: int = 0,
           teacher: KnowledgeMLLM | None = None) -> TPAD:
     """Build the modules from the shared MLLM and plain numbers.
