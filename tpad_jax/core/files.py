@@ -34,7 +34,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def drop_partial_line(path: str | Path) -> None:
-    """Cut the unfinished last line that a kill or a full disk leaves in a file of lines, if any."""
+    """Cut the last line of a file if a kill or a full disk left it unfinished."""
     if Path(path).is_file():
         with Path(path).open('r+b') as file:
             file.truncate(file.read().rfind(b'\n') + 1)

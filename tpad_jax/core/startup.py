@@ -74,8 +74,8 @@ def prepare(xla_flags: str = '') -> None:
 def cache_compilations() -> None:
     """Keep compiled programs in the user's cache directory, where the next process finds them.
 
-    JAX_COMPILATION_CACHE_DIR names another directory; set to nothing, it turns the cache off. A
-    directory that cannot be written leaves it off.
+    JAX_COMPILATION_CACHE_DIR names another directory; set to nothing, it turns the cache off. If
+    the directory cannot be written, there is no cache.
     """
     if CACHE in os.environ:
         return
