@@ -176,6 +176,7 @@ def test_a_metric_that_is_not_finite_is_a_failed_trial(value):
     (('float', 1.0), 1.0, 'not an axis'),
     (('float', 2.0, 1.0), 1.0, 'not an axis'),
     (('log', 0.0, 1.0), 0.5, 'not an axis'),
+    (('log', 1e-3, float('inf')), 0.5, 'not an axis'),
     (('choice', ()), 1, 'not an axis'),
     (('normal', 0, 1), 1, 'not an axis'),
     (('int', 1, 3), 4, 'excludes its default 4'),

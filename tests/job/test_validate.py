@@ -55,6 +55,14 @@ def test_the_nearest_values_out_of_range_are_refused(key, value):
         validate.check(changed(key, value))
 
 
+@pytest.mark.parametrize('factor', [float('nan'), float('inf'), -1.0, 2**70, '1'])
+@pytest.mark.parametrize(('key', 'first'), [('stage.joint.rates', '^club/'),
+                                            ('losses.align.schedule', 0)])
+def test_numbers_in_pairs_have_a_range_too(key, first, factor):
+    with pytest.raises(InputError, match=rf'config\.{key}=.* Expected pairs \('):
+        validate.check(changed(key, ((first, factor),)))
+
+
 @pytest.mark.parametrize(('key', 'value'), [
     ('data.test', 2000), ('data.test', 0.25), ('stage.joint.warmup', 0), ('seed', 2**32 - 1),
     ('stage.recommend.learning_rate', 0.0), ('model.dropout', 0),

@@ -101,6 +101,7 @@ def test_adapters_of_a_run_are_blended_under_the_name_distil():
     ({'model.blend.kind': 'product'}, "config.model.blend.kind='product' is not usable"),
     ({'model.blend.kind': 'sum', 'model.blend.of': 'distil'}, 'config.model.blend.of='),
     ({'model.blend.kind': 'sum', 'model.blend.weights': '1'}, 'expected one number for each of'),
+    ({'model.blend.kind': 'sum', 'model.blend.weights': 'nan,1'}, 'expected one number for'),
     ({'model.blend.kind': 'sum', 'model.reread': False}, 'leave one out'),
     ({'model.blend.kind': 'sum'}, 'reads r.*, which stage transfer does not compute '
                                   '.config.model.blend makes r, which no loss trains'),

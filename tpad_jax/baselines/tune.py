@@ -116,7 +116,8 @@ def check_space(space: Space, defaults: dict, name: str = 'search') -> None:
             good = len(ends) == 1 and len(ends[0]) > 0
             inside = good and defaults[key] in ends[0]
         elif kind in ('float', 'log', 'int'):
-            good = len(ends) == 2 and ends[0] <= ends[1] and not (kind == 'log' and ends[0] <= 0)
+            good = (len(ends) == 2 and -np.inf < ends[0] <= ends[1] < np.inf
+                    and not (kind == 'log' and ends[0] <= 0))
             inside = good and ends[0] <= defaults[key] <= ends[1]
         else:
             good = inside = False

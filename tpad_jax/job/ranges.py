@@ -91,6 +91,22 @@ class Pattern(NamedTuple):
         return 'a valid regular expression'
 
 
+class Pairs(NamedTuple):
+    """Any number of pairs, each element with its rule."""
+
+    first: Range | Pattern
+    second: Range
+
+    def holds(self, value) -> bool:
+        """Return whether the value is a tuple or list of such pairs."""
+        return isinstance(value, tuple | list) and all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and self.first.holds(pair[0])
+            and self.second.holds(pair[1]) for pair in value)
+
+    def __str__(self):
+        return f'pairs ({self.first}, {self.second})'
+
+
 COUNT, COUNT_OR_NONE = Range(1, INT32, whole=True), Range(0, INT32, whole=True)
 FLOAT_TYPES = Choice(('float32', 'bfloat16'))
 # {key: rule}; a star matches any name
@@ -138,8 +154,13 @@ RULES = {key: rule for rule, keys in (
     (Choice(('adamw', 'adam', 'sgd')), 'stage.*.optimiser'),
     (Choice(('cosine', 'constant')), 'stage.*.schedule'),
     (Pattern(), 'model.lora_targets stage.*.train'),
+    # regular expressions over parameter paths, and factors of the learning rate
+    (Pairs(Pattern(), Range(0, above=True)), 'stage.*.rates'),
+    # steps, and factors of the weight
+    (Pairs(COUNT_OR_NONE, Range(0)), 'losses.*.schedule'),
 ) for key in keys.split()}
-COMMON = ('weight', 'stages', 'dtype', 'chunk')  # keys of a loss that mean the same for every one
+# keys of a loss that mean the same for every loss
+COMMON = ('weight', 'stages', 'dtype', 'chunk', 'schedule')
 
 
 def check(config) -> None:

@@ -159,12 +159,6 @@ def _check_stage(config, stage, shards):
                          'set it to 1 or more')
     if c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy):
         raise InputError(f'{key}copy={c.copy!r} is not usable. Expected a->b, two parameter paths')
-    for rate in c.rates:
-        if not (isinstance(rate, tuple | list) and len(rate) == 2
-                and ranges.Pattern().holds(rate[0]) and ranges.Range(0, above=True).holds(rate[1])):
-            raise InputError(f'{key}rates={c.rates!r} is not usable. Expected pairs of a valid '
-                             'regular expression over parameter paths and a factor above 0, as in '
-                             "(('^club/', 10.0),)")
     if config.mllm.teacher and re.search(c.train, 'teacher/base/'):
         raise InputError(f'{key}train={c.train!r} matches the parameters of config.mllm.teacher, '
                          'which no stage trains. Fix: start the expression with ^')

@@ -1,5 +1,7 @@
 """Data that passes between stages: copied adapters, blended adapters, clusters of items."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +130,7 @@ def parts(c) -> tuple[list[str], tuple[float, ...]]:
         weights = tuple(float(x) for x in c.weights.split(','))
     except ValueError:
         weights = ()
-    if len(weights) != len(adapters) or not sum(weights):
+    if len(weights) != len(adapters) or not sum(weights) or not math.isfinite(sum(weights)):
         raise InputError(f'config.model.blend.weights={c.weights!r}: expected one number for each '
                          f'of {c.of}, with a sum other than 0. Fix: give as many.')
     return adapters, weights
