@@ -46,5 +46,5 @@ def _compile(job, stage, shapes, rows):
         batch = Batch.of(next(drawn))
     state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), shapes)
     loop.compile_step(job.devices, spec, state, batch, rows)
-    if stage in MAKES:
+    if stage in MAKES and not job.background.closing:
         job.encoder(stage).compile(unflatten_dict(shapes, sep='/'))

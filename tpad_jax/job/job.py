@@ -331,6 +331,8 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
                       highlight=False)
         return results_before
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
+    if until == 'validation' and 'recommend' in stages:
+        stages = stages[:stages.index('recommend') + 1]  # later ones are not compiled either
     writer = log.Writer(workdir)
     try:
         # a trace of the device shows one stage at a time
