@@ -1,7 +1,7 @@
 """TPAD composed: its modules, their parameters, item vectors and encoded sessions.
 
-    knowledge-MLLM K    item content          -> k   (describe: k -> its description)
-    transfer-MLLM  T    k of a session        -> t   (foretell: t -> the next item's text)
+    knowledge-MLLM K    item content          -> k   (`describe`: k -> its description)
+    transfer-MLLM  T    k of a session        -> t   (`foretell`: t -> the next item's text)
     disentangle         t                     -> c, p
     distil              item content, LoRA d  -> r
     recommend           id, r (or k), side    -> z;  session GNN over z -> h
