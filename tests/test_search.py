@@ -257,6 +257,12 @@ def test_the_workdir_of_another_search_is_refused(tmp_path, runs):
         search_lib.search_config(config, tmp_path, trials=1)
 
 
+def test_a_workdir_that_reads_as_a_pattern_is_refused(tmp_path, runs):
+    with pytest.raises(InputError, match=r'has the character \['):
+        search_lib.search_config(searched_config(), tmp_path / 'search[1]', trials=1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unusable_config_spaces_are_refused(tmp_path, runs):
     with pytest.raises(InputError, match=r'config.search.space is empty'):
         search_lib.search_config(base.get_config(), tmp_path, trials=1)

@@ -60,8 +60,9 @@ def search_config(config, workdir: str | Path, *, trials: int,
     defaults = {key: current[key] for key in space}
     # imported here: --help and a wrong space do not wait for jax
     from tpad_jax.baselines.tune import search
-    from tpad_jax.job import job
+    from tpad_jax.job import job, validate
     from tpad_jax.training import workdir as workdir_lib
+    validate.check_workdir(workdir)
     workdir_lib.claim(workdir, config.to_dict())
 
     def objective(params, trial):
