@@ -7,18 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from tests.job.test_plan import FRAME, QWEN, small
 
 from tpad_jax import config as base
 from tpad_jax import losses
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.models import readers
 from tpad_jax.models.builtin.mllm import MLLM
+from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
 from tpad_jax.nn import linear
 
+FRAME = dict(before=(1, 2, 3), between=(4,), end=(5, 6, 7))
+QWEN = specs.Spec(  # Qwen3-VL in small
+    'qwen3_vl', specs.Decoder(64, 32, 2, 4, 2, 24, 96, 1e-6, 5e6, False, True, (4, 4, 4), True,
+                              True),
+    specs.Grid('qwen3', 48, 3, 4, 192, 8, 2, 32, 'gelu_pytorch_tanh', 1e-6, 8, 0, (), (0, 1)),
+    '', True, False, 63, (62,), (61,), (0.5,) * 3, (0.5,) * 3)
 SIZES = dict(vocab=23, width=16, layers=1, heads=2, hidden=24, channels=(8,), vision_layers=1)
 quick = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
@@ -96,7 +102,7 @@ def test_generation_by_row_is_the_same_loss():
 
 
 def test_a_decoder_in_parts_reads_the_same():
-    spec, side = small(QWEN, width=32, layers=2, vocab=64)
+    spec, side = QWEN, 64
     module = VLM(spec, side, **FRAME)
     params = {'base': randomly(vlm.shapes(spec, side))}
     devices = devices_lib.choose('shard_map', 8, 2)
