@@ -23,6 +23,10 @@ def late(place, k):
     return place / k
 
 
+def first(place, k):
+    return place == 1
+
+
 def short(place, k):
     return place[1:]
 
@@ -81,6 +85,17 @@ def test_the_page_shows_it(tmp_path):
     page.write(tmp_path / 'run')
     assert tiny_report.check(tmp_path / 'run') > 120
     assert 'late@20' in (tmp_path / 'run' / 'report' / 'index.html').read_text()
+
+
+def test_a_metric_of_booleans_is_stored_as_numbers(tmp_path):
+    job = tiny_report.fake_job(tmp_path)
+    job.config.metrics.first = f'{HERE}:first'
+    models, ranks = results.score_models(job, {'a': tiny_report.scorer_of(0)}, {})
+    results.write(job, {'models': models}, ranks)
+    gain = compare.read(tmp_path).gains['first']
+    assert gain.dtype == np.float64
+    np.testing.assert_array_equal(gain, np.eye(compare.AT)[0])
+    assert models['a']['test']['first@20'] == pytest.approx((ranks['a']['above'] == 0).mean())
 
 
 @pytest.mark.parametrize(('name', 'path', 'told'), [

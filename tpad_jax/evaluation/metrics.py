@@ -42,7 +42,7 @@ CHUNK = 512  # rows that are scored at a time
 FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
 Gain = Callable[[np.ndarray, int], np.ndarray]
-"""(places float64 [k], 1 being the first; k) -> float [k], the value of a target at each place."""
+"""(places float64 [k], 1 being the first; k) -> [k], the value of a target at each place."""
 GAINS: dict[str, Gain] = {'hit': lambda place, k: np.ones_like(place),
                           'mrr': lambda place, k: 1 / place,
                           'ndcg': lambda place, k: 1 / np.log2(place + 1)}
@@ -69,7 +69,7 @@ def registry(named: Mapping[str, str]) -> dict[str, Gain]:
                              f'digits and _, not {", ".join(GAINS)} or expected... Fix: rename it.')
         try:
             gains[name] = pkgutil.resolve_name(path)
-            values = np.asarray(gain_table(gains[name], TOP), np.float64)
+            values = gain_table(gains[name], TOP)
         except Exception as error:  # anything that a user's file raises
             raise InputError(f'{option}: {type(error).__name__}: {error}. Expected module:function '
                              'with the arguments (places, k). Fix: repair the function or the name.'
@@ -82,8 +82,8 @@ def registry(named: Mapping[str, str]) -> dict[str, Gain]:
 
 
 def gain_table(gain: Gain, k: int) -> np.ndarray:
-    """Evaluate a gain at places 1, 2, .. k: float [k]."""
-    return gain(np.arange(1, k + 1, dtype=np.float64), k)
+    """Evaluate a gain at places 1, 2, .. k: float64 [k], also if it returns booleans."""
+    return np.asarray(gain(np.arange(1, k + 1, dtype=np.float64), k), np.float64)
 
 
 def dense(scores: Scores) -> np.ndarray:
