@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+from safetensors.numpy import load_file
 
 import tpad_jax
 from tests import tiny_base, tiny_served
@@ -16,6 +17,7 @@ from tests.tiny_served import V
 from tpad_jax import export
 from tpad_jax.core import startup
 from tpad_jax.data.sources import external_features
+from tpad_jax.models.sessions import ENCODERS
 from tpad_jax.serving import ann
 
 pytestmark = pytest.mark.slow
@@ -99,6 +101,16 @@ def test_tables_and_vectors(run, tmp_path, monkeypatch):
     assert vectors['id'].to_list() == [str(n) for n in range(10)]
     np.testing.assert_array_equal(np.array(vectors['vector'].to_list(), np.float32),
                                   shop.embed_sessions([*asked, []]))
+
+
+def test_a_scalar_parameter_stays_a_scalar(base, tmp_path, monkeypatch):
+    monkeypatch.setitem(ENCODERS, 'decay', lambda model, **shared: tiny_served.Decay(**shared))
+    tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='', encoder='decay')
+    shop, out = written(tmp_path / 'run', tmp_path, monkeypatch)
+    weights = load_file(out / 'weights.safetensors')
+    program = jax.export.deserialize(bytearray((out / 'recommender.jax').read_bytes()))
+    rows = tiny_served.prefixes(16)
+    np.testing.assert_array_equal(program.call(weights, rows)[1], shop.first(rows, 7)[0])
 
 
 def test_approximate_lists(run, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import io
 import json
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,21 @@ from tpad_jax.models.fusion import blank
 from tpad_jax.serving import artifact
 
 V, N, T = 30, 6, 8  # the last five items are in no session
+
+
+class Decay(nn.Module):
+    """An encoder from outside: a weighted sum of the prefix, with one parameter of shape ()."""
+
+    max_length: int
+    rate: float = 0.0
+    item_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, z, items, keys=None):
+        decay = self.param('decay', nn.initializers.constant(0.5), ())
+        age = (items > 0).sum(1, keepdims=True) - 1 - jnp.arange(items.shape[1])
+        weight = jnp.where(items > 0, jnp.exp(-decay * age), 0)
+        return (weight[..., None] * z).sum(1)
 
 
 def picture(item):

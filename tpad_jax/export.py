@@ -163,7 +163,8 @@ def _write_recommender(served, directory, k, rows):
     with files.replacing(directory / 'recommender.jax') as partial:
         partial.write_bytes(exported.serialize())
     with files.replacing(directory / 'weights.safetensors') as partial:
-        save_file({path: np.ascontiguousarray(x) for path, x in weights.items()}, partial)
+        # np.ascontiguousarray would give a scalar the shape (1,)
+        save_file({path: np.asarray(x, order='C') for path, x in weights.items()}, partial)
 
 
 def _write_sessions(shop, file, bad_share, directory):

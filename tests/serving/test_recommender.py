@@ -13,6 +13,7 @@ from tests import tiny_base, tiny_served
 from tests.tiny_served import N, V
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.metrics import top
+from tpad_jax.models.sessions import ENCODERS
 from tpad_jax.serving import recommender, topk
 
 
@@ -51,6 +52,20 @@ def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
     whole = scores(rows)
     np.testing.assert_array_equal(items, top(whole, 7))
     np.testing.assert_allclose(found, np.take_along_axis(whole, items, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_from_outside_with_a_scalar_is_served_once_it_is_registered(
+        base, tmp_path, monkeypatch):
+    with monkeypatch.context() as registered:
+        registered.setitem(ENCODERS, 'decay', lambda model, **shared: tiny_served.Decay(**shared))
+        _, scores = tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='',
+                                      encoder='decay')
+        rows = tiny_served.prefixes(3)
+        items, _ = tpad_jax.load(tmp_path / 'run').first(rows, 7)
+        np.testing.assert_array_equal(items, top(scores(rows), 7))
+    with pytest.raises(InputError, match=r"encoder='decay' of served\.json: this process does not "
+                       r'know.*import the module that adds it to models\.sessions\.ENCODERS first'):
+        tpad_jax.load(tmp_path / 'run')
 
 
 @pytest.mark.parametrize(('total', 'chunk', 'k'), [(700, 64, 5), (700, 64, 50), (64, 64, 60),

@@ -32,6 +32,7 @@ from tpad_jax.data import sessions
 from tpad_jax.errors import InputError
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
+from tpad_jax.models.sessions import ENCODERS
 
 FOLDER, ABOUT, VERSION = 'served', 'served.json', 2
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
@@ -156,8 +157,15 @@ def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
       about: contents of served.json.
       i: index of the recommender.
       base: the MLLM, or None.
+
+    Raises:
+      InputError: this process does not know the session encoder.
     """
     model = ConfigDict(about['models'][i])
+    if model['encoder'] not in ENCODERS:
+        raise InputError(f'models[{i}].encoder={model["encoder"]!r} of {ABOUT}: this process does '
+                         f'not know the encoder. Expected one of {", ".join(ENCODERS)}. Fix: '
+                         'import the module that adds it to models.sessions.ENCODERS first')
     mllm = about['mllm'] or {'pooling': 'summary', 'chunk': 0}
     return tpad.build(base, model, recommend=names(model.recommend), items=0,
                       max_length=about['max_length'], side_sizes=tuple(about['side_sizes']),
@@ -207,9 +215,10 @@ def _located(mllm: dict) -> dict:
 
 
 def _save(file, arrays, mode):
+    # np.ascontiguousarray would give a scalar the shape (1,)
+    arrays = {path: np.asarray(jax.device_get(x), order='C') for path, x in arrays.items()}
     with files.replacing(file) as partial:
-        save_file({path: np.ascontiguousarray(jax.device_get(x)) for path, x in arrays.items()},
-                  partial)
+        save_file(arrays, partial)
         shutil.copymode(mode, partial)
 
 
