@@ -158,6 +158,18 @@ def test_table_of_planted_and_of_real_data():
     assert 'oracle' not in text
 
 
+def test_a_table_of_many_metrics_is_printed_in_full_on_a_narrow_console():
+    names = [f'metric_number_{i}@20' for i in range(6)]
+    console = Console(file=io.StringIO(), width=80)
+    tables.show({'models': {'sr': {'test': dict.fromkeys(names, 0.25)}}}, console)
+    lines = console.file.getvalue().splitlines()
+    assert lines[1].split() == ['model', *names, 'hit', 'warm', 'hit', 'cold']
+    assert lines[2].split() == ['sr', *['25.00'] * 6, '-', '-']
+    console = Console(file=io.StringIO())
+    tables.show({'models': {}}, console)
+    assert console.file.getvalue() == ''
+
+
 def test_plain_progress_is_sparse_and_ends_with_a_line(monkeypatch):
     clock = iter(range(0, 10_000, 1))
     monkeypatch.setattr(progress_lib.time, 'monotonic', lambda: next(clock))

@@ -155,6 +155,19 @@ def test_a_failed_page_loses_no_results(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / 'results.json').read_text())['models']
 
 
+def test_a_run_without_models_has_no_page_and_prints_why(tmp_path, monkeypatch, capsys):
+    job = tiny_report.fake_job(tmp_path)
+    tiny_report.write_log(tmp_path / 'log.jsonl', content=True)
+    monkeypatch.setattr(results, 'oracle_scores', lambda _: (None, None))
+    job.spent = {'transfer': {n: 0.0 for n in ('all', *results.SPENT)}}
+    tuning = job.background.submit(dict)
+    results.report(job, ['transfer'], {}, {}, tuning, 0.0, Console(width=200))
+    printed = capsys.readouterr().out
+    assert 'report: none, because neither a recommender nor a baseline was trained' in printed
+    assert 'could not be made' not in printed
+    assert json.loads((tmp_path / 'results.json').read_text())['models'] == {}
+
+
 # --- the command --------------------------------------------------------------------------------
 
 

@@ -2,10 +2,13 @@
 
 import math
 
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 PARTS = ('all', 'warm', 'cold')
+WIDEST = 10_000  # characters of a table at most
 
 
 def metric_names(scores: dict) -> list[str]:
@@ -68,6 +71,21 @@ def table(results: dict) -> Table:
         values = row(results['oracle'], dict.fromkeys(PARTS, 1.0))
         out.add_row('oracle', *map(_cell, values), style='dim')
     return out
+
+
+def show(results: dict, console: Console) -> None:
+    """Print `table` with all its columns, also where the console is narrower; none without models.
+
+    Args:
+      results: as in results.json.
+      console: where to print.
+    """
+    if not results['models']:
+        return
+    out = table(results)
+    out.width = Measurement.get(console, console.options.update(width=WIDEST), out).maximum
+    # rich would shorten the cells to `console.width`, which is 80 in a pipe
+    console.print(out, crop=False)
 
 
 def _part(scores, part):

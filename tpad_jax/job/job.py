@@ -325,7 +325,7 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
     file = workdir / 'results.json'
     results_before = results.read(file) if file.is_file() else None
     if results_before and set(stages) <= set(results_before['provenance']['stages']):
-        console.print(tables.table(results_before))
+        tables.show(results_before, console)
         console.print(f'{file}: finished {results_before["provenance"]["date"]}, nothing was '
                       'trained now; --workdir=DIR starts another run', markup=False,
                       highlight=False)

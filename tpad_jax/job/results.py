@@ -81,7 +81,7 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
         artifact.write(job, own, scorers[own])
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     file = write_page(job, out, scorers, ranks, console)
-    console.print(tables.table(out))
+    tables.show(out, console)
     console.print(spent(job.spent), highlight=False)
     page_part = f'report: {file}  ' if file else ''
     console.print(f'results: {job.workdir / "results.json"}  {page_part}'
@@ -97,15 +97,19 @@ def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path 
       results: the content of results.json.
       scorers: {model: scorer}.
       ranks: {model: {'above', 'equal'}} of the test rows.
-      console: of the run, which gets the reason where there is no page.
+      console: of the run, which prints the reason where there is no page.
 
     Returns:
-      Its path, or None where it could not be made.
+      Its path, or None where it could not be made or no model was trained.
     """
     best = results['models'].get('tpad', {}).get('is', '')
     try:
         gallery.write(job, scorers, ranks, best)
         contact_sheet.write(job.workdir)
+        if not results['models']:
+            console.print('report: none, because neither a recommender nor a baseline was trained',
+                          highlight=False, soft_wrap=True)
+            return None
         return page.write(job.workdir)
     except Exception as error:  # of any kind: a finished run is not lost over a page
         console.print(f'The page could not be made ({type(error).__name__}: {error}); the results '
