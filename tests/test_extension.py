@@ -24,11 +24,13 @@ from tests.job import test_job
 from tpad_jax import config, losses
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.job import job
+from tpad_jax.job import job, validate
 from tpad_jax.losses import LossSpec, Out, check
 from tpad_jax.losses import __main__ as command
+from tpad_jax.models import forward, sessions
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
+from tpad_jax.training.stages import ENTRIES, Entry
 from tpad_jax.types import Batch, Loss
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +194,76 @@ def test_the_recommend_stage_reads_no_content(x, form, refused):
     told = f'it reads {x}, which stage recommend does not compute .stage recommend reads no content'
     with pytest.raises(InputError, match=told) if refused else contextlib.nullcontext():
         step_lib.stage_losses(c, 'recommend')
+
+
+def test_outputs_of_a_file_of_losses_are_added_before_a_name_is_checked(tmp_path, monkeypatch):
+    """Also for the old form, and for a loss of this package that comes before the file."""
+    (tmp_path / 'added_outputs.py').write_text(
+        "from tpad_jax.losses import Out\nfrom tpad_jax.models.outputs import output\n"
+        "output('added', 'B, N, D', needs=('t',))(lambda at, t: t)\n"
+        "def mine(out, batch, *, x: Out = Out('added')):\n    return out[x].mean((1, 2))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    c = config.get_config()
+    c.losses.gen_transfer.x = 'added'
+    c.losses.mine = ConfigDict(dict(fn='added_outputs:mine', weight=1.0, stages='transfer'))
+    c.losses.old = ConfigDict(dict(fn=f'{HERE}:old', weight=1.0, stages='joint', x='added'))
+    try:
+        # the file is read for a stage that has no loss of it
+        assert 'added' in reads(c, 'joint')['gen_transfer']
+        assert reads(c, 'joint')['old'] == {'added'}
+        assert reads(c, 'transfer')['mine'] == {'added'}
+    finally:
+        forward.OUTPUTS.pop('added', None)
+
+
+def reads(c, stage):
+    return {spec.name: spec.needs for spec in step_lib.stage_losses(c, stage)}
+
+
+@pytest.mark.parametrize(('stage', 'x', 'row'), [('knowledge', 'k', 'k'), ('transfer', 'r', 'r')])
+def test_a_row_that_no_earlier_stage_makes_is_refused_or_fresh(stage, x, row):
+    c = config.get_config()
+    c.losses.mine = ConfigDict(dict(fn=f'{HERE}:pull', weight=1.0, stages=stage, x=x))
+    assert 'mine' in reads(c, stage)
+    assert step_lib.stored_rows(c, stage) == (('k',) if stage == 'transfer' else ())
+    c.stage[stage].fresh = ''
+    with pytest.raises(InputError, match=(
+            f'it reads .*which stage {stage} does not compute .no earlier stage makes the rows '
+            f"{row}, and config.stage.{stage}.fresh='' does not name {row}")):
+        reads(c, stage)
+
+
+def test_a_row_of_a_stage_that_does_not_run_is_refused():
+    c = config.get_config()
+    c.model.recommend, c.rivals = '', {}
+    validate.check_inputs(c, ('recommend',), set())
+    c.losses.mine = entry('pull', x='k')
+    with pytest.raises(InputError, match="stage recommend reads the rows 'k', which stage know"):
+        validate.check_inputs(c, ('recommend',), set())
+
+
+@pytest.mark.parametrize(('train', 'stages', 'refused'), [
+    ('^recommender', 'recommend,polish', True), ('', 'recommend,polish', True),
+    ('^recommender/encoder/', 'polish', True), ('^lora/', 'recommend,polish', False),
+    ('^recommender', 'recommend,polish,joint', False)])
+def test_a_stage_whose_recommender_no_evaluation_reads_is_refused(train, stages, refused):
+    config.STAGES.insert(config.STAGES.index('joint'), 'polish')
+    ENTRIES['polish'] = Entry(recommends=True)
+    c = config.get_config()
+    c.stages, c.stage.polish = stages, config.stage(train=train)
+    c.losses.next_item.stages = 'recommend,polish,joint'
+    refusal = pytest.raises(InputError, match='evaluated after the stages recommend and joint only')
+    try:
+        with refusal if refused else contextlib.nullcontext():
+            validate.check(c)
+    finally:
+        config.STAGES.remove('polish')
+        del ENTRIES['polish']
+
+
+def test_an_encoder_that_is_not_registered_is_named():
+    with pytest.raises(InputError, match=r"config.model.encoder='last': it is not registered"):
+        sessions.build(ConfigDict(dict(encoder='last')), 3)
 
 
 def test_a_module_that_does_not_import_says_why(tmp_path, monkeypatch):

@@ -202,6 +202,14 @@ def test_item_batches_visit_the_catalogue(data, content):
         check_content(batch)
 
 
+def test_item_batches_without_content_have_the_same_items(data, content):
+    cut = dict(batch_size=10, seed=0, shards=2)
+    batch, = take(batches.item_batches(data, content=None, **cut), 1)
+    full, = take(batches.item_batches(data, content=content, **cut), 1)
+    assert batch.keys() == {'items', 'next', 'target', 'valid', 'row'}
+    assert_equal(batch, {name: full[name] for name in batch})
+
+
 def test_positions_of_a_batch_larger_than_an_epoch():
     place = batches.positions(0, 0, 25, 10)
     assert sorted(place[:10]) == sorted(place[10:20]) == list(range(10))

@@ -110,7 +110,8 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
     return _iterate(batch, start_step)
 
 
-def item_batches(data: Data, *, content: Content, start_step: int = 0, **cut) -> Iterator[dict]:
+def item_batches(data: Data, *, content: Content | None, start_step: int = 0,
+                 **cut) -> Iterator[dict]:
     """Iterate over single catalogue items, cold ones included; keys as of `session_batches`.
 
     items int32 [B, 1] is the item, next [B, 1] and target [B] are 0 and row is the item id. The
@@ -118,7 +119,7 @@ def item_batches(data: Data, *, content: Content, start_step: int = 0, **cut) ->
 
     Args:
       data: its items are read.
-      content: their pixels and tokens.
+      content: their pixels and tokens; None: the batches have none, see `session_batches`.
       start_step: the step whose batch comes first.
       **cut: of `Cut`.
 
@@ -134,11 +135,13 @@ def item_batches(data: Data, *, content: Content, start_step: int = 0, **cut) ->
     def batch(step: int) -> dict:
         item = cut.rows(step, data.num_items)[0, cut.process::cut.processes] + 1
         item = item.astype(np.int32)
-        ids = np.pad(item.reshape(cut.shards, -1), ((0, 0), (1, 0)))
         none = np.zeros((cut.size, 1), np.int32)
-        return dict(items=item[:, None], next=none, target=none[:, 0],
-                    valid=np.ones(cut.size, bool), row=item, slots=slots, next_slots=none,
-                    **content_rows(content, ids))
+        out = dict(items=item[:, None], next=none, target=none[:, 0],
+                   valid=np.ones(cut.size, bool), row=item)
+        if content is None:
+            return out
+        ids = np.pad(item.reshape(cut.shards, -1), ((0, 0), (1, 0)))
+        return out | dict(slots=slots, next_slots=none, **content_rows(content, ids))
 
     return _iterate(batch, start_step)
 

@@ -54,6 +54,7 @@ def check(config, among=None) -> tuple[str, ...]:
                             config.precision).shards
     for stage in stages:
         _check_stage(config, stage, shards)
+        _check_evaluated(config, stage, stages)
     if 'joint' in stages:
         if config.refit:
             raise InputError('config.refit=True trains the recommender again, but its last stage, '
@@ -106,11 +107,13 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     for stage in STAGES:
         if stage not in stages and stage not in finished:
             continue
-        entry = ENTRIES[stage]
-        for row in (*entry.reads, *(recommended if entry.recommends else ())):
+        entry, reads = ENTRIES[stage], list(ENTRIES[stage].reads)
+        if stage in stages and config.stage[stage].steps:
+            reads += [row for row in step.stored_rows(config, stage) if row not in reads]
+        for row in (*reads, *(recommended if entry.recommends else ())):
             if row not in available:
                 maker = next(s for s in STAGES if row in MAKES.get(s, ()))
-                reader = '' if row in entry.reads else recommended[row]
+                reader = '' if row in reads else recommended[row]
                 whose, instead = (f' ({reader})', f', or remove {reader}') if reader else ('', '')
                 raise InputError(f'stage {stage}{whose} reads the rows {row!r}, which stage '
                                  f'{maker} makes. Fix: add {maker} to '
@@ -162,6 +165,18 @@ def _check_stage(config, stage, shards):
     if config.mllm.teacher and re.search(c.train, 'teacher/base/'):
         raise InputError(f'{key}train={c.train!r} matches the parameters of config.mllm.teacher, '
                          'which no stage trains. Fix: start the expression with ^')
+
+
+def _check_evaluated(config, stage, stages):
+    """Refuse a stage that trains the recommender where no evaluation follows it."""
+    later, train = STAGES[STAGES.index(stage):], config.stage[stage].train
+    if 'recommend' in later or {'joint'} & set(later) & set(stages):
+        return
+    if 'recommender' in train or re.search(train, 'recommender/'):
+        raise InputError(f'config.stage.{stage}.train={train!r}: it changes the recommender, which '
+                         'is evaluated after the stages recommend and joint only. Expected one of '
+                         f'them after {stage}. Fix: insert {stage} before recommend in '
+                         'config.STAGES, or before joint and add joint to config.stages.')
 
 
 def _check_transfer_validation(config, chosen):

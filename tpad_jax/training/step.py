@@ -117,32 +117,62 @@ def stage_losses(config, stage: str) -> tuple[losses.LossSpec, ...]:
       InputError: an entry is not a loss (see `losses.LossSpec`), it reads an output that the stage
         does not compute, or no loss has a weight.
     """
+    trained = [other for other in names(config.stages) if config.stage[other].steps]
+    # the file of any loss of the run may add outputs: import all of them before a name is checked
+    for name in dict.fromkeys(name for other in trained for name in _weights(config, other)):
+        losses.resolve(name, config.losses[name].fn)
+    specs = [losses.from_entry(name, config.losses[name], weight)
+             for name, weight in _weights(config, stage).items()]
     missing = _missing(config, stage)
     known = [n for n in outputs.names(config.model.critics) if n not in missing]
-    specs = []
-    for name, entry in config.losses.items():
-        changed = config.stage[stage].weights.get(name)
-        weight = entry.weight if changed is None else changed
-        if stage not in names(entry.stages) or not weight:
-            continue
-        spec = losses.from_entry(name, entry, weight)
+    for spec in specs:
         absent = sorted(spec.needs - set(known))
         if absent:
             why = sorted({missing[n] for n in absent if n in missing})
             where = f'stage {stage} does not compute ({"; ".join(why)})' if why else (
                 'no stage computes')
-            raise InputError(f'config.losses.{name}: it reads {", ".join(absent)}, which {where}. '
-                             f'Expected {", ".join(known)}. Fix: name another output.')
-        specs.append(spec)
+            raise InputError(f'config.losses.{spec.name}: it reads {", ".join(absent)}, which '
+                             f'{where}. Expected {", ".join(known)}. Fix: name another output.')
     if not specs:
         raise InputError(f'config.stage.{stage}: no loss has a weight. Expected at least one. Fix: '
                          f'give one of config.losses a weight and {stage!r} among its stages.')
     return tuple(specs)
 
 
+def stored_rows(config, stage: str) -> tuple[str, ...]:
+    """List the rows k and r of the catalogue that a stage's losses read.
+
+    Args:
+      config: of the run.
+      stage: of config.STAGES.
+
+    Raises:
+      InputError: see `stage_losses`.
+    """
+    needs = frozenset().union(*(spec.needs for spec in stage_losses(config, stage)))
+    plan = _plan(config, stage)
+    needed = outputs.required(needs, plan)
+    return tuple(row for row in ('k', 'r') if f'_{row}' in needed and row not in plan.fresh)
+
+
+def _weights(config, stage):
+    """{name: weight} of the losses that a stage uses with a weight other than 0."""
+    changed = config.stage[stage].weights
+    weights = {name: entry.weight if changed.get(name) is None else changed[name]
+               for name, entry in config.losses.items() if stage in names(entry.stages)}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def _plan(config, stage):
+    """The options that decide what the outputs of a stage need."""
+    model = config.model
+    return outputs.Plan(model.form, names(model.recommend), model.reread,
+                        frozenset(names(config.stage[stage].fresh)))
+
+
 def _missing(config, stage):
     """{output: why} of the outputs that a stage of this config cannot compute."""
-    model, lacking = config.model, {}
+    model, lacking, plan = config.model, {}, _plan(config, stage)
     if not sessions.reads_prefixes(sessions.build(model, 1)):
         lacking['prefixes'] = (f'config.model.encoder={model.encoder} does not read all prefixes '
                                'of a session at once')
@@ -154,12 +184,13 @@ def _missing(config, stage):
         lacking['trained r'] = 'config.model.blend makes r, which no loss trains'
     earlier = {row for s in STAGES[:STAGES.index(stage)] for row in MAKES.get(s, ())}
     late = {row for rows in MAKES.values() for row in rows} - earlier
+    for row in sorted(late - plan.fresh):
+        lacking[f'_{row}'] = (f'no earlier stage makes the rows {row}, and config.stage.{stage}.'
+                              f'fresh={config.stage[stage].fresh!r} does not name {row}')
     if late := sorted(late & set(names(model.recommend))):
         lacking['features'] = f'the recommender reads {", ".join(late)}, which a later stage makes'
     if not ENTRIES[stage].content:
         lacking['content'] = f'stage {stage} reads no content'
-    plan = outputs.Plan(model.form, names(model.recommend), model.reread,
-                        frozenset(names(config.stage[stage].fresh)))
     why = {name: sorted(outputs.required([name], plan) & lacking.keys())
            for name in outputs.OUTPUTS}
     return {name: '; '.join(lacking[n] for n in sources) for name, sources in why.items()

@@ -2,6 +2,7 @@
 
 import inspect
 
+from tpad_jax.errors import InputError
 from tpad_jax.models.sessions.attention import SessionAttention
 from tpad_jax.models.sessions.gce_gnn import GlobalGraphGNN
 from tpad_jax.models.sessions.sr_gnn import SessionGNN
@@ -22,7 +23,14 @@ def build(model, max_length: int):
     Args:
       model: config.model.
       max_length: longest prefix.
+
+    Raises:
+      InputError: no encoder has this name.
     """
+    if model.encoder not in ENCODERS:  # a run of an encoder from outside the package is loaded
+        raise InputError(f'config.model.encoder={model.encoder!r}: it is not registered. Expected '
+                         f'one of {", ".join(ENCODERS)}. Fix: add it to '
+                         'tpad_jax.models.sessions.ENCODERS first.')
     return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
                                    item_rate=model.item_dropout)
 
