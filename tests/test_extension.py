@@ -592,7 +592,9 @@ def test_a_page_followed_to_the_letter(page, tmp_path):
             continue
         if language == 'sh':
             name = re.search(r'--config=(\w+)\.py', text)[1]
-            text = f'python -c "import {name} as m; from tpad_jax.job.validate import check; ' \
+            script = re.match(r'python (\w+)\.py', text)  # registers what the config names
+            text = f'python -c "import {script[1] if script else "tpad_jax.train"}; ' \
+                   f'import {name} as m; from tpad_jax.job.validate import check; ' \
                    'check(m.get_config())"'
         done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], cwd=tmp_path, text=True,
                               capture_output=True, check=False,
