@@ -11,7 +11,7 @@ import pytest
 from tests.job import test_job
 from tpad_jax import config as base
 from tpad_jax.errors import InputError
-from tpad_jax.features import bases, store
+from tpad_jax.features import bases, encoder, store
 from tpad_jax.job import job
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
@@ -110,7 +110,7 @@ def test_a_run_that_blends_adapters(config, tmp_path):
                 stage__transfer__eval_every=0, **off)
     c.rivals = {}
     ranks = []
-    leave = job.encode.Encoder.leave
+    leave = encoder.Encoder.leave
 
     def seen(self, params, *args, **more):
         if self.names == ('r',):
@@ -119,7 +119,7 @@ def test_a_run_that_blends_adapters(config, tmp_path):
         return leave(self, params, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.encode.Encoder, 'leave', seen)
+        patch.setattr(encoder.Encoder, 'leave', seen)
         found = job.run(c, tmp_path / 'run')
     assert ranks[0] >= {WIDTH}
     r, k = (np.asarray(store.read(tmp_path / 'run/features' / stage, name))

@@ -46,14 +46,15 @@ def killed(directory, workdir):
 import sys
 sys.path[:0] = [{str(ROOT)!r}]
 from tests.job.test_job_checkpoint import small
-from tpad_jax import features, job
+from tpad_jax.features import store
+from tpad_jax.job import job
 from pathlib import Path
 import time
-save = features._save
+save = store._save
 def slow(*args):
     save(*args)
     time.sleep(0.5)  # or it were over before the signal comes
-features._save = slow
+store._save = slow
 job.run(small({str(directory)!r}), {str(workdir)!r})
 '''
     running = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', program], cwd=ROOT,

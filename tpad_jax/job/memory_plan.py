@@ -2,9 +2,8 @@
 
 Parameters, the optimiser's state, batches and the catalogue's rows are counted exactly, from their
 shapes. The temporary memory of a step is the compiler's number for the very step if the devices are
-those of this machine. Otherwise it is an estimate from the step's operations (`live_bytes`): the
-step is traced with shapes alone, and nothing is computed. Neither knows a loss or an encoder by
-name.
+those of this machine. Otherwise it is an estimate from the step's operations (`live_bytes`), which
+is traced with shapes alone. Neither knows a loss or an encoder by name.
 
 Not counted: a checkpoint's copy of the state, rows encoded between steps, parameters of a loss's
 module, and the program itself. Each device is taken to hold its temporary arrays uncut.
