@@ -63,8 +63,8 @@ def test_an_encoder_from_outside_with_a_scalar_is_served_once_it_is_registered(
         rows = tiny_served.prefixes(3)
         items, _ = tpad_jax.load(tmp_path / 'run').first(rows, 7)
         np.testing.assert_array_equal(items, top(scores(rows), 7))
-    with pytest.raises(InputError, match=r"encoder='decay' of served\.json: this process does not "
-                       r'know.*import the module that adds it to models\.sessions\.ENCODERS first'):
+    with pytest.raises(InputError, match=r"config\.model\.encoder='decay': it is not registered.*"
+                       r'import the module that adds it to tpad_jax\.models\.sessions\.ENCODERS'):
         tpad_jax.load(tmp_path / 'run')
 
 

@@ -32,7 +32,6 @@ from tpad_jax.data import sessions
 from tpad_jax.errors import InputError
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
-from tpad_jax.models.sessions import ENCODERS
 
 FOLDER, ABOUT, VERSION = 'served', 'served.json', 2
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
@@ -159,13 +158,9 @@ def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
       base: the MLLM, or None.
 
     Raises:
-      InputError: this process does not know the session encoder.
+      InputError: this process does not know the session encoder (see sessions.build).
     """
     model = ConfigDict(about['models'][i])
-    if model['encoder'] not in ENCODERS:
-        raise InputError(f'models[{i}].encoder={model["encoder"]!r} of {ABOUT}: this process does '
-                         f'not know the encoder. Expected one of {", ".join(ENCODERS)}. Fix: '
-                         'import the module that adds it to models.sessions.ENCODERS first')
     mllm = about['mllm'] or {'pooling': 'summary', 'chunk': 0}
     return tpad.build(base, model, recommend=names(model.recommend), items=0,
                       max_length=about['max_length'], side_sizes=tuple(about['side_sizes']),

@@ -29,8 +29,8 @@ def build(model, max_length: int):
     """
     if model.encoder not in ENCODERS:  # a run of an encoder from outside the package is loaded
         raise InputError(f'config.model.encoder={model.encoder!r}: it is not registered. Expected '
-                         f'one of {", ".join(ENCODERS)}. Fix: add it to '
-                         'tpad_jax.models.sessions.ENCODERS first.')
+                         f'one of {", ".join(ENCODERS)}. Fix: import the module that adds '
+                         'it to tpad_jax.models.sessions.ENCODERS first.')
     return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
                                    item_rate=model.item_dropout)
 
