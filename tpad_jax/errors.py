@@ -11,6 +11,20 @@ class InputError(ValueError):
     """
 
 
+def refuse_if(broken, message: str) -> None:
+    """Raise InputError with a message if a rule is broken.
+
+    Args:
+      broken: whether it is.
+      message: see `InputError`.
+
+    Raises:
+      InputError: it is.
+    """
+    if broken:
+        raise InputError(message)
+
+
 # Error numbers of a disk or directory that takes no more data: full, too large or read-only.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -6,8 +6,8 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 from tpad_jax.baselines import rules
 from tpad_jax.config import STAGES, flat, names
@@ -24,140 +24,132 @@ INT32 = 2**31 - 1  # counts are int32 on devices
 ROWS = ('k', 'r', 'given', 'true')  # of the catalogue, which a recommender reads
 
 
-class Range(NamedTuple):
-    """Finite numbers from `low` to `high`; `above` and `below` exclude an end."""
+class Rule(NamedTuple):
+    """The values that an option may take.
 
-    low: float
-    high: float = LARGE
-    whole: bool = False
-    above: bool = False
-    below: bool = False
-    optional: bool = False  # None: the option is not set
+    Attributes:
+      text: what is expected, for messages.
+      holds: value -> whether the rule has it.
+      choices: texts of which a near one is suggested.
+    """
 
-    def holds(self, value) -> bool:
-        """Return whether the range has the value; nan, text and booleans are in none."""
-        if value is None:
-            return self.optional
-        kind = numbers.Integral if self.whole else numbers.Real
+    text: str
+    holds: Callable[[Any], bool]
+    choices: Collection[str] = ()
+
+
+def number(low: float, high: float = LARGE, *, whole: bool = False, above: bool = False,
+           below: bool = False, optional: bool = False) -> Rule:
+    """Make the rule of finite numbers, which has neither nan nor text nor booleans.
+
+    Args:
+      low: the smallest number.
+      high: the largest number.
+      whole: whether a fraction is refused.
+      above: whether `low` itself is refused.
+      below: whether `high` itself is refused.
+      optional: whether None is accepted: the option is not set.
+    """
+    kind = numbers.Integral if whole else numbers.Real
+
+    def holds(value):
         if not isinstance(value, kind) or isinstance(value, bool):
-            return False
-        return (self.low < value if self.above else self.low <= value) and (
-            value < self.high if self.below else value <= self.high)
+            return optional and value is None
+        return (low < value if above else low <= value) and (
+            value < high if below else value <= high)
 
-    def __str__(self):
-        return (f'a {"whole " * self.whole}number {"above" if self.above else "from"} '
-                f'{self.low:.10g} {"and below" if self.below else "to"} {self.high:.10g}')
-
-
-class ShareOrCount(NamedTuple):
-    """A share of the sessions between 0 and 1, or from 1 on a number of sessions."""
-
-    def holds(self, value) -> bool:
-        """Return whether the value is a share or a count."""
-        return (Range(0, 1, above=True, below=True).holds(value)
-                or (Range(1, INT32).holds(value) and value == int(value)))
-
-    def __str__(self):
-        return 'a share of the sessions above 0 and below 1, or a whole number of sessions'
+    return Rule(f'a {"whole " * whole}number {"above" if above else "from"} {low:.10g} '
+                f'{"and below" if below else "to"} {high:.10g}', holds)
 
 
-class Choice(NamedTuple):
-    """One of some texts, or with `several` any of them separated by commas."""
-
-    choices: Collection[str]
-    several: bool = False
-
-    def holds(self, value) -> bool:
-        """Return whether the value names choices only."""
-        return isinstance(value, str) and (
-            set(names(value)) <= set(self.choices) if self.several else value in self.choices)
-
-    def __str__(self):
-        texts = ', '.join(text or "''" for text in self.choices)
-        return f'some of {texts}, separated by commas' if self.several else f'one of {texts}'
+def choice(choices: Collection[str]) -> Rule:
+    """Make the rule of one of some texts."""
+    return Rule(f'one of {_listed(choices)}',
+                lambda value: isinstance(value, str) and value in choices, choices)
 
 
-class Pattern(NamedTuple):
-    """A regular expression."""
-
-    def holds(self, value) -> bool:
-        """Return whether the value compiles."""
-        try:
-            return bool(re.compile(value))
-        except (re.error, TypeError):
-            return False
-
-    def __str__(self):
-        return 'a valid regular expression'
+def choices_of(choices: Collection[str]) -> Rule:
+    """Make the rule of any number of texts, separated by commas."""
+    return Rule(f'some of {_listed(choices)}, separated by commas', lambda value: isinstance(
+        value, str) and set(names(value)) <= set(choices), choices)
 
 
-class Pairs(NamedTuple):
-    """Any number of pairs, each element with its rule."""
-
-    first: Range | Pattern
-    second: Range
-
-    def holds(self, value) -> bool:
-        """Return whether the value is a tuple or list of such pairs."""
-        return isinstance(value, tuple | list) and all(
-            isinstance(pair, tuple | list) and len(pair) == 2 and self.first.holds(pair[0])
-            and self.second.holds(pair[1]) for pair in value)
-
-    def __str__(self):
-        return f'pairs ({self.first}, {self.second})'
+def _listed(choices):
+    return ', '.join(text or "''" for text in choices)
 
 
-COUNT, COUNT_OR_NONE = Range(1, INT32, whole=True), Range(0, INT32, whole=True)
-FLOAT_TYPES = Choice(('float32', 'bfloat16'))
+def pairs(first: Rule, second: Rule) -> Rule:
+    """Make the rule of any number of pairs, each element with its rule."""
+    return Rule(f'pairs ({first.text}, {second.text})', lambda value: isinstance(
+        value, tuple | list) and all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and first.holds(pair[0])
+            and second.holds(pair[1]) for pair in value))
+
+
+def _compiles(value):
+    try:
+        return bool(re.compile(value))
+    except (re.error, TypeError):
+        return False
+
+
+def _is_share_or_count(value):
+    return number(0, 1, above=True, below=True).holds(value) or (
+        number(1, INT32).holds(value) and value == int(value))
+
+
+PATTERN = Rule('a valid regular expression', _compiles)
+COUNT, COUNT_OR_NONE = number(1, INT32, whole=True), number(0, INT32, whole=True)
 # {key: rule}; a star matches any name
 RULES = {key: rule for rule, keys in (
     # one seed more would repeat the stream of seed 0: keys of jax are made from 32 bits
-    (Range(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
+    (number(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
     (COUNT, 'save_every log_every model_shards search.trials data.core data.min_length '
      'data.max_length mllm.text_length mllm.encode_rows mllm.encode_part model.features '
      'model.lora_rank model.width model.gnn_steps model.heads model.near model.near_window '
      'stage.*.batch_size stage.*.accumulate losses.*.samples losses.*.widths'),
     (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.image_size mllm.chunk model.layers '
      'model.clusters model.feature_hidden model.together model.blend.rank stage.*.steps '
-     'stage.*.eval_every stage.*.patience stage.*.refresh_every losses.*.chunk'),
-    (Range(2, INT32, whole=True), 'data.planted.items'),
-    (Range(-1, 1024, whole=True), 'workers'),
-    (COUNT_OR_NONE, 'data.planted.train data.planted.valid data.planted.test'),
-    (Range(0, 1), 'data.bad_share data.planted.noise stage.*.warmup'),
-    (Range(0, 1, above=True), 'model.blend.keep model.together_decay'),
+     'stage.*.eval_every stage.*.patience stage.*.refresh_every losses.*.chunk '
+     'data.planted.train data.planted.valid data.planted.test'),
+    (number(2, INT32, whole=True), 'data.planted.items'),
+    (number(-1, 1024, whole=True), 'workers'),
+    (number(0, 1), 'data.bad_share data.planted.noise stage.*.warmup'),
+    (number(0, 1, above=True), 'model.blend.keep model.together_decay'),
     # a share of 1 would leave nothing to learn from
-    (Range(0, 1, below=True), 'model.withhold model.word_dropout model.id_dropout '
+    (number(0, 1, below=True), 'model.withhold model.word_dropout model.id_dropout '
      'model.feature_dropout model.dropout model.item_dropout losses.*.smoothing losses.*.skew '
      'losses.*.decay'),
-    (Range(0), 'model.together_strength stage.*.learning_rate stage.*.weight_decay losses.*.weight '
-     'losses.*.power losses.*.sharpness losses.*.uniform'),
-    (Range(0, optional=True), 'stage.*.weights.*'),
-    (Range(0, above=True), 'data.gap_hours model.lora_alpha model.temperature stage.*.clip '
+    (number(0), 'model.together_strength stage.*.learning_rate stage.*.weight_decay '
+     'losses.*.weight losses.*.power losses.*.sharpness losses.*.uniform'),
+    (number(0, optional=True), 'stage.*.weights.*'),
+    (number(0, above=True), 'data.gap_hours model.lora_alpha model.temperature stage.*.clip '
      'losses.*.temperature losses.*.clip'),
-    (ShareOrCount(), 'data.valid data.test'),
-    (Choice(STAGES, several=True), 'stages losses.*.stages'),
-    (Choice(ROWS, several=True), 'model.recommend'),
-    (Choice(ROWS, several=True), 'rivals.*.recommend'),
-    (Choice(('k', 'r'), several=True), 'stage.*.fresh'),
-    (Choice(tuple(rules.BASELINES), several=True), 'baselines'),
-    (Choice(ENCODERS), 'model.encoder'),
-    (Choice(('compressed', 'full')), 'model.form'),
-    (Choice(critics.KINDS), 'model.critics.*'),
-    (Choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
-    (Choice(('ours', 'published')), 'data.protocol'),
-    (Choice(('', 'own')), 'mllm.tokenizer'),
-    (Choice(layers.ATTENTION), 'mllm.attention'),
-    (Choice(layers.REMAT), 'mllm.remat'),
-    (Choice(POOLING), 'mllm.pooling'),
-    (FLOAT_TYPES, 'mllm.param_dtype mllm.dtype mllm.teacher_dtype losses.*.dtype'),
-    (Choice(distillation.KINDS), 'losses.*.kind'),
-    (Choice(('adamw', 'adam', 'sgd')), 'stage.*.optimiser'),
-    (Choice(('cosine', 'constant')), 'stage.*.schedule'),
-    (Pattern(), 'model.lora_targets stage.*.train'),
+    (Rule('a share of the sessions above 0 and below 1, or a whole number of sessions',
+          _is_share_or_count), 'data.valid data.test'),
+    (choices_of(STAGES), 'stages losses.*.stages'),
+    (choices_of(ROWS), 'model.recommend rivals.*.recommend'),
+    (choices_of(('k', 'r')), 'stage.*.fresh'),
+    (choices_of(tuple(rules.BASELINES)), 'baselines'),
+    (choice(ENCODERS), 'model.encoder'),
+    (choice(('compressed', 'full')), 'model.form'),
+    (choice(critics.KINDS), 'model.critics.*'),
+    (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
+    (choice(('ours', 'published')), 'data.protocol'),
+    (choice(('', 'own')), 'mllm.tokenizer'),
+    (choice(layers.ATTENTION), 'mllm.attention'),
+    (choice(layers.REMAT), 'mllm.remat'),
+    (choice(POOLING), 'mllm.pooling'),
+    (choice(('float32', 'bfloat16')),
+     'mllm.param_dtype mllm.dtype mllm.teacher_dtype losses.*.dtype'),
+    (choice(distillation.KINDS), 'losses.*.kind'),
+    (choice(('adamw', 'adam', 'sgd')), 'stage.*.optimiser'),
+    (choice(('cosine', 'constant')), 'stage.*.schedule'),
+    (PATTERN, 'model.lora_targets stage.*.train'),
     # regular expressions over parameter paths, and factors of the learning rate
-    (Pairs(Pattern(), Range(0, above=True)), 'stage.*.rates'),
+    (pairs(PATTERN, number(0, above=True)), 'stage.*.rates'),
     # steps, and factors of the weight
-    (Pairs(COUNT_OR_NONE, Range(0)), 'losses.*.schedule'),
+    (pairs(COUNT_OR_NONE, number(0)), 'losses.*.schedule'),
 ) for key in keys.split()}
 # keys of a loss that mean the same for every loss
 COMMON = ('weight', 'stages', 'dtype', 'chunk', 'schedule')
@@ -166,7 +158,7 @@ COMMON = ('weight', 'stages', 'dtype', 'chunk', 'schedule')
 def check(config) -> None:
     """Refuse every option whose value is not in its declared range.
 
-    A number without a rule is a keyword of a user's loss; it must be finite.
+    The keywords of a loss that is not built in have no rules, but a number must be finite.
 
     Args:
       config: of a run.
@@ -175,27 +167,15 @@ def check(config) -> None:
       InputError: naming the option, its value and what it may be.
     """
     for key, value in flat(config):
-        rule = rule_of(key, config)
+        group, loss, name = (*key.split('.', 2), '', '')[:3]
+        users = group == 'losses' and ':' in config.losses[loss].get('fn', '')
+        rule = None if users and name not in COMMON else _matching(key)
         if rule is None and isinstance(value, float) and not math.isfinite(value):
-            rule = Range(-LARGE)
+            rule = number(-LARGE)
         if rule is not None and not rule.holds(value):
-            near = difflib.get_close_matches(str(value), getattr(rule, 'choices', ()), 1)
-            raise InputError(f'config.{key}={value!r} is not usable. Expected {rule}'
+            near = difflib.get_close_matches(str(value), rule.choices, 1)
+            raise InputError(f'config.{key}={value!r} is not usable. Expected {rule.text}'
                              + ''.join(f'. Did you mean {name!r}?' for name in near))
-
-
-def rule_of(key: str, config):
-    """Return the rule of an option, or None.
-
-    Args:
-      key: such as 'stage.transfer.warmup'.
-      config: of a run. The keywords of a loss that is not built in have no rules.
-    """
-    if key.startswith('losses.'):
-        _, loss, name = key.split('.', 2)
-        if ':' in config.losses[loss].get('fn', '') and name not in COMMON:
-            return None
-    return _matching(key)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.data import sources
 from tpad_jax.distributed import devices
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.evaluation import metrics
 from tpad_jax.features import bases
 from tpad_jax.job import ranges
@@ -35,19 +35,18 @@ def check(config, among=None) -> tuple[str, ...]:
     """
     for name, loss in config.losses.items():
         missing = [key for key in ('fn', 'weight', 'stages') if key not in loss]
-        if missing:
-            raise InputError(f'config.losses.{name} has no {missing[0]}. Expected fn, weight and '
-                             'stages')
+        refuse_if(missing, f'config.losses.{name} has no {" and no ".join(missing)}. Expected fn, '
+                  'weight and stages')
     for name, baseline in config.rivals.items():
-        if 'recommend' not in baseline or not set(baseline) <= set(IDENTITY):
-            raise InputError(f'config.rivals.{name} sets {", ".join(baseline)}. Expected recommend '
-                             f'and nothing else but {", ".join(IDENTITY[1:])}')
+        refuse_if('recommend' not in baseline or not set(baseline) <= set(IDENTITY),
+                  f'config.rivals.{name} sets {", ".join(baseline)}. Expected recommend and '
+                  f'nothing else but {", ".join(IDENTITY[1:])}')
     ranges.check(config)
     metrics.registry(config.metrics)
     stages = names(config.stages)
-    if not stages or list(stages) != sorted(set(stages), key=STAGES.index):
-        raise InputError(f'config.stages={config.stages!r} is not usable. Expected one or more of '
-                         f'{",".join(STAGES)}, each once and in this order')
+    refuse_if(not stages or list(stages) != sorted(set(stages), key=STAGES.index),
+              f'config.stages={config.stages!r} is not usable. Expected one or more of '
+              f'{",".join(STAGES)}, each once and in this order')
     source = sources.chosen(config)
     _check_model(config, source)
     shards = devices.choose(config.parallel, config.devices, config.model_shards, among,
@@ -55,28 +54,26 @@ def check(config, among=None) -> tuple[str, ...]:
     for stage in stages:
         _check_stage(config, stage, shards)
         _check_evaluated(config, stage, stages)
-    if 'joint' in stages:
-        if config.refit:
-            raise InputError('config.refit=True trains the recommender again, but its last stage, '
-                             'joint, also changes its inputs. Fix: leave one of the two out')
-        if config.partner:
-            raise InputError('config.partner adds the scores of a second recommender, which stage '
-                             'joint does not train. Fix: leave one of the two out')
+    refuse_if('joint' in stages and config.refit,
+              'config.refit=True trains the recommender again, but its last stage, joint, also '
+              'changes its inputs. Fix: leave one of the two out')
+    refuse_if('joint' in stages and config.partner,
+              'config.partner adds the scores of a second recommender, which stage joint does not '
+              'train. Fix: leave one of the two out')
     if config.partner:
         check(partnered(config), among)
     source.check(config)
     if not source.content:
         _check_without_content(config, stages)
         return stages
-    if config.data.protocol == 'published':
-        raise InputError("config.data.protocol='published' is for sessions of item ids only. Fix: "
-                         'give them with --config.data.npz=FILE')
-    if config.mllm.tokenizer and config.mllm.checkpoint:
-        raise InputError(f'config.mllm.tokenizer={config.mllm.tokenizer!r}: a checkpoint reads the '
-                         'tokens that it was trained on. Fix: leave config.mllm.tokenizer empty')
-    if config.data.features and not Path(config.data.features).is_file():
-        raise InputError(f'config.data.features={config.data.features!r} is not a file. Expected '
-                         'item features as in tpad_jax/data/sources/external_features.py')
+    refuse_if(config.data.protocol == 'published', "config.data.protocol='published' is for "
+              'sessions of item ids only. Fix: give them with --config.data.npz=FILE')
+    refuse_if(config.mllm.tokenizer and config.mllm.checkpoint,
+              f'config.mllm.tokenizer={config.mllm.tokenizer!r}: a checkpoint reads the tokens '
+              'that it was trained on. Fix: leave config.mllm.tokenizer empty')
+    features = config.data.features
+    refuse_if(features and not Path(features).is_file(), f'config.data.features={features!r} is '
+              'not a file. Expected item features as in tpad_jax/data/sources/external_features.py')
     bases.teacher(config, bases.read(config))
     return stages
 
@@ -98,12 +95,10 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     if config.partner:
         recommended |= dict.fromkeys(names(partnered(config).model.recommend), 'config.partner')
     recommended |= dict.fromkeys(names(config.model.recommend), '')
-    available = {'true'}  # comes with the planted catalogue
-    if config.data.features:
-        available.add('given')
-    elif 'given' in recommended:
-        raise InputError("the rows 'given' are read from config.data.features, which is empty. "
-                         'Fix: give a file of item features')
+    refuse_if('given' in recommended and not config.data.features,
+              "the rows 'given' are read from config.data.features, which is empty. Fix: give a "
+              'file of item features')
+    available = {'true', 'given'}  # come with the planted catalogue, and with that file
     for stage in STAGES:
         if stage not in stages and stage not in finished:
             continue
@@ -131,7 +126,7 @@ def check_workdir(workdir: Path) -> None:
       InputError: naming the character.
     """
     path = str(workdir.absolute())
-    special = [character for character in '*?[\\' if character in path]
+    special = re.search(r'[*?\\\[]', path)
     if special:
         raise InputError(f'--workdir={str(workdir)!r}: {path} has the character {special[0]}, by '
                          'which checkpoints are not found again. Fix: choose a path without it')
@@ -140,91 +135,80 @@ def check_workdir(workdir: Path) -> None:
 def _check_stage(config, stage, shards):
     """Refuse settings of a stage that contradict each other."""
     c, key = config.stage[stage], f'config.stage.{stage}.'
-    if not c.steps and stage != 'knowledge':
-        raise InputError(f'{key}steps=0: only stage knowledge may keep its model as it is. Fix: '
-                         f'leave {stage} out of config.stages')
-    if c.steps:
-        chosen = step.stage_losses(config, stage)
-        for spec in chosen:
-            if ':' in config.losses[spec.name].fn:  # the built-in ones are tested
-                loss_check.check_shape(spec)
-    if c.batch_size % (shards * c.accumulate):
-        raise InputError(f'{key}batch_size={c.batch_size} must be a multiple of '
-                         f'{shards * c.accumulate}: {shards} device(s) times {c.accumulate} '
-                         f'part(s) ({key}accumulate)')
-    if c.refresh_every and stage != 'joint':
-        raise InputError(f'{key}refresh_every={c.refresh_every}: only stage joint reads rows that '
-                         'it changes. Fix: set it to 0')
+    refuse_if(not c.steps and stage != 'knowledge', f'{key}steps=0: only stage knowledge may keep '
+              f'its model as it is. Fix: leave {stage} out of config.stages')
+    chosen = step.stage_losses(config, stage) if c.steps else ()
+    for spec in chosen:
+        if ':' in config.losses[spec.name].fn:  # the built-in ones are tested
+            loss_check.check_shape(spec)
+    parts = shards * c.accumulate
+    refuse_if(c.batch_size % parts, f'{key}batch_size={c.batch_size} must be a multiple of '
+              f'{parts}: {shards} device(s) times {c.accumulate} part(s) ({key}accumulate)')
+    refuse_if(c.refresh_every and stage != 'joint', f'{key}refresh_every={c.refresh_every}: only '
+              'stage joint reads rows that it changes. Fix: set it to 0')
     if stage == 'transfer' and c.eval_every:
         _check_transfer_validation(config, chosen)
-    if stage == 'joint' and c.eval_every and not c.refresh_every:
-        raise InputError(f'{key}refresh_every=0 would validate on rows from before the stage. Fix: '
-                         'set it to 1 or more')
-    if c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy):
-        raise InputError(f'{key}copy={c.copy!r} is not usable. Expected a->b, two parameter paths')
-    if config.mllm.teacher and re.search(c.train, 'teacher/base/'):
-        raise InputError(f'{key}train={c.train!r} matches the parameters of config.mllm.teacher, '
-                         'which no stage trains. Fix: start the expression with ^')
+    refuse_if(stage == 'joint' and c.eval_every and not c.refresh_every, f'{key}refresh_every=0 '
+              'would validate on rows from before the stage. Fix: set it to 1 or more')
+    refuse_if(c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy), f'{key}copy={c.copy!r} is not '
+              'usable. Expected a->b, two parameter paths')
+    refuse_if(config.mllm.teacher and re.search(c.train, 'teacher/base/'),
+              f'{key}train={c.train!r} matches the parameters of config.mllm.teacher, which no '
+              'stage trains. Fix: start the expression with ^')
 
 
 def _check_evaluated(config, stage, stages):
     """Refuse a stage that trains the recommender where no evaluation follows it."""
     later, train = STAGES[STAGES.index(stage):], config.stage[stage].train
-    if 'recommend' in later or {'joint'} & set(later) & set(stages):
-        return
-    if 'recommender' in train or re.search(train, 'recommender/'):
-        raise InputError(f'config.stage.{stage}.train={train!r}: it changes the recommender, which '
-                         'is evaluated after the stages recommend and joint only. Expected one of '
-                         f'them after {stage}. Fix: insert {stage} before recommend in '
-                         'config.STAGES, or before joint and add joint to config.stages.')
+    evaluated = 'recommend' in later or 'joint' in {*later} & {*stages}
+    refuse_if(not evaluated and ('recommender' in train or re.search(train, 'recommender/')),
+              f'config.stage.{stage}.train={train!r}: it changes the recommender, which is '
+              'evaluated after the stages recommend and joint only. Expected one of them after '
+              f'{stage}. Fix: insert {stage} before recommend in config.STAGES, or before joint '
+              'and add joint to config.stages.')
 
 
 def _check_transfer_validation(config, chosen):
     """Refuse to validate stage transfer where the lists of the Transfer-MLLM mean nothing."""
-    reason = ''
-    if config.model.blend.kind:
+    model, reason = config.model, ''
+    if model.blend.kind:
         reason = 'config.model.blend makes r, which T is not trained to score'
-    elif config.model.form != 'compressed':
-        reason = f'T scores stored rows k, and config.model.form is {config.model.form!r}'
-    elif 'critic.distil' not in frozenset().union(
-            *(spec.needs for spec in chosen)):
+    elif model.form != 'compressed':
+        reason = f'T scores stored rows k, and config.model.form is {model.form!r}'
+    elif not any('critic.distil' in spec.needs for spec in chosen):
         reason = 'no loss of the stage trains critic.distil, by which T scores items'
-    if reason:
-        raise InputError(f'config.stage.transfer.eval_every={config.stage.transfer.eval_every} '
-                         f'chooses a step by what T predicts, but {reason}. Fix: set it to 0')
+    refuse_if(reason, f'config.stage.transfer.eval_every={config.stage.transfer.eval_every} '
+              f'chooses a step by what T predicts, but {reason}. Fix: set it to 0')
 
 
 def _check_model(config, source):
     """Refuse settings of the model that contradict each other or the data."""
     model = config.model
-    if model.encoder == 'attention' and model.width % model.heads:
-        raise InputError(f'config.model.width={model.width} must be a multiple of '
-                         f'config.model.heads={model.heads}')
+    refuse_if(model.encoder == 'attention' and model.width % model.heads,
+              f'config.model.width={model.width} must be a multiple of '
+              f'config.model.heads={model.heads}')
+    refuse_if(model.blend.kind and not model.reread, f'config.model.blend.kind='
+              f'{model.blend.kind!r} makes an adapter under which K reads items again, and '
+              'config.model.reread=False switches that off. Fix: leave one out')
     if model.blend.kind:
-        if not model.reread:
-            raise InputError(f'config.model.blend.kind={model.blend.kind!r} makes an adapter under '
-                             'which K reads items again, and config.model.reread=False switches '
-                             'that off. Fix: leave one out')
         handover.parts(model.blend)
-    if 'true' in names(model.recommend) and not source.world:
-        raise InputError("config.model.recommend names 'true', the attributes of the planted "
-                         'catalogue, which other data do not have. Fix: name k, r or given')
+    refuse_if('true' in names(model.recommend) and not source.world,
+              "config.model.recommend names 'true', the attributes of the planted catalogue, "
+              'which other data do not have. Fix: name k, r or given')
     identity = {key: model[key] for key in IDENTITY}
-    for key, changes in {'model': {}, **{f'rivals.{name}': baseline
-                                         for name, baseline in config.rivals.items()}}.items():
-        if not any({**identity, **changes}.values()):
-            raise InputError(f'config.{key} has no input that tells items apart. Fix: set '
-                             'recommend, use_id or use_side')
+    changes = {'model': {}, **{f'rivals.{name}': x for name, x in config.rivals.items()}}
+    for key, changed in changes.items():
+        refuse_if(not any({**identity, **changed}.values()), f'config.{key} has no input that '
+                  'tells items apart. Fix: set recommend, use_id or use_side')
 
 
 def _check_without_content(config, stages):
     """Refuse options that need content where the source has only sessions of ids."""
-    if config.data.features:
-        raise InputError(f'config.data.features={config.data.features!r}: {sources.origin(config)} '
-                         'holds sessions of item ids without content. Expected a source with '
-                         'content. Fix: leave config.data.features empty.')
-    if stages != ('recommend',) or config.model.recommend or any(
-            names(baseline.recommend) for baseline in config.rivals.values()):
-        raise InputError(f'{sources.origin(config)} holds item ids without content. Expected '
-                         "config.stages='recommend', and config.model.recommend and that of every "
-                         'entry of config.rivals empty. Fix: set these.')
+    origin = sources.origin(config)
+    refuse_if(config.data.features, f'config.data.features={config.data.features!r}: {origin} '
+              'holds sessions of item ids without content. Expected a source with content. Fix: '
+              'leave config.data.features empty.')
+    read = [config.model.recommend, *(x.recommend for x in config.rivals.values())]
+    refuse_if(stages != ('recommend',) or any(map(names, read)), f'{origin} holds item ids without '
+              "content. Expected config.stages='recommend', and config.model.recommend and that of "
+              'every entry of config.rivals empty. Fix: set these.')
