@@ -293,8 +293,8 @@ def test_what_binds_to_nothing_is_refused(tmp_path, tmp_path_factory):
         refused({**rest, one.replace('.layers.1.', other): found[one]}, '1 of its tensors', other)
     refused({**found, one.replace('lora_A', 'lora_magnitude_vector'): found[one]}, 'magnitude')
     refused({**found, one.replace('lora_A', 'lora_A.b'): found[one]}, '1 of its tensors')
-    refused(rest, 'has no lora_A of', 'layers.1.self_attn.q_proj')
-    refused({**rest, one: found[one][:, 1:].copy()}, one, 'Expected [3, 48]')
+    refused(rest, 'layers.1.self_attn.q_proj.lora_A is missing')
+    refused({**rest, one: found[one][:, 1:].copy()}, 'q_proj.lora_A has shape', 'Expected [3, 48]')
     refused({}, 'the file is empty')
     file.rename(tmp_path / 'adapter_model.bin')
     with pytest.raises(InputError, match=r'pickled.*python -c'):

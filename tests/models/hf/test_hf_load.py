@@ -164,13 +164,13 @@ def test_each_device_reads_its_part_once(rule, tmp_path, monkeypatch):
     split = r'decoder/layers/(gate|up|attention/q)/kernel'
     tree = {p: NamedSharding(mesh, rule if re.search(split, p) else PartitionSpec())
             for p in expected}
-    into = load.read_into
+    read_rows = load.read_rows
 
-    def counted(array, *args):
-        count.append(array.nbytes)
-        into(array, *args)
+    def counted(*args):
+        count.append((rows := read_rows(*args)).nbytes)
+        return rows
 
-    monkeypatch.setattr(load, 'read_into', counted)
+    monkeypatch.setattr(load, 'read_rows', counted)
     got = read(tmp_path, sharding=unflatten_dict(tree, sep='/'))
     equal(got, expected)
     q = got['decoder/layers/attention/q/kernel']
@@ -192,7 +192,7 @@ def test_all_faults_in_one_error_and_nothing_read(tmp_path, monkeypatch):
     found[P + 'linear_2.bias'] = found[P + 'linear_2.bias'].to(torch.int8)
     found['language_model.lm_head.weight'] = found['lm_head.weight'].clone()
     write('llava', tmp_path, found)
-    monkeypatch.setattr(load, 'read_into', lambda *_: pytest.fail('data was read'))
+    monkeypatch.setattr(load, 'read_rows', lambda *_: pytest.fail('data was read'))
     with pytest.raises(InputError) as error:
         read(tmp_path)
     missing, unexpected, shape, kind = str(error.value).split(': ', 2)[2].split('; ')[:4]

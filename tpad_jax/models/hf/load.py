@@ -9,14 +9,15 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
 
 from tpad_jax.errors import InputError
 from tpad_jax.models.hf import keys
@@ -25,7 +26,8 @@ from tpad_jax.models.hf.spec import Spec
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 EMBED = 'model.language_model.embed_tokens.weight'
 PICKLES = ('*.bin', '*.pt', '*.pth')
-FLOATS = {'F64': np.float64, 'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
+FLOATS = {'F64': np.dtype('float64'), 'F32': np.dtype('float32'), 'F16': np.dtype('float16'),
+          'BF16': np.dtype('bfloat16')}
 PIECE = 256 << 10  # bytes a thread reads at a time, which fit into its cache
 THREADS = 8  # that read the layers of one stack
 ALIGNED = 64  # bytes of alignment with which JAX on CPU does not copy an array
@@ -70,107 +72,75 @@ def load(directory, spec: Spec, *, dtype, sharding=None) -> dict:
         or an output embedding differs from the one it is tied to.
     """
     tensors = bind(directory, spec)
-    dtype = np.dtype(dtype)
-    each = flatten_dict(sharding, sep='/') if isinstance(sharding, dict) else None
-    if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    out = {}
-    with ExitStack() as stack:
-        files = {f: stack.enter_context(open(f, 'rb', buffering=0))
-                 for f in {t.file for t in tensors.values()}}
-        for entry in keys.table(spec):
-            if entry.names[0] in tensors:
-                out[entry.path] = _placed(entry, tensors, files, dtype,
-                                          each[entry.path] if each else sharding)
-    return unflatten_dict(out, sep='/')
+    if not isinstance(sharding, dict):
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = {entry.path: sharding for entry in keys.table(spec)}
+    sharding = flatten_dict(sharding, sep='/')
+    return unflatten_dict({
+        entry.path: _placed(entry, tensors, np.dtype(dtype), sharding[entry.path])
+        for entry in keys.table(spec) if entry.names[0] in tensors}, sep='/')
 
 
-def _placed(entry, tensors, files, dtype, sharding):
-    pieces = {}  # devices with the same part share one array
-
-    def part(index):
-        span = tuple(s.indices(n)[:2] for s, n in zip(index, entry.shape, strict=True))
-        if span not in pieces:
-            pieces[span] = _part(entry, span, tensors, files, dtype)
-        return pieces[span]
-
-    made = jax.make_array_from_callback(entry.shape, sharding, part, dtype=dtype)
-    # wait: a device may still be copying from the host's array
-    return made.block_until_ready()
-
-
-def _part(entry, span, tensors, files, dtype):
-    """Read the part `span`, a (start, stop) per axis, of a parameter."""
-    out = _empty([stop - start for start, stop in span], dtype)
-    if entry.layers is None:
-        tensor = tensors[entry.name]
-        _fill(out, entry, span, tensor, files[tensor.file])
+def _placed(entry, tensors, dtype, sharding):
+    """Read a parameter onto its devices. Devices with the same part of it share one array."""
+    @cache
+    def part(span):
+        """Read the part `span`, a (start, stop) per axis."""
+        out = _empty([stop - start for start, stop in span], dtype)
+        layers, names = out[None], entry.names
+        if entry.layers is not None:
+            layers, names, span = out, names[slice(*span[0])], span[1:]
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count())) as pool:
+            jobs = pool.map(lambda layer, name: _fill(layer, entry, span, tensors[name]),
+                            layers, names)
+            list(jobs)  # raises the error of a thread
         return out
 
-    def read_layer(i):
-        tensor = tensors[entry.names[span[0][0] + i]]
-        _fill(out[i], entry, span[1:], tensor, files[tensor.file])
+    def at(index):
+        return part(tuple(s.indices(n)[:2] for s, n in zip(index, entry.shape, strict=True)))
 
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count())) as pool:
-        list(pool.map(read_layer, range(len(out))))  # raises the error of a thread
-    return out
+    array = jax.make_array_from_callback(entry.shape, sharding, at, dtype=dtype)
+    # wait: a device may still be copying from the host's array
+    return array.block_until_ready()
 
 
-def _fill(out, entry, span, tensor, file):
+def _fill(out, entry, span, tensor):
     """Read the part `span` of one layer into `out`, in pieces of complete rows of the file."""
     turned = entry.form != 'plain'
     first, last = span[-1] if turned else span[0]
     rest = tuple(slice(*s) for s in (span[:-1] if turned else span[1:]))
-    dtype, plain = tensor.dtype, tensor.dtype == out.dtype
-    if plain and out.dtype == ml_dtypes.bfloat16:
-        out, dtype = out.view(np.uint16), np.dtype(np.uint16)  # numpy copies native types faster
-    row = math.prod(tensor.shape[1:])
-    step = max(1, PIECE // max(1, row * dtype.itemsize))
-    for begin in range(first, last, step):
-        end = min(begin + step, last)
-        rows = np.empty((end - begin, *tensor.shape[1:]), dtype)
-        read_into(rows, tensor, file, begin * row * dtype.itemsize)
-        piece = slice(begin - first, end - first)
-        if turned:
-            out[..., piece] = entry.here(rows)[rest]
-        else:
-            out[piece] = rows[(slice(None), *rest)]
+    if tensor.dtype == out.dtype == ml_dtypes.bfloat16:
+        # numpy copies native types faster
+        out, tensor = out.view(np.uint16), replace(tensor, dtype=np.dtype(np.uint16))
+    row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    step = max(1, PIECE // max(1, row))
+    with open(tensor.file, 'rb', buffering=0) as file:
+        file.seek(tensor.start + first * row)
+        for begin in range(0, last - first, step):
+            rows = read_rows(file, tensor, min(step, last - first - begin))
+            if turned:
+                out[..., begin:begin + step] = entry.here(rows)[rest]
+            else:
+                out[begin:begin + step] = rows[:, *rest]
 
 
-def read_into(array, tensor, file, skip=0):
-    """Fill a contiguous array from a tensor's data.
-
-    Args:
-      array: to fill.
-      tensor: to read.
-      file: of the tensor, open and unbuffered.
-      skip: bytes of the tensor to skip.
+def read_rows(file, tensor, count):
+    """Read the next `count` rows of a tensor from its file.
 
     Raises:
       InputError: the file ends before.
     """
-    view = memoryview(array.reshape(-1).view(np.uint8))
-    position = tensor.start + skip
-    while view:
-        count = os.preadv(file.fileno(), [view], position)
-        if not count:
-            raise InputError(f'{tensor.file}: became shorter while it was read. Expected a '
-                             'complete file. Fix: copy it again')
-        view, position = view[count:], position + count
+    shape = count, *tensor.shape[1:]
+    data = np.fromfile(file, np.uint8, math.prod(shape) * tensor.dtype.itemsize)
+    if len(data) < math.prod(shape) * tensor.dtype.itemsize:
+        raise InputError(f'{tensor.file}: became shorter while it was read. Expected a complete '
+                         'file. Fix: copy it again')
+    return data.view(tensor.dtype).reshape(shape)
 
 
-def equal(first, second):
-    """Whether two tensors have the same bytes, read row by row."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with open(first.file, 'rb', buffering=0) as f, open(second.file, 'rb', buffering=0) as g:
-        rows = np.empty((2, *first.shape[1:]), first.dtype)
-        for i in range(first.shape[0]):
-            for row, tensor, file in zip(rows, (first, second), (f, g), strict=True):
-                read_into(row, tensor, file, i * row.nbytes)
-            if rows[0].tobytes() != rows[1].tobytes():
-                return False
-    return True
+def mapped(tensor):
+    """Map a complete tensor into memory, read only."""
+    return np.memmap(tensor.file, tensor.dtype, 'r', tensor.start, tensor.shape)
 
 
 def _empty(shape, dtype):
@@ -188,43 +158,40 @@ def bind(directory, spec: Spec) -> dict[str, Tensor]:
     """
     directory = Path(directory)
     want = {name: entry for entry in keys.table(spec) for name in entry.names}
-    bound, unexpected, shapes, kinds = {}, [], [], []
-    tensors = stored(directory)
+    bound, tensors = {}, stored(directory)
+    faults = {kind: [] for kind in ('missing', 'unexpected', 'of another shape', 'not a float')}
     for tensor in tensors:
         name = keys.canonical(tensor.name, spec)
         if name in bound:
-            unexpected.append(f'{tensor.name} (in addition to {bound[name].name})')
+            faults['unexpected'].append(f'{tensor.name} (in addition to {bound[name].name})')
         elif name not in want and not keys.needless(name, spec):
-            unexpected.append(tensor.name)
+            faults['unexpected'].append(tensor.name)
         elif name in want and tensor.shape != want[name].stored:
-            shapes.append(f'{tensor.name} {list(tensor.shape)}, not {list(want[name].stored)}')
+            faults['of another shape'].append(
+                f'{tensor.name} {list(tensor.shape)}, not {list(want[name].stored)}')
         elif name in want and tensor.dtype is None:
-            kinds.append(tensor.name)
+            faults['not a float'].append(tensor.name)
         bound.setdefault(name, tensor)
     missing = sorted(want.keys() - bound.keys())
-    if missing == ['lm_head.weight'] and _bare(directory, tensors):
-        missing = []
-    faults = [f'{what} {", ".join(names)}' for what, names in (
-        ('missing', missing), ('unexpected', sorted(unexpected)),
-        ('of another shape', sorted(shapes)), ('not a float', sorted(kinds))) if names]
-    if faults:
-        raise InputError(f'{directory}: its tensors do not fit its config.json: '
-                         f'{"; ".join(faults)}. Expected the config.json they were saved with. '
-                         'Fix: download both again')
+    if missing != ['lm_head.weight'] or not _bare(directory, tensors):
+        faults['missing'] = missing
+    if any(faults.values()):
+        listed = '; '.join(f'{kind} {", ".join(sorted(names))}'
+                           for kind, names in faults.items() if names)
+        raise InputError(f'{directory}: its tensors do not fit its config.json: {listed}. Expected '
+                         'the config.json they were saved with. Fix: download both again')
     head, embed = bound.get('lm_head.weight'), bound[EMBED]
-    if spec.decoder.tied and head is not None and not equal(head, embed):
+    if spec.decoder.tied and head is not None and not (
+            head.dtype == embed.dtype and
+            np.array_equal(*(mapped(t).view(np.uint8) for t in (head, embed)))):
         raise InputError(f'{directory}: {head.name} differs from {embed.name}. Expected equal '
-                         'tensors, because config.json ties them. Fix: set tie_word_embeddings to '
-                         'false')
-    return {name: t for name, t in bound.items() if name in want or keys.needless(name, spec)}
+                         'tensors, as config.json ties them. Fix: set tie_word_embeddings to false')
+    return bound
 
 
 def _bare(directory, tensors):
     """Whether a checkpoint is that of a model without its output embedding."""
-    try:
-        names = json.loads((directory / 'config.json').read_text()).get('architectures') or []
-    except (OSError, ValueError, AttributeError):
-        names = []
+    names = json.loads((Path(directory) / 'config.json').read_text()).get('architectures') or []
     generates = not names or any(n.endswith('ForConditionalGeneration') for n in names)
     # only the names of a bare model's text start so
     return not generates or any(t.name.startswith('language_model.embed_tokens.') for t in tensors)
@@ -239,7 +206,7 @@ def stored(directory) -> list[Tensor]:
     directory = Path(directory)
     single, index = directory / SINGLE, directory / INDEX
     if single.is_file():
-        return list(header(single).values())
+        return header(single)
     if not index.is_file():
         pickles = sorted(p.name for kind in PICKLES for p in directory.glob(kind))
         if pickles:
@@ -252,49 +219,33 @@ def stored(directory) -> list[Tensor]:
                          'Fix: download the weights')
     try:
         shards = sorted(set(json.loads(index.read_text())['weight_map'].values()))
-        sound = all(Path(s).name == s for s in shards)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise InputError(f'{index}: damaged. Expected a weight_map from names to files of this '
-                         'directory. Fix: download it again')
+        if any(Path(s).name != s for s in shards):
+            raise ValueError('a file of another directory')
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f'{index}: damaged ({error}). Expected a weight_map from names to files '
+                         'of this directory. Fix: download it again') from error
     lost = [s for s in shards if not (directory / s).is_file()]
     if lost:
         raise InputError(f'{directory}: lacks {len(lost)} of {len(shards)} files: '
                          f'{", ".join(lost)}. Expected all files of its index. Fix: download them')
-    return [t for s in shards for t in header(directory / s).values()]
+    return [t for s in shards for t in header(directory / s)]
 
 
-def header(file) -> dict[str, Tensor]:
-    """Read the header of a safetensors file: {name: Tensor}.
+def header(file: Path) -> list[Tensor]:
+    """Read the tensors' places from the header of a safetensors file.
 
     Raises:
       InputError: the file is truncated or not a safetensors file.
     """
-    file = Path(file)
-    total = file.stat().st_size
+    try:
+        with safe_open(file, 'numpy'):
+            pass  # this checks the header against the file's size, and every tensor's
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f'{file}: damaged ({error}). Expected safetensors. Fix: download it '
+                         'again') from error
     with open(file, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
-        if total < 8 or size > total - 8:
-            raise InputError(f'{file}: damaged, its header is longer than its {total} bytes. '
-                             'Expected a safetensors file. Fix: download it again')
-        text = f.read(size)
-    try:
-        out, end = {}, 8 + size
-        for name, about in json.loads(text).items():
-            if name == '__metadata__':
-                continue
-            dtype = FLOATS.get(about['dtype'])
-            dtype = None if dtype is None else np.dtype(dtype)
-            shape, (first, last) = tuple(about['shape']), about['data_offsets']
-            if dtype is not None and last - first != math.prod(shape) * dtype.itemsize:
-                raise ValueError(name)
-            out[name] = Tensor(file, name, dtype, shape, 8 + size + first)
-            end = max(end, 8 + size + last)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file}: damaged. Expected the header of a safetensors file. Fix: '
-                         'download it again') from error
-    if end != total:
-        raise InputError(f'{file}: damaged, it has {total} bytes. Expected {end}, as its header '
-                         'describes. Fix: download it again')
-    return out
+        entries = json.loads(f.read(size))
+    return [Tensor(file, name, FLOATS.get(entry['dtype']), tuple(entry['shape']),
+                   8 + size + entry['data_offsets'][0])
+            for name, entry in entries.items() if name != '__metadata__']

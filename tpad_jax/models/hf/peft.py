@@ -26,7 +26,10 @@ OPTIONS = ('use_dora', 'lora_bias', 'modules_to_save', 'rank_pattern', 'alpha_pa
            'trainable_token_indices', 'target_parameters', 'layer_replication', 'use_qalora',
            'alora_invocation_tokens', 'use_bdlora', 'arrow_config', 'kasa_config',
            'velora_config', 'monteclora_config', 'megatron_config')
-STARTS = (None, True, False, 'gaussian', 'eva', 'orthogonal')  # others also change the base
+ALLOWED = {**dict.fromkeys(OPTIONS, (None, False, [], {})),
+           'peft_type': ('LORA',), 'bias': (None, 'none'),
+           # the other values also change the base
+           'init_lora_weights': (None, True, False, 'gaussian', 'eva', 'orthogonal')}
 
 
 def save_adapter(directory, lora_tree, spec: Spec, rank: int, alpha: float, base_name: str):
@@ -57,11 +60,10 @@ def save_adapter(directory, lora_tree, spec: Spec, rank: int, alpha: float, base
                              f'Expected rank {rank} for a kernel {list(entry.shape)}. Fix: give '
                              'the rank and the base it was trained with')
         for i, name in enumerate(entry.names):
-            module = name.removesuffix('.weight')
-            modules.append(module)
+            modules.append(name.removesuffix('.weight'))
             for letter, x in (('A', a), ('B', b)):
                 x = x if entry.layers is None else x[i]
-                tensors[f'{PREFIX}{module}.lora_{letter}.weight'] = np.ascontiguousarray(x.T)
+                tensors[f'{PREFIX}{_lora(name, letter)}.weight'] = np.ascontiguousarray(x.T)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / WEIGHTS, metadata={'format': 'pt'})
@@ -91,40 +93,38 @@ def load_adapter(directory, spec: Spec) -> tuple[dict, float]:
     directory = Path(directory)
     rank, scale = _config(directory / CONFIG)
     file = directory / WEIGHTS
-    if not file.is_file():
-        if (directory / PICKLE).is_file():
-            raise InputError(
-                f'{directory / PICKLE}: pickled. Expected safetensors. Fix: convert it: python -c '
-                '"import torch, safetensors.torch as s; s.save_file(torch.load('
-                f'\'{directory / PICKLE}\', weights_only=True), \'{file}\')"')
-        raise InputError(f'{directory}: has no {WEIGHTS}. Expected the directory of a peft '
-                         'adapter. Fix: correct the path')
+    if (directory / PICKLE).is_file() and not file.is_file():
+        raise InputError(
+            f'{directory / PICKLE}: pickled. Expected safetensors. Fix: convert it: python -c '
+            '"import torch, safetensors.torch as s; s.save_file(torch.load('
+            f'\'{directory / PICKLE}\', weights_only=True), \'{file}\')"')
     entries = _dense(spec)
-    want = {f'{name.removesuffix(".weight")}.lora_{letter}': (path, letter, i)
-            for path, e in entries.items() for i, name in enumerate(e.names) for letter in 'AB'}
+    want = {_lora(name, letter) for e in entries.values() for name in e.names for letter in 'AB'}
     bound, unbound = {}, []
-    for tensor in load.header(file).values():
+    for tensor in load.header(file):
         name = NAME.fullmatch(tensor.name)
         module = name and keys.canonical(f'{name[1]}.weight', spec)
         if module and keys.needless(module, spec) and module != 'lm_head.weight':
             continue  # neither peft nor this package reads the states of this layer
-        key = module and f'{module.removesuffix(".weight")}.lora_{name[2]}'
-        if key not in want or tensor.dtype is None or want[key] in bound:
+        key = module and _lora(module, name[2])
+        if key not in want or tensor.dtype is None or key in bound:
             unbound.append(tensor.name)
         else:
-            bound[want[key]] = tensor
+            bound[key] = tensor
     if unbound or not bound:
         raise InputError(f'{file}: {len(unbound) or "all"} of its tensors do not fit a dense layer '
                          f'of this model: {", ".join(sorted(unbound)) or "the file is empty"}. '
                          'Expected an adapter of this base. Fix: choose another adapter')
     tree = {}
-    with open(file, 'rb', buffering=0) as f:
-        for path in sorted({p for p, _, _ in bound}):
-            for letter in 'AB':
-                layers = [_read(f, bound.get((path, letter, i)), entries[path], name, letter, rank)
-                          for i, name in enumerate(entries[path].names)]
-                tree[f'{path}/{letter.lower()}'] = jnp.asarray(
-                    np.stack(layers) if entries[path].layers else layers[0])
+    for path, entry in entries.items():
+        pair = {letter: [_lora(name, letter) for name in entry.names] for letter in 'AB'}
+        if bound.keys().isdisjoint(pair['A'] + pair['B']):
+            continue
+        for letter, names in pair.items():
+            shape = (rank, entry.stored[1]) if letter == 'A' else (entry.stored[0], rank)
+            layers = [_read(file, name, bound.get(name), shape) for name in names]
+            tree[f'{path}/{letter.lower()}'] = jnp.asarray(
+                np.stack(layers) if entry.layers else layers[0])
     return unflatten_dict(tree, sep='/'), scale
 
 
@@ -133,45 +133,36 @@ def _dense(spec):
     return {e.path.removesuffix('/kernel'): e for e in keys.table(spec) if e.form == 'linear'}
 
 
-def _read(file, tensor, entry, name, letter, rank):
+def _lora(name, letter):
+    """Return the name of an adapter's tensor for the kernel `name`, without '.weight'."""
+    return f'{name.removesuffix(".weight")}.lora_{letter}'
+
+
+def _read(file, name, tensor, shape):
     """Read a [I, r] or b [r, O] of one layer."""
-    if tensor is None:
-        raise InputError(f'{file.name}: has no lora_{letter} of {name.removesuffix(".weight")}. '
-                         'Expected one for every layer, as the other layers have one. Fix: train '
-                         'an adapter of all layers')
-    rows, columns = entry.stored
-    shape = (rank, columns) if letter == 'A' else (rows, rank)
-    if tensor.shape != shape:
-        raise InputError(f'{file.name}: {tensor.name} has shape {list(tensor.shape)}. Expected '
-                         f'{list(shape)}. Fix: choose an adapter of this base')
-    array = np.empty(shape, tensor.dtype)
-    load.read_into(array, tensor, file)
-    return array.astype(np.float32).T
+    if tensor is None or tensor.shape != shape:
+        problem = 'is missing' if tensor is None else f'has shape {list(tensor.shape)}'
+        raise InputError(f'{file}: {name} {problem}. Expected {list(shape)} in every layer. Fix: '
+                         'choose an adapter of all layers of this base')
+    return load.mapped(tensor).astype(np.float32).T
 
 
 def _config(file):
     """Read (rank, scale) from an adapter_config.json."""
     try:
         config = json.loads(file.read_text())
-        kind, rank, alpha = config.get('peft_type'), int(config['r']), float(config['lora_alpha'])
+        rank, alpha = int(config['r']), float(config['lora_alpha'])
         if rank < 1:
-            raise ValueError(rank)
-    except FileNotFoundError as error:
-        raise InputError(f'{file.parent}: has no {CONFIG}. Expected the directory of a peft '
-                         'adapter. Fix: correct the path') from error
+            raise ValueError(f'r={rank}')
+        options = {option: config.get(option) for option in ALLOWED}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file}: r and lora_alpha cannot be read. Expected the config of a LoRA '
-                         'adapter. Fix: write it again with peft') from error
-    wrong = {o: config[o] for o in OPTIONS if config.get(o)}
-    if kind != 'LORA':
-        wrong['peft_type'] = kind
-    if config.get('bias', 'none') != 'none':
-        wrong['bias'] = config['bias']
-    if config.get('init_lora_weights') not in STARTS:
-        wrong['init_lora_weights'] = config['init_lora_weights']
+        raise InputError(f'{file}: r and lora_alpha cannot be read ({error}). Expected the config '
+                         'of a LoRA adapter. Fix: correct the path, or write it again with peft'
+                         ) from error
+    wrong = ', '.join(f'{option}={json.dumps(value)}' for option, value in options.items()
+                      if value not in ALLOWED[option])
     if wrong:
-        options = ', '.join(f'{o}={json.dumps(value)}' for o, value in wrong.items())
-        raise InputError(f'{file}: {options} is not implemented. Expected a plain LoRA adapter. '
-                         'Fix: merge the adapter into its base with peft (merge_and_unload) and '
-                         'use the merged model')
+        raise InputError(f'{file}: {wrong} is not implemented. Expected a plain LoRA adapter. Fix: '
+                         'merge the adapter into its base with peft (merge_and_unload) and use '
+                         'the merged model')
     return rank, alpha / (rank**0.5 if config.get('use_rslora') else rank)
