@@ -84,15 +84,15 @@ def test_a_killed_trial_is_measured_again(tmp_path, stop):
     code = ('import os, sys; from tests import test_search as t; '
             'from tpad_jax.baselines.tune import search; '
             f'search(lambda p, n: os._exit(9) if n == {stop} else t.quality(p), t.SPACE, '
-            'defaults=t.DEFAULTS, trials=4, seed=0, storage=sys.argv[1])')
+            'defaults=t.DEFAULTS, trials=8, seed=0, storage=sys.argv[1])')
     journal = tmp_path / 'search.journal'
     done = subprocess.run([sys.executable, '-c', code, str(journal)], check=False)
     assert done.returncode == 9
     numbers = []
-    found = search(lambda p, n: numbers.append(n) or quality(p), SPACE, DEFAULTS, trials=4, seed=0,
+    found = search(lambda p, n: numbers.append(n) or quality(p), SPACE, DEFAULTS, trials=8, seed=0,
                    storage=journal)
-    assert numbers == [*range(stop, 4)]
-    assert found == search(quality, SPACE, DEFAULTS, trials=4, seed=0)
+    assert numbers == [*range(stop, 8)]
+    assert found == search(quality, SPACE, DEFAULTS, trials=8, seed=0)
 
 
 def test_searches_share_a_journal_by_name(tmp_path):

@@ -48,8 +48,8 @@ RESOLVED = 17  # exp(-17) is below the resolution of float32
 
 
 def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int = 2000,
-              position_power: float = 1.0, cosine: bool = False, step_power: float = 1.0,
-              idf_weight: float = 1.0, repeats: bool = True,
+              repeats: bool = True, position_power: float = 1.0, cosine: bool = False,
+              step_power: float = 1.0, idf_weight: float = 1.0,
               ordered: bool | None = None) -> metrics.Scorer:
     """Fit V-SKNN; see the head of this file.
 
@@ -58,13 +58,13 @@ def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int
       num_items: V.
       k: number of neighbours.
       sample_size: number of most recent candidates that are compared.
+      repeats: whether items of the prefix are scored.
       position_power: how fast an item's weight in the similarity falls towards the prefix's start;
         0: not at all.
       cosine: whether long neighbours count less.
       step_power: how fast a neighbour's weight falls with the steps from the prefix's end to the
         most recent shared item; 0: not at all.
       idf_weight: of the inverse session frequency; 0: none.
-      repeats: whether items of the prefix are scored.
       ordered: whether the sessions are in the order of time; None: yes, unless all `train.start`
         are equal.
 
@@ -79,8 +79,8 @@ def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int
 
 
 def fit_stan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int = 2000,
-             lambda1: float = 2.0, lambda2: float = 1.0, lambda3: float = 4.0,
-             repeats: bool = True, ordered: bool | None = None) -> metrics.Scorer:
+             repeats: bool = True, lambda1: float = 2.0, lambda2: float = 1.0,
+             lambda3: float = 4.0, ordered: bool | None = None) -> metrics.Scorer:
     """Fit STAN; see the head of this file.
 
     Args:
@@ -88,26 +88,25 @@ def fit_stan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int 
       num_items: V.
       k: number of neighbours.
       sample_size: number of most recent candidates that are compared.
+      repeats: whether items of the prefix are scored.
       lambda1: places over which an item's weight in the similarity falls to 1/e.
       lambda2: age, as a share of the training split, at which a neighbour's weight is 1/e; not read
         if sessions are not ordered.
       lambda3: distance in places from i* at which an item's weight is 1/e.
-      repeats: whether items of the prefix are scored.
       ordered: as in `fit_vsknn`.
 
     Returns:
       A scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
     """
-    index = _index(train, num_items, ordered)
-    return _scorer(index, _event_items(index, lambda3, 0, False), True, k=k,
-                   sample_size=sample_size, weight=_decay(lambda1), step=lambda place, length: 1.,
-                   cosine=True, lambda2=lambda2, repeats=repeats)
+    return fit_vstan(train, num_items, k=k, sample_size=sample_size, repeats=repeats,
+                     lambda1=lambda1, lambda2=lambda2, lambda3=lambda3, lambda4=math.inf,
+                     idf_weight=0.0, ordered=ordered)
 
 
 def fit_vstan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int = 2000,
-              lambda1: float = 2.0, lambda2: float = 1.0, lambda3: float = 4.0,
-              lambda4: float = 4.0, idf_weight: float = 1.0, after: bool = False,
-              repeats: bool = True, ordered: bool | None = None) -> metrics.Scorer:
+              repeats: bool = True, lambda1: float = 2.0, lambda2: float = 1.0,
+              lambda3: float = 4.0, lambda4: float = 4.0, idf_weight: float = 1.0,
+              after: bool = False, ordered: bool | None = None) -> metrics.Scorer:
     """Fit VSTAN; see the head of this file.
 
     Args:
@@ -115,13 +114,13 @@ def fit_vstan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int
       num_items: V.
       k: as in `fit_stan`.
       sample_size: as in `fit_stan`.
+      repeats: whether items of the prefix are scored.
       lambda1: as in `fit_stan`.
       lambda2: as in `fit_stan`.
       lambda3: as in `fit_stan`.
       lambda4: places from the prefix's end to i* at which a neighbour's weight is 1/e.
       idf_weight: of the inverse session frequency; 0: none.
       after: whether only items after i* in the neighbour are scored.
-      repeats: whether items of the prefix are scored.
       ordered: as in `fit_vsknn`.
 
     Returns:
@@ -129,7 +128,9 @@ def fit_vstan(train: Sessions, num_items: int, *, k: int = 500, sample_size: int
     """
     index = _index(train, num_items, ordered)
     return _scorer(index, _event_items(index, lambda3, idf_weight, after), True, k=k,
-                   sample_size=sample_size, weight=_decay(lambda1), step=_decay(lambda4),
+                   sample_size=sample_size,
+                   weight=lambda place, length: np.exp((place - length) / lambda1),
+                   step=lambda place, length: np.exp((place - length) / lambda4),
                    cosine=True, lambda2=lambda2, repeats=repeats)
 
 
@@ -172,11 +173,6 @@ class _Index(NamedTuple):
     first: np.ndarray
     ordered: bool
 
-    @property
-    def sizes(self):
-        """Different items of each session, int64 [S]."""
-        return np.diff(self.start)
-
 
 def _index(train, num_items, ordered):
     if ordered is None:
@@ -194,27 +190,22 @@ def _index(train, num_items, ordered):
 
 def _last(owner, item):
     """Numbers of the events that are the last ones of their owner and item, ascending: int64."""
-    order = np.lexsort((item, owner))  # stable: of one item the last event comes last
-    owner, item = owner[order], item[order]
-    last = np.append((owner[1:] != owner[:-1]) | (item[1:] != item[:-1]), True)
-    return np.sort(order[last[:len(order)]])
-
-
-def _decay(scale):
-    return lambda place, length: np.exp((place - length) / scale)
+    key = owner * (item.max(initial=0) + np.int64(1)) + item
+    _, from_end = np.unique(key[::-1], return_index=True)  # the first of equals, from the end
+    return np.sort(len(key) - 1 - from_end)
 
 
 def _idf(index, weight):
     """1 + idf of every item: float64 [V + 1]."""
-    held = np.diff(index.first)
-    return 1 + weight * np.log(max(len(index.sizes), 1) / np.maximum(held, 1))
+    sessions = max(len(index.start) - 1, 1)
+    return 1 + weight * np.log(sessions / np.maximum(np.diff(index.first), 1))
 
 
 def _session_items(index, idf_weight):
     """The weight that a neighbour gives to each item: csr float64 [S, V + 1]."""
     weight = _idf(index, idf_weight)
     return sp.csr_array((weight[index.item], index.item, index.start),
-                        shape=(len(index.sizes), len(weight)))
+                        shape=(len(index.start) - 1, len(weight)))
 
 
 def _event_items(index, lambda3, idf_weight, after):
@@ -256,9 +247,9 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
       lambda2: as in `fit_stan`; None: w2 is 1.
       repeats: whether items of the prefix are scored.
     """
-    num_items, sessions = adds.shape[1] - 1, len(index.sizes)
+    num_items, sessions = adds.shape[1] - 1, len(index.start) - 1
     # a session without events shares no item, so its scale is never read
-    scale = 1 / np.sqrt(np.maximum(index.sizes, 1)) if cosine else np.ones(sessions)
+    scale = 1 / np.sqrt(np.maximum(np.diff(index.start), 1)) if cosine else np.ones(sessions)
 
     def scorer(items):
         row, item, place, length = latest_places(items)

@@ -33,13 +33,12 @@ TUNED_ROWS = 10_000  # validation rows that `tune` reads; of more rows it draws 
 
 def fit_pop(train: Sessions, num_items: int) -> metrics.Scorer:
     """Fit POP: every prefix is followed by the items that are frequent in training."""
-    share = _popularity(train, num_items).astype(np.float32)
+    share = (counts(train, num_items) / max(len(train.items), 1)).astype(np.float32)
     return lambda items: _sparse(sp.csr_array((len(items), num_items + 1)), share)
 
 
 def fit_repeat_last(train: Sessions, num_items: int) -> metrics.Scorer:
     """Rank the items of the prefix, the latest first; all others tie below. Reads no session."""
-    del train
 
     def scorer(items):
         row, item, place, _ = neighbours.latest_places(items)
@@ -112,7 +111,6 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
       decay: as in `fit_sr`.
       repeats: whether an item is similar to itself.
     """
-    del train
     # Scores are rounded: items with equal features then tie although BLAS may add in another order,
     # and a row's scores do not depend on the other rows.
     unit = np.array(features, np.float64)
@@ -136,32 +134,20 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
     return scorer
 
 
-# Every baseline with its search space; the search starts from the defaults of its function.
-_DECAY, _BACKOFF = ('float', 0.0, 1.0), ('float', 0.0, 0.5)
-_YES_NO = ('choice', (False, True))
-_RULE = {'decay': _DECAY, 'lag_power': ('float', 0.0, 3.0), 'backoff': _BACKOFF}
-_NEIGHBOURS = {'k': ('choice', (50, 100, 200, 500, 1000)),
-               'sample_size': ('choice', (500, 1000, 2000, 5000)), 'repeats': _YES_NO}
-_LAMBDAS = {'lambda1': ('log', 0.3, 30.0), 'lambda2': ('log', 0.01, 10.0),
-            'lambda3': ('log', 0.3, 30.0)}
-_IDF = ('float', 0.0, 5.0)
-BASELINES = {
-    'pop': (fit_pop, {}),
-    'repeat_last': (fit_repeat_last, {}),
-    'markov': (fit_markov, {'backoff': _BACKOFF}),
-    'sr': (fit_sr, _RULE),
-    'ar': (fit_ar, _RULE),
-    'item_knn': (fit_item_knn, {'decay': _DECAY, 'shrink': ('float', 0.0, 100.0),
-                                'repeats': _YES_NO}),
-    'content_knn': (fit_content_knn, {'decay': _DECAY, 'repeats': _YES_NO}),
-    'vsknn': (neighbours.fit_vsknn, {
-        **_NEIGHBOURS, 'position_power': ('float', 0.0, 4.0), 'cosine': _YES_NO,
-        'step_power': ('float', 0.0, 3.0), 'idf_weight': _IDF}),
-    'stan': (neighbours.fit_stan, {**_NEIGHBOURS, **_LAMBDAS}),
-    'vstan': (neighbours.fit_vstan, {
-        **_NEIGHBOURS, **_LAMBDAS, 'lambda4': ('log', 0.3, 30.0), 'idf_weight': _IDF,
-        'after': _YES_NO}),
-}
+# The axis of each keyword that a search varies; it starts from the defaults of the function.
+AXES = {
+    **dict.fromkeys(('repeats', 'cosine', 'after'), ('choice', (False, True))),
+    **dict.fromkeys(('lambda1', 'lambda3', 'lambda4'), ('log', 0.3, 30.0)),
+    **dict.fromkeys(('lag_power', 'step_power'), ('float', 0.0, 3.0)),
+    'decay': ('float', 0.0, 1.0), 'backoff': ('float', 0.0, 0.5), 'shrink': ('float', 0.0, 100.0),
+    'position_power': ('float', 0.0, 4.0), 'idf_weight': ('float', 0.0, 5.0),
+    'lambda2': ('log', 0.01, 10.0), 'k': ('choice', (50, 100, 200, 500, 1000)),
+    'sample_size': ('choice', (500, 1000, 2000, 5000))}
+# Every baseline with its search space.
+BASELINES = {fit.__name__.removeprefix('fit_'): (fit, {
+    key: AXES[key] for key in inspect.signature(fit).parameters if key in AXES})
+    for fit in (fit_pop, fit_repeat_last, fit_markov, fit_sr, fit_ar, fit_item_knn,
+                fit_content_knn, neighbours.fit_vsknn, neighbours.fit_stan, neighbours.fit_vstan)}
 
 
 class Tuned(NamedTuple):
@@ -229,11 +215,6 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
                  {**record, 'rows': len(valid.target)})
 
 
-def _popularity(train, num_items):
-    """Share of each item among the training events: float64 [V + 1]."""
-    return counts(train, num_items) / max(len(train.items), 1)
-
-
 def _prefix(items, decay, num_items):
     """int32 [R, N] -> csr float64 [R, V + 1], decay^d at the item d steps before the end."""
     row, position = np.nonzero(items)
@@ -245,9 +226,9 @@ def _prefix(items, decay, num_items):
 
 def _rule_scorer(rules, train, num_items, decay, backoff):
     """(1 - backoff) times the prefix's rules, summing to 1, + backoff times popularity."""
-    popularity = _popularity(train, num_items)
-    frequency = np.maximum(counts(train, num_items), 1)
-    rules = sp.csr_array(sp.diags_array(1 / np.sqrt(frequency)) @ rules)
+    frequency = counts(train, num_items)
+    popularity = frequency / max(len(train.items), 1)
+    rules = sp.csr_array(sp.diags_array(1 / np.sqrt(np.maximum(frequency, 1))) @ rules)
 
     def scorer(items):
         scores = _prefix(items, decay, num_items) @ rules

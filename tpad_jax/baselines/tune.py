@@ -12,6 +12,7 @@ trials. A search that was stopped therefore resumes as if it had run through.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,37 +60,35 @@ def search(objective: Objective, space: Space, defaults: dict, *, trials: int, s
     if trials < 1:
         raise InputError(f'{name}: trials={trials}: too few. Expected 1 or more, the defaults '
                          'included. Fix: raise the number of trials.')
-    optuna = _optuna()
+    import optuna  # imported where it is first needed: it is slow, and logs every trial by default
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(storage, name, {'space': space, 'defaults': defaults, 'seed': seed,
                                    'version': VERSION})
-
-    def reseed(study, _=None):
-        entropy = np.random.SeedSequence([seed, len(_counted(study))])
+    _queue_next(study, space, defaults)
+    kinds = {'choice': optuna.distributions.CategoricalDistribution,
+             'int': optuna.distributions.IntDistribution,
+             'float': optuna.distributions.FloatDistribution,
+             'log': partial(optuna.distributions.FloatDistribution, log=True)}
+    axes = {key: kinds[kind](*ends) for key, (kind, *ends) in space.items()}
+    while len(counted := _counted(study)) < (trials if space else 1):
+        entropy = np.random.SeedSequence([seed, len(counted)])
         study.sampler = optuna.samplers.TPESampler(
             seed=int(entropy.generate_state(1)[0]), n_startup_trials=RANDOM)
-
-    def measure(trial):
-        for key, axis in space.items():
-            _suggest(trial, key, *axis)
-        tried = _counted(study)
-        same = next((earlier for earlier in tried if earlier.params == trial.params), None)
+        trial = study.ask(axes)
+        same = [earlier for earlier in counted if earlier.params == trial.params]
         try:
-            if same and 'failed' in same.user_attrs:
-                raise FloatingPointError(same.user_attrs['failed'])
-            values = same.user_attrs['values'] if same else objective(trial.params, len(tried))
+            if same and 'failed' in same[0].user_attrs:
+                raise FloatingPointError(same[0].user_attrs['failed'])
+            values = (same[0].user_attrs['values'] if same
+                      else objective(trial.params, len(counted)))
             if not np.isfinite(list(values.values())).all():  # JSON has no nan, and nan no order
                 raise FloatingPointError(f'the metrics are not finite: {values}')
         except FloatingPointError as error:
             trial.set_user_attr('failed', str(error))
-            raise
-        trial.set_user_attr('values', {key: float(value) for key, value in values.items()})
-        return next(iter(values.values()))
-
-    _queue_next(study, space, defaults)
-    reseed(study)
-    rest = (trials if space else 1) - len(_counted(study))
-    if rest > 0:
-        study.optimize(measure, n_trials=rest, catch=FloatingPointError, callbacks=[reseed])
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            trial.set_user_attr('values', {key: float(value) for key, value in values.items()})
+            study.tell(trial, next(iter(values.values())))
     tried = [{'trial': number, 'params': dict(trial.params), **trial.user_attrs}
              for number, trial in enumerate(_counted(study))]
     measured = [trial for trial in tried if 'values' in trial]
@@ -109,29 +108,25 @@ def check_space(space: Space, defaults: dict, name: str = 'search') -> None:
     Raises:
       InputError: naming the axis.
     """
-    for key, axis in space.items():
-        kind, *ends = axis
-        where = f'{name}: {key} of {tuple(axis)}'
-        if kind == 'choice':
+    for key, (kind, *ends) in space.items():
+        where = f'{name}: {key} of {(kind, *ends)}'
+        is_choice, default = kind == 'choice', defaults[key]
+        if is_choice:
             good = len(ends) == 1 and len(ends[0]) > 0
-            inside = good and defaults[key] in ends[0]
-        elif kind in ('float', 'log', 'int'):
-            good = (len(ends) == 2 and -np.inf < ends[0] <= ends[1] < np.inf
-                    and not (kind == 'log' and ends[0] <= 0))
-            inside = good and ends[0] <= defaults[key] <= ends[1]
         else:
-            good = inside = False
+            good = (kind in ('float', 'log', 'int') and len(ends) == 2
+                    and (0 if kind == 'log' else -np.inf) < ends[0] <= ends[1] < np.inf)
         if not good:
             raise InputError(f"{where}: not an axis. Expected ('float' | 'log' | 'int', low, high) "
                              "with low <= high, and low > 0 for 'log', or ('choice', (a, b, ..)).")
-        if not inside:
-            raise InputError(f'{where}: excludes its default {defaults[key]!r}. Expected an axis '
+        if not (default in ends[0] if is_choice else ends[0] <= default <= ends[1]):
+            raise InputError(f'{where}: excludes its default {default!r}. Expected an axis '
                              'that includes it. Fix: widen the axis.')
 
 
 def _study(storage, name, settings):
     """The optuna study of that name, new or from an earlier call."""
-    optuna = _optuna()
+    import optuna
     if storage is not None:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         files.drop_partial_line(storage)  # optuna would append to it and lose both lines
@@ -152,33 +147,20 @@ def _study(storage, name, settings):
 
 def _counted(study):
     """Trials that were measured or that diverged, in order; an interrupted one is not counted."""
-    complete = _optuna().trial.TrialState.COMPLETE
     return [trial for trial in study.get_trials(deepcopy=False)
-            if trial.state == complete or 'failed' in trial.user_attrs]
+            if trial.state.is_finished() and trial.user_attrs]
 
 
 def _queue_next(study, space, defaults):
     """Queue the first trial of a new search, or the trial that a stop or a kill interrupted."""
+    import optuna
     trials = study.get_trials(deepcopy=False)
     if not trials:
         study.enqueue_trial(defaults)
+        return
+    last = trials[-1]
+    if last.state == optuna.trial.TrialState.RUNNING:  # the sampler would count it as well
+        study.tell(last.number, state=optuna.trial.TrialState.FAIL)
     # a trial without all its parameters is proposed again, with the same result
-    elif trials[-1] not in _counted(study) and trials[-1].params.keys() == space.keys():
-        study.enqueue_trial(trials[-1].params)
-
-
-def _suggest(trial, key, kind, *ends):
-    """Let a trial choose a value on an axis."""
-    if kind == 'choice':
-        trial.suggest_categorical(key, ends[0])
-    elif kind == 'int':
-        trial.suggest_int(key, *ends)
-    else:
-        trial.suggest_float(key, *ends, log=kind == 'log')
-
-
-def _optuna():
-    """Import optuna where it is first needed: it is slow, and logs every trial by default."""
-    import optuna
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
+    if last not in _counted(study) and last.params.keys() == space.keys():
+        study.enqueue_trial(last.params)
