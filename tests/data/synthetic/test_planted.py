@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.stats import chi2
 
 from tpad_jax.data.synthetic import planted as planted_lib
-from tpad_jax.data.synthetic import rendering, silhouettes, wording
+from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.errors import InputError
 
 
@@ -238,7 +238,7 @@ def test_noise_has_the_stated_size_and_leaves_the_pictogram():
 
 
 def test_silhouettes_differ_and_stay_inside():
-    fields = silhouettes.distance_fields()
+    fields = rendering.distance_fields()
     inside = fields < 0
     border = np.concatenate([inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1]], 1)
     assert not border.any()

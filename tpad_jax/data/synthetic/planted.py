@@ -6,12 +6,10 @@ separate random streams. So the same seed with fewer training sessions or more n
 world, tested on the same sessions.
 """
 
-import io
 import json
 import os
 import re
-import secrets
-import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,22 +19,19 @@ from PIL import Image
 from tpad_jax.data import text
 from tpad_jax.data.sources import Sizes, Source
 from tpad_jax.data.synthetic import rendering, wording
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 # The definition; these are not options.
 POPULARITY_SIGMA = 0.5
-COLD_SHARE = 0.15
-CATEGORY_WEIGHTS = (0.6, 0.3, 0.1)
-OTHER_CATEGORY = 1e-4
-BRAND_WEIGHT = 20.0
-SUCCESSOR_WEIGHT = 5.0
-UNIFORM_SHARE = 0.05
-POPULARITY_SHARE = 0.05
+COLD_SHARE, UNIFORM_SHARE, POPULARITY_SHARE = 0.15, 0.05, 0.05
+CATEGORY_WEIGHTS, OTHER_CATEGORY = (0.6, 0.3, 0.1), 1e-4
+BRAND_WEIGHT, SUCCESSOR_WEIGHT = 20.0, 5.0
 LENGTHS = (2, 8)  # both included
+SMALLEST = {'seed': 0, 'items': 2, 'train': 0, 'valid': 0, 'test': 0, 'noise': 0}  # of options
 
-_TRANSITIONS, _ITEMS, _TEXTS, _IMAGES, _TRAIN, _VALID, _TEST = range(1, 8)
+_TRANSITIONS, _ITEMS, _TEXTS, _IMAGES = range(1, 5)
+_SPLITS = {'train': 5, 'valid': 6, 'test': 7}  # random stream of each
 _CATEGORY, _BRAND, _STYLE, _COLOUR, _MATERIAL = range(5)
-_SPLIT_STREAMS = (_TRAIN, _VALID, _TEST)
 _START = 1_600_000_000  # seconds; an arbitrary date in 2020
 _EVENT_SECONDS, _SESSION_SECONDS = 60, 600  # eight events end before the next session starts
 
@@ -92,10 +87,7 @@ def draw(seed, items=600):
     Raises:
       InputError: a negative seed or fewer than 2 items.
     """
-    for name, value, least in (('seed', seed, 0), ('items', items, 2)):
-        if value < least:
-            raise InputError(f'config.data.planted.{name}={value}: too small. Expected {least} or '
-                             'more. Fix: raise it.')
+    _check(seed=seed, items=items)
     rng = _stream(seed, _TRANSITIONS)
     categories = len(wording.CATEGORIES)
     weights = np.full((categories, categories), OTHER_CATEGORY)
@@ -111,6 +103,12 @@ def draw(seed, items=600):
     cold[rng.permutation(items)[:round(COLD_SHARE * items)]] = True
     popularity /= popularity.sum()
     return Planted(attributes, popularity, cold, weights, next_style, next_colour)
+
+
+def _check(**options):
+    for name, value in options.items():
+        refuse_if(not value >= SMALLEST[name], f'config.data.planted.{name}={value}: too small. '
+                  f'Expected {SMALLEST[name]} or more. Fix: raise it.')
 
 
 def probabilities(planted, prefixes, warm_only=False):
@@ -169,16 +167,13 @@ def catalogue_probabilities(planted, asins):
       InputError: the catalogue is not this planted one, or not all of it.
     """
     ids = planted_ids(asins)
-    if not np.array_equal(np.sort(ids), np.arange(len(planted.popularity) + 1)):
-        raise InputError(
-            f'the {len(ids) - 1} items of the catalogue are not the {len(planted.popularity)} of '
-            'the planted one, so its oracle does not apply. Expected the same items. Fix: set '
-            'config.data.planted.items and turn k-core off.')
+    items = len(planted.popularity)
+    refuse_if(not np.array_equal(np.sort(ids), np.arange(items + 1)),
+              f'the {len(ids) - 1} items of the catalogue are not the {items} planted ones. '
+              'Expected the same items. Fix: set config.data.planted.items and turn k-core off.')
 
-    def follow(items):
-        out = np.zeros((len(items), len(ids)))
-        out[:, 1:] = probabilities(planted, ids[items])[:, ids[1:] - 1]
-        return out
+    def follow(prefixes):
+        return np.pad(probabilities(planted, ids[prefixes])[:, ids[1:] - 1], ((0, 0), (1, 0)))
 
     return follow
 
@@ -242,10 +237,9 @@ def planted_ids(asins):
     """
     ids = np.zeros(len(asins), np.int32)
     for row, name in enumerate(asins[1:], 1):
-        if not re.fullmatch('P0*[1-9][0-9]*', name) or len(name) != len(asin(1)):
-            raise InputError(f'asin {name!r} is not in the planted catalogue. Expected raw files '
-                             'of `planted.write`, to which its oracle and true attributes belong. '
-                             'Fix: prepare those files.')
+        refuse_if(not re.fullmatch('P0*[1-9][0-9]*', name) or len(name) != len(asin(1)),
+                  f'asin {name!r} is not in the planted catalogue. Expected raw files of '
+                  '`planted.write`. Fix: prepare those files.')
         ids[row] = int(name[1:])
     return ids
 
@@ -266,12 +260,6 @@ def _metadata(item, title, brand, description):
 def _write_lines(path, records):
     with open(path, 'w', encoding='ascii', newline='\n') as file:
         file.writelines(json.dumps(record) + '\n' for record in records)
-
-
-def _jpeg(image):
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, 'JPEG', quality=90)
-    return buffer.getvalue()
 
 
 def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=rendering.NOISE):
@@ -301,24 +289,20 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
     raw_dir = Path(raw_dir)
     options = {'seed': int(seed), 'items': int(items), 'train': int(train), 'valid': int(valid),
                'test': int(test), 'noise': float(noise)}
-    for name in ('train', 'valid', 'test', 'noise'):
-        if options[name] < 0:
-            raise InputError(f'config.data.planted.{name}={options[name]}: negative. Expected 0 or '
-                             'more. Fix: raise it.')
+    _check(**options)
     if _already_written(raw_dir, options):
         return
     planted = draw(seed, items)
-    building = raw_dir.with_name(f'.{raw_dir.name}.{secrets.token_hex(4)}')
-    (building / 'images').mkdir(parents=True)
-    try:
-        _fill(building, planted, options)
+    raw_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{raw_dir.name}.', dir=raw_dir.parent) as building:
+        directory = Path(building, 'raw')
+        (directory / 'images').mkdir(parents=True)
+        _fill(directory, planted, options)
         try:
-            os.replace(building, raw_dir)
+            os.replace(directory, raw_dir)
         except OSError:  # another process was first; the same options gave the same bytes
             if not _already_written(raw_dir, options):
                 raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _already_written(raw_dir, options):
@@ -326,29 +310,26 @@ def _already_written(raw_dir, options):
     if not raw_dir.exists() or (raw_dir.is_dir() and not any(raw_dir.iterdir())):
         return False
     file = raw_dir / 'planted.json'
-    if not file.is_file():
-        raise InputError(f'{raw_dir} exists and is not a planted catalogue. Expected a directory '
-                         'that does not exist yet. Fix: name another workdir.')
+    refuse_if(not file.is_file(), f'{raw_dir} exists and is not a planted catalogue. Expected a '
+              'new directory. Fix: name another workdir.')
     written = json.loads(file.read_text())
-    if written != options:
-        raise InputError(f'{raw_dir} holds a planted catalogue of {written}. Expected {options}. '
-                         'Fix: remove it or name another workdir.')
+    refuse_if(written != options, f'{raw_dir} holds a planted catalogue of {written}. Expected '
+              f'{options}. Fix: remove it or name another workdir.')
     return True
 
 
 def _fill(directory, planted, options):
     """Write every file of `write` into an existing directory."""
     seed = options['seed']
-    titles, brands, descriptions = wording.texts(planted.attributes, _stream(seed, _TEXTS))
+    words = zip(*wording.texts(planted.attributes, _stream(seed, _TEXTS)), strict=True)
     _write_lines(directory / 'meta_Planted.jsonl', (
-        _metadata(item, *words)
-        for item, words in enumerate(zip(titles, brands, descriptions, strict=True), 1)))
+        _metadata(item, *texts) for item, texts in enumerate(words, 1)))
     images = rendering.render(planted.attributes, _stream(seed, _IMAGES), options['noise'])
     for item, image in enumerate(images, 1):
-        (directory / 'images' / f'{asin(item)}.jpg').write_bytes(_jpeg(image))
+        Image.fromarray(image).save(directory / 'images' / f'{asin(item)}.jpg', quality=90)
     sessions = np.concatenate([
         sample_sessions(planted, options[split], _stream(seed, stream), warm_only=split == 'train')
-        for split, stream in zip(('train', 'valid', 'test'), _SPLIT_STREAMS, strict=True)])
+        for split, stream in _SPLITS.items()])
     _write_lines(directory / 'Planted.jsonl', (
         _review(user, item, _START + user * _SESSION_SECONDS + place * _EVENT_SECONDS)
         for user, session in enumerate(sessions.tolist())
