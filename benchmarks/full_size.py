@@ -90,7 +90,7 @@ def measure(rows: int, chunk: int, remat: str, small: bool) -> dict:
             'device': device.device_kind, 'compile_seconds': seconds, 'held': held,
             'temporary': memory.temp_size_in_bytes + memory.output_size_in_bytes
             - memory.alias_size_in_bytes, 'used': used, 'used by': whose,
-            'plan': vars(planned) | {'total': planned.total}, 'seconds': each, 'times': times,
+            'plan': planned | {'total': sum(planned.values())}, 'seconds': each, 'times': times,
             'operations': counted, 'peak': most, 'peak of': what,
             'share': counted / each / most, 'not finite': bad}
 

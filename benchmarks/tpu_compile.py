@@ -150,7 +150,7 @@ def cell(name: str, items: int, small: bool) -> dict:
         found |= {'held': held, 'compiler': {
             part: getattr(memory, f'{part}_size_in_bytes')
             for part in ('argument', 'output', 'alias', 'temp', 'generated_code')},
-            'plan': vars(planned)}
+            'plan': planned}
     return found | {'cpu_seconds': time.process_time() - begun,
                     'resident': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

@@ -114,7 +114,7 @@ def test_what_a_backward_pass_needs_is_kept():
 
 
 def check_estimate(subject, stage):
-    estimate, compiled = (memory_plan.stage_plan(subject, stage, way).temporary
+    estimate, compiled = (memory_plan.stage_plan(subject, stage, way)['temporary']
                           for way in (False, True))
     assert 0.6 < estimate / compiled < 1.6, (estimate, compiled)
 
@@ -171,20 +171,22 @@ def test_an_added_encoder_is_planned(monkeypatch):
                         lambda model, *, max_length, **_: Mean(max_length))
     c = base.get_config()
     c.model.encoder = 'mean'
-    assert memory_plan.stage_plan(recommender(c, 2000), 'recommend').temporary > 4 * 512 * 2000
+    assert memory_plan.stage_plan(
+        recommender(c, 2000), 'recommend')['temporary'] > 4 * 512 * 2000
 
 
 def test_a_config_without_generation_losses_is_planned():
     c = subject_of(small()).config.copy_and_resolve_references()
     del c.losses.gen_transfer
     plan = memory_plan.stage_plan(replace(subject_of(small()), config=c), 'transfer')
-    assert plan.temporary > 0
+    assert plan['temporary'] > 0
 
 
 def test_a_stage_without_steps_holds_its_parameters_alone():
     subject = subject_of(small()).changed(**{'stage.knowledge.steps': 0})
     plan = memory_plan.stage_plan(subject, 'knowledge')
-    assert plan.total == plan.frozen + plan.catalogue == size(subject.params) + plan.catalogue
+    assert plan['frozen'] == size(subject.params)
+    assert sum(plan.values()) == plan['frozen'] + plan['catalogue']
 
 
 def test_features_from_a_file_have_the_width_of_its_header(tmp_path):
@@ -212,16 +214,16 @@ def test_parameters_and_the_optimisers_state_are_exact(stage, optimiser, moments
     plan = memory_plan.stage_plan(subject, stage)
     trained = {path: x for path, x in subject.params.items()
                if re.search(subject.config.stage[stage].train, path)}
-    assert plan.trained == size(trained) > 0
-    assert plan.frozen == size(subject.params) - plan.trained
-    assert 0 <= plan.optimiser - moments * plan.trained < 64  # counters
+    assert plan['trained'] == size(trained) > 0
+    assert plan['frozen'] == size(subject.params) - plan['trained']
+    assert 0 <= plan['optimiser'] - moments * plan['trained'] < 64  # counters
 
 
 def test_the_catalogues_rows_are_those_of_earlier_stages():
     subject = subject_of(small())
     k, r = (size(subject.catalogue[name]) for name in 'kr')
     rest = size(subject.catalogue) - k - r
-    found = [memory_plan.stage_plan(subject, stage).catalogue
+    found = [memory_plan.stage_plan(subject, stage)['catalogue']
              for stage in ('knowledge', 'transfer', 'recommend')]
     assert found == [rest, rest + k, rest + k + r]
 
@@ -239,7 +241,7 @@ def test_the_variant_fits_where_it_is_said_to():
     subject = subject_of(QWEN, 'qwen3vl_2b', 256)
     for shards in (1, 8):
         subject = replace(subject, devices=SimpleNamespace(shards=shards, model=1), positions=20)
-        total = memory_plan.stage_plan(subject, 'transfer').total
+        total = sum(memory_plan.stage_plan(subject, 'transfer').values())
         assert 2 * vlm.size(vlm.shapes(QWEN, 256)) < total < 16 * GIB
 
 
@@ -248,10 +250,10 @@ def test_the_variant_fits_where_it_is_said_to():
 
 def test_a_warning_names_the_setting_that_lowers_most_first():
     subject = subject_of(small())
-    plan = memory_plan.stage_plan(subject, 'knowledge')
-    assert len(memory_plan.of_run(subject, ['knowledge'], plan.total)) == 1
-    line, warning = memory_plan.of_run(subject, ['knowledge'], plan.total - 1)
-    assert line.startswith(f'Memory of knowledge: {memory_plan.gib(plan.total)} GiB per device = ')
+    total = sum(memory_plan.stage_plan(subject, 'knowledge').values())
+    assert len(memory_plan.of_run(subject, ['knowledge'], total)) == 1
+    line, warning = memory_plan.of_run(subject, ['knowledge'], total - 1)
+    assert line.startswith(f'Memory of knowledge: {memory_plan.gib(total)} GiB per device = ')
     assert warning.startswith('Warning: knowledge may not fit into ')
     named = re.findall(r'config\.([\w.]+)=\w+: (\d+\.\d+)', warning)
     assert [float(x) for _, x in named] == sorted(float(x) for _, x in named)
@@ -325,7 +327,5 @@ def test_facts_of_the_data(tmp_path, ids):
     c.data.raw_dir = 'x'
     with pytest.raises(InputError, match='--plan_items=N'):
         memory_plan.facts(c, tmp_path, None)
-    with pytest.raises(InputError, match=r'--plan_items=0: .*1 or more'):
-        memory_plan.facts(c, tmp_path, 0)
     c.data.update(raw_dir='', npz=ids)
     assert memory_plan.facts(c, tmp_path, None) == (7, (), 20, ids)

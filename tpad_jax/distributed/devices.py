@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tpad_jax.core.precision import PRECISIONS, at_precision
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.types import Batch
 
 AXIS = 'data'
@@ -164,7 +164,10 @@ class Devices:
             if self.model == 1:
                 return NamedSharding(self.mesh, PartitionSpec())
             path = jax.tree_util.keystr(path, simple=True, separator='/')
-            return NamedSharding(self.mesh, _rule(path, np.shape(x), self.model))
+            spec, shape = rule(path, np.shape(x), self.model), list(np.shape(x))
+            refuse_if(spec is None, f'config.model_shards={self.model}: does not divide {path} '
+                      f'{shape}. Expected a divisor of its rows or width. Fix: choose one')
+            return NamedSharding(self.mesh, spec)
 
         return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -268,10 +271,16 @@ def _place_shared(x, sharding):
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def _rule(path: str, shape: tuple, model: int) -> PartitionSpec:
+def rule(path: str, shape: tuple, model: int) -> PartitionSpec | None:
+    """Return how a shared array is cut into `model` parts by `RULES`, or None if no rule fits.
+
+    Args:
+      path: of the array.
+      shape: of the array.
+      model: number of parts.
+    """
     for pattern, spec in RULES:
         if re.search(pattern, path) and all(
                 n % model == 0 for n, axis in zip(shape, spec, strict=False) if axis == MODEL):
             return spec
-    raise InputError(f'config.model_shards={model}: does not divide {path} {list(shape)}. Expected '
-                     'a divisor of its rows or of its width. Fix: choose such a number')
+    return None

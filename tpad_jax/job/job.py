@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
-from tpad_jax.config import MAKES, STAGES, names
+from tpad_jax.config import MAKES, STAGES
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
 from tpad_jax.data import catalogue as catalogue_lib
@@ -91,6 +91,8 @@ class Job:
         last_only = config.data.protocol == 'published' and config.data.published_last_only
         split = partial(sessions.rows, max_length=self.max_length, every_prefix=not last_only)
         self.valid, self.test = split(self.data.valid), split(self.data.test)
+        self.modules = partial(step_lib.build_model, items=self.data.num_items,
+                               max_length=self.max_length, side_sizes=self.data.side_sizes)
 
     def build(self, stages, console) -> None:
         """Read content, the base and the first parameters: the slow part of preparing.
@@ -132,14 +134,12 @@ class Job:
             hot = [np.eye(n, dtype=np.float32)[a]
                    for n, a in zip(wording.SIZES, self.attributes.T, strict=True)]
             self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
-        blank = {n: jnp.zeros((data.num_items + 1, *s)) for n, s in
-                 (('k', (2, c.model.features)),
-                  ('r', (2, c.model.features) if self.spec.blended else (2 * c.model.features,)))}
-        self.blank = jax.eval_shape(lambda: blank)
+        rows = memory_plan.rows(c, data.num_items, len(data.side_sizes))
+        self.blank = {name: rows[name] for name in ('k', 'r')}
+        blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
         make = jax.jit(partial(  # followed once, though both its shapes and its values are asked
-            tpad.init, spec=self.spec, catalogue={**self.catalogue, **blank},
-            rank=c.model.lora_rank, targets=c.model.lora_targets,
-            image_shape=self.content.image.shape[1:], text_length=c.mllm.text_length))
+            step_lib.initialiser(c, self.spec, self.content.image.shape[1:]),
+            catalogue={**self.catalogue, **blank}))
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
         every = memory_plan.parameter_shapes(
             c, shapes | ({'teacher': teacher.shapes} if teacher else {}))
@@ -169,13 +169,6 @@ class Job:
                                  self.data.num_items)
         if 'recommend' in stages:
             recommenders.check(self)
-
-    def modules(self, base, config, teacher=None) -> tpad.TPAD:
-        """Build the model of a config over this run's data; `base`: the MLLM's module or None."""
-        return tpad.build(base, config.model, recommend=names(config.model.recommend),
-                          items=self.data.num_items, max_length=self.max_length,
-                          side_sizes=self.data.side_sizes, pooling=config.mllm.pooling,
-                          chunk=config.mllm.chunk, teacher=teacher)
 
     def count(self) -> None:
         """Add the catalogue's rows that are counted on training sessions."""

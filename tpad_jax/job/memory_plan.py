@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from tpad_jax.config import MAKES, STAGES, names
+from tpad_jax.config import MAKES, STAGES
 from tpad_jax.data import sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import wording
@@ -39,39 +39,6 @@ from tpad_jax.types import Batch
 
 KINDS = {'v5e': 15.75, 'v6e': 31.25}  # GiB a program may use of a chip's 16 and 32
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Bytes per device of one stage.
-
-    Attributes:
-      name: of the stage.
-      frozen: parameters that the stage only reads.
-      trained: parameters that it trains.
-      optimiser: the optimiser's state.
-      batches: this step's and the next one's.
-      catalogue: rows per item.
-      temporary: of a step: gradients, activations, scores.
-    """
-
-    name: str
-    frozen: int
-    trained: int
-    optimiser: int
-    batches: int
-    catalogue: int
-    temporary: int
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """{part: bytes}."""
-        return {name: x for name, x in dataclasses.asdict(self).items() if name != 'name'}
-
-    @property
-    def total(self) -> int:
-        """The sum of all parts."""
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -98,21 +65,15 @@ class Subject:
     positions: int
     side: int = 0
 
-    def changed(self, model: int | None = None, **changes) -> 'Subject':
-        """The same run with other settings.
-
-        Args:
-          model: devices that share a parameter; None: as many as now.
-          **changes: nested keys of the config.
-        """
+    def changed(self, **changes) -> 'Subject':
+        """The same run with other settings, nested keys of the config."""
         c = self.config.copy_and_resolve_references()
         c.update_from_flattened_dict(changes)
         fields = {field.name for field in dataclasses.fields(self.base)} if self.base else set()
         same = {name: c.mllm[name] for name in ('remat', 'dtype') if name in fields}
-        devices = self.devices
-        if model is not None:
-            count = devices.shards * devices.model
-            devices = SimpleNamespace(shards=count // model, model=model)
+        devices, model = self.devices, c.model_shards
+        if 'model_shards' in changes:
+            devices = SimpleNamespace(shards=devices.shards * devices.model // model, model=model)
         return dataclasses.replace(
             self, config=c, devices=devices, params=parameter_shapes(c, self.params),
             base=self.base.clone(**same) if same else self.base)
@@ -130,7 +91,7 @@ def parameter_shapes(config, params: dict) -> dict:
             for path, x in flatten_dict(params, sep='/').items()}
 
 
-def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> Plan:
+def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> dict[str, int]:
     """Plan the memory of a stage.
 
     Args:
@@ -138,44 +99,52 @@ def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> Plan
       stage: of config.STAGES.
       compile_step: whether the compiler is asked, which takes as long as the stage's compilation;
         the devices are this process's.
+
+    Returns:
+      Bytes per device of 'frozen', the parameters that the stage only reads; 'trained', those that
+      it trains; 'optimiser', its state; 'batches', this step's and the next one's; 'catalogue',
+      the rows per item; 'temporary', a step's gradients, activations and scores.
     """
-    c, entry, devices = subject.config.stage[stage], ENTRIES[stage], subject.devices
+    c, devices = subject.config.stage[stage], subject.devices
     held = partial(_bytes, model=devices.model)
     made = {row for earlier in STAGES[:STAGES.index(stage)] for row in MAKES.get(earlier, ())}
     rows = {name: x for name, x in subject.catalogue.items()
             if name in made or not any(name in some for some in MAKES.values())}
     if not c.steps:
-        return Plan(stage, held(subject.params), 0, 0, 0, held(rows), 0)
+        return {'frozen': held(subject.params), 'trained': 0, 'optimiser': 0, 'batches': 0,
+                'catalogue': held(rows), 'temporary': 0}
     model = subject.build(subject.base, subject.config)
     spec = step_lib.make_spec(subject.config, stage, model, 0)
     state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), subject.params)
-    batch = _batch(subject, stage, spec, entry)
+    batch = _batch(subject, stage, spec)
     if 'cluster' in spec.needs:
         rows['cluster'] = jax.ShapeDtypeStruct(rows['warm'].shape, jnp.int32)
     if compile_step:
         device = dataclasses.replace(devices, how='jit', devices=devices.devices[:1], model=1)
         compiled = loop.compile_step(device, spec, state, batch, rows)
-        besides = compiled.memory_analysis().temp_size_in_bytes
+        temporary = compiled.memory_analysis().temp_size_in_bytes
     else:
         traced = jax.make_jaxpr(partial(loop.lean_step, spec=spec, axis=None))(
             state.replace(frozen={}), batch, {'catalogue': rows, 'frozen': state.frozen})
-        besides = live_bytes(traced.jaxpr)
-    return Plan(stage, held(state.frozen), held(state.params), _tree_bytes(state.opt_state),
-                2 * _tree_bytes(batch), held(rows), besides)
+        temporary = live_bytes(traced.jaxpr)
+    return {'frozen': held(state.frozen), 'trained': held(state.params),
+            'optimiser': _tree_bytes(state.opt_state), 'batches': 2 * _tree_bytes(batch),
+            'catalogue': held(rows), 'temporary': temporary}
 
 
-def _batch(subject, stage, spec, entry):
+def _batch(subject, stage, spec):
     """A device's part of a batch, as shapes: at most so many items, each of which is read once."""
-    c, shards = subject.config.stage[stage], subject.devices.shards
-    rows, ints = c.batch_size // shards, partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    n = 1 if entry.batches == 'items' else subject.positions
+    c, of_items = subject.config.stage[stage], ENTRIES[stage].batches == 'items'
+    rows, ints = c.batch_size // subject.devices.shards, partial(jax.ShapeDtypeStruct,
+                                                                 dtype=jnp.int32)
+    n = 1 if of_items else subject.positions
     batch = Batch(items=ints((rows, n)), next=ints((rows, n)), target=ints((rows,)),
                   valid=jax.ShapeDtypeStruct((rows,), bool), row=ints((rows,)))
-    if entry.batches == 'sessions' and not c.every_prefix:
+    if not of_items and not c.every_prefix:
         batch = batch.replace(places=ints((rows * n,)))
     if not reads_content(stage, spec):
         return batch
-    part = rows // c.accumulate * (1 if entry.batches == 'items' else n + 1)
+    part = rows // c.accumulate * (1 if of_items else n + 1)
     seen = c.accumulate * (1 + min(part, subject.catalogue['warm'].shape[0] - 1))
     return batch.replace(
         slots=ints((rows, n)), next_slots=ints((rows, n)), ids=ints((seen,)),
@@ -194,11 +163,7 @@ def _bytes(arrays, model):
 
 
 def _parts(path, shape, model):
-    for pattern, spec in devices_lib.RULES:
-        cut = [n for n, axis in zip(shape, spec, strict=False) if axis == devices_lib.MODEL]
-        if re.search(pattern, path) and all(n % model == 0 for n in cut):
-            return model if cut else 1
-    return 1  # refused where it is placed
+    return model if devices_lib.MODEL in (devices_lib.rule(path, shape, model) or ()) else 1
 
 
 def limit() -> int | None:
@@ -223,56 +188,44 @@ def of_run(subject: Subject, stages, available: int | None = None, compile_step:
       available: bytes of a device; None: those of this process's.
       compile_step: see `stage_plan`.
     """
-    plans = [stage_plan(subject, stage, compile_step) for stage in stages]
-    out = [f'Memory of {p.name}: {gib(p.total)} GiB per device = ' + ' + '.join(
-        f'{name} {gib(x)}' for name, x in p.parts.items()) for p in plans]
-    available = available or limit()
-    for p in plans:
-        if available and p.total > available:
-            out.append(f'Warning: {p.name} may not fit into {gib(available)} GiB. '
-                       + _remedies(subject, p, available))
-    return out
+    available, out, warnings = available or limit(), [], []
+    for stage in stages:
+        parts = stage_plan(subject, stage, compile_step)
+        total = sum(parts.values())
+        out.append(f'Memory of {stage}: {gib(total)} GiB per device = '
+                   + ' + '.join(f'{name} {gib(x)}' for name, x in parts.items()))
+        if available and total > available:
+            warnings.append(f'Warning: {stage} may not fit into {gib(available)} GiB. '
+                            + _remedies(subject, stage, total))
+    return out + warnings
 
 
-def _remedies(subject, plan, available):
-    """Which settings lower a stage that does not fit, in words: each change alone, and all."""
-    c, m, devices = subject.config.stage[plan.name], subject.config.mllm, subject.devices
-    key, tried = f'stage.{plan.name}.', {}
+def _remedies(subject, stage, planned):
+    """Which settings lower a stage that does not fit, in words: each change alone."""
+    c, m, devices = subject.config.stage[stage], subject.config.mllm, subject.devices
+    count, rows, tried = devices.shards * devices.model, c.batch_size // devices.shards, []
     if hasattr(subject.base, 'remat'):
         better = {'remat': 'full', 'param_dtype': 'bfloat16', 'dtype': 'bfloat16',
                   'chunk': m.chunk // 2 or 8}
-        tried |= {f'mllm.{name}': to for name, to in better.items()
-                  if m[name] not in (to, 1)}
-    rows = c.batch_size // devices.shards
+        tried += [(f'mllm.{name}', to) for name, to in better.items() if m[name] not in (to, 1)]
     if rows > 1:
-        tried[key + 'batch_size'] = devices.shards * (rows // 2)
+        tried.append((f'stage.{stage}.batch_size', devices.shards * (rows // 2)))
     if rows % (2 * c.accumulate) == 0:
-        tried[key + 'accumulate'] = 2 * c.accumulate
-    for name, loss in subject.config.losses.items():
-        weight = c.weights.get(name)
-        if plan.name in names(loss.stages) and (loss.weight if weight is None else weight):
-            for option, now, to in (('by_row', False, True), ('chunk', 0, 4096)):
-                if option in loss and loss[option] == now:
-                    tried[f'losses.{name}.{option}'] = to
-    now = stage_plan(subject, plan.name).total
-    found = {f'config.{name}={to}': stage_plan(subject.changed(**{name: to}), plan.name).total
-             for name, to in tried.items()}
-    count = devices.shards * devices.model
-    found |= {f'config.model_shards={n}': stage_plan(subject.changed(n), plan.name).total
-              for n in (2, 4, 8) if n > devices.model and count % n == 0
-              and c.batch_size % (count // n) == 0}
-    found = {option: total * plan.total / now for option, total in found.items()
-             if total < 0.99 * now}
-    more = 'More devices with a larger config.model_shards hold less each.'
-    if not found:
-        return f'No setting of the config lowers it by much. {more}'
-    listed = ', '.join(f'{option}: {gib(found[option])}'
-                       for option in sorted(found, key=found.get))
-    out = f'With one change it is {listed}.'
-    if len(tried) > 1 and min(found.values()) > available:
-        every = stage_plan(subject.changed(**tried), plan.name).total * plan.total / now
-        out += f' With all but model_shards it is {gib(every)}.'
-    return f'{out} {more}'
+        tried.append((f'stage.{stage}.accumulate', 2 * c.accumulate))
+    for loss in step_lib.stage_losses(subject.config, stage):
+        options = subject.config.losses[loss.name]
+        tried += [(f'losses.{loss.name}.{option}', to) for option, now, to in (
+            ('by_row', False, True), ('chunk', 0, 4096)) if options.get(option) == now]
+    tried += [('model_shards', n) for n in (2, 4, 8) if n > devices.model and count % n == 0
+              and c.batch_size % (count // n) == 0]
+    now = sum(stage_plan(subject, stage).values())
+    totals = [(sum(stage_plan(subject.changed(**{name: to}), stage).values()), name, to)
+              for name, to in tried]
+    lower = [f'config.{name}={to}: {gib(total * planned / now)}'
+             for total, name, to in sorted(totals) if total < 0.99 * now]
+    best = (f'With one change it is {", ".join(lower)}.' if lower
+            else 'No setting of the config lowers it by much.')
+    return f'{best} More devices with a larger config.model_shards hold less each.'
 
 
 def target(value: str) -> tuple[int | None, int | None]:
@@ -313,12 +266,8 @@ def facts(config, workdir: Path, items: int | None) -> tuple[int, tuple[int, ...
     Raises:
       InputError: raw files that are not prepared yet and no `items`.
     """
-    longest = config.data.max_length
-    source = sources.chosen(config)
+    source, longest = sources.chosen(config), config.data.max_length
     if items is not None:
-        if items < 1:
-            raise InputError(f'--plan_items={items}: cannot be planned for. Expected a number of '
-                             'items, 1 or more. Fix: give the number of items of the catalogue')
         # the numbers of brands and categories are unknown
         side = (1, 1, text.PRICE_LEVELS + 1) if source.content else ()
         return items, side, longest, '--plan_items'
@@ -372,23 +321,17 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
                                  config.precision)
     catalogue, key = rows(config, total, len(sizes)), jax.random.key(0)
 
-    def build(base, c, teacher=None):
-        return tpad.build(base, c.model, recommend=names(c.model.recommend), items=total,
-                          max_length=positions, side_sizes=sizes, pooling=c.mllm.pooling,
-                          chunk=c.mllm.chunk, teacher=teacher)
-
+    build = partial(step_lib.build_model, items=total, max_length=positions, side_sizes=sizes)
     if not sources.chosen(config).content:
         module, side = None, 0
-        shapes = {'recommender': jax.eval_shape(
-            partial(tpad.recommender_init, spec=build(None, config)), key, catalogue=catalogue)}
+        make = partial(tpad.recommender_init, spec=build(None, config))
+        shapes = {'recommender': jax.eval_shape(make, key, catalogue=catalogue)}
     else:
         base = bases.read(config)
         module, side, teacher = base.module, base.image_size, bases.teacher(config, base)
         build = partial(build, teacher=teacher and teacher.reader)
-        shapes = jax.eval_shape(
-            partial(tpad.init, spec=build(module, config), rank=config.model.lora_rank,
-                    targets=config.model.lora_targets, image_shape=(side, side, 3),
-                    text_length=config.mllm.text_length), key, catalogue=catalogue)
+        make = step_lib.initialiser(config, build(module, config), (side, side, 3))
+        shapes = jax.eval_shape(make, key, catalogue=catalogue)
         shapes |= {'teacher': teacher.shapes} if teacher else {}
     subject = Subject(config, build, module, parameter_shapes(config, shapes), catalogue, devices,
                       positions, side)

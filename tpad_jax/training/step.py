@@ -197,6 +197,30 @@ def _missing(config, stage):
             if sources}
 
 
+def build_model(base, config, *, items: int, max_length: int, side_sizes: tuple[int, ...],
+                teacher=None) -> tpad.TPAD:
+    """Build the model of a config.
+
+    Args:
+      base: the MLLM's module, or None without content.
+      config: of the run.
+      items: V.
+      max_length: N.
+      side_sizes: how many values each side feature has.
+      teacher: reader of the teacher's features, or None.
+    """
+    return tpad.build(base, config.model, recommend=names(config.model.recommend), items=items,
+                      max_length=max_length, side_sizes=side_sizes, pooling=config.mllm.pooling,
+                      chunk=config.mllm.chunk, teacher=teacher)
+
+
+def initialiser(config, model: tpad.TPAD, image_shape: tuple[int, int, int]) -> partial:
+    """Return (key, catalogue=rows) -> the first parameters of a model with content, nested."""
+    return partial(tpad.init, spec=model, rank=config.model.lora_rank,
+                   targets=config.model.lora_targets, image_shape=image_shape,
+                   text_length=config.mllm.text_length)
+
+
 def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     """Make the static part of a stage's step."""
     c, skip = config.stage[stage], config.skip_not_finite
