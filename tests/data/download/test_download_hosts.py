@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.picture_server import PictureServer, raw
 from tests.data.download.test_download import QUICK, get, reasons, serving
-from tpad_jax.data.download import addresses, fetching, hosts, pictures
+from tpad_jax.data.download import fetching, hosts, pictures
 from tpad_jax.data.download.journal import Journal
 
 # --- which addresses are asked --------------------------------------------------------------------
@@ -25,12 +25,12 @@ from tpad_jax.data.download.journal import Journal
     'fe80::1', 'fe80::1%eth0', 'fc00::1', 'fec0::1', 'ff02::1', '::ffff:10.0.0.1', '::7f00:1',
     '64:ff9b::7f00:1', '2002:7f00:1::', '2001:0:1:2:3:4:80ff:fffe'])
 def test_addresses_that_are_not_public(address):
-    assert not addresses.is_public(address)
+    assert not hosts.is_public(address)
 
 
 @pytest.mark.parametrize('address', ['93.184.216.34', '2606:2800:220:1::1', '64:ff9b::5db8:d822'])
 def test_addresses_that_are_public(address):
-    assert addresses.is_public(address)
+    assert hosts.is_public(address)
 
 
 class Elsewhere(httpcore2.AsyncNetworkBackend):
@@ -49,13 +49,13 @@ class Elsewhere(httpcore2.AsyncNetworkBackend):
 @pytest.fixture
 def names(monkeypatch):
     """{name: one list of addresses per time it is asked for, the last one for good}."""
-    table, system = {}, addresses.resolve
+    table, system = {}, hosts.resolve
 
     async def resolve(host, port):
         if host not in table:
             return await system(host, port)
         return table[host].pop(0) if len(table[host]) > 1 else table[host][0]
-    monkeypatch.setattr(addresses, 'resolve', resolve)
+    monkeypatch.setattr(hosts, 'resolve', resolve)
     return table
 
 
@@ -87,7 +87,7 @@ def test_a_redirect_to_a_private_address_is_refused(tmp_path, names, monkeypatch
     names |= {'shop.test': [['93.184.216.34']], 'inside.test': [['10.0.0.7', '127.0.0.1']]}
     with PictureServer() as server:
         network = Elsewhere(server.server_port)
-        guarded = addresses.Guarded(inner=network)
+        guarded = hosts.Guarded(inner=network)
         monkeypatch.setattr(server, 'target', target.format(port=server.server_port))
         assert fetch(tmp_path / 'a', guarded, 'http://shop.test/elsewhere/1.jpg') == (
             'address_refused')
@@ -102,7 +102,7 @@ def test_a_name_is_what_it_was_when_it_was_looked_at(tmp_path, names):
     names['shop.test'] = [['93.184.216.34'], ['127.0.0.1']]
     with PictureServer() as server:
         network = Elsewhere(server.server_port)
-        guarded = addresses.Guarded(inner=network)
+        guarded = hosts.Guarded(inner=network)
         assert isinstance(fetch(tmp_path / 'a', guarded, 'http://shop.test/plain/1.jpg'), Path)
         assert fetch(tmp_path / 'b', guarded, 'http://shop.test/plain/1.jpg') == 'address_refused'
     assert network.asked == ['93.184.216.34']
@@ -119,7 +119,7 @@ def test_of_a_names_addresses_the_public_ones_are_tried(tmp_path, names):
                 raise httpcore2.ConnectError('nobody')
             return await httpcore2.AnyIOBackend().connect_tcp('127.0.0.1', network.port, *rest)
         network.connect_tcp = connect
-        found = fetch(tmp_path / 'a', addresses.Guarded(inner=network),
+        found = fetch(tmp_path / 'a', hosts.Guarded(inner=network),
                       'http://shop.test/plain/1.jpg')
     assert isinstance(found, Path)
     assert network.asked == ['93.184.216.35', '93.184.216.34']

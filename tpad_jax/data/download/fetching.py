@@ -8,14 +8,15 @@ body is decoded by the reader of pictures that the job uses, and only then gets 
 
 import asyncio
 import contextlib
-import errno
 import os
 import random
 import re
+import socket
 import ssl
 from collections import Counter
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from itertools import count
 from pathlib import Path
 
 import httpcore2
@@ -23,16 +24,22 @@ import httpx2
 
 from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images
-from tpad_jax.data.download.addresses import Guarded, RefusedAddressError, Transport
-from tpad_jax.data.download.hosts import FetchError, Host, Limits
+from tpad_jax.data.download.hosts import FetchError, Guarded, Host, Limits
 from tpad_jax.data.download.journal import VALIDATOR, Begun, Journal
 from tpad_jax.data.untrusted import Reason
-from tpad_jax.errors import UNWRITABLE
 
-MAX_REDIRECTS = 5
+MAX_REDIRECTS, REDIRECTS = 5, frozenset({301, 302, 303, 307, 308})
 LATER = frozenset({408, 425, 429})  # 4xx that may be answered otherwise later; so may all of 5xx
 LONGEST_ANSWER = 300  # seconds from the connection to the last byte; then the rest is requested
 SIDE = 16  # pixels that a body is decoded to, to check that it can be
+# errors between two machines, the reason they become, and whether it is final; the first that fits
+_FAILURES = (
+    ((httpcore2.TimeoutException, TimeoutError), 'timeout', False),
+    ((httpcore2.ConnectError, socket.gaierror), 'no_connection', False),
+    ((httpcore2.NetworkError, httpcore2.RemoteProtocolError, ssl.SSLError), 'connection_broke',
+     False),
+    ((httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol), 'bad_url', True),
+    ((httpx2.InvalidURL, UnicodeError), 'bad_redirect', True))
 _RANGE = re.compile(r'bytes (?:([0-9]{1,12})-[0-9]{1,12}|\*)/([0-9]{1,12}|\*)')
 
 
@@ -43,6 +50,7 @@ class Fetcher:
       sizes: bytes of bodies: 'received', and 'dropped' (of this run or an earlier one) because they
         were not a picture or could not be continued.
       requests: {status: answers}, redirects among them.
+      fetched: how many pictures have their name.
     """
 
     def __init__(self, folder: Path, journal: Journal, limits: Limits,
@@ -56,17 +64,16 @@ class Fetcher:
           network: makes the connections; None: to public addresses alone.
         """
         self._folder, self._journal, self._limits = folder, journal, limits
-        self._client = httpx2.AsyncClient(
-            transport=Transport(network or Guarded(), limits.jobs),
-            timeout=httpx2.Timeout(limits.timeout, pool=None),
-            headers={'User-Agent': limits.user_agent, 'Accept': 'image/*',
-                     'Accept-Encoding': 'identity'})
+        self._pool = httpcore2.AsyncConnectionPool(
+            max_connections=limits.jobs, max_keepalive_connections=limits.jobs, keepalive_expiry=15,
+            network_backend=network or Guarded(),
+            ssl_context=httpcore2.default_ssl_context())  # else one per connection, 20 ms each
         self._hosts = {}
-        self.sizes, self.requests = Counter(received=0, dropped=0), Counter()
+        self.sizes, self.requests, self.fetched = Counter(received=0, dropped=0), Counter(), 0
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.aclose()
+        await self._pool.aclose()
 
     async def fetch(self, asin: str, urls: tuple[str, ...]) -> Path:
         """Fetch a picture from the first of its addresses that has one.
@@ -98,15 +105,17 @@ class Fetcher:
 
     async def _try(self, asin, url):
         first = self._host(checked(url))
-        for number in range(1, 1 + self._limits.tries):
+        for number in count(1):
             try:
-                return await self._once(asin, url, number)
+                path = await self._once(asin, url, number)
             except FetchError as error:
                 if error.final or first.closed or number == self._limits.tries:
                     first.count(answered=error.final)
                     raise
-            await asyncio.sleep(self._backoff(number))
-        raise AssertionError('not reached')
+                await asyncio.sleep(self._backoff(number))
+            else:
+                first.count(answered=True)
+                return path
 
     async def _once(self, asin, url, number):
         whole = await self._body(asin, url, number)
@@ -116,7 +125,7 @@ class Fetcher:
             self._drop(self._part(asin))
             # a damaged picture may have lost its end, or been put together of two
             raise FetchError(path, final=whole or path != images.DAMAGED)
-        self._host(checked(url)).count(answered=True)
+        self.fetched += 1
         self._journal.keep(asin, url, path.name, path.stat().st_size)
         return path
 
@@ -131,33 +140,40 @@ class Fetcher:
         rest = {'Range': f'bytes={have}-'} if have else {}
         if have and begun.validator:
             rest['If-Range'] = begun.validator
-        request = self._client.build_request('GET', url, headers=rest)
+        address = httpx2.URL(url)
         for _ in range(1 + MAX_REDIRECTS):
-            host = self._host(checked(request.url))
+            host = self._host(checked(address))
             async with host.turn():
                 with _as_fetch_errors():
-                    async with (asyncio.timeout(LONGEST_ANSWER), contextlib.aclosing(
-                            await self._client.send(request, stream=True)) as answer):
-                        self.requests[answer.status_code] += 1
-                        if not answer.has_redirect_location:
-                            self._check_status(host, answer, number)
-                            return await self._take(asin, url, answer, have, begun)
-            request = answer.next_request
+                    async with (asyncio.timeout(LONGEST_ANSWER),
+                                self._answer(address, rest) as answer):
+                        status, headers = answer.status, httpx2.Headers(answer.headers)
+                        self.requests[status] += 1
+                        if status in (429, 503):
+                            wanted = seconds(headers.get('retry-after', ''))
+                            host.hold(wanted or self._backoff(number))
+                        if status in (200, 206, 416):
+                            return await self._take(asin, url, answer, headers, have, begun)
+                        if status not in REDIRECTS or 'location' not in headers:
+                            final = status < 500 and status not in LATER
+                            raise FetchError(f'status_{status}', final)
+                        address = address.join(headers['location'])
         raise FetchError('too_many_redirects', final=True)
 
-    def _check_status(self, host, answer, number):
-        """Pause a host that asks for it, and raise for a status without a body to keep."""
-        status = answer.status_code
-        if status in (429, 503):
-            host.hold(seconds(answer.headers.get('retry-after', '')) or self._backoff(number))
-        if status not in (200, 206, 416):
-            raise FetchError(f'status_{status}', final=status < 500 and status not in LATER)
+    def _answer(self, address: httpx2.URL, headers: dict):
+        """The context of one request, which yields its answer before the body is read."""
+        url = httpcore2.URL(scheme=address.raw_scheme, host=address.raw_host, port=address.port,
+                            target=address.raw_path)
+        headers = {'Host': address.netloc, 'User-Agent': self._limits.user_agent,
+                   'Accept': 'image/*', 'Accept-Encoding': 'identity', **headers}
+        timeouts = dict.fromkeys(('connect', 'read', 'write'), self._limits.timeout)
+        return self._pool.stream('GET', url, headers=headers, extensions={'timeout': timeouts})
 
-    async def _take(self, asin, url, answer, have, begun) -> bool:
-        part, limit, headers = self._part(asin), self._limits.max_bytes, answer.headers
+    async def _take(self, asin, url, answer, headers, have, begun) -> bool:
+        part, limit = self._part(asin), self._limits.max_bytes
         if headers.get('content-encoding', 'identity') not in ('', 'identity'):
             raise FetchError('packed_body', final=True)
-        if answer.status_code == 200:
+        if answer.status == 200:
             start, size = self._drop(part), _whole_number(headers.get('content-length', ''))
             begun = Begun(url, _validator(headers), size)
         else:  # the rest of a body, or 416: there is none
@@ -176,7 +192,7 @@ class Fetcher:
             self._journal.begin(asin, begun)
         written = start
         with _open(part) as file:
-            async for data in answer.aiter_raw():
+            async for data in answer.aiter_stream():
                 self.sizes['received'] += len(data)
                 written += len(data)
                 if written > limit:
@@ -211,19 +227,13 @@ def _as_fetch_errors():
     """Turn what goes wrong between two machines into FetchError."""
     try:
         yield
-    except RefusedAddressError as error:
-        raise FetchError('address_refused', final=True) from error
-    except (httpcore2.TimeoutException, TimeoutError) as error:
-        raise FetchError('timeout', final=False) from error
-    except httpcore2.ConnectError as error:
-        refused = 'CERTIFICATE_VERIFY_FAILED' in str(error)  # httpcore keeps no cause
-        raise FetchError('bad_certificate' if refused else 'no_connection', final=False) from error
-    except (httpcore2.NetworkError, httpcore2.RemoteProtocolError, ssl.SSLError) as error:
-        raise FetchError('connection_broke', final=False) from error
-    except (httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol) as error:
-        raise FetchError('bad_url', final=True) from error
-    except (httpx2.RemoteProtocolError, httpx2.InvalidURL, UnicodeError) as error:
-        raise FetchError('bad_redirect', final=True) from error  # the client reads the address
+    except Exception as error:
+        if 'CERTIFICATE_VERIFY_FAILED' in str(error):  # httpcore keeps no cause
+            raise FetchError('bad_certificate', final=False) from error
+        for errors, reason, final in _FAILURES:
+            if isinstance(error, errors):
+                raise FetchError(reason, final) from error
+        raise
 
 
 def checked(url: str | httpx2.URL) -> httpx2.URL:
@@ -283,12 +293,9 @@ def _size(part: Path) -> int:
 
 def _open(part: Path):
     """Open a partial file to append to it; links and pipes were dropped before."""
-    try:
-        return open(part, 'ab', buffering=0)
-    except OSError as error:
-        if error.errno in (*UNWRITABLE, errno.EMFILE):
-            raise
-        raise FetchError('part_is_no_file', final=False) from error
+    if part.is_dir():
+        raise FetchError('part_is_no_file', final=False)
+    return open(part, 'ab', buffering=0)
 
 
 def _give_name(part: Path, stem: Path) -> Path | Reason:

@@ -6,13 +6,13 @@ as fetched; a partial body without a line is fetched again from its first byte.
 
 import fcntl
 import json
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from tpad_jax.core.files import drop_partial_line
 from tpad_jax.data.untrusted import Lines
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 # what If-Range may hold: a strong entity tag, or a date; it becomes part of a request's head
 VALIDATOR = re.compile(r'"[\x21\x23-\x7e]{0,200}"|[A-Z][a-z]{2}, [0-9A-Za-z: ]{20,30}')
@@ -51,25 +51,16 @@ class Journal:
           InputError: another process has it open, or the path is not a plain file.
         """
         self.failed, self.begun = {}, {}
-        try:
-            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-                             | os.O_NONBLOCK, 0o666)
-            self._file = os.fdopen(number, 'a+b', buffering=0)
-        except OSError as error:
-            if path.exists() or path.is_symlink():
-                raise InputError(f'{path}: cannot be opened ({error.strerror}). Expected a plain '
-                                 'file. Fix: move it away.') from error
-            raise
+        refuse_if(path.is_symlink() or (path.exists() and not path.is_file()),
+                  f'{path}: not a plain file. Expected the journal. Fix: move it away.')
+        self._file = path.open('ab', buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
             raise InputError(f'{path}: another download runs in this directory. Expected one at a '
                              'time. Fix: wait for its end or stop it.') from error
-        size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(max(size - 1, 0))
-        if self._file.read(1) not in (b'', b'\n'):  # a kill cut the last line short
-            self._file.write(b'\n')
+        drop_partial_line(path)
         lines = Lines(path)
         for line in lines:
             if not self._read(line):
@@ -79,8 +70,7 @@ class Journal:
     def begin(self, asin: str, begun: Begun) -> None:
         """Record that a body is about to be written from its first byte on."""
         self.begun[asin] = begun
-        self._write(asin=asin, **{key: value for key, value in begun._asdict().items()
-                                  if value is not None})
+        self._write(asin=asin, **begun._asdict())
 
     def fail(self, asin: str, url: str, reason: str) -> None:
         """Record an answer that would be the same again."""

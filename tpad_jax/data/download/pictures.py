@@ -2,42 +2,26 @@
 
 import asyncio
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
-import httpcore2
 from rich.console import Console
 
 from tpad_jax.core import files
 from tpad_jax.core.progress import progress
 from tpad_jax.data import images
-from tpad_jax.data.download.addresses import Guarded
 from tpad_jax.data.download.fetching import Fetcher, checked
-from tpad_jax.data.download.hosts import FetchError, Limits
+from tpad_jax.data.download.hosts import FetchError, Guarded, Limits
 from tpad_jax.data.download.journal import Journal
 from tpad_jax.data.sources import amazon
 from tpad_jax.data.untrusted import stay_inside
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 POLL = 0.2  # seconds between two checks for a signal
 DEFAULT = Limits()
-
-
-class _Plan(NamedTuple):
-    """What to do about every item.
-
-    Attributes:
-      ask: {asin: addresses} to request.
-      counts: items 'unreviewed', 'there' and 'without_url'.
-      failed: as 'failures' in the report.
-    """
-
-    ask: dict[str, tuple[str, ...]]
-    counts: Counter
-    failed: list[dict]
 
 
 def download(raw_dir: str | Path, limits: Limits = DEFAULT, *, allow_private: bool = False,
@@ -71,68 +55,81 @@ def download(raw_dir: str | Path, limits: Limits = DEFAULT, *, allow_private: bo
     folder = Path(raw_dir) / 'images'
     urls = amazon.read_urls(raw_dir, bad_share, stopping)
     stay_inside(folder, Path(raw_dir))
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f'{folder}: not a directory. Expected one for the pictures. Fix: move the '
-                         'file away.')
+    refuse_if(folder.exists() and not folder.is_dir(),
+              f'{folder}: not a directory. Expected one for the pictures. Fix: move the file away.')
     folder.mkdir(exist_ok=True)
     journal = Journal(folder / 'download.jsonl')
     try:
-        forgiven = {'address_refused'} if allow_private else set()
-        plan = _plan(urls, folder, journal, again=again, unreviewed=unreviewed, forgiven=forgiven)
-        return asyncio.run(_run(plan, folder, journal, limits, Guarded(allow_private), stopping,
-                                console, urls.lines))
+        retried = {None, 'address_refused'} if allow_private else {None}
+        if again:
+            retried.update(journal.failed.values())
+        report = {'there': 0, 'without_url': 0, 'unreviewed': 0}
+        ask, failures = _plan(urls, folder, journal.failed, report, unreviewed, retried)
+        started = time.monotonic()
+
+        async def run():
+            fetcher = Fetcher(folder, journal, limits, Guarded(allow_private))
+            try:
+                await _fetch_all(fetcher, ask, failures, limits.jobs, stopping, console)
+            finally:
+                await fetcher.close()
+                report.update(_outcome(report, ask, failures, fetcher), lines=urls.lines,
+                              seconds=round(time.monotonic() - started, 1),
+                              journal_lines_rejected=journal.rejected)
+                files.write_json(folder / 'download.json', report)
+
+        asyncio.run(run())
+        return report
     finally:
         journal.close()
 
 
-def _plan(found: amazon.PictureUrls, folder: Path, journal: Journal, *, again: bool,
-          unreviewed: bool, forgiven: set[str]) -> _Plan:
-    ask, counts, failed = {}, Counter(there=0, without_url=0, unreviewed=0), []
+def _plan(found: amazon.PictureUrls, folder: Path, failed: dict, counts: dict, unreviewed: bool,
+          retried: set) -> tuple[dict[str, tuple[str, ...]], list[dict]]:
+    """-> {asin: addresses} to request, and failures without a request; counts the other items."""
+    ask, failures = {}, []
     present = images.by_stem(folder)
     for asin, urls in sorted(found.urls.items()):
-        failures = {url: journal.failed.get((asin, url)) for url in urls}
-        untried = tuple(url for url in urls if again or failures[url] in {None, *forgiven})
+        untried = tuple(url for url in urls if failed.get((asin, url)) in retried)
         unusable = {path: images.unusable(path, folder.parent) for path in present.get(asin, ())}
         if not unreviewed and asin not in found.reviewed:
             counts['unreviewed'] += 1
         elif any(not reason and path.stat().st_size for path, reason in unusable.items()):
             counts['there'] += 1
         elif any(unusable.values()):  # somebody else's file is not replaced
-            failed.append(_failure(asin, urls, next(filter(None, unusable.values())), True, True))
+            reason = next(filter(None, unusable.values()))
+            failures.append(_failure(asin, urls, reason, remembered=True))
         elif not urls:
             counts['without_url'] += 1
         elif not untried:
-            failed.append(_failure(asin, urls, failures[urls[-1]], True, True))
+            failures.append(_failure(asin, urls, failed[asin, urls[-1]], remembered=True))
         else:
             ask[asin] = untried
-    return _Plan(ask, counts, failed)
+    return ask, failures
 
 
-def _failure(asin, urls, reason, for_good, remembered):
+def _failure(asin, urls, reason, for_good=True, remembered=False):
     return {'asin': asin, 'reason': reason, 'for_good': for_good, 'remembered': remembered,
             'urls': list(urls)}
 
 
-async def _run(plan: _Plan, folder: Path, journal: Journal, limits: Limits,
-               network: httpcore2.AsyncNetworkBackend, stopping: Callable[[], bool],
-               console: Console | None, lines: dict) -> dict:
-    """Fetch what the plan asks for with `limits.jobs` workers, and write the report."""
-    fetcher, failed, fetched = Fetcher(folder, journal, limits, network), list(plan.failed), 0
-    todo, started = iter(in_turns(plan.ask)), time.monotonic()
+async def _fetch_all(fetcher: Fetcher, ask: dict[str, tuple[str, ...]], failures: list[dict],
+                     jobs: int, stopping: Callable[[], bool], console: Console | None) -> None:
+    """Fetch with so many workers, until all is fetched or `stopping`; extends `failures`."""
+    todo, remembered = iter(in_turns(ask)), len(failures)
 
     async def work(update):
-        nonlocal fetched
         for asin in todo:
             try:
-                await fetcher.fetch(asin, plan.ask[asin])
-                fetched += 1
+                await fetcher.fetch(asin, ask[asin])
             except FetchError as error:
-                failed.append(_failure(asin, plan.ask[asin], error.reason, error.final, False))
-            missing = len(failed) - len(plan.failed)
-            update(fetched + missing, f'{missing} failed  {fetcher.sizes["received"] / 1e6:.1f} MB')
+                failures.append(_failure(asin, ask[asin], error.reason, error.final))
+            failed = len(failures) - remembered
+            update(fetcher.fetched + failed,
+                   f'{failed} failed  {fetcher.sizes["received"] / 1e6:.1f} MB')
 
-    with images.quiet(), progress('pictures', len(plan.ask), console=console) as update:
-        tasks = {asyncio.create_task(work(update)) for _ in range(limits.jobs)}
+    with images.quiet(), progress('pictures', len(ask), console=console) as update:
+        tasks = {asyncio.create_task(work(update)) for _ in range(jobs)}
         try:
             while any(not task.done() for task in tasks) and not stopping():
                 done, _ = await asyncio.wait(tasks, timeout=POLL,
@@ -143,46 +140,34 @@ async def _run(plan: _Plan, folder: Path, journal: Journal, limits: Limits,
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await fetcher.close()
-            report = _report(plan, fetched, failed, fetcher)
-            report |= {'seconds': round(time.monotonic() - started, 1), 'lines': lines,
-                       'journal_lines_rejected': journal.rejected}
-            files.write_json(folder / 'download.json', report)
-    return report
 
 
-def in_turns(ask: dict[str, tuple[str, ...]]) -> Iterable[str]:
+def in_turns(ask: dict[str, tuple[str, ...]]) -> list[str]:
     """Order items so that the hosts take turns.
 
     Args:
       ask: {asin: addresses}.
 
-    Yields:
+    Returns:
       The asins.
     """
-    hosts = defaultdict(deque)
+    hosts = defaultdict(list)
     for asin, urls in ask.items():
         try:
             hosts[checked(urls[0]).host].append(asin)
         except FetchError:
             hosts[''].append(asin)
-    turns = deque(hosts.values())
-    while turns:
-        waiting = turns.popleft()
-        yield waiting.popleft()
-        if waiting:
-            turns.append(waiting)
+    return [asin for turn in zip_longest(*hosts.values()) for asin in turn if asin]
 
 
-def _report(plan: _Plan, fetched: int, failed: list[dict], fetcher: Fetcher) -> dict:
-    failed = sorted(failed, key=lambda failure: failure['asin'])
-    asked = len(failed) - len(plan.failed) + fetched
-    counts = {**plan.counts, 'fetched': fetched, 'failed': len(failed),
-              'left': len(plan.ask) - asked}
-    for_good = sum(failure['for_good'] for failure in failed)
+def _outcome(counts: dict, ask: dict, failures: list[dict], fetcher: Fetcher) -> dict:
+    failures = sorted(failures, key=lambda failure: failure['asin'])
+    asked = fetcher.fetched + sum(not failure['remembered'] for failure in failures)
+    counts = {**counts, 'fetched': fetcher.fetched, 'failed': len(failures),
+              'left': len(ask) - asked}
+    for_good = sum(failure['for_good'] for failure in failures)
     return {'date': datetime.now(UTC).isoformat(timespec='seconds'), 'items': sum(counts.values()),
-            **counts,
-            'reasons': dict(sorted(Counter(failure['reason'] for failure in failed).items())),
-            'for_good': for_good, 'for_now': len(failed) - for_good, 'bytes': dict(fetcher.sizes),
-            'answers': {str(status): n for status, n in sorted(fetcher.requests.items())},
-            'failures': failed}
+            **counts, 'reasons': dict(sorted(Counter(f['reason'] for f in failures).items())),
+            'for_good': for_good, 'for_now': len(failures) - for_good,
+            'bytes': dict(fetcher.sizes), 'failures': failures,
+            'answers': {str(status): n for status, n in sorted(fetcher.requests.items())}}

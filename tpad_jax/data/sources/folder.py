@@ -27,7 +27,7 @@ from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sources import Source
 from tpad_jax.data.sources import ids as ids_lib
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS, Lines, Reason, stay_inside
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 SESSIONS, ITEMS, IMAGES = 'sessions.npz', ('items.jsonl', 'items.jsonl.gz'), 'images'
 
@@ -82,27 +82,24 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
       InputError: naming the file and what in it is wrong.
     """
     directory, words, sides = Path(directory), tuple(words), tuple(sides)
-    stay_inside(directory / SESSIONS, directory)
-    loaded = ids_lib.load(directory / SESSIONS, ordered=ordered, valid=valid, seed=seed)
-    arrays, digest = ids_lib.unpack(directory / SESSIONS)
-    numbers = _numbers(directory / SESSIONS, arrays.get('catalog_item'), loaded.num_items)
+    sessions = directory / SESSIONS
+    stay_inside(sessions, directory)
+    loaded = ids_lib.load(sessions, ordered=ordered, valid=valid, seed=seed)
+    arrays, digest = ids_lib.unpack(sessions)
+    numbers = _numbers(sessions, arrays.get('catalog_item'), loaded.num_items)
     file = next((directory / name for name in ITEMS if (directory / name).is_file()), None)
-    if file is None:
-        raise InputError(f'{directory} holds no items.jsonl or items.jsonl.gz. Expected the items, '
-                         'a JSON object per line, see tpad_jax/data/sources/folder.py. Fix: write '
-                         'the file.')
+    refuse_if(file is None, f'{directory} holds no items.jsonl or items.jsonl.gz. Expected a JSON '
+              'object per item, see tpad_jax/data/sources/folder.py. Fix: write the file.')
     stay_inside(file, directory)
     records, lines = _items(file)
-    absent = [number for number in numbers[1:] if number not in records]
-    if absent:
-        raise InputError(f'{file} lacks {len(absent)} of {len(numbers) - 1} items of the sessions, '
-                         f'{absent[0]} among them. Expected a line for each. Fix: add the lines.')
+    absent = set(numbers[1:]) - records.keys()
+    refuse_if(absent, f'{file} lacks {len(absent)} of {len(numbers) - 1} items of the sessions, '
+              f'{min(absent, default=0)} among them. Expected a line for each. Fix: add the lines.')
     items = [{}, *(records[number] for number in numbers[1:])]
     for field in (*words, *sides):
-        if not any(field in item for item in items):
-            raise InputError(f'{file}: no item has the field {field!r} that config.data.words or '
-                             'config.data.sides names. Expected fields of the items. Fix: correct '
-                             'the name.')
+        refuse_if(not any(field in item for item in items), f'{file}: no item has the field '
+                  f'{field!r} that config.data.words or config.data.sides names. Expected a field '
+                  'of the items. Fix: correct the name.')
     place = next((path for path in (directory / f'{IMAGES}.zip', directory / IMAGES)
                   if path.is_file() or path.is_dir()), None)
     if place is not None:
@@ -112,8 +109,8 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     columns = [column for field in sides
                for column in _columns([item.get(field) for item in items[1:]], warm[1:])]
     side = np.zeros((len(items), len(columns)), np.int32)
-    if columns:
-        side[1:] = np.stack([ids for ids, _ in columns], axis=1)
+    for column, (ids, _) in enumerate(columns):
+        side[1:, column] = ids
     rejected = {**loaded.lines['rejected'], 'in no session': len(records) - len(items) + 1,
                 **lines.rejected}
     return replace(
@@ -133,9 +130,8 @@ def _digest(options: str, file: Path, place: Path | None, names: list[str]) -> s
     digest = hashlib.sha256(options.encode())
     for path in (file, place):
         if path is not None and path.is_file():
-            with path.open('rb') as packed:
-                while block := packed.read(2**20):
-                    digest.update(block)
+            with path.open('rb') as opened:
+                hashlib.file_digest(opened, lambda: digest)  # updates this digest
     if place is not None and place.is_dir():
         for name in filter(None, names):
             digest.update(name.encode(errors='surrogateescape') + (place / name).read_bytes())
@@ -165,13 +161,12 @@ def _numbers(file: Path, numbers: np.ndarray | None, last: int) -> list[int]:
     """The `item` of every id, int [V + 1]; [0] is not read."""
     if numbers is None:
         return list(range(last + 1))
-    if numbers.ndim != 1 or numbers.dtype.kind not in 'iu' or len(numbers) <= last:
-        raise InputError(f'{file}: catalog_item is {numbers.dtype} {list(numbers.shape)}. Expected '
-                         f'integers, one for every id 0..{last}. Fix: correct the array.')
+    refuse_if(numbers.ndim != 1 or numbers.dtype.kind not in 'iu' or len(numbers) <= last,
+              f'{file}: catalog_item is {numbers.dtype} {list(numbers.shape)}. Expected integers, '
+              f'one for every id 0..{last}. Fix: correct the array.')
     repeated = len(numbers) - 1 - len(np.unique(numbers[1:]))
-    if repeated:
-        raise InputError(f'{file}: catalog_item names {repeated} items for more than one id. '
-                         'Expected one id for each. Fix: remove the others.')
+    refuse_if(repeated, f'{file}: catalog_item names {repeated} items for more than one id. '
+              'Expected one id for each. Fix: remove the others.')
     return numbers.tolist()
 
 
@@ -180,12 +175,11 @@ def _items(file: Path) -> tuple[dict[int, dict], Lines]:
     lines, records = Lines(file), {}
     for record in lines:
         item = record.get('item')
-        if not isinstance(item, int) or isinstance(item, bool) or item in records:
-            raise InputError(f'{file}, line {lines.number}: `item` is {item!r}. Expected a number '
-                             'that no other line has. Fix: correct the line.')
+        refuse_if(type(item) is not int or item in records,
+                  f'{file}, line {lines.number}: `item` is {item!r}. Expected a number that no '
+                  'other line has. Fix: correct the line.')
         records[item] = record
-    if lines.damaged:
-        number, reason = lines.damaged[0]
+    for number, reason in lines.damaged:
         raise InputError(f'{file}, line {number} cannot be read ({reason}). Expected a JSON object '
                          'in UTF-8 per line. Fix: correct the line.')
     return records, lines
@@ -209,7 +203,7 @@ def _image_names(place: Path | None, directory: Path, items: list[dict]
                 members = {member.filename: _usable(member) for member in file.infolist()}
         except (OSError, *DAMAGE) as error:
             raise InputError(f'{place} is not a usable zip file ({error}). Expected the pictures. '
-                             'Fix: pack them again, or put them into a folder images/.') from error
+                             'Fix: pack them again, or use a folder images/.') from error
         present = {PurePosixPath(name).name: usable for name, usable in members.items()} | members
     outcomes = [present.get(name, Reason(images.NOT_THERE)) if name else '' for name in wanted]
     unused = Counter(str(name) for name in outcomes if isinstance(name, Reason))
@@ -229,14 +223,11 @@ def _usable(member: zipfile.ZipInfo) -> str | Reason:
 
 
 def _check(config) -> None:
-    if not Path(config.data.ready).is_dir():
-        raise InputError(f'config.data.ready={config.data.ready!r}: not a directory. Expected one '
-                         'with sessions.npz and items.jsonl, see tpad_jax/data/sources/folder.py. '
-                         'Fix: correct the path.')
+    refuse_if(not Path(config.data.ready).is_dir(), f'config.data.ready={config.data.ready!r}: not '
+              'a directory. Expected one with sessions.npz and items.jsonl. Fix: correct the path.')
 
 
-def _load(config, workdir: Path) -> Data:
-    del workdir
+def _load(config, _workdir: Path) -> Data:
     c = config.data
     return load(c.ready, words=names_in(c.words), sides=names_in(c.sides), ordered=c.ordered,
                 valid=c.valid, seed=c.seed)

@@ -21,7 +21,7 @@ from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import Source
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 PARTS = 'train', 'test'
 MAX_ARRAYS = 2**32  # bytes of all arrays; fifty times the largest public benchmark
@@ -46,13 +46,11 @@ def load(path, *, ordered: bool, valid: float, seed: int) -> Data:
       InputError: naming the file, the array in it and what is wrong.
     """
     train, test, digest, empty = read(path)
-    train, held_out = hold_out(train, ordered=ordered, valid=valid, seed=seed)
-    loaded = data(train, held_out, test)
+    loaded = data(*hold_out(train, ordered=ordered, valid=valid, seed=seed), test)
     lines = {**loaded.lines, 'read': loaded.lines['read'] + empty,
              'rejected': {'empty_session': empty} if empty else {}}
-    options = f'{ordered} {valid} {seed}'
-    return replace(loaded, lines=lines,
-                   fingerprint=hashlib.sha256(f'{digest} {options}'.encode()).hexdigest())
+    identity = f'{digest} {ordered} {valid} {seed}'
+    return replace(loaded, lines=lines, fingerprint=hashlib.sha256(identity.encode()).hexdigest())
 
 
 def data(train: Sessions, valid: Sessions, test: Sessions) -> Data:
@@ -66,15 +64,14 @@ def data(train: Sessions, valid: Sessions, test: Sessions) -> Data:
     Returns:
       Data whose catalogue is every id up to the largest, without audit and fingerprint.
     """
-    num_items = int(max(part.items.max(initial=0) for part in (train, valid, test)))
-    names = ['', *map(str, range(1, num_items + 1))]
-    count = sum(len(part.start) for part in (train, valid, test))
-    return Data(asins=names, titles=[''] * len(names), texts=[''] * len(names), image_bytes=None,
-                has_image=np.zeros(len(names), bool), side=np.zeros((len(names), 0), np.int32),
-                side_sizes=(), train=train, valid=valid, test=test,
-                warm=sessions_lib.warm_items(train, num_items),
-                lines={'read': count, 'kept': count, 'rejected': {}}, audit={}, fingerprint='',
-                form='npz')
+    splits = train, valid, test
+    rows = 1 + int(max(part.items.max(initial=0) for part in splits))
+    count = sum(len(part.start) for part in splits)
+    return Data(['', *map(str, range(1, rows))], titles=[''] * rows, texts=[''] * rows,
+                image_bytes=None, has_image=np.zeros(rows, bool), side_sizes=(),
+                side=np.zeros((rows, 0), np.int32), train=train, valid=valid, test=test,
+                warm=sessions_lib.warm_items(train, rows - 1), audit={}, fingerprint='', form='npz',
+                lines={'read': count, 'kept': count, 'rejected': {}})
 
 
 def read(path) -> tuple[Sessions, Sessions, str, int]:
@@ -92,18 +89,17 @@ def read(path) -> tuple[Sessions, Sessions, str, int]:
     path = Path(path)
     arrays, digest = unpack(path)
     for name in (f'{part}_{what}' for part in PARTS for what in ('items', 'offsets')):
-        if name not in arrays:
-            raise InputError(f'{path} has no array {name}. Expected train_items, train_offsets, '
-                             'test_items and test_offsets. Fix: save all four.')
+        refuse_if(name not in arrays, f'{path} has no array {name}. Expected train_items, '
+                  'train_offsets, test_items and test_offsets. Fix: save all four.')
     parts = [_sessions(path, name, arrays) for name in PARTS]
     empty = sum(int((np.diff(part.offsets) == 0).sum()) for part in parts)
     parts = [sessions_lib.take(part, np.flatnonzero(np.diff(part.offsets))) for part in parts]
     largest = max(part.items.max() for part in parts)
     if largest > MAX_ITEMS:
         different = len(np.unique(np.concatenate([part.items for part in parts])))
-        if largest > MAX_GAPS * different:
-            raise InputError(f'{path}: the largest item id is {largest}, but only {different} ids '
-                             'occur. Expected ids without large gaps. Fix: number the items 1..V.')
+        refuse_if(largest > MAX_GAPS * different,
+                  f'{path}: the largest item id is {largest}, but only {different} ids occur. '
+                  'Expected ids without large gaps. Fix: number the items 1..V.')
     return *parts, digest, empty
 
 
@@ -120,26 +116,24 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], str]:
       InputError: it cannot be read, or holds something else than arrays, or too much.
     """
     try:
-        if not path.is_file():
-            raise FileNotFoundError(0, 'no such file')
+        if not path.is_file():  # reading a pipe would wait
+            raise ValueError('no such file')
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as packed:  # members never unpack to more
-            size = sum(member.file_size for member in packed.infolist())
-            if size > MAX_ARRAYS:
-                raise ValueError(f'its arrays would take {size / 2**30:.0f} GiB')
-            if any(m.compress_type not in PACKINGS for m in packed.infolist()):
-                raise ValueError('packed otherwise than by deflate')
+            members = packed.infolist()
+        size = sum(member.file_size for member in members)
+        if size > MAX_ARRAYS:
+            raise ValueError(f'its arrays would take {size / 2**30:.0f} GiB')
+        if any(member.compress_type not in PACKINGS for member in members):
+            raise ValueError('packed otherwise than by deflate')
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
+            arrays = dict(file)
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):  # numpy returns other members as bytes
                 raise ValueError(f'{name} in it is not an array')
-    except OSError as error:
-        raise InputError(f'{path} cannot be read ({error.strerror}). Expected an .npz of sessions. '
-                         'Fix: correct config.data.npz or the file\'s permissions.') from error
-    except DAMAGE as error:
-        raise InputError(f'{path} is not a usable .npz ({error}). Expected arrays without pickled '
-                         'objects. Fix: save it with numpy.savez.') from error
+    except (OSError, *DAMAGE) as error:
+        raise InputError(f'{path} is not a usable .npz ({error}). Expected a readable file of '
+                         'arrays, without pickled objects. Fix: save it by numpy.savez.') from error
     return arrays, hashlib.sha256(content).hexdigest()
 
 
@@ -161,10 +155,9 @@ def hold_out(train: Sessions, *, ordered: bool, valid: float, seed: int
     """
     total = len(train.start)
     held_out = round(valid if valid >= 1 else valid * total)
-    if not 0 < held_out < total:
-        raise InputError(f'config.data.valid={valid}: of {total} training sessions {held_out} are '
-                         'held out for validation. Expected some for both. Fix: choose another '
-                         'share or number.')
+    refuse_if(not 0 < held_out < total,
+              f'config.data.valid={valid}: {held_out} of {total} training sessions are held out. '
+              'Expected some for both. Fix: choose another share or number.')
     order = np.arange(total) if ordered else np.random.default_rng(seed).permutation(total)
     return tuple(sessions_lib.take(train, np.sort(part))
                  for part in (order[:-held_out], order[-held_out:]))
@@ -172,11 +165,12 @@ def hold_out(train: Sessions, *, ordered: bool, valid: float, seed: int
 
 def _sessions(path, name: str, arrays: dict) -> Sessions:
     """Check and wrap one part."""
+    for key in (f'{name}_items', f'{name}_offsets'):
+        array = arrays[key]
+        refuse_if(array.ndim != 1 or array.dtype.kind not in 'iu',
+                  f'{path}: {key} is {array.dtype} {list(array.shape)}. Expected one row of '
+                  'integers. Fix: convert it.')
     items, offsets = arrays[f'{name}_items'], arrays[f'{name}_offsets']
-    for key, array in ((f'{name}_items', items), (f'{name}_offsets', offsets)):
-        if array.ndim != 1 or array.dtype.kind not in 'iu':
-            raise InputError(f'{path}: {key} is {array.dtype} {list(array.shape)}. Expected one '
-                             'row of integers. Fix: convert it.')
     # checked before they are converted: a large id or offset would wrap around
     sessions = Sessions(items, offsets, np.zeros(max(len(offsets) - 1, 0), np.int64))
     sessions_lib.check(sessions, f'{path}: {name}', 2**31 - 2)
@@ -184,13 +178,11 @@ def _sessions(path, name: str, arrays: dict) -> Sessions:
 
 
 def _check(config) -> None:
-    if not Path(config.data.npz).is_file():
-        raise InputError(f'config.data.npz={config.data.npz!r}: not a file. Expected an .npz of '
-                         'sessions, see tpad_jax/data/sources/ids.py. Fix: correct the path.')
+    refuse_if(not Path(config.data.npz).is_file(), f'config.data.npz={config.data.npz!r}: not a '
+              'file. Expected an .npz of sessions, see data/sources/ids.py. Fix: correct the path.')
 
 
-def _load(config, workdir: Path) -> Data:
-    del workdir
+def _load(config, _workdir: Path) -> Data:
     c = config.data
     return load(c.npz, ordered=c.ordered, valid=c.valid, seed=c.seed)
 
