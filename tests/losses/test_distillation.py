@@ -16,7 +16,7 @@ from tpad_jax.core import kmeans
 from tpad_jax.data.batches import content_rows
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
-from tpad_jax.losses import distillation
+from tpad_jax.losses import tokens as token_losses
 from tpad_jax.models import outputs, readers, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.knowledge import KnowledgeMLLM
@@ -62,7 +62,7 @@ def states():
                       valid=np.array([True, True, False]), row=np.arange(B))
 
 
-@pytest.mark.parametrize('kind', distillation.KINDS)
+@pytest.mark.parametrize('kind', token_losses.KINDS)
 def test_divergences_against_numpy(states, kind):
     """Value, weight and gradient; all words the student has, and no other; row by row as well."""
     out, batch = states
@@ -94,7 +94,7 @@ def test_a_student_that_agrees_has_nothing_to_learn(states):
     out = {**out, 'r.text': out['k.text'][..., :6], 'k.text': out['k.text'][..., :6],
            'r.image': 3 * out['k.image']}  # of one direction is enough for relations
     agreed, relations = jit(lambda out: (
-        [losses.mdist(out, batch, kind=kind).value for kind in distillation.KINDS],
+        [losses.mdist(out, batch, kind=kind).value for kind in token_losses.KINDS],
         losses.rdist(out, batch)))(out)
     np.testing.assert_allclose(np.stack(agreed), 0, atol=1e-6)
     np.testing.assert_allclose(relations.value[0], 0, atol=1e-5)

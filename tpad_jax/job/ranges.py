@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tpad_jax.baselines import rules
 from tpad_jax.config import STAGES, flat, names
 from tpad_jax.errors import InputError
-from tpad_jax.losses import distillation
+from tpad_jax.losses import tokens
 from tpad_jax.models.hf import layers
 from tpad_jax.models.knowledge import POOLING
 from tpad_jax.models.sessions import ENCODERS
@@ -142,7 +142,7 @@ RULES = {key: rule for rule, keys in (
     (choice(POOLING), 'mllm.pooling'),
     (choice(('float32', 'bfloat16')),
      'mllm.param_dtype mllm.dtype mllm.teacher_dtype losses.*.dtype'),
-    (choice(distillation.KINDS), 'losses.*.kind'),
+    (choice(tokens.KINDS), 'losses.*.kind'),
     (choice(('adamw', 'adam', 'sgd')), 'stage.*.optimiser'),
     (choice(('cosine', 'constant')), 'stage.*.schedule'),
     (PATTERN, 'model.lora_targets stage.*.train'),

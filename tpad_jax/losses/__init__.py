@@ -8,14 +8,12 @@ the outputs in `models/outputs.py`; any other keyword is a setting of any type. 
 by the loss's name) and `head` (its module, parameters bound, if the config names one).
 """
 
-from tpad_jax.losses.clusters import clusters
 from tpad_jax.losses.combine import bound, combine, first_parameters, first_states
 from tpad_jax.losses.contract import LossSpec, Out, from_entry, resolve
 from tpad_jax.losses.discrepancy import alignment_uniformity, mmd
-from tpad_jax.losses.distillation import mdist, rdist
-from tpad_jax.losses.generation import generation
 from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
-from tpad_jax.losses.recommendation import next_item, sampled_next_item
+from tpad_jax.losses.recommendation import clusters, next_item, sampled_next_item
+from tpad_jax.losses.tokens import generation, mdist, rdist
 
 __all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bound', 'club_fit', 'clusters', 'combine',
            'first_parameters', 'first_states', 'from_entry', 'generation', 'infonce', 'jsd',

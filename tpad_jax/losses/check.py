@@ -71,11 +71,11 @@ def check(fn, keywords=(), module=None) -> Iterator[Finding]:
         text = str(error).replace(f'config.losses.{NAME}: ', '')
         yield Finding(False, 'contract', text.replace(f'config.losses.{NAME}', 'it'))
     except Exception as error:  # raised by the loss's function
-        frames = traceback.extract_tb(error.__traceback__)
-        frames = [frame for frame in frames if frame.filename == inspect.getsourcefile(fn)]
-        line = f'{frames[-1].filename}, line {frames[-1].lineno}: ' if frames else ''
-        yield Finding(False, 'runs', f'{line}{type(error).__name__}: '
-                      + (str(error).strip().splitlines() or [''])[0])
+        lines = [f'{frame.filename}, line {frame.lineno}: '
+                 for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == inspect.getsourcefile(fn)]
+        first, *_ = traceback.format_exception_only(error)[0].splitlines()
+        yield Finding(False, 'runs', ''.join(lines[-1:]) + first)
 
 
 class Trial:
@@ -139,30 +139,27 @@ class Trial:
         result = self.one(self.params, self.raw, self.batch, self.state)
         (value, _), grads = result
         if not np.isfinite(value):
-            return self._bad_rows(float(value))
+            return Finding(False, 'finite', self._bad_rows(float(value)))
         if not _finite(grads):
             return Finding(False, 'finite', 'the value is finite and its gradient is not: a root '
                            'or a norm of zero has none')
         if not _finite(result):
             return Finding(False, 'finite', 'its state or a metric is not finite')
         self.result = result
-        trained = sorted(n for n, g in grads.items() if _largest(g) > 0)
-        if not trained:
-            return Finding(False, 'finite', 'the gradient is zero: it trains nothing')
-        return Finding(True, 'finite', f'{float(value) / WEIGHT:.4g}, and the gradient reaches '
-                       f'{", ".join(trained)}')
+        trained = ', '.join(sorted(n for n, g in grads.items() if _largest(g) > 0))
+        reach = f'reaches {trained}' if trained else 'is zero: it trains nothing'
+        return Finding(bool(trained), 'finite', f'{float(value) / WEIGHT:.4g}, the gradient {reach}')
 
     def _bad_rows(self, total):
         loss = jax.device_get(jit(self.loss)(self.params, self.raw, self.batch))
-        for bad, text in ((loss.weight < 0, 'a row weight is below 0; the sign belongs to the '
-                           "entry's weight in the config:"),
-                          (~np.isfinite(loss.value) & (loss.weight != 0),
-                           f'the value is {total} in')):
-            rows = bad.reshape(len(bad), -1).any(axis=1) & self.batch.valid
-            if rows.any():
-                shown = ', '.join(map(str, np.flatnonzero(rows)))
-                return Finding(False, 'finite', f'{text} rows {shown}')
-        return Finding(False, 'finite', f'the value is {total}')
+        valid = self.batch.valid.reshape(-1, *(1,) * (loss.value.ndim - 1))
+        bad = valid & (loss.weight < 0)
+        why = "a row weight is below 0; the sign belongs to the entry's weight in the config:"
+        if not bad.any():
+            bad = valid & ~np.isfinite(loss.value) & (loss.weight != 0)
+            why = f'the value is {total} in'
+        rows = np.unique(np.nonzero(bad)[0])
+        return f'{why} rows {", ".join(map(str, rows))}' if len(rows) else f'the value is {total}'
 
     def slope(self):
         """Whether the gradient is the value's slope, along a random direction."""
@@ -171,8 +168,8 @@ class Trial:
         above, below = (float(self.one(
             jax.tree.map(lambda x, y, e=e: x + e * y, self.params, way), self.raw, self.batch,
             self.state)[0][0]) for e in (0.005, -0.005))
-        pairs = zip(*map(jax.tree.leaves, (self.result[1], way)), strict=True)
-        slope, rise = sum(float((g * w).sum()) for g, w in pairs), (above - below) / 0.01
+        products = jax.tree.map(lambda g, w: float((g * w).sum()), self.result[1], way)
+        slope, rise = sum(jax.tree.leaves(products)), (above - below) / 0.01
         if abs(slope - rise) <= max(0.02 * abs(rise), 0.01):
             return Finding(True, 'slope', 'the gradient is the slope of the value')
         return Finding(None, 'slope', f'the gradient is {slope:.4g} where the value rises by '
@@ -191,9 +188,8 @@ class Trial:
         """The number of padded rows changes nothing."""
         keep = self.batch.valid
         raw, batch = jax.tree.map(lambda x: x[keep], (self.raw, self.batch))
-        why = 'the mean over rows is taken by combine'
-        if self.spec.takes('key'):
-            why = 'draw for each row by jax.random.fold_in(key, row), its row being of batch.row'
+        why = ('draw for each row by jax.random.fold_in(key, row), its row being of batch.row'
+               if self.spec.takes('key') else 'the mean over rows is taken by combine')
         return self._same('rows', self.one(self.params, raw, batch, self.state),
                           'the number of padded rows changes nothing',
                           f'the number of padded rows changes {{}}; {why}')
@@ -202,17 +198,16 @@ class Trial:
         """A batch of padding alone: zero, no gradient, an unchanged state."""
         batch = self.batch.replace(valid=np.zeros(example.B, bool))
         (value, (state, logged)), grads = self.one(self.params, self.raw, batch, self.state)
-        state_changes = not _close(state, self.state)
-        wrong = [word for word, bad in (
-            ('the value', float(value) != 0), ('a gradient', not _largest(grads) == 0),
-            ('a metric', any(float(x) != 0 for x in logged.values())),
-            ('the state', state_changes)) if bad]
-        if wrong:
-            why = ('a state stays as it is if no row counts' if wrong == ['the state']
-                   else 'divide by jnp.maximum(count, 1)')
-            return Finding(False, 'no rows', f'{", ".join(wrong)} changes, or is not zero, in a '
-                           f'batch of padding alone; {why}')
-        return Finding(True, 'no rows', 'a batch of padding alone gives zero and no gradient')
+        parts = {'the value': float(value) != 0, 'a gradient': not _largest(grads) == 0,
+                 'a metric': any(float(x) != 0 for x in logged.values()),
+                 'the state': not _close(state, self.state)}
+        wrong = ', '.join(name for name, bad in parts.items() if bad)
+        if not wrong:
+            return Finding(True, 'no rows', 'a batch of padding alone gives zero and no gradient')
+        why = ('a state stays as it is if no row counts' if wrong == 'the state'
+               else 'divide by jnp.maximum(count, 1)')
+        return Finding(False, 'no rows', f'{wrong} changes, or is not zero, in a batch of padding '
+                       f'alone; {why}')
 
     def replicas(self):
         """Replicas that see each other's rows compute the same as one device."""
@@ -228,13 +223,11 @@ class Trial:
 
     def repeats(self):
         """Two positions of one item are not a negative pair; nor are positions of padding."""
-        items, following = (np.where(x > 0, 1, 0).astype(np.int32)
-                            for x in (self.batch.items, self.batch.next))
-        alike = self.batch.replace(items=items, next=following,
-                                   target=np.ones_like(self.batch.target))
+        items, following, target = (np.minimum(x, 1) for x in (
+            self.batch.items, self.batch.next, self.batch.target))
+        alike = self.batch.replace(items=items, next=following, target=target)
         if not _finite(self.one(self.params, self.raw, alike, self.state)):
-            return Finding(False, 'repeats', 'value or gradient is not finite if every position '
-                           'holds the same item')
+            return Finding(False, 'repeats', 'not finite if every position holds the same item')
         needs = self.spec.needs
         scorers = sorted(n for n in needs if n == 'club' or n.startswith('critic.'))
         if not scorers:
@@ -256,13 +249,11 @@ class Trial:
 
         before, after = map(jit(value), (scores, moved.astype(np.float32)))
         if not np.isfinite(before):
-            return Finding(None, 'repeats', 'not checked: it changes features before a critic '
-                           'sees them')
-        if not _close(before, after):
-            return Finding(False, 'repeats', f'{float(before):.4g} becomes {float(after):.4g} by '
-                           'scores between positions of the same item, or of padding: these are '
-                           'not negatives')
-        return Finding(True, 'repeats', 'positions of the same item are not negatives')
+            return Finding(None, 'repeats', 'not checked: a critic sees changed features')
+        if _close(before, after):
+            return Finding(True, 'repeats', 'positions of the same item are not negatives')
+        return Finding(False, 'repeats', f'{float(before):.4g} becomes {float(after):.4g} by '
+                       'scores of positions of one item, or of padding: these are not negatives')
 
     def _same(self, what, other, good, bad):
         ((value, (state, logged)), grads), ((value_, (state_, logged_)), grads_) = (
@@ -287,8 +278,8 @@ def check_shape(spec: LossSpec) -> None:
         if spec.needs <= trial.outputs:
             trial.shape()
     except InputError as error:
-        raise InputError(str(error).replace(f'config.losses.{NAME}',
-                                            f'config.losses.{spec.name}')) from error
+        name = f'config.losses.{spec.name}'
+        raise InputError(str(error).replace(f'config.losses.{NAME}', name)) from error
     except Exception:  # raised by the loss's function
         return
 

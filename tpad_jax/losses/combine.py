@@ -9,7 +9,7 @@ from jax.tree_util import Partial
 
 from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError
-from tpad_jax.losses.contract import checked, label
+from tpad_jax.losses.contract import label
 from tpad_jax.types import Loss
 
 
@@ -84,7 +84,7 @@ def call(spec, out, batch, **provided) -> Loss:
     Raises:
       InputError: while tracing, before the first step; see `combine`.
     """
-    option, fn = f'config.losses.{spec.name}', label(spec.fn)
+    option, fn, rows = f'config.losses.{spec.name}', label(spec.fn), len(batch.valid)
     absent = sorted(spec.needs - out.keys())
     if absent:
         raise InputError(f'{option}: it reads {", ".join(absent)}, which this stage does not '
@@ -99,9 +99,28 @@ def call(spec, out, batch, **provided) -> Loss:
                          'Expected a keyword for every output that is read. Fix: write '
                          f"{fn}(out, batch, *, x: Out = Out('r')) and out[x].") from error
     except Exception as error:
-        error.add_note(f'This is {option} on a batch of {len(batch.valid)} rows.')
+        error.add_note(f'This is {option} on a batch of {rows} rows.')
         raise
-    return checked(spec, result, len(batch.valid))
+    loss, is_loss = (result, True) if isinstance(result, Loss) else (Loss(result, result), False)
+    value, weight = loss[:2]
+    if not (hasattr(value, 'shape') and hasattr(weight, 'shape') and value.shape == weight.shape
+            and value.shape[:1] == (rows,) and (is_loss or value.ndim == 1)
+            and jnp.issubdtype(value.dtype, jnp.floating)):
+        shown = f'Loss(value {_form(value)}, weight {_form(weight)})' if is_loss else _form(value)
+        raise InputError(f'{option}: {fn} returned {shown}. Expected one value per row, float '
+                         f'[{rows}], or Loss(value, weight) of one shape [{rows}, ...]. '
+                         f'Fix: change what {fn} returns.')
+    for metric, x in loss.metrics.items():
+        if getattr(x, 'shape', None) not in ((), value.shape):
+            raise InputError(f'{option}: the metric {metric!r} of {fn} is {_form(x)}. Expected the '
+                             f"value's shape, {list(value.shape)}, or a scalar. "
+                             f'Fix: change the metric.')
+    return loss if is_loss else Loss(value, jnp.ones_like(value))
+
+
+def _form(x):
+    """'float32 [16, 3]', or the type of what is not an array."""
+    return f'{x.dtype} {list(x.shape)}' if hasattr(x, 'shape') else type(x).__name__
 
 
 def bound(losses, params: dict) -> dict:
@@ -152,9 +171,12 @@ def first_parameters(losses, outputs, args, seed: int) -> dict:
         if not calls[spec.name]:
             raise InputError(f'{option}: the function never calls head. Expected a call of it. '
                              'Fix: call head, or remove the module.')
-        for (args, kwargs), draws in calls[spec.name]:
-            variables = jax.jit(lambda d, m=spec.module, a=args, k=kwargs: m.init(
-                d, *jax.tree.map(_ones, a), **jax.tree.map(_ones, k)))(draws)
+        for shapes, draws in calls[spec.name]:
+            def init(draws, module=spec.module, shapes=shapes):
+                args, kwargs = jax.tree.map(_ones, shapes)
+                return module.init(draws, *args, **kwargs)
+
+            variables = jax.jit(init)(draws)
             if variables.keys() - {'params'}:
                 raise InputError(f'{option}: it has {", ".join(sorted(variables))}. Expected '
                                  'parameters alone. Fix: remove its other variables.')

@@ -26,7 +26,6 @@ from flax.core import FrozenDict
 
 from tpad_jax.errors import InputError
 from tpad_jax.models import outputs
-from tpad_jax.types import Loss
 
 PROVIDED = ('axis', 'state', 'key', 'head')  # keywords that `combine` passes if a function has them
 ENTRY = ('fn', 'weight', 'stages', 'schedule', 'module', 'fields')  # keys that are not keywords
@@ -148,41 +147,8 @@ def resolve(name: str, fn: str) -> Callable:
     function = _find(option, fn, 'a function of tpad_jax/losses/ or package.module:function')
     if not callable(function) or isinstance(function, type):
         raise InputError(f'{option}: it is not a function but a {type(function).__name__}. '
-                         'Expected a function. Fix: name a function.')
+                         'Expected a function. Fix: name one.')
     return function
-
-
-def checked(spec: LossSpec, result, rows: int) -> Loss:
-    """Return what a loss returned as a `Loss`.
-
-    Args:
-      spec: of the loss.
-      result: what its function returned.
-      rows: of the batch.
-
-    Raises:
-      InputError: the result has another form than the contract.
-    """
-    option, fn = f'config.losses.{spec.name}', label(spec.fn)
-    loss = result if isinstance(result, Loss) else Loss(result, result)
-    fits = all(hasattr(x, 'shape') for x in loss[:2])
-    fits = fits and loss.value.shape == loss.weight.shape and loss.value.shape[:1] == (rows,) and (
-        jnp.issubdtype(loss.value.dtype, jnp.floating)
-        and (loss.value.ndim == 1 or isinstance(result, Loss)))
-    if not fits:
-        shown = (f'Loss(value {_form(loss.value)}, weight {_form(loss.weight)})'
-                 if isinstance(result, Loss) else _form(result))
-        raise InputError(f'{option}: {fn} returned {shown}. Expected one value per row, float '
-                         f'[{rows}], or Loss(value, weight) of one shape [{rows}, ...]. '
-                         f'Fix: change what {fn} returns.')
-    if not isinstance(result, Loss):
-        return Loss(result, jnp.ones_like(result))
-    for metric, x in loss.metrics.items():
-        if not hasattr(x, 'shape') or x.shape not in ((), loss.value.shape):
-            raise InputError(f'{option}: the metric {metric!r} of {fn} is {_form(x)}. Expected the '
-                             f"value's shape, {list(loss.value.shape)}, or a scalar. "
-                             f'Fix: change the metric.')
-    return loss
 
 
 def label(fn) -> str:
@@ -211,25 +177,16 @@ def _check_signature(option, fn, keywords, has_module):
     if list(signature.parameters)[:2] != ['out', 'batch']:
         raise InputError(f'{shown} does not begin with (out, batch). {form}. '
                          'Fix: change the signature.')
-    known = _parameters(fn)
-    unknown = sorted(keywords.keys() - known.keys())
-    free = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    if unknown and (not free or set(unknown) & {'out', 'batch', *PROVIDED}):
-        raise InputError(f'{option}: {label(fn)} takes no {", ".join(unknown)}. Expected keywords '
-                         f'of {", ".join(known) or "none"}. Fix: remove or rename the key.')
-    head = signature.parameters.get('head')
-    if has_module and not head:
-        raise InputError(f'{shown} takes no head, but the config names a module. {form} with the '
-                         'keyword head, the module with its parameters. Fix: add head=None.')
-    if head and not has_module and head.default is head.empty:
-        raise InputError(f'{shown} needs a head. Expected a flax module in the entry. '
-                         "Fix: set module='package.module:Class'.")
+    # a name that `combine` provides is refused in the config, as it would be given twice
+    provided = {n: None for n in PROVIDED if n in keywords or (
+        has_module if n == 'head' else n in signature.parameters)}
     try:
-        signature.bind({}, None, **keywords,
-                       **{n: None for n in PROVIDED if n in signature.parameters})
+        signature.bind({}, None, **keywords, **provided)
     except TypeError as error:
-        raise InputError(f'{shown} cannot be called as a loss ({error}). {form}, each keyword with '
-                         'a default or a value in the config. Fix: add the value.') from error
+        raise InputError(
+            f'{shown} cannot be called as a loss: {error}. {form}, each keyword with a default or '
+            'a value in the config, and with head only if the config names a module. Fix: change '
+            'the keys of the entry, or the signature.') from error
 
 
 def _check_schedule(option, schedule):
@@ -301,10 +258,3 @@ def _find(option, path, expected):
         raise InputError(f'{option}: it cannot be found; {home.__name__} has no {attribute!r}'
                          + (f', but {near[0]!r}' if near else '') + f'. {fix}')
     return getattr(home, attribute)
-
-
-def _form(x):
-    """'float32 [16, 3]', or the type of what is not an array."""
-    if hasattr(x, 'shape') and hasattr(x, 'dtype'):
-        return f'{x.dtype} {list(x.shape)}'
-    return type(x).__name__

@@ -119,24 +119,19 @@ def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=Fa
     def scores(here):
         if factors is not None:
             return here @ there.T
-        found = score(there, here).T if flip else score(here, there)
-        return found if scale == 1.0 else found * scale
+        return (score(there, here).T if flip else score(here, there)) * scale
 
-    def differ(part):
-        here, own, item = part
-        return scores(here), own, real(item) & (item[:, None] != at.everyone)
+    def against(is_negative):
+        def block(part):
+            here, own, item = part
+            real = (item[:, None] > 0) & (at.everyone > 0)
+            return scores(here), own, real & is_negative(own[:, None], item[:, None])
 
-    def every(part):
-        here, own, item = part
-        return scores(here), own, real(item) & (own[:, None] != jnp.arange(len(at.everyone)))
+        rows = here, at.own, at.item
+        return (bounds.Blocks(block, rows, chunk),) if chunk else block(rows)
 
-    def real(item):
-        return (item[:, None] > 0) & (at.everyone > 0)
-
-    rows = here, at.own, at.item
-    if chunk:
-        return Pairs(*((bounds.Blocks(make, rows, chunk),) for make in (differ, every)), at)
-    return Pairs(differ(rows), every(rows), at)
+    return Pairs(against(lambda own, item: item != at.everyone),
+                 against(lambda own, item: own != jnp.arange(len(at.everyone))), at)
 
 
 def flat(x):

@@ -1,4 +1,4 @@
-"""Losses of a recommender: softmax cross entropy over the catalogue, complete or sampled."""
+"""Losses on sessions: cross entropy of the next item, complete or sampled, and item clusters."""
 
 import math
 
@@ -101,6 +101,31 @@ def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('
     # a cold target is not in the partition
     exact = jnp.where(warm[target], own, -jnp.inf)[:, None]
     return back(jax.nn.logsumexp(jnp.concatenate([exact, logits], axis=1), axis=1) - own)
+
+
+def clusters(out, batch, *, x: Out = Out('interest'), cluster: Out = Out('cluster')):
+    """Return the KL divergence of a session's predicted clusters from its true ones.
+
+    P2Rec (arXiv 2406.00333). [paper] a pre-task per user, not per prefix: the model reads the
+    complete sequence and predicts how its interactions are distributed over k-means clusters of
+    item embeddings. [ours] the clusters are of the Knowledge-MLLM's features (P2Rec's come from a
+    trained recommender); the distribution is of the prefix and the item that follows; a divergence
+    instead of a regression's square.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      x: float32 [B, C]. Output with the logits, one prediction per session.
+      cluster: int32 [V+1]. Output with every item's cluster.
+
+    Returns:
+      [B].
+    """
+    items = jnp.concatenate([batch.items, batch.target[:, None]], axis=1)
+    held = jax.nn.one_hot(out[cluster][items], out[x].shape[-1]) * (items > 0)[..., None]
+    share = held.sum(axis=1) / jnp.maximum((items > 0).sum(axis=1, keepdims=True), 1)
+    surprise = jnp.log(jnp.where(share > 0, share, 1)) - jax.nn.log_softmax(out[x])
+    return (share * surprise).sum(axis=-1)
 
 
 def _predictions(h, batch):

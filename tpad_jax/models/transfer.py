@@ -25,7 +25,7 @@ class TransferMLLM(nn.Module):
     Attributes:
       base: the shared MLLM; its parameters are stored under 'base'.
       features: width D of t.
-      clusters: C of the head that predicts a session's clusters (losses/clusters.py), 0: none.
+      clusters: C of the head that predicts a session's clusters (the loss `clusters`), 0: none.
     """
 
     base: MLLM | VLM

@@ -1,10 +1,11 @@
-"""Losses of a student that learns from a teacher: LLaVA-KD's MDist and RDist (arXiv 2410.16236).
+"""Losses on an MLLM's tokens: it learns to write a text, or learns as a student from a teacher.
 
-[paper] MDist matches next-token distributions at the response's tokens and at the image's alike, by
-the Kullback-Leibler divergence from the teacher's; RDist matches the relations among an image's
-tokens, by the cosine between both models' matrices of them. [ours] the other divergences; relations
-as cosines of hidden states, which any two models have; and student and teacher as names of outputs,
-so a larger MLLM may teach a smaller one, or the Knowledge-MLLM itself under another adapter.
+The teacher's losses are MDist and RDist of LLaVA-KD (arXiv 2410.16236). [paper] MDist matches
+next-token distributions at the response's tokens and at the image's alike, by the Kullback-Leibler
+divergence from the teacher's; RDist matches the relations among an image's tokens, by the cosine
+between both models' matrices of them. [ours] the other divergences; relations as cosines of hidden
+states, which any two models have; and student and teacher as names of outputs, so a larger MLLM may
+teach a smaller one, or the Knowledge-MLLM itself under another adapter.
 """
 
 import math
@@ -14,11 +15,43 @@ import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
 from tpad_jax.losses.contract import Out
-from tpad_jax.losses.generation import row_by_row
 from tpad_jax.nn.mlp import unit
 from tpad_jax.types import Loss
 
 KINDS = ('forward', 'reverse', 'symmetric', 'js', 'skewed')
+
+
+def generation(out, batch, *, x: Out = Out('describe'),
+               tokens: Out = Out('describe.tokens'), table: Out = Out('vocabulary'), by_row=False):
+    """Return the next-token cross entropy of a text, per token.
+
+    [paper] both MLLMs learn by a generation task; [ours] the features they write from (see
+    models/).
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      x: float32 [B, T, width]. Output with the hidden states.
+      tokens: int32 [B, T]. Output with the text, -1 pads.
+      table: float32 [W, width]. Output with the rows of the words.
+      by_row: whether one row's scores exist at a time, in both passes: B times less memory for a
+        large vocabulary.
+
+    Returns:
+      Loss [B, T].
+    """
+    hidden, tokens = out[x], out[tokens]
+    words = out[table].astype(hidden.dtype)
+
+    def surprise(hidden, tokens):
+        # bfloat16 states stay so in the product, whose results are float32
+        logits = jnp.matmul(hidden, words.T, preferred_element_type=jnp.float32)
+        own = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - own
+
+    value = row_by_row(surprise, hidden, tokens) if by_row else surprise(hidden, tokens)
+    weight = ((tokens >= 0) & batch.valid[:, None]).astype(jnp.float32)
+    return Loss(value, weight)
 
 
 def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
@@ -135,3 +168,9 @@ def rdist(out, batch, *, x: Out = Out('r.image'), teacher: Out = Out('k.image'),
     scale = jax.lax.rsqrt(jnp.maximum((student**2).sum((1, 2)) * (taught**2).sum((1, 2)), 1e-6))
     value = 1 - (student * taught).sum((1, 2)) * scale
     return Loss(value, seen.any(axis=1).astype(jnp.float32))
+
+
+def row_by_row(function, *arrays):
+    """Apply a function to one row of the arrays [B, ...] at a time, in both passes."""
+    again = jax.checkpoint(function)
+    return jax.lax.map(lambda row: again(*row), arrays)
