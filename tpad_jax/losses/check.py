@@ -147,8 +147,8 @@ class Trial:
             return Finding(False, 'finite', 'its state or a metric is not finite')
         self.result = result
         trained = ', '.join(sorted(n for n, g in grads.items() if _largest(g) > 0))
-        reach = f'reaches {trained}' if trained else 'is zero: it trains nothing'
-        return Finding(bool(trained), 'finite', f'{float(value) / WEIGHT:.4g}, the gradient {reach}')
+        text = f'the gradient reaches {trained}' if trained else 'the gradient trains nothing'
+        return Finding(bool(trained), 'finite', f'{float(value) / WEIGHT:.4g}, {text}')
 
     def _bad_rows(self, total):
         loss = jax.device_get(jit(self.loss)(self.params, self.raw, self.batch))
