@@ -1,6 +1,8 @@
 """Exceptions that end a command and are not defects: unusable input, and a signal."""
 
+import contextlib
 import errno
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -31,3 +33,25 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 class Stopped(Exception):
     """A signal asked the run to stop, and its state is saved. A command exits with status 75."""
+
+
+@contextlib.contextmanager
+def refusing(kinds: type[Exception] | tuple[type[Exception], ...], problem: str,
+             fix: str) -> Iterator[None]:
+    """Turn the errors of a block into one InputError; an InputError of the block stays as it is.
+
+    Args:
+      kinds: types of the errors. Errors of other types are defects and pass.
+      problem: what is wrong. The error's type and first line follow in brackets.
+      fix: sentences after that.
+
+    Raises:
+      InputError: the block raised one of `kinds`.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        reason = str(error).partition('\n')[0]
+        raise InputError(f'{problem} ({type(error).__name__}: {reason}). {fix}') from error

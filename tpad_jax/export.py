@@ -173,7 +173,6 @@ def _write_sessions(shop, file, bad_share, directory):
     Returns:
       Vectors float32 [S, D] and prefixes int32 [S, N] of the first batch.
     """
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,17 +183,14 @@ def _write_sessions(shop, file, bad_share, directory):
                         ('vector', pa.list_(pa.float32()))])
     with (files.replacing(directory / 'sessions.parquet') as partial,
           pq.ParquetWriter(partial, schema) as out):
-        for sessions in session_files.in_batches(source, session_files.FLUSH):
+        for sessions in source.in_batches(session_files.FLUSH):
             h = shop.embed_sessions([session.session for session in sessions])
-            edges = pa.array(np.arange(len(h) + 1, dtype=np.int32) * h.shape[1])
-            out.write_table(pa.table([
-                pa.array([session.line for session in sessions], pa.int64()),
-                pa.array([session_files.column_id(session.id) for session in sessions],
-                         pa.string()),
-                pa.ListArray.from_arrays(edges, pa.array(h.ravel()))], schema=schema))
+            out.write_table(pa.Table.from_pylist([
+                dict(line=session.line, id=session_files.column_id(session.id), vector=vector)
+                for session, vector in zip(sessions, h, strict=True)], schema))
             if first is None:
                 first = h, shop.rows([session.session for session in sessions])[0]
-        source.check(bad_share)
+        source.check(bad_share, '--bad_share')
     if first is None:
         raise InputError(f'{file} has no session. Fix: give a file with sessions')
     return first

@@ -81,7 +81,7 @@ def run(args, stopping=lambda: False) -> None:
         count['unknown'] += sum(map(len, unknown))
 
     try:
-        for sessions in session_files.in_batches(source, recommender.SIZES[-1]):
+        for sessions in source.in_batches(recommender.SIZES[-1]):
             rows, unknown = shop.rows([session.session for session in sessions])
             pending.extend((sessions, unknown, rows, finish) for finish in shop.begin(rows, k))
             if len(pending) > 1:  # the device has the next batch before this one is written
@@ -101,7 +101,7 @@ def run(args, stopping=lambda: False) -> None:
         if stopped:
             raise Stopped(f'stopped after line {source.number}{where}')
         try:
-            source.check(args.bad_share)
+            source.check(args.bad_share, '--bad_share')
         except InputError as error:
             raise InputError(f'{error}{where}') from error
     except BaseException:

@@ -15,8 +15,8 @@ Rejected lines have no answer.
 """
 
 import json
+import math
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from tpad_jax.core import files
 from tpad_jax.data.untrusted import Lines, Reason
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refusing
 
 STREAM = '-'
 FLUSH = 8192  # sessions of a parquet file's row group
@@ -45,13 +45,8 @@ class Asked(NamedTuple):
     session: list[str]
 
 
-class Source:
-    """The sessions of a file or of standard input, in order. Iterate once.
-
-    Attributes:
-      number: lines or rows read so far.
-      rejected: {reason: count}.
-    """
+class Source(Lines):
+    """The sessions of a file or of standard input, in order. Iterate once; see `Lines`."""
 
     def __init__(self, path: str, on_reject=lambda line, reason: None):
         """Open the source.
@@ -63,64 +58,40 @@ class Source:
         Raises:
           InputError: the file does not exist.
         """
-        self._path = Path(path)
-        self._lines = Lines(self._path, on_reject)
-        if path != STREAM and not self._path.is_file():
+        super().__init__(Path(path), on_reject)
+        if path != STREAM and not self.path.is_file():
             raise InputError(f'{path} does not exist. Expected a file of sessions, or - for '
                              'standard input')
 
-    @property
-    def number(self) -> int:
-        """Lines or rows read so far."""
-        return self._lines.number
-
-    @property
-    def rejected(self) -> Counter:
-        """{reason: count} of the rejected lines."""
-        return self._lines.rejected
-
     def __iter__(self) -> Iterator[Asked]:
-        packed = self._path.suffix == '.parquet'
-        return self._rows() if packed else self._json()
-
-    def check(self, bad_share: float) -> None:
-        """Refuse a file with too many rejected lines, see `Lines.check`.
-
-        Args:
-          bad_share: the largest share of rejected lines.
-        """
-        self._lines.check(bad_share, '--bad_share')
-
-    def _json(self):
-        for record in self._lines:
+        packed = self.path.suffix == '.parquet'
+        for record in self._rows() if packed else super().__iter__():
             session = record.get('session')
-            reason = _why(session)
-            if reason is None:
-                yield Asked(self._lines.number, record.get('id'), _texts(session))
+            if not isinstance(session, list):
+                self.reject(Reason('no_session'))
+            elif not all(type(name) in (str, int) for name in session):
+                self.reject(Reason('session_of_no_item_ids'))
             else:
-                self._lines.reject(reason)
+                yield Asked(self.number, record.get('id'), [str(name) for name in session])
+
+    def in_batches(self, size: int) -> Iterator[list[Asked]]:
+        """Yield lists of `size` sessions, the last one shorter."""
+        sessions = iter(self)
+        while part := list(islice(sessions, size)):
+            yield part
 
     def _rows(self):
-        try:
-            with pq.ParquetFile(self._path) as file:
-                names = file.schema_arrow.names
-                if 'session' not in names:
-                    raise InputError(f'{self._path} has the columns {", ".join(names)}. Expected '
-                                     'a column session, lists of item ids')
-                wanted = [name for name in ('session', 'id') if name in names]
-                for part in file.iter_batches(FLUSH, columns=wanted):
-                    columns = part.to_pydict()
-                    ids = columns.get('id') or [None] * part.num_rows
-                    for name, session in zip(ids, columns['session'], strict=True):
-                        self._lines.number += 1
-                        reason = _why(session)
-                        if reason is None:
-                            yield Asked(self._lines.number, name, _texts(session))
-                        else:
-                            self._lines.reject(reason)
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f'{self._path} cannot be read as parquet: '
-                             f'{str(error).splitlines()[0]}. Fix: write it again') from error
+        with (refusing((OSError, pa.ArrowException), f'{self.path} cannot be read as parquet',
+                       'Fix: write it again'), pq.ParquetFile(self.path) as file):
+            names = file.schema_arrow.names
+            if 'session' not in names:
+                raise InputError(f'{self.path} has the columns {", ".join(names)}. Expected a '
+                                 'column session, lists of item ids')
+            wanted = [name for name in ('session', 'id') if name in names]
+            for part in file.iter_batches(FLUSH, columns=wanted):
+                for record in part.to_pylist():
+                    self.number += 1
+                    yield record
 
 
 class Sink:
@@ -133,20 +104,11 @@ class Sink:
     """
 
     def __init__(self, path: str, ids: list[str], scores: bool):
-        self._path, self._scores, self._table = path, scores, None
-        self._words = [json.dumps(name).encode() for name in ids]
+        self._path, self._ids, self._scores, self._waiting = path, ids, scores, []
         self.partial = None if path == STREAM else Path(f'{path}{files.PARTIAL}')
-        try:
-            if path.endswith('.parquet'):
-                self._ids = pa.array(ids, pa.string())
-                self._table, self._waiting = pq.ParquetWriter(self.partial, ANSWER), []
-            elif path == STREAM:
-                self._file = sys.stdout.buffer
-            else:
-                self._file = self.partial.open('wb')
-        except OSError as error:
-            raise InputError(f'{self.partial} cannot be written ({error.strerror}). Fix: choose '
-                             'another --out') from error
+        with refusing(OSError, f'{self.partial} cannot be written', 'Fix: choose another --out'):
+            self._file = self.partial.open('wb') if self.partial else sys.stdout.buffer
+        self._table = pq.ParquetWriter(self._file, ANSWER) if path.endswith('.parquet') else None
 
     def write(self, asked: list[Asked], unknown: list[list[str]], items: np.ndarray,
               scores: np.ndarray) -> None:
@@ -158,27 +120,21 @@ class Sink:
           items: int32 [S, K]. Lists, best first.
           scores: float32 [S, K]. NaN in the row of an empty session.
         """
-        if self._table is not None:
-            self._waiting.append(self._batch(asked, unknown, items, scores))
-            if sum(part.num_rows for part in self._waiting) >= FLUSH:
-                self._flush()
-            return
-        values, words, out = scores.tolist(), self._words, []
-        empty = np.isnan(scores[:, 0]).tolist()
-        for n, (session, row) in enumerate(zip(asked, items.tolist(), strict=True)):
-            key = b'"line": %d' % session.line if session.id is None else (
-                b'"id": ' + json.dumps(session.id).encode())
-            more = b''
+        for session, names, row, values in zip(asked, unknown, items.tolist(), scores.tolist(),
+                                               strict=True):
+            best, empty = [self._ids[n] for n in row], math.isnan(values[0])
+            if self._table is not None:
+                self._waiting.append(dict(line=session.line, id=column_id(session.id), items=best,
+                                          scores=values, unknown=names, empty=empty))
+                continue
+            answer = {'line': session.line} if session.id is None else {'id': session.id}
+            answer['items'] = best
             if self._scores:
-                listed = ', '.join(f'{x:.6g}' for x in values[n])
-                more = b', "scores": ' + (b'null' if empty[n] else f'[{listed}]'.encode())
-            if unknown[n]:
-                more += b', "unknown": ' + json.dumps(unknown[n]).encode()
-            if empty[n]:
-                more += b', "empty": true'
-            out.append(b'{%s, "items": [%s]%s}\n' % (
-                key, b', '.join([words[i] for i in row]), more))
-        self._file.write(b''.join(out))
+                answer['scores'] = None if empty else [float(f'{x:.6g}') for x in values]
+            answer |= ({'unknown': names} if names else {}) | ({'empty': True} if empty else {})
+            self._file.write(json.dumps(answer).encode() + b'\n')
+        if len(self._waiting) >= FLUSH:
+            self._flush()
 
     def finish(self) -> None:
         """Rename the complete file."""
@@ -191,52 +147,17 @@ class Sink:
         if self._table is not None:
             self._flush()
             self._table.close()
-        elif self.partial is None:
+        if self.partial is None:
             self._file.flush()
         else:
             self._file.close()
 
-    def _batch(self, asked, unknown, items, scores):
-        size, k = items.shape
-        edges = pa.array(np.arange(size + 1, dtype=np.int32) * k)
-        ids = [column_id(session.id) for session in asked]
-        return pa.record_batch([
-            pa.array([session.line for session in asked], pa.int64()), pa.array(ids, pa.string()),
-            pa.ListArray.from_arrays(edges, self._ids.take(pa.array(items.ravel()))),
-            pa.ListArray.from_arrays(edges, pa.array(scores.ravel(), pa.float32())),
-            pa.array(unknown, pa.list_(pa.string())), pa.array(np.isnan(scores[:, 0]))],
-            schema=ANSWER)
-
     def _flush(self):
         if self._waiting:
-            self._table.write_table(pa.Table.from_batches(self._waiting, ANSWER))
+            self._table.write_table(pa.Table.from_pylist(self._waiting, ANSWER))
             self._waiting = []
-
-
-def in_batches(source: Source, size: int) -> Iterator[list[Asked]]:
-    """Yield lists of `size` sessions, the last one shorter.
-
-    Args:
-      source: the sessions.
-      size: sessions of a list.
-    """
-    sessions = iter(source)
-    while part := list(islice(sessions, size)):
-        yield part
 
 
 def column_id(name) -> str | None:
     """Return an id for a table: a text or None as it is, any other value as JSON."""
     return name if name is None or isinstance(name, str) else json.dumps(name)
-
-
-def _why(session) -> Reason | None:
-    if not isinstance(session, list):
-        return Reason('no_session')
-    if not all(type(x) in (str, int) for x in session):
-        return Reason('session_of_no_item_ids')
-    return None
-
-
-def _texts(session):
-    return [x if type(x) is str else str(x) for x in session]
