@@ -102,32 +102,26 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
 
 def _write_items(served, run, directory):
     """Write the tables of all items."""
+    import numpy as np
     import polars as pl
 
     from tpad_jax.features import store
 
-    z = served.z[1:]
     columns = {'item_id': served.ids[1:], 'title': served.titles[1:], 'events': served.events[1:],
-               'vector': z}
-    files.write_text(directory / 'item_ids.json', json.dumps(served.ids[1:]))
-    _write_keyed(directory / 'item_vectors.safetensors', z, served.ids)
+               'vector': served.z[1:]}
     features = run / 'features' / served.about['features']
     if (features / 'r.npy').is_file():
         r = store.read(features, 'r')[1:]
-        columns['features'] = r = r.reshape(len(r), -1)
-        _write_keyed(directory / 'item_features.safetensors', r, served.ids)
+        columns['features'] = r.reshape(len(r), -1)
+    files.write_text(directory / 'item_ids.json', json.dumps(served.ids[1:]))
+    # in the form that data/sources/external_features.py reads
+    ids = np.frombuffer('\n'.join(served.ids[1:]).encode() + b'\n', np.uint8)
+    for name, column in (('vectors', 'vector'), ('features', 'features')):
+        if column in columns:
+            files.write_tensors(directory / f'item_{name}.safetensors',
+                                {'features': columns[column], 'ids': ids})
     with files.replacing(directory / 'items.parquet') as partial:
         pl.DataFrame(columns).write_parquet(partial)
-
-
-def _write_keyed(file, rows, ids):
-    """Write rows and their ids in the form that data/sources/external_features.py reads."""
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    words = np.frombuffer('\n'.join(ids[1:]).encode() + b'\n', np.uint8)
-    with files.replacing(file) as partial:
-        save_file({'features': np.ascontiguousarray(rows), 'ids': words}, partial)
 
 
 def _write_recommender(served, directory, k, rows):
@@ -135,7 +129,6 @@ def _write_recommender(served, directory, k, rows):
     import jax
     import numpy as np
     from flax.traverse_util import flatten_dict, unflatten_dict
-    from safetensors.numpy import save_file
 
     from tpad_jax.core.precision import exact_products
     from tpad_jax.evaluation import scorers
@@ -152,19 +145,16 @@ def _write_recommender(served, directory, k, rows):
 
     def recommend(weights, items):
         tree = unflatten_dict(weights, sep='/')
-        models = tuple(({'recommender': tree[i]['recommender']}, tree[i].get('rows', {}))
-                       for i in map(str, range(len(served.specs))))
+        models = tuple(({'recommender': tree[f'{i}']['recommender']}, tree[f'{i}'].get('rows', {}))
+                       for i in range(len(served.specs)))
         return search(models, weights['z'], total, items, k=k)
 
     shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
               jax.ShapeDtypeStruct((rows, served.about['max_length']), np.int32))
-    exported = jax.export.export(jax.jit(exact_products(recommend)),
-                                 platforms=PLATFORMS)(*shapes)
+    exported = jax.export.export(jax.jit(exact_products(recommend)), platforms=PLATFORMS)
     with files.replacing(directory / 'recommender.jax') as partial:
-        partial.write_bytes(exported.serialize())
-    with files.replacing(directory / 'weights.safetensors') as partial:
-        # np.ascontiguousarray would give a scalar the shape (1,)
-        save_file({path: np.asarray(x, order='C') for path, x in weights.items()}, partial)
+        partial.write_bytes(exported(*shapes).serialize())
+    files.write_tensors(directory / 'weights.safetensors', weights)
 
 
 def _write_sessions(shop, file, bad_share, directory):
@@ -179,8 +169,7 @@ def _write_sessions(shop, file, bad_share, directory):
     from tpad_jax.serving import session_files
 
     source, first = session_files.Source(file), None
-    schema = pa.schema([('line', pa.int64()), ('id', pa.string()),
-                        ('vector', pa.list_(pa.float32()))])
+    schema = pa.schema({'line': pa.int64(), 'id': pa.string(), 'vector': pa.list_(pa.float32())})
     with (files.replacing(directory / 'sessions.parquet') as partial,
           pq.ParquetWriter(partial, schema) as out):
         for sessions in source.in_batches(session_files.FLUSH):
@@ -188,8 +177,7 @@ def _write_sessions(shop, file, bad_share, directory):
             out.write_table(pa.Table.from_pylist([
                 dict(line=session.line, id=session_files.column_id(session.id), vector=vector)
                 for session, vector in zip(sessions, h, strict=True)], schema))
-            if first is None:
-                first = h, shop.rows([session.session for session in sessions])[0]
+            first = first or (h, shop.rows([session.session for session in sessions])[0])
         source.check(bad_share, '--bad_share')
     if first is None:
         raise InputError(f'{file} has no session. Fix: give a file with sessions')
@@ -202,14 +190,14 @@ def _write_ann(shop, vectors, prefixes, k, directory):
 
     known = prefixes[:, 0] > 0
     if not known.any():
-        raise InputError('--ann measures its recall on the first sessions of --sessions, and none '
-                         'of them names an item of the run. Fix: give sessions of its items')
+        raise InputError('--ann measures its recall on --sessions, but none of them names an item '
+                         'of the run. Fix: give sessions of its items')
     index = ann.build(shop.embed_items())
     ann.write(index, directory / 'items.faiss')
     lists, _ = ann.search(index, vectors[known], k)
-    return {'sessions': int(known.sum()),
-            'recall': ann.recall(lists, shop.first(prefixes[known], k)[0]),
-            'neighbours': ann.NEIGHBOURS, 'looked at': ann.SEARCH}
+    recall = ann.recall(lists, shop.first(prefixes[known], k)[0])
+    return {'sessions': int(known.sum()), 'recall': recall, 'neighbours': ann.NEIGHBOURS,
+            'looked at': ann.SEARCH}
 
 
 if __name__ == '__main__':

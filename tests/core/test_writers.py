@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import files, log
-from tpad_jax.core import progress as progress_lib
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import tables
 
@@ -172,7 +171,7 @@ def test_a_table_of_many_metrics_is_printed_in_full_on_a_narrow_console():
 
 def test_plain_progress_is_sparse_and_ends_with_a_line(monkeypatch):
     clock = iter(range(0, 10_000, 1))
-    monkeypatch.setattr(progress_lib.time, 'monotonic', lambda: next(clock))
+    monkeypatch.setattr(console_lib.time, 'monotonic', lambda: next(clock))
     console = Console(file=io.StringIO())
     with console_lib.progress('joint', 100, 20, console) as update:
         for step in range(21, 101):

@@ -65,6 +65,25 @@ def write_text(path, text):
         partial.write_text(text)
 
 
+def write_tensors(path, arrays, metadata=None):
+    """Write a .safetensors file completely or not at all.
+
+    Args:
+      path: the file to create or replace.
+      arrays: {name: array of numpy or jax}.
+      metadata: {name: anything that JSON can hold}, or None.
+    """
+    import numpy as np  # here: a command sets up memory before numpy is imported
+    from safetensors.numpy import save_file
+    # np.ascontiguousarray would give a scalar the shape (1,)
+    arrays = {name: np.asarray(array, order='C') for name, array in arrays.items()}
+    with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors writes files that only the owner can read
+        save_file(arrays, partial, metadata and {n: json.dumps(x) for n, x in metadata.items()})
+        partial.chmod(mode)
+
+
 def _plain(value):
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}

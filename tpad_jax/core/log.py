@@ -14,7 +14,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpad_jax.core import files
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refusing
 
 # protobuf makes these classes at import, so type checkers do not know them
 Event, SessionLog = vars(event_pb2)['Event'], vars(event_pb2)['SessionLog']
@@ -138,14 +138,11 @@ def read_log(path: str | Path) -> list[dict]:
         raise InputError(f'{path} does not exist. Fix: give the log.jsonl of a run')
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
-        try:
+        with refusing((ValueError, KeyError, TypeError),
+                      f'{path}, line {number} is not a line of a log',
+                      'Expected a JSON object with stage and step. Fix: remove the line'):
             line = json.loads(text)
-            if not {'stage', 'step'} <= line.keys():
-                raise ValueError
-        except (ValueError, AttributeError) as error:
-            raise InputError(f'{path}, line {number} is not a line of a log. Expected a JSON '
-                             'object with stage and step. Fix: remove the line') from error
-        lines.append(line)
+            lines.append({'stage': line['stage'], 'step': line['step'], **line})
     return lines
 
 

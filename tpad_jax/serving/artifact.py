@@ -18,18 +18,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import polars as pl
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from tpad_jax.config import names, partnered
 from tpad_jax.core import files
 from tpad_jax.data import sessions
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refusing
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
 
@@ -78,29 +77,29 @@ def write(job, name: str, scores) -> None:
     """
     directory, bound = job.workdir / FOLDER, scores.bound
     directory.mkdir(parents=True, exist_ok=True)
-    configs = [job.config, partnered(job.config)][:len(bound.specs)]
+    c, content = job.config, job.content is not None
+    configs = [c, partnered(c)][:len(bound.specs)]
     model = {'z': bound.z, 'events': sessions.counts(job.final.train, job.final.num_items)}
     for i, (spec, params, near) in enumerate(zip(bound.specs, bound.params, bound.near,
                                                  strict=True)):
-        own = {'recommender': params['recommender'], 'near': near}
-        flat = {f'{i}/{path}': x for path, x in flatten_dict(own, sep='/').items()}
-        if f'{i}/recommender/fusion/id' in flat:  # z holds it; a new item has none
-            flat[f'{i}/recommender/fusion/id'] = np.zeros((1, spec.fusion.width), np.float32)
-        model |= flat
-    mode = job.workdir / 'config.json'  # safetensors writes files that only the owner can read
-    _save(directory / MODEL, model, mode)
-    _save(directory / READER, _reader(job, bound), mode)
-    _items(directory / ITEMS, job.data.asins, job.data.titles)
-    if job.config.mllm.tokenizer == 'own' and job.content is not None:
+        tree = {f'{i}': {'recommender': params['recommender'], 'near': near}}
+        model |= flatten_dict(tree, sep='/')
+        if f'{i}/recommender/fusion/id' in model:  # z holds it; a new item has none
+            model[f'{i}/recommender/fusion/id'] = np.zeros((1, spec.fusion.width), np.float32)
+    files.write_tensors(directory / MODEL, model)
+    files.write_tensors(directory / READER, _reader(job, bound))
+    with files.replacing(directory / ITEMS) as partial:
+        pl.DataFrame({'item_id': job.data.asins[1:],
+                      'title': job.data.titles[1:]}).write_parquet(partial)
+    if c.mllm.tokenizer == 'own' and content:
         shutil.copytree(job.workdir / 'data' / TOKENIZER, directory / TOKENIZER, dirs_exist_ok=True)
-    c = job.config
     about = {
-        'version': VERSION, 'model': name, 'models': [one.model.to_dict() for one in configs],
+        'version': VERSION, 'model': name, 'models': [part.model.to_dict() for part in configs],
         'items': job.data.num_items, 'max_length': job.max_length,
         'side_sizes': list(job.data.side_sizes), 'vocabulary': job.data.vocabulary,
         'words': list(names(c.data.words)) if c.data.ready else list(WORDS),
-        'mllm': _located(c.mllm.to_dict()) if job.content is not None else None,
-        'base': job.base.fingerprint if job.content is not None else None,
+        'mllm': _located(c.mllm.to_dict()) if content else None,
+        'base': job.base.fingerprint if content else None,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
         'data': job.data.fingerprint,
         'digests': {name: _digest(directory / name) for name in (MODEL, READER, ITEMS)},
@@ -127,7 +126,10 @@ def read(workdir) -> Served:
                          'command of the run, which resumes')
     directory = workdir / FOLDER
     file = directory / ABOUT
-    try:
+    if not file.is_file():
+        raise InputError(f'{file} does not exist: the run has no stage recommend, or is of an '
+                         f'earlier version. {_AGAIN}')
+    with refusing(UNREADABLE, f'{file} or a file next to it is missing or damaged', _AGAIN):
         about = json.loads(file.read_text())
         if about['version'] != VERSION:
             raise InputError(f'{file} has version {about["version"]}. Expected {VERSION}. {_AGAIN}')
@@ -136,17 +138,6 @@ def read(workdir) -> Served:
                 raise InputError(f'{directory / name} is damaged: its bytes differ from those the '
                                  f'run wrote. {_AGAIN}')
         return _read(directory, about)
-    except InputError:
-        raise
-    except FileNotFoundError as error:
-        if Path(error.filename or '') == file:
-            raise InputError(f'{file} does not exist: the run has no stage recommend, or is of an '
-                             f'earlier version. {_AGAIN}') from error
-        raise InputError(f'{error.filename} is missing. {_AGAIN}') from error
-    except UNREADABLE as error:
-        raise InputError(f'{file} or a file next to it is damaged ({type(error).__name__}: '
-                         f'{str(error).splitlines()[0] if str(error) else ""}). {_AGAIN}'
-                         ) from error
 
 
 def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
@@ -167,23 +158,15 @@ def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
                       pooling=mllm['pooling'], chunk=mllm['chunk'])
 
 
-def reader_params(served: Served) -> dict:
-    """Load {path: array} of the modules that read new items.
-
-    Args:
-      served: the artefact.
-    """
-    return load_file(served.directory / READER)
-
-
 def _read(directory, about):
     arrays = load_file(directory / MODEL)
     z, events = arrays.pop('z'), arrays.pop('events')
     nested = unflatten_dict(arrays, sep='/')
-    weights = tuple(({'recommender': nested[i]['recommender']}, nested[i].get('near', {}))
-                    for i in map(str, range(len(about['models']))))
+    models = range(len(about['models']))
+    weights = tuple(({'recommender': nested[f'{i}']['recommender']}, nested[f'{i}'].get('near', {}))
+                    for i in models)
     table = pl.read_parquet(directory / ITEMS)
-    specs = tuple(spec_of(about, i) for i in range(len(about['models'])))
+    specs = tuple(spec_of(about, i) for i in models)
     ids = ['', *table['item_id']]
     if z.shape != (about['items'] + 1, sum(s.fusion.width for s in specs)) or len(ids) != len(z):
         raise ValueError(f'there are {list(z.shape)} item vectors and {len(ids) - 1} ids for '
@@ -207,20 +190,6 @@ def _located(mllm: dict) -> dict:
     """Return config.mllm with absolute directories."""
     return {key: str(Path(x).resolve()) if key in ('base', 'checkpoint') and x else x
             for key, x in mllm.items()}
-
-
-def _save(file, arrays, mode):
-    # np.ascontiguousarray would give a scalar the shape (1,)
-    arrays = {path: np.asarray(jax.device_get(x), order='C') for path, x in arrays.items()}
-    with files.replacing(file) as partial:
-        save_file(arrays, partial)
-        shutil.copymode(mode, partial)
-
-
-def _items(file, ids, titles):
-    with files.replacing(file) as partial:
-        pl.DataFrame({'item_id': ids[1:], 'title': titles[1:]},
-                     schema={'item_id': pl.String, 'title': pl.String}).write_parquet(partial)
 
 
 def _digest(file) -> str:

@@ -25,28 +25,27 @@ class Batcher:
         start of it.
       waiting: number of rows that may wait.
       on_call: called with the number of rows of each device call and of rows that still wait.
+
+    Attributes:
+      waiting: number of rows that wait for the device.
     """
 
     def __init__(self, shop: Recommender, most_k: int, waiting: int,
                  on_call=lambda rows, waiting: None):
         self._shop, self._most_k, self._room, self._on_call = shop, most_k, waiting, on_call
-        self._queue, self._waiting = deque(), 0
+        self._queue, self.waiting = deque(), 0
         self._came, self._closed = asyncio.Event(), False
         self._pool = ThreadPoolExecutor(1, 'device')
-        self._task = None
-
-    @property
-    def waiting(self) -> int:
-        """Rows that wait for the device."""
-        return self._waiting
+        self._starting, self._task = asyncio.Lock(), None
 
     async def start(self) -> None:
-        """Compile the search for every number of rows, then start to answer."""
+        """Compile the search for every number of rows, then start to answer; once."""
         loop = asyncio.get_running_loop()
-        for size in SIZES:
-            rows = np.ones((size, self._shop.max_length), np.int32)
-            await loop.run_in_executor(self._pool, self._shop.first, rows, self._most_k)
-        self._task = loop.create_task(self._answer())
+        async with self._starting:
+            for size in SIZES if self._task is None else ():
+                rows = np.ones((size, self._shop.max_length), np.int32)
+                await loop.run_in_executor(self._pool, self._shop.first, rows, self._most_k)
+            self._task = self._task or loop.create_task(self._answer())
 
     async def ask(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return items int32 and scores float32 [S, k], see `Recommender.first`.
@@ -58,11 +57,13 @@ class Batcher:
         Raises:
           OverloadedError: too many rows wait.
         """
-        if self._waiting + len(rows) > self._room or self._closed:
+        if not self._closed:  # an app that is mounted in another gets no lifespan events
+            await self.start()
+        if self.waiting + len(rows) > self._room or self._closed:
             raise OverloadedError
         answer = asyncio.get_running_loop().create_future()
         self._queue.append((rows, k, answer))
-        self._waiting += len(rows)
+        self.waiting += len(rows)
         self._came.set()
         return await answer
 
@@ -84,13 +85,13 @@ class Batcher:
             part, size = [], 0
             while self._queue and (not part or size + len(self._queue[0][0]) <= SIZES[-1]):
                 rows, k, answer = self._queue.popleft()
-                self._waiting -= len(rows)
+                self.waiting -= len(rows)
                 if not answer.done():  # else the client disconnected
                     part.append((rows, k, answer))
                     size += len(rows)
             if not part:
                 continue
-            self._on_call(size, self._waiting)
+            self._on_call(size, self.waiting)
             try:
                 items, scores = await loop.run_in_executor(
                     self._pool, self._shop.first, np.concatenate([rows for rows, _, _ in part]),

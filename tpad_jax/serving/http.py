@@ -11,23 +11,16 @@
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import prometheus_client as prometheus
 from fastapi import File, Form, HTTPException, Query, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from tpad_jax.errors import InputError
@@ -69,7 +62,7 @@ class Count:
 
     accepted: int = 0
     answered: int = 0
-    stopping: bool = field(default=False)
+    stopping: bool = False
 
 
 def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_items: bool = True,
@@ -89,28 +82,18 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     metrics = Metrics()
     pictures = Pictures(workdir)
     adding = asyncio.Lock()
-
-    starting = asyncio.Lock()
-
-    async def batcher():
-        # A mounted app gets no lifespan events: the first request starts it then.
-        async with starting:
-            if made.state.batcher is None:
-                batcher = Batcher(shop, most_k, limits.waiting, metrics.called)
-                await batcher.start()
-                made.state.batcher = batcher
-        return made.state.batcher
+    batcher = Batcher(shop, most_k, limits.waiting, metrics.called)
 
     @asynccontextmanager
     async def lifespan(_):
-        await batcher()
+        await batcher.start()
         yield
-        await made.state.batcher.close()
+        await batcher.close()
 
     made = FastAPIOffline(
         title='tpad_jax', version='1', lifespan=lifespan, redoc_url=None,
         description=f'{shop.model} of {workdir.name}: {shop.trained} items.')
-    made.state.metrics, made.state.batcher = metrics, None
+    made.state.batcher = batcher
 
     class Ask(BaseModel):
         """Sessions in the order of time, and the length of each list."""
@@ -130,7 +113,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         table = shop.table
         rows, unknown = shop.rows(ask.sessions, table)
         metrics.sessions.inc(len(rows))
-        items, scores = await (await batcher()).ask(rows, ask.k)
+        items, scores = await batcher.ask(rows, ask.k)
         ids = shop.ids  # includes items added since
         return JSONResponse({'answers': [
             {'items': [ids[n] for n in best], 'scores': None if not row[0] else values,
@@ -156,8 +139,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
                 if item_id in shop.table.number:
                     raise HTTPException(409, f'item id {item_id!r} exists')
                 if len(shop.ids) - 1 - shop.trained >= MOST_NEW:
-                    raise InputError(f'{MOST_NEW} items were added, which is the limit. Fix: train '
-                                     'the run again')
+                    raise InputError(f'{MOST_NEW} items were added, the most. Fix: train again')
                 await asyncio.to_thread(shop.add_items, [item])
                 if added:
                     await asyncio.to_thread(shop.save_added, added)
@@ -201,9 +183,10 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         return {'status': 'ready', 'items': len(shop.ids) - 1}
 
     @made.get('/metrics', response_class=Response, responses={200: {'content': {'text/plain': {}}}})
-    async def prometheus():
+    async def metrics_text():
         """Return the metrics for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(prometheus.generate_latest(metrics.registry),
+                        media_type=prometheus.CONTENT_TYPE_LATEST)
 
     @made.get('/', include_in_schema=False)
     async def page():
@@ -275,20 +258,19 @@ class Metrics:
     """The metrics of the service."""
 
     def __init__(self):
-        self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        self.requests = Counter('tpad_requests', 'Requests answered.', ('path', 'status'),
-                                registry=registry)
-        self.seconds = Histogram('tpad_request_seconds', 'From a request to its answer.', ('path',),
-                                 registry=registry,
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        counter = partial(prometheus.Counter, registry=registry)
+        histogram = partial(prometheus.Histogram, registry=registry)
+        self.requests = counter('tpad_requests', 'Requests answered.', ('path', 'status'))
+        self.seconds = histogram('tpad_request_seconds', 'From a request to its answer.', ('path',),
                                  buckets=(.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10))
-        self.rows = Histogram('tpad_call_sessions', 'Sessions of a device call.', registry=registry,
-                              buckets=SIZES)
-        self.waiting = Gauge('tpad_waiting_sessions', 'Sessions that wait for the device.',
-                             registry=registry)
-        self.sessions = Counter('tpad_sessions', 'Sessions asked for.', registry=registry)
-        self.added = Counter('tpad_added_items', 'Items added.', registry=registry)
-        self.overloaded = Counter('tpad_overloaded', 'Requests refused by 503.', registry=registry)
+        self.rows = histogram('tpad_call_sessions', 'Sessions of a device call.', buckets=SIZES)
+        self.waiting = prometheus.Gauge(
+            'tpad_waiting_sessions', 'Sessions that wait for the device.', registry=registry)
+        self.sessions = counter('tpad_sessions', 'Sessions asked for.')
+        self.added = counter('tpad_added_items', 'Items added.')
+        self.overloaded = counter('tpad_overloaded', 'Requests refused by 503.')
 
     def called(self, rows, waiting):
         """Record a device call.
@@ -310,8 +292,7 @@ class Guard:
 
     def __init__(self, inner, limits: Limits, metrics: Metrics, count: Count):
         self._inner, self._limits, self._metrics, self.count = inner, limits, metrics, count
-        self._paths = {'/recommend', '/items', '/items/image', '/health', '/ready', '/metrics',
-                       '/', '/docs', '/openapi.json'}
+        self._paths = {route.path for route in inner.routes}
 
     async def __call__(self, scope, receive, send):
         """Handle one ASGI event."""

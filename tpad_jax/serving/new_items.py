@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file
 
 from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
@@ -27,6 +28,7 @@ from tpad_jax.serving import artifact
 ROWS = 8  # items of a compiled call
 FIELDS = {'id', 'text', 'image', 'title', 'brand', 'category', 'description', 'price'}
 MAX_TEXT = 2**16  # characters of a field
+_PICTURE = 'Fix: give a complete JPEG, PNG, WebP or GIF file'
 
 
 class Reader:
@@ -44,13 +46,12 @@ class Reader:
     def __init__(self, served: artifact.Served, base: str = ''):
         about, self._served = served.about, served
         if about['mllm'] is None:
-            raise InputError(f'{served.directory}: the run has item ids only, no pictures or '
-                             'texts, so it cannot read a new item')
+            raise InputError(f'{served.directory}: the run has item ids only, so it cannot read '
+                             'pictures or texts of a new item')
         self._rows = sorted({name for spec in served.specs for name in spec.recommend})
         if not set(self._rows) <= {'k', 'r'}:
-            raise InputError(f'{served.directory}: the recommender reads the features '
-                             f'{", ".join(self._rows)}. Expected k or r, which the MLLM computes '
-                             'for a new item')
+            raise InputError(f'{served.directory}: the recommender reads {", ".join(self._rows)}. '
+                             'Expected k or r, which the MLLM computes for a new item')
         mllm = copy.deepcopy(about['mllm'])
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
@@ -65,9 +66,9 @@ class Reader:
         self._specs = tuple(artifact.spec_of(about, i, loaded.module)
                             for i in range(len(served.specs)))
         self._side, self._length = loaded.image_size, mllm['text_length']
-        own = served.directory / artifact.TOKENIZER
-        self._tokenizer = own if mllm['tokenizer'] else loaded.directory
-        params = artifact.reader_params(served)
+        self._tokenizer = (served.directory / artifact.TOKENIZER if mllm['tokenizer']
+                           else loaded.directory)
+        params = load_file(served.directory / artifact.READER)
         if not any(path.startswith('base/') for path in params):
             knowledge = self._specs[0].knowledge
             assert knowledge is not None  # the run has an MLLM
@@ -113,17 +114,17 @@ class Reader:
             rows[name] = reads[name](self._specs[0], params, image=image, has_image=seen,
                                      tokens=tokens).astype(jnp.float32)
         ids = jnp.zeros(len(image), jnp.int32)  # the cold items' shared embedding
-        catalogue = {'warm': jnp.zeros(1, bool), 'side': side}
         parts = []
         for spec, params in zip(self._specs, recommenders, strict=True):
             features = [tpad.flat(rows[name][None])[0] for name in spec.recommend]
             z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids,
-                                  jnp.zeros(len(ids), bool), features, catalogue['side'])
+                                  jnp.zeros(len(ids), bool), features, side)
             parts.append(tpad.unit(z) if spec.normalise else z)
         return jnp.concatenate(parts, axis=1)
 
     def _content(self, item):
         """Return text, pixels and whether there is a picture."""
+        option = f'item {item["id"]}'
         words = item.get('text')
         if words is None:
             words = text.joined(item.get(name) for name in self._served.about['words'])
@@ -131,22 +132,19 @@ class Reader:
         if isinstance(data, str | Path):
             reason = images.unusable(Path(data), Path(data).parent)
             if reason is not None:
-                raise InputError(f'item {item["id"]}: {data} is not read ({reason}). Fix: give a '
-                                 'JPEG, PNG, WebP or GIF file')
+                raise InputError(f'{option}: {data} is not read ({reason}). {_PICTURE}')
             data = Path(data).read_bytes()
         if data and len(data) > images.MAX_BYTES:
-            raise InputError(f'item {item["id"]}: its picture has {len(data):,} bytes. Expected at '
-                             f'most {images.MAX_BYTES:,}. Fix: give a smaller picture')
+            raise InputError(f'{option}: its picture has {len(data):,} bytes. Expected at most '
+                             f'{images.MAX_BYTES:,}. Fix: give a smaller picture')
         if not data:
             if not words.strip():
-                raise InputError(f'item {item["id"]} has neither a text nor a picture. Fix: give '
-                                 'at least one')
+                raise InputError(f'{option} has neither a text nor a picture. Fix: give one')
             return words, np.zeros((self._side, self._side, 3), np.uint8), False
         with images.quiet():
             pixels = images.read(bytes(data), self._side)
         if isinstance(pixels, images.Reason):
-            raise InputError(f'item {item["id"]}: its picture cannot be used ({pixels}). Fix: give '
-                             'a complete JPEG, PNG, WebP or GIF file')
+            raise InputError(f'{option}: its picture cannot be used ({pixels}). {_PICTURE}')
         return words, pixels, True
 
     def _sides(self, items):
@@ -179,13 +177,15 @@ def checked(items: Sequence[dict], words: Sequence[str]) -> None:
         if unknown:
             raise InputError(f'item {name} has the field {unknown[0]!r}. Expected '
                              f'{", ".join(sorted(fields))}')
-        for field in item.keys() - {'image', 'price'}:
-            if isinstance(item[field], str) and len(item[field]) > MAX_TEXT:
-                raise InputError(f'item {name}: {field} has more than {MAX_TEXT} characters')
-        if not isinstance(item.get('text'), str | None):
-            raise InputError(f'item {name}: its text is not a text')
-        if not isinstance(item.get('image'), bytes | bytearray | str | Path | None):
-            raise InputError(f'item {name}: its image is neither bytes nor a path')
         price = item.get('price')
-        if price is not None and not (isinstance(price, int | float) and 0 <= price < 1e12):
-            raise InputError(f'item {name}: its price {price!r} is not a number from 0 on')
+        problems = {
+            f'one of its texts has more than {MAX_TEXT} characters': any(
+                isinstance(item[field], str) and len(item[field]) > MAX_TEXT
+                for field in item.keys() - {'image', 'price'}),
+            'its text is not a text': not isinstance(item.get('text'), str | None),
+            'its image is neither bytes nor a path': not isinstance(
+                item.get('image'), bytes | bytearray | str | Path | None),
+            f'its price {price!r} is not a number from 0 on': price is not None and not (
+                isinstance(price, int | float) and 0 <= price < 1e12)}
+        for problem in (problem for problem, applies in problems.items() if applies):
+            raise InputError(f'item {name}: {problem}')

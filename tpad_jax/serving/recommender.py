@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from tpad_jax.core import files
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refusing
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
 from tpad_jax.serving import artifact, topk
 
 SIZES = 1, 16, 256  # rows of a compiled call; the smallest that is large enough is used
 MAX_K = 1000  # items of a list at most
+LENGTHS = 20, 50, 100, 200, 500, MAX_K  # of a compiled list; the smallest that is large enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,7 @@ class Recommender:
       model: name of the model in results.json.
       max_length: number of items of a session that count, its last ones.
       trained: number of items of the run; items with higher rows were added.
+      table: the catalogue at this moment.
     """
 
     def __init__(self, served: artifact.Served, base: str = ''):
@@ -86,28 +87,24 @@ class Recommender:
         self._encode = compiled(encode)
         self._search = compiled(topk.searcher(encode, session_shifts(served.specs)),
                                 static_argnames='k')
-        self._write = compiled(_written, donate_argnums=0)
+        self._write = compiled(lambda z, rows, vectors: z.at[rows].set(vectors, mode='drop'),
+                               donate_argnums=0)
         self._vectors = []  # of added items, on the host
         popular = 1 + np.argsort(-served.events[1:], kind='stable').astype(np.int32)
-        self._table = Table(len(served.ids), list(served.ids), list(served.titles),
+        self.table = Table(len(served.ids), list(served.ids), list(served.titles),
                             {name: row for row, name in enumerate(served.ids) if row},
                             popular[:MAX_K])
         self._z, self._weights = self._padded(served.z, served.weights, len(served.z))
 
     @property
-    def table(self) -> Table:
-        """The catalogue at this moment."""
-        return self._table
-
-    @property
     def ids(self) -> list[str]:
         """Item ids by row; [0] is ''."""
-        return self._table.ids
+        return self.table.ids
 
     @property
     def titles(self) -> list[str]:
         """Titles by row; [0] is ''."""
-        return self._table.titles
+        return self.table.titles
 
     def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20) -> Recommended:
         """Return the K items most likely to follow each session.
@@ -122,7 +119,7 @@ class Recommender:
         Raises:
           InputError: k is out of bounds, or a session is not a list of texts.
         """
-        table = self._table
+        table = self.table
         rows, unknown = self.rows(sessions, table)
         items, scores = self.first(rows, k, table)
         ids = table.ids
@@ -139,7 +136,7 @@ class Recommender:
         Raises:
           InputError: a session is not a list of texts.
         """
-        table = table or self._table
+        table = table or self.table
         rows, unknown = [], []
         for place, session in enumerate(sessions):
             if not isinstance(session, list | tuple) or not all(
@@ -163,11 +160,9 @@ class Recommender:
         Raises:
           InputError: k is out of bounds.
         """
-        calls = list(self.begin(rows, k, table))
-        if not calls:
-            return np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-        parts = [finish() for finish in calls]
-        items, scores = (np.concatenate(x) for x in zip(*parts, strict=True))
+        parts = [finish() for finish in list(self.begin(rows, k, table))]
+        nothing = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
+        items, scores = (np.concatenate(x) for x in zip(nothing, *parts, strict=True))
         return items, scores
 
     def begin(self, rows: np.ndarray, k: int, table=None) -> Iterable:
@@ -184,17 +179,17 @@ class Recommender:
         Raises:
           InputError: k is out of bounds.
         """
-        table = table or self._table
+        table = table or self.table
         most = min(MAX_K, table.count - 1)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
-            raise InputError(f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}: '
-                             f'the catalogue has {table.count - 1} items, and a list at most '
-                             f'{MAX_K}')
+            raise InputError(f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}, '
+                             f'{MAX_K} or the {table.count - 1} items of the catalogue')
         for begin in range(0, len(rows), SIZES[-1]):
             part = rows[begin:begin + SIZES[-1]]
             with self._dispatching:
                 scores, items = self._search(self._weights, self._z, np.int32(table.count),
-                                             _filled(part), k=_ceil(k))
+                                             _filled(part),
+                                             k=next(n for n in LENGTHS if n >= k))
             yield partial(_finish, part, items, scores, table.popular[:k])
 
     def embed_items(self, ids: Sequence[str] | None = None) -> np.ndarray:
@@ -206,7 +201,7 @@ class Recommender:
         Raises:
           InputError: an id is not in the catalogue.
         """
-        table = self._table
+        table = self.table
         with self._dispatching:
             z = jnp.copy(self._z)  # what numpy reads must not be written to later
         if ids is None:
@@ -267,19 +262,20 @@ class Recommender:
         new_items.checked(items, self._served.about['words'])
         names = [item['id'] for item in items]
         for place, name in enumerate(names):
-            if name in self._table.number or name in names[:place]:
+            if name in self.table.number or name in names[:place]:
                 raise InputError(f'item id {name!r} exists. Fix: choose another id')
         if not items:
             return np.zeros((0, self._z.shape[1]), np.float32)
         if self._reader is None:
             self._reader = new_items.Reader(self._served, self._base)
         vectors = self._reader(items)
-        self._append(vectors, names, [_title(item) for item in items])
+        self._append(vectors, names, [str(item.get('title') or item.get('text') or item['id'])[:200]
+                                      for item in items])
         return vectors
 
     def _append(self, vectors, names, titles):
         """Write vectors into the free rows of z, in place, and publish a table that has them."""
-        table = self._table
+        table = self.table
         rows = np.arange(table.count, table.count + len(names), dtype=np.int32)
         with self._dispatching:
             if rows[-1] >= len(self._z):
@@ -293,7 +289,7 @@ class Recommender:
         table.ids.extend(names)
         table.titles.extend(titles)
         table.number.update(zip(names, rows.tolist(), strict=True))
-        self._table = table._replace(
+        self.table = table._replace(
             count=table.count + len(names),
             popular=np.concatenate([table.popular, rows])[:MAX_K])
 
@@ -304,12 +300,10 @@ class Recommender:
           file: path of the file.
         """
         first = self.trained + 1
-        about = {'ids': self._table.ids[first:], 'titles': self._table.titles[first:],
+        about = {'ids': self.table.ids[first:], 'titles': self.table.titles[first:],
                  'model': self._served.about['digests'][artifact.MODEL]}
         vectors = np.concatenate([np.zeros((0, self._z.shape[1]), np.float32), *self._vectors])
-        with files.replacing(file) as partial_file:
-            save_file({'vectors': vectors}, partial_file,
-                      {key: json.dumps(x) for key, x in about.items()})
+        files.write_tensors(file, {'vectors': vectors}, about)
 
     def restore_added(self, file) -> None:
         """Add the items that `save_added` wrote, without reading any again.
@@ -320,21 +314,17 @@ class Recommender:
         Raises:
           InputError: the file is damaged, is of another run, or names an item that exists.
         """
-        try:
-            with safe_open(file, framework='np') as tensors:
-                about = {key: json.loads(x) for key, x in tensors.metadata().items()}
-                vectors = tensors.get_tensor('vectors')
-            ids, titles = about['ids'], about['titles']
+        with (refusing(artifact.UNREADABLE, f'{file} does not hold added items',
+                       'Fix: name another file, or delete it and add the items again'),
+              safe_open(file, framework='np') as tensors):
+            about = {key: json.loads(x) for key, x in tensors.metadata().items()}
+            vectors, ids, titles = tensors.get_tensor('vectors'), about['ids'], about['titles']
             if vectors.shape != (len(ids), self._z.shape[1]) or len(titles) != len(ids):
                 raise ValueError(f'{list(vectors.shape)} vectors for {len(ids)} ids')
-        except artifact.UNREADABLE as error:
-            raise InputError(f'{file} does not hold added items ({type(error).__name__}: {error}). '
-                             'Fix: name another file, or delete it and add the items again'
-                             ) from error
         if about['model'] != self._served.about['digests'][artifact.MODEL]:
             raise InputError(f'{file} holds items of another run. Fix: name a file of this run')
         with self._adding:
-            if not self._table.number.keys().isdisjoint(ids):
+            if not self.table.number.keys().isdisjoint(ids):
                 raise InputError(f'{file} names items that exist. Fix: restore it only once')
             if ids:
                 self._append(vectors, ids, titles)
@@ -365,10 +355,6 @@ def load(workdir, *, base: str = '') -> Recommender:
     return Recommender(artifact.read(workdir), base)
 
 
-def _written(z, at, vectors):
-    return z.at[at].set(vectors, mode='drop')
-
-
 def _filled(x, value=0):
     """Rows padded to one of SIZES, so that few shapes are compiled."""
     size = next(size for size in SIZES if size >= len(x))
@@ -386,10 +372,3 @@ def _finish(rows, items, scores, popular):
     return items, scores
 
 
-def _ceil(k):
-    """Return the K to compile: 20, 50, 100, 200, 500 or MAX_K."""
-    return next(n for n in (20, 50, 100, 200, 500, MAX_K) if n >= k)
-
-
-def _title(item):
-    return str(item.get('title') or item.get('text') or item['id'])[:200]

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tpad_jax.core import files
-from tpad_jax.core.progress import progress
+from tpad_jax.core.console import progress
 from tpad_jax.data import images
 from tpad_jax.data.download.fetching import Fetcher, checked
 from tpad_jax.data.download.hosts import FetchError, Guarded, Limits
