@@ -185,7 +185,7 @@ def test_a_jax_scorer_counts_as_a_numpy_one(world):
 
 def test_the_oracle_exceeds_every_scorer(world):
     train, test, warm, probabilities = world
-    best, _ = evaluate.oracle(test, warm, probabilities)
+    best, _ = evaluate.evaluate(probabilities, test, warm, probabilities=probabilities)
     scorers = {f'noise {salt}': lambda items, salt=salt: noise(items, salt) for salt in range(3)}
     for name, (fit, _) in rules.BASELINES.items():
         extra = {'features': np.eye(V + 1)} if name == 'content_knn' else {}
@@ -204,7 +204,7 @@ def test_the_oracle_exceeds_every_scorer(world):
 def test_expected_and_sampled_hits_agree(world):
     """On a slice, too: targets are drawn from the distribution the expectation is under."""
     _, test, warm, probabilities = world
-    result, _ = evaluate.oracle(test, warm, probabilities)
+    result, _ = evaluate.evaluate(probabilities, test, warm, probabilities=probabilities)
     for part in (result, *(result['slices'][name] for name in ('warm', 'cold', 'new'))):
         for metric in ('hit@5', 'hit@20', 'mrr@20', 'ndcg@20'):
             error = 0.5 / np.sqrt(part['rows'])  # at most: gains lie in 0..1
@@ -213,7 +213,7 @@ def test_expected_and_sampled_hits_agree(world):
 
 def test_a_cold_share_may_exceed_the_oracles(world):
     _, test, warm, probabilities = world
-    best, _ = evaluate.oracle(test, warm, probabilities)
+    best, _ = evaluate.evaluate(probabilities, test, warm, probabilities=probabilities)
     result, _ = evaluate.evaluate(lambda items: probabilities(items) + ~warm, test, warm,
                                   probabilities=probabilities)
     assert result['slices']['cold']['expected_hit@20'] > best['slices']['cold']['expected_hit@20']

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpad_jax.core import cli, files, ties
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refusing
 from tpad_jax.evaluation import metrics, slices, statistics
 
 AT = metrics.TOP
@@ -113,11 +113,9 @@ def read(path: str | Path) -> Run:
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f'{file} does not exist. Expected the workdir of a finished run')
-    try:
-        with file.open('rb') as opened, np.load(opened, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except UNREADABLE as error:
-        raise InputError(f'{file} cannot be read ({error}). {_AGAIN}') from error
+    with (refusing(UNREADABLE, f'{file} cannot be read', _AGAIN), file.open('rb') as opened,
+          np.load(opened, allow_pickle=False) as stored):
+        arrays = {name: stored[name] for name in stored.files}
     absent = [n for n in ('session', 'target', 'fingerprint', 'items') if n not in arrays]
     if absent:
         raise InputError(f'{file} has no {", ".join(absent)}: another version wrote it. {_AGAIN}')
@@ -125,22 +123,29 @@ def read(path: str | Path) -> Run:
     def part(prefix):
         return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
 
-    rows = arrays['target'].shape
-    _check(file, 'items', arrays['items'], (), 1)
-    items = int(arrays['items'])
-    _check(file, 'target', arrays['target'], (rows[0],) if rows else (0,), 1, items)
+    def check(name, shape, least, most=np.inf):
+        """Return an array if it is one whole number in a range per row."""
+        array = arrays.get(name)
+        if array is None or array.shape != shape or array.dtype.kind not in 'iub':
+            raise InputError(f'{file}: {name} is not one whole number per row. {_AGAIN}')
+        if not ((array >= least) & (array <= most)).all():
+            raise InputError(f'{file}: {name} holds a number that is not a rank. {_AGAIN}')
+        return array
+
+    rows = np.size(arrays['target']),
+    items = int(check('items', (), 1))
+    session, target = check('session', rows, 0), check('target', rows, 1, items)
     features, gains, ranks = part(ROW), part(METRIC), {}
-    for name, array in {'session': arrays['session'], **features}.items():
-        _check(file, name, array, rows, 0)
+    for name in features:
+        check(ROW + name, rows, 0)
     for name, gain in gains.items():
         if gain.shape != (AT,) or gain.dtype.kind != 'f' or not np.isfinite(gain).all():
             raise InputError(f'{file}: {METRIC}{name} is not {AT} finite numbers. {_AGAIN}')
     for name in (n.removesuffix('/above') for n in arrays if n.endswith('/above')):
-        above, equal = ranks[name] = arrays[f'{name}/above'], arrays.get(f'{name}/equal')
-        _check(file, f'{name}/above', above, rows, 0)
-        _check(file, f'{name}/equal', equal, rows, 1, items - above)
-    return Run(file.parent, arrays['session'], arrays['target'], str(arrays['fingerprint']), items,
-               features, ranks, {**BUILT_IN, **gains})
+        above = check(f'{name}/above', rows, 0)
+        ranks[name] = above, check(f'{name}/equal', rows, 1, items - above)
+    return Run(file.parent, session, target, str(arrays['fingerprint']), items, features, ranks,
+               {**BUILT_IN, **gains})
 
 
 def compare(first: Sequence[Run], second: Sequence[Run], models: tuple[str, str], *,
@@ -244,18 +249,7 @@ def main(argv: list[str]) -> None:
     result = compare(sides[0], sides[-1], models)
     if args.json is not None:
         files.write_json(args.json, result)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    show(result, console)
-
-
-def _check(file, name, array, shape, least, most=np.inf):
-    """Refuse an array that is not one whole number in a range per row."""
-    if array is None or array.shape != shape or array.dtype.kind not in 'iub':
-        raise InputError(f'{file}: {name} is not one whole number per row. {_AGAIN}')
-    if not ((array >= least) & (array <= most)).all():
-        raise InputError(f'{file}: {name} holds a number that is not a rank. {_AGAIN}')
+    show(result, Console(width=None if Console().is_terminal else WIDTH))
 
 
 def _ranks(run, model):
@@ -267,18 +261,14 @@ def _ranks(run, model):
 
 def _same_rows(a, b):
     """Refuse two runs with different rows."""
-    differ = []
-    if a.fingerprint != b.fingerprint:
-        differ.append(f'the data fingerprint ({a.fingerprint[:12]} and {b.fingerprint[:12]})')
-    if a.items != b.items:
-        differ.append(f'the number of items ranked ({a.items} and {b.items})')
-    if len(a.target) != len(b.target):
-        differ.append(f'the number of test rows ({len(a.target)} and {len(b.target)})')
-    else:
-        for name in ('session', 'target'):
-            rows = np.flatnonzero(getattr(a, name) != getattr(b, name))
-            if len(rows):
-                differ.append(f'the {name} of {len(rows)} rows (the first: {rows[0]})')
+    facts = [('data fingerprint', a.fingerprint[:12], b.fingerprint[:12]),
+             ('number of items ranked', a.items, b.items),
+             ('number of test rows', len(a.target), len(b.target))]
+    differ = [f'the {name} ({x} and {y})' for name, x, y in facts if x != y]
+    for name in ('session', 'target') if len(a.target) == len(b.target) else ():
+        rows = np.flatnonzero(getattr(a, name) != getattr(b, name))
+        if len(rows):
+            differ.append(f'the {name} of {len(rows)} rows (the first: {rows[0]})')
     if not len(a.target):
         differ.append('nothing, but they have no test rows')
     if differ:

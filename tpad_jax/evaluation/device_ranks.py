@@ -12,6 +12,7 @@ import numpy as np
 
 from tpad_jax.distributed import collectives
 from tpad_jax.distributed.devices import Devices
+from tpad_jax.evaluation import metrics
 
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
 LANES = 256  # a product of whole multiples of these items computes all of them alike
@@ -74,7 +75,9 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
             np.concatenate([x.reshape(size).swapaxes(0, 1).reshape(-1) for x in call])[:len(items)]
             for call in zip(*jax.device_get(calls), strict=True))
         for row in np.flatnonzero(~finite):
-            _check(np.asarray(encode(weights, z, items[row:row + 1])), z, row, name)
+            h = np.asarray(encode(weights, z, items[row:row + 1]))
+            with np.errstate(over='ignore', invalid='ignore'):
+                metrics.check_finite(h @ np.asarray(z).T, row, name)
         return above, equal
 
     return rank
@@ -110,7 +113,7 @@ def count(h, z, target, *, chunk: int, moved=None):
     def body(k, carry):
         score, seen, above, level = carry
         start = jnp.minimum(k * chunk, total - chunk)
-        s = _scores(h, jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])))
+        s = h @ jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])).T
         at = wanted - start
         value = jnp.take_along_axis(s, jnp.clip(at, 0, chunk - 1), axis=1)
         seen = jnp.where((at >= 0) & (at < chunk), value, seen)
@@ -132,7 +135,7 @@ def count(h, z, target, *, chunk: int, moved=None):
         return number + 1, *jax.lax.fori_loop(0, -(-total // chunk), body, first)
 
     few = -(-len(h) // LANES) * LANES
-    guess = jnp.diagonal(_scores(h, z[jnp.resize(target, few)]))
+    guess = jnp.diagonal(h @ z[jnp.resize(target, few)].T)
     guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
     _, score, seen, above, level = jax.lax.while_loop(
         again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
@@ -153,10 +156,6 @@ def _even(total, most):
     most = most // LANES * LANES or most
     even = -(-total // -(-total // most))
     return min(-(-even // LANES) * LANES, most, total)
-
-
-def _scores(h, z):
-    return h @ z.T
 
 
 @jax.jit
@@ -189,14 +188,3 @@ def _several(items, target, size) -> tuple[dict, int]:
     items, target = laid(items), laid(target)
     return dict(items=items, next=np.zeros_like(items), target=target, valid=np.ones(room, bool),
                 row=np.zeros(room, np.int32)), held
-
-
-def _check(h, z, row, name):
-    """Refuse a row with a score that is not finite; h [1, D]."""
-    with np.errstate(over='ignore', invalid='ignore'):
-        scores = (h @ np.asarray(z).T)[0]
-    broken = np.flatnonzero(~np.isfinite(scores[1:])) + 1
-    if len(broken):
-        raise FloatingPointError(
-            f'{name}: the score of item {broken[0]} in row {row} is {scores[broken[0]]}, and so '
-            f'are {len(broken) - 1} others of this row; every score must be finite.')

@@ -87,18 +87,6 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
     return result, {'above': above, 'equal': equal}
 
 
-def oracle(rows: Rows, warm: np.ndarray, probabilities: Callable[[np.ndarray], np.ndarray], *,
-           counts: np.ndarray | None = None, gains: dict[str, metrics.Gain] = metrics.GAINS
-           ) -> tuple[Result, dict[str, np.ndarray]]:
-    """Evaluate the true distribution as a scorer: no model exceeds its expected hits.
-
-    That holds overall, for every K and row. On a slice of items a model can exceed it: the list is
-    the overall one, and a model may spend more of its list on the slice.
-    """
-    return evaluate(probabilities, rows, warm, probabilities=probabilities, counts=counts,
-                    gains=gains, name='oracle')
-
-
 def _against_truth(scorer, rows, warm, counts, depth, probabilities, name):
     """Ranks of the targets, and the probability that each place holds, by slice of items.
 

@@ -9,6 +9,7 @@ There are V items. Column 0 of every [R, V + 1] table is padding and is never ra
 knows only a few items of each row returns `Sparse` scores, which are ranked without a dense table.
 """
 
+import functools
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from tpad_jax.core import ties
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refusing
 
 
 class Sparse(NamedTuple):
@@ -67,17 +68,14 @@ def registry(named: Mapping[str, str]) -> dict[str, Gain]:
         if name in GAINS or not re.fullmatch(r'[a-z]\w*', name) or name.startswith('expected'):
             raise InputError(f'{option}: the name cannot be used. Expected lower-case letters, '
                              f'digits and _, not {", ".join(GAINS)} or expected... Fix: rename it.')
-        try:
+        # anything that a user's file raises
+        with refusing(Exception, f'{option}: it cannot be used', 'Expected module:function with '
+                      'the arguments (places, k). Fix: repair the function or the name.'):
             gains[name] = pkgutil.resolve_name(path)
             values = gain_table(gains[name], TOP)
-        except Exception as error:  # anything that a user's file raises
-            raise InputError(f'{option}: {type(error).__name__}: {error}. Expected module:function '
-                             'with the arguments (places, k). Fix: repair the function or the name.'
-                             ) from error
         if values.shape != (TOP,) or not np.isfinite(values).all():
-            raise InputError(f'{option}: it returned {values.dtype} {list(values.shape)} for '
-                             f'{TOP} places. Expected {TOP} finite numbers. Fix: return one value '
-                             'per place.')
+            raise InputError(f'{option}: it returned {values.dtype} {list(values.shape)}. Expected '
+                             f'{TOP} finite numbers. Fix: return one value per place.')
     return gains
 
 
@@ -121,7 +119,7 @@ def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int | No
         part = items[begin:begin + chunk]
         filled = np.pad(part, ((0, chunk - len(part)), (0, 0)), mode='edge')
         scores = _read(scorer(filled), (chunk, num_items + 1), len(part), name)
-        _check_finite(scores, begin, name)
+        check_finite(scores, begin, name)
         yield slice(begin, begin + len(part)), scores
 
 
@@ -137,12 +135,11 @@ def _read(scores, shape, rows, name):
     sparse = isinstance(scores, Sparse)
     if not sparse:
         scores = np.asarray(scores)
-    shapes = (scores.found.shape, (shape[0], *scores.background.shape)) if sparse else (
-        scores.shape,)
-    for returned in shapes:
-        if returned != shape:
-            raise ValueError(f'{name}: scores of shape {returned} for {shape[0]} prefixes and '
-                             f'{shape[1] - 1} items; they must be {shape}.')
+    shapes = ([scores.found.shape, (shape[0], *scores.background.shape)] if sparse
+              else [scores.shape])
+    for returned in (other for other in shapes if other != shape):
+        raise ValueError(f'{name}: scores of shape {returned} for {shape[0]} prefixes and '
+                         f'{shape[1] - 1} items; they must be {shape}.')
     if sparse:
         return Sparse(scores.found[:rows].astype(np.float32, copy=False),
                       scores.background.astype(np.float32, copy=False))
@@ -150,17 +147,26 @@ def _read(scores, shape, rows, name):
     return scores if scores.dtype == np.float64 else scores.astype(np.float32, copy=False)
 
 
-def _check_finite(scores, begin, name):
-    """Refuse scores that are not finite; column 0 may hold anything."""
+def check_finite(scores: Scores, begin: int, name: str) -> None:
+    """Refuse scores that are not finite; column 0 may hold anything.
+
+    Args:
+      scores: float [R, V + 1].
+      begin: number of the first row, for the message.
+      name: of the model.
+
+    Raises:
+      FloatingPointError: an item's score is not finite.
+    """
     with np.errstate(over='ignore', invalid='ignore'):
         if isinstance(scores, Sparse):
             found, background = scores
             item = found.indices > 0
             sums = found.data[item] + background[found.indices[item]]
-            finite = np.isfinite(sums).all() and np.isfinite(background[1:]).all()
+            values = np.concatenate([sums, background[1:]])
         else:
-            finite = np.isfinite(scores[:, 1:]).all()
-        if finite:
+            values = scores[:, 1:]
+        if np.isfinite(values).all():
             return
         table = dense(scores)
     broken = ~np.isfinite(table[:, 1:])
@@ -216,21 +222,6 @@ def ranks(scorer: Scorer, items: np.ndarray, target: np.ndarray, num_items: int,
     return above, equal
 
 
-def hit(above, equal, k):
-    """hit@k (recall@k, "P@k" in papers): clip((k - above) / equal, 0, 1). See `mean_gain`."""
-    return mean_gain(GAINS['hit'], above, equal, k)
-
-
-def mrr(above, equal, k):
-    """MRR@k: 1 / place, 0 below place k. See `mean_gain`."""
-    return mean_gain(GAINS['mrr'], above, equal, k)
-
-
-def ndcg(above, equal, k):
-    """NDCG@k for one relevant item: 1 / log2(place + 1), 0 below place k. See `mean_gain`."""
-    return mean_gain(GAINS['ndcg'], above, equal, k)
-
-
 def mean_gain(gain: Gain, above: np.ndarray, equal: np.ndarray, k) -> np.ndarray:
     """Average a metric over all orders of the tied items; places below the k-th earn 0.
 
@@ -244,6 +235,10 @@ def mean_gain(gain: Gain, above: np.ndarray, equal: np.ndarray, k) -> np.ndarray
       float64 [...], the mean gain over the places above + 1 .. above + equal.
     """
     return ties.mean_gain(gain_table(gain, int(np.max(k))), above, equal, k)
+
+
+# of (above, equal, k). hit is also called recall, or "P@k" in papers
+hit, mrr, ndcg = (functools.partial(mean_gain, GAINS[name]) for name in ('hit', 'mrr', 'ndcg'))
 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:

@@ -98,7 +98,10 @@ def sign_flip(difference: np.ndarray, *, flips: int = FLIPS, seed: int = 0) -> n
     observed = np.abs(different.sum(axis=0))
     near = observed - 1e-9 * np.abs(different).sum(axis=0)  # equal but for rounding
     exact = len(different) < 63 and 2 ** len(different) <= flips
-    patterns = _every_sign(len(different)) if exact else _signs(len(different), flips, seed)
+    patterns = _signs(len(different), flips, seed)
+    if exact:
+        number, session = np.arange(2 ** len(different))[:, None], np.arange(len(different))
+        patterns = [1.0 - 2.0 * (number >> session & 1)]
     extreme, tried = 0, 0
     for signs in patterns:
         extreme = extreme + (np.abs(signs @ different) >= near).sum(axis=0)
@@ -120,7 +123,3 @@ def _signs(count: int, flips: int, seed: int) -> Iterator[np.ndarray]:
     for begin in range(0, flips, _BLOCK):
         bits = rng.integers(256, size=(min(_BLOCK, flips - begin), -(-count // 8)), dtype=np.uint8)
         yield 1.0 - 2.0 * np.unpackbits(bits, axis=1, count=count)
-
-
-def _every_sign(count: int) -> list[np.ndarray]:
-    return [1.0 - 2.0 * (np.arange(2 ** count)[:, None] >> np.arange(count) & 1)]

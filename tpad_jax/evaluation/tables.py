@@ -7,13 +7,35 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-PARTS = ('all', 'warm', 'cold')
+# part of the targets -> where a model's test metrics hold it
+PARTS = {'all': (), 'warm': ('slices', 'warm'), 'cold': ('slices', 'cold')}
 WIDEST = 10_000  # characters of a table at most
 
 
 def metric_names(scores: dict) -> list[str]:
     """List a result's metrics at 20 in the order of results.json, expectations left out."""
     return [name for name in scores if name.endswith('@20') and not name.startswith('expected_')]
+
+
+def columns(results: dict) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Lay out the columns of a table of all models.
+
+    They are the metrics at 20. A planted catalogue adds the expected hit and its shares of the
+    oracle over all, warm and cold targets; other data add hit at 20 of warm and cold targets.
+
+    Args:
+      results: as in results.json.
+
+    Returns:
+      {head: keys that lead to a share in a model's test metrics}, and {head: part of the targets}
+      of `shares`.
+    """
+    tests = [model.get('test', {}) for model in results['models'].values()]
+    paths = {name: (name,) for test in tests for name in metric_names(test)}
+    if any('expected_hit@20' in test for test in tests):
+        return (paths | {'expected': ('expected_hit@20',)},
+                {'of oracle': 'all', 'warm': 'warm', 'cold': 'cold'})
+    return paths | {f'hit {part}': (*PARTS[part], 'hit@20') for part in ('warm', 'cold')}, {}
 
 
 def shares(results: dict) -> dict[str, dict[str, float]]:
@@ -35,31 +57,22 @@ def shares(results: dict) -> dict[str, dict[str, float]]:
 def table(results: dict) -> Table:
     """Format all models' metrics on the test rows in percent.
 
-    The columns are the metrics at 20. A planted catalogue adds the expected hit and its shares of
-    the oracle over all, warm and cold targets; other data add hit at 20 of warm and cold targets.
-    The best value of a column except the oracle's is bold.
+    The best value of a column except the oracle's is bold; see `columns`.
 
     Args:
       results: as in results.json.
     """
-    tests = {name: model.get('test', {}) for name, model in results['models'].items()}
-    planted = any('expected_hit@20' in test for test in tests.values())
-    heads = list(dict.fromkeys(name for test in tests.values() for name in metric_names(test)))
-    names = heads + (['expected', 'of oracle', 'warm', 'cold'] if planted else
-                     ['hit warm', 'hit cold'])
+    paths, parts = columns(results)
 
     def row(scores, share):
-        values = [scores.get(name) for name in heads]
-        if planted:
-            values += [scores.get('expected_hit@20'), *(share[part] for part in PARTS)]
-        else:
-            values += [_part(scores, part).get('hit@20') for part in PARTS[1:]]
-        return [math.nan if value is None else 100 * value for value in values]
+        values = [_at(scores, path) for path in paths.values()]
+        return [100 * value for value in (*values, *(share[part] for part in parts.values()))]
 
-    rows = {name: row(tests[name], share) for name, share in shares(results).items()}
+    rows = {name: row(results['models'][name].get('test', {}), share)
+            for name, share in shares(results).items()}
     out = Table(title='Test rows, %', title_justify='left', header_style='bold', box=None)
     out.add_column('model', no_wrap=True)
-    for name in names:
+    for name in (*paths, *parts):
         out.add_column(name, justify='right', no_wrap=True)
     best = [max((f'{value:.2f}' for value in column if math.isfinite(value)), key=float,
                 default=None) for column in zip(*rows.values(), strict=True)]
@@ -67,7 +80,7 @@ def table(results: dict) -> Table:
         cells = map(_cell, values)
         out.add_row(escape(name), *(f'[bold]{cell}[/]' if cell == top else cell
                                     for cell, top in zip(cells, best, strict=True)))
-    if planted and results.get('oracle'):
+    if parts and results.get('oracle'):
         values = row(results['oracle'], dict.fromkeys(PARTS, 1.0))
         out.add_row('oracle', *map(_cell, values), style='dim')
     return out
@@ -88,13 +101,15 @@ def show(results: dict, console: Console) -> None:
     console.print(out, crop=False)
 
 
-def _part(scores, part):
-    return scores if part == 'all' else (scores.get('slices') or {}).get(part) or {}
+def _at(scores, path):
+    """The number at the end of a path of keys; nan without one."""
+    for key in path:
+        scores = (scores or {}).get(key)
+    return math.nan if scores is None else scores
 
 
 def _expected(scores):
-    values = {part: _part(scores, part).get('expected_hit@20') for part in PARTS}
-    return {part: math.nan if value is None else value for part, value in values.items()}
+    return {part: _at(scores, (*path, 'expected_hit@20')) for part, path in PARTS.items()}
 
 
 def _cell(value):

@@ -22,7 +22,7 @@ from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import records
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
-from tpad_jax.evaluation.evaluate import evaluate, oracle
+from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.report import contact_sheet, gallery, page
 from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
@@ -285,8 +285,9 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
     """Measure the oracle on test: metrics and ranks, or (None, None) without a known truth."""
     if job.probabilities is None:
         return None, None
-    return oracle(job.test, job.final.warm, job.probabilities, counts=training_counts(job),
-                  gains=metrics.registry(job.config.metrics))
+    return evaluate(job.probabilities, job.test, job.final.warm, probabilities=job.probabilities,
+                    counts=training_counts(job), gains=metrics.registry(job.config.metrics),
+                    name='oracle')
 
 
 def write(job, results: dict, ranks: dict) -> None:

@@ -55,16 +55,9 @@ def table(v: Values, trained: list[str], searched: list[str], colour: dict) -> d
     models = [*trained, *searched]
     columns = {SELECT: lambda n: v.pct(*v.test(n, SELECT)),
                '95 %': lambda n: v.interval(*v.test(n, 'interval', SELECT))}
-    columns |= {metric: lambda n, metric=metric: v.pct(*v.test(n, metric))
-                for metric in tables.metric_names(v.get(*v.test(models[0]))) if metric != SELECT}
-    planted = v.get('oracle') is not None
-    if planted:
-        columns |= {'expected': lambda n: v.pct(*v.test(n, 'expected_hit@20')),
-                    'of oracle': lambda n: v.share(n), 'warm': lambda n: v.share(n, 'warm'),
-                    'cold': lambda n: v.share(n, 'cold')}
-    else:
-        columns |= {'warm hit': lambda n: v.pct(*v.test(n, 'slices', 'warm', SELECT)),
-                    'cold hit': lambda n: v.pct(*v.test(n, 'slices', 'cold', SELECT))}
+    paths, parts = tables.columns(v.results)
+    columns |= {head: lambda n, path=path: v.pct(*v.test(n, *path)) for head, path in paths.items()}
+    columns |= {head: lambda n, part=part: v.share(n, part) for head, part in parts.items()}
     columns = {head: cell for head, cell in columns.items()
                if any(cell(name) not in ('', NONE) for name in models)}
     top = {head: max(_number(cell(name)) for name in models) for head, cell in columns.items()}
@@ -75,7 +68,7 @@ def table(v: Values, trained: list[str], searched: list[str], colour: dict) -> d
             for head, cell in columns.items()]}
 
     groups = {'trained': trained, 'baselines, tuned on validation': searched,
-              'the most that is possible': ['oracle'] if planted else []}
+              'the most that is possible': ['oracle'] if v.get('oracle') else []}
     return {'heads': list(columns), 'groups': [(group, [row(name) for name in names])
                                                for group, names in groups.items() if names]}
 
