@@ -79,3 +79,18 @@ def scaled(adapter, scale):
     """Multiply the effect of an adapter by `scale`, which is alpha / rank."""
     flat = flatten_dict(adapter)
     return unflatten_dict({p: w * scale if p[-1] == 'b' else w for p, w in flat.items()})
+
+
+def misfits(params: dict, shapes: dict) -> str:
+    """Describe which parameters are missing, unexpected or of another shape. '': none.
+
+    Args:
+      params: {path: array}.
+      shapes: {path: its shape}.
+    """
+    faults = [f'{path} is missing' for path in sorted(shapes.keys() - params.keys())]
+    faults += [f'{path} is unexpected' for path in sorted(params.keys() - shapes.keys())]
+    faults += [f'{path} is {list(params[path].shape)}, not {list(shapes[path])}'
+               for path in sorted(shapes.keys() & params.keys())
+               if tuple(params[path].shape) != tuple(shapes[path])]
+    return '; '.join(faults)

@@ -168,15 +168,13 @@ WRONG = {
     'the last layer': ('llava', vision(layers=3)),
     'gelu in the tower': ('llava', vision(activation='gelu')),
     'tower eps': ('llava', vision(eps=1e-6)),
-    'no norm before': ('llava', vision(pre_norm=False)),
     'tanh in the projector': ('llava', whole(projector='gelu_pytorch_tanh')),
     'other pixels': ('llava', whole(mean=(0.48, 0.46, 0.41))),
     'erf in the tower': ('llava_onevision', vision(activation='gelu')),
     'siglip eps': ('llava_onevision', vision(eps=1e-5)),
 }
 SLOW = ('interleaved for blocks', 'no qkv bias', 'gelu in the grid', 'all windows', 'other windows',
-        'no norm before', 'tanh in the projector', 'other pixels', 'erf in the tower',
-        'siglip eps')
+        'tanh in the projector', 'other pixels', 'erf in the tower', 'siglip eps')
 
 
 @pytest.mark.parametrize('what', [

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from tpad_jax.errors import InputError
+from tpad_jax.nn import linear
 
 DEFAULT = Path(__file__).parent / 'base'
 KEYS = ('vocab', 'width', 'layers', 'heads', 'hidden', 'channels', 'vision_layers', 'image_size',
@@ -36,19 +37,15 @@ def load_sizes(directory=DEFAULT) -> dict:
       InputError: the directory does not hold a base.
     """
     file = Path(directory) / 'config.json'
-    if not file.is_file():
-        raise InputError(f'config.mllm.base={str(directory)!r}: has no config.json. Expected a '
-                         'directory that tpad_jax.pretrain wrote. Fix: correct the path, or leave '
-                         'it empty for the default base')
     try:
         sizes = json.loads(file.read_text())
         missing = [key for key in KEYS if key not in sizes]
-    except (ValueError, TypeError) as error:
-        raise InputError(f'{file}: not the config of a base ({error}). Expected a JSON object. '
-                         'Fix: write the base again with tpad_jax.pretrain') from error
-    if missing:
-        raise InputError(f'{file}: lacks {", ".join(missing)}. Expected the sizes of a base. Fix: '
-                         'write the base again with tpad_jax.pretrain')
+        if missing:
+            raise ValueError(f'lacks {", ".join(missing)}')
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f'{file}: not the config of a base ({error}). Expected the directory that '
+                         'tpad_jax.pretrain wrote. Fix: correct config.mllm.base, or leave it '
+                         'empty for the default base') from error
     return sizes
 
 
@@ -64,16 +61,12 @@ def load_params(directory, expected: dict) -> dict:
     """
     file = Path(directory) / 'params.safetensors'
     if not file.is_file():
-        raise InputError(f'{directory}: has no params.safetensors. Expected a directory that '
-                         'tpad_jax.pretrain wrote. Fix: correct the path')
+        raise InputError(f'{file}: does not exist. Expected a file that tpad_jax.pretrain wrote. '
+                         'Fix: correct config.mllm.base')
     params = load_file(file)
-    wanted = {path: x.shape for path, x in flatten_dict(expected, sep='/').items()}
-    wrong = [f'{p} missing' for p in sorted(wanted.keys() - params.keys())]
-    wrong += [f'{p} unexpected' for p in sorted(params.keys() - wanted.keys())]
-    wrong += [f'{p} is {params[p].shape}, not {wanted[p]}'
-              for p in sorted(wanted.keys() & params.keys()) if params[p].shape != wanted[p]]
-    if wrong:
-        raise InputError(f'{file}: does not fit its config.json: {"; ".join(wrong)}. Expected the '
-                         'parameters of that config. Fix: write the base again with '
-                         'tpad_jax.pretrain')
+    shapes = {path: x.shape for path, x in flatten_dict(expected, sep='/').items()}
+    faults = linear.misfits(params, shapes)
+    if faults:
+        raise InputError(f'{file}: does not fit its config.json: {faults}. Expected the parameters '
+                         'of that config. Fix: write the base again with tpad_jax.pretrain')
     return unflatten_dict({p: np.asarray(x, np.float32) for p, x in params.items()}, sep='/')

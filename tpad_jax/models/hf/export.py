@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tpad_jax.errors import InputError
 from tpad_jax.models.hf import keys, load
 from tpad_jax.models.hf import spec as specs
+from tpad_jax.nn import linear
 
 # Weights in other formats, which would differ from the exported ones.
 OTHER = {'.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt'}
@@ -41,7 +42,10 @@ def export(params, source_directory, out_directory) -> Path:
     spec = specs.read(source)
     tensors, table = load.bind(source, spec), keys.table(spec)
     flat = flatten_dict(params, sep='/')
-    _check_fit(flat, [e for e in table if e.names[0] in tensors], source)
+    faults = linear.misfits(flat, {e.path: e.shape for e in table if e.names[0] in tensors})
+    if faults:
+        raise InputError(f'{source}: the parameters are not those of this checkpoint: {faults}. '
+                         'Expected its parameters. Fix: export to the checkpoint they come from')
     writes = [(tensors[name], entry, i if entry.layers else None)
               for entry in table if entry.path in flat for i, name in enumerate(entry.names)]
     head = tensors.get('lm_head.weight')
@@ -78,13 +82,12 @@ def merge(params, lora, scale: float) -> dict:
     flat, pairs = flatten_dict(params), flatten_dict(lora)
     out = dict(flat)
     for path in sorted({p[:-1] for p in pairs}):
-        kernel, name = flat.get((*path, 'kernel')), '/'.join(path)
-        a, b = pairs[*path, 'a'], pairs[*path, 'b']
-        shape = kernel is not None and kernel.shape
-        if (*a.shape[:-1], b.shape[-1]) != shape or a.shape[-1] != b.shape[-2]:
-            raise InputError(f'{name}: an adapter {list(a.shape)} by {list(b.shape)} does not fit '
-                             f'the kernel {list(shape) if shape else "(missing)"}. Expected an '
-                             'adapter of this model. Fix: merge it into the model it was made for')
+        kernel, a, b = flat.get((*path, 'kernel')), pairs[*path, 'a'], pairs[*path, 'b']
+        shape = 'missing' if kernel is None else list(kernel.shape)
+        if [*a.shape[:-1], b.shape[-1]] != shape or a.shape[-1] != b.shape[-2]:
+            raise InputError(f'{"/".join(path)}: an adapter {list(a.shape)} by {list(b.shape)} '
+                             f'does not fit the kernel ({shape}). Expected an adapter of this '
+                             'model. Fix: merge it into the model it was made for')
         out[*path, 'kernel'] = _merged(kernel, a, b, scale)
     return unflatten_dict(out)
 
@@ -97,17 +100,6 @@ def _merged(kernel, a, b, scale):
 
     # one layer at a time, so that only one is float32
     return add((kernel, a, b)) if kernel.ndim == 2 else jax.lax.map(add, (kernel, a, b))
-
-
-def _check_fit(flat, table, source):
-    faults = [f'{e.path} is missing' for e in table if e.path not in flat]
-    faults += [f'{path} is unexpected' for path in sorted(flat.keys() - {e.path for e in table})]
-    faults += [f'{e.path} is {list(np.shape(flat[e.path]))}, not {list(e.shape)}'
-               for e in table if e.path in flat and np.shape(flat[e.path]) != e.shape]
-    if faults:
-        raise InputError(f'{source}: the parameters are not those of this checkpoint: '
-                         f'{"; ".join(faults)}. Expected its parameters. Fix: export to the '
-                         'checkpoint they were loaded from')
 
 
 def _copy(source, part, weights):

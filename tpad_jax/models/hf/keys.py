@@ -50,26 +50,20 @@ class Entry:
     @property
     def names(self) -> tuple[str, ...]:
         """The tensors of the parameter, one per layer."""
-        if self.layers is None:
-            return (self.name,)
-        return tuple(self.name.format(i) for i in range(self.layers))
-
-    @property
-    def inner(self) -> tuple[int, ...]:
-        """Shape of one layer of the parameter."""
-        return self.here(np.broadcast_to(np.uint8(0), self.stored)).shape
+        return tuple(self.name.format(i) for i in range(self.layers or 1))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter."""
-        return self.inner if self.layers is None else (self.layers, *self.inner)
+        layer = self.here(np.broadcast_to(np.uint8(0), self.stored)).shape
+        return layer if self.layers is None else (self.layers, *layer)
 
     def here(self, rows):
-        """Convert rows [n, *stored[1:]] of a tensor on disk. Unless 'plain': [*inner[:-1], n]."""
+        """Convert rows [n, *stored[1:]] of a tensor on disk. Unless 'plain', n is the last axis."""
         return rows if self.form == 'plain' else rearrange(rows, ' -> '.join(FORMS[self.form]))
 
     def there(self, layer):
-        """Convert one layer, `inner`, to the tensor on disk, `stored`."""
+        """Convert one layer of the parameter to the tensor on disk, `stored`."""
         if self.form == 'plain':
             return layer
         disk, memory = FORMS[self.form]
@@ -107,119 +101,101 @@ def needless(name: str, spec: Spec) -> bool:
 
 def table(spec: Spec) -> tuple[Entry, ...]:
     """List every parameter of the model with its tensors."""
-    out = []
-    d, text = spec.decoder, 'model.language_model.'
-    add = _Adder(out, 'decoder/layers/', text + 'layers.{}.', d.layers)
-    for norm, name in (('attention_norm', 'input_layernorm'),
-                       ('mlp_norm', 'post_attention_layernorm')):
-        add.scale(norm, name, d.width)
-    inner, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    for part, wide in (('q', inner), ('k', kv), ('v', kv)):
-        add.linear(f'attention/{part}', f'self_attn.{part}_proj', wide, d.width, d.qkv_bias)
-    add.linear('attention/o', 'self_attn.o_proj', d.width, inner, False)
+    return *_decoder(spec.decoder), *(
+        _tower(spec) if isinstance(spec.vision, Tower) else _grid(spec.vision))
+
+
+def _decoder(d):
+    w, inner, kv = d.width, d.heads * d.head_dim, d.kv_heads * d.head_dim
+    root = 'model.language_model.'
+    yield Entry('embed/embedding', root + 'embed_tokens.weight', 'plain', (d.vocab, w), None)
+    yield from _entries('decoder/layers/', root + 'layers.{}.', d.layers, [
+        ('attention_norm', 'input_layernorm', 'plain', (w,), False),
+        ('mlp_norm', 'post_attention_layernorm', 'plain', (w,), False),
+        ('attention/q', 'self_attn.q_proj', 'linear', (inner, w), d.qkv_bias),
+        ('attention/k', 'self_attn.k_proj', 'linear', (kv, w), d.qkv_bias),
+        ('attention/v', 'self_attn.v_proj', 'linear', (kv, w), d.qkv_bias),
+        ('attention/o', 'self_attn.o_proj', 'linear', (w, inner), False), *_gated(d, False)])
     if d.qk_norm:
-        add.scale('attention/q_norm', 'self_attn.q_norm', d.head_dim)
-        add.scale('attention/k_norm', 'self_attn.k_norm', d.head_dim)
-    _gated(add, d.width, d.hidden, False)
-    add = _Adder(out, '', '', None)
-    add.plain('embed/embedding', text + 'embed_tokens.weight', d.vocab, d.width)
-    add.scale('decoder/norm', text + 'norm', d.width)
+        yield from _entries('decoder/layers/attention/', root + 'layers.{}.self_attn.', d.layers, [
+            (f'{x}_norm', f'{x}_norm', 'plain', (d.head_dim,), False) for x in 'qk'])
+    yield from _entries('decoder/', root, None, [('norm', 'norm', 'plain', (w,), False)])
     if not d.tied:
-        add.linear('head', 'lm_head', d.vocab, d.width, False)
-    (_tower if isinstance(spec.vision, Tower) else _grid)(out, spec)
-    return tuple(out)
+        yield from _entries('', '', None, [('head', 'lm_head', 'linear', (d.vocab, w), False)])
 
 
-def _tower(out, spec):
-    v, d = spec.vision, spec.decoder
-    add = _Adder(out, 'vision/', 'model.vision_tower.', None)
-    add.put('patch/kernel', 'embeddings.patch_embedding.weight', 'patch',
-            v.width, 3, v.patch, v.patch)
-    if v.kind == 'siglip':
-        add.plain('patch/bias', 'embeddings.patch_embedding.bias', v.width)
-    if v.has_class:
-        add.plain('class', 'embeddings.class_embedding', v.width)
-    places = (v.image // v.patch) ** 2 + v.has_class
-    add.plain('place', 'embeddings.position_embedding.weight', places, v.width)
-    if v.pre_norm:
-        add.norm('pre_norm', 'pre_layrnorm', v.width)
-    add = _Adder(out, 'vision/layers/', 'model.vision_tower.encoder.layers.{}.', v.layers)
-    add.norm('norm1', 'layer_norm1', v.width)
-    add.norm('norm2', 'layer_norm2', v.width)
-    for part, name in (('q', 'q_proj'), ('k', 'k_proj'), ('v', 'v_proj'), ('o', 'out_proj')):
-        add.linear(f'attention/{part}', f'self_attn.{name}', v.width, v.width, True)
-    add.linear('fc1', 'mlp.fc1', v.hidden, v.width, True)
-    add.linear('fc2', 'mlp.fc2', v.width, v.hidden, True)
-    add = _Adder(out, 'projector/', 'model.multi_modal_projector.', None)
-    add.linear('fc1', 'linear_1', d.width, v.width, spec.projector_bias)
-    add.linear('fc2', 'linear_2', d.width, d.width, spec.projector_bias)
+def _tower(spec):
+    v, w, wide, root = spec.vision, spec.vision.width, spec.decoder.width, 'model.vision_tower.'
+    clip = v.kind == 'clip'
+    places = (v.image // v.patch) ** 2 + clip
+    yield from _entries('vision/', root, None, [
+        ('patch', 'embeddings.patch_embedding', 'patch', (w, 3, v.patch, v.patch), not clip)])
+    yield Entry('vision/place', root + 'embeddings.position_embedding.weight', 'plain',
+                (places, w), None)
+    if clip:
+        yield Entry('vision/class', root + 'embeddings.class_embedding', 'plain', (w,), None)
+        yield from _entries('vision/', root, None, [
+            ('pre_norm', 'pre_layrnorm', 'plain', (w,), True)])
+    yield from _entries('vision/layers/', root + 'encoder.layers.{}.', v.layers, [
+        ('norm1', 'layer_norm1', 'plain', (w,), True),
+        ('norm2', 'layer_norm2', 'plain', (w,), True),
+        ('attention/q', 'self_attn.q_proj', 'linear', (w, w), True),
+        ('attention/k', 'self_attn.k_proj', 'linear', (w, w), True),
+        ('attention/v', 'self_attn.v_proj', 'linear', (w, w), True),
+        ('attention/o', 'self_attn.out_proj', 'linear', (w, w), True),
+        ('fc1', 'mlp.fc1', 'linear', (v.hidden, w), True),
+        ('fc2', 'mlp.fc2', 'linear', (w, v.hidden), True)])
+    yield from _entries('projector/', 'model.multi_modal_projector.', None, [
+        ('fc1', 'linear_1', 'linear', (wide, w), spec.projector_bias),
+        ('fc2', 'linear_2', 'linear', (wide, wide), spec.projector_bias)])
     if spec.newline:
-        _Adder(out, '', '', None).plain('newline', 'model.image_newline', d.width)
+        yield Entry('newline', 'model.image_newline', 'plain', (wide,), None)
 
 
-def _grid(out, spec):
-    v = spec.vision
-    old, rms, root = v.kind != 'qwen3', v.kind == 'qwen2_5', 'model.visual.'
-    add = _Adder(out, 'vision/', root, None)
-    add.put('patch/kernel', 'patch_embed.proj.weight', 'patch3', v.width, 3, 2, v.patch, v.patch)
-    if not old:
-        add.plain('patch/bias', 'patch_embed.proj.bias', v.width)
-        add.plain('place', 'pos_embed.weight', v.places**2, v.width)
-    add = _Adder(out, 'vision/layers/', root + 'blocks.{}.', v.layers)
-    for norm in ('norm1', 'norm2'):
-        (add.scale if rms else add.norm)(norm, norm, v.width)
-    add.linear('attention/qkv', 'attn.qkv', 3 * v.width, v.width, True)
-    add.linear('attention/o', 'attn.proj', v.width, v.width, True)
-    if rms:
-        _gated(add, v.width, v.hidden, True)
-    else:
-        for part in ('fc1', 'fc2'):
-            wide = (v.hidden, v.width) if part == 'fc1' else (v.width, v.hidden)
-            add.linear(part, f'mlp.{part if old else "linear_" + part}', *wide, True)
-    norm, first, second = (('ln_q', 'mlp.0', 'mlp.2') if old
-                           else ('norm', 'linear_fc1', 'linear_fc2'))
-    joined = v.width * v.merge**2
-    merger = _Adder(out, 'vision/merger/', root + 'merger.', None)
-    (merger.scale if rms else merger.norm)('norm', norm, v.width)
-    mergers = [merger]
+def _grid(v):
+    w, joined, root = v.width, v.width * v.merge**2, 'model.visual.'
+    third, centred = v.kind == 'qwen3', v.kind != 'qwen2_5'  # LayerNorm, otherwise RMSNorm
+    norm, first, second = (('norm', 'linear_fc1', 'linear_fc2') if third
+                           else ('ln_q', 'mlp.0', 'mlp.2'))
+    mlp = 'mlp.linear_' if third else 'mlp.'
+    merger = [('fc1', first, 'linear', (joined, joined), True),
+              ('fc2', second, 'linear', (v.out, joined), True)]
+    yield from _entries('vision/', root, None, [
+        ('patch', 'patch_embed.proj', 'patch3', (w, 3, 2, v.patch, v.patch), third),
+        ('merger/norm', f'merger.{norm}', 'plain', (w,), centred)])
+    if third:
+        yield Entry('vision/place', root + 'pos_embed.weight', 'plain', (v.places**2, w), None)
+    yield from _entries('vision/layers/', root + 'blocks.{}.', v.layers, [
+        ('norm1', 'norm1', 'plain', (w,), centred), ('norm2', 'norm2', 'plain', (w,), centred),
+        ('attention/qkv', 'attn.qkv', 'linear', (3 * w, w), True),
+        ('attention/o', 'attn.proj', 'linear', (w, w), True),
+        *([('fc1', f'{mlp}fc1', 'linear', (v.hidden, w), True),
+           ('fc2', f'{mlp}fc2', 'linear', (w, v.hidden), True)] if centred else _gated(v, True))])
+    yield from _entries('vision/merger/', root + 'merger.', None, merger)
     if v.deep:
-        mergers.append(_Adder(out, 'vision/deep/', root + 'deepstack_merger_list.{}.',
-                              len(v.deep)))
-        mergers[1].norm('norm', norm, joined)
-    for add in mergers:
-        add.linear('fc1', first, joined, joined, True)
-        add.linear('fc2', second, v.out, joined, True)
+        yield from _entries('vision/deep/', root + 'deepstack_merger_list.{}.', len(v.deep), [
+            ('norm', norm, 'plain', (joined,), True), *merger])
 
 
-def _gated(add, width, hidden, bias):
-    for part, wide in (('gate', (hidden, width)), ('up', (hidden, width)),
-                       ('down', (width, hidden))):
-        add.linear(part, f'mlp.{part}_proj', *wide, bias)
+def _gated(sizes, bias):
+    up = (sizes.hidden, sizes.width)
+    return [('gate', 'mlp.gate_proj', 'linear', up, bias),
+            ('up', 'mlp.up_proj', 'linear', up, bias),
+            ('down', 'mlp.down_proj', 'linear', up[::-1], bias)]
 
 
-@dataclass(frozen=True)
-class _Adder:
-    """Appends entries with one path prefix, one name prefix and one number of layers."""
+def _entries(path, name, layers, rows):
+    """Return the weight, and the bias if there is one, of modules.
 
-    out: list
-    path: str
-    name: str
-    layers: int | None
-
-    def put(self, path, name, form, *stored):
-        self.out.append(Entry(self.path + path, self.name + name, form, stored, self.layers))
-
-    def plain(self, path, name, *stored):
-        self.put(path, name, 'plain', *stored)
-
-    def scale(self, path, name, width):
-        self.plain(f'{path}/scale', f'{name}.weight', width)
-
-    def norm(self, path, name, width):
-        self.scale(path, name, width)
-        self.plain(f'{path}/bias', f'{name}.bias', width)
-
-    def linear(self, path, name, fan_out, fan_in, bias):
-        self.put(f'{path}/kernel', f'{name}.weight', 'linear', fan_out, fan_in)
+    Args:
+      path: prefix of the parameters.
+      name: prefix of the tensors.
+      layers: see `Entry`.
+      rows: (path, name, form, stored shape of the weight, has a bias). The weight of a 'plain'
+        module is the scale of a norm.
+    """
+    for part, module, form, stored, bias in rows:
+        weight = 'scale' if form == 'plain' else 'kernel'
+        yield Entry(f'{path}{part}/{weight}', f'{name}{module}.weight', form, stored, layers)
         if bias:
-            self.plain(f'{path}/bias', f'{name}.bias', fan_out)
+            yield Entry(f'{path}{part}/bias', f'{name}{module}.bias', 'plain', stored[:1], layers)

@@ -8,7 +8,10 @@ or activation would silently change the result, so each is refused by name.
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from tpad_jax.errors import InputError
 
@@ -60,7 +63,7 @@ class Tower:
     """A CLIP or SigLIP vision transformer at its native, square resolution.
 
     Attributes:
-      kind: 'clip' or 'siglip'.
+      kind: 'clip', which has a class token first and a norm before the blocks, or 'siglip'.
       width: of the states.
       layers: blocks that run. One less than `stored` gives the states of the last but one.
       stored: blocks in the checkpoint.
@@ -70,9 +73,7 @@ class Tower:
       patch: side of a patch in pixels.
       activation: of the MLP.
       eps: of the norms.
-      has_class: whether a class token comes first (CLIP).
-      keep_class: whether the output includes the class token.
-      pre_norm: whether a norm comes before the blocks (CLIP).
+      keep_class: whether the output includes the class token (CLIP).
     """
 
     kind: str
@@ -85,9 +86,7 @@ class Tower:
     patch: int
     activation: str
     eps: float
-    has_class: bool
     keep_class: bool
-    pre_norm: bool
 
 
 @dataclass(frozen=True)
@@ -166,17 +165,13 @@ class Spec:
         Raises:
           InputError: the vision tower cannot read an image of this size.
         """
-        v = self.vision
-        if isinstance(v, Tower):
-            if side != v.image:
-                raise InputError(f'config.mllm.image_size={side}: this vision tower reads one size '
-                                 f'of images. Expected {v.image} pixels. Fix: set it to {v.image}')
-            return (v.image // v.patch,) * 2
-        unit = v.patch * v.merge
-        if side < unit or side % unit:
-            raise InputError(f'config.mllm.image_size={side}: a token of this vision tower covers '
-                             f'{unit} pixels. Expected a multiple of {unit}. Fix: choose one')
-        return (side // unit,) * 2
+        v, native = self.vision, isinstance(self.vision, Tower)
+        unit = v.image if native else v.patch * v.merge
+        if side < unit or side % unit or (native and side != unit):
+            raise InputError(f'config.mllm.image_size={side}: not a size that this vision tower '
+                             f'reads. Expected {"" if native else "a multiple of "}{unit} pixels. '
+                             'Fix: set it so')
+        return (side // (v.patch if native else unit),) * 2
 
     def image_tokens(self, side: int) -> int:
         """Return the tokens of an image in a prompt, without start_ids and end_ids.
@@ -184,9 +179,8 @@ class Spec:
         Args:
           side: height and width of the image in pixels.
         """
-        rows, columns = self.cells(side)
         class_token = isinstance(self.vision, Tower) and self.vision.keep_class
-        return rows * columns + int(self.newline) + int(class_token)
+        return math.prod(self.cells(side)) + int(self.newline) + int(class_token)
 
 
 def read(directory) -> Spec:
@@ -197,59 +191,49 @@ def read(directory) -> Spec:
         option that is not implemented.
     """
     file = Path(directory) / 'config.json'
-    if not file.is_file():
-        raise InputError(f'{directory}: this directory has no config.json. Expected the directory '
-                         'of a Hugging Face model. Fix: correct the path')
     from transformers import AutoConfig  # slow to import
 
     try:
         family = json.loads(file.read_text()).get('model_type')
-    except (ValueError, AttributeError) as error:
-        raise InputError(f'{file}: not a JSON object ({error}). Expected the config.json of a '
-                         'Hugging Face model. Fix: download the file again') from error
-    _only(file, 'model_type', family, FAMILIES)
-    try:
+        _require(file, 'model_type', family, family in FAMILIES, ' or '.join(FAMILIES))
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f'{file}: transformers cannot read it: {str(error).splitlines()[0]}. Fix: '
-                         'download the file again') from error
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f'{file}: cannot be read ({str(error).splitlines()[0]}). Expected the '
+                         'config.json of a Hugging Face model. Fix: correct the path, or download '
+                         'the file again') from error
     return _with_pixels(FAMILIES[family](file, config), directory)
 
 
 def _llava(file, config):
-    v, layer = config.vision_config, config.vision_feature_layer
-    _only(file, 'vision_config.model_type', v.model_type,
-          ('clip_vision_model', 'siglip_vision_model'))
-    depth = v.num_hidden_layers
+    only = partial(_only, file, config)
+    v, depth = config.vision_config, config.vision_config.num_hidden_layers
+    onevision = config.model_type == 'llava_onevision'
+    tower = only('vision_config.model_type', ('siglip_vision_model',) if onevision else
+                 ('siglip_vision_model', 'clip_vision_model'))
+    clip = tower == 'clip_vision_model'
     # a list joins the states of several layers
-    _only(file, 'vision_feature_layer', layer, (*range(-depth, 0), *range(1, depth + 1)))
-    strategy = config.vision_feature_select_strategy
-    clip, onevision = v.model_type == 'clip_vision_model', config.model_type == 'llava_onevision'
-    if onevision:
-        # OneVision keeps all tokens of its SigLIP tower with either strategy
-        _only(file, 'vision_config.model_type', v.model_type, ('siglip_vision_model',))
-    # 'default' drops the first token, which is a patch with SigLIP
-    _only(file, 'vision_feature_select_strategy', strategy,
-          ('default', 'full') if clip or onevision else ('full',))
+    layer = only('vision_feature_layer', (*range(-depth, 0), *range(1, depth + 1)))
+    # 'default' drops the first token, which is a patch with SigLIP. OneVision keeps all tokens of
+    # its SigLIP tower with either strategy.
+    strategy = only('vision_feature_select_strategy',
+                    ('default', 'full') if clip or onevision else ('full',))
     tower = Tower(
         kind='clip' if clip else 'siglip', width=v.hidden_size,
         layers=depth + 1 + layer if layer < 0 else layer, stored=depth,
         heads=v.num_attention_heads, hidden=v.intermediate_size, image=v.image_size,
-        patch=v.patch_size, activation=_activation(file, 'vision_config.hidden_act', v.hidden_act),
-        eps=v.layer_norm_eps, has_class=clip, keep_class=clip and strategy == 'full',
-        pre_norm=clip)
-    text = config.text_config
-    _only(file, 'text_config.model_type', text.model_type, ('llama', 'qwen2', 'qwen3', 'mistral'))
-    image_id = getattr(config, 'image_token_id', None)
-    return Spec(
-        config.model_type, _decoder(file, config, text.model_type), tower,
-        _activation(file, 'projector_hidden_act', config.projector_hidden_act),
-        config.multimodal_projector_bias, onevision,
-        config.image_token_index if image_id is None else image_id, (), (),
-        CLIP_MEAN if clip else HALF, CLIP_STD if clip else HALF)
+        patch=v.patch_size, activation=only('vision_config.hidden_act', ACTIVATIONS),
+        eps=v.layer_norm_eps, keep_class=clip and strategy == 'full')
+    text = only('text_config.model_type', ('llama', 'qwen2', 'qwen3', 'mistral'))
+    return Spec(config.model_type, _decoder(file, config, text), tower,
+                only('projector_hidden_act', ACTIVATIONS), config.multimodal_projector_bias,
+                onevision, config.image_token_id, (), (), CLIP_MEAN if clip else HALF,
+                CLIP_STD if clip else HALF)
 
 
 def _qwen(file, config):
+    only = partial(_only, file, config)
     v, kind = config.vision_config, config.model_type.removesuffix('_vl')
     first, windowed, third = (kind == name for name in ('qwen2', 'qwen2_5', 'qwen3'))
     width = v.embed_dim if first else v.hidden_size
@@ -257,27 +241,19 @@ def _qwen(file, config):
         kind=kind, width=width, layers=v.depth, heads=v.num_heads,
         hidden=int(width * v.mlp_ratio) if first else v.intermediate_size, patch=v.patch_size,
         merge=v.spatial_merge_size, out=v.hidden_size if first else v.out_hidden_size,
-        activation=_activation(file, 'vision_config.hidden_act', v.hidden_act), eps=1e-6,
+        activation=only('vision_config.hidden_act', ACTIVATIONS), eps=1e-6,
         places=round(v.num_position_embeddings ** 0.5) if third else 0,
         window=v.window_size if windowed else 0,
         full=tuple(v.fullatt_block_indexes) if windowed else (),
         deep=tuple(v.deepstack_visual_indexes) if third else ())
-    _only(file, 'vision_config.temporal_patch_size', v.temporal_patch_size, (2,))
-    rope = getattr(v, 'rope_parameters', None) or {}
-    _only(file, 'vision_config.rope_parameters.rope_theta', rope.get('rope_theta', 10_000.0),
-          (10_000.0,))
-    if list(grid.deep) != sorted({i for i in grid.deep if i < v.depth}):
-        raise InputError(f'{file}: vision_config.deepstack_visual_indexes={list(grid.deep)} is '
-                         f'unusable. Expected rising numbers below the depth, {v.depth}. Fix: copy '
-                         'the value of the original model')
-    if windowed and grid.window < grid.patch * grid.merge:
-        raise InputError(f'{file}: vision_config.window_size={grid.window} is smaller than a '
-                         f'merged token. Expected at least {grid.patch * grid.merge} pixels. Fix: '
-                         'copy the value of the original model')
-    if 'mrope_section' not in _rope(file, config.text_config):
-        raise InputError(f'{file}: text_config.rope_parameters lacks mrope_section. Expected '
-                         'rotary frequencies per coordinate. Fix: copy those of the original '
-                         'model')
+    only('vision_config.temporal_patch_size', (2,))
+    only('vision_config.rope_parameters.rope_theta', (None, 10_000.0))
+    _require(file, 'vision_config.deepstack_visual_indexes', list(grid.deep),
+             list(grid.deep) == sorted({i for i in grid.deep if i < v.depth}),
+             f'rising numbers below the depth, {v.depth}')
+    _require(file, 'vision_config.window_size', grid.window,
+             not windowed or grid.window >= grid.patch * grid.merge,
+             f'at least {grid.patch * grid.merge} pixels, a merged token')
     return Spec(
         config.model_type, _decoder(file, config, kind, mrope=True), grid, '', True, False,
         config.image_token_id, (config.vision_start_token_id,), (config.vision_end_token_id,),
@@ -289,47 +265,40 @@ FAMILIES = {'llava': _llava, 'llava_onevision': _llava, 'qwen2_vl': _qwen, 'qwen
 
 
 def _decoder(file, config, kind, mrope=False):
-    text = config.text_config
-    rope = _rope(file, text)
-    _only(file, 'text_config.hidden_act', text.hidden_act, ('silu',))
+    text, rope = config.text_config, getattr(config.text_config, 'rope_parameters', None) or {}
+    _only(file, config, 'text_config.hidden_act', ('silu',))
+    _only(file, config, 'text_config.rope_parameters.rope_type', ('default', 'mrope'))
     for option in ('mlp_bias', 'attention_bias', 'use_sliding_window'):
-        _only(file, f'text_config.{option}', getattr(text, option, False) or False, (False,))
+        _only(file, config, f'text_config.{option}', (None, False))
     if text.model_type == 'mistral':
-        _only(file, 'text_config.sliding_window', text.sliding_window, (None,))
+        _only(file, config, 'text_config.sliding_window', (None,))
     head_dim = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
-    sections = tuple(rope['mrope_section']) if mrope else ()
-    if sections and sum(sections) != head_dim // 2:
-        raise InputError(f'{file}: mrope_section={list(sections)} does not fit a head. Expected '
-                         f'the sum {head_dim // 2}, half a head. Fix: copy the value of the '
-                         'original model')
+    sections = tuple(rope.get('mrope_section') or ()) if mrope else ()
+    theta = rope.get('rope_theta')
+    _require(file, 'text_config.rope_parameters.rope_theta', theta, bool(theta), 'a number')
+    _require(file, 'text_config.rope_parameters.mrope_section', list(sections),
+             not mrope or sum(sections) == head_dim // 2, f'the sum {head_dim // 2}, half a head')
     return Decoder(
         vocab=text.vocab_size, width=text.hidden_size, layers=text.num_hidden_layers,
         heads=text.num_attention_heads, kv_heads=text.num_key_value_heads, head_dim=head_dim,
-        hidden=text.intermediate_size, eps=text.rms_norm_eps, theta=float(rope['rope_theta']),
+        hidden=text.intermediate_size, eps=text.rms_norm_eps, theta=float(theta),
         qkv_bias=kind in ('qwen2', 'qwen2_5'), qk_norm=kind == 'qwen3', sections=sections,
         interleaved=mrope and kind == 'qwen3', tied=bool(config.tie_word_embeddings))
 
 
-def _rope(file, text):
-    rope = getattr(text, 'rope_parameters', None)
-    if not rope or 'rope_theta' not in rope:
-        raise InputError(f'{file}: text_config.rope_parameters lacks rope_theta. Expected the base '
-                         'of the rotary frequencies. Fix: copy it from the original model')
-    kind = rope.get('rope_type', rope.get('type', 'default'))
-    _only(file, 'text_config.rope_parameters.rope_type', kind, ('default', 'mrope'))
-    return rope
+def _only(file, config, key, choices):
+    """Return the value of a dotted key. Refuse one that is not implemented."""
+    value = config
+    for name in key.split('.'):
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    _require(file, key, value, value in choices, ' or '.join(map(repr, choices)))
+    return value
 
 
-def _activation(file, key, name):
-    _only(file, key, name, ACTIVATIONS)
-    return name
-
-
-def _only(file, key, value, choices):
-    """Refuse a value that is not one of the implemented ones."""
-    if value not in tuple(choices):
-        raise InputError(f'{file}: {key}={value!r} is not implemented. Expected '
-                         f'{" or ".join(map(repr, choices))}. Fix: choose another checkpoint')
+def _require(file, key, value, usable, rule):
+    if not usable:
+        raise InputError(f'{file}: {key}={value!r} is not implemented. Expected {rule}. Fix: copy '
+                         "the original model's value, or choose another checkpoint")
 
 
 def _with_pixels(spec: Spec, directory) -> Spec:
@@ -350,20 +319,16 @@ def _with_pixels(spec: Spec, directory) -> Spec:
             options = options.get(part) if part else options
             if options:
                 break
-        else:
-            return spec
-        flags = [options.get(key, True) for key in ('do_rescale', 'do_normalize')]
-        if not all(isinstance(flag, bool) for flag in flags):
+        rescale, normalise = (options.get(key, True) for key in ('do_rescale', 'do_normalize'))
+        if not (isinstance(rescale, bool) and isinstance(normalise, bool)):
             raise ValueError('do_rescale and do_normalize must be true or false')
-        scale = 255 * float(options.get('rescale_factor', 1 / 255)) if flags[0] else 255.0
-        mean, std = ((options.get('image_mean', list(spec.mean)),
-                      options.get('image_std', list(spec.std)))
-                     if flags[1] else (0.0, 1.0))
+        scale = 255 * float(options.get('rescale_factor', 1 / 255)) if rescale else 255.0
+        mean, std = ((options.get('image_mean', spec.mean), options.get('image_std', spec.std))
+                     if normalise else (0.0, 1.0))
         # a single number counts for all channels
-        mean, std = (tuple(float(x) / scale for x in (v if isinstance(v, list) else 3 * [v]))
-                     for v in (mean, std))
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or 0 in std:
-            raise ValueError('image_mean and image_std must be 3 finite numbers, std not 0')
+        mean, std = (tuple(float(x) / scale for x in np.broadcast_to(v, 3)) for v in (mean, std))
+        if not all(map(math.isfinite, mean + std)) or 0 in std:
+            raise ValueError('image_mean and image_std must be finite, image_std not 0')
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f'{file}: unusable config of an image processor ({error}). Expected the '
                          'file of the original model. Fix: download it again') from error

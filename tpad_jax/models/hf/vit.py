@@ -64,18 +64,18 @@ class VisionTransformer(nn.Module):
         Returns:
           [B, P, W], or [B, 1 + P, W] with the class token first if tower.keep_class.
         """
-        tower = self.tower
-        x = Linear(tower.width, use_bias=tower.kind == 'siglip', name='patch')(patches)
-        if tower.has_class:
+        tower, clip = self.tower, self.tower.kind == 'clip'
+        x = Linear(tower.width, use_bias=not clip, name='patch')(patches)
+        if clip:
             first = self.param('class', uniform(0.02), (tower.width,)).astype(x.dtype)
             first = jnp.broadcast_to(first, (x.shape[0], 1, tower.width))
             x = jnp.concatenate([first, x], axis=1)
         # positions of the native size; an image of another size fails to broadcast
-        count = (tower.image // tower.patch) ** 2 + tower.has_class
+        count = (tower.image // tower.patch) ** 2 + clip
         x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
-        if tower.pre_norm:
+        if clip:
             x = layer_norm(x, tower.eps, 'pre_norm')
         scanned = nn.scan(rematerialised(Block, self.remat), length=tower.layers,
                           variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
         x, _ = scanned(tower, self.how, name='layers')(x, None)
-        return x[:, 1:] if tower.has_class and not tower.keep_class else x
+        return x[:, 1:] if clip and not tower.keep_class else x
