@@ -138,10 +138,9 @@ FAULTS = (
           'np.split(np.random.default_rng(0).permutation(total), [middle, last])',
           'tests/data/test_sessions.py::test_split_shares_counts_and_order'),
     Fault('k_core_of_all_sessions', 'tpad_jax/data/sources/amazon_tables.py',
-          'sessions_lib.split(sessions, cut.valid, cut.test), strict=True))\n'
-          "    splits['train'] = sessions_lib.k_core(splits['train'], cut.core, cut.min_length)\n",
-          'sessions_lib.split(sessions_lib.k_core(sessions, cut.core, cut.min_length), '
-          'cut.valid, cut.test), strict=True))\n',
+          "parts = sessions_lib.split(sessions, options['valid'], options['test'])",
+          "parts = sessions_lib.split(sessions_lib.k_core(sessions, options['core'], shortest), "
+          "options['valid'], options['test'])",
           'tests/test_traps.py::test_no_table_is_counted_on_test'),
     Fault('price_ends_at_the_comma', 'tpad_jax/data/sources/amazon_fields.py',
           "return float(number.replace(',', ''))", "return float(number.split(',')[0])",

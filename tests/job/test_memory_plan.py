@@ -195,7 +195,7 @@ def test_features_from_a_file_have_the_width_of_its_header(tmp_path):
     c.data.features = str(tmp_path / 'x.npy')
     assert memory_plan.rows(c, 20, 3)['given'].shape == (21, 13)
     (tmp_path / 'x.npy').write_bytes(b'no header')
-    with pytest.raises(InputError, match='the width of its features cannot be read'):
+    with pytest.raises(InputError, match='its width cannot be read'):
         memory_plan.rows(c, 20, 3)
 
 

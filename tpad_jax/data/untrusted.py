@@ -8,10 +8,11 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 MAX_LINE = 4 * 2**20  # bytes; the longest genuine metadata lines have some hundred thousand
 # a .gz file that unpacks to more than this many bytes, and to more than this many times what was
@@ -79,48 +80,39 @@ class Lines:
             self.damaged.append((self.number, reason))
 
     def check(self, bad_share: float, option: str = 'config.data.bad_share',
-              hints: dict[str, str] | None = None) -> None:
+              fields: str = '', hints: Mapping[str, str] = MappingProxyType({})) -> None:
         """Refuse the file where more than a share of it is damaged; call it at the end.
 
         Args:
           bad_share: of the lines, in 0..1. Those rejected for a reason in WHOLE are not damaged;
             what could not be unpacked counts by its bytes.
           option: the option that sets it.
-          hints: {reason: what to do about it}.
+          fields: names of fields; if given, a file without a usable line is refused, too.
+          hints: {reason: what to do about it}, in place of the general advice.
 
         Raises:
           InputError: with the counts by reason and the first damaged lines.
         """
-        bad = {reason: n for reason, n in self.rejected.items() if reason not in WHOLE}
-        share = sum(bad.values()) / max(self.number, 1)
-        if share + (1 - share) * self.unread <= bad_share:
-            return
-        cut = f', and {self.unread:.0%} of it cannot be unpacked' if self.unread else ''
-        raise self.refusal(f'{sum(bad.values())} of {self.number} lines are damaged{cut}',
-                           hints or {}, f'a share of at most {option}={bad_share}',
-                           'get the file again or correct it, or raise that option to drop these '
-                           'lines')
-
-    def refusal(self, what: str, hints: dict[str, str], expected: str,
-                fix: str = 'get the file again or correct it') -> InputError:
-        """Word the refusal of the file.
-
-        Args:
-          what: what is wrong.
-          hints: {reason: what to do about it}; that of the most frequent reason replaces `fix`.
-          expected: the rule.
-          fix: what to do.
-
-        Returns:
-          The error, with the counts by reason and the first damaged lines.
-        """
         bad = Counter({reason: n for reason, n in self.rejected.items() if reason not in WHOLE})
-        first = ', '.join(f'line {number} {reason}' for number, reason in self.damaged)
+        share = bad.total() / max(self.number, 1)
+        fix = 'get the file again or correct it'
+        if fields and self.number == self.rejected.total():
+            wrong = f'none of its {self.number} lines is usable'
+            expected = f'a JSON object in UTF-8 with {fields} in every line'
+        elif share + (1 - share) * self.unread > bad_share:
+            cut = f', and {self.unread:.0%} of it cannot be unpacked' if self.unread else ''
+            wrong = f'{bad.total()} of {self.number} lines are damaged{cut}'
+            expected = f'a share of at most {option}={bad_share}'
+            fix += ', or raise that option to drop these lines'
+        else:
+            return
         if bad:
             fix = hints.get(bad.most_common(1)[0][0], fix)
-        counted = f' ({reasons(bad or self.rejected)}{"; first " + first if first else ""})'
-        return InputError(f'{self.path}: {what}{counted * bool(self.rejected)}. Expected '
-                          f'{expected}. Fix: {fix}.')
+        counts = reasons(bad or self.rejected)
+        first = ', '.join(f'line {number} {reason}' for number, reason in self.damaged)
+        facts = '; first '.join(filter(None, (counts, first)))
+        raise InputError(f'{self.path}: {wrong} ({facts or "no line"}). Expected {expected}. '
+                         f'Fix: {fix}.')
 
     def _lines(self) -> Iterator[bytes | Reason]:
         try:
@@ -128,10 +120,8 @@ class Lines:
                 if self.path.suffix != '.gz':
                     yield from self._split(file, None)
                     return
-                if file.read(2) != b'\x1f\x8b':
-                    raise InputError(f'{self.path}: not a gzip file although its name ends in .gz. '
-                                     'Expected gzip. Fix: download it again, or take .gz off the '
-                                     'name of a plain file.')
+                refuse_if(file.read(2) != b'\x1f\x8b', f'{self.path}: not a gzip file. Expected '
+                          'one, as its name ends in .gz. Fix: download it again, or rename it.')
                 file.seek(0)
                 with gzip.GzipFile(fileobj=file) as unpacked:
                     yield from self._split(unpacked, file)
@@ -141,15 +131,10 @@ class Lines:
 
     def _split(self, lines, file) -> Iterator[bytes | Reason]:
         """Split unpacked `lines`; `file` is the packed file, None where there is none."""
-        bom, total = b'\xef\xbb\xbf', 0
+        bom, total, long = b'\xef\xbb\xbf', 0, False
         while True:
             try:
                 line = lines.readline(MAX_LINE)
-                long = len(line) == MAX_LINE
-                total += len(line)
-                while long and line and not line.endswith(b'\n') and not self._bomb(total, file):
-                    line = lines.readline(MAX_LINE)
-                    total += len(line)
             except EOFError:  # the end of the compressed stream is missing
                 yield Reason('truncated_file')
                 return
@@ -157,20 +142,22 @@ class Lines:
                 self.unread = 1 - file.tell() / self.path.stat().st_size
                 yield Reason('damaged_file')
                 return
-            if self._bomb(total, file):
+            total += len(line)
+            if file is not None and total > max(MAX_UNPACKED, MAX_PACKING * file.tell()):
                 self.unread = 1.0  # the lines before are a vanishing part of it
                 yield Reason('file_unpacks_without_end')
                 return
-            if long:
+            full = len(line) == MAX_LINE
+            if full and not line.endswith(b'\n'):
+                long = True  # its next part is read
+            elif long or full:
+                long = False
                 yield Reason('line_too_long')
             elif line:
                 yield line.removeprefix(bom)
             else:
                 return
             bom = b''  # only at the beginning of the file it is a byte order mark
-
-    def _bomb(self, total, file):
-        return file is not None and total > MAX_UNPACKED and total > MAX_PACKING * file.tell()
 
 
 def reasons(counts: dict) -> str:
@@ -196,10 +183,8 @@ def stay_inside(path: Path, folder: Path) -> None:
     Raises:
       InputError: it leads out.
     """
-    if not inside(path, folder):
-        raise InputError(f'{path}: a link that leads out of {folder} is not followed. Expected a '
-                         'file in that folder. Fix: copy the data there, or name the folder it '
-                         'points to.')
+    refuse_if(not inside(path, folder), f'{path}: a link that leads out of {folder}. Expected a '
+              'file in that folder. Fix: copy the data there, or name the folder it points to.')
 
 
 def _record(line: bytes) -> dict | Reason:

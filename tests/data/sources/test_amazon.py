@@ -98,7 +98,9 @@ def test_2023_form(tmp_path):
         ('B1', 'One', '', 'All Beauty', 'f g', None), ('B2', 'Two', 'Shop', 'A > B', 'words', 9.5),
         ('B3', '', '', '', '', pytest.approx(12.99)), ('B4', '', '', '', '', None)]
     assert raw.interactions.rows() == [(0, 1, TIME), (0, 2, TIME)]
-    assert raw.files == (tmp_path / 'Gift_Cards.jsonl', tmp_path / 'meta_Gift_Cards.jsonl')
+    assert amazon.find_files(tmp_path)[:2] == (
+        tmp_path / 'Gift_Cards.jsonl', tmp_path / 'meta_Gift_Cards.jsonl')
+    assert raw.catalogue['image'].null_count() == raw.catalogue.height
     assert raw.lines['unused'] == {'price': 1}
 
 
@@ -172,7 +174,6 @@ def test_images_inside_are_found_and_links_out_are_not_followed(tmp_path):
     assert raw.lines['unused'] == {
         'image_link_outside': 1, 'image_of_unknown_ending': 1, 'image_repeated': 1,
         'image_without_item': 2}
-    assert [path.name for path in raw.files[2:]] == ['B1.jpg', 'B2.png', 'B4.jpg']
 
 
 def test_folders_that_cannot_be_read_are_refused(tmp_path):
@@ -259,7 +260,8 @@ def test_picture_files_may_end_in_any_case(tmp_path):
     for name in names:
         (tmp_path / 'images' / name).write_bytes(b'x')
     raw = amazon.read(tmp_path)
-    assert [path.name for path in raw.files[2:]] == list(names[:5])
+    assert raw.catalogue['image'].drop_nulls().to_list() == [
+        str(tmp_path / 'images' / name) for name in names[:5]]
     assert raw.lines['unused'] == {'image_of_unknown_ending': 1, 'image_repeated': 1}
 
 

@@ -79,7 +79,7 @@ def test_the_built_in_ones_and_the_planted_catalogue_where_none_is_selected(tmp_
 @pytest.mark.parametrize(('options', 'message'), [
     ({'npz': 'a', 'ready': 'b'}, r"data\.npz='a' and config\.data\.ready='b' name two sources"),
     ({'source': 'mine', 'raw_dir': 'b'}, "data.source='mine' and config.data.raw_dir='b' name two"),
-    ({'source': 'minw'}, "data.source='minw': no such source.*planted, mine, or module:object"),
+    ({'source': 'minw'}, "data.source='minw': no such source.*planted, mine or module:object"),
     ({'source': 'no_module_of_this_name:f'}, 'no such source .ModuleNotFoundError'),
     ({'source': f'{__name__}:lod'}, 'no such source .AttributeError')])
 def test_what_selects_no_source_or_two_is_refused(options, message):

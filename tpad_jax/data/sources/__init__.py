@@ -18,7 +18,7 @@ import numpy as np
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.audit import audit
 from tpad_jax.data.catalogue import Data
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 DEFAULT = 'planted'
 
@@ -79,9 +79,9 @@ def register(name: str, source: Source | str) -> None:
     Raises:
       InputError: the name is taken.
     """
-    if SOURCES.get(name, source) != source:
-        raise InputError(f'data source {name!r}: the name is taken. Expected a name other than '
-                         f'{", ".join(SOURCES)}. Fix: register the source under another name.')
+    refuse_if(SOURCES.get(name, source) != source,
+              f'data source {name!r}: the name is taken. Expected a name other than '
+              f'{", ".join(SOURCES)}. Fix: register the source under another name.')
     SOURCES[name] = source
 
 
@@ -97,14 +97,13 @@ def selected(config) -> str:
     Raises:
       InputError: two sources are selected.
     """
-    named = config.data.get('source', '')
     keys = [name for name in SOURCES if name != DEFAULT and config.data.get(name)]
-    if len({*keys, *filter(None, [named])}) > 1:
-        options = [f'config.data.{key}={config.data[key]!r}'
-                   for key in (*['source'] * bool(named), *keys)]
-        raise InputError(f'{" and ".join(options)} name two sources of sessions. Expected one. '
-                         'Fix: leave the others empty.')
-    return named or next(iter(keys), DEFAULT)
+    names = {'source': config.data.get('source'), **{key: key for key in keys}}
+    names = {option: name for option, name in names.items() if name}
+    options = ' and '.join(f'config.data.{option}={config.data[option]!r}' for option in names)
+    refuse_if(len(set(names.values())) > 1, f'{options} name two sources of sessions. Expected '
+              'one. Fix: leave the others empty.')
+    return next(iter(names.values()), DEFAULT)
 
 
 def chosen(config) -> Source:
@@ -127,8 +126,8 @@ def chosen(config) -> Source:
         except Exception as error:  # importing somebody's module can raise anything
             raise InputError(
                 f'config.data.source={name!r}: no such source ({type(error).__name__}: {error}). '
-                f'Expected one of {", ".join(SOURCES)}, or module:object. Fix: correct the name, '
-                'or run in the directory that holds the module.') from error
+                f'Expected {", ".join(SOURCES)} or module:object. Fix: correct the name, or run '
+                'in the directory of the module.') from error
     return source if isinstance(source, Source) else Source(source)
 
 
@@ -184,10 +183,9 @@ def _check(data: Data, name: str) -> None:
     """Refuse data that would fail later, and less clearly."""
     rows = data.num_items + 1
     for field in ('titles', 'texts', 'has_image', 'side', 'warm'):
-        if len(getattr(data, field)) != rows:
-            raise InputError(f'{name}: {field} has {len(getattr(data, field))} rows. Expected '
-                             f'{rows}, the padding item and {rows - 1} items. Fix: correct the '
-                             'source.')
+        length = len(getattr(data, field))
+        refuse_if(length != rows, f'{name}: {field} has {length} rows. Expected {rows}, the '
+                  f'padding item and {rows - 1} items. Fix: correct the source.')
     for split in ('train', 'valid', 'test'):
         sessions_lib.check(getattr(data, split), f'{name}: {split}', data.num_items)
 

@@ -11,7 +11,6 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from tpad_jax.data import images as images_lib
 from tpad_jax.data.sources import amazon_fields
 from tpad_jax.data.sources.amazon_fields import FIELDS, Fields
 from tpad_jax.data.untrusted import Lines, Reason, stay_inside
-from tpad_jax.errors import InputError, Stopped
+from tpad_jax.errors import Stopped, refuse_if
 
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
 _REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
@@ -32,8 +31,7 @@ _OF_2014 = re.compile(r'reviews_.+\.json(\.gz)?')
 HINTS = {
     'python_dict': 'these are Python dictionaries, as in the 2014 form of the data: write every '
                    'line as JSON, for example by json.dumps(ast.literal_eval(line))',
-    'bad_time': 'write every time as a number, of seconds (2018 form) or milliseconds (2023 form) '
-                'since 1970',
+    'bad_time': 'write every time as a number, in seconds (2018) or milliseconds (2023) since 1970',
     **{f'time_in_{unit}': f'the times look like {unit}: convert them to seconds (2018 form) or '
                           'milliseconds (2023 form)' for unit in amazon_fields.UNITS},
     'bad_user': f'write every user as a text of at most {amazon_fields.USER_LENGTH} characters, a '
@@ -67,14 +65,12 @@ class Raw(NamedTuple):
       lines: over all lines of both files, 'read' = 'kept' + sum of 'rejected' {reason: count}; and
         'unused' {what: count}, parts of kept lines (and images) that could not be used.
       form: '2018' or '2023'.
-      files: reviews, metadata, and every image in use.
     """
 
     catalogue: pl.DataFrame
     interactions: pl.DataFrame
     lines: dict
     form: str
-    files: tuple[Path, ...]
 
 
 class PictureUrls(NamedTuple):
@@ -107,39 +103,30 @@ def find_files(raw_dir: str | Path) -> RawFiles:
     raw_dir = Path(raw_dir)
     expected = ('Expected X_5.json[.gz] and meta_X.json[.gz] (2018) or X.jsonl[.gz] and '
                 'meta_X.jsonl[.gz] (2023), X being the category. Fix: ')
-    if not raw_dir.is_dir():
-        raise InputError(f'{raw_dir}: no such directory. {expected}give the folder that holds '
-                         'them.')
+    refuse_if(not raw_dir.is_dir(),
+              f'{raw_dir}: no such directory. {expected}give the folder that holds them.')
     names = sorted(path.name for path in raw_dir.iterdir() if path.is_file())
-    old = next(filter(_OF_2014.fullmatch, names), None)
-    if old:
-        raise InputError(f'{raw_dir}: {old} is a name of the 2014 form of the data, which is not '
-                         f'read. {expected}download the 2018 or 2023 files of the category; or '
-                         f'take "reviews_" off the name, and {HINTS["python_dict"]}.')
+    old = [name for name in names if _OF_2014.fullmatch(name)]
+    refuse_if(old, f'{raw_dir}: {", ".join(old)} is a name of the 2014 form of the data, which is '
+              f'not read. {expected}download the 2018 or 2023 files of the category; or take '
+              f'"reviews_" off the name, and {HINTS["python_dict"]}.')
     metadata = [match for match in map(_METADATA.fullmatch, names) if match]
-    if not metadata:
-        raise InputError(f'{raw_dir}: no meta_X.json[.gz] or meta_X.jsonl[.gz]. {expected}put the '
-                         'metadata into the directory of the reviews.')
-    category, extension = metadata[0][1], metadata[0][2]
-    others = {match[1] for match in map(_REVIEWS.fullmatch, names) if match} - {category}
-    others |= {match[1] for match in metadata} - {category}
-    if others:
-        raise InputError(f'{raw_dir}: files of several categories ({category}, '
-                         f'{", ".join(sorted(others))}). {expected}give each category a separate '
-                         'folder.')
+    refuse_if(not metadata, f'{raw_dir}: no meta_X.json[.gz] or meta_X.jsonl[.gz]. {expected}put '
+              'the metadata into the directory of the reviews.')
+    description, category, extension, _ = metadata[0].group(0, 1, 2, 3)
+    named = {match[1] for match in (*metadata, *map(_REVIEWS.fullmatch, names)) if match}
+    refuse_if(named != {category}, f'{raw_dir}: files of several categories '
+              f'({", ".join(sorted(named))}). {expected}give each category a separate folder.')
     cores = ('', '_5') if extension == 'json' else ('',)
     wanted = {f'{category}{core}.{extension}{gz}' for core in cores for gz in ('', '.gz')}
     reviews = [name for name in names if name in wanted]
+    refuse_if(not reviews, f'{raw_dir}: no reviews for {description}. {expected}put one of '
+              f'{", ".join(sorted(wanted))} there.')
     for several in ([match[0] for match in metadata], reviews):
-        if len(several) > 1:
-            raise InputError(f'{raw_dir}: {" and ".join(several)} may be the same data. {expected}'
-                             'keep one.')
-    if not reviews:
-        raise InputError(f'{raw_dir}: no reviews for {metadata[0][0]}. {expected}put one of '
-                         f'{", ".join(sorted(wanted))} there.')
-    for name in (metadata[0][0], reviews[0]):
-        stay_inside(raw_dir / name, raw_dir)
-    return RawFiles(raw_dir / reviews[0], raw_dir / metadata[0][0],
+        refuse_if(len(several) > 1, f'{raw_dir}: {" and ".join(several)} may be the same data. '
+                  f'{expected}keep one.')
+        stay_inside(raw_dir / several[0], raw_dir)
+    return RawFiles(raw_dir / reviews[0], raw_dir / description,
                     '2018' if extension == 'json' else '2023')
 
 
@@ -163,10 +150,7 @@ def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
         line, or with more damaged ones than `bad_share`.
     """
     paths, unused = find_files(raw_dir), Counter()
-    fields = FIELDS[paths.form]
-    items, item_lines = _read_items(
-        paths.metadata, fields, partial(amazon_fields.describe, fields=fields, unused=unused),
-        bad_share)
+    items, item_lines = _read_items(paths, amazon_fields.describe, unused, bad_share)
     images = find_images(Path(raw_dir), items, unused)
     asins = sorted(items)
     catalogue = pl.DataFrame(
@@ -175,12 +159,10 @@ def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
                 'description': pl.String, 'price': pl.Float32, 'image': pl.String}, orient='row')
     ids = {asin: number for number, asin in enumerate(asins, start=1)}
     events = Lines(paths.reviews)
-    interactions = _interactions(_read_events(events, fields, ids, bad_share), ids)
+    interactions = _interactions(_read_events(events, paths.form, ids, bad_share), ids)
     events.rejected['duplicate_review'] = (
         events.number - events.rejected.total() - len(interactions))
-    used = (images[asin] for asin in asins if asin in images)
-    return Raw(catalogue, interactions, _counts(item_lines, events, unused), paths.form,
-               (paths.reviews, paths.metadata, *used))
+    return Raw(catalogue, interactions, _counts(item_lines, events, unused), paths.form)
 
 
 def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
@@ -200,17 +182,14 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
       Stopped: `stopping` returned True.
     """
     paths, unused = find_files(raw_dir), Counter()
-    fields = FIELDS[paths.form]
-    urls, item_lines = _read_items(
-        paths.metadata, fields, partial(amazon_fields.urls, fields=fields, unused=unused),
-        bad_share, stopping)
-    unknown = unused['images_of_unknown_form']
-    if unknown and not any(urls.values()):
-        raise InputError(f'{paths.metadata}: `{fields.pictures}` of {unknown} items has an unknown '
-                         f'form. Expected a list of objects with {" or ".join(fields.urls)}, or an '
-                         'object with a list for each. Fix: write the addresses in that form.')
+    urls, item_lines = _read_items(paths, amazon_fields.urls, unused, bad_share, stopping)
+    unknown, fields = unused['images_of_unknown_form'], FIELDS[paths.form]
+    refuse_if(unknown and not any(urls.values()),
+              f'{paths.metadata}: `{fields.pictures}` of {unknown} items has an unknown form. '
+              f'Expected a list of objects with {" or ".join(fields.urls)}, or an object with a '
+              'list for each. Fix: write the addresses in that form.')
     events = Lines(paths.reviews)
-    reviewed = {asin for _, asin, _ in _read_events(events, fields, urls, bad_share, stopping)}
+    reviewed = {asin for _, asin, _ in _read_events(events, paths.form, urls, bad_share, stopping)}
     return PictureUrls(urls, reviewed, _counts(item_lines, events, unused))
 
 
@@ -232,17 +211,14 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
     stay_inside(folder, raw_dir)
     if not folder.exists():
         return {}
-    if not folder.is_dir():
-        raise InputError(f'{folder}: not a directory. Expected one with the pictures. Fix: move '
-                         'the file away.')
+    refuse_if(not folder.is_dir(), f'{folder}: not a directory. Expected one with the pictures. '
+              'Fix: move the file away.')
     usable = {}
     for asin, paths in images_lib.by_stem(folder).items():
         for path in paths:
-            why = images_lib.unusable(path, raw_dir)
-            if not why and asin not in items:
-                why = images_lib.WITHOUT_ITEM
-            elif not why and asin in usable:
-                why = images_lib.REPEATED
+            why = (images_lib.unusable(path, raw_dir)
+                   or (asin not in items and images_lib.WITHOUT_ITEM)
+                   or (asin in usable and images_lib.REPEATED))
             if why:
                 unused[why] += 1
             else:
@@ -253,7 +229,7 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
     return usable
 
 
-def _usable(lines: Lines, parse: Callable[[dict], object], bad_share: float, expected: str,
+def _usable(lines: Lines, parse: Callable[[dict], object], fields: str, bad_share: float,
             stopping: Callable[[], bool]) -> Iterator:
     """Yield what `parse` makes of each line; a line is rejected for the Reason it returns."""
     for record in lines:
@@ -264,38 +240,32 @@ def _usable(lines: Lines, parse: Callable[[dict], object], bad_share: float, exp
             lines.reject(value)
         else:
             yield value
-    if lines.number == lines.rejected.total():
-        raise lines.refusal(f'none of its {lines.number} lines is usable', HINTS, 'a JSON object '
-                            f'in UTF-8 with {expected} in every line')
-    lines.check(bad_share, hints=HINTS)
+    lines.check(bad_share, fields=fields, hints=HINTS)
 
 
-def _never() -> bool:
-    return False
-
-
-def _read_items(path: Path, fields: Fields, parse: Callable[[dict], tuple], bad_share: float,
-                stopping: Callable[[], bool] = _never) -> tuple[dict[str, tuple], Lines]:
+def _read_items(paths: RawFiles, parse: Callable[[dict, Fields, Counter], tuple], unused: Counter,
+                bad_share: float, stopping: Callable[[], bool] = lambda: False
+                ) -> tuple[dict[str, tuple], Lines]:
     """-> {asin: what `parse` makes of its first usable line}, the lines."""
-    items, lines = {}, Lines(path)
+    items, lines, fields = {}, Lines(paths.metadata), FIELDS[paths.form]
 
     def new_item(record):
         asin = amazon_fields.item_id(record, fields)
         if isinstance(asin, Reason):
             return asin
-        return Reason('duplicate_item') if asin in items else (asin, parse(record))
+        return Reason('duplicate_item') if asin in items else (asin, parse(record, fields, unused))
 
-    for asin, value in _usable(lines, new_item, bad_share, fields.asin, stopping):
+    for asin, value in _usable(lines, new_item, fields.asin, bad_share, stopping):
         items[asin] = value
     return items, lines
 
 
-def _read_events(lines: Lines, fields: Fields, items, bad_share: float,
-                 stopping: Callable[[], bool] = _never) -> Iterator[tuple[str, str, int]]:
+def _read_events(lines: Lines, form: str, items, bad_share: float,
+                 stopping: Callable[[], bool] = lambda: False) -> Iterator[tuple[str, str, int]]:
     """-> (user, asin, seconds) of every usable review."""
-    parse = partial(amazon_fields.event, fields=fields, items=items)
-    return _usable(lines, parse, bad_share, f'{fields.asin}, {fields.user} and {fields.time}',
-                   stopping)
+    fields = FIELDS[form]
+    return _usable(lines, lambda record: amazon_fields.event(record, fields, items),
+                   f'{fields.asin}, {fields.user} and {fields.time}', bad_share, stopping)
 
 
 def _interactions(events: Iterator[tuple[str, str, int]], ids: dict[str, int]) -> pl.DataFrame:

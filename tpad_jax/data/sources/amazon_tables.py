@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -25,9 +24,15 @@ from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import Sizes, Source, amazon
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 FINISHED = 'prepared.json'
+# Options of the tables. gap_hours: the longest pause inside a session; the 2018 form has times of a
+# day, so that a session is one user's day and the gap is not read. core: items rarer than this in
+# training sessions leave them; 1 is off. min_length: shorter sessions are dropped. valid, test:
+# share (below 1) or number of sessions. seed: of the order among equal times.
+OPTIONS = {'gap_hours': float, 'core': int, 'min_length': int, 'valid': float, 'test': float,
+           'seed': int}
 READ_CHUNK = 16_384  # records per read
 SESSIONS_PER_RECORD = 1024  # one by one, a million sessions take a minute to read
 WORDS = ('asin', 'title', 'text', 'brand', 'category')  # the columns of `items` that hold a string
@@ -93,28 +98,7 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(rows)
 
 
-class Cutting(NamedTuple):
-    """Options that decide what the tables of given raw files hold.
-
-    Attributes:
-      gap_hours: the longest pause inside a session; files of the 2018 form have day-granular
-        times, so that a session is one user's day and the gap is not read.
-      core: items rarer than this in training sessions leave them; 1 is off.
-      min_length: shorter sessions are dropped.
-      valid: share (below 1) or number of sessions for validation.
-      test: the same for the test.
-      seed: of the order among equal times.
-    """
-
-    gap_hours: float
-    core: int
-    min_length: int
-    valid: float
-    test: float
-    seed: int
-
-
-def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **cutting) -> None:
+def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **options) -> None:
     """Read raw files, cut, split and filter their sessions, and write the tables.
 
     A finished `data_dir` of the same raw bytes and options stays as it is; an unfinished one is
@@ -124,27 +108,25 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **cutting) -> None:
       raw_dir: folder of one category's raw files, see `amazon.read`.
       data_dir: folder to write to, made if absent; other files in it are not touched.
       bad_share: share of a raw file's lines that may be damaged, see `amazon.read`.
-      **cutting: of `Cutting`.
+      **options: what decides the content of the tables, the keys of OPTIONS.
 
     Raises:
       InputError: unusable raw files or options, or data_dir holds other finished data.
     """
     raw_dir, data_dir = Path(raw_dir), Path(data_dir)
-    cut = Cutting(**cutting)
-    cut = cut._replace(**{name: float(getattr(cut, name))  # 2 and 2.0 are one option
-                          for name in ('gap_hours', 'valid', 'test')})
-    options = cut._asdict()
+    options = {name: kind(options[name]) for name, kind in OPTIONS.items()}
     identity = fingerprint(raw_dir, options)
     if (data_dir / FINISHED).is_file():
         _check_same(raw_dir, data_dir, options, identity)
         return
     raw = amazon.read(raw_dir, bad_share)
-    pauses = dict(by_day=raw.form == '2018', gap_seconds=round(cut.gap_hours * 3600))
-    sessions = sessions_lib.cut(raw.interactions, **pauses, seed=cut.seed,
-                                min_length=cut.min_length)
-    splits = dict(zip(('train', 'valid', 'test'),
-                      sessions_lib.split(sessions, cut.valid, cut.test), strict=True))
-    splits['train'] = sessions_lib.k_core(splits['train'], cut.core, cut.min_length)
+    pauses = dict(by_day=raw.form == '2018', gap_seconds=round(options['gap_hours'] * 3600))
+    shortest = options['min_length']
+    sessions = sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'],
+                                min_length=shortest)
+    parts = sessions_lib.split(sessions, options['valid'], options['test'])
+    splits = dict(zip(('train', 'valid', 'test'), parts, strict=True))
+    splits['train'] = sessions_lib.k_core(splits['train'], options['core'], shortest)
     warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
     ties = sessions_lib.time_ties(raw.interactions, **pauses)
     report = audit.audit(*splits.values(), warm, form=raw.form, ties=ties)
@@ -153,8 +135,8 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **cutting) -> None:
         shutil.rmtree(data_dir / Amazon.name)
     write_table(data_dir, 'items', {'items': _item_records(raw.catalogue)})
     write_table(data_dir, 'images', {'images': _image_records(raw.catalogue)})
-    write_table(data_dir, 'sessions', {name: _session_records(part)
-                                       for name, part in splits.items()})
+    write_table(data_dir, 'sessions', {split: _session_records(part)
+                                       for split, part in splits.items()})
     finished = dict(version=str(Amazon.VERSION), fingerprint=identity, options=options,
                     form=raw.form, lines=raw.lines, audit=report)
     files.write_text(data_dir / FINISHED, json.dumps(finished, indent=1, allow_nan=False))
@@ -253,13 +235,12 @@ def read_finished(data_dir) -> dict:
       InputError: nothing finished is there, or it has another layout than this code reads.
     """
     path = Path(data_dir) / FINISHED
-    if not path.is_file():
-        raise InputError(f'{path} does not exist, so {data_dir} holds no finished data. Expected '
-                         'prepared tables. Fix: prepare them from raw files first.')
+    refuse_if(not path.is_file(), f'{path} does not exist. Expected finished tables. Fix: prepare '
+              'them from raw files, or give --plan_items=N for a memory plan alone.')
     finished = json.loads(path.read_text())
-    if finished['version'] != str(Amazon.VERSION):
-        raise InputError(f'{path}: the tables have version {finished["version"]}. Expected '
-                         f'{Amazon.VERSION}. Fix: delete {data_dir} and prepare it again.')
+    refuse_if(finished['version'] != str(Amazon.VERSION),
+              f'{path}: the tables have version {finished["version"]}. Expected {Amazon.VERSION}. '
+              f'Fix: delete {data_dir} and prepare it again.')
     return finished
 
 
@@ -286,22 +267,19 @@ def prepared(config, raw_dir: Path, workdir: Path, **cutting) -> Data:
 
 def _check_same(raw_dir: Path, data_dir: Path, options: dict, identity: str) -> None:
     before = read_finished(data_dir)
-    if before['fingerprint'] == identity:
-        return
-    differing = [f'{key} ({before["options"].get(key)} there, {value} now)'
-                 for key, value in options.items() if before['options'].get(key) != value]
-    raise InputError(f'{data_dir} was prepared with '
-                     f'{"another " + ", ".join(differing) if differing else "other raw files"} '
-                     f'than {raw_dir} and the config ask for. Expected the same. Fix: name another '
-                     'workdir or delete that directory.')
+    differing = ', '.join(f'{key} ({before["options"].get(key)} there, {value} now)'
+                          for key, value in options.items() if before['options'].get(key) != value)
+    refuse_if(before['fingerprint'] != identity,
+              f'{data_dir} was prepared with '
+              f'{"another " + differing if differing else "other raw files"}, not with {raw_dir} '
+              'and the config. Expected the same. Fix: name another workdir or delete it.')
 
 
 def _item_records(catalogue: pl.DataFrame) -> Iterator[dict]:
-    table = catalogue.select(
-        'asin', 'title', 'brand', 'category',
-        pl.Series('text', text.item_texts(catalogue)[1:], pl.String),
-        pl.col('price').fill_null(float('nan')),
-        has_image=pl.col('image').is_not_null())
+    texts = pl.Series('text', text.item_texts(catalogue)[1:], pl.String)
+    table = catalogue.select('asin', 'title', 'brand', 'category', texts,
+                             pl.col('price').fill_null(float('nan')),
+                             has_image=pl.col('image').is_not_null())
     return table.iter_rows(named=True)
 
 
@@ -353,14 +331,9 @@ def _load(config, workdir: Path) -> Data:
     return prepared(config, Path(c.raw_dir), workdir, core=c.core, valid=c.valid, test=c.test)
 
 
-def _sizes(config, workdir: Path) -> Sizes:
+def _sizes(_config, workdir: Path) -> Sizes:
     """The sizes of tables that an earlier run prepared: reading raw files takes too long here."""
-    del config
-    directory = workdir / 'data'
-    if not (directory / FINISHED).is_file():
-        raise InputError(f'{directory}: no prepared data yet, so the number of items is not known. '
-                         'Expected the workdir of an earlier run. Fix: give --plan_items=N.')
-    data = load(directory)
+    data = load(workdir / 'data')
     return Sizes(data.num_items, data.side_sizes)
 
 

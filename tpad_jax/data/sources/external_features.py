@@ -18,7 +18,7 @@ import polars as pl
 from safetensors import SafetensorError, safe_open
 
 from tpad_jax.data.untrusted import DAMAGE
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 SHOWN = 5  # ids an error names
 # raised by the readers on damage; a panic of polars is a BaseException
@@ -60,29 +60,24 @@ def read(file, asins: list[str]) -> Given:
     """
     file = Path(file)
     readers = {'.npy': _npy, '.safetensors': _safetensors, '.parquet': _parquet}
-    if file.suffix not in readers:
-        raise InputError(f'{file}: not a file of features. Expected {", ".join(readers)}. Fix: '
-                         'convert it.')
-    if not file.is_file():
-        raise InputError(f'{file} does not exist. Expected a file of item features. Fix: correct '
-                         'the path.')
+    refuse_if(file.suffix not in readers,
+              f'{file}: not a file of features. Expected {", ".join(readers)}. Fix: convert it.')
+    refuse_if(not file.is_file(),
+              f'{file} does not exist. Expected a file of item features. Fix: correct the path.')
     try:
         ids, features = readers[file.suffix](file)
     except InputError:
         raise
     except FAILURES as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f'{file} cannot be read as {file.suffix[1:]} of item features: '
-                         f'{why}. Expected the form in tpad_jax/data/sources/external_features.py. '
-                         'Fix: write the file again.') from error
-    if features.ndim != 2 or not 0 < features.shape[1] <= MAX_WIDTH or (
-            features.dtype.kind not in 'fiu'):
-        raise InputError(f'{file}: features are {features.dtype} {list(features.shape)}. Expected '
-                         f'numbers [items, width], the width at most {MAX_WIDTH}. Fix: convert '
-                         'them.')
-    if len(ids) != len(features):
-        raise InputError(f'{file}: {len(ids)} ids for {len(features)} rows. Expected one for each. '
-                         'Fix: give every row its id.')
+        raise InputError(f'{file} cannot be read as item features: {why}. Expected the form in '
+                         'data/sources/external_features.py. Fix: write it again.') from error
+    numeric = features.ndim == 2 and features.dtype.kind in 'fiu'
+    refuse_if(not numeric or not 0 < features.shape[1] <= MAX_WIDTH,
+              f'{file}: features are {features.dtype} {list(features.shape)}. Expected numbers '
+              f'[items, width], the width at most {MAX_WIDTH}. Fix: convert them.')
+    refuse_if(len(ids) != len(features), f'{file}: {len(ids)} ids for {len(features)} rows. '
+              'Expected one for each. Fix: give every row its id.')
     return _align(file, ids, features, asins)
 
 
@@ -107,9 +102,8 @@ def width(file) -> int:
                 return tensors.get_slice('features').get_shape()[1]
         return len(pl.scan_parquet(file).select('features').head(1).collect().item())
     except (*FAILURES, IndexError) as error:
-        raise InputError(f'{file}: the width of its features cannot be read '
-                         f'({type(error).__name__}). Expected a .npy, .safetensors or .parquet of '
-                         'item features. Fix: give such a file') from error
+        raise InputError(f'{file}: its width cannot be read ({type(error).__name__}). Expected a '
+                         '.npy, .safetensors or .parquet. Fix: give such a file.') from error
 
 
 def _align(file, ids, features, asins) -> Given:
@@ -125,22 +119,17 @@ def _align(file, ids, features, asins) -> Given:
         else:
             repeats.append((row_of[item], row))
     absent = [asins[item] for item in np.flatnonzero(row_of[1:] < 0) + 1]
-    if absent:
-        raise InputError(f'{file} lacks {len(absent)} of {len(number)} items: {_first(absent)}. '
-                         'Expected a row for each. Fix: add their rows.')
+    refuse_if(absent, f'{file} lacks {len(absent)} of {len(number)} items: {_first(absent)}. '
+              'Expected a row for each. Fix: add their rows.')
     differing = [ids[b] for a, b in repeats if not np.array_equal(features[a], features[b])]
-    if differing:
-        raise InputError(f'{file}: {len(differing)} rows differ from an earlier row of their item: '
-                         f'{_first(differing)}. Expected one row for each item. Fix: remove the '
-                         'others.')
+    refuse_if(differing, f'{file}: {len(differing)} rows differ from an earlier row of their item: '
+              f'{_first(differing)}. Expected one row per item. Fix: remove the others.')
     rows = np.zeros((len(asins), features.shape[1]), np.float32)
     with np.errstate(over='ignore'):  # a float64 too large becomes inf, and is named below
         rows[1:] = features[row_of[1:]]
-    broken = np.flatnonzero(~np.isfinite(rows).all(1))
-    if len(broken):
-        raise InputError(f'{file}: features of {len(broken)} items are not finite: '
-                         f'{_first([asins[item] for item in broken])}. Expected finite numbers. '
-                         'Fix: compute these again.')
+    broken = [asins[item] for item in np.flatnonzero(~np.isfinite(rows).all(1))]
+    refuse_if(broken, f'{file}: features of {len(broken)} items are not finite: {_first(broken)}. '
+              'Expected finite numbers. Fix: compute these again.')
     return Given(rows, len(unknown), tuple(unknown[:SHOWN]), len(repeats))
 
 
@@ -150,9 +139,8 @@ def _first(names) -> str:
 
 def _npy(file):
     ids = file.with_name(file.name + '.ids')
-    if not ids.is_file():
-        raise InputError(f'{file}: there is no {ids.name} next to it. Expected the item id of '
-                         'every row, one per line. Fix: write that file.')
+    refuse_if(not ids.is_file(), f'{file}: there is no {ids.name} next to it. Expected the item id '
+              'of every row, one per line. Fix: write that file.')
     features = np.load(file, mmap_mode='r', allow_pickle=False)
     if not isinstance(features, np.ndarray):
         raise ValueError('it is an .npz with another ending')
@@ -162,10 +150,9 @@ def _npy(file):
 def _safetensors(file):
     with safe_open(file, framework='np') as tensors:
         names, metadata = tensors.keys(), tensors.metadata() or {}
-        if 'features' not in names or not ('ids' in names or 'ids' in metadata):
-            raise InputError(f'{file} holds {", ".join(sorted(names)) or "no tensor"}. Expected '
-                             "the tensor 'features' and the ids, as a tensor or in its metadata. "
-                             'Fix: save both.')
+        refuse_if('features' not in names or 'ids' not in {*names, *metadata},
+                  f'{file} holds {", ".join(sorted(names)) or "no tensor"}. Expected the tensor '
+                  "'features', and 'ids' as a tensor or in its metadata. Fix: save both.")
         if 'ids' in names:
             ids = _lines(tensors.get_tensor('ids').astype(np.uint8).tobytes())
         else:
@@ -182,16 +169,15 @@ def _safetensors(file):
 def _parquet(file):
     table = pl.read_parquet(file)
     absent = [name for name in ('item_id', 'features') if name not in table.columns]
-    if absent:
-        raise InputError(f'{file} has the columns {", ".join(table.columns)}. Expected also '
-                         f'{", ".join(absent)}. Fix: rename or add them.')
+    refuse_if(absent, f'{file} has the columns {", ".join(table.columns)}. Expected also '
+              f'{", ".join(absent)}. Fix: rename or add them.')
     ids, column = table['item_id'].cast(pl.String).fill_null('').to_list(), table['features']
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
     lengths = column.list.len()
-    if lengths.null_count() or lengths.n_unique() > 1:
-        raise InputError(f'{file}: there are lists of {lengths.min()} to {lengths.max()} numbers, '
-                         'or none. Expected one length. Fix: correct these rows.')
+    refuse_if(lengths.null_count() or lengths.n_unique() > 1,
+              f'{file}: there are lists of {lengths.min()} to {lengths.max()} numbers, or none. '
+              'Expected one length. Fix: correct these rows.')
     flat = column.explode().cast(pl.Float32).to_numpy()  # a missing number becomes NaN
     return ids, flat.reshape(len(ids), -1)
 
