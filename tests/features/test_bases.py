@@ -184,7 +184,7 @@ def test_another_models_tokenizer_is_refused(copied):
 
 
 def test_a_run_refuses_before_it_begins(saved):
-    with pytest.raises(InputError, match=r"^config\.mllm\.checkpoint='/nowhere': has no config"):
+    with pytest.raises(InputError, match=r"^config\.mllm\.checkpoint='/nowhere': no config"):
         validate.check(config(checkpoint='/nowhere'))
     with pytest.raises(InputError, match=r'config\.mllm\.attention'):
         validate.check(config(checkpoint=saved[1], attention='flash'))
@@ -194,5 +194,5 @@ def test_a_run_refuses_before_it_begins(saved):
 @pytest.mark.slow
 def test_and_says_so_in_one_sentence(tmp_path):
     assert_refused(start(tmp_path, CONFIG, '--config.mllm.checkpoint=/nowhere'),
-                   "config.mllm.checkpoint='/nowhere': has no config.json")
+                   "config.mllm.checkpoint='/nowhere': no config.json")
     assert not list(tmp_path.iterdir())

@@ -81,7 +81,7 @@ def changed(path, by=1e-3):
 
 def fill(directory, params=None, **options):
     params = model()[1] if params is None else params
-    made().fill(params, directory, made().made_by(params, seed=0), **options)
+    made().leave(params, directory, seed=0, **options)
 
 
 def contents(directory):
@@ -225,14 +225,14 @@ def test_fewer_items_per_call_go_on_with_the_same_parts(tmp_path):
     with pytest.raises(Stopped):
         fill(tmp_path, stopping=lambda: next(count, None) is None)
     smaller = make(rows=4)
-    smaller.fill(model()[1], tmp_path, smaller.made_by(model()[1], seed=0))
+    smaller.leave(model()[1], tmp_path, seed=0)
     for name in ('k', 'r'):
         np.testing.assert_allclose(store.read(tmp_path, name), rows()[name], rtol=0, atol=2e-5)
 
 
 def test_a_finished_store_is_read_and_not_made_again(tmp_path, monkeypatch):
     first = made().leave(model()[1], tmp_path, seed=0)
-    monkeypatch.setattr(encoder_lib.Encoder, '_gather', lambda *_: pytest.fail('encoded again'))
+    monkeypatch.setattr(encoder_lib.Encoder, '_contents', lambda *_: pytest.fail('encoded again'))
     again = made().leave(model()[1], tmp_path, seed=0)
     for name in ('k', 'r'):
         np.testing.assert_array_equal(first[name], rows()[name])
@@ -240,7 +240,7 @@ def test_a_finished_store_is_read_and_not_made_again(tmp_path, monkeypatch):
 
 
 def test_rows_that_were_kept_are_left_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_lib.Encoder, '_gather', lambda *_: pytest.fail('encoded again'))
+    monkeypatch.setattr(encoder_lib.Encoder, '_contents', lambda *_: pytest.fail('encoded again'))
     found = made().leave(model()[1], tmp_path, rows={n: jnp.asarray(x) for n, x in rows().items()},
                          seed=0)
     assert found.keys() == rows().keys()

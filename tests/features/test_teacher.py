@@ -59,7 +59,7 @@ def test_which_teachers_are_taken(tmp_path):
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, found.shapes)
     with pytest.raises(InputError, match=r"teacher_dtype='bfloat16': a small base is float32"):
         read(directory, teacher_dtype='bfloat16')
-    with pytest.raises(InputError, match=r"teacher='/nowhere': has no config\.json"):
+    with pytest.raises(InputError, match=r"teacher='/nowhere': no config\.json"):
         read('/nowhere')
     sizes = (directory / 'config.json').read_text()
     (directory / 'config.json').write_text(sizes.replace('"image_size": 32', '"image_size": 16'))

@@ -355,7 +355,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(devices=9), 'config.devices=9: 8 devices are available'),
     (dict(data__raw_dir='/no/such/place'), '/no/such/place: no such directory'),
     (dict(mllm__base='/no/such/base'), "/no/such/base/config.json: not the config of a base"),
-    (dict(mllm__image_size=64), f'image_size=64: does not fit the base. Expected {SIDE}'),
+    (dict(mllm__image_size=64), f'image_size=64: the small base .* Expected {SIDE}'),
 ])
 def test_refused_before_anything_is_made(config, tmp_path, changes, told):
     with pytest.raises(InputError, match=told):

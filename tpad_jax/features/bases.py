@@ -88,16 +88,13 @@ def teacher(config, student: Base) -> Teacher | None:
     Raises:
       InputError: the directory holds no model, or tokenizer or image size differ.
     """
-    directory = Path(config.mllm.teacher)
     if not config.mllm.teacher:
         return None
-    option = f'config.mllm.teacher={config.mllm.teacher!r}'
-    if not (directory / 'config.json').is_file():
-        raise InputError(f'{option}: has no config.json. Expected the directory of a base or of a '
-                         'Hugging Face model. Fix: correct the path')
+    directory, option = Path(config.mllm.teacher), f'config.mllm.teacher={config.mllm.teacher!r}'
+    sizes = _config_file(directory, option, 'the directory of a base or of a Hugging Face model')
     c, dtype = copy.deepcopy(config.mllm), config.mllm.teacher_dtype
     try:
-        if 'model_type' in json.loads((directory / 'config.json').read_text()):
+        if 'model_type' in json.loads(sizes.read_text()):
             # the family's frame; no backward pass needs rematerialisation
             c.update(checkpoint=str(directory), image_size=student.image_size, dtype=dtype,
                      param_dtype=dtype, remat='none', before='', between='', end='')
@@ -109,18 +106,16 @@ def teacher(config, student: Base) -> Teacher | None:
             reader = KnowledgeMLLM(base.module, features)
             shapes = shapes_of(reader, base.image_size)
             if base.image_size != student.image_size:
-                raise InputError(f'reads images of {base.image_size} pixels. Expected '
-                                 f'config.mllm.image_size, {student.image_size} pixels. Fix: '
-                                 'choose another teacher')
+                raise InputError(f'reads images of {base.image_size} pixels. Expected the '
+                                 f"student's {student.image_size} pixels. Fix: choose another")
             if dtype != 'float32':
                 raise InputError(f'config.mllm.teacher_dtype={dtype!r}: a small base is float32. '
                                  "Expected 'float32'. Fix: set it so")
     except (ValueError, TypeError, InputError) as error:
         raise InputError(f'{option}: {error}') from error
     if _words(base.directory) != _words(student.directory):
-        raise InputError(f'{option}: its tokenizer differs from that of {student.directory}, so '
-                         'their distributions cannot be compared. Expected the same tokenizer. '
-                         "Fix: choose a teacher of the student's family")
+        raise InputError(f'{option}: its tokenizer differs from that of {student.directory}. '
+                         "Expected the same. Fix: choose a teacher of the student's family")
     return Teacher(reader, shapes, partial(base.load, shapes))
 
 
@@ -162,18 +157,16 @@ def save_adapters(directory, config, base: Base, params: dict) -> None:
 
 
 def _default(config):
-    for key, value in SMALL.items():
-        if config.mllm[key] != value:
-            raise InputError(f'config.mllm.{key}={config.mllm[key]!r}: the small base does not '
-                             f'support this. Expected {value!r}. Fix: set it so, or name a '
-                             'checkpoint with config.mllm.checkpoint=DIR')
     base, features = _small(Path(config.mllm.base or files.DEFAULT))
-    side = base.image_size
-    for key, value, expected in (('mllm.image_size', config.mllm.image_size or side, side),
-                                 ('model.features', config.model.features, features)):
+    side, c = base.image_size, config.mllm
+    for key, value, expected in (
+            *((f'mllm.{key}', c[key], expected) for key, expected in SMALL.items()),
+            ('mllm.image_size', c.image_size or side, side),
+            ('model.features', config.model.features, features)):
         if value != expected:
-            raise InputError(f'config.{key}={value}: does not fit the base. Expected {expected}. '
-                             'Fix: set it so')
+            raise InputError(f'config.{key}={value!r}: the small base does not support this. '
+                             f'Expected {expected!r}. Fix: set it so, or name a checkpoint with '
+                             'config.mllm.checkpoint=DIR')
     return base
 
 
@@ -187,16 +180,14 @@ def _small(directory):
         del shardings  # a million parameters fit on every device
         return files.load_params(directory, shapes)
 
-    return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters,
-                files_digest({name: directory / name
-                              for name in ('config.json', 'params.safetensors')})), features
+    digest = files_digest({n: directory / n for n in ('config.json', 'params.safetensors')})
+    return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters, digest), features
 
 
 def _checkpoint(c):
     directory = Path(c.checkpoint)
-    if not (directory / 'config.json').is_file():
-        raise InputError(f'config.mllm.checkpoint={c.checkpoint!r}: has no config.json. Expected '
-                         'the local directory of a Hugging Face model. Fix: correct the path')
+    _config_file(directory, f'config.mllm.checkpoint={c.checkpoint!r}',
+                 'the local directory of a Hugging Face model')
     sizes = spec.read(directory)
     side = c.image_size or _side(sizes)
     sizes.cells(side)  # refuses a side the tower cannot read
@@ -224,6 +215,13 @@ def fingerprint(path: str | Path) -> str:
     path = Path(path)
     members = sorted(path.iterdir()) if path.is_dir() else []
     return files_digest({p.name: p for p in members if p.suffix in FILES} or {'': path})
+
+
+def _config_file(directory, option, expected):
+    """Return the path of a model's config.json, or refuse a directory without one."""
+    if not (directory / 'config.json').is_file():
+        raise InputError(f'{option}: no config.json. Expected {expected}. Fix: correct the path')
+    return directory / 'config.json'
 
 
 def _side(sizes):

@@ -29,18 +29,16 @@ ROWS = 120  # items per compiled call; the last call of a part is padded
 PART = 16 * ROWS  # items per file of an unfinished store
 AHEAD = 2  # calls whose contents are gathered while another computes
 LARGE = 1 << 24  # bytes from which the digest of an array is computed on its device
-# The parameters that the rows of a name depend on, in addition to the adapter they are read under.
-READS = {'k': ('base', 'knowledge'), 'r': ('base', 'knowledge', 'adapter')}
-
-
-def adapters(spec: tpad.TPAD) -> dict[str, str]:
-    """Return the adapter under which the rows of 'k' and of 'r' are read."""
-    return {'k': 'knowledge', 'r': 'distil' if spec.reread else 'knowledge'}
 
 
 def reads(spec: tpad.TPAD) -> dict[str, tuple[str, ...]]:
-    """Return the roots of all parameters that the rows of 'k' and of 'r' depend on."""
-    return {name: (*READS[name], f'lora/{adapter}') for name, adapter in adapters(spec).items()}
+    """Return the roots of all parameters that the rows of 'k' and of 'r' depend on.
+
+    The last one is the adapter under which the rows are read.
+    """
+    return {'k': ('base', 'knowledge', 'lora/knowledge'),
+            'r': ('base', 'knowledge', 'adapter',
+                  'lora/distil' if spec.reread else 'lora/knowledge')}
 
 
 def buckets(tokens: np.ndarray, part: int) -> list[tuple[int, np.ndarray]]:
@@ -89,7 +87,6 @@ class Encoder:
     def __init__(self, spec: tpad.TPAD, content, names: tuple[str, ...], rows: int = ROWS,
                  part: int = PART, devices: Devices | None = None):
         self.names, self._spec, self._content = names, spec, content
-        self._adapters = adapters(spec)
         self._reads = {name: reads(spec)[name] for name in names}
         self._devices = devices or Devices('jit', tuple(jax.local_devices()[:1]))
         shards = self._devices.shards
@@ -126,10 +123,10 @@ class Encoder:
         """
         params, length, parts = self._used(params), self._parts[-1][0], []
         for begin in range(0, len(ids), self._rows):
-            chunk, *arrays = self._contents(ids[begin:begin + self._rows], length)
-            rows = jax.device_get(self._read(params, *arrays))
-            parts.append({name: x[:len(chunk)] for name, x in rows.items()})
-        return {name: np.concatenate([rows[name] for rows in parts]) for name in self.names}
+            arrays = self._contents(ids[begin:begin + self._rows], length)
+            parts.append(jax.device_get(self._read(params, *arrays)))
+        return {name: np.concatenate([rows[name] for rows in parts])[:len(ids)]
+                for name in self.names}
 
     def compile(self, params: dict) -> None:
         """Compile every call, so that the first one finds it compiled.
@@ -141,9 +138,8 @@ class Encoder:
         used = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                             used, self._devices.shardings(used))
         params = unflatten_dict(used, sep='/')
-        for length, ids in {length: ids for length, ids in self._parts}.items():
-            _, *arrays = self._contents(ids[:self._rows], length)
-            self._read.lower(params, *arrays).compile()
+        for length, ids in dict(self._parts).items():
+            self._read.lower(params, *self._contents(ids[:self._rows], length)).compile()
 
     def made_by(self, params: dict, **more) -> dict[str, dict]:
         """Describe everything that the rows of each name depend on, {name: {key: value}}.
@@ -158,7 +154,8 @@ class Encoder:
         prompt = [list(getattr(reader.base, part)) for part in ('before', 'between', 'end')]
         tokens = hashlib.sha256(np.ascontiguousarray(content.tokens)).hexdigest()[:16]
         return {name: {
-            **more, 'adapter': self._adapters[name], 'prompt': prompt, 'pooling': reader.pooling,
+            **more, 'adapter': self._reads[name][-1].removeprefix('lora/'), 'prompt': prompt,
+            'pooling': reader.pooling,
             'dtype': str(getattr(reader.base, 'dtype', 'float32')),
             'resolution': content.image.shape[1], 'text_length': content.tokens.shape[1],
             'tokens': tokens, 'parameters': hashlib.sha256('\n'.join(
@@ -166,90 +163,76 @@ class Encoder:
                 if _under(path, self._reads[name])).encode()).hexdigest()[:16]}
             for name in self.names}
 
-    def fill(self, params: dict, directory, made_by: dict[str, dict], progress=None,
-             stopping=lambda: False) -> None:
-        """Encode what a store lacks, see `store.fill`. Processes share the parts.
+    def leave(self, params: dict, directory, progress=None, stopping=lambda: False,
+              rows: dict | None = None, **more) -> dict:
+        """Write the rows of `params` to a store and return them on the device.
+
+        A store is resumed where it lacks rows, see `store.fill`. Processes share the parts.
 
         Args:
           params: nested.
           directory: of the store.
-          made_by: of this encoder and these params.
           progress: a bar like console.progress.
           stopping: asked after every call. With several processes it is not: they would not ask
             equally often.
+          rows: the result of `self(params)`, if it exists already.
+          **more: see `made_by`.
+
+        Returns:
+          {name: float32 [V+1, ...]}.
 
         Raises:
           InputError: the store has another origin.
           FloatingPointError: a row is not finite.
           Stopped: `stopping` answered True. Finished parts stay.
         """
-        params, processes = self._used(params), jax.process_count()
-        stopping = bool if processes > 1 else stopping
-        store.fill(directory, partial(self._make, params, progress, stopping),
-                   parts=[ids for _, ids in self._parts], shapes=self._shapes(params),
-                   made_by=made_by, counts=self._counts(),
-                   process=(jax.process_index(), processes), meet=hosts.joined)
-
-    def leave(self, params: dict, directory, progress=None, stopping=lambda: False,
-              rows: dict | None = None, **more) -> dict:
-        """Write the rows of `params` to a store and return them on the device.
-
-        Args:
-          params: nested.
-          directory: of the store.
-          progress: see `fill`.
-          stopping: see `fill`.
-          rows: the result of `self(params)`, if it exists already.
-          **more: see `made_by`.
-
-        Returns:
-          {name: float32 [V+1, ...]}.
-        """
-        made_by = self.made_by(params, **more)
+        c, made_by, processes = self._content, self.made_by(params, **more), jax.process_count()
+        counts = {'items': len(c.tokens) - 1, 'without_image': int((~c.has_image[1:]).sum()),
+                  'broken_images': c.broken}
         if rows:
             for name in self.names if jax.process_index() == 0 else ():
-                store.write(directory, name, np.asarray(rows[name]), made_by[name], self._counts())
+                store.write(directory, name, np.asarray(rows[name]), made_by[name], counts)
             return {name: jnp.asarray(rows[name]) for name in self.names}
-        self.fill(params, directory, made_by, progress, stopping)
+        params, stopping = self._used(params), bool if processes > 1 else stopping
+        store.fill(directory, partial(self._make, params, progress, stopping),
+                   parts=[ids for _, ids in self._parts], shapes=self._shapes(params),
+                   made_by=made_by, counts=counts, process=(jax.process_index(), processes),
+                   meet=hosts.joined)
         return {name: jnp.array(store.read(directory, name)) for name in self.names}
 
     def _encode(self, params, image, has_image, tokens):
-        rows = {}
-        if 'k' in self.names:
-            rows['k'] = readers.read_items(self._spec, params, 'knowledge', image, has_image,
-                                           tokens)
-        if 'r' in self.names:
-            rows['r'] = readers.distil_items(self._spec, params, image, has_image, tokens)
-        return {name: x.astype(jnp.float32) for name, x in rows.items()}
+        makers = {'k': partial(readers.read_items, self._spec, params, 'knowledge'),
+                  'r': partial(readers.distil_items, self._spec, params)}
+        return {name: makers[name](image, has_image, tokens).astype(jnp.float32)
+                for name in self.names}
 
     def _calls(self, params, numbers) -> Iterator[tuple]:
         """Yield (part, begin, ids, {name: rows on the device}) while the next call computes."""
-        calls = [(number, begin) for number in numbers
+        calls = [(number, begin, self._parts[number][1][begin:begin + self._rows])
+                 for number in numbers
                  for begin in range(0, len(self._parts[number][1]), self._rows)]
         with ThreadPoolExecutor(1) as pool:
-            ahead, pending = deque(pool.submit(self._gather, *c) for c in calls[:AHEAD]), None
+            def gather(number, _, ids):
+                return pool.submit(self._contents, ids, self._parts[number][0])
+
+            ahead, pending = deque(gather(*call) for call in calls[:AHEAD]), None
             for i, call in enumerate(calls):
-                ids, *arrays = ahead.popleft().result()
-                if i + AHEAD < len(calls):
-                    ahead.append(pool.submit(self._gather, *calls[i + AHEAD]))
+                arrays = ahead.popleft().result()
+                ahead.extend(gather(*later) for later in calls[i + AHEAD:i + AHEAD + 1])
                 rows = self._read(params, *arrays)
                 if pending is not None:
                     jax.block_until_ready(pending[-1])  # limits the contents on the device
                     yield pending
-                pending = *call, ids, rows
+                pending = *call, rows
             if pending is not None:
                 yield pending
 
-    def _gather(self, number, begin):
-        """Return the item ids of a call and its contents, on their way to the devices."""
-        length, ids = self._parts[number]
-        return self._contents(ids[begin:begin + self._rows], length)
-
     def _contents(self, ids, length):
+        """Return what a call reads of some items, on its way to the devices."""
         at = np.pad(ids, (0, self._rows - len(ids)), mode='edge')
         c = self._content
-        return ids, *jax.device_put((c.image[at], c.has_image[at], c.tokens[at, :length]),
-                                    self._devices.split())
+        return jax.device_put((c.image[at], c.has_image[at], c.tokens[at, :length]),
+                              self._devices.split())
 
     def _make(self, params, progress, stopping, numbers):
         """Yield (part, {name: rows}) of some parts, for `store.fill`."""
@@ -277,11 +260,6 @@ class Encoder:
                     part = {}
                 if stopping() and done < share:
                     raise Stopped('stopped while the catalogue was encoded')
-
-    def _counts(self):
-        c = self._content
-        return {'items': len(c.tokens) - 1, 'without_image': int((~c.has_image[1:]).sum()),
-                'broken_images': c.broken}
 
     def _shapes(self, params):
         """Return the shape of a row per name. The first call reuses this trace."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpad_jax.core.files import PARTIAL, replacing
+from tpad_jax.core.files import PARTIAL, replacing, write_text
 from tpad_jax.errors import InputError
 
 SHOWN = 5  # part numbers in an error message
@@ -53,22 +53,21 @@ def fill(directory, make: Callable[[list[int]], Iterable], *, parts: Sequence[np
                                      for p in parts)).hexdigest()[:16]
     manifests = {name: _manifest((total, *shape), made_by[name], counts, len(parts), layout)
                  for name, shape in shapes.items()}
-    like = {name: [(len(ids), *shape) for ids in parts] for name, shape in shapes.items()}
     with meet('features claimed'):
         _claim(directory, manifests, writes=own == 0)
     with meet('features filled'):
         _claim(directory, manifests, writes=False)  # every process has the same fingerprints
-        numbers = [i for i in missing(directory, like) if i % processes == own]
+        numbers = [i for i in _missing(directory, shapes, parts) if i % processes == own]
         for number, rows in make(numbers) if numbers else ():
-            for name in shapes:
-                part = np.asarray(rows[name], np.float32)
-                if part.shape != like[name][number]:
+            for name, shape in shapes.items():
+                part, expected = np.asarray(rows[name], np.float32), (len(parts[number]), *shape)
+                if part.shape != expected:
                     raise ValueError(f'part {number} of {name!r} has rows {list(part.shape)}, '
-                                     f'expected {list(like[name][number])}')
+                                     f'expected {list(expected)}')
                 _save(_part(directory, name, number), part)
     with meet('features joined'):
         if own == 0:
-            _join(directory, parts, like, processes)
+            _join(directory, parts, shapes, processes)
 
 
 def write(directory, name: str, rows: np.ndarray, made_by: dict, counts: dict | None = None):
@@ -137,36 +136,30 @@ def read(directory, name: str, rows: slice | np.ndarray | None = None) -> np.nda
     return table if rows is None else table[rows]
 
 
-def missing(directory, like: dict[str, list[tuple]]) -> list[int]:
-    """Return the numbers of the parts that are not complete.
-
-    Args:
-      directory: of the store.
-      like: {name: shape of every part}.
-    """
-    directory = Path(directory)
-    unfinished = [name for name in like if not (directory / f'{name}.npy').is_file()]
-    return [i for i in range(len(next(iter(like.values()))))
-            if not all(_complete(_part(directory, name, i), like[name][i]) for name in unfinished)]
+def _missing(directory, names, parts) -> list[int]:
+    """Return the numbers of the parts that are not complete for every name."""
+    unfinished = [name for name in names if not (directory / f'{name}.npy').is_file()]
+    return [i for i in range(len(parts))
+            if not all(_complete(_part(directory, name, i)) for name in unfinished)]
 
 
-def _join(directory, parts, like, processes):
+def _join(directory, parts, shapes, processes):
     """Copy the parts into one file per name and remove them."""
-    absent = missing(directory, like)
+    absent = _missing(directory, shapes, parts)
     if absent:
         shown = ', '.join(map(str, absent[:SHOWN])) + (', ...' if len(absent) > SHOWN else '')
         raise InputError(
             f'{directory}: {len(absent)} of {len(parts)} parts are missing ({shown}) after all '
-            f'{processes} processes have ended. Expected one file system that all processes share. '
-            'Fix: use one, and run this command again')
-    for name, shapes in like.items():
+            f'{processes} processes. Expected one file system that all share. Fix: use one, and '
+            'run this command again')
+    for name, shape in shapes.items():
         file = directory / f'{name}.npy'
         if file.is_file():
             continue
         with replacing(file) as partial:
             # a new file is all zeros, so row 0 is
-            table = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(
-                1 + sum(map(len, parts)), *shapes[0][1:]))
+            table = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32,
+                                              shape=(1 + sum(map(len, parts)), *shape))
             if hasattr(os, 'posix_fallocate'):  # else a full disk ends the process by a bus error
                 with partial.open('r+b') as target:
                     os.posix_fallocate(target.fileno(), 0, partial.stat().st_size)
@@ -174,7 +167,7 @@ def _join(directory, parts, like, processes):
                 table[ids] = np.load(_part(directory, name, number), allow_pickle=False)
             table.flush()
             del table
-    for name in like:
+    for name in shapes:
         for leftover in (*directory.glob(f'{name}.[0-9]*.npy'),
                          *directory.glob(f'{name}.*{PARTIAL}')):
             leftover.unlink()
@@ -187,18 +180,16 @@ def _claim(directory, manifests, writes):
         if file.is_file():
             changes = list(_changes(manifest(directory, name), new))
             if changes:
-                raise InputError(
-                    f'{file}: these are other features: {"; ".join(changes)}. Expected the same. '
-                    f'Fix: choose another directory, or delete {directory}/{name}.* to encode '
-                    'again')
+                raise InputError(f'{file}: these are other features: {"; ".join(changes)}. Expected'
+                                 ' the same. Fix: choose another directory, or delete '
+                                 f'{directory}/{name}.* to encode again')
         elif (directory / f'{name}.npy').exists():
             raise InputError(f'{directory}/{name}.npy: there is no {file.name}. Expected a '
                              'manifest, which names its origin. Fix: choose another directory, or '
                              f'delete {directory}/{name}.*')
         elif writes:
             directory.mkdir(parents=True, exist_ok=True)
-            with replacing(file) as partial:
-                partial.write_text(json.dumps(new, indent=1, sort_keys=True) + '\n')
+            write_text(file, json.dumps(new, indent=1, sort_keys=True) + '\n')
 
 
 def _changes(old, new) -> Iterator[str]:
@@ -225,13 +216,12 @@ def _part(directory, name, number) -> Path:
     return Path(directory) / f'{name}.{number:05d}.npy'
 
 
-def _complete(file, shape) -> bool:
+def _complete(file) -> bool:
     """Whether a part is complete. A full disk, for example, cuts one short."""
     try:
-        rows = np.load(file, mmap_mode='r', allow_pickle=False)
+        return np.load(file, mmap_mode='r', allow_pickle=False) is not None
     except (OSError, ValueError, EOFError):
         return False
-    return rows.shape == shape and rows.dtype == np.float32
 
 
 def _save(file, rows):
