@@ -81,7 +81,6 @@ def knowledge(config, workdir: Path, stopping) -> Path:
 
 def train(config, workdir: Path, stopping, stages):
     """The job of `config` with its stages done."""
-    from tpad_jax.core import console as console_lib
     from tpad_jax.core import log
     from tpad_jax.job import job, validate
     from tpad_jax.training import workdir as workdir_lib
@@ -90,13 +89,13 @@ def train(config, workdir: Path, stopping, stages):
     made = job.Job(config, workdir, stopping)
     workdir_lib.claim(workdir, config.to_dict(), made.data.fingerprint)
     made.build(stages, Console(quiet=True))
-    writer = log.Writer(workdir)
+    made.writer = log.Writer(workdir)
     try:
         for stage in stages:
             made.pause()
-            made.run_stage(stage, writer, console_lib.progress)
+            made.run_stage(stage)
     finally:
-        writer.close()
+        made.writer.close()
     return made
 
 

@@ -235,21 +235,24 @@ def compare(one: Path, two: Path) -> dict[str, list[str]]:
 
 def checkpoints(workdir: Path, wanted: set[str] | None = None) -> dict[str, str]:
     """{stage/step: digest of all its arrays, optimiser and all, and of what was noted with it}."""
-    from tpad_jax.training.checkpoint import Checkpoints
+    import jax
+    from orbax.checkpoint import v1 as ocp
 
     out = {}
-    for stage in sorted(workdir.glob('stages/*')):
-        opened = Checkpoints(stage)
-        for step in opened.steps():
-            if wanted is not None and f'{stage.name}/{step}' not in wanted:
-                continue
-            arrays, meta = opened.arrays(step)
-            meta = {name: x for name, x in meta.items() if name not in ('seconds', 'spent')}
-            digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
-            for path, x in sorted(arrays.items()):
-                digest.update(f'{path} {x.dtype} {x.shape} '.encode() + np.asarray(x).tobytes())
-            out[f'{stage.name}/{step}'] = digest.hexdigest()
-        opened.close()
+    for folder in sorted(path for path in workdir.glob('stages/*/*') if path.name.isdigit()):
+        name = f'{folder.parent.name}/{folder.name}'
+        if wanted is not None and name not in wanted:
+            continue
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) for path, x in
+                ocp.checkpointables_metadata(folder).metadata['state'].items()}
+        arrays = ocp.load_checkpointables(folder, {'state': like})['state']
+        meta = json.loads((folder / 'meta.json').read_text())['meta']
+        meta = {name: x for name, x in meta.items() if name not in ('seconds', 'spent')}
+        digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
+        for path, x in sorted(arrays.items()):
+            digest.update(f'{path} {x.dtype} {x.shape} '.encode() + np.asarray(x).tobytes())
+        out[name] = digest.hexdigest()
     return out
 
 

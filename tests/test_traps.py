@@ -11,7 +11,7 @@ import pytest
 
 from configs import sessions as configs
 from tpad_jax.baselines import rules
-from tpad_jax.core import console, log
+from tpad_jax.core import log
 from tpad_jax.data import item_graphs, sessions, text
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.data.sources import amazon_tables
@@ -388,9 +388,9 @@ def chosen(directory, test, spoil=lambda made: None):
     made = job.Job(c, directory / 'run', lambda: False)
     spoil(made)
     made.build(('recommend',), None)
-    writer = log.Writer(directory / 'run')
-    made.run_stage('recommend', writer, console.progress)
-    writer.close()
+    made.writer = log.Writer(directory / 'run')
+    made.run_stage('recommend')
+    made.writer.close()
     return made.record['history'], made.record['chosen'], made.params
 
 

@@ -22,7 +22,6 @@ from tests.training.test_checkpoint import assert_same, make_state, opened
 from tests.training.test_damaged_checkpoints import halve
 from tpad_jax import train
 from tpad_jax.baselines import tune
-from tpad_jax.core import console
 from tpad_jax.core import log as log_lib
 from tpad_jax.data import catalogue
 from tpad_jax.errors import InputError
@@ -314,12 +313,12 @@ def knowledge(c, workdir, stopping=lambda: False):
     made = job.Job(c, workdir, stopping)
     claim(workdir, c.to_dict(), made.data.fingerprint)
     made.build(('knowledge',), Console(quiet=True))
-    writer = log_lib.Writer(workdir)
+    made.writer = log_lib.Writer(workdir)
     try:
         with test_job.Recorded() as params:
-            made.run_stage('knowledge', writer, console.progress)
+            made.run_stage('knowledge')
     finally:
-        writer.close()
+        made.writer.close()
     return params['knowledge'], test_job.log_of(workdir)
 
 
@@ -346,7 +345,7 @@ def test_the_job_after_damage_and_a_full_disk(config, tmp_path, small_disk, caps
     same(where)
     for step in ('6', '7'):
         shutil.rmtree(stage / step)
-    with pytest.raises(InputError, match='of a finished stage, but no checkpoint is left in it'):
+    with pytest.raises(InputError, match='of a finished stage, but holds no checkpoint'):
         knowledge(c, where)
     (where / 'results.json').write_text('{')
     with pytest.raises(InputError, match=r'results\.json is damaged .*delete it'):

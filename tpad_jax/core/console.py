@@ -64,6 +64,11 @@ def progress(name: str, total: int, start: int = 0, console: Console | None = No
                 bar.stop()
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is, without line breaks at the console's width."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_header(title: str, facts: dict, console: Console | None = None) -> None:
     """Print a title and facts in a frame.
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from tpad_jax.core.precision import PRECISIONS, at_precision
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if
 from tpad_jax.types import Batch
 
 AXIS = 'data'
@@ -227,38 +227,30 @@ def choose(parallel: str, count: int, model: int = 1, among=None,
     """
     for option, value, choices in (('parallel', parallel, ('auto', 'jit', 'pmap', 'shard_map')),
                                    ('precision', precision, PRECISIONS)):
-        if value not in choices:
-            raise InputError(f'config.{option}={value!r}: unknown value. Expected one of '
-                             f'{", ".join(choices)}. Fix: choose one of these')
+        refuse_if(value not in choices, f'config.{option}={value!r}: unknown value. Expected one '
+                  f'of {", ".join(choices)}. Fix: choose one of these')
     local = list(jax.local_devices() if among is None else among)
-    if not 0 <= count <= len(local):
-        raise InputError(f'config.devices={count}: {len(local)} devices are available. Expected 0 '
-                         f'to {len(local)}. Fix: choose a number in this range; 0 takes all')
+    refuse_if(not 0 <= count <= len(local), f'config.devices={count}: {len(local)} devices are '
+              f'available. Expected 0 to {len(local)}. Fix: choose a number in this range; 0: all')
     count = count or len(local)
-    if model < 1 or (model > 1 and count % model):
-        raise InputError(f'config.model_shards={model}: does not divide the {count} devices. '
-                         'Expected a divisor. Fix: choose a divisor, or 1 to copy parameters to '
-                         'every device')
+    refuse_if(model < 1 or count % model,
+              f'config.model_shards={model}: does not divide the {count} devices. '
+              'Expected a divisor. Fix: choose one, or 1 to copy parameters to every device')
     how, processes = parallel, jax.process_count() if among is None else 1
     if how == 'auto':
         how = 'shard_map' if model > 1 or processes > 1 else 'jit' if count == 1 else 'pmap'
-    if model > 1 and how != 'shard_map':
-        raise InputError(f'config.model_shards={model}: config.parallel={how!r} cannot shard '
-                         'parameters. Expected shard_map. Fix: set config.parallel=shard_map or '
-                         'auto')
+    refuse_if(model > 1 and how != 'shard_map', f'config.model_shards={model}: config.parallel='
+              f'{how!r} cannot shard parameters. Fix: set config.parallel=shard_map or auto')
     if processes == 1:
         return Devices(how, tuple(local[:1] if how == 'jit' else local[:count]), model,
                        precision=precision)
-    if how != 'shard_map':
-        raise InputError(f'config.parallel={how!r}: works in one process, but there are '
-                         f'{processes}. Expected shard_map. Fix: set config.parallel=shard_map or '
-                         'auto')
+    refuse_if(how != 'shard_map', f'config.parallel={how!r}: works in one process, but there are '
+              f'{processes}. Fix: set config.parallel=shard_map or auto')
     each = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
     counts = [len(devices) for devices in each]
-    if min(counts) < count or len(set(counts)) > 1:
-        raise InputError(f'config.devices={count}: the processes have '
-                         f'{", ".join(map(str, counts))} devices. Expected the same number in '
-                         'every process. Fix: start every process with the same number')
+    refuse_if(min(counts) < count or len(set(counts)) > 1, f'config.devices={count}: the processes '
+              f'have {", ".join(map(str, counts))} devices. Expected the same number in every '
+              'process. Fix: start every process with the same number')
     return Devices(how, tuple(d for devices in each for d in devices[:count]), model, processes,
                    precision)
 

@@ -1,25 +1,37 @@
-"""One run of steps of a job: its batches, its validation, its checkpoints and its loop."""
+"""One run of steps of a job: its compilation, batches, validation, checkpoints and loop."""
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from tpad_jax.config import MAKES
+from tpad_jax.core import console as console_lib
 from tpad_jax.data import batches as batches_lib
 from tpad_jax.diagnostics import snapshots
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation.evaluate import evaluate
+from tpad_jax.job.background import COMPILE
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import profiling
 from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 from tpad_jax.training.stages import ENTRIES, reads_content
+from tpad_jax.types import Batch
 
 DONE = 'finished'  # a file next to a finished stage's checkpoints
 VALIDATED = 'hit@20', 'mrr@20', 'ndcg@20'  # metrics of validation
+
+
+def is_finished(workdir: Path, name: str) -> bool:
+    """Return whether a stage was run to its end; `name`: of its folder."""
+    return (workdir / 'stages' / name / DONE).is_file()
 
 
 def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[dict]]:
@@ -35,7 +47,13 @@ def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[
                    **shared)
 
 
-def fit(job, name, stage, spec, writer, progress, params=None, steps=None):
+def validated(scorer, job, name: str) -> dict[str, float]:
+    """Measure a scorer on validation: {metric of VALIDATED: value}."""
+    result, _ = evaluate(scorer, job.valid, job.data.warm, ks=(20,), name=name)
+    return {metric: result[metric] for metric in VALIDATED}
+
+
+def fit(job, name, stage, spec, params=None, steps=None):
     """Run a stage's loop.
 
     Args:
@@ -43,8 +61,6 @@ def fit(job, name, stage, spec, writer, progress, params=None, steps=None):
       name: of its folder and in the log.
       stage: whose config and batches it has.
       spec: step.StepSpec.
-      writer: log.Writer of the run.
-      progress: as console.progress.
       params: {path: array} of all parameters; None: the run's.
       steps: exactly so many, without validation (a refit); None: as in config.stage.
 
@@ -62,25 +78,26 @@ def fit(job, name, stage, spec, writer, progress, params=None, steps=None):
         blank = {row: jnp.zeros(job.blank[row].shape) for row in MAKES[stage]}
         refreshing, catalogue = True, {**blank, **catalogue}
 
+    def tree(state):
+        return unflatten_dict({**params, **state.params}, sep='/')
+
     def validate(state, catalogue):
-        tree = unflatten_dict({**params, **state.params}, sep='/')
-        result, _ = evaluate(bind(tree, catalogue), job.valid, job.data.warm, ks=(20,),
-                             name=name)
-        return {k: result[k] for k in VALIDATED}
+        return validated(bind(tree(state), catalogue), job, name)
+
+    def refresh(state):
+        return encoder(tree(state))
 
     checkpoints = Checkpoints(job.workdir / 'stages' / name)
-    if (checkpoints.directory / DONE).is_file() and not checkpoints.steps():
-        raise InputError(f'{checkpoints.directory} is of a finished stage, but no checkpoint '
-                         'is left in it; restore them from a copy, or delete the folder to '
-                         'train the stage again')
+    refuse_if(is_finished(job.workdir, name) and not checkpoints.steps(),
+              f'{checkpoints.directory} is of a finished stage, but holds no checkpoint. Fix: '
+              'restore them from a copy, or delete the folder to train the stage again')
     loop = loop_lib.Loop(
         name=name, total=steps or c.steps, devices=job.devices,
-        batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=writer,
-        progress=progress, log_every=job.config.log_every, save_every=job.config.save_every,
-        eval_every=c.eval_every, patience=c.patience, refresh_every=c.refresh_every,
-        validate=validate if validating else None,
-        refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
-        if refreshing else None, refreshed=MAKES.get(stage, ()),
+        batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=job.writer,
+        progress=console_lib.progress, log_every=job.config.log_every,
+        save_every=job.config.save_every, eval_every=c.eval_every, patience=c.patience,
+        refresh_every=c.refresh_every, validate=validate if validating else None,
+        refresh=refresh if refreshing else None, refreshed=MAKES.get(stage, ()),
         stopping=job.stopping, shown=snapshots.shown(spec.losses),
         broken=job.workdir / 'not_finite', profile=job.profile and profiling.Profile(
             job.workdir / 'profile', job.profile, name, job.devices))
@@ -92,3 +109,37 @@ def fit(job, name, stage, spec, writer, progress, params=None, steps=None):
     finally:
         checkpoints.close()
         job.sitting[name] = time.perf_counter() - begun
+
+
+def compile_ahead(job, stages, shapes: dict) -> None:
+    """Compile the steps of stages in the background, in the order in which they are needed.
+
+    Args:
+      job: job.Job. `compiling` gets the task of every stage.
+      stages: those that this run trains or has trained.
+      shapes: {path: shape and dtype} of all parameters.
+    """
+    rows = job.catalogue
+    for number, stage in enumerate(stages):
+        blended = job.config.model.blend.kind and stage == 'joint'  # the rank is not known yet
+        if job.background and not is_finished(job.workdir, stage) and not blended:
+            job.compiling[stage] = job.background.submit(
+                partial(_compile, job, stage, shapes, rows), COMPILE + number)
+        rows = {**rows, **{name: job.blank[name] for name in MAKES.get(stage, ())}}
+
+
+def _compile(job, stage, shapes, rows):
+    spec, c = job.stage_spec(stage), job.config.stage[stage]
+    # the parameters of a loss's module are drawn when its stage starts
+    if spec is None or any(loss.module for loss in spec.losses):
+        return
+    if 'cluster' in spec.needs:
+        rows = {**rows, 'cluster': np.zeros(job.data.num_items + 1, np.int32)}
+    if c.eval_every and ENTRIES[stage].validates_rows:
+        rows = {**rows, **{name: job.blank[name] for name in MAKES[stage]}}
+    with closing(batches(job, stage, spec)(start_step=0)) as drawn:
+        batch = Batch.of(next(drawn))
+    state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), shapes)
+    loop_lib.compile_step(job.devices, spec, state, batch, rows)
+    if stage in MAKES and not job.background.closing:
+        job.encoder(stage).compile(unflatten_dict(shapes, sep='/'))

@@ -23,8 +23,8 @@ from rich.console import Console
 from tpad_jax.config import MAKES, STAGES
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
-from tpad_jax.data import catalogue as catalogue_lib
-from tpad_jax.data import item_graphs, sessions, sources, text
+from tpad_jax.core.console import say
+from tpad_jax.data import catalogue, item_graphs, sessions, sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.diagnostics import snapshots
@@ -33,15 +33,14 @@ from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases
-from tpad_jax.features import encoder as encoder_lib
-from tpad_jax.job import compilation, fitting, memory_plan, recommenders, results
+from tpad_jax.features.encoder import Encoder
+from tpad_jax.job import fitting, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
-from tpad_jax.job.fitting import DONE
+from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import sessions as encoders
 from tpad_jax.models import tpad
-from tpad_jax.training import handover
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import handover, step
 from tpad_jax.training.workdir import claim, enter, locked
 
 
@@ -57,6 +56,7 @@ class Job:
       params: all parameters {path: array} after the stages so far. Never changed in place.
       catalogue: rows per item on the device. Never changed in place.
       blank: {row: shape and dtype} of the rows that stages make.
+      writer: log.Writer of the run, once it begins.
       background: the threads next to the main one.
       compiling: {stage: task} of the steps that are compiled ahead.
       seconds: {run of steps: seconds} over all sittings.
@@ -80,8 +80,8 @@ class Job:
                                       precision=config.precision)
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, {}, {}
         self.background, self.compiling, self.encoders, self.looks = Background(0), {}, {}, []
+        self.writer = self.content = self.probabilities = None
         self.blank = {}
-        self.content = None
         self.source = sources.chosen(config)
         self.planted = self.source.world(config) if self.source.world else None
         with hosts.one_first('data'):
@@ -91,7 +91,7 @@ class Job:
         last_only = config.data.protocol == 'published' and config.data.published_last_only
         split = partial(sessions.rows, max_length=self.max_length, every_prefix=not last_only)
         self.valid, self.test = split(self.data.valid), split(self.data.test)
-        self.modules = partial(step_lib.build_model, items=self.data.num_items,
+        self.modules = partial(step.build_model, items=self.data.num_items,
                                max_length=self.max_length, side_sizes=self.data.side_sizes)
 
     def build(self, stages, console) -> None:
@@ -102,7 +102,6 @@ class Job:
           console: of the run.
         """
         c, data = self.config, self.data
-        self.probabilities = None
         if not self.source.content:
             self.spec = self.modules(None, c)
             self.count()
@@ -114,31 +113,30 @@ class Job:
         with hosts.one_first('content'):
             if c.mllm.tokenizer == 'own':
                 text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
-            self.content = catalogue_lib.content(data, where, image_size=base.image_size,
-                                            tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer
-                                            else base.directory, text_length=c.mllm.text_length,
-                                            bad_share=c.data.bad_share)
+            self.content = catalogue.content(
+                data, where, image_size=base.image_size, text_length=c.mllm.text_length,
+                tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer else base.directory,
+                bad_share=c.data.bad_share)
         teacher = bases.teacher(c, base)
         build = partial(self.modules, teacher=teacher and teacher.reader)
         self.spec = build(base.module, c)
         self.count()
         if c.data.features:
             features = external_features.read(c.data.features, data.asins)
-            console.print(f'{c.data.features}: {features.unknown} ids of unknown items '
-                          f'{list(features.some)}, {features.repeated} repeated rows',
-                          markup=False, highlight=False)
+            say(console, f'{c.data.features}: {features.unknown} ids of unknown items '
+                f'{list(features.some)}, {features.repeated} repeated rows')
             self.catalogue['given'] = jnp.asarray(features.rows)
         if self.planted is not None:
             self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)
             self.attributes = self.planted.attributes[planted.planted_ids(data.asins)[1:] - 1]
-            hot = [np.eye(n, dtype=np.float32)[a]
-                   for n, a in zip(wording.SIZES, self.attributes.T, strict=True)]
+            hot = [jax.nn.one_hot(values, size)
+                   for size, values in zip(wording.SIZES, self.attributes.T, strict=True)]
             self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes))
         self.blank = {name: rows[name] for name in ('k', 'r')}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
         make = jax.jit(partial(  # followed once, though both its shapes and its values are asked
-            step_lib.initialiser(c, self.spec, self.content.image.shape[1:]),
+            step.initialiser(c, self.spec, self.content.image.shape[1:]),
             catalogue={**self.catalogue, **blank}))
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
         every = memory_plan.parameter_shapes(
@@ -150,13 +148,15 @@ class Job:
                 c, build, base.module, every, self.catalogue | self.blank, self.devices,
                 self.max_length, base.image_size)
             for line in memory_plan.of_run(subject, stages):
-                console.print(line, markup=False, highlight=False)
-        compilation.submit(self, stages, every)
-        held, cut = {n: shapes[n] for n in base.given}, self.devices.own.model > 1
-        loaded = base.load(held, self.devices.own.shardings(held) if cut else None)
+                say(console, line)
+        fitting.compile_ahead(self, stages, every)
+        def placed(shapes):
+            return self.devices.own.shardings(shapes) if self.devices.own.model > 1 else None
+
+        held = {n: shapes[n] for n in base.given}
+        loaded = base.load(held, placed(held))
         if teacher:
-            where = self.devices.own.shardings(teacher.shapes) if cut else None
-            loaded = loaded | {'teacher': teacher.load(where)}
+            loaded = loaded | {'teacher': teacher.load(placed(teacher.shapes))}
         draw = devices.compiled(
             lambda key: {n: p for n, p in make(key).items() if n not in base.given})
         params = draw(jax.random.key(c.seed))
@@ -193,33 +193,26 @@ class Job:
         """Return all parameters as a tree, those of `trained` {path: array} replaced."""
         return unflatten_dict({**self.params, **(trained or {})}, sep='/')
 
-    def encoder(self, stage: str) -> encoder_lib.Encoder | None:
+    def encoder(self, stage: str) -> Encoder | None:
         """Return the one encoder of the rows that a stage makes, or None if it makes none."""
         if stage in MAKES and stage not in self.encoders:
             m = self.config.mllm
-            # two threads may come here at once: the first one's is kept
-            self.encoders.setdefault(stage, encoder_lib.Encoder(
-                self.spec, self.content, MAKES[stage], rows=m.encode_rows, part=m.encode_part,
-                devices=self.devices.own))
+            encoder = Encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
+                              part=m.encode_part, devices=self.devices.own)
+            self.encoders.setdefault(stage, encoder)  # the first one's of two threads
         return self.encoders.get(stage)
 
-    def finished(self, stage: str) -> bool:
-        """Tell whether a stage was run to its end."""
-        return (self.workdir / 'stages' / stage / DONE).is_file()
-
-    def stage_spec(self, stage: str) -> step_lib.StepSpec | None:
+    def stage_spec(self, stage: str) -> step.StepSpec | None:
         """Make the static part of a stage's step; None: the stage takes its model as it is."""
         if not self.config.stage[stage].steps:
             return None
-        return step_lib.make_spec(self.config, stage, self.spec, self.config.seed)
+        return step.make_spec(self.config, stage, self.spec, self.config.seed)
 
-    def run_stage(self, stage: str, writer, progress, name: str = '') -> None:
+    def run_stage(self, stage: str, name: str = '') -> None:
         """Train a stage, or read its finished checkpoint, and add the rows that it makes.
 
         Args:
           stage: of config.STAGES.
-          writer: log.Writer of the run.
-          progress: as console.progress.
           name: of its folder, where that is not the stage's.
         """
         name = name or stage
@@ -229,23 +222,23 @@ class Job:
             self.catalogue = {**self.catalogue, 'cluster': handover.clustered(
                 self.catalogue['k'], self.config.model.clusters, self.config.seed)}
         self.first = self.params
-        (self.workdir / 'stages' / name).mkdir(parents=True, exist_ok=True)
-        trained, rows, record = {}, {}, {'seconds': 0.0}
+        folder = self.workdir / 'stages' / name
+        folder.mkdir(parents=True, exist_ok=True)
+        trained, rows, self.record = {}, {}, {'seconds': 0.0}
         if spec:
             self.look(stage, 'before', spec, encoder)
             self.background.results([self.compiling[name]] if name in self.compiling else [])
-            trained, rows, record = fitting.fit(self, name, stage, spec, writer, progress)
+            trained, rows, self.record = fitting.fit(self, name, stage, spec)
         self.params = {**self.params, **trained}
         if stage == 'transfer' and self.config.model.blend.kind:
             self.params = handover.blended(self.params, self.config)
             trained = {p: x for p, x in trained.items() if not p.startswith('lora/distil/')}
-        self.record = record
-        (self.workdir / 'stages' / name / DONE).touch()
-        self.seconds[name] = record['seconds']
+        (folder / DONE).touch()
+        self.seconds[name] = self.record['seconds']
         if encoder is not None:
             self.catalogue = self.catalogue | encoder.leave(
-                self.nested(), self.workdir / 'features' / name, progress, self.stopping, rows,
-                stage=stage, seed=self.config.seed, data=self.data.fingerprint,
+                self.nested(), self.workdir / 'features' / name, console_lib.progress,
+                self.stopping, rows, stage=stage, seed=self.config.seed, data=self.data.fingerprint,
                 checkpoint=self.base.fingerprint)
             bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
         self.look(stage, 'after', spec, encoder)
@@ -304,7 +297,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
     workdir, console = Path(workdir), Console(quiet=jax.process_index() > 0)
     check_workdir(workdir)
     stages = check(config)
-    finished = {s for s in STAGES if (workdir / 'stages' / s / DONE).is_file()}
+    finished = {stage for stage in STAGES if is_finished(workdir, stage)}
     check_inputs(config, stages, finished)
     enter(workdir, config)
     with locked(workdir):
@@ -319,20 +312,19 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
     results_before = results.read(file) if file.is_file() else None
     if results_before and set(stages) <= set(results_before['provenance']['stages']):
         tables.show(results_before, console)
-        console.print(f'{file}: finished {results_before["provenance"]["date"]}, nothing was '
-                      'trained now; --workdir=DIR starts another run', markup=False,
-                      highlight=False)
+        say(console, f'{file}: finished {results_before["provenance"]["date"]}, nothing was '
+            'trained now; --workdir=DIR starts another run')
         return results_before
     stages = [stage for stage in STAGES if stage in finished.union(stages)]
     if until == 'validation' and 'recommend' in stages:
         stages = stages[:stages.index('recommend') + 1]  # later ones are not compiled either
-    writer = log.Writer(workdir)
+    job.writer = log.Writer(workdir)
     try:
         # a trace of the device shows one stage at a time
         job.background = Background(0 if profile else workers(config.workers, job.devices))
         job.build(stages, console)
         results.introduce(job, console)
-        recorded = _run_stages(job, stages, writer, until)
+        recorded = _run_stages(job, stages, until)
         if until == 'validation':
             return {'valid': job.record['valid']}
         with hosts.one_first('report'):  # the others find it finished
@@ -343,32 +335,33 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
         return json.loads(file.read_text())
     finally:
         job.background.close()
-        writer.close()
+        job.writer.close()
 
 
-def _run_stages(job, stages, writer, until):
+def _run_stages(job, stages, until):
     """Run the stages and what is independent of them.
 
     Returns:
       {name: scorer} of all recommenders, {name: validation metrics} of each at its chosen step, and
       the task that tunes the baselines.
     """
-    knowledge, tuning, joint = None, None, {}
-    company = recommenders.Recommenders(job, writer, console_lib.progress)
+    tuning, joint = None, {}
+    company = recommenders.Recommenders(job)
     trains = 'recommend' in stages and until != 'validation'
+
+    def tune(refit):  # with the features k of now: stage joint changes them
+        return partial(results.tune_baselines, job, job.catalogue.get('k'), refit)
+
     for stage in stages:
         job.pause()
         if trains and 'recommend' in stages[stages.index(stage):]:
             company.begin(stage)
         if tuning is None and stage != 'knowledge' and not until:
-            tuning = job.background.submit(partial(
-                results.tune_baselines, job, knowledge, trains and job.config.refit), TUNE)
-        job.run_stage(stage, writer, console_lib.progress)
-        if stage == 'knowledge':
-            knowledge = np.asarray(job.catalogue['k']).reshape(job.data.num_items + 1, -1)
-        elif stage == 'recommend' and until == 'validation':
+            tuning = job.background.submit(tune(trains and job.config.refit), TUNE)
+        job.run_stage(stage)
+        if stage == 'recommend' and not trains:
             return None
-        elif stage == 'recommend':
+        if stage == 'recommend':
             company.take_own()
         elif stage == 'joint':
             bind = scorer(job.spec, job.devices.own)
@@ -378,5 +371,5 @@ def _run_stages(job, stages, writer, until):
     if joint:
         chosen['tpad_joint'] = job.record['valid']
     if tuning is None:
-        tuning = job.background.submit(partial(results.tune_baselines, job, knowledge, False))
+        tuning = job.background.submit(tune(False))
     return scorers | joint, chosen, tuning

@@ -27,7 +27,7 @@ from tpad_jax.data import sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import wording
 from tpad_jax.distributed import devices as devices_lib
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.features import bases
 from tpad_jax.job.live_bytes import bytes_of, live_bytes
 from tpad_jax.job.validate import check
@@ -135,22 +135,19 @@ def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> dict
 def _batch(subject, stage, spec):
     """A device's part of a batch, as shapes: at most so many items, each of which is read once."""
     c, of_items = subject.config.stage[stage], ENTRIES[stage].batches == 'items'
-    rows, ints = c.batch_size // subject.devices.shards, partial(jax.ShapeDtypeStruct,
-                                                                 dtype=jnp.int32)
-    n = 1 if of_items else subject.positions
-    batch = Batch(items=ints((rows, n)), next=ints((rows, n)), target=ints((rows,)),
-                  valid=jax.ShapeDtypeStruct((rows,), bool), row=ints((rows,)))
+    rows, n = c.batch_size // subject.devices.shards, 1 if of_items else subject.positions
+    shapes = dict(items=(rows, n), next=(rows, n), target=(rows,), valid=(rows,), row=(rows,))
     if not of_items and not c.every_prefix:
-        batch = batch.replace(places=ints((rows * n,)))
-    if not reads_content(stage, spec):
-        return batch
-    part = rows // c.accumulate * (1 if of_items else n + 1)
-    seen = c.accumulate * (1 + min(part, subject.catalogue['warm'].shape[0] - 1))
-    return batch.replace(
-        slots=ints((rows, n)), next_slots=ints((rows, n)), ids=ints((seen,)),
-        tokens=ints((seen, subject.config.mllm.text_length)),
-        has_image=jax.ShapeDtypeStruct((seen,), bool),
-        image=jax.ShapeDtypeStruct((seen, subject.side, subject.side, 3), jnp.uint8))
+        shapes['places'] = (rows * n,)
+    if reads_content(stage, spec):
+        part = rows // c.accumulate * (1 if of_items else n + 1)
+        seen = c.accumulate * (1 + min(part, subject.catalogue['warm'].shape[0] - 1))
+        shapes |= dict(slots=(rows, n), next_slots=(rows, n), ids=(seen,), has_image=(seen,),
+                       tokens=(seen, subject.config.mllm.text_length),
+                       image=(seen, subject.side, subject.side, 3))
+    dtypes = dict(valid=bool, has_image=bool, image=jnp.uint8)
+    return Batch(**{name: jax.ShapeDtypeStruct(shape, dtypes.get(name, jnp.int32))
+                    for name, shape in shapes.items()})
 
 
 def _tree_bytes(tree):
@@ -159,11 +156,10 @@ def _tree_bytes(tree):
 
 def _bytes(arrays, model):
     """Bytes per device of {path: array}, cut over `model` devices by devices.RULES."""
-    return sum(bytes_of(x) // _parts(path, x.shape, model) for path, x in arrays.items())
+    def parts(path, x):
+        return model if devices_lib.MODEL in (devices_lib.rule(path, x.shape, model) or ()) else 1
 
-
-def _parts(path, shape, model):
-    return model if devices_lib.MODEL in (devices_lib.rule(path, shape, model) or ()) else 1
+    return sum(bytes_of(x) // parts(path, x) for path, x in arrays.items())
 
 
 def limit() -> int | None:
@@ -243,11 +239,9 @@ def target(value: str) -> tuple[int | None, int | None]:
     if value in ('', 'true'):
         return None, None
     match = re.fullmatch(rf'({"|".join(KINDS)}|\d+(?:\.\d+)?gib)-([1-9]\d*)', value.lower())
-    if match is None:
-        raise InputError(f'--plan={value}: names no devices. Expected '
-                         f'{", ".join(f"{kind}-8" for kind in KINDS)} or 24gib-8, the GiB of each '
-                         'device and their number. Fix: name devices so, or leave the value out '
-                         'for those of this machine')
+    refuse_if(match is None, f'--plan={value}: names no devices. Expected v5e-8, v6e-8 or 24gib-8, '
+              'the GiB of each device and their number. Fix: name devices so, or leave the value '
+              'out for those of this machine')
     kind, count = match.groups()
     return round((KINDS.get(kind) or float(kind.removesuffix('gib'))) * GIB), int(count)
 
@@ -337,7 +331,7 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
                       positions, side)
     available = room or limit()
     size = 'unknown size' if available is None else f'{gib(available)} GiB'
+    way = 'estimated' if room else 'compiled'
     return [f'Planned for: {total} items ({origin}), prefixes of {positions}, '
-            f'{len(devices.devices)} device(s) of {size}; '
-            f'{"estimated" if room else "compiled"} from shapes alone',
+            f'{len(devices.devices)} device(s) of {size}; {way} from shapes alone',
             *of_run(subject, stages, available, compile_step=not room)]

@@ -14,10 +14,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from etils import epath
 
 from tpad_jax.core.files import PARTIAL, replacing
 from tpad_jax.distributed import hosts
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 MANIFEST = 'mirror.json'
 EVERY = 30.0  # seconds between two rounds of copies
@@ -51,54 +52,44 @@ class Mirror:
         self._manifest: dict[str, list] = {}  # of the mirror's files: path -> [bytes, sha256]
         self._copied: dict[str, tuple] = {}  # path -> (bytes, time) of the file when it was copied
 
-    def fetch(self) -> int:
+    def fetch(self) -> None:
         """Fill an empty workdir; a workdir that holds a run already is left as it is.
-
-        Returns:
-          How many files were fetched.
 
         Raises:
           InputError: the manifest is damaged, the mirror cannot be read, or it is of another run.
         """
         with _named(self._where):
-            manifest = self._where / MANIFEST
-            if not manifest.exists():
-                return 0
+            if not (self._where / MANIFEST).exists():
+                return
             try:
-                self._manifest = dict(json.loads(manifest.read_text()))
+                self._manifest = dict(json.loads((self._where / MANIFEST).read_text()))
             except ValueError as error:
                 raise InputError(f'--mirror={self._where}: {MANIFEST} is damaged ({error}). Fix: '
-                                 'name another mirror, or delete this file to start a new one '
-                                 'there') from error
+                                 'name another mirror, or delete this file to start a new '
+                                 'one') from error
             config = self._workdir / 'config.json'
             if config.is_file():
                 digest = _digest(config.read_bytes())
-                if self._manifest.get(config.name, digest) != digest:
-                    raise InputError(f'--mirror={self._where}: it is the mirror of another run '
-                                     f'than {self._workdir}. Fix: name another mirror for this '
-                                     'run')
-                return 0
+                refuse_if(self._manifest.get(config.name, digest) != digest,
+                          f'--mirror={self._where}: it is the mirror of another run than '
+                          f'{self._workdir}. Fix: name another mirror for this run')
+                return
             bad = [path for path in self._manifest if not self._fetch_file(path)]
-        damaged = {match[0] for path in bad if (match := CHECKPOINT.match(path))}
-        for path in self._manifest:
-            if any(path.startswith(folder) for folder in damaged):
-                (self._workdir / path).unlink(missing_ok=True)
+        for path in bad:
+            if checkpoint := CHECKPOINT.match(path):
+                shutil.rmtree(self._workdir / checkpoint[0], ignore_errors=True)
         if bad:
             print(f'Warning: {self._where}: {len(bad)} files differ from the manifest and were not '
                   f'fetched, {bad[0]} among them; the run makes them again', file=sys.stderr)
-        return len(self._manifest) - len(bad)
 
     def _fetch_file(self, path: str) -> bool:
         """Fetch one file; whether it is the one of the manifest."""
-        target = self._workdir / path
-        if not target.resolve().is_relative_to(self._workdir.resolve()):
-            raise InputError(f'--mirror={self._where}: {MANIFEST} names {path!r}, which is outside '
-                             'a workdir. Expected the mirror of a run. Fix: name another mirror')
-        source = self._where / path
-        if not source.exists():
-            return False
-        data = source.read_bytes()
-        if not GROWING.match(path) and _digest(data) != self._manifest[path]:
+        source, target = self._where / path, self._workdir / path
+        refuse_if(not target.resolve().is_relative_to(self._workdir.resolve()),
+                  f'--mirror={self._where}: {MANIFEST} names {path!r}, which is outside a workdir. '
+                  'Expected the mirror of a run. Fix: name another mirror')
+        data = source.read_bytes() if source.exists() else None
+        if data is None or (not GROWING.match(path) and _digest(data) != self._manifest[path]):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as partial:
@@ -125,10 +116,8 @@ class Mirror:
                 self._write(path, data)
             now[path], self._copied[path] = digest, stat
         # a checkpoint that was removed while its files were copied is incomplete
-        removed = {match[0] for path in now if (match := CHECKPOINT.match(path))
-                   and not (self._workdir / match[0]).is_dir()}
         now = {path: digest for path, digest in now.items()
-               if not any(path.startswith(folder) for folder in removed)}
+               if not (match := CHECKPOINT.match(path)) or (self._workdir / match[0]).is_dir()}
         if now == before:
             return
         self._write(MANIFEST, json.dumps(now).encode())
@@ -148,17 +137,14 @@ class Mirror:
 
     def _files(self) -> Iterator[tuple[str, tuple]]:
         for folder, inner, files in os.walk(self._workdir):
-            relative = Path(folder).relative_to(self._workdir)
-            inner[:] = sorted(name for name in inner if not UNFINISHED.search(name)
-                              and not (relative == Path() and name in REPRODUCIBLE))
-            for name in sorted(files):
-                if UNFINISHED.search(name):
-                    continue
-                try:
-                    stat = os.stat(Path(folder, name))
-                except FileNotFoundError:
-                    continue
-                yield (relative / name).as_posix(), (stat.st_size, stat.st_mtime_ns)
+            skipped = REPRODUCIBLE if Path(folder) == self._workdir else ()
+            inner[:] = [name for name in inner
+                        if name not in skipped and not UNFINISHED.search(name)]
+            for file in (Path(folder, name) for name in files if not UNFINISHED.search(name)):
+                with suppress(FileNotFoundError):  # deleted since it was listed
+                    stat = file.stat()
+                    yield (file.relative_to(self._workdir).as_posix(),
+                           (stat.st_size, stat.st_mtime_ns))
 
 
 @contextmanager
@@ -176,20 +162,18 @@ def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
     Raises:
       InputError: see `Mirror.fetch`, and a mirror that could not be written at the end.
     """
-    if not where:
+    mirror = Mirror(workdir, where) if where else None
+    if mirror is not None:
+        with hosts.one_first('mirror'):
+            if jax.process_index() == 0:
+                mirror.fetch()
+    if mirror is None or jax.process_index() > 0:
         yield
         return
-    with hosts.one_first('mirror'):
-        first = jax.process_index() == 0
-        mirror = Mirror(workdir, where)
-        if first:
-            mirror.fetch()
-    if not first:
-        yield
-        return
-    ended, warned = threading.Event(), []
+    ended = threading.Event()
 
     def follow():
+        warned = False
         while not ended.wait(every):
             try:
                 mirror.push()
@@ -197,7 +181,7 @@ def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
                 if not warned:
                     print(f'Warning: {where} could not be written ({error}); the run continues, '
                           f'and the copy is tried again every {every:g} s', file=sys.stderr)
-                warned.append(error)
+                warned = True
 
     thread = threading.Thread(target=follow, name='mirror', daemon=True)
     thread.start()

@@ -20,10 +20,9 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.config import names, partnered
-from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
-from tpad_jax.job.fitting import VALIDATED, fit
+from tpad_jax.job.fitting import fit, validated
 from tpad_jax.models import tpad
 from tpad_jax.training import handover, optimizer, step
 
@@ -53,7 +52,7 @@ class Trained:
     blank: dict
     record: dict
 
-    def refit(self, writer, progress):
+    def refit(self):
         """Train it again on training and validation sessions, for as many steps as were chosen.
 
         The draws are the same, and there are rows for items new to training.
@@ -62,9 +61,8 @@ class Trained:
         job.pause()
         name = 'refit' if self.name == 'recommend' else f'{self.name}_refit'
         spec = step.make_spec(job.config, 'recommend', self.model, job.config.seed)
-        trained, _, record = fit(job, name, 'recommend', spec, writer, progress,
-                                 {**self.blank, **job.fresh(self.model)},
-                                 self.record['chosen'])
+        params = self.blank | job.fresh(self.model)
+        trained, _, record = fit(job, name, 'recommend', spec, params, self.record['chosen'])
         job.seconds[name] = record['seconds']
         self.params = {**self.params, **trained}
 
@@ -99,13 +97,10 @@ class Recommenders:
 
     Args:
       job: job.Job, built.
-      writer: log.Writer of the run.
-      progress: as console.progress.
     """
 
-    def __init__(self, job, writer, progress):
-        self._job, self._shared = job, (writer, progress)
-        self._own = self._partner = None
+    def __init__(self, job):
+        self._job, self._own, self._partner = job, None, None
         self._rivals = _rivals(job)
         self._tasks = {}  # folder -> task of a trained baseline
 
@@ -121,8 +116,7 @@ class Recommenders:
                 self._submit(job, name, name)
         if last and job.config.partner:
             other = _partner_job(job)
-            self._partner = job.background.submit(partial(_train_partner, other, *self._shared),
-                                                  TRAIN)
+            self._partner = job.background.submit(partial(_train_partner, other), TRAIN)
             for name in self._rivals:
                 self._submit(other, name, f'{name}_partner')
 
@@ -130,7 +124,7 @@ class Recommenders:
         # with the rows and parameters of now: what later stages add is not read
         then = copy.copy(job)
         self._tasks[folder] = job.background.submit(
-            partial(_train_rival, then, name, folder, *self._shared), TRAIN)
+            partial(_train_rival, then, name, folder), TRAIN)
 
     def _independent(self, name):
         """Whether the rows a trained baseline reads exist, and it reads no other stage's model."""
@@ -176,8 +170,7 @@ class Recommenders:
             everyone = (*own, *trained.values())
             for member in everyone:
                 member.job.count_both()
-            background.results([background.submit(partial(member.refit, *self._shared), TRAIN)
-                                for member in everyone])
+            background.results([background.submit(member.refit, TRAIN) for member in everyone])
             job.params, job.final = self._own.params, self._own.job.final
             job.catalogue = self._own.job.catalogue
         return {name: _scorer(members) for name, members in groups.items()}, chosen
@@ -194,11 +187,11 @@ def _partner_job(job):
     return other
 
 
-def _train_partner(job, writer, progress) -> Trained:
+def _train_partner(job) -> Trained:
     """Train the second recommender in its own job, see `_partner_job`."""
     job.pause()
     job.params = job.params | job.fresh(job.spec)
-    job.run_stage('recommend', writer, progress, name='partner')
+    job.run_stage('recommend', name='partner')
     return Trained(job, 'partner', job.spec, job.params, job.first, job.record)
 
 
@@ -211,22 +204,20 @@ def _rival_model(job, name) -> tpad.TPAD:
     return replace(job.spec, fusion=fusion, recommend=names(changes['recommend']))
 
 
-def _train_rival(job, name, folder, writer, progress) -> Trained:
+def _train_rival(job, name, folder) -> Trained:
     """Train a recommender next to the run's own with the recommend stage's own care.
 
     Args:
       job: a copy of job.Job with the rows that it reads.
       name: of config.rivals.
       folder: of its checkpoints.
-      writer: log.Writer of the run.
-      progress: as console.progress.
     """
     job.pause()
     model = _rival_model(job, name)
     spec = step.make_spec(job.config, 'recommend', model, job.config.seed)
     blank = _others(job.params, *(f'loss/{loss.name}/' for loss in spec.losses))
     params = blank | job.fresh(model)
-    trained, _, record = fit(job, folder, 'recommend', spec, writer, progress, params)
+    trained, _, record = fit(job, folder, 'recommend', spec, params)
     job.seconds[folder] = record['seconds']
     return Trained(job, folder, model, params | trained, blank, record)
 
@@ -238,13 +229,12 @@ def _others(params, *own):
 
 def _scorer(members):
     """Bind the scorer of one recommender, or of several whose scores are added."""
-    given = [(member.model, unflatten_dict(member.params, sep='/'), member.job.catalogue)
-             for member in members]
+    models, params, catalogues = zip(*(
+        (member.model, unflatten_dict(member.params, sep='/'), member.job.catalogue)
+        for member in members), strict=True)
     devices = members[0].job.devices.own
-    if len(given) == 1:
-        model, params, catalogue = given[0]
-        return scorer(model, devices)(params, catalogue)
-    models, params, catalogues = zip(*given, strict=True)
+    if len(members) == 1:
+        return scorer(models[0], devices)(params[0], catalogues[0])
     return scorer(models, devices)(params, catalogues)
 
 
@@ -252,6 +242,4 @@ def _valid(members, name):
     """Return the validation metrics of one recommender, or measure those of a sum."""
     if len(members) == 1:
         return members[0].record['valid']
-    job = members[0].job
-    found, _ = evaluate(_scorer(members), job.valid, job.data.warm, ks=(20,), name=name)
-    return {key: found[key] for key in VALIDATED}
+    return validated(_scorer(members), members[0].job, name)

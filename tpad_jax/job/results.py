@@ -18,6 +18,7 @@ from tpad_jax.config import names
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
+from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import records
 from tpad_jax.errors import InputError
@@ -72,8 +73,7 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
            'seconds': job.seconds, 'spent': job.spent}
     if truth is not None:
         out['oracle'] = truth
-    diagnostics = records.collect(job.workdir)
-    if diagnostics:
+    if diagnostics := records.collect(job.workdir):
         out['diagnostics'] = diagnostics
         probes = diagnostics.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
         out |= {'probes': {name: x['accuracy'] for name, x in probes.items()}} if probes else {}
@@ -82,10 +82,10 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     file = write_page(job, out, scorers, ranks, console)
     tables.show(out, console)
-    console.print(spent(job.spent), highlight=False)
+    say(console, spent(job.spent))
     page_part = f'report: {file}  ' if file else ''
-    console.print(f'results: {job.workdir / "results.json"}  {page_part}'
-                  f'total: {job.seconds["total"]:.0f} s', highlight=False, soft_wrap=True)
+    say(console, f'results: {job.workdir / "results.json"}  {page_part}'
+        f'total: {job.seconds["total"]:.0f} s')
     return out
 
 
@@ -107,14 +107,12 @@ def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path 
         gallery.write(job, scorers, ranks, best)
         contact_sheet.write(job.workdir)
         if not results['models']:
-            console.print('report: none, because neither a recommender nor a baseline was trained',
-                          highlight=False, soft_wrap=True)
+            say(console, 'report: none, because neither a recommender nor a baseline was trained')
             return None
         return page.write(job.workdir)
     except Exception as error:  # of any kind: a finished run is not lost over a page
-        console.print(f'The page could not be made ({type(error).__name__}: {error}); the results '
-                      f'are complete. Fix: python -m tpad_jax.report {job.workdir} tries again.',
-                      markup=False, highlight=False, soft_wrap=True)
+        say(console, f'The page could not be made ({type(error).__name__}: {error}); the results '
+            f'are complete. Fix: python -m tpad_jax.report {job.workdir} tries again.')
         return None
 
 
@@ -123,10 +121,9 @@ def spent(runs: dict) -> str:
     total = {name: sum(run[name] for run in runs.values()) for name in ('all', *SPENT)}
     steps = max(total['all'] - total['compile'] - total['between'], 1e-9)
     share = {name: f'{100 * total[name] / steps:.1f} %' for name in ('input', 'save', 'log')}
-    return (f'Of {steps:.0f} s of training steps (compiling took {total["compile"]:.0f} s more, '
-            f'encoding and validating between them {total["between"]:.0f} s) they waited at most '
-            f'{share["input"]} for input, {share["save"]} for checkpoints and {share["log"]} for '
-            'logs.')
+    return (f'Of {steps:.0f} s of training steps (and {total["compile"]:.0f} s of compilation, '
+            f'{total["between"]:.0f} s of encoding and validation) they waited at most '
+            f'{share["input"]} for input, {share["save"]} for saves, {share["log"]} for logs.')
 
 
 def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
@@ -148,8 +145,7 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
     def score(name):
         job.pause()
         if job.final is job.data:
-            valid, _ = evaluate(scorers[name], job.valid, warm, counts=seen, gains=gains,
-                                name=name)
+            valid, _ = evaluate(scorers[name], job.valid, warm, counts=seen, gains=gains, name=name)
         else:
             valid = chosen[name]
         test, rank = evaluate(scorers[name], job.test, warm, counts=seen, name=name, gains=gains,
@@ -158,9 +154,8 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
         return {'valid': valid, 'test': test}, rank
 
     tasks = [job.background.submit(partial(score, name)) for name in scorers]
-    scored = dict(zip(scorers, job.background.results(tasks), strict=True))
-    return {name: x for name, (x, _) in scored.items()}, {name: x for name, (_, x)
-                                                          in scored.items()}
+    scored = list(zip(scorers, job.background.results(tasks), strict=True))
+    return {name: x for name, (x, _) in scored}, {name: x for name, (_, x) in scored}
 
 
 def training_counts(job) -> np.ndarray:
@@ -198,13 +193,15 @@ def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:
 
     Args:
       job: job.Job.
-      features: float [V+1, D]. Features k, which content_knn reads; None: no stage made them.
+      features: float [V+1, ...]. Features k, which content_knn reads; None: no stage made them.
       refit: whether they are fitted on validation's sessions too, as the recommender is.
 
     Returns:
       {name: rules.Tuned}.
     """
     data, out = job.config.data, {}
+    if features is not None:
+        features = np.asarray(features).reshape(len(features), -1)
     ordered = None if job.source.timed else data.ordered
     train = job.data.train
     final = sessions.join(train, job.data.valid) if refit else train
@@ -225,13 +222,11 @@ def data_facts(job) -> dict:
     if job.content is not None:
         content = {'items_without_image': int((~job.content.has_image[1:]).sum()),
                    'images': job.content.pictures}
+    lengths = {split: len(getattr(data, split).start) for split in ('train', 'valid', 'test')}
     return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
-            'cold_items': int((~data.warm[1:]).sum()),
-            'sessions': {split: len(getattr(data, split).start)
-                         for split in ('train', 'valid', 'test')},
+            'cold_items': int((~data.warm[1:]).sum()), 'sessions': lengths,
             'planted': job.planted is not None, 'protocol': job.config.data.protocol,
-            'refit': job.final is not job.data,
-            'fingerprint': data.fingerprint}
+            'refit': job.final is not job.data, 'fingerprint': data.fingerprint}
 
 
 def introduce(job, console):
@@ -254,7 +249,7 @@ def introduce(job, console):
                    + f' in {job.devices.processes} processes' * (job.devices.processes > 1),
         'workdir': job.workdir}, console)
     for line in audit.describe(data.audit):
-        console.print(line, markup=False, highlight=False)
+        say(console, line)
 
 
 def _line_counts(counts):

@@ -54,12 +54,10 @@ def check(config, among=None) -> tuple[str, ...]:
     for stage in stages:
         _check_stage(config, stage, shards)
         _check_evaluated(config, stage, stages)
-    refuse_if('joint' in stages and config.refit,
-              'config.refit=True trains the recommender again, but its last stage, joint, also '
-              'changes its inputs. Fix: leave one of the two out')
-    refuse_if('joint' in stages and config.partner,
-              'config.partner adds the scores of a second recommender, which stage joint does not '
-              'train. Fix: leave one of the two out')
+    refuse_if('joint' in stages and config.refit, 'config.refit=True trains the recommender again, '
+              'but stage joint also changes its inputs. Fix: leave one of the two out')
+    refuse_if('joint' in stages and config.partner, 'config.partner adds the scores of a second '
+              'recommender, which stage joint does not train. Fix: leave one of the two out')
     if config.partner:
         check(partnered(config), among)
     source.check(config)
@@ -95,9 +93,8 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     if config.partner:
         recommended |= dict.fromkeys(names(partnered(config).model.recommend), 'config.partner')
     recommended |= dict.fromkeys(names(config.model.recommend), '')
-    refuse_if('given' in recommended and not config.data.features,
-              "the rows 'given' are read from config.data.features, which is empty. Fix: give a "
-              'file of item features')
+    refuse_if('given' in recommended and not config.data.features, "the rows 'given' are read from "
+              'config.data.features, which is empty. Fix: give a file of item features')
     available = {'true', 'given'}  # come with the planted catalogue, and with that file
     for stage in STAGES:
         if stage not in stages and stage not in finished:
@@ -184,9 +181,8 @@ def _check_transfer_validation(config, chosen):
 def _check_model(config, source):
     """Refuse settings of the model that contradict each other or the data."""
     model = config.model
-    refuse_if(model.encoder == 'attention' and model.width % model.heads,
-              f'config.model.width={model.width} must be a multiple of '
-              f'config.model.heads={model.heads}')
+    refuse_if(model.encoder == 'attention' and model.width % model.heads, 'config.model.width='
+              f'{model.width} must be a multiple of config.model.heads={model.heads}')
     refuse_if(model.blend.kind and not model.reread, f'config.model.blend.kind='
               f'{model.blend.kind!r} makes an adapter under which K reads items again, and '
               'config.model.reread=False switches that off. Fix: leave one out')

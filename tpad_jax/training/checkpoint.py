@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -50,23 +51,16 @@ class Checkpoints:
     """
 
     def __init__(self, directory):
-        self._root = Path(directory).absolute()
+        self.directory = Path(directory).absolute()
         self._pending, self._saving = None, None
-        try:
-            # not named after the path, which may differ from host to host
-            with hosts.one_first('checkpoints'):
-                self._root.mkdir(parents=True, exist_ok=True)
-                if jax.process_index() == 0:
-                    self._remove_incomplete()
-        except OSError as error:
-            _refuse(error, f'{self._root} cannot be written to')
-            raise
+        # not named after the path, which may differ from host to host
+        with (_refusing(f'{self.directory} cannot be written to'),
+              hosts.one_first('checkpoints')):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                for folder in self.directory.glob(f'*{PARTIAL}*'):  # Orbax may append to it
+                    shutil.rmtree(folder)
         self._thread = ThreadPoolExecutor(1, 'checkpoint')
-
-    @property
-    def directory(self) -> Path:
-        """The directory of the checkpoints."""
-        return self._root
 
     def save(self, step, state, meta, metric=None, wait=False):
         """Start to save `state` as checkpoint `step`; return once the state may be donated.
@@ -89,7 +83,7 @@ class Checkpoints:
         record = json.dumps({'metric': None if metric is None else float(metric), 'meta': meta})
         arrays = _copy(_by_path(state))
         self._finish()
-        partial_folder = self._root / f'{step}{PARTIAL}'
+        partial_folder = self.directory / f'{step}{PARTIAL}'
         save = {'checkpointables': {STATE: arrays}, 'overwrite': True}
         if jax.process_count() == 1:
             write = partial(_with_options, ocp.save_checkpointables, partial_folder, **save)
@@ -115,8 +109,7 @@ class Checkpoints:
         Raises:
           InputError: the checkpoint is of another model, or all checkpoints are damaged.
         """
-        records = self._undamaged()
-        return self._load(max(records), records, abstract_state) if records else None
+        return self._load(lambda records: max(records, default=None), abstract_state)
 
     def best(self, abstract_state):
         """Load the checkpoint with the highest metric, the later one of equals.
@@ -130,29 +123,12 @@ class Checkpoints:
         Raises:
           InputError: as in `latest`.
         """
-        records = self._undamaged()
-        step = _best(records)
-        return None if step is None else self._load(step, records, abstract_state)
+        return self._load(_best, abstract_state)
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
         self._finish()
         return self._steps()
-
-    def arrays(self, step):
-        """Load a checkpoint without knowing the model.
-
-        Args:
-          step: int.
-
-        Returns:
-          `{path: jax.Array}` and the checkpoint's meta.
-        """
-        self._finish()
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
-                for path, (shape, dtype) in self._shapes(step).items()}
-        return self._read(step, like), self._record(step)['meta']
 
     def close(self):
         """Wait for the save in progress and end the thread; raise the error of that save."""
@@ -173,36 +149,31 @@ class Checkpoints:
         folder.rename(complete)
         records = {step: self._record(step) for step in self._steps()}
         kept = {*sorted(records)[-LATEST:], _best(records)}
-        retired += [_retire(self._root / str(step)) for step in records.keys() - kept]
+        retired += [_retire(self.directory / str(step)) for step in records.keys() - kept]
         for old in retired:
             shutil.rmtree(old)
 
     def _finish(self):
         """Wait for the save in progress, on all processes."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            with hosts.one_first(f'checkpoint {self._saving}'):
+        if pending is not None:
+            with (_refusing(f'{self.directory}: checkpoint {self._saving} could not be written'),
+                  hosts.one_first(f'checkpoint {self._saving}')):
                 pending.result()
-        except (OSError, ValueError) as error:  # ValueError: what tensorstore raises
-            _refuse(error, f'{self._root}: checkpoint {self._saving} could not be written')
-            raise
 
     def _undamaged(self):
         """The records {step: {'metric', 'meta'}} of all checkpoints, once the damaged are moved."""
         self._finish()
-        damage = {step: _damage(self._root / str(step)) for step in self._steps()}
+        damage = {step: _damage(self.directory / str(step)) for step in self._steps()}
         damaged = {step: reason for step, reason in damage.items() if reason}
         used = max(damage.keys() - damaged.keys(), default=None)
-        moved = sorted(self._root.glob(f'{DAMAGED}*'))
+        moved = sorted(self.directory.glob(f'{DAMAGED}*'))
         if used is None and (damaged or moved):
-            folders = [self._root / str(step) for step in damaged] or moved
+            folders = [self.directory / str(step) for step in damaged] or moved
             reason = damaged[max(damaged)] if damaged else 'moved there by an earlier start'
-            raise InputError(
-                f'{self._root}: every checkpoint is damaged ({", ".join(map(str, folders))}: '
-                f'{reason}). Fix: restore the folder from a copy, or delete it to start this stage '
-                'again.')
+            raise InputError(f'{self.directory}: every checkpoint is damaged '
+                             f'({", ".join(map(str, folders))}: {reason}). Fix: restore the folder '
+                             'from a copy, or delete it to start this stage again.')
         if damaged:  # no process may still read a checkpoint that process 0 moves
             hosts.wait('damaged checkpoints found')
             if jax.process_index() == 0:
@@ -212,48 +183,39 @@ class Checkpoints:
         return {step: self._record(step) for step in damage if step not in damaged}
 
     def _move(self, step, reason, used):
-        target = self._root / f'{DAMAGED}{step}'
+        target = self.directory / f'{DAMAGED}{step}'
         if target.exists():
             shutil.rmtree(target)
-        (self._root / str(step)).rename(target)
-        print(f'{self._root}: checkpoint {step} is damaged ({reason}) and was moved to '
+        (self.directory / str(step)).rename(target)
+        print(f'{self.directory}: checkpoint {step} is damaged ({reason}) and was moved to '
               f'{target.name}; step {used} is used instead', file=sys.stderr)
 
-    def _load(self, step, records, abstract_state):
-        like, saved = _by_path(abstract_state), self._shapes(step)
-        wanted = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in like.items()}
+    def _load(self, choose, abstract_state):
+        records = self._undamaged()
+        step = choose(records)
+        if step is None:
+            return None
+        folder, like = self.directory / str(step), _by_path(abstract_state)
+        metadata = _with_options(ocp.checkpointables_metadata, folder).metadata[STATE]
+        saved, wanted = ({path: f'{jnp.dtype(leaf.dtype).name} {list(leaf.shape)}'
+                          for path, leaf in leaves.items()} for leaves in (metadata, like))
         differing = [path for path in wanted | saved if saved.get(path) != wanted.get(path)]
         if differing:
             path = differing[0]
-            raise InputError(
-                f'{self._root / str(step)} holds the state of another model: {path} is '
-                f'{_words(saved.get(path))} there and {_words(wanted.get(path))} here '
-                f'({len(differing)} arrays differ). Fix: use the config it was saved with, or '
-                'another workdir.')
-        arrays = self._read(step, like)
+            raise InputError(f'{folder} holds the state of another model: {path} is '
+                             f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} '
+                             f'here ({len(differing)} arrays differ). Fix: use the config it was '
+                             'saved with, or another workdir.')
+        arrays = _with_options(ocp.load_checkpointables, folder, {STATE: like})[STATE]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state),
                                    [arrays[path] for path in like])
         return step, state, records[step]['meta']
 
-    def _read(self, step, like):
-        return _with_options(ocp.load_checkpointables, self._root / str(step), {STATE: like})[STATE]
-
-    def _shapes(self, step):
-        """{path: (shape, name of the dtype)} of a checkpoint's arrays."""
-        metadata = _with_options(ocp.checkpointables_metadata, self._root / str(step)).metadata
-        return {path: (tuple(leaf.shape), jnp.dtype(leaf.dtype).name)
-                for path, leaf in metadata[STATE].items()}
-
     def _record(self, step):
-        return json.loads((self._root / str(step) / META).read_text())
+        return json.loads((self.directory / str(step) / META).read_text())
 
     def _steps(self):
-        return sorted(int(path.name) for path in self._root.iterdir() if path.name.isdigit())
-
-    def _remove_incomplete(self):
-        for folder in self._root.iterdir():
-            if PARTIAL in folder.name:  # Orbax may append another suffix
-                shutil.rmtree(folder)
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
 
 def abstract(state):
@@ -265,9 +227,8 @@ def abstract(state):
     Returns:
       The same pytree of jax.ShapeDtypeStruct, with shardings.
     """
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                        state)
 
 
 def _copy(arrays):
@@ -298,9 +259,8 @@ def _by_path(tree):
 
 
 def _best(records):
-    ranked = [(record['metric'], step) for step, record in records.items()
-              if record['metric'] is not None]
-    return max(ranked)[1] if ranked else None
+    return max(((record['metric'], step) for step, record in records.items()
+                if record['metric'] is not None), default=(None, None))[1]
 
 
 def _retire(folder):
@@ -333,15 +293,16 @@ def _damage(folder):
     return ''
 
 
-def _refuse(error, what):
-    """Raise InputError where the error is of a disk that is full or cannot be written to."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    number = int(code[1]) if code else getattr(error, 'errno', None)
-    if number in UNWRITABLE:
-        raise InputError(f'{what} ({os.strerror(number)}). Earlier checkpoints are complete. Fix: '
-                         'make room or give write access, and start the same command again, which '
-                         'resumes.') from error
-
-
-def _words(leaf):
-    return 'absent' if leaf is None else f'{leaf[1]} {list(leaf[0])}'
+@contextmanager
+def _refusing(what):
+    """Raise InputError for an error of a disk that is full or cannot be written to."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: what tensorstore raises
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, 'errno', None)
+        if number in UNWRITABLE:
+            raise InputError(f'{what} ({os.strerror(number)}). Earlier checkpoints are complete. '
+                             'Fix: make room or give write access, and start the same command '
+                             'again, which resumes.') from error
+        raise

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.core.kmeans import kmeans
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.nn.mlp import unit
 from tpad_jax.training import merge_adapters, optimizer
 
@@ -41,9 +41,9 @@ def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
         optimizer.check_rates(rates, trained)
     except InputError as error:
         raise InputError(f'config.stage.{stage}: {error}') from error
-    if 'cluster' in spec.needs and config.model.clusters > items:
-        raise InputError(f'config.model.clusters={config.model.clusters}: there are {items} items. '
-                         'Fix: choose at most that many.')
+    refuse_if('cluster' in spec.needs and config.model.clusters > items,
+              f'config.model.clusters={config.model.clusters}: there are {items} items. Fix: '
+              'choose at most that many.')
 
 
 def copied(params: dict, stage: str, copy: str) -> dict:
@@ -65,9 +65,9 @@ def copied(params: dict, stage: str, copy: str) -> dict:
     source, _, target = copy.partition('->')
     copies = {target + path.removeprefix(source): x for path, x in params.items()
               if path.startswith(source + '/')}
-    if not copies or not copies.keys() <= params.keys():
-        raise InputError(f'config.stage.{stage}.copy={copy!r}: does not lead from parameters to '
-                         f'parameters. Expected two prefixes a->b of paths such as {min(params)!r}')
+    refuse_if(not copies or not copies.keys() <= params.keys(),
+              f'config.stage.{stage}.copy={copy!r}: does not lead from parameters to parameters. '
+              f'Expected two prefixes a->b of paths such as {min(params)!r}')
     return {**params, **copies}
 
 
@@ -123,14 +123,13 @@ def parts(c) -> tuple[list[str], tuple[float, ...]]:
       InputError: an adapter that no stage trains by itself, or not one weight for each.
     """
     adapters = c.of.split(',')
-    if not set(adapters) <= {'knowledge', 'transfer'}:
-        raise InputError(f'config.model.blend.of={c.of!r}: not a list of adapters. Fix: name '
-                         'knowledge or transfer.')
+    refuse_if(not set(adapters) <= {'knowledge', 'transfer'}, f'config.model.blend.of={c.of!r}: '
+              'not a list of adapters. Fix: name knowledge or transfer.')
     try:
         weights = tuple(float(x) for x in c.weights.split(','))
     except ValueError:
         weights = ()
-    if len(weights) != len(adapters) or not sum(weights) or not math.isfinite(sum(weights)):
-        raise InputError(f'config.model.blend.weights={c.weights!r}: expected one number for each '
-                         f'of {c.of}, with a sum other than 0. Fix: give as many.')
+    refuse_if(len(weights) != len(adapters) or not sum(weights) or not math.isfinite(sum(weights)),
+              f'config.model.blend.weights={c.weights!r}: expected one number for each of {c.of}, '
+              'with a sum other than 0. Fix: give as many.')
     return adapters, weights

@@ -5,7 +5,7 @@ import re
 
 import optax
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 
 def split(params: dict, pattern: str, modules: tuple = ()) -> tuple[dict, dict]:
@@ -23,12 +23,10 @@ def split(params: dict, pattern: str, modules: tuple = ()) -> tuple[dict, dict]:
     Raises:
       InputError: no parameter is trained.
     """
-    trained = {path: x for path, x in params.items()
-               if (path.startswith(modules) if path.startswith('loss/')
-                   else re.search(pattern, path))}
-    if not trained:
-        raise InputError(f'train={pattern!r}: matches no parameter. Expected a regex over paths '
-                         f'such as {min(params)!r}')
+    trained = {path: x for path, x in params.items() if (
+        path.startswith(modules) if path.startswith('loss/') else re.search(pattern, path))}
+    refuse_if(not trained, f'train={pattern!r}: matches no parameter. Expected a regex over paths '
+              f'such as {min(params)!r}')
     return trained, {path: x for path, x in params.items() if path not in trained}
 
 
@@ -66,9 +64,9 @@ def check_rates(rates, paths) -> None:
       InputError: a pattern matches none of them.
     """
     for pattern, _ in rates:
-        if not any(re.search(pattern, path) for path in paths):
-            raise InputError(f'rates: the pattern {pattern!r} matches no trained parameter. '
-                             f'Expected a regex over paths such as {min(paths)!r}')
+        refuse_if(not any(re.search(pattern, path) for path in paths),
+                  f'rates: the pattern {pattern!r} matches no trained parameter. Expected a regex '
+                  f'over paths such as {min(paths)!r}')
 
 
 def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformation:
@@ -109,13 +107,12 @@ def optimizer(stage) -> optax.GradientTransformation:
     Returns:
       The optimizer with the stage's schedule and rates.
     """
+    decay = stage.weight_decay
     if stage.optimiser == 'sgd':
         tx = optax.sgd(stage.learning_rate)
     elif stage.optimiser == 'adam':
-        tx = optax.chain(optax.add_decayed_weights(stage.weight_decay),
-                         optax.adam(schedule(stage)))
+        tx = optax.chain(optax.add_decayed_weights(decay), optax.adam(schedule(stage)))
     else:
-        tx = optax.chain(
-            optax.clip_by_global_norm(stage.clip),
-            optax.adamw(schedule(stage), weight_decay=stage.weight_decay, mask=decays))
+        tx = optax.chain(optax.clip_by_global_norm(stage.clip),
+                         optax.adamw(schedule(stage), weight_decay=decay, mask=decays))
     return rated(tx, stage.rates)

@@ -9,15 +9,6 @@ from dataclasses import dataclass
 from tpad_jax.evaluation.scorers import scorer, transfer_scorer
 
 
-def _by_recommender(model, devices):
-    return scorer(model, devices)
-
-
-def _by_transfer(model, devices):
-    del devices  # one of them scores the few rows of validation
-    return transfer_scorer(model)
-
-
 @dataclass(frozen=True)
 class Entry:
     """One stage.
@@ -35,13 +26,15 @@ class Entry:
     recommends: bool = False
     batches: str = 'sessions'
     content: bool = True
-    scorer: Callable = _by_recommender
+    scorer: Callable = scorer
     validates_rows: bool = False
 
 
 ENTRIES = {
     'knowledge': Entry(batches='items'),
-    'transfer': Entry(reads=('k',), scorer=_by_transfer, validates_rows=True),
+    # one device scores the few rows of validation
+    'transfer': Entry(reads=('k',), scorer=lambda model, devices: transfer_scorer(model),
+                      validates_rows=True),
     'recommend': Entry(recommends=True, content=False),
     'joint': Entry(reads=('k', 'r')),
 }

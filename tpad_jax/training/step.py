@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 from tpad_jax import losses
 from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.distributed import collectives
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.models import outputs, sessions, tpad
 from tpad_jax.training import accumulation, optimizer
 from tpad_jax.training.stages import ENTRIES
@@ -127,15 +127,12 @@ def stage_losses(config, stage: str) -> tuple[losses.LossSpec, ...]:
     known = [n for n in outputs.names(config.model.critics) if n not in missing]
     for spec in specs:
         absent = sorted(spec.needs - set(known))
-        if absent:
-            why = sorted({missing[n] for n in absent if n in missing})
-            where = f'stage {stage} does not compute ({"; ".join(why)})' if why else (
-                'no stage computes')
-            raise InputError(f'config.losses.{spec.name}: it reads {", ".join(absent)}, which '
-                             f'{where}. Expected {", ".join(known)}. Fix: name another output.')
-    if not specs:
-        raise InputError(f'config.stage.{stage}: no loss has a weight. Expected at least one. Fix: '
-                         f'give one of config.losses a weight and {stage!r} among its stages.')
+        why = '; '.join(sorted({missing[n] for n in absent if n in missing}))
+        computed = f'stage {stage} does not compute ({why})' if why else 'no stage computes'
+        refuse_if(absent, f'config.losses.{spec.name}: it reads {", ".join(absent)}, which '
+                  f'{computed}. Expected {", ".join(known)}. Fix: name another output.')
+    refuse_if(not specs, f'config.stage.{stage}: no loss has a weight. Expected at least one. Fix: '
+              f'give one of config.losses a weight and {stage!r} among its stages.')
     return tuple(specs)
 
 

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from tpad_jax.core import files
 from tpad_jax.distributed import hosts
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.features import bases
 
 # Version of a workdir's files. Version 1 had no such key; its checkpoints joined all arrays.
@@ -47,16 +47,15 @@ def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
     Raises:
       InputError: config or data differ; the message names every differing key with both values.
     """
-    path = Path(workdir) / 'config.json'
     config = json.loads(json.dumps(config, default=str))
-    record = {'format': FORMAT, 'config': config, 'fingerprint': fingerprint,
-              'inputs': _inputs(config)}
+    inputs = {key: bases.fingerprint(path) for key in INPUTS if (path := _flat(config).get(key))}
+    record = {'format': FORMAT, 'config': config, 'fingerprint': fingerprint, 'inputs': inputs}
+    path = Path(workdir) / 'config.json'
     if path.exists():
         before = _read(path)
         changes = _changes(before, record)
-        if changes:
-            raise InputError(f'{path} belongs to another run: {"; ".join(changes)}. Fix: set them '
-                             'back, or choose another workdir.')
+        refuse_if(changes, f'{path} belongs to another run: {"; ".join(changes)}. Fix: set them '
+                  'back, or choose another workdir.')
         if before['fingerprint'] is not None or fingerprint is None:
             return
         record = {**before, 'fingerprint': fingerprint}
@@ -76,20 +75,19 @@ def enter(workdir: Path, config) -> None:
     Raises:
       InputError: it cannot be created or written to, or it belongs to another config.
     """
-    if re.match('[a-z0-9]+:/', str(workdir)):  # a Path of gs://, which would be created here
-        bucket = str(workdir).replace(':/', '://', 1)
-        raise InputError(f'--workdir={bucket}: not a directory. Data is mapped into memory and '
-                         'files are renamed, which a bucket does not offer. Fix: name a local '
-                         f'directory, and --mirror={bucket} for a copy there.')
+    bucket = str(workdir).replace(':/', '://', 1)
+    # a Path of gs://, which would be created here
+    refuse_if(re.match('[a-z0-9]+:/', str(workdir)), f'--workdir={bucket}: not a directory. A '
+              'bucket offers neither files in memory nor renaming. Fix: name a local directory, '
+              f'and --mirror={bucket} for a copy there.')
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'--workdir={workdir}: cannot be created ({error.strerror}). Fix: choose '
-                         'another --workdir.') from error
+                         'another one.') from error
     # by the ids that will write, where the system can tell
-    if not os.access(workdir, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise InputError(f'--workdir={workdir}: cannot be written to. Fix: choose another '
-                         '--workdir.')
+    writable = os.access(workdir, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    refuse_if(not writable, f'--workdir={workdir}: cannot be written to. Fix: choose another one.')
     if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
         claim(workdir, config.to_dict())
 
@@ -143,10 +141,9 @@ def _read(path):
                          f'{error}). Fix: choose another workdir, restore the file, or delete it '
                          'if this is the config of the run there.') from error
     found = record.get('format', 1)
-    if found != FORMAT:
-        raise InputError(f'{path}: this workdir has format {found}, written by another version of '
-                         f'tpad_jax, and this version reads format {FORMAT}. Fix: choose another '
-                         'workdir, or finish the run with the version that began it.')
+    refuse_if(found != FORMAT, f'{path}: this workdir has format {found}, written by another '
+              f'version of tpad_jax, and this version reads format {FORMAT}. Fix: choose another '
+              'workdir, or finish the run with the version that began it.')
     return record
 
 
@@ -155,8 +152,8 @@ def _changes(before, now):
     old, new = _comparable(before), _comparable(now)
     if before['fingerprint'] is not None and now['fingerprint'] is not None:
         source = next((key for key in SOURCES if _flat(now['config']).get(key)), 'data')
-        old[f'the content of {source}'] = json.dumps(before['fingerprint'])
-        new[f'the content of {source}'] = json.dumps(now['fingerprint'])
+        for values, record in ((old, before), (new, now)):
+            values[f'the content of {source}'] = json.dumps(record['fingerprint'])
     return [f'{key} was {old.get(key, "absent")} and is now {new.get(key, "absent")}'
             for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
 
@@ -170,14 +167,7 @@ def _comparable(record):
     return flat
 
 
-def _inputs(config):
-    """{key: fingerprint} of the inputs that the config names."""
-    flat = _flat(config)
-    return {key: bases.fingerprint(flat[key]) for key in INPUTS if flat.get(key)}
-
-
 def _free(key):
-    if key.startswith('losses.'):  # a loss's `stages` change results
-        return False
-    return key in SOURCES or any(part in FREE_KEYS or part.startswith('log_')
-                                 for part in key.split('.'))
+    # a loss's `stages` change results
+    return key in SOURCES or (not key.startswith('losses.') and any(
+        part in FREE_KEYS or part.startswith('log_') for part in key.split('.')))
