@@ -8,7 +8,7 @@ The order in which tasks run changes no result: each reads what it was given whe
 and writes separate files.
 """
 
-import itertools
+import bisect
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -67,7 +67,7 @@ class Background:
 
     def __init__(self, count: int):
         self.closing = False
-        self._numbers, self._queue, self._tasks = itertools.count(), [], []
+        self._queue, self._tasks = [], []  # (priority, number, task) of those that wait; all
         self._changed = threading.Condition()
         self._threads = [threading.Thread(target=self._work, name=f'background-{i}', daemon=True)
                          for i in range(count)]
@@ -81,8 +81,7 @@ class Background:
         """Queue a call. Of those that wait, the one with the lowest priority number runs first."""
         task = Task(function)
         with self._changed:
-            self._queue.append((priority, next(self._numbers), task))
-            self._queue.sort(key=lambda entry: entry[:2])
+            bisect.insort(self._queue, (priority, len(self._tasks), task))
             self._tasks.append(task)
             self._changed.notify()
         return task
@@ -102,12 +101,9 @@ class Background:
             if self._take(task):
                 task.run()
                 self.check()
-        while help_others and self._threads and not all(task.future.done() for task in tasks):
-            with self._changed:
-                waiting = self._queue.pop(0)[2] if self._queue else None
-            if waiting is None:
-                break
-            waiting.run()
+        while (help_others and not all(task.future.done() for task in tasks)
+               and (other := self._take())):
+            other.run()
             self.check()
         return [task.future.result() for task in tasks]
 
@@ -129,11 +125,14 @@ class Background:
         for thread in self._threads:
             thread.join()
 
-    def _take(self, wanted):
+    def _take(self, wanted=None):
+        """Take a task that waits from the queue, by default the first; None if it does not."""
         with self._changed:
-            before = len(self._queue)
-            self._queue = [entry for entry in self._queue if entry[2] is not wanted]
-            return len(self._queue) < before
+            for entry in self._queue:
+                if wanted in (None, entry[2]):
+                    self._queue.remove(entry)
+                    return entry[2]
+        return None
 
     def _work(self):
         while True:
