@@ -10,7 +10,7 @@ from tpad_jax import losses
 from tpad_jax.diagnostics import clouds as clouds_lib
 from tpad_jax.diagnostics import labels, probes, records, snapshots
 from tpad_jax.mutual_information.critics import GaussianQ, Score
-from tpad_jax.report import planes
+from tpad_jax.report import curves
 from tpad_jax.types import Batch
 
 RNG = np.random.default_rng(0)
@@ -168,7 +168,7 @@ def test_the_plane_is_where_all_clouds_vary_most():
     axes = rotation(6)
     shares = np.diag([3.0, 1, 0, 0, 0, 0])
     clouds = [RNG.normal(size=(n, 6)) @ shares @ axes + 20 * axes[5] for n in (500, 50)]
-    _, basis, share = planes.plane(clouds)
+    _, basis, share = curves.plane(clouds)
     assert share > 0.95
     np.testing.assert_allclose(np.abs(axes @ basis)[:2], np.eye(2), atol=0.1)
     np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-6)

@@ -16,7 +16,6 @@ from tpad_jax.evaluation import metrics
 
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
 LANES = 256  # a product of whole multiples of these items computes all of them alike
-PARTS = 8  # parts that one call ranks, so that the device does not wait for the host
 
 
 def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None,
@@ -39,41 +38,26 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
       `name`, where a score is not finite.
     """
 
-    def part(batch, shared):
+    def part(_, batch, shared, *, axis):
         h = encode(shared['weights'], shared['z'], batch.items)
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
         moved = shifts(shared['weights'], batch.items) if shifts else None
         counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
-        return (*counted, bounded(h, shared['largest']))
+        return tuple(collectives.gather(x, axis)
+                     for x in (*counted, bounded(h, shared['largest'])))
 
-    def several(_, batch, shared, *, axis):
-        """Rank the first `shared['parts']` of PARTS parts, one after the other."""
-        parts = jax.tree.map(lambda x: x.reshape(PARTS, -1, *x.shape[1:]), batch)
-        held = parts.target.shape
-
-        def rank_part(k, counts):
-            new = part(jax.tree.map(lambda x: x[k], parts), shared)
-            return tuple(x.at[k].set(y) for x, y in zip(counts, new, strict=True))
-
-        counts = jax.lax.fori_loop(0, shared['parts'], rank_part, (
-            jnp.zeros(held, jnp.int32), jnp.zeros(held, jnp.int32), jnp.ones(held, bool)))
-        return tuple(collectives.gather(x.reshape(-1), axis) for x in counts)
-
-    lifted = devices.lift(several)
+    lifted = devices.lift(part)
 
     def rank(weights, z, items, target, *, rows=512, name='model'):
-        each = -(-rows // devices.shards)  # rows of a part on one device
-        size = devices.shards, PARTS, each
+        rows = -(-rows // devices.shards) * devices.shards  # as many on each device
         shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
         calls = []
-        for begin in range(0, len(items), devices.shards * PARTS * each):
+        for begin in range(0, len(items), rows):
             # calls are queued; the host waits for results only at the end
-            batch, parts = _several(items[begin:], target[begin:], size)
-            arguments = shared | devices.share({'parts': np.int32(parts)})
-            calls.append(lifted({}, devices.place(batch), arguments))
-        above, equal, finite = (
-            np.concatenate([x.reshape(size).swapaxes(0, 1).reshape(-1) for x in call])[:len(items)]
-            for call in zip(*jax.device_get(calls), strict=True))
+            batch = _batch(items[begin:begin + rows], target[begin:begin + rows], rows)
+            calls.append(lifted({}, devices.place(batch), shared))
+        above, equal, finite = (np.concatenate(parts)[:len(items)]
+                                for parts in zip(*jax.device_get(calls), strict=True))
         for row in np.flatnonzero(~finite):
             h = np.asarray(encode(weights, z, items[row:row + 1]))
             with np.errstate(over='ignore', invalid='ignore'):
@@ -169,22 +153,9 @@ def bounded(h, longest):
     return jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * longest)
 
 
-def _several(items, target, size) -> tuple[dict, int]:
-    """Make the batch of a call, filled up with copies of the last row, and count parts with rows.
-
-    `size` is (devices, PARTS, rows of a part on one device). Rows are in order within a part, over
-    all devices; a batch is cut into one piece per device.
-    """
-    shards, parts, each = size
-    room = shards * parts * each
-    items, target = items[:room], target[:room]
-    held = -(-len(items) // (shards * each))
-
-    def laid(x):
-        x = np.pad(x, [(0, room - len(x))] + [(0, 0)] * (x.ndim - 1), mode='edge')
-        x = x.reshape(parts, shards, each, *x.shape[1:]).swapaxes(0, 1)
-        return x.reshape(room, *x.shape[3:])
-
-    items, target = laid(items), laid(target)
-    return dict(items=items, next=np.zeros_like(items), target=target, valid=np.ones(room, bool),
-                row=np.zeros(room, np.int32)), held
+def _batch(items, target, rows) -> dict:
+    """Make the batch of a call, filled up to `rows` with copies of the last row."""
+    items, target = (np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode='edge')
+                     for x in (items, target))
+    return dict(items=items, next=np.zeros_like(items), target=target, valid=np.ones(rows, bool),
+                row=np.zeros(rows, np.int32))

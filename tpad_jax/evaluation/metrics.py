@@ -114,20 +114,15 @@ def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int | No
       ValueError: the scores have another shape.
       FloatingPointError: an item's score is not finite.
     """
-    chunk = _rows_per_call(len(items), chunk or CHUNK, num_items)
+    chunk = chunk or CHUNK
+    if chunk * num_items > FEW_CELLS:  # else one compiled shape serves any number of rows
+        chunk = min(chunk, len(items), max(1, MOST_CELLS // num_items))
     for begin in range(0, len(items), chunk):
         part = items[begin:begin + chunk]
         filled = np.pad(part, ((0, chunk - len(part)), (0, 0)), mode='edge')
         scores = _read(scorer(filled), (chunk, num_items + 1), len(part), name)
         check_finite(scores, begin, name)
         yield slice(begin, begin + len(part)), scores
-
-
-def _rows_per_call(rows, chunk, num_items):
-    """Rows of a scorer's call: `chunk`, or fewer where their scores would fill the memory."""
-    if chunk * num_items <= FEW_CELLS:  # one compiled shape for any number of rows
-        return chunk
-    return min(chunk, rows, max(1, MOST_CELLS // num_items))
 
 
 def _read(scores, shape, rows, name):

@@ -4,7 +4,7 @@ from collections import Counter
 
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
-from tpad_jax.report import charts, curves, sections
+from tpad_jax.report import charts, curves, page
 from tpad_jax.report.stored import Run, flat_config, hit_curve
 from tpad_jax.report.values import Values
 
@@ -31,21 +31,21 @@ def context(runs: list[Run]) -> dict:
         'search' in run.results['models'].get(name, {}) for run in runs)]
     trained = [name for name in models if name not in searched]
     first = runs[0].results['models']
-    main = sections.first(first, [name for name in trained if name in first])
+    main = page.first(first, [name for name in trained if name in first])
     groups = (('trained', trained), ('baselines, tuned on validation', searched))
     out = {
         'names': names, 'main': main, 'metrics': METRICS,
         'runs': [(name, run, Values(run.results, place))
                  for place, (name, run) in enumerate(zip(names, runs, strict=True))],
         'groups': [(title, group) for title, group in groups if group],
-        'most': sections.most([model['test'] for run in runs
+        'most': page.most([model['test'] for run in runs
                                for model in run.results['models'].values()]),
         'oracles': all(run.results.get('oracle') for run in runs),
         'data': len({run.results['data'].get('fingerprint') for run in runs}),
         'differences': differences(runs, names, trained, searched),
         'hits': _hits(runs, names, main), 'training': _training(runs, names),
         'configs': configs(runs)}
-    return {**out, 'sections': sections.filled(SECTIONS, out)}
+    return {**out, 'sections': page.filled(SECTIONS, out)}
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -66,7 +66,7 @@ def differences(runs: list[Run], names: list[str], trained: list[str],
 
     Returns:
       One dict per run except the first: its 'name', 'rows' [(model, {metric: a dict of
-      `sections.in_points`})], and 'why', a sentence on why there are no rows.
+      `page.in_points`})], and 'why', a sentence on why there are no rows.
     """
     out, first = [], runs[0].ranks
     for run, name in zip(runs[1:], names[1:], strict=True):
@@ -80,7 +80,7 @@ def differences(runs: list[Run], names: list[str], trained: list[str],
                 for model in shared:
                     cells = compare.compare([run.ranks], [first], (model, model),
                                             sliced=False)['slices']['all']
-                    rows.append((model, {m: sections.in_points(cells[m]) for m in METRICS}))
+                    rows.append((model, {m: page.in_points(cells[m]) for m in METRICS}))
                 why = '' if rows else 'they have no model in common.'
             except InputError as error:
                 why = str(error)

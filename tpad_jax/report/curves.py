@@ -1,10 +1,17 @@
-"""The charts of a run's page: over the steps, over K, and the clouds of its features."""
+"""The charts of a run's page: over the steps, over K, and the clouds of its features.
+
+All clouds, before and after alignment, share the plane of the first two principal components of
+their rows, scaled to length one: it shows where the features are in relation to each other. A
+second plane holds the same clouds without their means. It shows how an item's category is related
+to each cloud, which the gaps between the clouds would hide.
+"""
 
 import math
 
 import numpy as np
 
-from tpad_jax.report import charts, planes
+from tpad_jax.diagnostics.clouds import unit
+from tpad_jax.report import charts
 from tpad_jax.report.stored import Run, hit_curve
 
 KS = np.arange(1, 51)
@@ -14,6 +21,11 @@ ALONE = 'knowledge', 'transfer', 'joint'  # stages whose loss has a chart to its
 COLOURS = {'tpad': 0, 'tpad_recommend': 0, 'recommend': 0, 'knowledge': 5, 'transfer': 7,
            'knowledge_only': 1, 'id_only': 2, 'true_attributes': 3, 'joint': 4, 'tpad_joint': 4}
 MOST = 8  # curves in a chart
+# The features of a snapshot, and the item ids that colour their rows: a position's item, or the
+# item that follows it.
+FEATURES = {'k_image': 'items', 'k_text': 'items', 'r': 'items', 't': 'at', 'c': 'at', 'p': 'next'}
+NAMES = {'k_image': 'k image', 'k_text': 'k text'}
+DOTS = 400  # points of a cloud that are drawn
 
 
 def colours(names) -> dict[str, int]:
@@ -102,30 +114,64 @@ def hits(run: Run, names: list[str]) -> dict | None:
 
 
 def clouds(run: Run) -> dict | None:
-    """Draw the features before and after alignment as panels of dots, see `planes`."""
+    """Draw the features before and after alignment as panels of dots in the two planes."""
     if run.clouds is None:
         return None
     first, before, last, after = run.clouds
-    names, whole, share, inner, inside = planes.lay(before, after)
+    names = [name for name in FEATURES if name in before and name in after]
+    rows = {(side, name): unit(cloud[name]) for side, cloud in enumerate((before, after))
+            for name in names}
+    mean, basis, share = plane(list(rows.values()))
+    whole = {key: (x - mean) @ basis for key, x in rows.items()}
+    inner = {key: x - x.mean(0) for key, x in rows.items()}
+    _, basis, inside = plane(list(inner.values()))
+    inner = {key: x @ basis for key, x in inner.items()}
     # the place of each item's category; the less common ones are grey
     category = {int(i): min(n, 7) for i, n in
                 ((run.gallery or {}).get('colours') or {}).items()}
     moments = []
     for side, (title, cloud) in enumerate(((first, before), (last, after))):
-        rows = {name: planes.drawn_rows(len(cloud[name])) for name in names}
-        panels = []
-        for name in names:
-            items = cloud[planes.FEATURES[name]][rows[name]]
+        panels, dots = [], {}
+        for number, name in enumerate(names):
+            # the same rows of two clouds of the same size
+            drawn = np.sort(np.random.default_rng(0).permutation(len(cloud[name]))[:DOTS])
+            items = cloud[FEATURES[name]][drawn]
             colour = np.array([category.get(int(item), 7) for item in items])
-            dots = inner[side, name][rows[name]]
-            panels.append((planes.NAMES.get(name, name), charts.scatter(
-                {int(n): dots[colour == n] for n in np.unique(colour)[::-1]},
-                planes.farthest(inner))))
-        moments.append({'title': title, 'panels': panels, 'whole': charts.scatter(
-            {n: whole[side, name][rows[name]] for n, name in enumerate(names)},
-            planes.farthest(whole))})
+            part = inner[side, name][drawn]
+            panels.append((NAMES.get(name, name), charts.scatter(
+                {int(n): part[colour == n] for n in np.unique(colour)[::-1]}, _farthest(inner))))
+            dots[number] = whole[side, name][drawn]
+        moments.append({'title': title, 'panels': panels,
+                        'whole': charts.scatter(dots, _farthest(whole))})
     return {'moments': moments, 'share': share, 'inside': inside, 'coloured': bool(category),
-            'names': [planes.NAMES.get(name, name) for name in names]}
+            'names': [NAMES.get(name, name) for name in names]}
+
+
+def plane(clouds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
+    """Find the plane that all clouds vary most in.
+
+    Every cloud has the same weight, however many rows it has.
+
+    Args:
+      clouds: float [n, D] each, of one D.
+
+    Returns:
+      The mean float [D], the basis float [D, 2] and the share of the variance in the plane.
+    """
+    mean = np.mean([x.mean(0) for x in clouds], axis=0)
+    # the D x D covariance: a singular value decomposition of all rows takes seconds
+    covariance = sum((x - mean).T @ (x - mean) / len(x) for x in clouds)
+    variances, axes = np.linalg.eigh(covariance)
+    basis = axes[:, [-1, -2]]
+    # a fixed sign: else the plot could be mirrored from run to run
+    basis *= np.sign(np.take_along_axis(basis, np.abs(basis).argmax(0)[None], axis=0))
+    total = variances.sum()
+    return mean, basis, float(variances[-2:].sum() / total) if total else 0.0
+
+
+def _farthest(clouds):
+    """Half the side of a square that holds all points except a few outliers."""
+    return 1.1 * max(np.quantile(np.abs(x), 0.995) for x in clouds.values()) + 1e-6
 
 
 def _chart(log, name, stages, title, unit='', wide=False):

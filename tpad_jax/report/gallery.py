@@ -21,7 +21,7 @@ from tpad_jax.core import files
 from tpad_jax.data import images, item_graphs
 from tpad_jax.diagnostics import labels, records
 from tpad_jax.diagnostics.clouds import unit
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refusing
 from tpad_jax.evaluation import metrics
 from tpad_jax.features import store
 
@@ -87,12 +87,10 @@ def read(workdir: str | Path) -> dict | None:
     file = Path(workdir) / FILE
     if not file.is_file():
         return None
-    try:
+    with refusing((ValueError, KeyError, TypeError), f'{file} is damaged',
+                  'Fix: delete it to get the page without a gallery'):
         stored = json.loads(file.read_text())
         stored['models'], stored['items'], stored['sessions'], stored['colours']
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{file} is damaged ({type(error).__name__}). Fix: delete it to get the '
-                         'page without a gallery') from error
     return stored
 
 

@@ -3,6 +3,7 @@
 import base64
 import functools
 import hashlib
+import math
 from pathlib import Path
 
 import jinja2
@@ -10,14 +11,25 @@ from markupsafe import Markup
 
 from tpad_jax.core import files
 from tpad_jax.data import audit
-from tpad_jax.report import charts, curves, sections, stored
+from tpad_jax.evaluation import compare, tables
+from tpad_jax.report import charts, curves, stored
+from tpad_jax.report.gallery import MODELS
 from tpad_jax.report.stored import Run
-from tpad_jax.report.values import Values
+from tpad_jax.report.values import NONE, Values
 
 FILE = Path('report') / 'index.html'
 SECTIONS = {'results': 'Results', 'audit': 'Audit', 'gallery': 'Sessions', 'hits': 'hit@K',
             'slices': 'Slices', 'training': 'Training', 'information': 'Information',
             'features': 'Features', 'made': 'How it was made'}
+SELECT = 'hit@20'
+SLICES = {
+    'target': {'warm': 'a warm target', 'cold': 'a cold target',
+               'new': 'a new target', 'repeat': 'a repeated one'},
+    'prefix': {'length_1': 'one item read', 'length_2': 'two', 'length_3-5': 'three to five',
+               'length_6+': 'six or more'},
+    'popularity of a warm target': {'popularity_q1': 'rarest quarter', 'popularity_q2': 'second',
+                                    'popularity_q3': 'third', 'popularity_q4': 'most frequent'}}
+MINUS = '\N{MINUS SIGN}'
 
 
 def write(workdir: str | Path) -> Path:
@@ -35,8 +47,8 @@ def save(file: Path, template: str, **values) -> Path:
     jinja = environment()
     style, script = (jinja.loader.get_source(jinja, name)[0] for name in ('style.css', 'page.js'))
     text = jinja.get_template(template).render(
-        **values, style=Markup(style), style_hash=_digest(style),
-        script=Markup(script), script_hash=_digest(script))
+        **values, style=Markup(style), style_hash=_digest(style), script=Markup(script),
+        script_hash=_digest(script))
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(file) as partial:
         partial.write_text(text, encoding='utf-8')
@@ -59,10 +71,10 @@ def context(run: Run) -> dict:
     models = run.results['models']
     searched = [name for name, model in models.items() if 'search' in model]
     trained = [name for name in models if name not in searched]
-    main = sections.first(models, trained)
+    main = first(models, trained)
     oracle = [run.results['oracle']] if run.results.get('oracle') else []
     others = [name for name in ('knowledge_only', 'id_only') if name in models and name != main]
-    best = [sections.best(models, searched)] if searched else []
+    best = [_best(models, searched)] if searched else []
     best = [name for name in best if name != main]
     known = [main, *others, *(n for n in trained if n not in (main, *others)), *best]
     colour = curves.colours(known)
@@ -77,21 +89,120 @@ def context(run: Run) -> dict:
                 if moments.get('after', {}).get('features')]
     out = {
         'v': v, 'name': run.name, 'main': main, 'best': best, 'colour': colour,
-        'most': sections.most([model['test'] for model in models.values()] + oracle),
-        'differences': [sections.difference(run.ranks, main, other) for other in [*others, *best]
+        'most': most([model['test'] for model in models.values()] + oracle),
+        'differences': [_difference(run.ranks, main, other) for other in [*others, *best]
                         if run.ranks is not None],
-        **sections.table(v, trained, searched, colour),
+        **_table(v, trained, searched, colour),
         'audit': _findings(run.results.get('audit')),
         'hits': curves.hits(run, [n for n in known if n not in ('tpad_recommend', 'tpad_joint')]),
-        'sliced': drawn, 'slices': sections.slices(models[main]['test']['slices']),
-        'slices_most': sections.most([part for of in parts for part in of['slices'].values()]),
+        'sliced': drawn, 'slices': _slices(models[main]['test']['slices']),
+        'slices_most': most([part for of in parts for part in of['slices'].values()]),
         'training': training, 'information': curves.information(run), 'clouds': clouds,
         'features': features, 'probed': [(stage, side) for stage, side, _ in probed],
         'attributes': list(dict.fromkeys(name for *_, probes in probed for name in probes)),
         'searched': searched, 'config': sorted(stored.flat_config(run).items()),
-        **sections.gallery(run.gallery)}
-    return {**out, 'sections': sections.filled(SECTIONS, {
+        **_gallery(run.gallery)}
+    return {**out, 'sections': filled(SECTIONS, {
         **out, 'training': any(training.values()), 'features': features or clouds})}
+
+
+def filled(known: dict[str, str], content: dict) -> list[tuple]:
+    """List (id, title) of the sections that have content; those without a key have it always."""
+    return [(name, title) for name, title in known.items() if content.get(name, True)]
+
+
+def first(models: dict, trained: list[str]) -> str:
+    """Choose the model that a page shows first: TPAD, a sum of two, or the best."""
+    for name in ('tpad', 'mixture'):
+        if name in models:
+            return name
+    return _best(models, trained or list(models))
+
+
+def _best(models: dict, names: list[str]) -> str:
+    """Choose the model with the best validation."""
+    return max(names, key=lambda name: models[name]['valid'][SELECT])
+
+
+def _difference(ranks: compare.Run, main: str, other: str) -> dict:
+    """Subtract a model's hit@20 from another's on the same rows, in points."""
+    cells = compare.compare([ranks], [ranks], (main, other), sliced=False)['slices']['all']
+    return {'other': other, **in_points(cells[SELECT])}
+
+
+def in_points(cell: dict) -> dict:
+    """Format a difference of `compare`: number, interval, p, and whether it excludes zero."""
+    edges = cell['difference_interval']
+    return {'number': f'{100 * cell["difference"]:+.2f}'.replace('-', MINUS),
+            'interval': edges and ' to '.join(f'{100 * x:+.2f}' for x in edges).replace('-', MINUS),
+            'p': 'p\xa0<\xa0.001' if cell['p'] < 0.001 else f'p\xa0=\xa0{cell["p"]:.3f}',
+            'sure': bool(edges) and edges[0] * edges[1] > 0}
+
+
+def _table(v: Values, trained: list[str], searched: list[str], colour: dict) -> dict:
+    """Lay out the main table: 'heads', and rows of (cell, whether it is the best) by group."""
+    models = [*trained, *searched]
+    columns = {SELECT: lambda n: v.pct(*v.test(n, SELECT)),
+               '95 %': lambda n: v.interval(*v.test(n, 'interval', SELECT))}
+    paths, parts = tables.columns(v.results)
+    columns |= {head: lambda n, path=path: v.pct(*v.test(n, *path)) for head, path in paths.items()}
+    columns |= {head: lambda n, part=part: v.share(n, part) for head, part in parts.items()}
+    columns = {head: cell for head, cell in columns.items()
+               if any(cell(name) not in ('', NONE) for name in models)}
+    top = {head: max(_number(cell(name)) for name in models) for head, cell in columns.items()}
+
+    def row(name):
+        return {'name': name, 'colour': colour.get(name, 6), 'cells': [
+            (cell(name), name != 'oracle' and _number(cell(name)) == top[head] > -1)
+            for head, cell in columns.items()]}
+
+    groups = {'trained': trained, 'baselines, tuned on validation': searched,
+              'the most that is possible': ['oracle'] if v.get('oracle') else []}
+    return {'heads': list(columns), 'groups': [(group, [row(name) for name in names])
+                                               for group, names in groups.items() if names]}
+
+
+def _number(cell):
+    """The number of a cell, or -1 where a cell is not one number."""
+    try:
+        return float(cell.striptags())
+    except ValueError:
+        return -1.0
+
+
+def most(parts: list[dict]) -> float:
+    """Choose the end of a scale of hit@20: the next tenth above some parts and their intervals."""
+    edges = [((part.get('interval') or {}).get(SELECT) or [0.0])[-1] for part in parts]
+    largest = max(*(part.get(SELECT) or 0.0 for part in parts), *edges)
+    return min(1.0, (math.floor(10 * largest) + 1) / 10)
+
+
+def _slices(parts: dict) -> list[tuple]:
+    """List the slices of SLICES that have rows, by group, where a group has two or more."""
+    groups = [(group, [(name, title) for name, title in names.items()
+                       if parts.get(name, {}).get('rows')]) for group, names in SLICES.items()]
+    return [(group, names) for group, names in groups if len(names) > 1]
+
+
+def _gallery(stored: dict | None) -> dict:
+    """Prepare the gallery for the template, and the part that the page's script reads."""
+    if not stored or not stored['sessions']:
+        return {'gallery': None, 'asked': None, 'without': 0}
+    sessions = [{**session, 'models': {name: {
+        'first': model['first'], **_rank(model['above'], model['equal'])}
+        for name, model in session['models'].items() if name in MODELS}}
+        for session in stored['sessions']]
+    items = stored['items']
+    return {'gallery': {**stored, 'sessions': sessions},
+            'without': sum('picture' in x and x['picture'] is None for x in items.values()),
+            'asked': {'items': items, 'sides': stored.get('sides', []),
+                      'why': [{'prefix': x['prefix'], 'of': x['why']} for x in sessions]}}
+
+
+def _rank(above, equal, k=20):
+    kind = 'hit' if above + equal <= k else 'miss' if above >= k else 'tied'
+    return {'kind': kind,
+            'rank': f'{above + 1}' if equal == 1 else f'{above + 1} to {above + equal}'}
 
 
 def _findings(found):

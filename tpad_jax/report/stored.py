@@ -9,7 +9,7 @@ import numpy as np
 from tpad_jax import config
 from tpad_jax.core import log as log_lib
 from tpad_jax.diagnostics import records
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refusing
 from tpad_jax.evaluation import compare, metrics
 from tpad_jax.report import gallery
 
@@ -50,8 +50,21 @@ def read(path: str | Path) -> Run:
       InputError: results.json is missing, or a file is damaged.
     """
     path = Path(path)
-    results, absent = _results(path / RESULTS), []
-    log, ranks, shown = path / 'log.jsonl', path / compare.FILE, gallery.read(path)
+    file, log, ranks = path / RESULTS, path / 'log.jsonl', path / compare.FILE
+    if not file.is_file():
+        raise InputError(f'{file} does not exist. Expected the workdir of a finished run')
+    with refusing((*compare.UNREADABLE, AttributeError), f'{file} is damaged',
+                  'Fix: delete it and run the command of the run again'):
+        results = json.loads(file.read_text())
+        for model in results['models'].values():
+            model['test']['slices'].items()
+        results['data'].items(), results['provenance']['config'].items()
+    if not results['models']:
+        raise InputError(f'{file} holds no models. Fix: run a stage that trains a recommender')
+    with refusing(compare.UNREADABLE, f'{path / "diagnostics"} holds a damaged file',
+                  'Fix: move the folder away to get the page without features'):
+        clouds = records.clouds(path)
+    shown, absent = gallery.read(path), []
     if not log.is_file():
         absent.append(f'{log} is missing: no learning curves')
     if not ranks.is_file():
@@ -60,8 +73,7 @@ def read(path: str | Path) -> Run:
         absent.append(f'{path / gallery.FILE} is missing: no gallery. Fix: delete '
                       f'{path / RESULTS} and run the command of the run again')
     return Run(path, results, log_lib.curves_of(log) if log.is_file() else {},
-               compare.read(path) if ranks.is_file() else None, shown, _clouds(path),
-               tuple(absent))
+               compare.read(path) if ranks.is_file() else None, shown, clouds, tuple(absent))
 
 
 def flat_config(run: Run) -> dict[str, Any]:
@@ -73,27 +85,3 @@ def hit_curve(ranks: compare.Run, model: str, ks: np.ndarray) -> np.ndarray:
     """Compute the share of rows whose target is among the first K: float64 [len(ks)]."""
     above, equal = ranks.ranks[model]
     return metrics.hit(above[:, None], equal[:, None], ks).mean(0)
-
-
-def _results(file):
-    if not file.is_file():
-        raise InputError(f'{file} does not exist. Expected the workdir of a finished run')
-    try:
-        results = json.loads(file.read_text())
-        for model in results['models'].values():
-            model['test']['slices'].items()
-        results['data'].items(), results['provenance']['config'].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file} is damaged ({type(error).__name__}: {error}). Fix: delete it and '
-                         'run the command of the run again') from error
-    if not results['models']:
-        raise InputError(f'{file} holds no models. Fix: run a stage that trains a recommender')
-    return results
-
-
-def _clouds(path):
-    try:
-        return records.clouds(path)
-    except compare.UNREADABLE as error:
-        raise InputError(f'{path / "diagnostics"} holds a damaged file ({error}). Fix: move the '
-                         'folder away to get the page without features') from error
