@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 STAGES = ['knowledge', 'transfer', 'recommend', 'joint']  # in the order of a run
 # rows of the catalogue that a stage writes
@@ -329,10 +329,9 @@ def partnered(config):
     for key, value in flat(other):
         if key.startswith(('partner', 'losses.', 'stage.recommend.')) or value == before.get(key):
             continue
-        if key not in {f'model.{name}' for name in PARTNER_CHANGES}:
-            raise InputError(f'config.partner changes {key}, which both recommenders share. '
-                             'Expected losses, stage.recommend, or of model: '
-                             f'{", ".join(PARTNER_CHANGES)}')
+        refuse_if(key not in {f'model.{name}' for name in PARTNER_CHANGES}, 'config.partner '
+                  f'changes {key}, which both recommenders share. Expected losses, '
+                  f'stage.recommend, or of model: {", ".join(PARTNER_CHANGES)}')
     return other
 
 

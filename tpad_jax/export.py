@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from tpad_jax.core import cli, files, startup
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 K = 20  # items per list, or all items of a smaller catalogue
 PLATFORMS, MAX_ROWS = ('cpu', 'cuda', 'tpu'), 4096
@@ -30,19 +30,16 @@ README = Path(__file__).parent / 'serving' / 'export_readme.md'  # template
 @cli.command('tpad_jax.export')
 def main(argv: list[str]) -> None:
     """Export a run and print its files."""
-    parser = cli.Parser('tpad_jax.export', 'Writes a finished run as files that need no tpad_jax.')
-    parser.add_argument('run', help='workdir of a finished run')
-    parser.add_argument('directory', type=Path, help='created if absent')
-    parser.add_argument('--k', type=int, help=f'items per list, default {K}')
-    parser.add_argument('--rows', type=cli.number(int, 1, MAX_ROWS), default=64,
-                        help='sessions per call, default 64')
-    parser.add_argument('--sessions', metavar='FILE',
-                        help='.jsonl, .jsonl.gz or .parquet: their vectors are written, too')
-    parser.add_argument('--bad_share', type=cli.number(float, 0, 1), default=0.05,
-                        help='share of the lines of --sessions that may be skipped, default 0.05')
-    parser.add_argument('--ann', action='store_true',
-                        help='an index for approximate lists, its recall measured on --sessions')
-    args = parser.parse_args(argv)
+    args = cli.Parser('tpad_jax.export', 'Writes a finished run as files that need no tpad_jax.', {
+        'run': dict(help='workdir of a finished run'),
+        'directory': dict(type=Path, help='created if absent'),
+        '--k': dict(type=int, help=f'items per list, default {K}'),
+        '--rows': dict(type=cli.number(int, 1, MAX_ROWS), default=64, help='sessions per call, 64'),
+        '--sessions': dict(metavar='FILE', help='.jsonl, .jsonl.gz or .parquet, to be encoded'),
+        '--bad_share': dict(type=cli.number(float, 0, 1), default=0.05,
+                            help='share of the lines of --sessions that may be skipped, 0.05'),
+        '--ann': dict(action='store_true', help='also write an index for approximate lists'),
+    }).parse_args(argv)
     startup.prepare()
     print(*export(**vars(args)), sep='\n')
 
@@ -179,8 +176,7 @@ def _write_sessions(shop, file, bad_share, directory):
                 for session, vector in zip(sessions, h, strict=True)], schema))
             first = first or (h, shop.rows([session.session for session in sessions])[0])
         source.check(bad_share, '--bad_share')
-    if first is None:
-        raise InputError(f'{file} has no session. Fix: give a file with sessions')
+    refuse_if(first is None, f'{file} has no session. Fix: give a file with sessions')
     return first
 
 
@@ -189,9 +185,8 @@ def _write_ann(shop, vectors, prefixes, k, directory):
     from tpad_jax.serving import ann
 
     known = prefixes[:, 0] > 0
-    if not known.any():
-        raise InputError('--ann measures its recall on --sessions, but none of them names an item '
-                         'of the run. Fix: give sessions of its items')
+    refuse_if(not known.any(), '--ann measures its recall on --sessions, but none of them names an '
+              'item of the run. Fix: give sessions of its items')
     index = ann.build(shop.embed_items())
     ann.write(index, directory / 'items.faiss')
     lists, _ = ann.search(index, vectors[known], k)

@@ -38,11 +38,11 @@ def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
 @cli.command('tpad_jax.merge')
 def main(argv: list[str]) -> None:
     """Merge and print the new directory."""
-    parser = cli.Parser('tpad_jax.merge', 'Merges an adapter into its checkpoint.')
-    parser.add_argument('checkpoint', help='Hugging Face directory')
-    parser.add_argument('adapter', help="directory in PEFT's form")
-    parser.add_argument('out', help='directory to create')
-    args = parser.parse_args(argv)
+    args = cli.Parser('tpad_jax.merge', 'Merges an adapter into its checkpoint.', {
+        'checkpoint': dict(help='Hugging Face directory'),
+        'adapter': dict(help="directory in PEFT's form"),
+        'out': dict(help='directory to create'),
+    }).parse_args(argv)
     print(merge(args.checkpoint, args.adapter, args.out))
 
 

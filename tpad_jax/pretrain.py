@@ -109,16 +109,14 @@ def objective(model: KnowledgeMLLM, params: dict, key: jax.Array, image: jax.Arr
 @cli.command('tpad_jax.pretrain')
 def main(argv: list[str]) -> None:
     """Make the items, train the tokenizer and the model, write the directory."""
-    parser = cli.Parser('tpad_jax.pretrain', 'Pretrains the small default base.')
-    parser.add_argument('--out', type=Path, default=files.DEFAULT, metavar='DIR',
-                        help='directory to write')
-    parser.add_argument('--items', type=cli.number(int, 1), default=24_000,
-                        help='random items to learn from')
-    parser.add_argument('--steps', type=cli.number(int, 1), default=700, help='training steps')
-    parser.add_argument('--batch', type=cli.number(int, 1), default=128, help='items per step')
-    parser.add_argument('--lr', type=cli.number(float, 0, 1e9), default=2e-3,
-                        help='peak learning rate')
-    args = parser.parse_args(argv)
+    number = cli.number
+    args = cli.Parser('tpad_jax.pretrain', 'Pretrains the small default base.', {
+        '--out': dict(type=Path, default=files.DEFAULT, metavar='DIR', help='directory to write'),
+        '--items': dict(type=number(int, 1), default=24_000, help='random items to learn from'),
+        '--steps': dict(type=number(int, 1), default=700, help='training steps'),
+        '--batch': dict(type=number(int, 1), default=128, help='items per step'),
+        '--lr': dict(type=number(float, 0, 1e9), default=2e-3, help='peak learning rate'),
+    }).parse_args(argv)
     attributes, pictures, texts = make_items(args.items)
     rng = np.random.default_rng([STREAM, 1])
     captions = shuffled_captions(attributes, rng)

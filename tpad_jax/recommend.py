@@ -24,20 +24,18 @@ QUIET_SECONDS = 30  # between two lines of progress
 @cli.command(NAME)
 def main(argv: list[str]) -> None:
     """Answer the sessions of a file."""
-    parser = cli.Parser(NAME, 'Writes the items that a finished run recommends for every session '
-                        'of a file.')
-    parser.add_argument('run', help='workdir of a finished run')
-    parser.add_argument('--sessions', required=True, metavar='FILE',
-                        help='.jsonl, .jsonl.gz or .parquet; - is JSONL on standard input')
-    parser.add_argument('--k', type=int, help=f'items per session, default {K}')
-    parser.add_argument('--out', default='-', metavar='FILE',
-                        help='.jsonl or .parquet; default: JSONL on standard output')
-    parser.add_argument('--scores', action='store_true', help='JSONL with the scores')
-    parser.add_argument('--added', default='', metavar='FILE',
-                        help='items added to the run, as written by save_added or serve')
-    parser.add_argument('--bad_share', type=cli.number(float, 0, 1), default=0.05,
-                        help='share of the lines that may be skipped, default 0.05')
-    args = parser.parse_args(argv)
+    args = cli.Parser(NAME, 'Writes what a finished run recommends for the sessions of a file.', {
+        'run': dict(help='workdir of a finished run'),
+        '--sessions': dict(required=True, metavar='FILE',
+                           help='.jsonl, .jsonl.gz or .parquet; - is JSONL on standard input'),
+        '--k': dict(type=int, help=f'items per session, default {K}'),
+        '--out': dict(default='-', metavar='FILE',
+                      help='.jsonl or .parquet; default: JSONL on standard output'),
+        '--scores': dict(action='store_true', help='JSONL with the scores'),
+        '--added': dict(default='', metavar='FILE', help='items that save_added or serve wrote'),
+        '--bad_share': dict(type=cli.number(float, 0, 1), default=0.05,
+                            help='share of the lines that may be skipped, default 0.05'),
+    }).parse_args(argv)
     run(args, startup.begin())
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from tpad_jax import train
 from tpad_jax.config import flat
 from tpad_jax.core import cli, files, startup
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 METRICS = ('hit@20', 'mrr@20')  # the first decides; the second decides between equals
 
@@ -51,9 +51,8 @@ def search_config(config, workdir: str | Path, *, trials: int,
     """
     workdir = Path(workdir)
     space, current = dict(flat(config.search.space)), dict(flat(config))
-    if not space:
-        raise InputError('config.search.space is empty. Expected an axis for every key to search; '
-                         'see tpad_jax/search.py')
+    refuse_if(not space, 'config.search.space is empty. Expected an axis for every key to search; '
+              'see tpad_jax/search.py')
     for key in space:
         if key not in current:
             raise InputError(f'config.search.space names {key}, which is not a key of the config')

@@ -25,23 +25,21 @@ NAME = 'tpad_jax.serve'
 @cli.command(NAME)
 def main(argv: list[str]) -> int:
     """Serve a run until a signal; return the exit status."""
-    parser = cli.Parser(NAME, 'Answers sessions over HTTP by a finished run.')
-    add, number = parser.add_argument, cli.number
-    add('run', type=Path, help='workdir of a finished run')
-    add('--host', default='127.0.0.1', help='default 127.0.0.1: only this machine')
-    add('--port', type=number(int, 0, 2**16 - 1), default=8000, help='default 8000, 0: any')
-    add('--k', type=number(int, 1), default=20,
-        help='items of the longest list, default 20; a smaller catalogue lowers it')
-    add('--waiting', type=number(int, 1), default=4096,
-        help='sessions that may wait, default 4096')
-    add('--timeout', type=number(float, 0.001, 3600), default=10.0,
-        help='seconds until a request is given up, default 10')
-    add('--grace', type=number(int, 0), default=30,
-        help='seconds to answer accepted requests after a signal, default 30')
-    add('--no_new_items', action='store_true', help='refuse to add items')
-    add('--added', default='', metavar='FILE', help='keeps the added items over a restart')
-    add('--base', default='', metavar='DIR', help="where the run's MLLM is, if it was moved")
-    args = parser.parse_args(argv)
+    number = cli.number
+    args = cli.Parser(NAME, 'Answers sessions over HTTP by a finished run.', {
+        'run': dict(type=Path, help='workdir of a finished run'),
+        '--host': dict(default='127.0.0.1', help='default 127.0.0.1: only this machine'),
+        '--port': dict(type=number(int, 0, 2**16 - 1), default=8000, help='default 8000, 0: any'),
+        '--k': dict(type=number(int, 1), default=20, help='items of the longest list, default 20'),
+        '--waiting': dict(type=number(int, 1), default=4096, help='sessions that may wait, 4096'),
+        '--timeout': dict(type=number(float, 0.001, 3600), default=10.0,
+                          help='seconds until a request is given up, default 10'),
+        '--grace': dict(type=number(int, 0), default=30,
+                        help='seconds to answer accepted requests after a signal, default 30'),
+        '--no_new_items': dict(action='store_true', help='refuse to add items'),
+        '--added': dict(default='', metavar='FILE', help='keeps the added items over a restart'),
+        '--base': dict(default='', metavar='DIR', help="where the run's MLLM is, if it was moved"),
+    }).parse_args(argv)
     stopping = startup.begin()
     with asyncio.Runner(loop_factory=_loop()) as runner:
         return runner.run(serve(args, stopping))

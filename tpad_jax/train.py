@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from tpad_jax.core import cli, startup
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 # the configs of this package: in a checkout, and in an installed wheel
 CONFIGS = (Path(__file__).parents[1] / 'configs', Path(__file__).parent / 'configs')
@@ -83,8 +83,7 @@ def parse(argv: Sequence[str], doc: str, define: Callable[[flags.FlagValues], No
     if len(rest) > 1:
         raise InputError(f'unknown argument {rest[1]!r}. Expected flags only, such as '
                          '--config.KEY=VALUE')
-    if name is None:
-        raise InputError('name a config, for example --config=configs/amazon.py')
+    refuse_if(name is None, 'name a config, for example --config=configs/amazon.py')
     return values
 
 
@@ -101,9 +100,8 @@ def _resolved(argv):
         if not re.fullmatch(r'\w+', name) or Path(name).is_file():
             continue
         configs = {file.stem: file for folder in CONFIGS for file in folder.glob('[!_]*.py')}
-        if name not in configs:
-            raise InputError(f'--config={name!r}: there is no such config. Expected a file, or one '
-                             f'of {", ".join(sorted(configs))}')
+        refuse_if(name not in configs, f'--config={name!r}: there is no such config. Expected a '
+                  f'file, or one of {", ".join(sorted(configs))}')
         argv[i] = f'{flag}{equals}{configs[name]}{colon}{variant}'
     return argv
 

@@ -241,7 +241,7 @@ def test_a_page_is_made_without_jax():
 
 def test_runs_beside_each_other(runs, tmp_path):
     both = [stored.read(runs / name) for name in ('planted', 'seed')]
-    file = page.save(tmp_path / 'c.html', 'compare.html', **comparison.context(both))
+    file = page.save(tmp_path / 'c.html', 'compare.html', comparison.context(both))
     made = Page(file)
     figures = [e for e in made.all('data') if 'data-from' in e]
     assert len(figures) > 100
@@ -268,7 +268,7 @@ def test_runs_beside_each_other(runs, tmp_path):
 
 def test_runs_of_other_data_are_not_subtracted(runs, tmp_path):
     both = [stored.read(runs / name) for name in ('planted', 'ids')]
-    text = page.save(tmp_path / 'c.html', 'compare.html', **comparison.context(both)).read_text()
+    text = page.save(tmp_path / 'c.html', 'compare.html', comparison.context(both)).read_text()
     assert 'no model in common' not in text  # pop and sr are
     assert [model for model, _ in comparison.differences(both, ['a', 'b'], ['tpad'], ['pop', 'sr'])[
         0]['rows']] == ['pop', 'sr']

@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
         tiny_report.write(root / kind, **given)
         page.write(root / kind)
     both = [stored.read(root / kind) for kind in ('planted', 'ids')]
-    page.save(root / 'both' / page.FILE, 'compare.html', **comparison.context(both))
+    page.save(root / 'both' / page.FILE, 'compare.html', comparison.context(both))
     return root
 
 

@@ -196,7 +196,7 @@ def test_a_new_item_is_recommended_and_clicked(made, copy):
 @pytest.mark.parametrize(('change', 'said'), [
     (dict(id='I3'), "item id 'I3' exists"),
     (dict(id=''), 'new item 0 has no id'),
-    (dict(colour='red'), "item new has the field 'colour'. Expected brand"),
+    (dict(colour='red'), "item new has the field 'colour'. Expected"),
     (dict(image=b'GIF', title='x'), 'item new: its picture cannot be used'),
     (dict(image='/nowhere.png'), 'item new: /nowhere.png is not read'),
     (dict(image=b'', title='', brand='', category='', description=''), 'neither a text nor a pict'),

@@ -19,9 +19,17 @@ BLOCKED = (*UNWRITABLE, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 class Parser(argparse.ArgumentParser):
     """A parser that refuses a wrong command line in one sentence, as every other input."""
 
-    def __init__(self, module: str, description: str):
-        """Make a parser for `python -m MODULE` with a one-line description."""
+    def __init__(self, module: str, description: str, arguments: dict[str, dict] | None = None):
+        """Make a parser for `python -m MODULE`.
+
+        Args:
+          module: its name.
+          description: one line.
+          arguments: {name or flag: options of `add_argument`}.
+        """
         super().__init__(prog=f'python -m {module}', description=description, allow_abbrev=False)
+        for name, options in (arguments or {}).items():
+            self.add_argument(name, **options)
 
     def error(self, message):
         """Raise InputError in place of the usage text on several lines."""

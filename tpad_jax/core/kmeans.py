@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.cluster import vq
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 
 def kmeans(points: np.ndarray, count: int, *, seed: int,
@@ -26,9 +26,8 @@ def kmeans(points: np.ndarray, count: int, *, seed: int,
       InputError: more clusters than points.
     """
     points = np.asarray(points, np.float64)
-    if not 0 < count <= len(points):
-        raise InputError(f'config.model.clusters={count}, but there are {len(points)} items. '
-                         'Expected at most that many')
+    refuse_if(not 0 < count <= len(points), f'config.model.clusters={count}, but there are '
+              f'{len(points)} items. Expected at most that many')
     centres = _start(points, count, np.random.default_rng(seed))
     labels = np.full(len(points), -1, np.int32)
     for _ in range(rounds):

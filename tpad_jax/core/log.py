@@ -14,7 +14,7 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpad_jax.core import files
-from tpad_jax.errors import InputError, refusing
+from tpad_jax.errors import refuse_if, refusing
 
 # protobuf makes these classes at import, so type checkers do not know them
 Event, SessionLog = vars(event_pb2)['Event'], vars(event_pb2)['SessionLog']
@@ -134,8 +134,7 @@ def read_log(path: str | Path) -> list[dict]:
       InputError: the file does not exist, or a line is not one of a log.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f'{path} does not exist. Fix: give the log.jsonl of a run')
+    refuse_if(not path.exists(), f'{path} does not exist. Fix: give the log.jsonl of a run')
     lines = []
     for number, text in enumerate(path.read_text().splitlines(), 1):
         with refusing((ValueError, KeyError, TypeError),

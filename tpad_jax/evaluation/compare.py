@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpad_jax.core import cli, files, ties
-from tpad_jax.errors import InputError, refusing
+from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.evaluation import metrics, slices, statistics
 
 AT = metrics.TOP
@@ -111,14 +111,12 @@ def read(path: str | Path) -> Run:
     """
     path = Path(path)
     file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f'{file} does not exist. Expected the workdir of a finished run')
+    refuse_if(not file.is_file(), f'{file} does not exist. Expected the workdir of a finished run')
     with (refusing(UNREADABLE, f'{file} cannot be read', _AGAIN), file.open('rb') as opened,
           np.load(opened, allow_pickle=False) as stored):
         arrays = {name: stored[name] for name in stored.files}
     absent = [n for n in ('session', 'target', 'fingerprint', 'items') if n not in arrays]
-    if absent:
-        raise InputError(f'{file} has no {", ".join(absent)}: another version wrote it. {_AGAIN}')
+    refuse_if(absent, f'{file} has no {", ".join(absent)}: another version wrote it. {_AGAIN}')
 
     def part(prefix):
         return {n.removeprefix(prefix): x for n, x in arrays.items() if n.startswith(prefix)}
@@ -171,9 +169,8 @@ def compare(first: Sequence[Run], second: Sequence[Run], models: tuple[str, str]
     Raises:
       InputError: a model is unknown, the numbers of seeds differ, or rows differ.
     """
-    if len(first) != len(second):
-        raise InputError(f'{len(first)} and {len(second)} runs cannot be paired. Expected as many '
-                         'seeds on both sides, in the same order')
+    refuse_if(len(first) != len(second), f'{len(first)} and {len(second)} runs cannot be paired. '
+              'Expected as many seeds on both sides, in the same order')
     # metrics that every run has, with the same values
     gains = {name: gain for name, gain in first[0].gains.items() if all(
         np.array_equal(gain, run.gains.get(name)) for run in (*first, *second))}
@@ -232,18 +229,16 @@ def show(result: dict, console: Console) -> None:
 @cli.command('tpad_jax.evaluate')
 def main(argv: list[str]) -> None:
     """Compare the runs and print the tables."""
-    parser = cli.Parser('tpad_jax.evaluate', 'Compares two models on the same test rows by the '
-                        'ranks that their runs stored.')
-    parser.add_argument('--compare', nargs='+', required=True, metavar='RUN',
-                        help='workdirs of A and of B, several seeds separated by commas; one side '
-                             'alone compares two of its models')
-    parser.add_argument('--model', default='tpad', help='the model on both sides')
-    parser.add_argument('--models', nargs=2, metavar=('A', 'B'), help='the model of each side')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the result to FILE')
-    args = parser.parse_args(argv)
-    if len(args.compare) > 2 or (len(args.compare) == 1 and not args.models):
-        raise InputError(f'--compare names {len(args.compare)} side(s). Expected two, or one and '
-                         'two --models of it')
+    args = cli.Parser('tpad_jax.evaluate', 'Compares two models by the ranks of their test rows.', {
+        '--compare': dict(nargs='+', required=True, metavar='RUN',
+                          help='workdirs of A and of B, several seeds separated by commas; one '
+                          'side alone compares two of its models'),
+        '--model': dict(default='tpad', help='the model on both sides'),
+        '--models': dict(nargs=2, metavar=('A', 'B'), help='the model of each side'),
+        '--json': dict(type=Path, metavar='FILE', help='also write the result to FILE'),
+    }).parse_args(argv)
+    refuse_if(len(args.compare) > 2 or (len(args.compare) == 1 and not args.models), '--compare '
+              f'names {len(args.compare)} side(s). Expected two, or one and two --models of it')
     sides = [[read(path) for path in side.split(',')] for side in args.compare]
     models = tuple(args.models or (args.model, args.model))
     result = compare(sides[0], sides[-1], models)
@@ -253,9 +248,8 @@ def main(argv: list[str]) -> None:
 
 
 def _ranks(run, model):
-    if model not in run.ranks:
-        raise InputError(f'{run.path} has no model {model!r}. Expected one of '
-                         f'{", ".join(run.ranks)}')
+    refuse_if(model not in run.ranks, f'{run.path} has no model {model!r}. Expected one of '
+              f'{", ".join(run.ranks)}')
     return run.ranks[model]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tpad_jax.data.sessions import Rows
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation import metrics, slices
 
 Result = dict
@@ -53,8 +53,7 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
       FloatingPointError: a score is not finite.
     """
     total = len(rows.target)
-    if not total:
-        raise InputError(f'{name} cannot be evaluated: the split has no rows. Fix: enlarge it')
+    refuse_if(not total, f'{name} cannot be evaluated: the split has no rows. Fix: enlarge it')
     placed, mass = {}, {}
     if probabilities is not None:
         above, equal, placed, mass = _against_truth(scorer, rows, warm, counts, max(ks),

@@ -15,22 +15,20 @@ NAME = 'tpad_jax.report'
 @cli.command(NAME)
 def main(argv: list[str]) -> None:
     """Write the page and print its path."""
-    parser = cli.Parser(NAME, 'Writes the page of a finished run, or one that compares several.')
-    parser.add_argument('runs', nargs='+', metavar='RUN', help='workdir of a finished run')
-    parser.add_argument('--out', type=Path, metavar='FILE', help='default: RUN/report/index.html '
-                        'for one run, comparison.html for several')
-    args = parser.parse_args(argv)
+    args = cli.Parser(NAME, 'Writes the page of a finished run, or one that compares several.', {
+        'runs': dict(nargs='+', metavar='RUN', help='workdir of a finished run'),
+        '--out': dict(type=Path, metavar='FILE', help='default: RUN/report/index.html for one run, '
+                      'comparison.html for several'),
+    }).parse_args(argv)
     from tpad_jax.report import comparison, page, stored  # here: --help does not wait for jax
     runs = [stored.read(path) for path in args.runs]
     for sentence in (sentence for run in runs for sentence in run.absent):
         cli.say(NAME, sentence)
     if len(runs) == 1:
-        file = args.out or runs[0].path / page.FILE
-        page.save(file, 'run.html', **page.context(runs[0]))
+        print(page.save(args.out or runs[0].path / page.FILE, 'run.html', page.context(runs[0])))
     else:
-        file = args.out or Path('comparison.html')
-        page.save(file, 'compare.html', **comparison.context(runs))
-    print(file)
+        print(page.save(args.out or Path('comparison.html'), 'compare.html',
+                        comparison.context(runs)))
 
 
 if __name__ == '__main__':

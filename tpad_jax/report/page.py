@@ -39,15 +39,15 @@ def write(workdir: str | Path) -> Path:
       InputError: there are no results, or a file of the workdir is damaged.
     """
     run = stored.read(workdir)
-    return save(run.path / FILE, 'run.html', **context(run))
+    return save(run.path / FILE, 'run.html', context(run))
 
 
-def save(file: Path, template: str, **values) -> Path:
+def save(file: Path, template: str, values: dict) -> Path:
     """Fill a template and write the page completely or not at all."""
     jinja = environment()
     style, script = (jinja.loader.get_source(jinja, name)[0] for name in ('style.css', 'page.js'))
     text = jinja.get_template(template).render(
-        **values, style=Markup(style), style_hash=_digest(style), script=Markup(script),
+        values, style=Markup(style), style_hash=_digest(style), script=Markup(script),
         script_hash=_digest(script))
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(file) as partial:

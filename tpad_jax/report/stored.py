@@ -9,7 +9,7 @@ import numpy as np
 from tpad_jax import config
 from tpad_jax.core import log as log_lib
 from tpad_jax.diagnostics import records
-from tpad_jax.errors import InputError, refusing
+from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.evaluation import compare, metrics
 from tpad_jax.report import gallery
 
@@ -51,8 +51,7 @@ def read(path: str | Path) -> Run:
     """
     path = Path(path)
     file, log, ranks = path / RESULTS, path / 'log.jsonl', path / compare.FILE
-    if not file.is_file():
-        raise InputError(f'{file} does not exist. Expected the workdir of a finished run')
+    refuse_if(not file.is_file(), f'{file} does not exist. Expected the workdir of a finished run')
     with refusing((*compare.UNREADABLE, AttributeError), f'{file} is damaged',
                   'Fix: delete it and run the command of the run again'):
         results = json.loads(file.read_text())

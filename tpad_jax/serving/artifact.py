@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from tpad_jax.config import names, partnered
 from tpad_jax.core import files
 from tpad_jax.data import sessions
-from tpad_jax.errors import InputError, refusing
+from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
 
@@ -118,25 +118,21 @@ def read(workdir) -> Served:
         damaged.
     """
     workdir = Path(workdir)
-    if not (workdir / 'config.json').is_file():
-        raise InputError(f'{workdir} does not hold a run: config.json is missing. Fix: name the '
-                         'workdir of a finished run')
-    if not (workdir / 'results.json').is_file():
-        raise InputError(f'{workdir} is not finished: results.json is missing. Fix: repeat the '
-                         'command of the run, which resumes')
+    refuse_if(not (workdir / 'config.json').is_file(), f'{workdir} does not hold a run: '
+              'config.json is missing. Fix: name the workdir of a finished run')
+    refuse_if(not (workdir / 'results.json').is_file(), f'{workdir} is not finished: results.json '
+              'is missing. Fix: repeat the command of the run, which resumes')
     directory = workdir / FOLDER
     file = directory / ABOUT
-    if not file.is_file():
-        raise InputError(f'{file} does not exist: the run has no stage recommend, or is of an '
-                         f'earlier version. {_AGAIN}')
+    refuse_if(not file.is_file(), f'{file} does not exist: the run has no stage recommend, or is '
+              f'of an earlier version. {_AGAIN}')
     with refusing(UNREADABLE, f'{file} or a file next to it is missing or damaged', _AGAIN):
         about = json.loads(file.read_text())
         if about['version'] != VERSION:
             raise InputError(f'{file} has version {about["version"]}. Expected {VERSION}. {_AGAIN}')
         for name, digest in about['digests'].items():
-            if _digest(directory / name) != digest:
-                raise InputError(f'{directory / name} is damaged: its bytes differ from those the '
-                                 f'run wrote. {_AGAIN}')
+            refuse_if(_digest(directory / name) != digest, f'{directory / name} is damaged: its '
+                      f'bytes differ from those the run wrote. {_AGAIN}')
         return _read(directory, about)
 
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.features import bases
 from tpad_jax.models import readers, tpad
 from tpad_jax.models.hf.vlm import VLM
@@ -45,9 +45,8 @@ class Reader:
 
     def __init__(self, served: artifact.Served, base: str = ''):
         about, self._served = served.about, served
-        if about['mllm'] is None:
-            raise InputError(f'{served.directory}: the run has item ids only, so it cannot read '
-                             'pictures or texts of a new item')
+        refuse_if(about['mllm'] is None, f'{served.directory}: the run has item ids only, so it '
+                  'cannot read pictures or texts of a new item')
         self._rows = sorted({name for spec in served.specs for name in spec.recommend})
         if not set(self._rows) <= {'k', 'r'}:
             raise InputError(f'{served.directory}: the recommender reads {", ".join(self._rows)}. '
@@ -60,9 +59,8 @@ class Reader:
         except InputError as error:
             raise InputError(f'the base of the run cannot be read ({error}). Fix: give its '
                              'directory, base=DIR') from error
-        if loaded.fingerprint != about['base']:
-            raise InputError(f'{loaded.directory} is not the base of the run. Fix: give its '
-                             'directory, base=DIR')
+        refuse_if(loaded.fingerprint != about['base'], f'{loaded.directory} is not the base of the '
+                  'run. Fix: give its directory, base=DIR')
         self._specs = tuple(artifact.spec_of(about, i, loaded.module)
                             for i in range(len(served.specs)))
         self._side, self._length = loaded.image_size, mllm['text_length']
@@ -131,12 +129,11 @@ class Reader:
         data = item.get('image')
         if isinstance(data, str | Path):
             reason = images.unusable(Path(data), Path(data).parent)
-            if reason is not None:
-                raise InputError(f'{option}: {data} is not read ({reason}). {_PICTURE}')
+            refuse_if(reason is not None, f'{option}: {data} is not read ({reason}). {_PICTURE}')
             data = Path(data).read_bytes()
-        if data and len(data) > images.MAX_BYTES:
-            raise InputError(f'{option}: its picture has {len(data):,} bytes. Expected at most '
-                             f'{images.MAX_BYTES:,}. Fix: give a smaller picture')
+        data = data or b''
+        refuse_if(len(data) > images.MAX_BYTES, f'{option}: its picture has {len(data):,} bytes. '
+                  f'Expected at most {images.MAX_BYTES:,}. Fix: give a smaller picture')
         if not data:
             if not words.strip():
                 raise InputError(f'{option} has neither a text nor a picture. Fix: give one')
@@ -175,8 +172,7 @@ def checked(items: Sequence[dict], words: Sequence[str]) -> None:
             raise InputError(f'new item {number} has no id. Expected a dict with a text "id"')
         unknown = sorted(map(str, item.keys() - fields))
         if unknown:
-            raise InputError(f'item {name} has the field {unknown[0]!r}. Expected '
-                             f'{", ".join(sorted(fields))}')
+            raise InputError(f'item {name} has the field {unknown[0]!r}. Expected {sorted(fields)}')
         price = item.get('price')
         problems = {
             f'one of its texts has more than {MAX_TEXT} characters': any(

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from tpad_jax.core import files
 from tpad_jax.data.untrusted import Lines, Reason
-from tpad_jax.errors import InputError, refusing
+from tpad_jax.errors import refuse_if, refusing
 
 STREAM = '-'
 FLUSH = 8192  # sessions of a parquet file's row group
@@ -59,9 +59,8 @@ class Source(Lines):
           InputError: the file does not exist.
         """
         super().__init__(Path(path), on_reject)
-        if path != STREAM and not self.path.is_file():
-            raise InputError(f'{path} does not exist. Expected a file of sessions, or - for '
-                             'standard input')
+        refuse_if(path != STREAM and not self.path.is_file(), f'{path} does not exist. Expected a '
+                  'file of sessions, or - for standard input')
 
     def __iter__(self) -> Iterator[Asked]:
         packed = self.path.suffix == '.parquet'
@@ -84,9 +83,8 @@ class Source(Lines):
         with (refusing((OSError, pa.ArrowException), f'{self.path} cannot be read as parquet',
                        'Fix: write it again'), pq.ParquetFile(self.path) as file):
             names = file.schema_arrow.names
-            if 'session' not in names:
-                raise InputError(f'{self.path} has the columns {", ".join(names)}. Expected a '
-                                 'column session, lists of item ids')
+            refuse_if('session' not in names, f'{self.path} has the columns {", ".join(names)}. '
+                      'Expected a column session, lists of item ids')
             wanted = [name for name in ('session', 'id') if name in names]
             for part in file.iter_batches(FLUSH, columns=wanted):
                 for record in part.to_pylist():
