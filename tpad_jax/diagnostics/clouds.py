@@ -5,6 +5,8 @@ length one only where its source does so.
 """
 
 import numpy as np
+from scipy import stats
+from scipy.spatial.distance import pdist
 
 # A feature below one of the first three, or above the fourth, is called collapsed [ours].
 LEAST_SPREAD = 1e-3  # share of the mean square that is variance
@@ -38,11 +40,7 @@ def effective_rank(x: np.ndarray) -> float:
     row have 1. Zeros have 0 [ours]. Source: Roy and Vetterli 2007, equation 4 [paper].
     """
     values = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
-    if not values.sum():
-        return 0.0
-    share = values / values.sum()
-    share = share[share > 0]
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return float(np.exp(stats.entropy(values))) if values.any() else 0.0
 
 
 def mean_cosine(x: np.ndarray) -> float:
@@ -80,11 +78,7 @@ def uniformity(x: np.ndarray) -> float:
     It is 0 where all rows are equal and near -4 where they are spread evenly. Source: Wang and
     Isola 2020, t = 2 [paper].
     """
-    x = unit(x)
-    square = np.maximum((x * x).sum(1)[:, None] + (x * x).sum(1)[None] - 2 * x @ x.T, 0)
-    n = len(x)
-    mass = np.exp(-2 * square)
-    return float(np.log((mass.sum() - np.trace(mass)) / (n * (n - 1))))
+    return float(np.log(np.exp(-2 * pdist(unit(x), 'sqeuclidean')).mean()))
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
@@ -120,37 +114,33 @@ def feature(x: np.ndarray) -> dict:
             'mean_cosine': mean_cosine(x), 'spread': spread(x), 'uniformity': uniformity(x)}
 
 
-def pair(x: np.ndarray, y: np.ndarray, embedded: tuple | None = None) -> dict:
+def pair(x: np.ndarray, y: np.ndarray, embedded: tuple = ()) -> dict:
     """Describe two features whose rows are pairs: {name: number}.
 
     Args:
       x: float [n, D].
       y: float [n, E].
-      embedded: the two as their critic compares them, [n, F] each. None: x and y, if D = E.
+      embedded: the two as their critic compares them, [n, F] each. (): x and y, if D = E.
     """
     out = {'cka': linear_cka(x, y), 'cross_correlation': cross_correlation(x, y)}
-    if embedded is None and x.shape[1] != y.shape[1]:
+    a, b = embedded or (x, y)
+    if a.shape[1] != b.shape[1]:
         return out
-    a, b = (x, y) if embedded is None else embedded
     return {**out, 'alignment': alignment(a, b), 'uniformity': [uniformity(a), uniformity(b)],
-            'space': 'features' if embedded is None else 'critic'}
+            'space': 'critic' if embedded else 'features'}
 
 
 def collapse(numbers: dict) -> list[str]:
     """List the reasons why a feature with these numbers of `feature` has collapsed, if any."""
+    rank, cosine, share = (numbers[n] for n in ('effective_rank', 'mean_cosine', 'spread'))
     most = min(numbers['rows'] - 1, numbers['width'])
     least = max(LEAST_RANK * most, min(LEAST_DIRECTIONS, 0.5 * most))
-    why = []
-    if numbers['effective_rank'] < least:
-        why.append(f'its effective rank is {numbers["effective_rank"]:.2f} of {most}, below '
-                   f'{least:.1f}')
-    if numbers['mean_cosine'] > MOST_COSINE:
-        why.append(f'two rows have a mean cosine of {numbers["mean_cosine"]:.3f}, above '
-                   f'{MOST_COSINE}')
-    if numbers['spread'] < LEAST_SPREAD:
-        why.append(f'its variance is {numbers["spread"]:.1e} of its mean square, below '
-                   f'{LEAST_SPREAD}')
-    return why
+    reasons = {
+        f'its effective rank is {rank:.2f} of {most}, below {least:.1f}': rank < least,
+        f'two rows have a mean cosine of {cosine:.3f}, above {MOST_COSINE}': cosine > MOST_COSINE,
+        f'its variance is {share:.1e} of its mean square, below {LEAST_SPREAD}':
+            share < LEAST_SPREAD}
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def warnings(features: dict, held_out: dict, when: str) -> list[str]:
@@ -161,26 +151,22 @@ def warnings(features: dict, held_out: dict, when: str) -> list[str]:
       held_out: {name: number} as the losses log them, on sessions the stage does not train on.
       when: the moment, such as 'after stage transfer'.
     """
-    out, begin = [], f'{when[0].upper()}{when[1:]}'
-    for name, numbers in features.items():
-        why = collapse(numbers)
-        if why:
-            out.append(f'{begin} the feature {name} has collapsed: '
-                       f'{", and ".join(why)}. Remedy: {REMEDIES[name.split("_")[0]]}.')
+    out = [f'the feature {name} has collapsed: {", and ".join(reasons)}. Remedy: '
+           f'{REMEDIES[name.split("_")[0]]}.'
+           for name, reasons in zip(features, map(collapse, features.values()), strict=True)
+           if reasons]
     for name, value in held_out.items():
         kind, _, loss = name.rpartition('/')
         if kind == 'log_q' and value <= 0:
-            out.append(f'{begin} the likelihood of q ({loss}) is '
-                       f'{value:.3f} nats per dimension above that of a Gaussian with the same '
-                       'mean and variances: a vCLUB estimate with it is not a bound. Remedy: '
-                       f'raise config.losses.{loss}.weight or the steps of the stage.')
+            out.append(f'the likelihood of q ({loss}) is {value:.3f} nats per dimension above that '
+                       'of a Gaussian with the same mean and variances: a vCLUB estimate with it '
+                       f'is not a bound. Remedy: raise config.losses.{loss}.weight or the steps of '
+                       'the stage.')
         if name[:3] == 'mi_' and value < 0:
-            out.append(f'{begin} the estimate of {name[3:]} is {value:.3f} nats, but mutual '
-                       'information is never negative: its critic, or q, does not fit these '
-                       'sessions. Remedy: raise the steps of the stage, or the weight of the loss '
-                       'that fits it.')
+            out.append(f'the estimate of {name[3:]} is {value:.3f} nats, but mutual information is '
+                       'never negative: its critic, or q, does not fit these sessions. Remedy: '
+                       'raise the steps of the stage, or the weight of the loss that fits it.')
         if kind == 'room' and value < FULL:
-            out.append(f'{begin} the InfoNCE estimate of {loss} is within '
-                       f'{value:.2f} nats of its limit log N: the mutual information is at least '
-                       'that. Remedy: raise batch_size.')
-    return out
+            out.append(f'the InfoNCE estimate of {loss} is within {value:.2f} nats of its limit '
+                       'log N: the mutual information is at least that. Remedy: raise batch_size.')
+    return [f'{when[0].upper()}{when[1:]} {line}' for line in out]

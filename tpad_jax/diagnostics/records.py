@@ -16,14 +16,12 @@ def directory(workdir: Path) -> Path:
 
 def collect(workdir: Path) -> dict:
     """Read all diagnostics of a workdir: {stage: {moment: ...}} and 'warnings', a list."""
-    out = {}
-    for stage, moments in MOMENTS.items():
-        for moment in moments:
-            file = directory(workdir) / f'{stage}-{moment}.json'
-            if file.is_file():
-                out.setdefault(stage, {})[moment] = json.loads(file.read_text())
-    warnings = [line for stage in out.values() for record in stage.values()
-                for line in record.pop('warnings')]
+    out, warnings = {}, []
+    for stage, moment in ((s, m) for s, moments in MOMENTS.items() for m in moments):
+        file = directory(workdir) / f'{stage}-{moment}.json'
+        if file.is_file():
+            record = out.setdefault(stage, {})[moment] = json.loads(file.read_text())
+            warnings += record.pop('warnings')
     return {**out, 'warnings': warnings} if out else {}
 
 
@@ -43,18 +41,16 @@ def clouds(workdir: Path) -> tuple[str, dict, str, dict] | None:
     after = load(folder / f'{stages[-1]}-after.npz')
     for cloud in (before, after):
         modalities = [name for name in cloud if name.startswith('k_')]
-        for i, name in enumerate(modalities):
-            width = cloud[name].shape[1]
-            cloud[name] = np.pad(cloud[name], (
-                (0, 0), (i * width, (len(modalities) - 1 - i) * width)))
+        for name, place in zip(modalities, np.eye(len(modalities), dtype='f'), strict=True):
+            cloud[name] = np.kron(place, cloud[name])
     return f'before {stages[0]}', before, f'after {stages[-1]}', after
 
 
 def load(file: Path) -> dict[str, np.ndarray]:
     """Read the arrays of a moment; clouds, which are stored in float16, become float32."""
     with np.load(file, allow_pickle=False) as stored:
-        return {name: stored[name].astype(np.float32) if stored[name].dtype == np.float16
-                else stored[name] for name in stored.files}
+        return {name: x.astype(np.float32) if x.dtype == np.float16 else x
+                for name, x in stored.items()}
 
 
 def lines(stage: str, before: dict | None, after: dict) -> list[str]:

@@ -24,7 +24,6 @@ from tpad_jax.data import batches, sessions
 from tpad_jax.diagnostics import clouds as clouds_lib
 from tpad_jax.diagnostics import probes, records
 from tpad_jax.diagnostics.labels import labels
-from tpad_jax.diagnostics.records import MOMENTS
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import outputs, tpad
 from tpad_jax.models.knowledge import MODALITIES
@@ -42,18 +41,16 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
     Args:
       job: job.Job with the parameters and rows of that moment.
       stage: its name.
-      moment: 'before' or 'after'.
+      moment: one of the stage's MOMENTS.
       spec: StepSpec of the stage; 0: it has no step, and only items are measured.
       encoder: Encoder of the rows that the stage makes.
 
     Returns:
-      The record, or None: if the config or the stage has no diagnostics, and on all processes
-      except the first.
+      The record, or None: if the config has no diagnostics or validation has fewer than two
+      sessions, and on all processes except the first.
     """
-    if (not job.config.diagnostics or moment not in MOMENTS.get(stage, ())
-            or jax.process_index() != 0):
-        return None
-    if len(_sessions(job).target) < 2:
+    if (not job.config.diagnostics or jax.process_index() != 0
+            or len(_sessions(job).target) < 2):
         return None
     folder = records.directory(job.workdir)
     file, before = folder / f'{stage}-{moment}.json', folder / f'{stage}-before.json'
@@ -65,9 +62,8 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
             for name, numbers in record['features'].items():
                 numbers['cka_before'] = clouds_lib.linear_cka(earlier[name], clouds[name])
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(file.with_suffix('.npz'),
-                 **{n: x.astype(np.float16) if x.dtype == np.float32 else x
-                    for n, x in clouds.items()})
+        np.savez(file.with_suffix('.npz'), **{
+            n: x.astype(np.float16) if x.dtype == np.float32 else x for n, x in clouds.items()})
         files.write_json(file, record)  # last: a moment without this file is measured again
         spent = job.seconds.get('diagnostics', 0.0) + time.perf_counter() - start
         job.seconds['diagnostics'] = spent
@@ -76,9 +72,8 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
     if moment == 'after':
         earlier = json.loads(before.read_text()) if before.is_file() else None
         text += records.lines(stage, earlier, record)
-    console = Console()
     for line in text:
-        console.print(line, markup=False, highlight=False)
+        Console().print(line, markup=False, highlight=False)
     return record
 
 
@@ -95,7 +90,7 @@ def _measured(job, stage, moment, spec, encoder):
     k = np.asarray(job.catalogue['k'])[ids].astype(np.float32)
     clouds = {f'k_{name}': k[1:, i] for i, name in enumerate(MODALITIES)}
     record = {'sessions': len(rows.target), 'pairs': {}, 'held_out': {}, 'probes': {}}
-    item_ids = {'items': ids[1:]}
+    item_ids, after = {'items': ids[1:]}, moment == 'after'
     if stage != 'knowledge':
         r = (np.asarray(job.catalogue['r'])[ids] if 'r' in job.catalogue
              else encoder.some(job.nested(), ids)['r'])
@@ -113,12 +108,11 @@ def _measured(job, stage, moment, spec, encoder):
         clouds |= {name: features[name] for name in ('t', 'c', 'p')}
         item_ids |= {'at': rows.items.ravel()[at], 'next': rows.next.ravel()[at]}
         inside = at[at < some * rows.items.shape[1]]  # positions that critics have compared
-        for name, (x, y) in PAIRS.items():
-            factors = embedded.get(name)
-            record['pairs'][f'{x},{y}'] = clouds_lib.pair(
-                features[x][:len(inside)], features[y][:len(inside)],
-                factors and tuple(np.asarray(a)[inside] for a in factors))
-    if moment == 'after':
+        record['pairs'] = {f'{x},{y}': clouds_lib.pair(
+            features[x][:len(inside)], features[y][:len(inside)],
+            tuple(np.asarray(a)[inside] for a in embedded.get(name, ())))
+            for name, (x, y) in PAIRS.items()}
+    if after:
         record['probes'] = {name: probes.attributes(
             np.asarray(job.catalogue[name])[1:], labels(job), job.data.warm[1:], job.config.seed)
             for name in MAKES[stage]}
@@ -127,9 +121,8 @@ def _measured(job, stage, moment, spec, encoder):
     # a stage, q is not fitted yet.
     watched = {name: x for name, x in record['features'].items()
                if not (stage == 'transfer' and name.startswith('k_'))}
-    held_out = record['held_out'] if moment == 'after' else {}
     record['warnings'] = [] if (stage, moment) == ('joint', 'before') else clouds_lib.warnings(
-        watched, held_out, f'{moment} stage {stage}')
+        watched, record['held_out'] if after else {}, f'{moment} stage {stage}')
     return record, {**clouds, **item_ids}
 
 
@@ -158,11 +151,10 @@ def _positions(job, stage, model, params, rows, ids, tables):
         size = max(1, job.config.stage[stage].batch_size // job.devices.shards)
         content = job.content
     catalogue = {**tables, 'warm': job.data.warm[ids]}
-    read, parts = _reader(model), []
-    for begin in range(0, len(rows.target), size):
-        part = _batch(rows, ids, slice(begin, begin + size), size, content)
-        parts.append(jax.device_get(read(params, catalogue, part)))
-    return {name: np.concatenate([np.asarray(p[name], np.float32) for p in parts])
+    parts = [jax.device_get(_reader(model)(
+        params, catalogue, _batch(rows, ids, slice(begin, begin + size), size, content)))
+        for begin in range(0, len(rows.target), size)]
+    return {name: np.concatenate([np.asarray(part[name], np.float32) for part in parts])
             [:len(rows.target)] for name in READ}
 
 

@@ -27,7 +27,7 @@ from tpad_jax.core.console import say
 from tpad_jax.data import catalogue, item_graphs, sessions, sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, wording
-from tpad_jax.diagnostics import snapshots
+from tpad_jax.diagnostics import records, snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
@@ -245,7 +245,7 @@ class Job:
 
     def look(self, stage: str, moment: str, spec, encoder) -> None:
         """Look at a stage's features while the next one runs, see `snapshots.take`."""
-        if moment not in snapshots.MOMENTS.get(stage, ()):
+        if moment not in records.MOMENTS.get(stage, ()):
             return
         take = partial(snapshots.take, copy.copy(self), stage, moment, spec, encoder)
         if not self.background:

@@ -14,6 +14,7 @@ Poole et al. 2019, "On Variational Bounds of Mutual Information", has most bound
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -99,7 +100,7 @@ def jsd(scores, own=None, negative=None, axis=None):
     density ratio with a small variance. The value does not bound the mutual information and is flat
     from about 3 nats on.
     """
-    own, rest, count = _each(_softplus_sum, scores, own, negative)
+    own, rest, count = _each(partial(_sum, of=jax.nn.softplus), scores, own, negative)
     mean = (collectives.total(rest.sum(), axis)
             / jnp.maximum(collectives.total(count.sum(), axis), 1))
     return -jax.nn.softplus(-own) - mean
@@ -119,7 +120,7 @@ def smile(scores, own=None, negative=None, axis=None, clip=5.0):
       axis: of the replicas.
       clip: the partition's scores are limited to +-clip.
     """
-    rows = _each(lambda s, o, n: _log_sum(s, o, n, clip), scores, own, negative)
+    rows = _each(partial(_log_sum, clip=clip), scores, own, negative)
     return rows.own - partition(rows, axis)
 
 
@@ -278,11 +279,6 @@ def _log_sum(scores, own, negative, clip=None):
     return Rows(_own(scores, own), rest, negative.sum(axis=1))
 
 
-def _sum(scores, own, negative):
-    return Rows(_own(scores, own), jnp.where(negative, scores, 0).sum(axis=1),
-                negative.sum(axis=1))
-
-
-def _softplus_sum(scores, own, negative):
-    return Rows(_own(scores, own), jnp.where(negative, jax.nn.softplus(scores), 0).sum(axis=1),
+def _sum(scores, own, negative, of=lambda x: x):
+    return Rows(_own(scores, own), jnp.where(negative, of(scores), 0).sum(axis=1),
                 negative.sum(axis=1))

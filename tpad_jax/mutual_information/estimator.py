@@ -26,14 +26,7 @@ from tpad_jax.core.precision import exact_products
 from tpad_jax.errors import InputError
 from tpad_jax.mutual_information import bounds
 from tpad_jax.mutual_information.critics import KINDS, Critic, GaussianQ, Score
-from tpad_jax.mutual_information.held_out import (
-    BOUNDS,
-    UPPER,
-    Estimate,
-    Settings,
-    in_batch,
-    report,
-)
+from tpad_jax.mutual_information.held_out import BOUNDS, UPPER, Estimate, Settings, in_batch, report
 
 # The objective that trains a critic before a bound reads it. NWJ reads MINE's critic plus a
 # constant from training pairs. SMILE reads jsd's, as its authors do. q is fitted by its likelihood.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +108,9 @@ def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate
     s = Settings(**settings)
     batch, level = s.batch, s.level
     if bound in ('infonce', 'l1out'):
-        value, error, freedom = _batched(bound, score, x, y, batch)
-        noise = 0.0
+        values = np.asarray(_in_batches(bound, score, x, y, batch), np.float64)
+        value, error, noise = values.mean(), values.std(ddof=1) / len(values)**0.5, 0.0
+        freedom = len(values) - 1
     else:
         value, error, noise = _paired(bound, score, x, y, seen, s)
         freedom = len(x) - 1
@@ -145,28 +146,9 @@ def _in_batches(bound, score, x, y, batch):
     return jax.lax.map(mean, parts)
 
 
-def _batched(bound, score, x, y, batch):
-    values = np.asarray(_in_batches(bound, score, x, y, batch), np.float64)
-    return values.mean(), values.std(ddof=1) / len(values)**0.5, len(values) - 1
-
-
-class Sums(NamedTuple):
-    """Sums over all off-diagonal pairs, float32 [n] each.
-
-    Attributes:
-      own: scores of the joint pairs.
-      row: sum of each row, or its log.
-      column: sum of each column, or its log.
-    """
-
-    own: Any
-    row: Any
-    column: Any
-
-
 @partial(jax.jit, static_argnames=('of', 'chunk'))
 @exact_products
-def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024) -> Sums:
+def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024):
     """Sum a function of f(x_i, y_j) over the j != i of each i, and over the i != j of each j.
 
     Args:
@@ -177,6 +159,10 @@ def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024) -> Sums:
         'score' give sums.
       clip: limit of 'clipped'.
       chunk: rows whose scores exist at a time.
+
+    Returns:
+      float32 [n] each: the scores of the joint pairs; the sum of each row, or its log; the same of
+      each column.
     """
     n, chunk = len(x), min(chunk, len(x))
     count = -(-n // chunk)
@@ -184,7 +170,7 @@ def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024) -> Sums:
     if of == 'score' and factors is not None:  # a sum of products is a product with a sum
         a, b = factors
         own = (a * b).sum(-1)
-        return Sums(own, a @ b.sum(axis=0) - own, b @ a.sum(axis=0) - own)
+        return own, a @ b.sum(axis=0) - own, b @ a.sum(axis=0) - own
     rows = jnp.pad(x if factors is None else factors[0], ((0, count * chunk - n), (0, 0)))
     rows = rows.reshape(count, chunk, -1), jnp.arange(count * chunk).reshape(count, chunk)
     logs = of in ('exp', 'clipped')
@@ -208,7 +194,7 @@ def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024) -> Sums:
     start = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.zeros(n))
     (top, column), (own, row) = jax.lax.scan(block, start, rows)
     column = jnp.log(column) + top if logs else column
-    return Sums(own.reshape(-1)[:n], row.reshape(-1)[:n], column)
+    return own.reshape(-1)[:n], row.reshape(-1)[:n], column
 
 
 def _paired(bound, score, x, y, seen, s):
@@ -219,7 +205,7 @@ def _paired(bound, score, x, y, seen, s):
     n = len(own)
     if bound == 'nwj':
         other = row if seen is None else np.asarray(
-            off_diagonal(score, *seen, 'exp', s.clip, s.chunk).row, np.float64)
+            off_diagonal(score, *seen, 'exp', s.clip, s.chunk)[1], np.float64)
         shift = np.logaddexp.reduce(other) - np.log(len(other)) - np.log(len(other) - 1)
         own, row, column = own - shift, row - shift, column - shift
     if bound == 'jsd':
