@@ -29,8 +29,7 @@ WARNED_SHARES = {
     'repeat_share': (0.3, 'the test targets are already in their session: compare with '
                           'repeat-last, and read the slice "new".'),
     'cold_target_share': (0.3, 'the test targets occur in no training session; models of item ids '
-                               'cannot predict them.'),
-}
+                               'cannot predict them.')}
 MOST_TIES = 0.5  # above it the order inside sessions counts as unknown
 SURE = 3  # standard errors that a loss by shuffling has to exceed
 
@@ -69,7 +68,7 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         'repeat_share': repeat_share(test),
         'overlap_share': _mean([key in seen for key in _keys(test)]),
         'duplicate_share': 1 - len(seen) / len(train.start) if len(train.start) else None,
-        'cold_target_share': _mean(~warm[_targets(test)]),
+        'cold_target_share': _mean(~warm[_steps(test)[1]]),
         'tie_share': None if np.isnan(ties) else float(ties),
         'day_granular': bool((starts % DAY == 0).all()) if len(np.unique(starts)) > 1 else None,
         'shuffle': shuffle_test(train, test),
@@ -114,45 +113,39 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
 
 def length_histogram(sessions: Sessions) -> dict[str, int]:
     """Count sessions by length, in the bins LENGTHS; those of one item are not counted."""
-    lengths = np.diff(sessions.offsets)
-    bins = np.digitize(lengths[lengths > 1], _EDGES)
+    bins = np.digitize(sessions.lengths[sessions.lengths > 1], _EDGES)
     return dict(zip(LENGTHS, np.bincount(bins, minlength=len(LENGTHS)).tolist(), strict=True))
 
 
 def repeat_share(sessions: Sessions) -> float | None:
     """Compute the share of targets (all but a session's first item) that occurred in it before."""
-    owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
-    events = np.stack([owner, sessions.items], axis=1)
-    different = len(np.unique(events, axis=0))
-    targets = len(_targets(sessions))
-    return (len(events) - different) / targets if targets else None
+    different = len(np.unique(np.stack([sessions.owner, sessions.items]), axis=1).T)
+    targets = len(_steps(sessions)[1])
+    return (len(sessions.items) - different) / targets if targets else None
 
 
 def describe(report: dict) -> list[str]:
     """Describe an audit: one line per finding, then the warnings, then the verdict."""
-    sessions = report['sessions']
+    sessions, share = report['sessions'], _percents(report)
     lengths = ', '.join(f'{name}: {count}' for name, count in report['lengths'].items())
+    changes = ', '.join(_change(report, rule, name) for rule, name in (
+        ('markov', 'one step'), ('sr', 'ten steps'), ('symmetric', 'ten steps either way')))
     lines = [
         f'{report["items"]} items, {report["warm_items"]} of them in training sessions; '
         f'{sessions["train"]} / {sessions["valid"]} / {sessions["test"]} sessions '
         f'(train / valid / test) with {report["events"]} events.',
         f'Training sessions by length: {lengths}.',
-        f'Test targets: {_percent(report["cold_target_share"])} cold, '
-        f'{_percent(report["repeat_share"])} already in their session.',
-        f'Identical to a training session: {_percent(report["overlap_share"])} of the test '
-        f'sessions; to an earlier one: {_percent(report["duplicate_share"])} of the training '
-        'sessions.',
+        f'Test targets: {share["cold_target_share"]} cold, {share["repeat_share"]} already in '
+        'their session.',
+        f'Identical to a training session: {share["overlap_share"]} of the test sessions; to an '
+        f'earlier one: {share["duplicate_share"]} of the training sessions.',
         f'Order: {report["order_pairs"]} item pairs are adjacent {MIN_SEEN} times or more, '
-        f'{_percent(report["one_way_share"])} of them in one direction only '
-        f'({_percent(report["one_way_by_chance"])} by chance); one fixed order of the items '
-        f'predicts {_percent(report["fixed_order_share"])} of the test pairs (50 % without such '
-        'an order).',
-        f'Shuffling every session, hit@20 on {report["shuffle"]["rows"]} test rows: '
-        f'{_change(report, "markov", "one step")}, {_change(report, "sr", "ten steps")}, '
-        f'{_change(report, "symmetric", "ten steps either way")}.',
+        f'{share["one_way_share"]} of them in one direction only ({share["one_way_by_chance"]} by '
+        f'chance); one fixed order of the items predicts {share["fixed_order_share"]} of the test '
+        'pairs (50 % without such an order).',
+        f'Shuffling every session, hit@20 on {report["shuffle"]["rows"]} test rows: {changes}.',
         'Equal times among neighbours in a session: '
-        + ('not known.' if report['tie_share'] is None else f'{_percent(report["tie_share"])}.'),
-    ]
+        + ('not known.' if report['tie_share'] is None else f'{share["tie_share"]}.')]
     return [*lines, *(f'Warning: {sentence}' for sentence in report['warnings']),
             f'Verdict: {report["verdict"]}']
 
@@ -169,68 +162,61 @@ def verdict(report: dict) -> str:
     Returns:
       One or two sentences.
     """
-    no = 'Claims about transitions cannot be made on these data: '
-    shuffled, ties = report['shuffle'], report['tie_share']
+    share, shuffled, ties = _percents(report), report['shuffle'], report['tie_share']
     affected = [(rule, metric) for rule in ('sr', 'markov') for metric in GAINS
                 if _loss(shuffled, rule, metric) > SURE * (shuffled[rule][metric]['error'] or 0)]
-    one_way = f'{_percent(report["one_way_share"])} of the frequent pairs occur in one direction'
-    if _is_a_files(report):
-        return (f'{no}the order inside sessions is that of a file, not of the customers ({one_way} '
-                f'only, one fixed order of the items predicts '
-                f'{_percent(report["fixed_order_share"])} of the test pairs). A directed model '
-                'that wins here may have learnt that order alone.')
-    if report['day_granular']:
-        return f'{no}the times are days, so the order inside sessions is not known.'
-    if (ties or 0) > MOST_TIES:
-        return (f'{no}{_percent(ties)} of neighbouring events have equal times, so the order '
-                'inside sessions is not known.')
-    if not affected:
-        return (f'{no}on {shuffled["rows"]} test rows, shuffling the sessions does not lower the '
-                'metrics of directed rules measurably.')
+    one_way = f'{share["one_way_share"]} of the frequent pairs occur in one direction only'
+    equal = f'{share["tie_share"]} of neighbouring events have equal times'
+    for holds, reason in (
+            (_is_a_files(report), 'the order inside sessions is that of a file, not of the '
+             f'customers ({one_way}, one fixed order of the items predicts '
+             f'{share["fixed_order_share"]} of the test pairs). A directed model that wins here '
+             'may have learnt that order alone.'),
+            (report['day_granular'], 'the times are days, so the order inside sessions is not '
+             'known.'),
+            ((ties or 0) > MOST_TIES, f'{equal}, so the order inside sessions is not known.'),
+            (not affected, f'on {shuffled["rows"]} test rows, shuffling the sessions does not '
+             'lower the metrics of directed rules measurably.')):
+        if holds:
+            return f'Claims about transitions cannot be made on these data: {reason}'
     rule, metric = affected[0]
     close = _loss(shuffled, 'symmetric', metric) > _loss(shuffled, rule, metric) / 2
     changes = ' and '.join(_change(report, *names, metric) for names in
                            ((rule, 'a directed rule'), ('symmetric', 'a symmetric one')))
-    reserves = []
-    if ties is None:
-        reserves.append('the times are not known, so that this holds for the sessions as they are')
-    elif ties > TIES:
-        reserves.append(f'{_percent(ties)} of neighbouring events have equal times')
-    if report['order_pairs'] < MIN_PAIRS:
-        reserves.append(f'{report["order_pairs"]} frequent pairs are too few to tell the order of '
-                        'a file from that of the customers')
-    elif _one_way(report):
-        reserves.append(f'{one_way} only, so check that the times are real')
+    reserves = ', and '.join(reserve for holds, reserve in (
+        (ties is None,
+         'the times are not known, so that this holds for the sessions as they are'),
+        ((ties or 0) > TIES, equal),
+        (report['order_pairs'] < MIN_PAIRS, f'{report["order_pairs"]} frequent pairs are too few '
+         'to tell the order of a file from that of the customers'),
+        (_one_way(report), f'{one_way}, so check that the times are real')) if holds)
     return ('Claims about transitions can be made on these data: there is no fixed order, and '
             f'shuffling lowers {metric} ({changes}), '
             + ('more by closeness than by direction.' if close else 'by direction.')
-            + (f' But {", and ".join(reserves)}.' if reserves else ''))
+            + (f' But {reserves}.' if reserves else ''))
 
 
 def _warnings(report: dict) -> list[str]:
-    sentences = []
-    if report['day_granular']:
-        sentences.append(
-            'Every session starts at midnight UTC: the times are days, not moments. The order '
-            'inside a session is not known (equal times are in a seeded random order), and claims '
-            'about transitions inside a day cannot be made.')
-    elif (report['tie_share'] or 0) > TIES:
-        sentences.append(
-            f'{_percent(report["tie_share"])} of neighbouring events in a session have equal '
-            'times: their order is not known and was drawn at random with the seed.')
-    if _one_way(report):
-        facts = (f'Of {report["order_pairs"]} item pairs adjacent {MIN_SEEN} times or more '
-                 f'{_percent(report["one_way_share"])} occur in one direction only '
-                 f'({_percent(report["one_way_by_chance"])} by chance)')
-        sentences.append(
-            f'{facts}, and one fixed order of the items predicts '
-            f'{_percent(report["fixed_order_share"])} of the test pairs: the order inside sessions '
-            'looks like that of a file, not of the customers, and a directed model may only be '
-            'learning it.' if _is_a_files(report) else
-            f'{facts}: transitions are strongly directed; check that the times are real before '
-            'you claim anything about transitions.')
-    return sentences + [f'{_percent(report[name])} of {text}' for name, (limit, text)
-                        in WARNED_SHARES.items() if (report[name] or 0) > limit]
+    share, days = _percents(report), report['day_granular']
+    facts = (f'Of {report["order_pairs"]} item pairs adjacent {MIN_SEEN} times or more '
+             f'{share["one_way_share"]} occur in one direction only ({share["one_way_by_chance"]} '
+             'by chance)')
+    fixed = (f'{facts}, and one fixed order of the items predicts {share["fixed_order_share"]} of '
+             'the test pairs: the order inside sessions looks like that of a file, not of the '
+             'customers, and a directed model may only be learning it.')
+    directed = (f'{facts}: transitions are strongly directed; check that the times are real before '
+                'you claim anything about transitions.')
+    return [sentence for holds, sentence in (
+        (days, 'Every session starts at midnight UTC: the times are days, not moments. The order '
+         'inside a session is not known (equal times are in a seeded random order), and claims '
+         'about transitions inside a day cannot be made.'),
+        (not days and (report['tie_share'] or 0) > TIES,
+         f'{share["tie_share"]} of neighbouring events in a session have equal times: their order '
+         'is not known and was drawn at random with the seed.'),
+        (_is_a_files(report), fixed),
+        (_one_way(report) and not _is_a_files(report), directed),
+        *(((report[name] or 0) > limit, f'{share[name]} of {text}')
+          for name, (limit, text) in WARNED_SHARES.items())) if holds]
 
 
 def _one_way(report: dict) -> bool:
@@ -266,22 +252,18 @@ def _fixed_order(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray
     return place
 
 
+def _steps(sessions: Sessions) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbouring events of one session -> (earlier, later) items, int64 each."""
+    inside = np.diff(sessions.owner) == 0
+    return tuple(part[inside].astype(np.int64)
+                 for part in (sessions.items[:-1], sessions.items[1:]))
+
+
 def _adjacent(sessions: Sessions) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring events of different items -> (first, second), int64 each."""
-    inside = np.ones(max(len(sessions.items) - 1, 0), bool)
-    ends = sessions.offsets[1:-1] - 1
-    inside[ends[(ends >= 0) & (ends < len(inside))]] = False
-    first, second = (part[inside].astype(np.int64)
-                     for part in (sessions.items[:-1], sessions.items[1:]))
+    """The steps between different items."""
+    first, second = _steps(sessions)
     different = first != second
     return first[different], second[different]
-
-
-def _targets(sessions: Sessions) -> np.ndarray:
-    """Every event but each session's first, as item ids."""
-    later = np.ones(len(sessions.items), bool)
-    later[sessions.offsets[:-1][np.diff(sessions.offsets) > 0]] = False
-    return sessions.items[later]
 
 
 def _keys(sessions: Sessions) -> list[bytes]:
@@ -292,6 +274,12 @@ def _keys(sessions: Sessions) -> list[bytes]:
 
 def _mean(values: np.ndarray | list) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def _percents(report: dict) -> dict[str, str]:
+    """The shares of a report in words, by key."""
+    return {key: _percent(share) for key, share in report.items()
+            if key.endswith(('_share', '_by_chance'))}
 
 
 def _percent(share: float | None) -> str:

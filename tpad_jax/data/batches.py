@@ -14,7 +14,7 @@ import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.catalogue import Content, Data
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 SCANNED = 10_000  # steps whose batches are looked at beforehand, seconds of work
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -43,10 +43,10 @@ class Cut:
         if not 0 <= self.process < self.processes:
             raise ValueError(f'process {self.process} is not one of {self.processes}')
         parts = self.processes * self.shards
-        if self.batch_size < 1 or self.batch_size % parts:
-            raise InputError(f'batch_size={self.batch_size}: cannot be divided evenly among '
-                             f'{self.processes} process(es) of {self.shards} device(s) each. '
-                             f'Expected a multiple of {parts}. Fix: choose one.')
+        refuse_if(self.batch_size < 1 or self.batch_size % parts,
+                  f'batch_size={self.batch_size}: cannot be divided among {self.processes} '
+                  f'process(es) of {self.shards} device(s). Expected a multiple of {parts}. Fix: '
+                  'choose one.')
 
     @property
     def size(self) -> int:
@@ -57,6 +57,10 @@ class Cut:
         """Number the rows of all processes, int32 [steps, batch_size]; see `positions`."""
         drawn = positions(self.seed, step, self.batch_size, total, steps)
         return drawn.reshape(steps, self.batch_size)
+
+    def own_rows(self, step: int, total: int) -> np.ndarray:
+        """Number the rows of this process in one step, int32 [size]."""
+        return self.rows(step, total)[0, self.process::self.processes]
 
 
 def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_prefix: bool = True,
@@ -92,15 +96,14 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
     """
     cut = Cut(**cut)
     rows = sessions_lib.rows(data.train, max_length, every_prefix)
-    if not len(rows.target):
-        raise InputError('no training session has two items. Expected rows to train on. Fix: give '
-                         'longer sessions.')
+    refuse_if(not len(rows.target), 'no training session has two items. Expected rows to train on. '
+              'Fix: give longer sessions.')
     width = 0 if content is None else content_width(rows, data.num_items, cut, steps)
     length = np.count_nonzero(rows.items, axis=1)
     room = 0 if every_prefix else places_width(length, max_length, cut, steps)
 
     def batch(step: int) -> dict:
-        row = cut.rows(step, len(rows.target))[0, cut.process::cut.processes]
+        row = cut.own_rows(step, len(rows.target))
         out = dict(items=rows.items[row], next=rows.next[row], target=rows.target[row],
                    valid=np.ones(cut.size, bool), row=row)
         if room:
@@ -133,8 +136,7 @@ def item_batches(data: Data, *, content: Content | None, start_step: int = 0,
     slots = np.tile(np.arange(1, cut.size // cut.shards + 1, dtype=np.int32), cut.shards)[:, None]
 
     def batch(step: int) -> dict:
-        item = cut.rows(step, data.num_items)[0, cut.process::cut.processes] + 1
-        item = item.astype(np.int32)
+        item = cut.own_rows(step, data.num_items) + 1
         none = np.zeros((cut.size, 1), np.int32)
         out = dict(items=item[:, None], next=none, target=none[:, 0],
                    valid=np.ones(cut.size, bool), row=item)
@@ -285,19 +287,7 @@ def with_content(batch: dict, content: Content, shards: int, width: int) -> dict
     return dict(slots=slots[0], next_slots=slots[1], **content_rows(content, ids))
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """All steps as a source of whole batches: gathering by array beats row-wise reading 10x."""
-
-    batch: Callable[[int], dict]
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, step: int) -> dict:
-        return self.batch(step)
-
-
 def _iterate(batch: Callable[[int], dict], start_step: int) -> Iterator[dict]:
-    steps = grain.MapDataset.source(_Steps(batch))[start_step:]
+    # all steps as a source of whole batches: gathering by array beats row-wise reading 10x
+    steps = grain.MapDataset.range(sys.maxsize).map(batch)[start_step:]
     return iter(steps.to_iter_dataset(READ))

@@ -16,7 +16,7 @@ from tpad_jax.core import files
 from tpad_jax.data import images, text
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.untrusted import SHOWN, reasons
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 DECODE_CHUNK = 512  # images decoded before any is written
 BAD_IMAGES = 'bad_images.txt'  # the items whose images could not be decoded, and why
@@ -132,15 +132,14 @@ def _count(data: Data, outcome: np.ndarray, listed: Path, bad_share: float) -> d
     unread = {why: n for why, n in data.lines.get('unused', {}).items() if why.startswith('image_')}
     rejected = Counter(unread) + Counter(REASONS[outcome[item]] for item in bad)
     kept = int((outcome == DECODED).sum())
-    damaged = {why: n for why, n in rejected.items() if why not in images.WHOLE}
-    tried = kept + sum(damaged.values())
-    if sum(damaged.values()) > bad_share * tried:
-        first = ', '.join(f'{data.asins[item]} {REASONS[outcome[item]]}' for item in bad[:SHOWN])
-        raise InputError(f'{sum(damaged.values())} of {tried} images cannot be used '
-                         f'({reasons(damaged)}{"; first " + first if first else ""}). Expected a '
-                         f'share of at most config.data.bad_share={bad_share}. Fix: correct or '
-                         f'remove them ({listed} lists those that cannot be decoded), or raise '
-                         'config.data.bad_share to use the texts alone.')
+    damaged = Counter({why: n for why, n in rejected.items() if why not in images.WHOLE})
+    tried = kept + damaged.total()
+    first = ', '.join(f'{data.asins[item]} {REASONS[outcome[item]]}' for item in bad[:SHOWN])
+    refuse_if(damaged.total() > bad_share * tried,
+              f'{damaged.total()} of {tried} images cannot be used '
+              f'({"; first ".join(filter(None, (reasons(damaged), first)))}). Expected a share of '
+              f'at most config.data.bad_share={bad_share}. Fix: correct or remove them ({listed} '
+              'lists those that cannot be decoded), or raise the share to use the texts alone.')
     return {'read': kept + rejected.total(), 'kept': kept,
             'rejected': dict(sorted(rejected.items()))}
 
@@ -152,10 +151,10 @@ def _decode(data: Data, size: int, image_file: Path, outcome_file: Path) -> None
     """
     free = shutil.disk_usage(image_file.parent).free
     needed = int(data.has_image.sum()) * size * size * 3
-    if needed > free:  # a mapped file on a full disk ends the process by a bus error
-        raise InputError(f'{image_file.parent}: the decoded pictures take {needed:,} bytes and '
-                         f'{free:,} are free. Expected room for all. Fix: make room, or lower '
-                         'config.mllm.image_size.')
+    # a mapped file on a full disk ends the process by a bus error
+    refuse_if(needed > free, f'{image_file.parent}: the decoded pictures take {needed:,} bytes, '
+              f'{free:,} are free. Expected room for all. Fix: make room, or lower '
+              'config.mllm.image_size.')
     outcome = np.zeros(data.num_items + 1, np.uint8)
     with files.replacing(image_file) as partial, images.quiet(), ThreadPoolExecutor() as pool:
         # a new file is all zeros and takes no disk space until a row is written

@@ -24,7 +24,7 @@ def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float
     Returns:
       csr float64 [V + 1, V + 1], row the earlier item, column the later one.
     """
-    owner = np.repeat(np.arange(len(sessions.offsets) - 1), np.diff(sessions.offsets))
+    owner = sessions.owner
     before, after, weight = [owner[:0]], [owner[:0]], [np.zeros(0)]
     for lag in range(1, min(longest, len(owner) - 1) + 1):
         same = owner[lag:] == owner[:-lag]
@@ -73,9 +73,8 @@ def companions(train: Sessions, num_items: int, *, most: int) -> tuple[np.ndarra
       ids int32 [V + 1, most], 0 where there are fewer, and lifts float32 [V + 1, most], each row's
       summing to V (or 0: an item that was alone).
     """
-    owner = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-    held = sp.csr_array((np.ones(len(owner), np.float32), (owner, train.items)),
-                        shape=(len(train.offsets) - 1, num_items + 1))
+    held = sp.csr_array((np.ones(len(train.items), np.float32), (train.owner, train.items)),
+                        shape=(len(train.start), num_items + 1))
     held.sum_duplicates()
     held.data[:] = 1
     graph = _without_loops(held.T @ held)

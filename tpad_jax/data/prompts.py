@@ -10,7 +10,7 @@ LLaVA's have after an image and the system's turn that Qwen2-VL's and Qwen2.5-VL
 from pathlib import Path
 
 from tpad_jax.data.text import read_tokenizer
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 QWEN = ('<|im_start|>user\n', '\n', '<|im_end|>\n<|im_start|>assistant\n')
 FRAMES = {  # before, between, end
@@ -46,10 +46,8 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
     # special tokens that no prompt uses may be beyond; tokens of a text may not
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     largest = max((set(tokenizer.get_vocab().values()) - special).union(*pieces))
-    if largest >= vocab:
-        raise InputError(f'{directory}: the tokenizer has ids up to {largest}, the model {vocab} '
-                         'embeddings. Expected an embedding for each. Fix: put the tokenizer of '
-                         'this checkpoint there.')
+    refuse_if(largest >= vocab, f'{directory}: the tokenizer has ids up to {largest}, the model '
+              f'{vocab} embeddings. Expected one for each. Fix: use the checkpoint\'s tokenizer.')
     return tuple(pieces)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 DAY = 86_400  # seconds
 
@@ -26,6 +26,16 @@ class Sessions(NamedTuple):
     items: np.ndarray
     offsets: np.ndarray
     start: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Events of every session: int64 [S]."""
+        return np.diff(self.offsets)
+
+    @property
+    def owner(self) -> np.ndarray:
+        """The session of every event: int64 [E]."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.lengths)
 
 
 class Rows(NamedTuple):
@@ -58,19 +68,16 @@ def check(sessions: Sessions, name: str, num_items: int) -> None:
     """
     items, offsets = sessions.items, sessions.offsets
     # neighbours are compared because a difference of unsigned numbers would wrap around
-    if (len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(items)
-            or (offsets[1:] < offsets[:-1]).any()):
-        raise InputError(f'{name}_offsets: they do not cut {len(items)} events into sessions. '
-                         f'Expected numbers that rise from 0 to {len(items)}, one more than '
-                         'sessions. Fix: write the offsets of every session and the end.')
-    wrong = np.flatnonzero((items < 1) | (items > num_items))
-    if len(wrong):
-        raise InputError(f'{name}_items[{wrong[0]}]={items[wrong[0]]}: not an item id. Expected '
+    refuse_if(len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != len(items)
+              or (offsets[1:] < offsets[:-1]).any(),
+              f'{name}_offsets: they do not cut {len(items)} events into sessions. Expected to '
+              f'rise from 0 to {len(items)}. Fix: write the start of every session, and the end.')
+    for wrong in np.flatnonzero((items < 1) | (items > num_items)):
+        raise InputError(f'{name}_items[{wrong}]={items[wrong]}: not an item id. Expected '
                          f'1..{num_items}. Fix: number the items from 1.')
-    if not (offsets[1:] - offsets[:-1] > 1).any():
-        raise InputError(f'{name}: none of its {len(offsets) - 1} sessions has two items. Expected '
-                         'at least one session in which an item follows another. Fix: give longer '
-                         'sessions, or split them otherwise.')
+    refuse_if(not (offsets[1:] - offsets[:-1] > 1).any(),
+              f'{name}: none of its {len(offsets) - 1} sessions has two items. Expected one in '
+              'which an item follows another. Fix: give longer sessions or another split.')
 
 
 def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int,
@@ -98,12 +105,10 @@ def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int
     item, time, first = _grouped(interactions, by_day, gap_seconds, rng)
     offsets = np.append(np.flatnonzero(first), len(item)).astype(np.int64)
     sessions = Sessions(item.astype(np.int32), offsets, time[offsets[:-1]])
-    long_enough = np.flatnonzero(np.diff(offsets) >= min_length)
-    if not len(long_enough):
-        raise InputError(f'config.data.min_length={min_length}: all {len(offsets) - 1} sessions of '
-                         f'{len(item)} interactions are shorter. Expected one of that many items. '
-                         'Fix: give more reviews, raise config.data.gap_hours or lower '
-                         'config.data.min_length.')
+    long_enough = np.flatnonzero(sessions.lengths >= min_length)
+    refuse_if(not len(long_enough), f'config.data.min_length={min_length}: all {len(offsets) - 1} '
+              f'sessions of {len(item)} interactions are shorter. Expected longer ones. Fix: give '
+              'more reviews, raise config.data.gap_hours or lower config.data.min_length.')
     order = np.lexsort((rng.random(len(long_enough)), sessions.start[long_enough]))
     return take(sessions, long_enough[order])
 
@@ -143,17 +148,14 @@ def split(sessions: Sessions, valid: float, test: float) -> tuple[Sessions, Sess
     """
     total = len(sessions.start)
     sizes = [size if size >= 1 else size * total for size in (valid, test)]
-    if min(valid, test) <= 0:
-        raise InputError(f'config.data.valid={valid} and config.data.test={test}: not both '
-                         'positive. Expected a share below 1 or a number of sessions. Fix: raise '
-                         'them.')
+    options = f'config.data.valid={valid} and config.data.test={test}'
+    refuse_if(min(valid, test) <= 0, f'{options}: not both positive. Expected a share below 1 or a '
+              'number of sessions. Fix: raise them.')
     last = _boundary(sessions.start, total - round(sizes[1]))
     middle = _boundary(sessions.start, last - round(sizes[0]))
-    if not 0 < middle < last < total:
-        raise InputError(f'{total} sessions with {len(np.unique(sessions.start))} different start '
-                         f'times cannot be split by time into config.data.valid={valid} and '
-                         f'config.data.test={test}. Expected sessions in every part. Fix: give '
-                         'more sessions or other sizes.')
+    refuse_if(not 0 < middle < last < total, f'{options}: {total} sessions with '
+              f'{len(np.unique(sessions.start))} different start times cannot be split by time. '
+              'Expected sessions in every part. Fix: give more sessions or other sizes.')
     parts = np.split(np.arange(total), [middle, last])
     return tuple(take(sessions, part) for part in parts)
 
@@ -179,17 +181,15 @@ def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
     while True:
         counts = np.bincount(train.items)
         frequent = counts[train.items] >= core
-        owner = np.repeat(np.arange(len(train.start)), np.diff(train.offsets))
-        lengths = np.bincount(owner[frequent], minlength=len(train.start))
+        lengths = np.bincount(train.owner[frequent], minlength=len(train.start))
         if frequent.all() and (lengths >= min_length).all():
             return train
         offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
         shorter = Sessions(train.items[frequent], offsets, train.start)
         train = take(shorter, np.flatnonzero(lengths >= min_length))
-        if not len(train.start):
-            raise InputError(f'config.data.core={core}: no training session of '
-                             f'config.data.min_length={min_length} items remains. Expected some. '
-                             'Fix: lower config.data.core.')
+        refuse_if(not len(train.start), f'config.data.core={core}: no training session of '
+                  f'config.data.min_length={min_length} items remains. Expected some. Fix: lower '
+                  'config.data.core.')
 
 
 def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows:
@@ -204,25 +204,18 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
     Returns:
       The rows.
     """
-    lengths = np.diff(sessions.offsets)
-    if every_prefix:
-        session = np.repeat(np.arange(len(lengths)), np.maximum(lengths - 1, 0))
-        first_row = np.append(0, np.cumsum(np.maximum(lengths - 1, 0)))[:-1]
-        position = np.arange(len(session)) - first_row[session] + 1
-    else:
-        session = np.flatnonzero(lengths > 1)
-        position = lengths[session] - 1
-    start = sessions.offsets[session]
-    end = start + position  # of the target, in `sessions.items`
-    start = np.maximum(start, end - max_length)
+    owner = sessions.owner
+    place = np.arange(len(owner)) - sessions.offsets[owner]  # of every event in its session
+    scored = place > 0
+    if not every_prefix:
+        scored &= place == sessions.lengths[owner] - 1
+    end, session = np.flatnonzero(scored), owner[scored]
+    start = np.maximum(sessions.offsets[session], end - max_length)
     where = start[:, None] + np.arange(max_length)
     valid = where < end[:, None]
     padded = np.append(sessions.items, np.int32(0)).astype(np.int32)
-    last = len(sessions.items)
-    return Rows(items=padded[np.where(valid, where, last)],
-                next=padded[np.where(valid, where + 1, last)],
-                target=padded[end],
-                session=session.astype(np.int32))
+    return Rows(items=padded[np.where(valid, where, -1)], target=padded[end],
+                next=padded[np.where(valid, where + 1, -1)], session=session.astype(np.int32))
 
 
 def warm_items(train: Sessions, num_items: int) -> np.ndarray:
@@ -239,7 +232,7 @@ def counts(train: Sessions, num_items: int) -> np.ndarray:
 
 def take(sessions: Sessions, index: np.ndarray) -> Sessions:
     """Select the sessions with the numbers `index` (int [S']), in that order."""
-    lengths = np.diff(sessions.offsets)[index]
+    lengths = sessions.lengths[index]
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
     shift = sessions.offsets[:-1][index] - offsets[:-1]
     events = np.arange(offsets[-1]) + np.repeat(shift, lengths)
@@ -256,15 +249,12 @@ def join(first: Sessions, second: Sessions) -> Sessions:
 def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
              rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Events by user and time -> items int64 [E], times int64 [E], session begins here bool [E]."""
-    if not by_day and gap_seconds <= 0:
-        raise InputError(f'config.data.gap_hours: {gap_seconds} seconds are not a pause. Expected '
-                         'the longest pause inside a session, above 0. Fix: raise it.')
+    refuse_if(not by_day and gap_seconds <= 0, f'config.data.gap_hours: {gap_seconds} seconds are '
+              'not a pause. Expected the longest pause inside a session, above 0. Fix: raise it.')
     # a canonical order first, so that the seeded order below does not depend on the file's
-    events = interactions.sort('user', 'time', 'item')
-    user, item, time = (events[name].to_numpy().astype(np.int64)
-                        for name in ('user', 'item', 'time'))
-    order = np.lexsort((rng.random(len(item)), time, user))
-    user, item, time = user[order], item[order], time[order]
+    columns = interactions.sort('user', 'time', 'item').select('user', 'item', 'time')
+    events = columns.cast(pl.Int64).to_numpy().T
+    user, item, time = events[:, np.lexsort((rng.random(events.shape[1]), events[2], events[0]))]
     first = np.ones(len(item), bool)
     apart = np.diff(time // DAY) != 0 if by_day else np.diff(time) > gap_seconds
     first[1:] = (np.diff(user) != 0) | apart

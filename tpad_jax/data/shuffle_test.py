@@ -59,8 +59,8 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
 
 def shuffled(sessions: Sessions, rng: np.random.Generator) -> Sessions:
     """Put the items of every session in a random order."""
-    owner = np.repeat(np.arange(len(sessions.start)), np.diff(sessions.offsets))
-    return sessions._replace(items=sessions.items[np.lexsort((rng.random(len(owner)), owner))])
+    order = np.lexsort((rng.random(len(sessions.items)), sessions.owner))
+    return sessions._replace(items=sessions.items[order])
 
 
 def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float

@@ -5,13 +5,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 PRICE_LEVELS = 10
 # keys in tokenizer_config.json of a tokenizer that tokenizer.json describes completely
@@ -96,56 +95,53 @@ def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.nda
     Raises:
       InputError: the directory holds no usable tokenizer.
     """
-    encode = _plain(Path(tokenizer_dir), length) or partial(
-        read_tokenizer(tokenizer_dir), add_special_tokens=False, truncation=True,
-        max_length=length, split_special_tokens=True)
+    encode = _encoder(Path(tokenizer_dir), length)
     tokens = np.full((len(texts), length), -1, np.int32)
     for begin in range(0, len(texts), TOKENIZER_CHUNK):
         chunk = encode(texts[begin:begin + TOKENIZER_CHUNK])
-        for row, ids in zip(tokens[begin:begin + TOKENIZER_CHUNK], chunk['input_ids'],
-                            strict=True):
-            row[:len(ids)] = ids
+        for row, ids in enumerate(chunk, start=begin):
+            tokens[row, :len(ids)] = ids
     return tokens
 
 
-def _plain(directory, length):
-    """Make a function texts -> {'input_ids'} without `transformers`, which imports for seconds.
+def _encoder(directory, length):
+    """Make a function texts -> lists of ids, without importing `transformers` where possible.
+
+    That import takes seconds. It is not needed where tokenizer.json describes the tokenizer
+    completely, as that of `train_tokenizer` does.
 
     Args:
       directory: of the tokenizer.
       length: tokens per text.
 
     Returns:
-      The function; None unless tokenizer.json describes the tokenizer completely, as that of
-      `train_tokenizer` does.
+      The function.
 
     Raises:
-      InputError: that file is missing or damaged.
+      InputError: a file is missing or damaged.
     """
     try:
-        settings = json.loads((directory / 'tokenizer_config.json').read_bytes())
-    except (OSError, ValueError):
-        return None  # `read_tokenizer` knows other files, and names what is wrong
-    if (not isinstance(settings, dict) or settings.get('tokenizer_class') != 'TokenizersBackend'
-            or settings.keys() - PLAIN):
-        return None
+        settings = dict(json.loads((directory / 'tokenizer_config.json').read_bytes()))
+    except (OSError, ValueError, TypeError):
+        settings = {}  # `read_tokenizer` knows other files, and names what is wrong
+    if settings.get('tokenizer_class') != 'TokenizersBackend' or settings.keys() - PLAIN:
+        tokenizer = read_tokenizer(directory)
+        return lambda texts: tokenizer(
+            texts, add_special_tokens=False, truncation=True, max_length=length,
+            split_special_tokens=True)['input_ids']
     from tokenizers import Tokenizer
 
     file = directory / 'tokenizer.json'
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f'{file} is not a usable tokenizer ({error}). Expected the file of the '
+        raise InputError(f'{file} is not a usable tokenizer ({error}). Expected a file of the '
                          'tokenizers library. Fix: copy it again.') from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
-
-    def encode(texts):
-        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-        return {'input_ids': [encoding.ids for encoding in encodings]}
-
-    return encode
+    return lambda texts: [encoding.ids for encoding in
+                          tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 def read_tokenizer(directory: str | Path):
@@ -160,10 +156,8 @@ def read_tokenizer(directory: str | Path):
     Raises:
       InputError: it holds no usable one.
     """
-    if not Path(directory).is_dir():
-        raise InputError(f'{directory}: no such directory. Expected the local directory of a '
-                         'tokenizer (tokenizer.json and tokenizer_config.json). Fix: correct the '
-                         'path.')
+    refuse_if(not Path(directory).is_dir(), f'{directory}: no such directory. Expected one with '
+              'tokenizer.json and tokenizer_config.json. Fix: correct the path.')
     from transformers import AutoTokenizer  # slow to import, and few callers tokenize
 
     try:
@@ -171,8 +165,7 @@ def read_tokenizer(directory: str | Path):
                                                   trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f'{directory}: no usable tokenizer ({str(error).splitlines()[0]}). '
-                         'Expected tokenizer.json and tokenizer_config.json. Fix: copy both '
-                         'there.') from error
+                         'Expected tokenizer.json and its config. Fix: copy both.') from error
     tokenizer.padding_side = tokenizer.truncation_side = 'right'
     return tokenizer
 
@@ -194,12 +187,11 @@ def train_tokenizer(corpus: list[str], directory: str | Path, vocab: int) -> Non
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=['<pad>'],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
-    tokenizer.train_from_iterator(corpus, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>').save_pretrained(
-        directory)
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=['<pad>'], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token='<pad>')
+    fast.save_pretrained(directory)
 
 
 def side_features(catalogue: pl.DataFrame,
@@ -234,11 +226,10 @@ def side_vocabulary(catalogue: pl.DataFrame, warm: np.ndarray) -> dict[str, list
     """
     warm = warm[1:]
     price = _prices(catalogue)
-    known = warm & ~np.isnan(price)
-    edges = np.quantile(price[known], np.arange(1, PRICE_LEVELS) / PRICE_LEVELS) if (
-        known.any()) else np.zeros(0)
-    return {'brand': _shared(catalogue['brand'].to_list(), warm),
-            'category': _shared(catalogue['category'].to_list(), warm), 'price': edges.tolist()}
+    known = price[warm & ~np.isnan(price)]
+    edges = np.quantile(known, np.arange(1, PRICE_LEVELS) / PRICE_LEVELS) if len(known) else known
+    return {'brand': _shared(catalogue['brand'], warm),
+            'category': _shared(catalogue['category'], warm), 'price': edges.tolist()}
 
 
 def side_ids(catalogue: pl.DataFrame, vocabulary: dict[str, list]) -> np.ndarray:
@@ -251,15 +242,13 @@ def side_ids(catalogue: pl.DataFrame, vocabulary: dict[str, list]) -> np.ndarray
     Returns:
       int32 [V, 3].
     """
-    ids = np.zeros((catalogue.height, 3), np.int32)
-    for column, name in enumerate(('brand', 'category')):
-        number = {value: n for n, value in enumerate(vocabulary[name], start=1)}
-        ids[:, column] = [number.get(value, 0) for value in catalogue[name]]
     price = _prices(catalogue)
-    known = ~np.isnan(price)
-    if vocabulary['price']:
-        ids[known, 2] = 1 + np.searchsorted(vocabulary['price'], price[known], side='right')
-    return ids
+    level = 1 + np.searchsorted(vocabulary['price'], price, side='right')
+    if not vocabulary['price']:
+        level[:] = 0
+    level[np.isnan(price)] = 0
+    columns = [_numbered(catalogue[name], vocabulary[name]) for name in ('brand', 'category')]
+    return np.stack([*columns, level], axis=1).astype(np.int32)
 
 
 def value_ids(values: list[str], warm: np.ndarray) -> tuple[np.ndarray, int]:
@@ -272,8 +261,14 @@ def value_ids(values: list[str], warm: np.ndarray) -> tuple[np.ndarray, int]:
     Returns:
       int32 [V], 0 for other values, and how many different ids there can be, 0 included.
     """
-    ids = {value: number for number, value in enumerate(_shared(values, warm), start=1)}
-    return np.array([ids.get(value, 0) for value in values], np.int32), len(ids) + 1
+    shared = _shared(values, warm)
+    return _numbered(values, shared), len(shared) + 1
+
+
+def _numbered(values, vocabulary: list[str]) -> np.ndarray:
+    """The place of every value in a vocabulary, from 1, or 0: int32 [V]."""
+    ids = {value: number for number, value in enumerate(vocabulary, start=1)}
+    return np.array([ids.get(value, 0) for value in values], np.int32)
 
 
 def _shared(values, warm) -> list[str]:

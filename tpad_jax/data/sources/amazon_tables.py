@@ -292,7 +292,7 @@ def _session_records(sessions: Sessions) -> Iterator[dict]:
     numbers = np.arange(len(sessions.start))
     for block in np.split(numbers, numbers[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
         part = sessions_lib.take(sessions, block)
-        yield {'items': part.items, 'lengths': np.diff(part.offsets).astype(np.int32),
+        yield {'items': part.items, 'lengths': part.lengths.astype(np.int32),
                'start': part.start}
 
 

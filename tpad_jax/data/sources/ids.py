@@ -92,8 +92,8 @@ def read(path) -> tuple[Sessions, Sessions, str, int]:
         refuse_if(name not in arrays, f'{path} has no array {name}. Expected train_items, '
                   'train_offsets, test_items and test_offsets. Fix: save all four.')
     parts = [_sessions(path, name, arrays) for name in PARTS]
-    empty = sum(int((np.diff(part.offsets) == 0).sum()) for part in parts)
-    parts = [sessions_lib.take(part, np.flatnonzero(np.diff(part.offsets))) for part in parts]
+    empty = sum(int((part.lengths == 0).sum()) for part in parts)
+    parts = [sessions_lib.take(part, np.flatnonzero(part.lengths)) for part in parts]
     largest = max(part.items.max() for part in parts)
     if largest > MAX_ITEMS:
         different = len(np.unique(np.concatenate([part.items for part in parts])))
