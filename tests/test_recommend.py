@@ -140,7 +140,7 @@ def test_too_many_lines_left_out(command, tmp_path):
     assert '--bad_share=0.04' in told
     assert not out.exists()
     partial = tmp_path / 'out.jsonl.partial'
-    assert f'The answers so far are in {partial}' in told
+    assert f'the answers so far are in {partial}' in told
     assert len(partial.read_text().splitlines()) == 20
 
 
@@ -149,7 +149,7 @@ def test_a_signal_keeps_what_was_answered(command, tmp_path):
     status, _, told = command('--sessions', write(tmp_path / 'sessions.jsonl'), '--out', out,
                               stopping=lambda: True)
     assert status == 75
-    assert f'stopped after line {recommender.SIZES[-1]}. The answers so far are in {out}.' in told
+    assert f'stopped after line {recommender.SIZES[-1]}; the answers so far are in {out}.' in told
     assert len((tmp_path / 'out.jsonl.partial').read_text().splitlines()) == recommender.SIZES[-1]
 
 

@@ -10,10 +10,10 @@ stopped by SIGINT or SIGTERM. More skipped lines than --bad_share are status 2; 
 
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 
 from tpad_jax.core import cli, startup
-from tpad_jax.errors import InputError, Stopped
+from tpad_jax.errors import Stopped
 
 NAME = 'tpad_jax.recommend'
 K = 20  # items per list, or all items of a smaller catalogue
@@ -52,33 +52,27 @@ def run(args, stopping=lambda: False) -> None:
     """
     from tpad_jax.serving import recommender, session_files  # here: --help does not wait for jax
 
-    skipped = 0
+    count, pending = Counter(), deque()
 
     def skip(line, reason):
-        nonlocal skipped
-        skipped += 1
-        if skipped <= PRINTED:
+        count['skipped'] += 1
+        if count['skipped'] <= PRINTED:
             cli.say(NAME, f'{args.sessions}: line {line} is skipped: {reason}')
+
+    def write():
+        sessions, unknown, rows, finish = pending.popleft()
+        sink.write(sessions, unknown, *finish())
+        count.update(sessions=len(sessions), empty=int((rows[:, 0] == 0).sum()),
+                     unknown=sum(map(len, unknown)))
 
     source = session_files.Source(args.sessions, skip)
     shop = recommender.load(args.run)
     if args.added:
         shop.restore_added(args.added)
     k = min(K, len(shop.ids) - 1) if args.k is None else args.k
-    sink = session_files.Sink(args.out, shop.ids, args.scores)
-    where = '' if sink.partial is None else f'. The answers so far are in {sink.partial}'
-    count = {'sessions': 0, 'empty': 0, 'unknown': 0}
     started = printed = time.monotonic()
-    pending, stopped = deque(), False
-
-    def write():
-        sessions, unknown, rows, finish = pending.popleft()
-        sink.write(sessions, unknown, *finish())
-        count['sessions'] += len(sessions)
-        count['empty'] += int((rows[:, 0] == 0).sum())
-        count['unknown'] += sum(map(len, unknown))
-
-    try:
+    with session_files.Sink(args.out, shop.ids, args.scores) as sink:
+        stopped = False
         for sessions in source.in_batches(recommender.SIZES[-1]):
             rows, unknown = shop.rows([session.session for session in sessions])
             pending.extend((sessions, unknown, rows, finish) for finish in shop.begin(rows, k))
@@ -94,18 +88,11 @@ def run(args, stopping=lambda: False) -> None:
         while pending:
             write()
         cli.say(NAME, f'{count["sessions"]} sessions answered, {count["empty"]} of them empty, '
-                f'{count["unknown"]} unknown item ids, {skipped} lines skipped; '
+                f'{count["unknown"]} unknown item ids, {count["skipped"]} lines skipped; '
                 f'{time.monotonic() - started:.0f} s')
         if stopped:
-            raise Stopped(f'stopped after line {source.number}{where}')
-        try:
-            source.check(args.bad_share, '--bad_share')
-        except InputError as error:
-            raise InputError(f'{error}{where}') from error
-    except BaseException:
-        sink.close()
-        raise
-    sink.finish()
+            raise Stopped(f'stopped after line {source.number}')
+        source.check(args.bad_share, '--bad_share')
 
 
 if __name__ == '__main__':

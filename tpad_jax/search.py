@@ -25,7 +25,7 @@ from rich.table import Table
 from tpad_jax import train
 from tpad_jax.config import flat
 from tpad_jax.core import cli, files, startup
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if, refusing
 
 METRICS = ('hit@20', 'mrr@20')  # the first decides; the second decides between equals
 
@@ -51,11 +51,10 @@ def search_config(config, workdir: str | Path, *, trials: int,
     """
     workdir = Path(workdir)
     space, current = dict(flat(config.search.space)), dict(flat(config))
-    refuse_if(not space, 'config.search.space is empty. Expected an axis for every key to search; '
-              'see tpad_jax/search.py')
+    refuse_if(not space, 'config.search.space is empty. Expected an axis for every key to search')
     for key in space:
-        if key not in current:
-            raise InputError(f'config.search.space names {key}, which is not a key of the config')
+        refuse_if(key not in current,
+                  f'config.search.space names {key}, which is not a key of the config')
     defaults = {key: current[key] for key in space}
     # imported here: --help and a wrong space do not wait for jax
     from tpad_jax.baselines.tune import search
@@ -94,11 +93,9 @@ def override(config, params: dict):
     """
     config = copy.deepcopy(config)
     for key, value in params.items():
-        try:
+        with refusing(TypeError, f'config.search.space.{key} proposes {value!r}, but the config '
+                      'holds another type', 'Fix: change the axis'):
             config.update_from_flattened_dict({key: value})
-        except TypeError as error:
-            raise InputError(f'config.search.space.{key} proposes {value!r}, but the config holds '
-                             f'another type ({error})') from error
     return config
 
 

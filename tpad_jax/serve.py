@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tpad_jax.core import cli, startup
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refusing
 
 NAME = 'tpad_jax.serve'
 
@@ -41,7 +41,11 @@ def main(argv: list[str]) -> int:
         '--base': dict(default='', metavar='DIR', help="where the run's MLLM is, if it was moved"),
     }).parse_args(argv)
     stopping = startup.begin()
-    with asyncio.Runner(loop_factory=_loop()) as runner:
+    loop = None
+    with contextlib.suppress(ImportError):  # a faster event loop, which Windows lacks
+        import uvloop
+        loop = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop) as runner:
         return runner.run(serve(args, stopping))
 
 
@@ -58,27 +62,20 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
     Raises:
       InputError: the run cannot be served, packages are missing, or the port is not available.
     """
-    try:
+    with refusing(ImportError, 'a package is missing', 'Fix: pip install "tpad_jax[serve]"'):
         import uvicorn  # here: of an extra, and --help needs none
 
-        from tpad_jax.serving import http
-    except ImportError as error:
-        raise InputError(f'{error.name} is not installed. Fix: pip install "tpad_jax[serve]"'
-                         ) from error
-    from tpad_jax.serving import recommender
+        from tpad_jax.serving import http, recommender
 
     shop = recommender.load(args.run, base=args.base)
     if args.added and Path(args.added).is_file():
         shop.restore_added(args.added)
-    limits = http.Limits(k=args.k, waiting=args.waiting, seconds=args.timeout)
     count = http.Count()
-    app = http.app(shop, args.run, limits=limits, new_items=not args.no_new_items,
-                   added=args.added, count=count)
-    try:
+    app = http.app(shop, args.run, new_items=not args.no_new_items, added=args.added, count=count,
+                   limits=http.Limits(k=args.k, waiting=args.waiting, seconds=args.timeout))
+    with refusing(OSError, f'{args.host}:{args.port} is not available',
+                  'Fix: choose another --host or --port'):
         listening = socket.create_server((args.host, args.port), backlog=2048)
-    except OSError as error:
-        raise InputError(f'{args.host}:{args.port} is not available ({error}). Fix: choose another '
-                         '--host or --port') from error
     # without it a body waits 40 ms for the acknowledgement of its headers
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -87,9 +84,15 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
         def capture_signals(self):
             yield  # signals are handled below, with an exit status
 
-    server = Server(uvicorn.Config(
-        app, log_level='warning', access_log=False, lifespan='on',
-        timeout_graceful_shutdown=args.grace))
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            host, port = listening.getsockname()[:2]
+            if self.started:
+                cli.say(NAME, f'{shop.model} of {len(shop.ids) - 1} items at http://{host}:{port}, '
+                        'its page at /, the interface at /docs')
+
+    server = Server(uvicorn.Config(app, log_level='warning', access_log=False, lifespan='on',
+                                   timeout_graceful_shutdown=args.grace))
 
     def stop():
         server.force_exit = count.stopping
@@ -99,25 +102,9 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
         asyncio.get_running_loop().add_signal_handler(number, stop)
     if stopping():
         stop()
-    task = asyncio.ensure_future(server.serve(sockets=[listening]))
-    while not (server.started or task.done()):
-        await asyncio.sleep(0.02)
-    if server.started:
-        host, port = listening.getsockname()[:2]
-        cli.say(NAME, f'{shop.model} of {len(shop.ids) - 1} items at http://{host}:{port}, its '
-                'page at /, the interface at /docs')
-    await task
+    await server.serve(sockets=[listening])
     cli.say(NAME, f'{count.accepted} requests accepted, {count.answered} answered')
     return 0 if count.answered == count.accepted else cli.BROKEN
-
-
-def _loop():
-    """Return the factory of a faster event loop where it is installed; Windows has none."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -91,39 +92,33 @@ def _resolved(argv):
     """Replace the bare name of a config by its file: 'amazon:tiny' -> '.../amazon.py:tiny'."""
     argv = list(argv)
     for i, argument in enumerate(argv):
-        flag, equals, text = argument.partition('=')
-        if flag.lstrip('-') != 'config' or not argument.startswith('-'):
-            continue
-        if not equals and i + 1 < len(argv):  # --config NAME, two arguments
-            i, flag, text = i + 1, '', argv[i + 1]
-        name, colon, variant = text.partition(':')
-        if not re.fullmatch(r'\w+', name) or Path(name).is_file():
+        match = re.fullmatch(r'(--?config=|)(\w+)(:.*|)', argument)
+        second = i > 0 and argv[i - 1] in ('-config', '--config')  # --config NAME, two arguments
+        if match is None or bool(match[1]) == second or Path(match[2]).is_file():
             continue
         configs = {file.stem: file for folder in CONFIGS for file in folder.glob('[!_]*.py')}
-        refuse_if(name not in configs, f'--config={name!r}: there is no such config. Expected a '
-                  f'file, or one of {", ".join(sorted(configs))}')
-        argv[i] = f'{flag}{equals}{configs[name]}{colon}{variant}'
+        refuse_if(match[2] not in configs, f'--config={match[2]!r}: there is no such config. '
+                  f'Expected a file, or one of {", ".join(sorted(configs))}')
+        argv[i] = f'{match[1]}{configs[match[2]]}{match[3]}'
     return argv
 
 
 def _flags(values):
+    text, integer = (partial(define, flag_values=values)
+                     for define in (flags.DEFINE_string, flags.DEFINE_integer))
     # absl allows a flag without a value for booleans only
     flags.DEFINE_flag(flags.Flag(
         flags.ArgumentParser(), flags.ArgumentSerializer(), 'plan', None,
         'Print the memory that every stage takes, and stop. --plan is for the devices of this '
         'machine; --plan=v5e-8, --plan=v6e-8 or --plan=24gib-8 name others.', boolean=True), values)
-    flags.DEFINE_integer('plan_items', None, 'With --plan: the number of items. No data are read.',
-                         lower_bound=1, flag_values=values)
-    flags.DEFINE_integer('profile', 0, 'Trace and time this many steps of every stage, into '
-                         'WORKDIR/profile.', lower_bound=0, flag_values=values)
+    integer('plan_items', None, 'With --plan: the number of items. No data are read.', 1)
+    integer('profile', 0, 'Trace and time this many steps of every stage, into WORKDIR/profile.', 0)
     # a run of several processes: each gets the same command with another --process
-    flags.DEFINE_string('coordinator', '', 'HOST:PORT where process 0 of several listens. The '
-                        'hosts of a TPU slice need none.', flag_values=values)
-    flags.DEFINE_integer('processes', 0, 'Number of processes.', lower_bound=0, flag_values=values)
-    flags.DEFINE_integer('process', -1, 'Number of this process, from 0.', flag_values=values)
-    flags.DEFINE_string('mirror', '', 'Directory or gs://BUCKET/RUN that gets a copy of the '
-                        'workdir during the run. An empty workdir starts from it.',
-                        flag_values=values)
+    text('coordinator', '', 'HOST:PORT where process 0 of several listens; none on a TPU slice.')
+    integer('processes', 0, 'Number of processes.', 0)
+    integer('process', -1, 'Number of this process, from 0.')
+    text('mirror', '', 'Directory or gs://BUCKET/RUN that gets a copy of the workdir during the '
+         'run. An empty workdir starts from it.')
 
 
 if __name__ == '__main__':

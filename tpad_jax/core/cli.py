@@ -89,7 +89,8 @@ def command(name: str) -> Callable[[Callable[[list[str]], int | None]], Callable
             except FloatingPointError as error:
                 return say(name, error, BROKEN)
             except Stopped as error:
-                return say(name, f'{error}; run the same command again to resume', STOPPED)
+                error.add_note('run the same command again to resume')
+                return say(name, error, STOPPED)
             except KeyboardInterrupt:
                 return say(name, 'stopped by a signal', STOPPED)
             except BrokenPipeError:
@@ -113,11 +114,12 @@ def say(name: str, text: object, status: int = 0) -> int:
 
     Args:
       name: of the command.
-      text: the message. Line breaks become spaces.
+      text: the message, or an error, whose notes follow. Line breaks become spaces.
       status: passed through.
 
     Returns:
       `status`.
     """
-    print(f'{name}: ' + ' '.join(str(text).split()), file=sys.stderr, flush=True)
+    text = '; '.join([str(text), *getattr(text, '__notes__', [])])
+    print(f'{name}: ' + ' '.join(text.split()), file=sys.stderr, flush=True)
     return status

@@ -93,10 +93,11 @@ class Source(Lines):
 
 
 class Sink:
-    """Writes answers as they arrive.
+    """Writes answers as they arrive; a context manager.
 
     Args:
-      path: path of the file, which is <path>.partial until `finish`; '-' for standard output.
+      path: path of the file; '-' for standard output. The file is <path>.partial until the block
+        ends without an error.
       ids: item ids by row.
       scores: whether lines contain scores (a table always does).
     """
@@ -134,21 +135,21 @@ class Sink:
         if len(self._waiting) >= FLUSH:
             self._flush()
 
-    def finish(self) -> None:
-        """Rename the complete file."""
-        self.close()
-        if self.partial is not None:
-            self.partial.replace(self._path)
+    def __enter__(self) -> 'Sink':
+        return self
 
-    def close(self) -> None:
-        """Write the buffered answers; the file stays <path>.partial."""
+    def __exit__(self, kind, error, traceback):
         if self._table is not None:
             self._flush()
             self._table.close()
         if self.partial is None:
             self._file.flush()
+            return
+        self._file.close()
+        if kind is None:
+            self.partial.replace(self._path)
         else:
-            self._file.close()
+            error.add_note(f'the answers so far are in {self.partial}')
 
     def _flush(self):
         if self._waiting:
