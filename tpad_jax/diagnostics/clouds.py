@@ -151,10 +151,9 @@ def warnings(features: dict, held_out: dict, when: str) -> list[str]:
       held_out: {name: number} as the losses log them, on sessions the stage does not train on.
       when: the moment, such as 'after stage transfer'.
     """
-    out = [f'the feature {name} has collapsed: {", and ".join(reasons)}. Remedy: '
+    out = [f'the feature {name} has collapsed: {", and ".join(collapse(numbers))}. Remedy: '
            f'{REMEDIES[name.split("_")[0]]}.'
-           for name, reasons in zip(features, map(collapse, features.values()), strict=True)
-           if reasons]
+           for name, numbers in features.items() if collapse(numbers)]
     for name, value in held_out.items():
         kind, _, loss = name.rpartition('/')
         if kind == 'log_q' and value <= 0:

@@ -49,8 +49,7 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
       The record, or None: if the config has no diagnostics or validation has fewer than two
       sessions, and on all processes except the first.
     """
-    if (not job.config.diagnostics or jax.process_index() != 0
-            or len(_sessions(job).target) < 2):
+    if not job.config.diagnostics or jax.process_index() or len(_sessions(job).target) < 2:
         return None
     folder = records.directory(job.workdir)
     file, before = folder / f'{stage}-{moment}.json', folder / f'{stage}-before.json'

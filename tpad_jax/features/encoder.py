@@ -36,9 +36,9 @@ def reads(spec: tpad.TPAD) -> dict[str, tuple[str, ...]]:
 
     The last one is the adapter under which the rows are read.
     """
+    distil = 'lora/distil' if spec.reread else 'lora/knowledge'
     return {'k': ('base', 'knowledge', 'lora/knowledge'),
-            'r': ('base', 'knowledge', 'adapter',
-                  'lora/distil' if spec.reread else 'lora/knowledge')}
+            'r': ('base', 'knowledge', 'adapter', distil)}
 
 
 def buckets(tokens: np.ndarray, part: int) -> list[tuple[int, np.ndarray]]:
@@ -152,16 +152,15 @@ class Encoder:
         digests = {path: _digest(x) for path, x in flatten_dict(params, sep='/').items()}
         reader = self._spec.knowledge
         prompt = [list(getattr(reader.base, part)) for part in ('before', 'between', 'end')]
-        tokens = hashlib.sha256(np.ascontiguousarray(content.tokens)).hexdigest()[:16]
+        tokens = _sha256(np.ascontiguousarray(content.tokens))[:16]
+        shared = {'prompt': prompt, 'pooling': reader.pooling, 'tokens': tokens,
+                  'dtype': str(getattr(reader.base, 'dtype', 'float32')),
+                  'resolution': content.image.shape[1], 'text_length': content.tokens.shape[1]}
         return {name: {
-            **more, 'adapter': self._reads[name][-1].removeprefix('lora/'), 'prompt': prompt,
-            'pooling': reader.pooling,
-            'dtype': str(getattr(reader.base, 'dtype', 'float32')),
-            'resolution': content.image.shape[1], 'text_length': content.tokens.shape[1],
-            'tokens': tokens, 'parameters': hashlib.sha256('\n'.join(
+            **more, **shared, 'adapter': self._reads[name][-1].removeprefix('lora/'),
+            'parameters': _sha256('\n'.join(
                 f'{path} {mark}' for path, mark in sorted(digests.items())
-                if _under(path, self._reads[name])).encode()).hexdigest()[:16]}
-            for name in self.names}
+                if _under(path, self._reads[name])).encode())[:16]} for name in self.names}
 
     def leave(self, params: dict, directory, progress=None, stopping=lambda: False,
               rows: dict | None = None, **more) -> dict:
@@ -275,8 +274,7 @@ class Encoder:
     def _read_paths(self, params):
         """Return the parameters that are read, {path: array}."""
         roots = set().union(*self._reads.values())
-        return {path: x for path, x in flatten_dict(params, sep='/').items()
-                if _under(path, roots)}
+        return {path: x for path, x in flatten_dict(params, sep='/').items() if _under(path, roots)}
 
 
 def _write(tables, rows, at):
@@ -287,10 +285,14 @@ def _under(path, roots):
     return any(path == root or path.startswith(root + '/') for root in roots)
 
 
+def _sha256(data) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _digest(x) -> str:
     """Return dtype, shape and a digest of an array. A large one stays on its device."""
     if x.nbytes >= LARGE:
         mark = f'{int(digest(x)):08x}'
     else:
-        mark = hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+        mark = _sha256(np.ascontiguousarray(x).tobytes())
     return f'{jnp.dtype(x.dtype).name} {list(x.shape)} {mark}'

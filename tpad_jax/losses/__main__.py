@@ -24,30 +24,27 @@ def main(argv: list[str]) -> int:
     if '--help' in argv or '-h' in argv:
         print(__doc__)
         return 0
-    flags = [arg for arg in argv if arg.startswith('--')]
+    flags = [arg.removeprefix('--').partition('=') for arg in argv if arg.startswith('--')]
     words = [arg for arg in argv if not arg.startswith('--')]
-    if len(words) != 2 or words[0] != 'check' or not all('=' in flag for flag in flags):
+    if len(words) != 2 or words[0] != 'check' or not all(equals for _, equals, _ in flags):
         raise InputError('expected: check pkg.module:function [--KEY=VALUE ...]. Fix: see '
                          'python -m tpad_jax.losses --help')
     jax.config.update('jax_platforms', 'cpu')
-    keywords, fields = {}, {}
-    for flag in flags:
-        name, _, text = flag.removeprefix('--').partition('=')
-        target = fields if name.startswith('fields.') else keywords
-        target[name.removeprefix('fields.')] = _literal(text)
-    module = keywords.pop('module', '')
+    keywords = {name: _literal(text) for name, _, text in flags}
+    fields = {name.removeprefix('fields.'): keywords.pop(name)
+              for name in [*keywords] if name.startswith('fields.')}
+    module, option = keywords.pop('module', ''), f'config.losses.{words[1]}'
     try:
         fn = contract.resolve(words[1], words[1])
-        head = contract.make_module(f'config.losses.{words[1]}', module, fields) if module else None
+        head = contract.make_module(option, module, fields) if module else None
     except InputError as error:
-        text = str(error).replace(f'config.losses.{words[1]}.', '')
-        print(f'{SIGNS[False]}  found      {text}')
+        print(f'{SIGNS[False]}  found      {str(error).replace(f"{option}.", "")}')
         return cli.UNUSABLE
-    broken = False
+    status = 0
     for finding in check.check(fn, keywords, head):
         print(f'{SIGNS[finding.ok]}  {finding.what:<9}  {finding.text}', flush=True)
-        broken |= finding.ok is False
-    return cli.UNUSABLE if broken else 0
+        status = cli.UNUSABLE if finding.ok is False else status
+    return status
 
 
 def _literal(text):

@@ -55,60 +55,54 @@ def check(fn, keywords=(), module=None) -> Iterator[Finding]:
             yield Finding(None, 'form', 'outputs are recognised by their names; mark them by type: '
                           f'{keyword}: Out = Out({name!r})')
         trial = Trial(spec)
-        absent = sorted(spec.needs - trial.outputs)
-        if absent:
-            yield Finding(False, 'names', f'reads {", ".join(absent)}, which no stage computes; '
-                          f'expected {", ".join(sorted(trial.outputs))}')
-            return
-        yield Finding(True, 'names', f'reads {", ".join(sorted(spec.needs)) or "the batch alone"}')
-        yield trial.shape()
-        yield trial.finite()
-        if trial.result is not None:
-            for look in (trial.slope, trial.padding, trial.fewer, trial.only_padding,
-                         trial.replicas, trial.repeats):
-                yield look()
+        for look in trial.looks:
+            ok, text = look()
+            yield Finding(ok, look.__name__.replace('_', ' '), text)
+            if ok is False and trial.result is None:
+                return
     except InputError as error:
         text = str(error).replace(f'config.losses.{NAME}: ', '')
         yield Finding(False, 'contract', text.replace(f'config.losses.{NAME}', 'it'))
     except Exception as error:  # raised by the loss's function
-        lines = [f'{frame.filename}, line {frame.lineno}: '
-                 for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == inspect.getsourcefile(fn)]
+        file, frames = inspect.getsourcefile(fn), traceback.extract_tb(error.__traceback__)
+        lines = [f'{file}, line {frame.lineno}: ' for frame in frames if frame.filename == file]
         first, *_ = traceback.format_exception_only(error)[0].splitlines()
         yield Finding(False, 'runs', ''.join(lines[-1:]) + first)
 
 
 class Trial:
-    """A loss with what it is tried on; each method is one finding, `finite` the first.
+    """A loss with what it is tried on; each of `looks` returns `ok` and `text` of a finding.
 
     Attributes:
       spec: of the loss.
-      params: what `step` takes, see example.py; likewise raw, batch and state.
-      result: what `step` returned before any change, once it is known to be finite.
+      inputs: params, raw, batch and state, as `step` takes them; see example.py.
+      result: what `step` returned for them, once it is known to be finite.
+      looks: the methods in order. Those after `finite` need a result.
     """
 
     def __init__(self, spec: LossSpec):
         self.spec, self.result = spec, None
-        self.params = example.make_params(2)
-        self.batch, raw = example.make(0)
-        self.raw = example.predicted(self.params, raw)
-        self.outputs = jax.eval_shape(example.named, self.params, self.raw, self.batch).keys()
-        self.state = first_states((spec,))
+        params, (batch, raw) = example.make_params(2), example.make(0)
+        raw = example.predicted(params, raw)
+        self.outputs = jax.eval_shape(example.named, params, raw, batch).keys()
         if spec.module:
             drawn = first_parameters((spec,), lambda p, r, b: (self.named(p, r, b), b),
-                                     (self.params, self.raw, self.batch), 0)
-            self.params |= unflatten_dict(drawn, sep='/')
+                                     (params, raw, batch), 0)
+            params |= unflatten_dict(drawn, sep='/')
+        self.inputs = {'params': params, 'raw': raw, 'batch': batch, 'state': first_states((spec,))}
         self.one = jit(partial(self.step, axis=None))
+        self.looks = (self.names, self.shape, self.finite, self.slope, self.padding, self.rows,
+                      self.no_rows, self.replicas, self.repeats)
 
     def named(self, params, raw, batch):
         """Compute the outputs a stage would have for this loss alone."""
         out = example.named(params, raw, batch)
         return {n: x for n, x in out.items() if n in self.spec.needs}
 
-    def loss(self, params, raw, batch):
+    def loss(self, params, raw, batch, state):
         """Call the function; returns a `Loss`."""
         return call(self.spec, self.named(params, raw, batch), batch, axis=None,
-                    state=self.state.get(NAME), key=jax.random.key(0),
+                    key=jax.random.key(0), state=state.get(NAME),
                     head=bound((self.spec,), params).get(NAME))
 
     def step(self, params, raw, batch, state, axis):
@@ -122,37 +116,48 @@ class Trial:
         result, grads = jax.value_and_grad(objective, has_aux=True)(params)
         return result, collectives.mean(grads, axis)
 
+    def run(self, **changes):
+        """Return the result of `step` with some of the inputs changed."""
+        return self.one(**{**self.inputs, **changes})
+
+    def names(self):
+        """Every output it reads exists in some stage."""
+        absent = sorted(self.spec.needs - self.outputs)
+        if absent:
+            return False, (f'reads {", ".join(absent)}, which no stage computes; expected '
+                           f'{", ".join(sorted(self.outputs))}')
+        return True, f'reads {", ".join(sorted(self.spec.needs)) or "the batch alone"}'
+
     def shape(self):
         """One value per row, or a `Loss`; a state only if there is a first one."""
-        result = jax.eval_shape(self.loss, self.params, self.raw, self.batch)
-        if (result.state is None) != (not self.state):
+        result = jax.eval_shape(self.loss, **self.inputs)
+        if (result.state is None) != (not self.inputs['state']):
             raise InputError('the state it returns and its initial_state belong together: '
                              f'{label(self.spec.fn)}.initial_state is a function without '
                              'arguments that returns the first state')
-        return Finding(True, 'shape', f'{result.value.dtype} {list(result.value.shape)} for '
-                       f'{example.B} rows')
+        return True, f'{result.value.dtype} {list(result.value.shape)} for {example.B} rows'
 
     def finite(self):
         """Value, weight and gradient; a second step meets the first one's state."""
         batch, raw = example.make(5)
-        (_, (self.state, _)), _ = self.one(self.params, raw, batch, self.state)
-        result = self.one(self.params, self.raw, self.batch, self.state)
+        (_, (self.inputs['state'], _)), _ = self.run(batch=batch, raw=raw)
+        result = self.run()
         (value, _), grads = result
         if not np.isfinite(value):
-            return Finding(False, 'finite', self._bad_rows(float(value)))
+            return False, self._bad_rows(float(value))
         if not _finite(grads):
-            return Finding(False, 'finite', 'the value is finite and its gradient is not: a root '
-                           'or a norm of zero has none')
+            return False, ('the value is finite and its gradient is not: a root or a norm of zero '
+                           'has none')
         if not _finite(result):
-            return Finding(False, 'finite', 'its state or a metric is not finite')
+            return False, 'its state or a metric is not finite'
         self.result = result
         trained = ', '.join(sorted(n for n, g in grads.items() if _largest(g) > 0))
         text = f'the gradient reaches {trained}' if trained else 'the gradient trains nothing'
-        return Finding(bool(trained), 'finite', f'{float(value) / WEIGHT:.4g}, {text}')
+        return bool(trained), f'{float(value) / WEIGHT:.4g}, {text}'
 
     def _bad_rows(self, total):
-        loss = jax.device_get(jit(self.loss)(self.params, self.raw, self.batch))
-        valid = self.batch.valid.reshape(-1, *(1,) * (loss.value.ndim - 1))
+        loss, valid = jax.device_get(jit(self.loss)(**self.inputs)), self.inputs['batch'].valid
+        valid = valid.reshape(-1, *(1,) * (loss.value.ndim - 1))
         bad = valid & (loss.weight < 0)
         why = "a row weight is below 0; the sign belongs to the entry's weight in the config:"
         if not bad.any():
@@ -163,106 +168,103 @@ class Trial:
 
     def slope(self):
         """Whether the gradient is the value's slope, along a random direction."""
-        rng = np.random.default_rng(9)
-        way = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), self.params)
-        above, below = (float(self.one(
-            jax.tree.map(lambda x, y, e=e: x + e * y, self.params, way), self.raw, self.batch,
-            self.state)[0][0]) for e in (0.005, -0.005))
+        rng, params = np.random.default_rng(9), self.inputs['params']
+        way = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        above, below = (float(self.run(params=jax.tree.map(
+            lambda x, y, e=e: x + e * y, params, way))[0][0]) for e in (0.005, -0.005))
         products = jax.tree.map(lambda g, w: float((g * w).sum()), self.result[1], way)
         slope, rise = sum(jax.tree.leaves(products)), (above - below) / 0.01
         if abs(slope - rise) <= max(0.02 * abs(rise), 0.01):
-            return Finding(True, 'slope', 'the gradient is the slope of the value')
-        return Finding(None, 'slope', f'the gradient is {slope:.4g} where the value rises by '
-                       f'{rise:.4g}: correct if a gradient is stopped or corrected, or if the '
-                       'value has a kink')
+            return True, 'the gradient is the slope of the value'
+        return None, (f'the gradient is {slope:.4g} where the value rises by {rise:.4g}: correct '
+                      'if a gradient is stopped or corrected, or if the value has a kink')
 
     def padding(self):
         """The content of padded rows, positions and tokens changes nothing."""
-        batch, raw = example.garbled(self.batch, self.raw, 9)
-        return self._same('padding', self.one(self.params, raw, batch, self.state),
-                          'padding changes nothing',
-                          'other numbers in padded rows or positions change {}; weigh with '
-                          'Loss(value, weight), the weight of a position being batch.mask')
+        batch, raw = example.garbled(self.inputs['batch'], self.inputs['raw'], 9)
+        return self._same(
+            self.run(batch=batch, raw=raw), 'padding changes nothing',
+            'other numbers in padded rows or positions change {}; weigh with Loss(value, weight), '
+            'the weight of a position being batch.mask')
 
-    def fewer(self):
+    def rows(self):
         """The number of padded rows changes nothing."""
-        keep = self.batch.valid
-        raw, batch = jax.tree.map(lambda x: x[keep], (self.raw, self.batch))
+        raw, batch = jax.tree.map(lambda x: x[self.inputs['batch'].valid],
+                                  (self.inputs['raw'], self.inputs['batch']))
         why = ('draw for each row by jax.random.fold_in(key, row), its row being of batch.row'
                if self.spec.takes('key') else 'the mean over rows is taken by combine')
-        return self._same('rows', self.one(self.params, raw, batch, self.state),
+        return self._same(self.run(batch=batch, raw=raw),
                           'the number of padded rows changes nothing',
                           f'the number of padded rows changes {{}}; {why}')
 
-    def only_padding(self):
+    def no_rows(self):
         """A batch of padding alone: zero, no gradient, an unchanged state."""
-        batch = self.batch.replace(valid=np.zeros(example.B, bool))
-        (value, (state, logged)), grads = self.one(self.params, self.raw, batch, self.state)
+        batch = self.inputs['batch'].replace(valid=np.zeros(example.B, bool))
+        (value, (state, logged)), grads = self.run(batch=batch)
         parts = {'the value': float(value) != 0, 'a gradient': not _largest(grads) == 0,
                  'a metric': any(float(x) != 0 for x in logged.values()),
-                 'the state': not _close(state, self.state)}
+                 'the state': not _close(state, self.inputs['state'])}
         wrong = ', '.join(name for name, bad in parts.items() if bad)
         if not wrong:
-            return Finding(True, 'no rows', 'a batch of padding alone gives zero and no gradient')
+            return True, 'a batch of padding alone gives zero and no gradient'
         why = ('a state stays as it is if no row counts' if wrong == 'the state'
                else 'divide by jnp.maximum(count, 1)')
-        return Finding(False, 'no rows', f'{wrong} changes, or is not zero, in a batch of padding '
-                       f'alone; {why}')
+        return False, f'{wrong} changes, or is not zero, in a batch of padding alone; {why}'
 
     def replicas(self):
         """Replicas that see each other's rows compute the same as one device."""
-        parts = jax.tree.map(lambda x: np.reshape(x, (example.REPLICAS, -1, *x.shape[1:])),
-                             (self.raw, self.batch))
+        params, *rows, state = self.inputs.values()
+        parts = jax.tree.map(lambda x: np.reshape(x, (example.REPLICAS, -1, *x.shape[1:])), rows)
         many = jit(jax.vmap(partial(self.step, axis=AXIS), in_axes=(None, 0, 0, None),
-                            axis_name=AXIS))(self.params, *parts, self.state)
-        first = jax.tree.map(lambda x: x[0], many)
-        return self._same('replicas', first, f'{example.REPLICAS} replicas are one device',
-                          f'{example.REPLICAS} replicas and one differ in {{}}; take the keyword '
-                          'axis: tpad_jax.distributed.collectives.gather(x, axis) returns the rows '
-                          'of every replica, collectives.total(x, axis) a sum over them')
+                            axis_name=AXIS))(params, *parts, state)
+        return self._same(
+            jax.tree.map(lambda x: x[0], many), f'{example.REPLICAS} replicas are one device',
+            f'{example.REPLICAS} replicas and one differ in {{}}; take the keyword axis: '
+            'tpad_jax.distributed.collectives.gather(x, axis) returns the rows of every replica, '
+            'collectives.total(x, axis) a sum over them')
 
     def repeats(self):
         """Two positions of one item are not a negative pair; nor are positions of padding."""
-        items, following, target = (np.minimum(x, 1) for x in (
-            self.batch.items, self.batch.next, self.batch.target))
-        alike = self.batch.replace(items=items, next=following, target=target)
-        if not _finite(self.one(self.params, self.raw, alike, self.state)):
-            return Finding(False, 'repeats', 'not finite if every position holds the same item')
+        params, raw, batch, state = self.inputs.values()
+        alike = batch.replace(items=np.minimum(batch.items, 1), next=np.minimum(batch.next, 1),
+                              target=np.minimum(batch.target, 1))
+        if not _finite(self.run(batch=alike)):
+            return False, 'not finite if every position holds the same item'
         needs = self.spec.needs
         scorers = sorted(n for n in needs if n == 'club' or n.startswith('critic.'))
         if not scorers:
-            return Finding(True, 'repeats', 'finite if every position holds the same item')
-        ids = self.batch.next if 'next' in needs and 'items' not in needs else self.batch.items
-        ids = np.where(self.batch.mask, ids, 0).reshape(-1)
+            return True, 'finite if every position holds the same item'
+        ids = batch.next if 'next' in needs and 'items' not in needs else batch.items
+        ids = np.where(batch.mask, ids, 0).reshape(-1)
         rng, diagonal = np.random.default_rng(4), np.eye(len(ids), dtype=bool)
         scores = rng.normal(size=diagonal.shape).astype(np.float32)
         apart = (ids[:, None] != ids) & (ids[:, None] > 0) & (ids > 0)
         moved = np.where(apart | diagonal, scores, scores + rng.normal(size=diagonal.shape))
 
         def value(scores):
-            out = self.named(self.params, self.raw, self.batch)
-            out |= {n: x for n, x in example.numbered(self.raw).items()
+            out = self.named(params, raw, batch)
+            out |= {n: x for n, x in example.numbered(raw).items()
                     if example.is_of_positions(n) and n in needs}
             out |= dict.fromkeys(scorers, example.LookUp(scores))
-            return combine((self.spec,), out, self.batch, self.state, key=jax.random.key(3),
-                           heads=bound((self.spec,), self.params))[0]
+            return combine((self.spec,), out, batch, state, key=jax.random.key(3),
+                           heads=bound((self.spec,), params))[0]
 
         before, after = map(jit(value), (scores, moved.astype(np.float32)))
         if not np.isfinite(before):
-            return Finding(None, 'repeats', 'not checked: a critic sees changed features')
+            return None, 'not checked: it changes features before a critic sees them'
         if _close(before, after):
-            return Finding(True, 'repeats', 'positions of the same item are not negatives')
-        return Finding(False, 'repeats', f'{float(before):.4g} becomes {float(after):.4g} by '
-                       'scores of positions of one item, or of padding: these are not negatives')
+            return True, 'positions of the same item are not negatives'
+        return False, (f'{float(before):.4g} becomes {float(after):.4g} by scores between '
+                       'positions of the same item, or of padding: these are not negatives')
 
-    def _same(self, what, other, good, bad):
+    def _same(self, other, good, bad):
         ((value, (state, logged)), grads), ((value_, (state_, logged_)), grads_) = (
             self.result, other)
         parts = {f'the value ({float(value):.4g} and {float(value_):.4g})': (value, value_),
                  'the gradient': (grads, grads_), 'the state': (state, state_),
                  'a metric': (logged, logged_)}
         wrong = [name for name, (a, b) in parts.items() if not _close(b, a)]
-        return Finding(not wrong, what, bad.format(', '.join(wrong)) if wrong else good)
+        return not wrong, bad.format(', '.join(wrong)) if wrong else good
 
 
 def check_shape(spec: LossSpec) -> None:

@@ -65,16 +65,14 @@ class LossSpec:
 
     def __post_init__(self):
         option = f'config.losses.{self.name}'
-        keywords = {n: _frozen(f'{option}.{n}', x) for n, x in dict(self.keywords).items()}
-        object.__setattr__(self, 'keywords', FrozenDict(keywords))
+        object.__setattr__(self, 'keywords', _frozen(option, dict(self.keywords)))
         object.__setattr__(self, 'schedule', _frozen(f'{option}.schedule', self.schedule))
-        _check_signature(option, self.fn, keywords, self.module is not None)
+        _check_signature(option, self.fn, self.keywords, self.module is not None)
         _check_schedule(option, self.schedule)
         for keyword, output in self.reads.items():
             if not isinstance(output, str | None):
                 raise InputError(f'{option}.{keyword}={output!r}: {keyword} names an output. '
-                                 "Expected a string. Fix: write the output's name, as in "
-                                 f"{keyword}='r'.")
+                                 f"Expected a string. Fix: write a name, as in {keyword}='r'.")
 
     @cached_property
     def reads(self) -> dict:
@@ -82,10 +80,9 @@ class LossSpec:
         parameters = _parameters(self.fn)
         values = {n: self.keywords.get(n, p.default) for n, p in parameters.items()}
         marked = [n for n, p in parameters.items() if _is_output(p)]
-        if not marked:  # the old form
-            marked = [n for n, p in parameters.items()
-                      if outputs.is_known(values[n] if p.default is p.empty else p.default)]
-        return {n: values[n] for n in marked}
+        return {n: values[n] for n in marked or [  # else the old form
+            n for n, p in parameters.items()
+            if outputs.is_known(values[n] if p.default is p.empty else p.default)]}
 
     @property
     def needs(self) -> frozenset:
@@ -163,11 +160,10 @@ def _parameters(fn):
 
 
 def _is_output(parameter):
-    annotation = parameter.annotation
-    if isinstance(annotation, str):  # from __future__ import annotations
-        annotation = Out if 'Out' in annotation.replace('.', ' ').split() else annotation
-    return (isinstance(parameter.default, Out) or annotation is Out
-            or Out in typing.get_args(annotation))
+    kind, default = parameter.annotation, parameter.default
+    # a string after `from __future__ import annotations`
+    named = isinstance(kind, str) and 'Out' in kind.replace('.', ' ').split()
+    return named or isinstance(default, Out) or kind is Out or Out in typing.get_args(kind)
 
 
 def _check_signature(option, fn, keywords, has_module):
@@ -195,8 +191,7 @@ def _check_schedule(option, schedule):
         and all(isinstance(x, Real) and np.isfinite(x) for x in point) for point in schedule)
     if not numbers or any(a[0] >= b[0] for a, b in pairwise(schedule)):
         raise InputError(f'{option}.schedule={schedule!r}: it is not a schedule. Expected pairs '
-                         '(step, factor) with rising steps. '
-                         'Fix: write it as in ((0, 0.0), (100, 1.0)).')
+                         'with rising steps. Fix: write it as in ((0, 0.0), (100, 1.0)).')
 
 
 def make_module(option, module, fields):
@@ -235,26 +230,22 @@ def _frozen(option, value):
         hash(value)
     except TypeError as error:
         raise InputError(f'{option}={value!r}: a {type(value).__name__} is not hashable. Expected '
-                         'numbers, strings, None, and lists, tuples and dicts of them. '
-                         'Fix: convert it.') from error
+                         'numbers, strings, None, lists and dicts. Fix: convert it.') from error
     return value
 
 
 def _find(option, path, expected):
     """What 'package.module:name' leads to."""
     module, _, attribute = path.rpartition(':')
-    fix = f'Expected {expected}. Fix: change the name.'
     try:
         home = importlib.import_module(module or HOME)
-    except ModuleNotFoundError as error:
-        raise InputError(f'{option}: it cannot be found ({error}). {fix}') from error
     except Exception as error:  # anything that a user's file raises
         where = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
         raise InputError(f'{option}: it cannot be found; {module} does not import '
-                         f'({type(error).__name__}: {error}{where}). Expected a module that '
-                         'imports. Fix: repair it.') from error
+                         f'({type(error).__name__}: {error}{where}). Expected {expected}. Fix: '
+                         'change the name, or repair the module.') from error
     if not attribute or not hasattr(home, attribute):
-        near = difflib.get_close_matches(attribute, vars(home), 1)
-        raise InputError(f'{option}: it cannot be found; {home.__name__} has no {attribute!r}'
-                         + (f', but {near[0]!r}' if near else '') + f'. {fix}')
+        near = ''.join(f', but {n!r}' for n in difflib.get_close_matches(attribute, vars(home), 1))
+        raise InputError(f'{option}: it cannot be found; {home.__name__} has no {attribute!r}{near}'
+                         f'. Expected {expected}. Fix: change the name.')
     return getattr(home, attribute)

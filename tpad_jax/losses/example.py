@@ -29,9 +29,8 @@ SCORES = {'club': CLUB} | {f'critic.{name}': critic for name, critic in CRITICS.
 def entries(is_table, *dtypes) -> dict[str, tuple[int, ...]]:
     """Shapes of the outputs that random numbers can replace: {name: shape}."""
     return {name: tuple(SIZES[size] for size in entry.shape.split(', '))
-            for name, entry in OUTPUTS.items()
-            if name[0] != '_' and name not in SPECIAL and entry.is_table == is_table
-            and entry.dtype in dtypes}
+            for name, entry in OUTPUTS.items() if name[0] != '_' and name not in SPECIAL
+            and entry.is_table == is_table and entry.dtype in dtypes}
 
 
 def make(seed):
@@ -41,10 +40,9 @@ def make(seed):
     real = np.arange(N) < length[:, None]
     valid = np.ones(B, bool)
     valid[[2, 3, 7]] = False  # rows 2 and 3 are the whole of one replica
-    batch = Batch(items=np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32),
-                  next=np.where(real, rng.integers(1, V + 1, (B, N)), 0).astype(np.int32),
-                  target=rng.integers(1, V - 1, B).astype(np.int32), valid=valid,
-                  row=np.arange(B, dtype=np.int32))
+    items, following = (np.where(real, rng.integers(1, V + 1, (B, N)), 0) for _ in range(2))
+    batch = Batch(items, following, rng.integers(1, V - 1, B), valid, np.arange(B))
+    batch = jax.tree.map(lambda x: x if x is valid else x.astype(np.int32), batch)
     raw = {name: rng.normal(size=shape).astype(np.float32)
            for name, shape in entries(False, 'float32').items()}
     raw['repeat'] = np.asarray(repeats.shifts(rng.normal(size=N), batch.items), np.float32)
@@ -111,8 +109,7 @@ def garbled(batch, raw, seed):
         _, size, *_ = f'{OUTPUTS[name].shape}, , '.split(', ')
         real = rows & {'N': batch.mask, 'T': tokens, 'P': tokens}.get(size, rows)
         if x.dtype == np.float32:
-            real = real[:, 0] if x.ndim == 1 else real.reshape(
-                *real.shape, *(1,) * (x.ndim - real.ndim))
+            real = np.expand_dims(real, (*range(2, x.ndim),)) if x.ndim > 1 else real[:, 0]
             garbage[name] = np.where(real, x, 20 * rng.normal(size=x.shape)).astype(np.float32)
         else:  # tokens of a valid row end where they end
             garbage[name] = np.where(rows, x, np.asarray(3, x.dtype))

@@ -70,8 +70,7 @@ def mine(out, batch, *, axis=None, state=None, x: Out = Out('k'), y: Out = Out('
     pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
     rows = bounds.log_rows(*pairs.differ)
     past = jnp.float32(-jnp.inf) if state is None else state['log_average']
-    corrected, new = bounds.moving_partition(bounds.partition(rows, axis), past, decay,
-                                              limit)
+    corrected, new = bounds.moving_partition(bounds.partition(rows, axis), past, decay, limit)
     new = jnp.where(collectives.total(rows.count.sum(), axis) > 0, new, past)
     return _lower(rows.own - corrected, pairs.at.weight,
                   bounds.donsker_varadhan(*pairs.every, axis=axis), state={'log_average': new})

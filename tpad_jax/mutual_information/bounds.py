@@ -259,8 +259,7 @@ def mmd(a, b, all_a, all_b, share, widths=4, chunk=0):
 
 
 def _each(reduce, scores, own, negative):
-    return (scores.each(reduce) if isinstance(scores, Blocks)
-            else reduce(scores, own, negative))
+    return scores.each(reduce) if isinstance(scores, Blocks) else reduce(scores, own, negative)
 
 
 def _own(scores, own):

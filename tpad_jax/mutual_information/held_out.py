@@ -129,8 +129,7 @@ def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate
                    f'{noise:.2f} nats: {bound} may be wrong by as much; use more pairs, or infonce')
     curve = {name: np.asarray(values) for name, values in (curve or {}).items()}
     interval = float(value - reach), float(value + reach)
-    return Estimate(bound, value, error, interval, level, len(x), curve,
-                    warning, score, likelihood)
+    return Estimate(bound, value, error, interval, level, len(x), curve, warning, score, likelihood)
 
 
 @partial(jax.jit, static_argnames=('bound', 'batch'))
