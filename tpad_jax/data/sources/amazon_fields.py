@@ -4,11 +4,10 @@
 their digits. Values that cannot be read in a line that is kept are counted as unused.
 """
 
-import math
 import re
 from collections import Counter
 from itertools import zip_longest
-from typing import NamedTuple
+from types import SimpleNamespace as Fields
 
 from tpad_jax.data.text import clean
 from tpad_jax.data.untrusted import Reason
@@ -31,44 +30,21 @@ _PRICE = re.compile(rf'(?:from\s)?\s*\$?\s*({_NUMBER})(?:\s*-\s*\$?\s*({_NUMBER}
                     r'\s*(?:\([^()]*\))?', re.IGNORECASE)
 # a rule of a style sheet ends within 99 characters: else the time would be quadratic
 _PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]{0,99}:')
-_BYLINE = re.compile(r'by\s*\n')  # "by\n    Microsoft", scraped with its label
+_BYLINE = re.compile(r'\Aby\s*\n')  # "by\n    Microsoft", scraped with its label
 
 
-class Fields(NamedTuple):
-    """Names of a form's fields.
-
-    Attributes:
-      asin: the item.
-      user: the reviewer.
-      time: of the review.
-      units: of `time` in a second.
-      brand: the maker.
-      category: the path of categories.
-      main_category: the fallback where the path is empty.
-      features: the fallback where `description` is empty.
-      pictures: the list whose members hold addresses of pictures; '': the line itself does.
-      urls: the fields with an address, the preferred one first.
-    """
-
-    asin: str
-    user: str
-    time: str
-    units: int
-    brand: str
-    category: str
-    main_category: str
-    features: str
-    pictures: str
-    urls: tuple[str, ...]
-
-
-# 2018's imageURL is a thumbnail of 40 pixels; 2023's large has some 500, more than any tower reads,
-# and hi_res several times that
+# Names of a form's fields. units: of `time` in a second. main_category: the fallback where the path
+# of categories is empty; features: where `description` is. pictures: the list whose members hold
+# the addresses `urls`, the preferred one first; '': the line itself does. 2018's imageURL is a
+# thumbnail of 40 pixels; 2023's large has some 500, more than any tower reads, and hi_res several
+# times that.
 FIELDS = {
-    '2018': Fields('asin', 'reviewerID', 'unixReviewTime', 1, 'brand', 'category', 'main_cat',
-                   'feature', '', ('imageURLHighRes', 'imageURL')),
-    '2023': Fields('parent_asin', 'user_id', 'timestamp', 1000, 'store', 'categories',
-                   'main_category', 'features', 'images', ('large', 'hi_res', 'thumb')),
+    '2018': Fields(asin='asin', user='reviewerID', time='unixReviewTime', units=1, brand='brand',
+                   category='category', main_category='main_cat', features='feature', pictures='',
+                   urls=('imageURLHighRes', 'imageURL')),
+    '2023': Fields(asin='parent_asin', user='user_id', time='timestamp', units=1000, brand='store',
+                   category='categories', main_category='main_category', features='features',
+                   pictures='images', urls=('large', 'hi_res', 'thumb')),
 }
 
 
@@ -109,11 +85,12 @@ def event(record: dict, fields: Fields, items) -> tuple[str, str, int] | Reason:
     if isinstance(time, bool) or not isinstance(time, int | float):
         return Reason('bad_time')
     if not EARLIEST <= time // fields.units < LATEST:
-        units = (unit for unit, per_second in UNITS.items()
-                 if EARLIEST <= time // per_second < LATEST)
-        return Reason(next((f'time_in_{unit}' for unit in units), 'bad_time'))
-    return (user, asin, int(time // fields.units)) if asin in items else Reason(
-        'item_without_metadata')
+        units = [f'time_in_{unit}' for unit, per_second in UNITS.items()
+                 if EARLIEST <= time // per_second < LATEST]
+        return Reason((*units, 'bad_time')[0])
+    if asin not in items:
+        return Reason('item_without_metadata')
+    return user, asin, int(time // fields.units)
 
 
 def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
@@ -127,22 +104,18 @@ def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
     Returns:
       Title, brand, category, description (str, '' if none) and price (dollars, None if none).
     """
-    brand = record.get(fields.brand)
-    if isinstance(brand, str) and (label := _BYLINE.match(brand := brand.lstrip())):
-        brand = brand[label.end():]
-    texts = {
-        'title': _words(record.get('title')),
-        'brand': '' if brand in ABSENT else _words(brand),
-        'category': _category(record.get(fields.category)) or _words(
-            record.get(fields.main_category)),
-        # many 2023 items have an empty description and put everything into their list of features
-        'description': _words(record.get('description')) or _words(record.get(fields.features)),
-    }
-    price = _price(record.get('price'))
-    for name, value in (('title', record.get('title')), ('brand', brand)):
-        unused[name] += bool(value) and value not in ABSENT and not texts[name]
-    unused['price'] += record.get('price') not in ABSENT and price is None
-    return *texts.values(), price
+    raw_title, raw_brand, raw_price = map(record.get, ('title', fields.brand, 'price'))
+    if isinstance(raw_brand, str):
+        raw_brand = _BYLINE.sub('', raw_brand.lstrip())
+    title, price = _words(raw_title), _price(raw_price)
+    brand = '' if raw_brand in ABSENT else _words(raw_brand)
+    for name, raw, value in (('title', raw_title, title), ('brand', raw_brand, brand)):
+        unused[name] += bool(raw) and raw not in ABSENT and not value
+    unused['price'] += raw_price not in ABSENT and price is None
+    category = _category(record.get(fields.category)) or _words(record.get(fields.main_category))
+    # many 2023 items have an empty description and put everything into their list of features
+    description = _words(record.get('description')) or _words(record.get(fields.features))
+    return title, brand, category, description, price
 
 
 def urls(record: dict, fields: Fields, unused: Counter) -> tuple[str, ...]:
@@ -160,8 +133,8 @@ def urls(record: dict, fields: Fields, unused: Counter) -> tuple[str, ...]:
     if isinstance(pictures, dict):  # `datasets.to_json` writes a dict of lists
         columns = [value if isinstance(value, list) else [value] for value in pictures.values()]
         pictures = [dict(zip(pictures, row, strict=True)) for row in zip_longest(*columns)]
-    entries = [entry for entry in pictures if isinstance(entry, dict)] if isinstance(
-        pictures, list) else []
+    entries = pictures if isinstance(pictures, list) else []
+    entries = [entry for entry in entries if isinstance(entry, dict)]
     unused['images_of_unknown_form'] += bool(pictures) and not entries
     entries.sort(key=lambda entry: entry.get('variant') != 'MAIN')
     addresses = [url for entry in entries for name in fields.urls
@@ -179,13 +152,11 @@ def _strings(value: object) -> list:
 
 def _texts(value: object) -> list[str]:
     """The texts in a field; a number is its digits."""
-    return [str(leaf) for leaf in _strings(value)
-            if isinstance(leaf, str) or _is_number(leaf)]
+    return [str(leaf) for leaf in _strings(value) if isinstance(leaf, str) or _is_number(leaf)]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and (
-        abs(value) < 1e15 if math.isfinite(value) else False)
+    return type(value) in (int, float) and abs(value) < 1e15  # which neither nan nor infinity is
 
 
 def _words(value: object) -> str:
