@@ -17,22 +17,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpad_jax.core import cli, startup
-from tpad_jax.data import images
-from tpad_jax.data.download.hosts import Limits
-from tpad_jax.errors import InputError, Stopped
+from tpad_jax.data.download.hosts import OPTIONS, Limits
+from tpad_jax.errors import Stopped, refuse_if
 
 NAME = 'tpad_jax.data.download'
-OPTIONS = {  # smallest and largest value, meaning
-    'jobs': (1, 256, 'requests at once'),
-    'per_host': (1, 256, 'requests at once to one host'),
-    'pause': (0, 1e9, 'seconds between the starts of two requests to one host'),
-    'timeout': (0.01, 1e9, 'seconds without a byte'),
-    'tries': (1, 1000, 'tries of an address after a time-out or a status 5xx'),
-    'backoff': (0, 1e9, 'seconds before the second try, doubled before each later one'),
-    'max_bytes': (1, images.MAX_BYTES, 'largest size of a picture; the job reads no larger ones'),
-    'user_agent': ('name of the client, with an address where you can be reached',),
-    'bad_share': (0, 1, 'share of damaged lines that refuses a raw file'),
-}
 SWITCHES = {
     'allow_private': 'also ask addresses of private networks and of this machine',
     'again': 'ask again for pictures that failed for good',
@@ -75,9 +63,8 @@ def table(report: dict) -> Table:
 def main(argv: list[str]) -> int:
     """Download, print the counts and return the exit status."""
     args = _parser().parse_args(argv)
-    if not args.user_agent.isprintable() or not args.user_agent.isascii():
-        raise InputError('--user_agent holds characters that a request cannot carry. Expected '
-                         'printable ASCII')
+    refuse_if(not args.user_agent.isprintable() or not args.user_agent.isascii(),
+              '--user_agent holds characters that a request cannot carry. Expected printable ASCII')
     stopping = startup.begin()
     # here: --help and a wrong flag do not wait for the readers of raw files
     from tpad_jax.data.download.pictures import download
@@ -87,19 +74,18 @@ def main(argv: list[str]) -> int:
     Console().print(table(report))
     if report['left'] and stopping():
         raise Stopped(f'{report["left"]} pictures left')
-    if report['failed'] and not report['fetched'] + report['there']:
-        reasons = ', '.join(report['reasons'])
-        private = ', and --allow_private for a server of your own' * ('address_refused' in reasons)
-        raise InputError(f'no picture was fetched ({reasons}); see '
-                         f'{args.folder}/images/download.json{private}')
+    reasons = ', '.join(report['reasons'])
+    private = ', and --allow_private for a server of your own' * ('address_refused' in reasons)
+    refuse_if(report['failed'] and not report['fetched'] + report['there'], 'no picture was '
+              f'fetched ({reasons}); see {args.folder}/images/download.json{private}')
     return 0
 
 
 def _parser():
     parser = cli.Parser(NAME, 'Downloads the pictures of the items of a raw Amazon category.')
     parser.add_argument('folder', metavar='RAW_DIR', help='folder of raw files')
-    for name, default in {**Limits()._asdict(), 'bad_share': 0.05}.items():
-        *limits, text = OPTIONS[name]
+    share = 0.05, 0, 1, 'share of damaged lines that refuses a raw file'
+    for name, (default, *limits, text) in {**OPTIONS, 'bad_share': share}.items():
         kind = cli.number(type(default), *limits) if limits else str
         parser.add_argument(f'--{name}', type=kind, default=default,
                             help=f'{text}, default %(default)s')

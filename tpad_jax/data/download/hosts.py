@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import socket
 import time
-from typing import NamedTuple
+from collections import namedtuple
 
 import httpcore2
 
@@ -24,28 +24,19 @@ GIVE_UP = 20  # pictures of a host without an answer, in a row; then it is left 
 _NAT64 = ipaddress.ip_network('64:ff9b::/96')
 
 
-class Limits(NamedTuple):
-    """Limits of a download.
-
-    Attributes:
-      jobs: requests at once.
-      per_host: requests at once to one host.
-      pause: seconds between the starts of two requests to one host.
-      timeout: seconds without a byte.
-      tries: of an address, where a time-out or 5xx came.
-      backoff: seconds before the second try, doubled before each later one.
-      max_bytes: of a picture.
-      user_agent: name of the client.
-    """
-
-    jobs: int = 16
-    per_host: int = 4
-    pause: float = 0.05
-    timeout: float = 20.0
-    tries: int = 4
-    backoff: float = 1.0
-    max_bytes: int = images.MAX_BYTES
-    user_agent: str = 'tpad_jax/0.1.0'
+# limits of a download: default, smallest and largest value, meaning
+OPTIONS = {
+    'jobs': (16, 1, 256, 'requests at once'),
+    'per_host': (4, 1, 256, 'requests at once to one host'),
+    'pause': (0.05, 0, 1e9, 'seconds between the starts of two requests to one host'),
+    'timeout': (20.0, 0.01, 1e9, 'seconds without a byte'),
+    'tries': (4, 1, 1000, 'tries of an address after a time-out or a status 5xx'),
+    'backoff': (1.0, 0, 1e9, 'seconds before the second try, doubled before each later one'),
+    'max_bytes': (images.MAX_BYTES, 1, images.MAX_BYTES,
+                  'largest size of a picture; the job reads no larger ones'),
+    'user_agent': ('tpad_jax/0.1.0', 'name of the client, with your address for questions'),
+}
+Limits = namedtuple('Limits', OPTIONS, defaults=[default for default, *_ in OPTIONS.values()])
 
 
 class FetchError(Exception):

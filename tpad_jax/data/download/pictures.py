@@ -17,8 +17,6 @@ from tpad_jax.data.download.fetching import Fetcher, checked
 from tpad_jax.data.download.hosts import FetchError, Guarded, Limits
 from tpad_jax.data.download.journal import Journal
 from tpad_jax.data.sources import amazon
-from tpad_jax.data.untrusted import stay_inside
-from tpad_jax.errors import refuse_if
 
 POLL = 0.2  # seconds between two checks for a signal
 DEFAULT = Limits()
@@ -52,11 +50,8 @@ def download(raw_dir: str | Path, limits: Limits = DEFAULT, *, allow_private: bo
       Stopped: while the metadata were read.
       OSError: the disk cannot be written any more; finished pictures are kept.
     """
-    folder = Path(raw_dir) / 'images'
     urls = amazon.read_urls(raw_dir, bad_share, stopping)
-    stay_inside(folder, Path(raw_dir))
-    refuse_if(folder.exists() and not folder.is_dir(),
-              f'{folder}: not a directory. Expected one for the pictures. Fix: move the file away.')
+    folder = amazon.image_folder(Path(raw_dir))
     folder.mkdir(exist_ok=True)
     journal = Journal(folder / 'download.jsonl')
     try:

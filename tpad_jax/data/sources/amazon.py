@@ -113,7 +113,7 @@ def find_files(raw_dir: str | Path) -> RawFiles:
     metadata = [match for match in map(_METADATA.fullmatch, names) if match]
     refuse_if(not metadata, f'{raw_dir}: no meta_X.json[.gz] or meta_X.jsonl[.gz]. {expected}put '
               'the metadata into the directory of the reviews.')
-    description, category, extension, _ = metadata[0].group(0, 1, 2, 3)
+    description, category, extension = metadata[0].group(0, 1, 2)
     named = {match[1] for match in (*metadata, *map(_REVIEWS.fullmatch, names)) if match}
     refuse_if(named != {category}, f'{raw_dir}: files of several categories '
               f'({", ".join(sorted(named))}). {expected}give each category a separate folder.')
@@ -193,11 +193,30 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
     return PictureUrls(urls, reviewed, _counts(item_lines, events, unused))
 
 
+def image_folder(raw_dir: Path) -> Path:
+    """Name the folder of pictures, which need not exist.
+
+    Args:
+      raw_dir: the folder that may hold it.
+
+    Returns:
+      `raw_dir / 'images'`.
+
+    Raises:
+      InputError: it leads out of `raw_dir` or is not a folder.
+    """
+    folder = raw_dir / 'images'
+    stay_inside(folder, raw_dir)
+    refuse_if(folder.exists() and not folder.is_dir(),
+              f'{folder}: not a directory. Expected one with pictures. Fix: move the file away.')
+    return folder
+
+
 def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
     """Find the picture of every item; the case of its ending does not matter.
 
     Args:
-      raw_dir: the folder that holds `images/`.
+      raw_dir: the folder that may hold `images/`.
       items: asins, for `in`.
       unused: increased by the reasons why other files are not used.
 
@@ -205,15 +224,9 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
       {asin: path}; of several pictures the one whose ending comes first in `images.ENDINGS`.
 
     Raises:
-      InputError: `images` leads out of the folder or is a file.
+      InputError: as `image_folder`.
     """
-    folder = raw_dir / 'images'
-    stay_inside(folder, raw_dir)
-    if not folder.exists():
-        return {}
-    refuse_if(not folder.is_dir(), f'{folder}: not a directory. Expected one with the pictures. '
-              'Fix: move the file away.')
-    usable = {}
+    folder, usable = image_folder(raw_dir), {}
     for asin, paths in images_lib.by_stem(folder).items():
         for path in paths:
             why = (images_lib.unusable(path, raw_dir)
@@ -225,7 +238,7 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
                 usable[asin] = path
     unused['image_of_unknown_ending'] += sum(
         path.stem in items and path.suffix.lower() not in (*images_lib.ENDINGS, PARTIAL)
-        for path in folder.iterdir())
+        for path in folder.glob('*'))
     return usable
 
 

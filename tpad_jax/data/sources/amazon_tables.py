@@ -57,16 +57,14 @@ class ImageBytes(Sequence):
 class Amazon(tfds.core.GeneratorBasedBuilder):
     """The tables of one category; record k of `items` and of `images` is item id k + 1.
 
+    A price of NaN and an image of no bytes mean that there is none.
     A record of `sessions` is a block of them: items of all int32 [E], their lengths int32 [S] and
     the times of their first events int64 [S], in seconds.
     """
 
     VERSION = tfds.core.Version('1.1.0')
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads a plain class attribute)
-        tfds.core.BuilderConfig(name='items', description='asin, words, price (NaN: none)'),
-        tfds.core.BuilderConfig(name='images', description="encoded image, b'' for none"),
-        tfds.core.BuilderConfig(name='sessions', description='blocks of SESSIONS_PER_RECORD'),
-    ]
+        tfds.core.BuilderConfig(name=name) for name in ('items', 'images', 'sessions')]
 
     def __init__(self, *, records: dict[str, Iterable[dict]] | None = None, **kwargs):
         """Make a builder.
@@ -181,9 +179,8 @@ def fingerprint(raw_dir, options: dict) -> str:
       InputError: raw_dir does not hold one category's files.
     """
     raw_dir, raw = Path(raw_dir), amazon.find_files(raw_dir)
-    folder = raw_dir / 'images'
-    pictures = sorted(path for paths in images.by_stem(folder).values() for path in paths
-                      if not images.unusable(path, raw_dir)) if folder.is_dir() else []
+    pictures = sorted(path for paths in images.by_stem(raw_dir / 'images').values()
+                      for path in paths if not images.unusable(path, raw_dir))
     paths = [raw.metadata, raw.reviews, *pictures]
     total = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock

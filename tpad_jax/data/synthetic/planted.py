@@ -235,13 +235,10 @@ def planted_ids(asins):
     Raises:
       InputError: an asin that `write` did not make.
     """
-    ids = np.zeros(len(asins), np.int32)
-    for row, name in enumerate(asins[1:], 1):
-        refuse_if(not re.fullmatch('P0*[1-9][0-9]*', name) or len(name) != len(asin(1)),
-                  f'asin {name!r} is not in the planted catalogue. Expected raw files of '
-                  '`planted.write`. Fix: prepare those files.')
-        ids[row] = int(name[1:])
-    return ids
+    for name in asins[1:]:
+        refuse_if(not re.fullmatch('P(?!0{9})[0-9]{9}', name), f'asin {name!r} is not in the '
+                  'planted catalogue. Expected files of `planted.write`. Fix: prepare those files.')
+    return np.array([0, *(int(name[1:]) for name in asins[1:])], np.int32)
 
 
 def _review(user, item, seconds):
@@ -342,14 +339,13 @@ def _load(config, workdir):
     from tpad_jax.data.sources import amazon_tables  # seconds, which drawing alone does not need
 
     c = config.data.planted
-    write(workdir / 'raw', **c)
+    raw_dir = workdir / 'raw'
+    write(raw_dir, **c)
     # every session is a user, so that k-core and a share of the sessions mean nothing
-    return amazon_tables.prepared(config, workdir / 'raw', workdir, core=1, valid=c.valid,
-                                  test=c.test)
+    return amazon_tables.prepared(config, raw_dir, workdir, core=1, valid=c.valid, test=c.test)
 
 
-def _sizes(config, workdir):
-    del workdir
+def _sizes(config, _workdir):
     return Sizes(config.data.planted['items'],
                  (len(wording.BRANDS) + 1, len(wording.CATEGORIES) + 1, text.PRICE_LEVELS + 1))
 
