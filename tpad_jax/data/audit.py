@@ -19,9 +19,7 @@ LENGTHS = ('2', '3', '4', '5', '6-10', '11+')
 _EDGES = (3, 4, 5, 6, 11)  # first length of the next bin
 
 # above these a share becomes a warning
-ONE_WAY = 0.5
-FIXED_ORDER = 0.7
-TIES = 0.05
+ONE_WAY, FIXED_ORDER, TIES = 0.5, 0.7, 0.05
 WARNED_SHARES = {
     'overlap_share': (0.05, 'the test sessions are identical to a training session, so memory '
                             'alone predicts them.'),
@@ -92,7 +90,7 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
     Returns:
       order_pairs (pairs counted), one_way_share, one_way_by_chance, fixed_order_share.
     """
-    first, second = _adjacent(train)
+    first, second = _steps(train, changes=True)
     size = 1 + max((int(part.items.max()) for part in (train, test) if len(part.items)), default=0)
     key = np.minimum(first, second) * size + np.maximum(first, second)
     _, pair, count = np.unique(key, return_inverse=True, return_counts=True)
@@ -102,7 +100,7 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
 
     position = _fixed_order(first, second, size)
     known = np.isin(np.arange(size), np.concatenate([first, second]))
-    a, b = _adjacent(test)
+    a, b = _steps(test, changes=True)
     comparable = known[a] & known[b]
     step = np.sign(position[b[comparable]] - position[a[comparable]])
     return {'order_pairs': int(often.sum()),
@@ -201,11 +199,6 @@ def _warnings(report: dict) -> list[str]:
     facts = (f'Of {report["order_pairs"]} item pairs adjacent {MIN_SEEN} times or more '
              f'{share["one_way_share"]} occur in one direction only ({share["one_way_by_chance"]} '
              'by chance)')
-    fixed = (f'{facts}, and one fixed order of the items predicts {share["fixed_order_share"]} of '
-             'the test pairs: the order inside sessions looks like that of a file, not of the '
-             'customers, and a directed model may only be learning it.')
-    directed = (f'{facts}: transitions are strongly directed; check that the times are real before '
-                'you claim anything about transitions.')
     return [sentence for holds, sentence in (
         (days, 'Every session starts at midnight UTC: the times are days, not moments. The order '
          'inside a session is not known (equal times are in a seeded random order), and claims '
@@ -213,8 +206,13 @@ def _warnings(report: dict) -> list[str]:
         (not days and (report['tie_share'] or 0) > TIES,
          f'{share["tie_share"]} of neighbouring events in a session have equal times: their order '
          'is not known and was drawn at random with the seed.'),
-        (_is_a_files(report), fixed),
-        (_one_way(report) and not _is_a_files(report), directed),
+        (_is_a_files(report),
+         f'{facts}, and one fixed order of the items predicts {share["fixed_order_share"]} of the '
+         'test pairs: the order inside sessions looks like that of a file, not of the customers, '
+         'and a directed model may only be learning it.'),
+        (_one_way(report) and not _is_a_files(report),
+         f'{facts}: transitions are strongly directed; check that the times are real before you '
+         'claim anything about transitions.'),
         *(((report[name] or 0) > limit, f'{share[name]} of {text}')
           for name, (limit, text) in WARNED_SHARES.items())) if holds]
 
@@ -252,18 +250,11 @@ def _fixed_order(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray
     return place
 
 
-def _steps(sessions: Sessions) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring events of one session -> (earlier, later) items, int64 each."""
-    inside = np.diff(sessions.owner) == 0
-    return tuple(part[inside].astype(np.int64)
-                 for part in (sessions.items[:-1], sessions.items[1:]))
-
-
-def _adjacent(sessions: Sessions) -> tuple[np.ndarray, np.ndarray]:
-    """The steps between different items."""
-    first, second = _steps(sessions)
-    different = first != second
-    return first[different], second[different]
+def _steps(sessions: Sessions, changes: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbouring events of one session -> (earlier, later) items, int64; all, or `changes`."""
+    earlier, later = sessions.items[:-1].astype(np.int64), sessions.items[1:].astype(np.int64)
+    inside = (np.diff(sessions.owner) == 0) & ((earlier != later) | (not changes))
+    return earlier[inside], later[inside]
 
 
 def _keys(sessions: Sessions) -> list[bytes]:

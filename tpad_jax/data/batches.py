@@ -40,13 +40,10 @@ class Cut:
 
     def __post_init__(self):
         """Refuse sizes that do not divide."""
-        if not 0 <= self.process < self.processes:
-            raise ValueError(f'process {self.process} is not one of {self.processes}')
         parts = self.processes * self.shards
         refuse_if(self.batch_size < 1 or self.batch_size % parts,
-                  f'batch_size={self.batch_size}: cannot be divided among {self.processes} '
-                  f'process(es) of {self.shards} device(s). Expected a multiple of {parts}. Fix: '
-                  'choose one.')
+                  f'batch_size={self.batch_size}: not a share for {self.processes} process(es) '
+                  f'of {self.shards} device(s). Expected a multiple of {parts}. Fix: choose one.')
 
     @property
     def size(self) -> int:

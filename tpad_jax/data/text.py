@@ -23,7 +23,6 @@ _MARKUP = re.compile(r'<(script|style)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)|</?
                      re.IGNORECASE | re.DOTALL)
 # control characters and halves of a surrogate pair, which no UTF-8 file can hold
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]+')
-_SPACE = re.compile(r'\s+')
 # a character number that Python would refuse to read: it has a limit to a number's digits
 _NO_CHARACTER = re.compile('&#[0-9]{1000,};?')
 
@@ -41,7 +40,7 @@ def clean(text: str) -> str:
       One line of text.
     """
     text = _MARKUP.sub(' ', html.unescape(_NO_CHARACTER.sub('\ufffd', text)))
-    return _SPACE.sub(' ', _UNPRINTABLE.sub(' ', text)).strip()
+    return ' '.join(_UNPRINTABLE.sub(' ', text).split())
 
 
 def words_of(value, levels: int = NESTED) -> str:
@@ -244,9 +243,7 @@ def side_ids(catalogue: pl.DataFrame, vocabulary: dict[str, list]) -> np.ndarray
     """
     price = _prices(catalogue)
     level = 1 + np.searchsorted(vocabulary['price'], price, side='right')
-    if not vocabulary['price']:
-        level[:] = 0
-    level[np.isnan(price)] = 0
+    level[np.isnan(price) | (not vocabulary['price'])] = 0
     columns = [_numbered(catalogue[name], vocabulary[name]) for name in ('brand', 'category')]
     return np.stack([*columns, level], axis=1).astype(np.int32)
 

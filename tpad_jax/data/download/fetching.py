@@ -104,27 +104,23 @@ class Fetcher:
         raise failure
 
     async def _try(self, asin, url):
-        first = self._host(checked(url))
+        first, part = self._host(checked(url)), self._part(asin)
         for number in count(1):
             try:
-                path = await self._once(asin, url, number)
+                whole = await self._body(asin, url, number)
+                # a thread decodes and waits for the disk, so that other bodies do not wait
+                path = await asyncio.to_thread(_give_name, part, self._folder / asin)
+                if not isinstance(path, Reason):
+                    break
+                self._drop(part)
+                # a damaged picture may have lost its end, or been put together of two
+                raise FetchError(path, final=whole or path != images.DAMAGED)
             except FetchError as error:
                 if error.final or first.closed or number == self._limits.tries:
                     first.count(answered=error.final)
                     raise
                 await asyncio.sleep(self._backoff(number))
-            else:
-                first.count(answered=True)
-                return path
-
-    async def _once(self, asin, url, number):
-        whole = await self._body(asin, url, number)
-        # a thread decodes and waits for the disk, so that the bytes of other bodies do not wait
-        path = await asyncio.to_thread(_give_name, self._part(asin), self._folder / asin)
-        if isinstance(path, Reason):
-            self._drop(self._part(asin))
-            # a damaged picture may have lost its end, or been put together of two
-            raise FetchError(path, final=whole or path != images.DAMAGED)
+        first.count(answered=True)
         self.fetched += 1
         self._journal.keep(asin, url, path.name, path.stat().st_size)
         return path

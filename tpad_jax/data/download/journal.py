@@ -63,35 +63,34 @@ class Journal:
         drop_partial_line(path)
         lines = Lines(path)
         for line in lines:
-            if not self._read(line):
+            if not self._apply(line):
                 lines.reject('bad_line')
         self.rejected = dict(lines.rejected)
 
     def begin(self, asin: str, begun: Begun) -> None:
         """Record that a body is about to be written from its first byte on."""
-        self.begun[asin] = begun
-        self._write(asin=asin, **begun._asdict())
+        self._record(asin=asin, **begun._asdict())
 
     def fail(self, asin: str, url: str, reason: str) -> None:
         """Record an answer that would be the same again."""
-        self.failed[asin, url] = reason
-        self._write(asin=asin, url=url, failed=reason)
+        self._record(asin=asin, url=url, failed=reason)
 
     def keep(self, asin: str, url: str, file: str, size: int) -> None:
         """Record that a picture has its name now."""
-        self.failed.pop((asin, url), None)
-        self._write(asin=asin, url=url, file=file, size=size)
+        self._record(asin=asin, url=url, file=file, size=size)
 
     def close(self) -> None:
         """Close the file, so that another process may open it."""
         self._file.close()
 
-    def _write(self, **line):
+    def _record(self, **line):
+        self._apply(line)
         left = json.dumps(line).encode() + b'\n'
         while left:  # a disk that fills up takes less than the whole, and raises at the next call
             left = left[self._file.write(left):]
 
-    def _read(self, line: dict) -> bool:
+    def _apply(self, line: dict) -> bool:
+        """Bring the attributes up to date with a line; False if it is none of the journal's."""
         asin, url, failed = line.get('asin'), line.get('url'), line.get('failed')
         if not (isinstance(asin, str) and isinstance(url, str)):
             return False

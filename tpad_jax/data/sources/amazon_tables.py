@@ -296,10 +296,9 @@ def _session_records(sessions: Sessions) -> Iterator[dict]:
 def _items(data_dir) -> pl.DataFrame:
     """The item table, row k being item id k + 1; price null where there is none."""
     records = _records(read_table(data_dir, 'items', 'items'))
-    columns = {name: [record[name] for record in records] for name in ('price', 'has_image')}
-    words = {name: [record[name].decode() for record in records] for name in WORDS}
-    return pl.DataFrame(columns | words, schema_overrides=dict.fromkeys(WORDS, pl.String)
-                        ).with_columns(pl.col('price').fill_nan(None))
+    schema = {'price': pl.Float32, 'has_image': pl.Boolean, **dict.fromkeys(WORDS, pl.Binary)}
+    return pl.DataFrame(records, schema).with_columns(pl.col(WORDS).cast(pl.String),
+                                                      pl.col('price').fill_nan(None))
 
 
 def _sessions(data_dir, split: str) -> Sessions:
@@ -319,10 +318,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def _check(config) -> None:
-    amazon.find_files(config.data.raw_dir)
-
-
 def _load(config, workdir: Path) -> Data:
     c = config.data
     return prepared(config, Path(c.raw_dir), workdir, core=c.core, valid=c.valid, test=c.test)
@@ -334,4 +329,5 @@ def _sizes(_config, workdir: Path) -> Sizes:
     return Sizes(data.num_items, data.side_sizes)
 
 
-SOURCE = Source(load=_load, check=_check, sizes=_sizes)
+SOURCE = Source(load=_load, check=lambda config: amazon.find_files(config.data.raw_dir),
+                sizes=_sizes)

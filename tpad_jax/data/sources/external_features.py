@@ -9,8 +9,8 @@
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes  # before safetensors, which cannot read bfloat16 without it
 import numpy as np
@@ -27,8 +27,7 @@ FAILURES = (OSError, *DAMAGE, SafetensorError, pl.exceptions.PolarsError,
 MAX_WIDTH = 65_536  # numbers per item; MLLMs have some thousand
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """Rows of the catalogue, and counts of the others.
 
     Attributes:
@@ -70,8 +69,8 @@ def read(file, asins: list[str]) -> Given:
         raise
     except FAILURES as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f'{file} cannot be read as item features: {why}. Expected the form in '
-                         'data/sources/external_features.py. Fix: write it again.') from error
+        raise InputError(f'{file} cannot be read as {file.suffix[1:]} of features: {why}. Expected '
+                         'a form of data/sources/external_features.py. Fix: save it so.') from error
     numeric = features.ndim == 2 and features.dtype.kind in 'fiu'
     refuse_if(not numeric or not 0 < features.shape[1] <= MAX_WIDTH,
               f'{file}: features are {features.dtype} {list(features.shape)}. Expected numbers '
@@ -184,5 +183,5 @@ def _parquet(file):
 
 def _lines(text: bytes) -> list[str]:
     """Lines, the last one ended or not; only a newline ends one."""
-    lines = text.decode('utf-8-sig').split('\n')
-    return [line.rstrip('\r') for line in (lines[:-1] if lines[-1] == '' else lines)]
+    lines = text.decode('utf-8-sig').removesuffix('\n').split('\n')
+    return [line.rstrip('\r') for line in lines]
