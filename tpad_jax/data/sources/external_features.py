@@ -151,7 +151,7 @@ def _safetensors(file):
         names, metadata = tensors.keys(), tensors.metadata() or {}
         refuse_if('features' not in names or 'ids' not in {*names, *metadata},
                   f'{file} holds {", ".join(sorted(names)) or "no tensor"}. Expected the tensor '
-                  "'features', and 'ids' as a tensor or in its metadata. Fix: save both.")
+                  "'features' and the ids, as a tensor or in its metadata. Fix: save both.")
         if 'ids' in names:
             ids = _lines(tensors.get_tensor('ids').astype(np.uint8).tobytes())
         else:
