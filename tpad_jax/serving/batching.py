@@ -8,12 +8,19 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from fastapi import HTTPException
 
 from tpad_jax.serving.recommender import SIZES, Recommender
 
 
-class OverloadedError(Exception):
-    """The queue is full."""
+RETRY = {'Retry-After': '1'}  # seconds
+
+
+class OverloadedError(HTTPException):
+    """The queue is full, or closed."""
+
+    def __init__(self):
+        super().__init__(503, 'too many sessions wait for the device; repeat the request', RETRY)
 
 
 class Batcher:

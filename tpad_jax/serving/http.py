@@ -24,12 +24,11 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from tpad_jax.errors import InputError
-from tpad_jax.serving.batching import Batcher, OverloadedError
+from tpad_jax.serving.batching import RETRY, Batcher
 from tpad_jax.serving.pictures import Pictures
 from tpad_jax.serving.recommender import MAX_K, SIZES, Recommender
 
 PAGE = Path(__file__).with_name('demo.html')
-RETRY = {'Retry-After': '1'}  # seconds
 IMAGE_BYTES = 2**23  # of a request that adds an item, picture and words
 MOST_NEW = 10_000  # items that a service adds
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -110,16 +109,14 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         Unknown ids are dropped and listed. A session without a known item (`empty`) gets the items
         with most events and no scores.
         """
-        table = shop.table
-        rows, unknown = shop.rows(ask.sessions, table)
+        rows, unknown = shop.rows(ask.sessions)
         metrics.sessions.inc(len(rows))
         items, scores = await batcher.ask(rows, ask.k)
         ids = shop.ids  # includes items added since
         return JSONResponse({'answers': [
-            {'items': [ids[n] for n in best], 'scores': None if not row[0] else values,
-             'unknown': names, 'empty': not row[0]}
-            for best, values, names, row in zip(items.tolist(), scores.tolist(), unknown,
-                                              rows.tolist(), strict=True)]})
+            {'items': [ids[n] for n in best], 'scores': None if empty else values, 'unknown': names,
+             'empty': empty} for best, values, names, empty in zip(
+                items.tolist(), scores.tolist(), unknown, (rows[:, 0] == 0).tolist(), strict=True)]})
 
     if new_items:
         @made.post('/items', status_code=201, response_model=Item, responses={
@@ -132,9 +129,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
             """Add an item by its picture, its words, or both; the first one loads the MLLM."""
             item = {'id': item_id, 'title': title, 'brand': brand, 'category': category,
                     'description': description, 'price': price,
-                    'image': await image.read() if image else None}
-            if text:
-                item['text'] = text
+                    'text': text or None, 'image': await image.read() if image else None}
             async with adding:
                 if item_id in shop.table.number:
                     raise HTTPException(409, f'item id {item_id!r} exists')
@@ -202,11 +197,6 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     @made.exception_handler(InputError)
     async def unusable(request, error):
         return _refusal(422, str(error).encode(errors='replace').decode())
-
-    @made.exception_handler(OverloadedError)
-    async def overloaded(request, error):
-        metrics.overloaded.inc()
-        return _refusal(503, 'too many sessions wait for the device; repeat the request', RETRY)
 
     return Guard(made, limits, metrics, count)
 
@@ -337,10 +327,10 @@ class Guard:
         except TooLargeError as error:
             await refuse(error.status_code, error.detail, error.headers)
         except TimeoutError:
-            self._metrics.overloaded.inc()
             await refuse(503, f'not answered within {seconds:g} s', RETRY)
         finally:
             path = route if route in self._paths else 'other'
+            self._metrics.overloaded.inc(status == 503 and path != '/ready')
             self._metrics.requests.labels(path, status).inc()
             self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
 
