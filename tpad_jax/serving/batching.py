@@ -12,7 +12,6 @@ from fastapi import HTTPException
 
 from tpad_jax.serving.recommender import SIZES, Recommender
 
-
 RETRY = {'Retry-After': '1'}  # seconds
 
 

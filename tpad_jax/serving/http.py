@@ -113,10 +113,11 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         metrics.sessions.inc(len(rows))
         items, scores = await batcher.ask(rows, ask.k)
         ids = shop.ids  # includes items added since
+        answers = zip(items.tolist(), scores.tolist(), unknown, (rows[:, 0] == 0).tolist(),
+                      strict=True)
         return JSONResponse({'answers': [
             {'items': [ids[n] for n in best], 'scores': None if empty else values, 'unknown': names,
-             'empty': empty} for best, values, names, empty in zip(
-                items.tolist(), scores.tolist(), unknown, (rows[:, 0] == 0).tolist(), strict=True)]})
+             'empty': empty} for best, values, names, empty in answers]})
 
     if new_items:
         @made.post('/items', status_code=201, response_model=Item, responses={
