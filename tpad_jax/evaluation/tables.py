@@ -12,11 +12,6 @@ PARTS = {'all': (), 'warm': ('slices', 'warm'), 'cold': ('slices', 'cold')}
 WIDEST = 10_000  # characters of a table at most
 
 
-def metric_names(scores: dict) -> list[str]:
-    """List a result's metrics at 20 in the order of results.json, expectations left out."""
-    return [name for name in scores if name.endswith('@20') and not name.startswith('expected_')]
-
-
 def columns(results: dict) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
     """Lay out the columns of a table of all models.
 
@@ -31,7 +26,8 @@ def columns(results: dict) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
       of `shares`.
     """
     tests = [model.get('test', {}) for model in results['models'].values()]
-    paths = {name: (name,) for test in tests for name in metric_names(test)}
+    paths = {name: (name,) for test in tests for name in test
+             if name.endswith('@20') and not name.startswith('expected_')}
     if any('expected_hit@20' in test for test in tests):
         return (paths | {'expected': ('expected_hit@20',)},
                 {'of oracle': 'all', 'warm': 'warm', 'cold': 'cold'})

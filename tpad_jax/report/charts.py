@@ -38,26 +38,30 @@ class Curve(NamedTuple):
 
 
 def chart(title: str, curves: list[Curve], *, x: str = 'step', unit: str = '', wide: bool = False,
-          low: float | None = None, at: float | None = None) -> dict:
+          at: float | None = None) -> dict:
     """Lay out a line chart.
 
     Args:
       title: heading.
       curves: one or more curves.
       x: name of the horizontal axis.
-      unit: of the values.
+      unit: of the values. '%': they are shares, and the vertical axis begins at 0.
       wide: whether the chart fills the page's width.
-      low: lower end of the vertical axis; None: from the values.
-      at: x at which the legend reads the curves first; None: their ends.
+      at: x at which the legend reads the curves first, if they reach it; None: their ends.
     """
     width, height = (640, 330) if wide else (240, 170)
-    curves = [_thin(curve) for curve in curves]
-    across = [v for c in curves for v in (*c.x, *(p[0] for p in c.circles))]
-    up = [v for c in curves for v in (*c.y, *(p[1] for p in c.circles)) if math.isfinite(v)] or [0]
+    share, kept = unit == '%', []
+    for curve in curves:
+        some = np.linspace(0, len(curve.x) - 1, min(len(curve.x), POINTS)).round().astype(int)
+        kept.append(curve._replace(x=[curve.x[i] for i in some],
+                                   y=[(100 if share else 1) * curve.y[i] for i in some]))
+    across = [v for c in kept for v in (*c.x, *(p[0] for p in c.circles))]
+    up = [v for c in kept for v in (*c.y, *(p[1] for p in c.circles)) if math.isfinite(v)] or [0]
     begin, end = _apart(min(across), max(across))
-    bottom, top = _apart(min(up) if low is None else min(low, *up), max(up))
+    bottom, top = _apart(min(0, *up) if share else min(up), max(up))
     margin = 0.06 * (top - bottom)
-    bottom, top = bottom - margin * (low is None), top + margin
+    bottom, top = bottom - margin * (not share), top + margin
+    at = None if at is None else min(at, max(across))
 
     def place(px, py):
         return (round(LEFT + (px - begin) / (end - begin) * (width - LEFT - RIGHT), 1), round(
@@ -69,8 +73,8 @@ def chart(title: str, curves: list[Curve], *, x: str = 'step', unit: str = '', w
                        for t in _ticks(begin, end, 5 if wide else 4, whole=True)],
             'yticks': [(place(begin, t)[1], f'{t:g}') for t in _ticks(bottom, top, 5)],
             'zero': place(begin, 0)[1] if bottom < 0 < top else None,
-            'curves': [_drawn(curve, place, at) for curve in curves],
-            'range': (begin, end), 'at': at, 'digits': 2 if unit == '%' else None}
+            'curves': [_drawn(curve, place, at) for curve in kept],
+            'range': (begin, end), 'at': at, 'digits': 2 if share else None}
 
 
 def scatter(points: dict, reach: float, size: int = 200) -> list[tuple]:
@@ -104,11 +108,6 @@ def _drawn(curve, place, at):
             'rings': [place(*p[:2]) for p in curve.circles],
             'y': [v if math.isfinite(v) else None for v in curve.y],
             'read': read or (known[-1] if known else None)}
-
-
-def _thin(curve):
-    some = np.linspace(0, len(curve.x) - 1, min(len(curve.x), POINTS)).round().astype(int)
-    return curve._replace(x=[curve.x[i] for i in some], y=[curve.y[i] for i in some])
 
 
 def _apart(low, high):

@@ -1,11 +1,9 @@
 """The page of several runs: models by run, paired differences, joint curves, configs."""
 
-from collections import Counter
-
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.evaluation import compare
 from tpad_jax.report import charts, curves, page
-from tpad_jax.report.stored import Run, flat_config, hit_curve
+from tpad_jax.report.stored import Run, flat_config
 from tpad_jax.report.values import Values
 
 SECTIONS = {'results': 'Results', 'differences': 'Differences', 'hits': 'hit@K',
@@ -20,11 +18,9 @@ def context(runs: list[Run]) -> dict:
     Raises:
       InputError: there are more runs than colours, or a run is named twice.
     """
-    if len(runs) > MOST:
-        raise InputError(f'{len(runs)} runs are too many for one page. Expected at most {MOST}')
-    twice = [str(path) for path, n in Counter(run.path.resolve() for run in runs).items() if n > 1]
-    if twice:
-        raise InputError(f'{twice[0]} is named twice. Expected each run once')
+    refuse_if(len(runs) > MOST, f'{len(runs)} runs are too many. Expected at most {MOST} on a page')
+    refuse_if(len({run.path.resolve() for run in runs}) < len(runs),
+              f'{", ".join(str(run.path) for run in runs)}: a run is named twice. Name it once')
     names = labels(runs)
     models = list(dict.fromkeys(name for run in runs for name in run.results['models']))
     searched = [name for name in models if any(
@@ -97,35 +93,23 @@ def configs(runs: list[Run]) -> list[tuple]:
 
 
 def _hits(runs, names, main):
-    drawn = []
-    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
-        if run.ranks is not None and main in run.ranks.ranks:
-            ks = curves.KS[curves.KS <= run.ranks.items]
-            drawn.append(charts.Curve(name, ks.tolist(), (100 * hit_curve(
-                run.ranks, main, ks)).tolist(), place, source=f'run {place} {main}'))
-    if not drawn:
-        return None
-    return charts.chart(f'hit@K of {main}', drawn, x='K', unit='%', wide=True, low=0,
-                        at=min(curves.AT, max(len(curve.x) for curve in drawn)))
+    drawn = [curves.hit_curve(run.ranks, main, name=name, colour=n, source=f'run {n} {main}')
+             for n, (run, name) in enumerate(zip(runs, names, strict=True))
+             if run.ranks is not None and main in run.ranks.ranks]
+    return drawn and charts.chart(f'hit@K of {main}', drawn, x='K', unit='%', wide=True,
+                                  at=curves.AT)
 
 
 def _training(runs, names):
     """Draw hit@20 on validation and then the loss, a chart for every stage that logs it."""
     out = []
     stages = list(dict.fromkeys(stage for run in runs for stage in run.log))
-    for logged, title, unit, scale, low in (
-            (f'valid/hit@{curves.AT}', 'validation hit@20', '%', 100, 0),
-            ('loss', 'loss', '', 1, None)):
+    for logged, title, unit in ((f'valid/hit@{curves.AT}', 'validation hit@20', '%'),
+                                ('loss', 'loss', '')):
         for stage in stages:
-            drawn = [charts.Curve(name, *_scaled(run.log[stage][logged], scale), place,
-                                  source=f'run {place} {stage} {logged}')
-                     for place, (run, name) in enumerate(zip(runs, names, strict=True))
+            drawn = [charts.Curve(name, *run.log[stage][logged], n, f'run {n} {stage} {logged}')
+                     for n, (run, name) in enumerate(zip(runs, names, strict=True))
                      if logged in run.log.get(stage, {})]
             if drawn:
-                out.append(charts.chart(f'{stage}: {title}', drawn, unit=unit, low=low))
+                out.append(charts.chart(f'{stage}: {title}', drawn, unit=unit))
     return out
-
-
-def _scaled(curve, scale):
-    steps, values = curve
-    return list(steps), [scale * value for value in values]

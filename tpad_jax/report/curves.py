@@ -11,8 +11,9 @@ import math
 import numpy as np
 
 from tpad_jax.diagnostics.clouds import unit
+from tpad_jax.evaluation import compare, metrics
 from tpad_jax.report import charts
-from tpad_jax.report.stored import Run, hit_curve
+from tpad_jax.report.stored import Run
 
 KS = np.arange(1, 51)
 AT = 20
@@ -105,12 +106,24 @@ def hits(run: Run, names: list[str]) -> dict | None:
     known = [n for n in names if run.ranks is not None and n in run.ranks.ranks][:MOST]
     if not known:
         return None
-    ks = KS[KS <= run.ranks.items]
     drawn = colours(known) | ({'oracle': None} if 'oracle' in run.ranks.ranks else {})
-    return charts.chart('hit@K', [charts.Curve(
-        name, ks.tolist(), (100 * hit_curve(run.ranks, name, ks)).tolist(), colour, source=name,
-        dashed=name == 'oracle') for name, colour in drawn.items()],
-        x='K', unit='%', wide=True, low=0, at=min(AT, len(ks)))
+    return charts.chart('hit@K', [
+        hit_curve(run.ranks, name, name=name, colour=colour, source=name, dashed=name == 'oracle')
+        for name, colour in drawn.items()], x='K', unit='%', wide=True, at=AT)
+
+
+def hit_curve(ranks: compare.Run, model: str, **drawn) -> charts.Curve:
+    """Compute the share of rows whose target is among the first K, for K from 1 to 50.
+
+    Args:
+      ranks: of the run.
+      model: name of a model that it ranked.
+      **drawn: other fields of the curve.
+    """
+    above, equal = ranks.ranks[model]
+    ks = KS[KS <= ranks.items]
+    share = metrics.hit(above[:, None], equal[:, None], ks).mean(0)
+    return charts.Curve(x=ks.tolist(), y=share.tolist(), **drawn)
 
 
 def clouds(run: Run) -> dict | None:
@@ -175,19 +188,20 @@ def _farthest(clouds):
 
 
 def _chart(log, name, stages, title, unit='', wide=False):
-    curves = [curve for curve, _, _ in _curves(log, name, stages, 100 if unit else 1)]
-    return charts.chart(title, curves, unit=unit, wide=wide, low=0 if unit else None)
+    return charts.chart(title, [curve for curve, _, _ in _curves(log, name, stages)], unit=unit,
+                        wide=wide)
 
 
-def _curves(log, name, stages, scale=1):
+def _curves(log, name, stages):
     """List (curve, stage, step after which it begins) of a logged name over some stages."""
     since, out, chosen = 0, [], colours(stages)
     for stage in stages:
         steps, values = log[stage][name]
         begin = since if stage in ORDER else 0
         label = f'{stage}, from {begin}' if begin else stage
-        out.append((charts.Curve(label, [s + begin for s in steps], [scale * v for v in values],
-                                 chosen[stage], source=f'{stage} {name}'), stage, begin))
+        curve = charts.Curve(label, [step + begin for step in steps], values, chosen[stage],
+                             source=f'{stage} {name}')
+        out.append((curve, stage, begin))
         if stage in ORDER:
             since += max(max(s) for s, _ in log[stage].values())
     return out

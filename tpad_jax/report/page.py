@@ -74,8 +74,7 @@ def context(run: Run) -> dict:
     main = first(models, trained)
     oracle = [run.results['oracle']] if run.results.get('oracle') else []
     others = [name for name in ('knowledge_only', 'id_only') if name in models and name != main]
-    best = [_best(models, searched)] if searched else []
-    best = [name for name in best if name != main]
+    best = [name for name in (searched and [_best(models, searched)]) if name != main]
     known = [main, *others, *(n for n in trained if n not in (main, *others)), *best]
     colour = curves.colours(known)
     drawn = {n: colour[n] for n in [main, *others, *best]} | ({'oracle': 0} if oracle else {})
@@ -87,13 +86,15 @@ def context(run: Run) -> dict:
     training, clouds = curves.training(run), curves.clouds(run)
     features = [(stage, moments) for stage, moments in diagnostics.items()
                 if moments.get('after', {}).get('features')]
+    # the page shows the audit's warnings and its verdict first
+    findings = audit.describe(run.results['audit']) if run.results.get('audit') else []
     out = {
         'v': v, 'name': run.name, 'main': main, 'best': best, 'colour': colour,
         'most': most([model['test'] for model in models.values()] + oracle),
         'differences': [_difference(run.ranks, main, other) for other in [*others, *best]
                         if run.ranks is not None],
         **_table(v, trained, searched, colour),
-        'audit': _findings(run.results.get('audit')),
+        'audit': [line for line in findings if not line.startswith(('Warning: ', 'Verdict: '))],
         'hits': curves.hits(run, [n for n in known if n not in ('tpad_recommend', 'tpad_joint')]),
         'sliced': drawn, 'slices': _slices(models[main]['test']['slices']),
         'slices_most': most([part for of in parts for part in of['slices'].values()]),
@@ -203,12 +204,6 @@ def _rank(above, equal, k=20):
     kind = 'hit' if above + equal <= k else 'miss' if above >= k else 'tied'
     return {'kind': kind,
             'rank': f'{above + 1}' if equal == 1 else f'{above + 1} to {above + equal}'}
-
-
-def _findings(found):
-    """The audit's sentences except warnings and verdict, which the page shows first."""
-    return [line for line in audit.describe(found)
-            if not line.startswith(('Warning: ', 'Verdict: '))] if found else []
 
 
 def _digest(text):

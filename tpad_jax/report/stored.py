@@ -4,13 +4,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tpad_jax import config
 from tpad_jax.core import log as log_lib
 from tpad_jax.diagnostics import records
 from tpad_jax.errors import InputError, refuse_if, refusing
-from tpad_jax.evaluation import compare, metrics
+from tpad_jax.evaluation import compare
 from tpad_jax.report import gallery
 
 RESULTS = 'results.json'
@@ -78,9 +76,3 @@ def read(path: str | Path) -> Run:
 def flat_config(run: Run) -> dict[str, Any]:
     """Flatten a run's config: {'a.b.c': value}."""
     return dict(config.flat(run.results['provenance']['config']))
-
-
-def hit_curve(ranks: compare.Run, model: str, ks: np.ndarray) -> np.ndarray:
-    """Compute the share of rows whose target is among the first K: float64 [len(ks)]."""
-    above, equal = ranks.ranks[model]
-    return metrics.hit(above[:, None], equal[:, None], ks).mean(0)

@@ -30,14 +30,14 @@ class Batcher:
       most_k: length of the longest list. Each call computes so many items; a shorter list is the
         start of it.
       waiting: number of rows that may wait.
-      on_call: called with the number of rows of each device call and of rows that still wait.
+      on_call: called with the number of rows of each device call.
 
     Attributes:
       waiting: number of rows that wait for the device.
     """
 
     def __init__(self, shop: Recommender, most_k: int, waiting: int,
-                 on_call=lambda rows, waiting: None):
+                 on_call=lambda rows: None):
         self._shop, self._most_k, self._room, self._on_call = shop, most_k, waiting, on_call
         self._queue, self.waiting = deque(), 0
         self._came, self._closed = asyncio.Event(), False
@@ -97,7 +97,7 @@ class Batcher:
                     size += len(rows)
             if not part:
                 continue
-            self._on_call(size, self.waiting)
+            self._on_call(size)
             try:
                 items, scores = await loop.run_in_executor(
                     self._pool, self._shop.first, np.concatenate([rows for rows, _, _ in part]),

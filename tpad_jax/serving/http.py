@@ -81,7 +81,8 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     metrics = Metrics()
     pictures = Pictures(workdir)
     adding = asyncio.Lock()
-    batcher = Batcher(shop, most_k, limits.waiting, metrics.called)
+    batcher = Batcher(shop, most_k, limits.waiting, metrics.rows.observe)
+    metrics.waiting.set_function(lambda: batcher.waiting)
 
     @asynccontextmanager
     async def lifespan(_):
@@ -262,16 +263,6 @@ class Metrics:
         self.sessions = counter('tpad_sessions', 'Sessions asked for.')
         self.added = counter('tpad_added_items', 'Items added.')
         self.overloaded = counter('tpad_overloaded', 'Requests refused by 503.')
-
-    def called(self, rows, waiting):
-        """Record a device call.
-
-        Args:
-          rows: its number of sessions.
-          waiting: number of sessions that wait.
-        """
-        self.rows.observe(rows)
-        self.waiting.set(waiting)
 
 
 class Guard:
