@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if, refusing
 
 STAGES = ['knowledge', 'transfer', 'recommend', 'joint']  # in the order of a run
 # rows of the catalogue that a stage writes
@@ -225,6 +225,7 @@ def losses() -> ConfigDict:
     """
     sessions = 'transfer,joint'
     align = dict(weight=0.0, stages=sessions, x='k', y='c', ids='items', critic='critic.align')
+    distil = dict(weight=0.0, stages=sessions, x='r_next', y='p', ids='next')
     divergence = dict(fn='mdist', weight=0.0, kind='forward', temperature=1.0, skew=0.1,
                       by_row=False)
     # Knowledge-MLLM under adapter 'distil' (r.*) is held to itself under 'knowledge' (k.*)
@@ -245,12 +246,9 @@ def losses() -> ConfigDict:
         disentangle=dict(fn='vclub', weight=1e-4, stages=sessions, x='c', y='p', scale=True),
         disentangle_l1out=dict(fn='l1out', weight=0.0, stages=sessions, x='c', y='p', scale=True),
         club_fit=dict(fn='club_fit', weight=1.0, stages=sessions, x='c', y='p', scale=True),
-        distil=dict(fn='infonce', weight=1.0, stages=sessions, x='r_next', y='p', ids='next',
-                    critic='critic.distil', chunk=0),
-        distil_mine=dict(fn='mine', weight=0.0, stages=sessions, x='r_next', y='p', ids='next',
-                         critic='critic.distil'),
-        uniform=dict(fn='alignment_uniformity', weight=0.0, stages=sessions, x='r_next', y='p',
-                     ids='next', power=2.0, sharpness=2.0, uniform=1.0),
+        distil=dict(distil, fn='infonce', weight=1.0, critic='critic.distil', chunk=0),
+        distil_mine=dict(distil, fn='mine', critic='critic.distil'),
+        uniform=dict(distil, fn='alignment_uniformity', power=2.0, sharpness=2.0, uniform=1.0),
         discrepancy=dict(fn='mmd', weight=0.1, stages=sessions, x='r', y='t'),
         mdist_text=dict(student, x='r.text', teacher='k.text', there='text.there'),
         mdist_image=dict(student, x='r.image', teacher='k.image', there='image.there'),
@@ -321,10 +319,9 @@ def partnered(config):
     changes = other.partner.to_dict()
     other.partner = {}
     other.lock()
-    try:
+    with refusing((KeyError, TypeError), 'config.partner does not fit the config',
+                  'Expected keys of the config'):
         other.update(changes)
-    except (KeyError, TypeError) as error:
-        raise InputError(f'config.partner does not fit the config: {error.args[0]}') from error
     before = dict(flat(config))
     for key, value in flat(other):
         if key.startswith(('partner', 'losses.', 'stage.recommend.')) or value == before.get(key):

@@ -10,6 +10,7 @@ item's text instead. Words and whole modalities are withheld from the reader.
 """
 
 import io
+import re
 import sys
 import time
 from functools import partial
@@ -48,28 +49,22 @@ def make_items(count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rng = np.random.default_rng([STREAM, 0])
     attributes = np.stack([rng.integers(0, n, count) for n in wording.SIZES], 1).astype(np.int32)
     titles, brands, descriptions = wording.texts(attributes, rng)
-    texts = ['. '.join(p for p in (t, b, d) if p)
-             for t, b, d in zip(titles, brands, descriptions, strict=True)]
+    texts = ['. '.join(filter(None, parts))
+             for parts in zip(titles, brands, descriptions, strict=True)]
     pictures = np.empty((count, IMAGE, IMAGE, 3), np.uint8)
     for start in range(0, count, 1024):
         rendered = rendering.render(attributes[start:start + 1024], rng)
         for i, picture in enumerate(rendered, start):
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, 'JPEG', quality=90)
-            pixels = images.decode(buffer.getvalue(), IMAGE)
-            assert pixels is not None  # it was encoded just above
-            pictures[i] = pixels
+            pictures[i] = np.asarray(images.decode(buffer.getvalue(), IMAGE))
     return attributes, pictures, texts
 
 
 def shuffled_captions(attributes: np.ndarray, rng: np.random.Generator) -> list[str]:
     """Write the captions of items with their clauses (name, value) in random order."""
-    out = []
-    for caption in wording.caption(attributes):
-        words = caption.split()
-        clauses = [' '.join(words[i:i + 2]) for i in range(0, len(words), 2)]
-        out.append(' '.join(rng.permutation(clauses)))
-    return out
+    clauses = (re.findall(r'\S+ \S+', caption) for caption in wording.caption(attributes))
+    return [' '.join(rng.permutation(of_item)) for of_item in clauses]
 
 
 def objective(model: KnowledgeMLLM, params: dict, key: jax.Array, image: jax.Array,

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from rich.console import Console
 from tests import tiny_report
 from tests.tiny_report import EVIL, Page, V
 from tpad_jax.data import item_graphs
+from tpad_jax.data.sessions import Sessions
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
 from tpad_jax.job import results
@@ -102,7 +102,7 @@ def test_every_picture_has_a_text_and_every_table_heads(runs):
 
 
 def test_what_speaks_for_an_item_by_hand():
-    train = SimpleNamespace(items=np.array([1, 2, 3, 1, 2, 2, 3]), offsets=np.array([0, 3, 5, 7]))
+    train = Sessions(np.array([1, 2, 3, 1, 2, 2, 3]), np.array([0, 3, 5, 7]), np.arange(3))
     pairs = item_graphs.followers(train, 3, 1)
     clouds = {'k': np.array([[1., 0], [0.6, 0.8], [-1, 0]])}
     told = gallery._why(3, np.array([1, 2]), clouds, pairs, np.array([0, .1, .2, .7]))
