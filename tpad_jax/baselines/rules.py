@@ -189,8 +189,7 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
     if name not in BASELINES:
         raise InputError(f'unknown baseline {name!r}. Expected one of {", ".join(BASELINES)}')
     if not len(valid.target):
-        raise InputError(f'{name} cannot be tuned: the validation split has no rows. Fix: enlarge '
-                         'it')
+        raise InputError(f'{name}: the validation split has no rows to tune on. Fix: enlarge it')
     fit, space = BASELINES[name]
     keywords = inspect.signature(fit).parameters
     if ('features' in keywords) != (features is not None):

@@ -58,8 +58,7 @@ def search(objective: Objective, space: Space, defaults: dict, *, trials: int, s
     """
     check_space(space, defaults, name)
     if trials < 1:
-        raise InputError(f'{name}: trials={trials}: too few. Expected 1 or more, the defaults '
-                         'included. Fix: raise the number of trials.')
+        raise InputError(f'{name}: trials={trials}: too few. Expected 1 or more. Fix: raise it.')
     import optuna  # imported where it is first needed: it is slow, and logs every trial by default
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(storage, name, {'space': space, 'defaults': defaults, 'seed': seed,

@@ -172,11 +172,7 @@ def first_parameters(losses, outputs, args, seed: int) -> dict:
             raise InputError(f'{option}: the function never calls head. Expected a call of it. '
                              'Fix: call head, or remove the module.')
         for shapes, draws in calls[spec.name]:
-            def init(draws, module=spec.module, shapes=shapes):
-                args, kwargs = jax.tree.map(_ones, shapes)
-                return module.init(draws, *args, **kwargs)
-
-            variables = jax.jit(init)(draws)
+            variables = jax.jit(partial(_init, spec.module, shapes))(draws)
             if variables.keys() - {'params'}:
                 raise InputError(f'{option}: it has {", ".join(sorted(variables))}. Expected '
                                  'parameters alone. Fix: remove its other variables.')
@@ -187,7 +183,8 @@ def first_parameters(losses, outputs, args, seed: int) -> dict:
 
 def first_states(losses) -> dict:
     """Return {name: state before the first step} of the losses that have one."""
-    return {spec.name: spec.initial_state for spec in losses if spec.initial_state is not None}
+    return {spec.name: spec.fn.initial_state() for spec in losses
+            if hasattr(spec.fn, 'initial_state')}
 
 
 def _apply(module, params, *args, **kwargs):
@@ -198,5 +195,6 @@ def _shape(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, 'dtype') else x
 
 
-def _ones(x):
-    return jnp.ones(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
+def _init(module, shapes, draws):
+    args, kwargs = shapes
+    return module.lazy_init(draws, *args, **kwargs)

@@ -95,11 +95,6 @@ class LossSpec:
         return bool(self.reads) and not any(map(_is_output, _parameters(self.fn).values()))
 
     @property
-    def initial_state(self):
-        """The state before the first step, or None for a loss without a state."""
-        return self.fn.initial_state() if hasattr(self.fn, 'initial_state') else None
-
-    @property
     def hash(self) -> int:
         """A number that depends on the name alone, for `jax.random.fold_in`."""
         return zlib.crc32(self.name.encode()) >> 1  # fold_in takes 31 bits from a Python int

@@ -122,8 +122,6 @@ def divergence(p, q, kind, skew=0.1):
         return (jnp.exp(a) * (a - b)).sum(-1)
 
     match kind:
-        case 'forward':
-            return kl(p, q)
         case 'reverse':
             return kl(q, p)
         case 'symmetric':
@@ -131,12 +129,12 @@ def divergence(p, q, kind, skew=0.1):
         case 'js':
             middle = jnp.logaddexp(p, q) - math.log(2)
             return (kl(p, middle) + kl(q, middle)) / 2
-        case 'skewed':
-            if not skew:
-                return kl(p, q)
+        case 'skewed' if skew:
             return kl(p, jnp.logaddexp(p + math.log(skew), q + math.log1p(-skew)))
-    raise InputError(f'kind={kind!r}: there is no such divergence. Expected one of '
-                     f'{", ".join(KINDS)}. Fix: choose one.')
+        case 'forward' | 'skewed':
+            return kl(p, q)
+    raise InputError(f'kind={kind!r}: no such divergence. Expected one of {", ".join(KINDS)}. Fix: '
+                     'choose one.')
 
 
 def rdist(out, batch, *, x: Out = Out('r.image'), teacher: Out = Out('k.image'),

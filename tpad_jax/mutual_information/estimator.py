@@ -176,11 +176,9 @@ def _checked(x, y, bound, s):
         raise InputError(f'x {x.shape}, y {y.shape}: these are not pairs in rows. Expected [P, I] '
                          'and [P, J]. Fix: reshape them')
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise InputError('x, y: some numbers are not finite. Expected finite numbers. Fix: drop '
-                         'these rows')
+        raise InputError('x, y: some are not finite. Expected finite numbers. Fix: drop these rows')
     least = int(np.ceil(2 * s.batch / min(s.held_out, 0.9 * (1 - s.held_out)))) + 1
     if not 0 < s.held_out < 1 or len(x) < least:
-        raise InputError(f'x, y: {len(x)} pairs cannot be split into parts of two batches of '
-                         f'{s.batch} each (held_out={s.held_out}). Expected at least {least}. '
-                         'Fix: give more pairs, or a smaller batch')
+        raise InputError(f'x, y: {len(x)} pairs are too few for held_out={s.held_out}, batch='
+                         f'{s.batch}. Expected at least {least}. Fix: add pairs, or lower batch')
     return x, y
