@@ -99,7 +99,7 @@ def fit(job, name, stage, spec, params=None, steps=None):
         refresh_every=c.refresh_every, validate=validate if validating else None,
         refresh=refresh if refreshing else None, refreshed=MAKES.get(stage, ()),
         stopping=job.stopping, shown=snapshots.shown(spec.losses),
-        broken=job.workdir / 'not_finite', profile=job.profile and profiling.Profile(
+        broken=job.workdir / 'not_finite', profile=profiling.Profile(
             job.workdir / 'profile', job.profile, name, job.devices))
     begun = time.perf_counter()
     try:

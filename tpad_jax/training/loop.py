@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Loop:
         state is saved and Stopped is raised.
       shown: names of the losses next to the progress bar.
       broken: directory for the batch of a step whose numbers are not finite, or None.
-      profile: traces and times some steps, or None.
+      profile: traces and times some steps.
     """
 
     name: str
@@ -123,7 +123,7 @@ class Loop:
     stopping: Callable[[], bool] = lambda: False
     shown: tuple[str, ...] = ()
     broken: Path | None = None
-    profile: profiling.Profile | None = None
+    profile: profiling.Profile = field(default_factory=profiling.Profile)
 
 
 def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
@@ -171,14 +171,13 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     hosts.wait(f'{loop.name} begins')
     if not record['done']:
         step = lifted(loop.devices, spec)
-        with (closing(loop.batches(number)) as batches,
-              _profiled(loop) as profile, loop.progress(loop.name, loop.total, number) as bar):
+        with (closing(loop.batches(number)) as batches, closing(loop.profile),
+              loop.progress(loop.name, loop.total, number) as bar):
             host = next(batches)
             watch, recent = profiling.CompileWatch(loop.name, host), []
             batch = loop.devices.place(host)
-            if profile:
-                profile.count(partial(lean_step, spec=spec, axis=None), state, Batch.of(host),
-                              {'catalogue': catalogue, 'frozen': frozen})
+            loop.profile.count(partial(lean_step, spec=spec, axis=None), state, Batch.of(host),
+                               {'catalogue': catalogue, 'frozen': frozen})
             while not record['done']:
                 new, shared = number == first, {'catalogue': catalogue, 'frozen': frozen}
                 with (_timed(spent, 'compile') if new else nullcontext(),
@@ -194,8 +193,7 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                     _log(loop, spec, bar, recent, spent)
                 recent.append((number, logged))
                 record['done'] = number >= loop.total
-                if profile:
-                    profile.after(number, first + 2, state, record['done'])
+                loop.profile.after(number, first + 2, state, record['done'])
                 validating = loop.validate and (record['done'] or number % loop.eval_every == 0)
                 metric = None
                 with _timed(spent, 'between'):
@@ -233,15 +231,6 @@ def _chosen(loop, like, record):
             f'{loop.checkpoints.directory}, or delete that folder to train the stage again.')
     trained, rows = loop.devices.local((saved['state'].params, saved['rows']))
     return trained, rows, {**record, 'chosen': step, 'valid': valid}
-
-
-@contextmanager
-def _profiled(loop):
-    try:
-        yield loop.profile
-    finally:
-        if loop.profile:
-            loop.profile.abandon()
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def _count(event: str, seconds: float, **about):
 
 @dataclass
 class Profile:
-    """A few steps of a stage, traced and timed. No other step of the run is waited for.
+    """A few steps of a stage, traced and timed. No other step is waited for; without steps, none.
 
     They follow the second step of a process, when everything is compiled, and are waited for
     together.
@@ -167,10 +167,10 @@ class Profile:
       operations: of one step over all devices.
     """
 
-    directory: Path
-    steps: int
-    stage: str
-    devices: Any
+    directory: Path = Path()
+    steps: int = 0
+    stage: str = ''
+    devices: Any = None
     operations: float = 0.0
     _begun: tuple = ()
 
@@ -181,7 +181,8 @@ class Profile:
           step: the step function of one process.
           *args: its arguments, arrays or shapes.
         """
-        self.operations = self.devices.processes * operations(step, *args)
+        if self.steps:
+            self.operations = self.devices.processes * operations(step, *args)
 
     def after(self, number: int, second: int, state, last: bool) -> None:
         """Start, continue or end the trace; call it after every step.
@@ -192,7 +193,7 @@ class Profile:
           state: arrays to wait for.
           last: whether no step follows.
         """
-        if number == second and not last:
+        if self.steps and number == second and not last:
             jax.block_until_ready(state)
             self.directory.mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(self.directory / self.stage)
@@ -201,10 +202,10 @@ class Profile:
             jax.block_until_ready(state)
             begun, started = self._begun
             seconds = (time.perf_counter() - started) / (number - begun)
-            self.abandon()
+            self.close()
             self._report(begun + 1, number, seconds)
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """End a trace in progress."""
         if self._begun:
             self._begun = ()

@@ -1,14 +1,14 @@
 """The step of a stage: its losses, the update itself, and its first state."""
 
-import json
 from contextlib import closing
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
+from ml_collections import FrozenConfigDict
 
 from tpad_jax import losses
 from tpad_jax.config import MAKES, STAGES, names
@@ -20,9 +20,9 @@ from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch, State
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class StepSpec:
-    """The static part of a train step; equal to another that is made of the same.
+    """The static part of a train step, which is compiled once for all that are equal.
 
     Attributes:
       model: the modules.
@@ -32,7 +32,6 @@ class StepSpec:
       seed: of all draws.
       skip: how many updates in a row may be skipped because a number was not finite.
       parts: of a replica's rows, whose activations exist one after the other.
-      made_of: all that decides what it is, hashable; (): it equals itself alone.
     """
 
     model: tpad.TPAD
@@ -42,14 +41,6 @@ class StepSpec:
     seed: int
     skip: int = 0
     parts: int = 1
-    made_of: tuple = field(default=(), init=False)  # `replace` drops it
-
-    def __eq__(self, other):
-        return self is other or (type(self) is type(other) and bool(self.made_of)
-                                 and self.made_of == other.made_of)
-
-    def __hash__(self):
-        return hash(self.made_of)
 
     @property
     def needs(self) -> frozenset:
@@ -221,14 +212,14 @@ def initialiser(config, model: tpad.TPAD, image_shape: tuple[int, int, int]) -> 
 def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     """Make the static part of a stage's step."""
     c, skip = config.stage[stage], config.skip_not_finite
-    tx = optimizer.optimizer(c)
-    if skip:
-        tx = optax.apply_if_finite(tx, skip)
-    specs = stage_losses(config, stage)
-    spec = StepSpec(model, specs, frozenset(names(c.fresh)), tx, seed, skip, c.accumulate)
-    options = json.dumps([c.to_dict(), skip], default=str, sort_keys=True)
-    object.__setattr__(spec, 'made_of', (options, specs, stage, model, seed))
-    return spec
+    return StepSpec(model, stage_losses(config, stage), frozenset(names(c.fresh)),
+                    _transformation(FrozenConfigDict(c), skip), seed, skip, c.accumulate)
+
+
+@lru_cache  # a spec of the same options has the same object, so that it is equal
+def _transformation(stage, skip):
+    tx = optimizer.optimizer(stage)
+    return optax.apply_if_finite(tx, skip) if skip else tx
 
 
 def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
