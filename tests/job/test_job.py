@@ -351,7 +351,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(stage__transfer__rates=(('^club/', 0),)), 'rates=.* Expected pairs'),
     (dict(losses__distil__weight=0.0), 'no loss of the stage trains critic.distil'),
     (dict(model__form='full'), "config.model.form is 'full'. Fix: set it to 0"),
-    (dict(parallel='threads'), "config.parallel='threads': unknown value"),
+    (dict(parallel='threads'), "config.parallel='threads' is not usable"),
     (dict(devices=9), 'config.devices=9: 8 devices are available'),
     (dict(data__raw_dir='/no/such/place'), '/no/such/place: no such directory'),
     (dict(mllm__base='/no/such/base'), "/no/such/base/config.json: not the config of a base"),

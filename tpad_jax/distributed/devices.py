@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from tpad_jax.core.precision import PRECISIONS, at_precision
+from tpad_jax.core.precision import at_precision
 from tpad_jax.errors import refuse_if
 from tpad_jax.types import Batch
 
@@ -51,11 +51,10 @@ def compiled(fn: Callable, platform: str | None = None, precision: str = 'float3
     Returns:
       The jitted function.
     """
-    level = 'xla_backend_optimization_level'
-    quick = ((platform or jax.default_backend()) == 'cpu'
-             and level not in os.environ.get('XLA_FLAGS', ''))
-    return jax.jit(at_precision(fn, precision), compiler_options={level: 1} if quick else None,
-                   **options)
+    level, flags = 'xla_backend_optimization_level', os.environ.get('XLA_FLAGS', '')
+    if (platform or jax.default_backend()) == 'cpu' and level not in flags:
+        options['compiler_options'] = {level: 1}
+    return jax.jit(at_precision(fn, precision), **options)
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,9 @@ class Devices:
             shared, split = PartitionSpec(), PartitionSpec(AXIS)
             # The step handles 'data' itself; the compiler adds communication along 'model'.
             # check_vma=False: the step averages gradients itself (True would already sum them)
-            step = jax.shard_map(partial(step, axis=AXIS), mesh=self.mesh,
-                                 in_specs=(shared, split, shared), out_specs=shared,
-                                 axis_names={AXIS}, check_vma=False)
+            step = jax.shard_map(
+                partial(step, axis=AXIS), mesh=self.mesh, in_specs=(shared, split, shared),
+                out_specs=shared, axis_names={AXIS}, check_vma=False)
 
         def placed(*args):
             out = step(*args)
@@ -222,20 +221,15 @@ def choose(parallel: str, count: int, model: int = 1, among=None,
       precision: config.precision.
 
     Raises:
-      InputError: an unknown option, more devices than there are, a number that `model` does not
+      InputError: more devices than there are, a number that `model` does not
         divide, processes with different numbers of devices, or several processes without shard_map.
     """
-    for option, value, choices in (('parallel', parallel, ('auto', 'jit', 'pmap', 'shard_map')),
-                                   ('precision', precision, PRECISIONS)):
-        refuse_if(value not in choices, f'config.{option}={value!r}: unknown value. Expected one '
-                  f'of {", ".join(choices)}. Fix: choose one of these')
     local = list(jax.local_devices() if among is None else among)
     refuse_if(not 0 <= count <= len(local), f'config.devices={count}: {len(local)} devices are '
               f'available. Expected 0 to {len(local)}. Fix: choose a number in this range; 0: all')
     count = count or len(local)
-    refuse_if(model < 1 or count % model,
-              f'config.model_shards={model}: does not divide the {count} devices. '
-              'Expected a divisor. Fix: choose one, or 1 to copy parameters to every device')
+    refuse_if(model < 1 or count % model, f'config.model_shards={model}: does not divide the '
+              f'{count} devices. Fix: choose a divisor, or 1 to copy parameters to every device')
     how, processes = parallel, jax.process_count() if among is None else 1
     if how == 'auto':
         how = 'shard_map' if model > 1 or processes > 1 else 'jit' if count == 1 else 'pmap'
@@ -249,8 +243,7 @@ def choose(parallel: str, count: int, model: int = 1, among=None,
     each = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
     counts = [len(devices) for devices in each]
     refuse_if(min(counts) < count or len(set(counts)) > 1, f'config.devices={count}: the processes '
-              f'have {", ".join(map(str, counts))} devices. Expected the same number in every '
-              'process. Fix: start every process with the same number')
+              f'have {", ".join(map(str, counts))} devices. Fix: start each with the same number')
     return Devices(how, tuple(d for devices in each for d in devices[:count]), model, processes,
                    precision)
 

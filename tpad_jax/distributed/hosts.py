@@ -36,8 +36,7 @@ def join(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
     Raises:
       InputError: some arguments are missing, or they are out of range.
     """
-    options = {'coordinator_address': coordinator, 'num_processes': processes,
-               'process_id': process}
+    options = dict(coordinator_address=coordinator, num_processes=processes, process_id=process)
     if not coordinator and not processes and process < 0:
         if ',' not in os.environ.get(HOSTS, ''):
             return
@@ -45,8 +44,7 @@ def join(coordinator: str = '', processes: int = 0, process: int = -1) -> None:
     elif not re.fullmatch(r'.+:\d+', coordinator) or not 0 <= process < processes:
         raise InputError(f'--coordinator={coordinator!r} --processes={processes} '
                          f'--process={process}: these do not name a process. Expected HOST:PORT of '
-                         'process 0, the number of processes and the number of this one from 0. '
-                         'Fix: give all three')
+                         'process 0, their number and that of this one from 0. Fix: give all three')
     jax.distributed.initialize(**options)
     if jax.process_count() > 1:
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -103,19 +101,16 @@ def one_first(name: str):
       InputError: the block raised an error in another process.
       Stopped: the block was stopped in another process.
     """
-    if jax.process_index() == 0:
-        with joined(name):
-            yield
-        with joined(f'{name}, other processes'):
-            pass
-    else:
-        with joined(name):
-            pass
-        with joined(f'{name}, other processes'):
-            yield
+    first, others = jax.process_index() == 0, f'{name}, other processes'
+    if not first:
+        _meet(name)
+    with joined(name if first else others):
+        yield
+    if first:
+        _meet(others)
 
 
-def _meet(name: str, error: BaseException | None) -> None:
+def _meet(name: str, error: BaseException | None = None) -> None:
     """Exchange how a block ended. Without an error here, raise that of another process."""
     if jax.process_count() == 1:
         return
@@ -132,9 +127,8 @@ def _meet(name: str, error: BaseException | None) -> None:
         if kind in ('Stopped', 'KeyboardInterrupt'):
             raise Stopped(f'process {process} stopped in {name!r}: {message}')
         if kind:
-            raise InputError(f'process {process} failed in {name!r}: {kind}: {message}. Expected '
-                             'no error in any process. Fix: correct this and start all processes '
-                             'again')
+            raise InputError(f'process {process} failed in {name!r}: {kind}: {message}. Fix: '
+                             'correct this and start all processes again')
 
 
 def wait(name: str) -> None:

@@ -3,8 +3,9 @@
 import math
 from collections import defaultdict
 
-import jax
 from jax.extend.core import Literal
+
+from tpad_jax.training.profiling import inner_jaxprs
 
 # Operations whose result a compiler makes inside the loop that reads it,
 FREE = frozenset({'reshape', 'squeeze', 'expand_dims', 'transpose', 'copy', 'rev'})
@@ -57,7 +58,7 @@ def live_bytes(jaxpr) -> int:
                 if out not in kept:
                     live += bytes_of(out.aval)
                     ends[last.get(out, number)] += bytes_of(out.aval)
-        inside = max((live_bytes(inner) for inner in _inner(equation.params)), default=0)
+        inside = max((live_bytes(inner) for inner in inner_jaxprs(equation)), default=0)
         most = max(most, live + inside)
         live -= ends[number]
     return most
@@ -65,13 +66,6 @@ def live_bytes(jaxpr) -> int:
 
 def _variables(values):
     return [x for x in values if not isinstance(x, Literal)]
-
-
-def _inner(params):
-    """The jaxprs of an equation: a loop's body, the branches of a condition."""
-    for value in jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, 'eqns')):
-        if hasattr(value, 'eqns'):
-            yield getattr(value, 'jaxpr', value)
 
 
 def bytes_of(x) -> int:

@@ -26,7 +26,7 @@ from etils import epath
 
 from tpad_jax.core.files import PARTIAL, replacing
 from tpad_jax.distributed import hosts
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import InputError, refuse_if, refusing
 
 MANIFEST = 'mirror.json'
 EVERY = 30.0  # seconds between two rounds of copies
@@ -61,12 +61,9 @@ class Mirror:
         with _named(self._where):
             if not (self._where / MANIFEST).exists():
                 return
-            try:
+            with refusing(ValueError, f'--mirror={self._where}: {MANIFEST} is damaged',
+                          'Fix: name another mirror, or delete this file to start a new one'):
                 self._manifest = dict(json.loads((self._where / MANIFEST).read_text()))
-            except ValueError as error:
-                raise InputError(f'--mirror={self._where}: {MANIFEST} is damaged ({error}). Fix: '
-                                 'name another mirror, or delete this file to start a new '
-                                 'one') from error
             config = self._workdir / 'config.json'
             if config.is_file():
                 digest = _digest(config.read_bytes())
@@ -201,17 +198,10 @@ def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
             print(f'Warning: {error}', file=sys.stderr)  # the error that ended the run is raised
 
 
-@contextmanager
 def _named(where):
-    """Raise every error of the mirror as one sentence that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # every file system has other errors
-        raise InputError(f'--mirror={where}: {type(error).__name__}: {error}. The workdir is '
-                         'complete. Fix: make the mirror writable; the same command copies what is '
-                         'missing') from error
+    """Word every error of the mirror as one sentence; each file system has other errors."""
+    return refusing(Exception, f'--mirror={where} cannot be used', 'The workdir is complete. Fix: '
+                    'make the mirror writable; the same command copies what is missing')
 
 
 def _digest(data: bytes) -> list:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tpad_jax.baselines import rules
 from tpad_jax.config import STAGES, flat, names
+from tpad_jax.core.precision import PRECISIONS
 from tpad_jax.errors import InputError
 from tpad_jax.losses import tokens
 from tpad_jax.models.hf import layers
@@ -131,6 +132,8 @@ RULES = {key: rule for rule, keys in (
     (choices_of(ROWS), 'model.recommend rivals.*.recommend'),
     (choices_of(('k', 'r')), 'stage.*.fresh'),
     (choices_of(tuple(rules.BASELINES)), 'baselines'),
+    (choice(('auto', 'jit', 'pmap', 'shard_map')), 'parallel'),
+    (choice(PRECISIONS), 'precision'),
     (choice(ENCODERS), 'model.encoder'),
     (choice(('compressed', 'full')), 'model.form'),
     (choice(critics.KINDS), 'model.critics.*'),

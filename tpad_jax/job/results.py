@@ -21,7 +21,7 @@ from tpad_jax.core import log as log_lib
 from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import records
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refusing
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.report import contact_sheet, gallery, page
@@ -82,10 +82,10 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     file = write_page(job, out, scorers, ranks, console)
     tables.show(out, console)
-    say(console, spent(job.spent))
-    page_part = f'report: {file}  ' if file else ''
-    say(console, f'results: {job.workdir / "results.json"}  {page_part}'
-        f'total: {job.seconds["total"]:.0f} s')
+    waited = {name: sum(run[name] for run in job.spent.values()) for name in ('all', *SPENT)}
+    say(console, 'seconds of training: ' + ', '.join(f'{n} {x:.1f}' for n, x in waited.items()))
+    say(console, f'results: {job.workdir / "results.json"}  ' + f'report: {file}  ' * bool(file)
+        + f'total: {job.seconds["total"]:.0f} s')
     return out
 
 
@@ -114,16 +114,6 @@ def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path 
         say(console, f'The page could not be made ({type(error).__name__}: {error}); the results '
             f'are complete. Fix: python -m tpad_jax.report {job.workdir} tries again.')
         return None
-
-
-def spent(runs: dict) -> str:
-    """Tell what the steps of all `runs`, {name: seconds by loop.SPENT}, waited for."""
-    total = {name: sum(run[name] for run in runs.values()) for name in ('all', *SPENT)}
-    steps = max(total['all'] - total['compile'] - total['between'], 1e-9)
-    share = {name: f'{100 * total[name] / steps:.1f} %' for name in ('input', 'save', 'log')}
-    return (f'Of {steps:.0f} s of training steps (and {total["compile"]:.0f} s of compilation, '
-            f'{total["between"]:.0f} s of encoding and validation) they waited at most '
-            f'{share["input"]} for input, {share["save"]} for saves, {share["log"]} for logs.')
 
 
 def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
@@ -294,10 +284,10 @@ def write(job, results: dict, ranks: dict) -> None:
       ranks: {model: {'above', 'equal'}} of the test rows.
     """
     rows, data = job.test, job.final
-    features = slices.features(rows, data.warm, training_counts(job))
-    stored = compare.contents(rows.session, rows.target, data.fingerprint, data.num_items, features,
-                              ranks, metrics.registry(job.config.metrics))
-    np.savez_compressed(job.workdir / compare.FILE, **stored)
+    np.savez_compressed(job.workdir / compare.FILE, **compare.contents(
+        rows.session, rows.target, data.fingerprint, data.num_items,
+        slices.features(rows, data.warm, training_counts(job)), ranks,
+        metrics.registry(job.config.metrics)))
     files.write_json(job.workdir / 'results.json', results)
 
 
@@ -307,11 +297,8 @@ def read(file: Path) -> dict:
     Raises:
       InputError: they are damaged.
     """
-    try:
-        found = json.loads(file.read_text())
-        found['models'], found['provenance']['stages'], found['provenance']['date']
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{file} is damaged ({type(error).__name__}: {error}). Expected the '
-                         'results of a finished run. Fix: delete it, and the same command makes it '
-                         'again from the checkpoints') from error
-    return found
+    with refusing((ValueError, KeyError, TypeError), f'{file} is damaged', 'Expected the results '
+                  'of a finished run. Fix: delete it; the same command makes it again'):
+        results = json.loads(file.read_text())
+        results['models'], results['provenance']['stages'], results['provenance']['date']
+    return results

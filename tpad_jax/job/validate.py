@@ -38,9 +38,8 @@ def check(config, among=None) -> tuple[str, ...]:
         refuse_if(missing, f'config.losses.{name} has no {" and no ".join(missing)}. Expected fn, '
                   'weight and stages')
     for name, baseline in config.rivals.items():
-        refuse_if('recommend' not in baseline or not set(baseline) <= set(IDENTITY),
-                  f'config.rivals.{name} sets {", ".join(baseline)}. Expected recommend and '
-                  f'nothing else but {", ".join(IDENTITY[1:])}')
+        refuse_if(not {'recommend'} <= set(baseline) <= set(IDENTITY), f'config.rivals.{name} sets '
+                  f'{", ".join(baseline)}. Expected recommend, and of use_id, use_side any')
     ranges.check(config)
     metrics.registry(config.metrics)
     stages = names(config.stages)
@@ -66,9 +65,8 @@ def check(config, among=None) -> tuple[str, ...]:
         return stages
     refuse_if(config.data.protocol == 'published', "config.data.protocol='published' is for "
               'sessions of item ids only. Fix: give them with --config.data.npz=FILE')
-    refuse_if(config.mllm.tokenizer and config.mllm.checkpoint,
-              f'config.mllm.tokenizer={config.mllm.tokenizer!r}: a checkpoint reads the tokens '
-              'that it was trained on. Fix: leave config.mllm.tokenizer empty')
+    refuse_if(config.mllm.tokenizer and config.mllm.checkpoint, 'config.mllm.tokenizer: a '
+              'checkpoint reads the tokens that it was trained on. Fix: leave it empty')
     features = config.data.features
     refuse_if(features and not Path(features).is_file(), f'config.data.features={features!r} is '
               'not a file. Expected item features as in tpad_jax/data/sources/external_features.py')
@@ -149,9 +147,8 @@ def _check_stage(config, stage, shards):
               'would validate on rows from before the stage. Fix: set it to 1 or more')
     refuse_if(c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy), f'{key}copy={c.copy!r} is not '
               'usable. Expected a->b, two parameter paths')
-    refuse_if(config.mllm.teacher and re.search(c.train, 'teacher/base/'),
-              f'{key}train={c.train!r} matches the parameters of config.mllm.teacher, which no '
-              'stage trains. Fix: start the expression with ^')
+    refuse_if(config.mllm.teacher and re.search(c.train, 'teacher/base/'), f'{key}train='
+              f'{c.train!r} matches config.mllm.teacher, which no stage trains. Fix: begin with ^')
 
 
 def _check_evaluated(config, stage, stages):
@@ -160,22 +157,20 @@ def _check_evaluated(config, stage, stages):
     evaluated = 'recommend' in later or 'joint' in {*later} & {*stages}
     refuse_if(not evaluated and ('recommender' in train or re.search(train, 'recommender/')),
               f'config.stage.{stage}.train={train!r}: it changes the recommender, which is '
-              'evaluated after the stages recommend and joint only. Expected one of them after '
-              f'{stage}. Fix: insert {stage} before recommend in config.STAGES, or before joint '
-              'and add joint to config.stages.')
+              'evaluated after the stages recommend and joint only. Fix: insert the stage before '
+              'recommend in config.STAGES, or before joint and add joint to config.stages.')
 
 
 def _check_transfer_validation(config, chosen):
     """Refuse to validate stage transfer where the lists of the Transfer-MLLM mean nothing."""
-    model, reason = config.model, ''
-    if model.blend.kind:
-        reason = 'config.model.blend makes r, which T is not trained to score'
-    elif model.form != 'compressed':
-        reason = f'T scores stored rows k, and config.model.form is {model.form!r}'
-    elif not any('critic.distil' in spec.needs for spec in chosen):
-        reason = 'no loss of the stage trains critic.distil, by which T scores items'
-    refuse_if(reason, f'config.stage.transfer.eval_every={config.stage.transfer.eval_every} '
-              f'chooses a step by what T predicts, but {reason}. Fix: set it to 0')
+    model, trained = config.model, any('critic.distil' in spec.needs for spec in chosen)
+    rules = ((model.blend.kind, 'config.model.blend makes r, which T is not trained to score'),
+             (model.form != 'compressed',
+              f'T scores stored rows k, and config.model.form is {model.form!r}'),
+             (not trained, 'no loss of the stage trains critic.distil, by which T scores items'))
+    for broken, reason in rules:
+        refuse_if(broken, f'config.stage.transfer.eval_every={config.stage.transfer.eval_every} '
+                  f'chooses a step by what T predicts, but {reason}. Fix: set it to 0')
 
 
 def _check_model(config, source):
@@ -183,14 +178,12 @@ def _check_model(config, source):
     model = config.model
     refuse_if(model.encoder == 'attention' and model.width % model.heads, 'config.model.width='
               f'{model.width} must be a multiple of config.model.heads={model.heads}')
-    refuse_if(model.blend.kind and not model.reread, f'config.model.blend.kind='
-              f'{model.blend.kind!r} makes an adapter under which K reads items again, and '
-              'config.model.reread=False switches that off. Fix: leave one out')
+    refuse_if(model.blend.kind and not model.reread, 'config.model.blend makes an adapter for '
+              'reading again, which config.model.reread=False switches off. Fix: leave one out')
     if model.blend.kind:
         handover.parts(model.blend)
-    refuse_if('true' in names(model.recommend) and not source.world,
-              "config.model.recommend names 'true', the attributes of the planted catalogue, "
-              'which other data do not have. Fix: name k, r or given')
+    refuse_if('true' in names(model.recommend) and not source.world, "config.model.recommend names "
+              "'true', the planted catalogue's attributes. Fix: name k, r or given")
     identity = {key: model[key] for key in IDENTITY}
     changes = {'model': {}, **{f'rivals.{name}': x for name, x in config.rivals.items()}}
     for key, changed in changes.items():
@@ -202,9 +195,8 @@ def _check_without_content(config, stages):
     """Refuse options that need content where the source has only sessions of ids."""
     origin = sources.origin(config)
     refuse_if(config.data.features, f'config.data.features={config.data.features!r}: {origin} '
-              'holds sessions of item ids without content. Expected a source with content. Fix: '
-              'leave config.data.features empty.')
+              'holds sessions of item ids without content. Fix: leave config.data.features empty.')
     read = [config.model.recommend, *(x.recommend for x in config.rivals.values())]
     refuse_if(stages != ('recommend',) or any(map(names, read)), f'{origin} holds item ids without '
-              "content. Expected config.stages='recommend', and config.model.recommend and that of "
-              'every entry of config.rivals empty. Fix: set these.')
+              "content. Fix: set config.stages='recommend', and empty config.model.recommend and "
+              'that of every entry of config.rivals')

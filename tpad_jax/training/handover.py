@@ -1,7 +1,5 @@
 """Data that passes between stages: copied adapters, blended adapters, clusters of items."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +39,8 @@ def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
         optimizer.check_rates(rates, trained)
     except InputError as error:
         raise InputError(f'config.stage.{stage}: {error}') from error
-    refuse_if('cluster' in spec.needs and config.model.clusters > items,
-              f'config.model.clusters={config.model.clusters}: there are {items} items. Fix: '
-              'choose at most that many.')
+    refuse_if('cluster' in spec.needs and config.model.clusters > items, 'config.model.clusters='
+              f'{config.model.clusters}: there are {items} items. Fix: choose at most that many.')
 
 
 def copied(params: dict, stage: str, copy: str) -> dict:
@@ -65,9 +62,8 @@ def copied(params: dict, stage: str, copy: str) -> dict:
     source, _, target = copy.partition('->')
     copies = {target + path.removeprefix(source): x for path, x in params.items()
               if path.startswith(source + '/')}
-    refuse_if(not copies or not copies.keys() <= params.keys(),
-              f'config.stage.{stage}.copy={copy!r}: does not lead from parameters to parameters. '
-              f'Expected two prefixes a->b of paths such as {min(params)!r}')
+    refuse_if(not copies or not copies.keys() <= params.keys(), f'config.stage.{stage}.copy='
+              f'{copy!r}: expected two prefixes a->b of parameter paths such as {min(params)!r}')
     return {**params, **copies}
 
 
@@ -106,8 +102,7 @@ def blended(params: dict, config) -> dict:
     blend, _ = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights,
                                     keep=c.keep, rank=c.rank)
     rest = {path: x for path, x in params.items() if not path.startswith('lora/distil/')}
-    return rest | {'/'.join(('lora', 'distil', *path)): jnp.asarray(x)
-                   for path, x in blend.items()}
+    return rest | {'/'.join(('lora', 'distil', *path)): jnp.asarray(x) for path, x in blend.items()}
 
 
 def parts(c) -> tuple[list[str], tuple[float, ...]]:
@@ -129,7 +124,7 @@ def parts(c) -> tuple[list[str], tuple[float, ...]]:
         weights = tuple(float(x) for x in c.weights.split(','))
     except ValueError:
         weights = ()
-    refuse_if(len(weights) != len(adapters) or not sum(weights) or not math.isfinite(sum(weights)),
+    refuse_if(len(weights) != len(adapters) or sum(weights) == 0 or not np.isfinite(weights).all(),
               f'config.model.blend.weights={c.weights!r}: expected one number for each of {c.of}, '
               'with a sum other than 0. Fix: give as many.')
     return adapters, weights

@@ -176,8 +176,9 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
             host = next(batches)
             watch, recent = profiling.CompileWatch(loop.name, host), []
             batch = loop.devices.place(host)
-            loop.profile.count(partial(lean_step, spec=spec, axis=None), state, Batch.of(host),
-                               {'catalogue': catalogue, 'frozen': frozen})
+            if loop.profile.steps:
+                loop.profile.count(partial(lean_step, spec=spec, axis=None), state, Batch.of(host),
+                                   {'catalogue': catalogue, 'frozen': frozen})
             while not record['done']:
                 new, shared = number == first, {'catalogue': catalogue, 'frozen': frozen}
                 with (_timed(spent, 'compile') if new else nullcontext(),
@@ -202,7 +203,6 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
                         catalogue = {**catalogue, **loop.devices.share(loop.refresh(local(state)))}
                     if validating:
                         metric = _validate(loop, record, local(state), local(catalogue), number)
-                        record['done'] |= _patience_is_out(record, loop.patience)
                 stopping = loop.stopping() and not record['done']
                 due = number % loop.save_every == 0
                 if due or stopping or record['done'] or metric is not None:
@@ -289,12 +289,9 @@ def _not_finite(loop, spec, recent):
     where = [f'{loss.name} in {_listed(column[column >= 0])}'
              for loss, column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
     if where:
-        return (f'{text}; of the training rows: {", ".join(where)} '
-                '(a row weight below 0 counts as not finite)')
-    if not {loss.name for loss in spec.losses} & set(bad):
-        text += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
-                 'checks one loss alone')
-    return text
+        return f'{text}; of the training rows: {", ".join(where)} (weights below 0 count as such)'
+    gradient = not {loss.name for loss in spec.losses} & set(bad)
+    return text + ', while every loss is: a gradient is not' * gradient
 
 
 def _save_batch(loop, number):
@@ -319,15 +316,14 @@ def _listed(rows, limit=5):
 
 
 def _validate(loop, record, state, catalogue, number):
-    """Score validation, record it, and return the metric that ranks the checkpoint."""
+    """Score validation, record it, and return the metric that ranks the checkpoint.
+
+    The run ends if none of the last `patience` validations beat the best one before them.
+    """
     scores = hosts.agreed(loop.validate(state, catalogue))
     record['history'] = [*record['history'], {'step': number, **scores}]
     loop.writer.scalars(loop.name, number, {f'valid/{k}': v for k, v in scores.items()})
-    record['best'] = max(scores['hit@20'], -1.0 if record['best'] is None else record['best'])
-    return scores['hit@20']
-
-
-def _patience_is_out(record, patience):
-    """Whether none of the last `patience` validations beat the best one before them."""
     values = [entry['hit@20'] for entry in record['history']]
-    return bool(patience) and len(values) - 1 - int(np.argmax(values)) >= patience
+    record['best'], since = max(values), len(values) - 1 - int(np.argmax(values))
+    record['done'] |= bool(loop.patience) and since >= loop.patience
+    return scores['hit@20']

@@ -82,16 +82,12 @@ def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformati
     Raises:
       InputError: at the first use, a regex matches no trained parameter.
     """
-    def scale(updates, state, params=None):
-        del params
+    def scale(updates, params):
         check_rates(rates, updates)
-        factors = {path: math.prod(factor for pattern, factor in rates if re.search(pattern, path))
-                   for path in updates}
-        return {path: x * factors[path] for path, x in updates.items()}, state
+        return {path: x * math.prod(factor for pattern, factor in rates if re.search(pattern, path))
+                for path, x in updates.items()}
 
-    if not rates:
-        return tx
-    return optax.chain(tx, optax.GradientTransformation(lambda _: optax.EmptyState(), scale))
+    return optax.chain(tx, optax.stateless(scale)) if rates else tx
 
 
 def optimizer(stage) -> optax.GradientTransformation:

@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from tpad_jax.core import files
 
@@ -52,14 +52,16 @@ def _products(jaxpr) -> float:
         if name in ('dot_general', 'conv_general_dilated'):
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * _each(eqn)
             continue
-        inner = [_products(x.jaxpr if isinstance(x, ClosedJaxpr) else x)
-                 for value in eqn.params.values()
-                 for x in (value if isinstance(value, list | tuple) else (value,))
-                 if isinstance(x, ClosedJaxpr | Jaxpr)]
-        if inner:
+        if inner := [_products(jaxpr) for jaxpr in inner_jaxprs(eqn)]:
             total += (eqn.params['length'] * sum(inner) if name == 'scan'
                       else max(inner) if name == 'cond' else sum(inner))
     return total
+
+
+def inner_jaxprs(eqn) -> list:
+    """List the jaxprs of an operation: a loop's body, the branches of a condition."""
+    values = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns'))
+    return [getattr(x, 'jaxpr', x) for x in values if hasattr(x, 'eqns')]
 
 
 def _each(eqn) -> float:
@@ -85,11 +87,7 @@ def peak(device) -> tuple[float, str]:
     with jax.default_device(device):
         x = jnp.ones((SIDE, SIDE))
         product = jax.jit(jnp.matmul)
-        times = []
-        for _ in range(6):
-            begun = time.perf_counter()
-            product(x, x).block_until_ready()
-            times.append(time.perf_counter() - begun)
+        times = timeit.repeat(lambda: product(x, x).block_until_ready(), number=1, repeat=6)
     return 2 * SIDE**3 / min(times[1:]), f'float32 product of {SIDE} x {SIDE}'
 
 
@@ -147,7 +145,6 @@ def _shapes(batch):
 
 
 def _count(event: str, seconds: float, **about):
-    del seconds, about
     if event == COMPILING:
         _compiled[get_ident()] = _compiled.get(get_ident(), 0) + 1
 
@@ -181,8 +178,7 @@ class Profile:
           step: the step function of one process.
           *args: its arguments, arrays or shapes.
         """
-        if self.steps:
-            self.operations = self.devices.processes * operations(step, *args)
+        self.operations = self.devices.processes * operations(step, *args)
 
     def after(self, number: int, second: int, state, last: bool) -> None:
         """Start, continue or end the trace; call it after every step.

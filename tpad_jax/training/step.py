@@ -160,29 +160,24 @@ def _plan(config, stage):
 
 def _missing(config, stage):
     """{output: why} of the outputs that a stage of this config cannot compute."""
-    model, lacking, plan = config.model, {}, _plan(config, stage)
-    if not sessions.reads_prefixes(sessions.build(model, 1)):
-        lacking['prefixes'] = (f'config.model.encoder={model.encoder} does not read all prefixes '
-                               'of a session at once')
-    if not config.mllm.teacher:
-        lacking['teacher'] = 'config.mllm.teacher names no teacher'
-    if not model.clusters:
-        lacking['clusters'] = 'config.model.clusters is 0'
-    if model.blend.kind:
-        lacking['trained r'] = 'config.model.blend makes r, which no loss trains'
+    model, plan, fresh = config.model, _plan(config, stage), config.stage[stage].fresh
     earlier = {row for s in STAGES[:STAGES.index(stage)] for row in MAKES.get(s, ())}
-    late = {row for rows in MAKES.values() for row in rows} - earlier
-    for row in sorted(late - plan.fresh):
-        lacking[f'_{row}'] = (f'no earlier stage makes the rows {row}, and config.stage.{stage}.'
-                              f'fresh={config.stage[stage].fresh!r} does not name {row}')
-    if late := sorted(late & set(names(model.recommend))):
-        lacking['features'] = f'the recommender reads {", ".join(late)}, which a later stage makes'
-    if not ENTRIES[stage].content:
-        lacking['content'] = f'stage {stage} reads no content'
-    why = {name: sorted(outputs.required([name], plan) & lacking.keys())
-           for name in outputs.OUTPUTS}
-    return {name: '; '.join(lacking[n] for n in sources) for name, sources in why.items()
-            if sources}
+    later = sorted({row for rows in MAKES.values() for row in rows} - earlier)
+    read = ', '.join(row for row in later if row in names(model.recommend))
+    rules = (
+        (not sessions.reads_prefixes(sessions.build(model, 1)), 'prefixes', 'config.model.encoder='
+         f'{model.encoder} does not read all prefixes of a session at once'),
+        (not config.mllm.teacher, 'teacher', 'config.mllm.teacher names no teacher'),
+        (not model.clusters, 'clusters', 'config.model.clusters is 0'),
+        (model.blend.kind, 'trained r', 'config.model.blend makes r, which no loss trains'),
+        (read, 'features', f'the recommender reads {read}, which a later stage makes'),
+        (not ENTRIES[stage].content, 'content', f'stage {stage} reads no content'),
+        *((row not in plan.fresh, f'_{row}', f'no earlier stage makes the rows {row}, and '
+           f'config.stage.{stage}.fresh={fresh!r} does not name {row}') for row in later))
+    lacking = {name: why for broken, name, why in rules if broken}
+    sources = {name: sorted(outputs.required([name], plan) & lacking.keys())
+               for name in outputs.OUTPUTS}
+    return {name: '; '.join(lacking[n] for n in why) for name, why in sources.items() if why}
 
 
 def build_model(base, config, *, items: int, max_length: int, side_sizes: tuple[int, ...],

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from tpad_jax.core import files
 from tpad_jax.distributed import hosts
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.features import bases
 
 # Version of a workdir's files. Version 1 had no such key; its checkpoints joined all arrays.
@@ -80,14 +80,13 @@ def enter(workdir: Path, config) -> None:
     refuse_if(re.match('[a-z0-9]+:/', str(workdir)), f'--workdir={bucket}: not a directory. A '
               'bucket offers neither files in memory nor renaming. Fix: name a local directory, '
               f'and --mirror={bucket} for a copy there.')
-    try:
+    with refusing(OSError, f'--workdir={workdir}: cannot be created', 'Fix: choose another '
+                  '--workdir.'):
         workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f'--workdir={workdir}: cannot be created ({error.strerror}). Fix: choose '
-                         'another one.') from error
     # by the ids that will write, where the system can tell
     writable = os.access(workdir, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-    refuse_if(not writable, f'--workdir={workdir}: cannot be written to. Fix: choose another one.')
+    refuse_if(not writable, f'--workdir={workdir}: cannot be written to. Fix: choose another '
+              '--workdir.')
     if (workdir / 'config.json').is_file():  # written only once the data is known to be usable
         claim(workdir, config.to_dict())
 
@@ -132,16 +131,14 @@ def _lock(file, workdir):
 
 def _read(path):
     """The record of config.json."""
-    try:
+    with refusing((ValueError, KeyError, TypeError, AssertionError),
+                  f'{path}: not a config written by this program', 'Fix: choose another workdir, '
+                  'restore the file, or delete it if this is the config of the run there.'):
         record = json.loads(path.read_text())
         _flat(record['config'])
         record.setdefault('fingerprint')
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise InputError(f'{path}: not a config written by this program ({type(error).__name__}: '
-                         f'{error}). Fix: choose another workdir, restore the file, or delete it '
-                         'if this is the config of the run there.') from error
-    found = record.get('format', 1)
-    refuse_if(found != FORMAT, f'{path}: this workdir has format {found}, written by another '
+    version = record.get('format', 1)
+    refuse_if(version != FORMAT, f'{path}: this workdir has format {version}, written by another '
               f'version of tpad_jax, and this version reads format {FORMAT}. Fix: choose another '
               'workdir, or finish the run with the version that began it.')
     return record
