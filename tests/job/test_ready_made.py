@@ -75,7 +75,7 @@ def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
 
 def test_until_validation_never_looks_at_test(tmp_path, file, monkeypatch):
     monkeypatch.setattr(results, 'report', None)
-    monkeypatch.setattr(recommenders.Trained, 'refit', None)
+    monkeypatch.setattr(recommenders, '_refit', None)
     found = job.run(config(file), tmp_path, until='validation')
     assert found['valid'].keys() >= {'step', 'hit@20', 'mrr@20'}
     assert not (tmp_path / 'results.json').exists()

@@ -12,59 +12,23 @@ as soon as the rows it reads exist.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 from tpad_jax.config import names, partnered
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
 from tpad_jax.job.fitting import fit, validated
 from tpad_jax.models import tpad
-from tpad_jax.training import handover, optimizer, step
+from tpad_jax.training import handover, optimizer
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
 # Outputs of a recommender alone: they are the same before and after the other stages.
 ALONE = frozenset({'h', 'h_each', 'z', 'items', 'next', 'warm', 'repeat', 'popularity'})
-
-
-@dataclass
-class Trained:
-    """One recommender at the step that validation chose.
-
-    Attributes:
-      job: job.Job with its config and its catalogue's rows.
-      name: of its folder; a refit's is <name>_refit.
-      model: its modules.
-      params: all parameters {path: array}.
-      blank: as they were before it was trained, its own left out.
-      record: of its fit, see `loop.fit`.
-    """
-
-    job: Any
-    name: str
-    model: tpad.TPAD
-    params: dict
-    blank: dict
-    record: dict
-
-    def refit(self):
-        """Train it again on training and validation sessions, for as many steps as were chosen.
-
-        The draws are the same, and there are rows for items new to training.
-        """
-        job = self.job
-        job.pause()
-        name = 'refit' if self.name == 'recommend' else f'{self.name}_refit'
-        spec = step.make_spec(job.config, 'recommend', self.model, job.config.seed)
-        params = self.blank | job.fresh(self.model)
-        trained, _, record = fit(job, name, 'recommend', spec, params, self.record['chosen'])
-        job.seconds[name] = record['seconds']
-        self.params = {**self.params, **trained}
 
 
 def check(job) -> None:
@@ -77,13 +41,13 @@ def check(job) -> None:
       InputError: see `handover.check_stage`.
     """
     for owner in [job, _partner_job(job)] if job.config.partner else [job]:
-        for model in (owner.spec, *(_rival_model(owner, name) for name in _rivals(job))):
-            init = partial(tpad.recommender_init, spec=model)
-            shapes = jax.eval_shape(init, jax.random.key(0),
-                                    catalogue={**owner.catalogue, **owner.blank})
+        for member in (owner, *(_rival_job(owner, name) for name in _rivals(job))):
+            shapes = jax.eval_shape(
+                partial(tpad.recommender_init, spec=member.spec), jax.random.key(0),
+                catalogue={**owner.catalogue, **owner.blank})
             params = _others(job.params) | flatten_dict({'recommender': shapes}, sep='/')
-            spec = step.make_spec(owner.config, 'recommend', model, owner.config.seed)
-            handover.check_stage(owner.config, 'recommend', spec, params, job.data.num_items)
+            handover.check_stage(member.config, 'recommend', member.stage_spec('recommend'), params,
+                                 job.data.num_items)
 
 
 def _rivals(job):
@@ -94,6 +58,9 @@ def _rivals(job):
 
 class Recommenders:
     """The recommenders of a run that are trained next to its own.
+
+    Each is a copy of the job with its own config, modules (`spec`), rows and parameters, as they
+    were when its training began (`first`) and as they are at the step that validation chose.
 
     Args:
       job: job.Job, built.
@@ -122,24 +89,21 @@ class Recommenders:
 
     def _submit(self, job, name, folder):
         # with the rows and parameters of now: what later stages add is not read
-        then = copy.copy(job)
         self._tasks[folder] = job.background.submit(
-            partial(_train_rival, then, name, folder), TRAIN)
+            partial(_train_rival, _rival_job(job, name), folder), TRAIN)
 
     def _independent(self, name):
         """Whether the rows a trained baseline reads exist, and it reads no other stage's model."""
         job = self._job
         if not set(names(job.config.rivals[name].recommend)) <= job.catalogue.keys():
             return False
-        model = _rival_model(job, name)
-        spec = step.make_spec(job.config, 'recommend', model, job.config.seed)
+        needs = _rival_job(job, name).stage_spec('recommend').needs
         trained, _ = optimizer.split(job.params, job.config.stage.recommend.train)
-        return spec.needs <= ALONE and all(path.startswith('recommender/') for path in trained)
+        return needs <= ALONE and all(path.startswith('recommender/') for path in trained)
 
     def take_own(self) -> None:
         """Take the run's own recommender and the rows it reads, once stage recommend is done."""
-        job = copy.copy(self._job)  # stage joint changes both
-        self._own = Trained(job, 'recommend', job.spec, job.params, job.first, job.record)
+        self._own = copy.copy(self._job)  # stage joint changes both
 
     def finish(self) -> tuple[dict, dict]:
         """Wait for all of them, refit where the config asks for it, and bind the scorers.
@@ -157,7 +121,7 @@ class Recommenders:
         else:
             groups = {NAME: own} if c.partner else {}
         if c.partner or job.content is None:
-            encoders = [member.job.config.model.encoder for member in own]
+            encoders = [member.config.model.encoder for member in own]
             if encoders[1:] == encoders[:1]:
                 encoders[1] += '_partner'
             groups |= {name: [member] for name, member in zip(encoders, own, strict=True)}
@@ -167,12 +131,13 @@ class Recommenders:
             groups[name] = [trained[f'{name}_partner' if i else name] for i in range(len(own))]
         chosen = {name: _valid(members, name) for name, members in groups.items()}
         if c.refit:  # after all of them: they validate on what it trains on
-            everyone = (*own, *trained.values())
-            for member in everyone:
-                member.job.count_both()
-            background.results([background.submit(member.refit, TRAIN) for member in everyone])
-            job.params, job.final = self._own.params, self._own.job.final
-            job.catalogue = self._own.job.catalogue
+            everyone = dict(zip(('recommend', 'partner'), own, strict=False)) | trained
+            for member in everyone.values():
+                member.count_both()
+            background.results([background.submit(partial(_refit, member, name), TRAIN)
+                                for name, member in everyone.items()])
+            job.params, job.final = self._own.params, self._own.final
+            job.catalogue = self._own.catalogue
         return {name: _scorer(members) for name, members in groups.items()}, chosen
 
 
@@ -187,39 +152,56 @@ def _partner_job(job):
     return other
 
 
-def _train_partner(job) -> Trained:
-    """Train the second recommender in its own job, see `_partner_job`."""
+def _train_partner(job):
+    """Train the second recommender in its own job, see `_partner_job`, and return the job."""
     job.pause()
     job.params = job.params | job.fresh(job.spec)
     job.run_stage('recommend', name='partner')
-    return Trained(job, 'partner', job.spec, job.params, job.first, job.record)
+    return job
 
 
-def _rival_model(job, name) -> tpad.TPAD:
-    """The modules of a trained baseline: the run's, with what config.rivals changes."""
-    c, changes = job.config, job.config.rivals[name].to_dict()
+def _rival_job(job, name):
+    """A job of a trained baseline: its modules are the run's, with what config.rivals changes."""
+    other, c, changes = copy.copy(job), job.config.model, job.config.rivals[name].to_dict()
     fusion = job.spec.fusion.clone(
-        use_id=changes.get('use_id', c.model.use_id),
-        side_sizes=job.data.side_sizes if changes.get('use_side', c.model.use_side) else ())
-    return replace(job.spec, fusion=fusion, recommend=names(changes['recommend']))
+        use_id=changes.get('use_id', c.use_id),
+        side_sizes=job.data.side_sizes if changes.get('use_side', c.use_side) else ())
+    other.spec = replace(job.spec, fusion=fusion, recommend=names(changes['recommend']))
+    return other
 
 
-def _train_rival(job, name, folder) -> Trained:
+def _train_rival(job, folder):
     """Train a recommender next to the run's own with the recommend stage's own care.
 
     Args:
-      job: a copy of job.Job with the rows that it reads.
-      name: of config.rivals.
+      job: see `_rival_job`.
       folder: of its checkpoints.
+
+    Returns:
+      The job, with its parameters and record.
     """
     job.pause()
-    model = _rival_model(job, name)
-    spec = step.make_spec(job.config, 'recommend', model, job.config.seed)
-    blank = _others(job.params, *(f'loss/{loss.name}/' for loss in spec.losses))
-    params = blank | job.fresh(model)
-    trained, _, record = fit(job, folder, 'recommend', spec, params)
-    job.seconds[folder] = record['seconds']
-    return Trained(job, folder, model, params | trained, blank, record)
+    spec = job.stage_spec('recommend')
+    job.first = _others(job.params, *(f'loss/{loss.name}/' for loss in spec.losses))
+    job.params = job.first | job.fresh(job.spec)
+    trained, _, job.record = fit(job, folder, 'recommend', spec)
+    job.seconds[folder] = job.record['seconds']
+    job.params = job.params | trained
+    return job
+
+
+def _refit(job, folder):
+    """Train again on training and validation sessions, for as many steps as were chosen.
+
+    The draws are the same, and there are rows for items new to training.
+    """
+    job.pause()
+    name = 'refit' if folder == 'recommend' else f'{folder}_refit'
+    params = job.first | job.fresh(job.spec)
+    trained, _, record = fit(job, name, 'recommend', job.stage_spec('recommend'), params,
+                             job.record['chosen'])
+    job.seconds[name] = record['seconds']
+    job.params = {**job.params, **trained}
 
 
 def _others(params, *own):
@@ -230,9 +212,8 @@ def _others(params, *own):
 def _scorer(members):
     """Bind the scorer of one recommender, or of several whose scores are added."""
     models, params, catalogues = zip(*(
-        (member.model, unflatten_dict(member.params, sep='/'), member.job.catalogue)
-        for member in members), strict=True)
-    devices = members[0].job.devices.own
+        (job.spec, job.nested(), job.catalogue) for job in members), strict=True)
+    devices = members[0].devices.own
     if len(members) == 1:
         return scorer(models[0], devices)(params[0], catalogues[0])
     return scorer(models, devices)(params, catalogues)
@@ -242,4 +223,4 @@ def _valid(members, name):
     """Return the validation metrics of one recommender, or measure those of a sum."""
     if len(members) == 1:
         return members[0].record['valid']
-    return validated(_scorer(members), members[0].job, name)
+    return validated(_scorer(members), members[0], name)
