@@ -278,21 +278,21 @@ def rows(config, items: int, sides: int) -> dict:
       sides: how many side features.
     """
     c, source = config.model, sources.chosen(config)
-    shapes = {'side': ((sides,), jnp.int32), 'warm': ((), bool), 'popularity': ((), jnp.float32)}
+    shapes = {'side': (sides,), 'warm': (), 'popularity': ()}
     if sessions.reads_graph(sessions.build(c, 1)):
-        shapes |= {'near': ((c.near,), jnp.int32), 'near_weight': ((c.near,), jnp.float32)}
+        shapes |= {'near': (c.near,), 'near_weight': (c.near,)}
     if c.together:
-        shapes |= {'together': ((c.together,), jnp.int32),
-                   'together_lift': ((c.together,), jnp.float32)}
+        shapes |= {'together': (c.together,), 'together_lift': (c.together,)}
     if source.content:
-        shapes |= {'k': ((2, c.features), jnp.float32),
-                   'r': ((2, c.features) if c.blend.kind else (2 * c.features,), jnp.float32)}
+        shapes['k'] = (2, c.features)
+        shapes['r'] = shapes['k'] if c.blend.kind else (2 * c.features,)
         if config.data.features:
-            shapes['given'] = (external_features.width(config.data.features),), jnp.float32
+            shapes['given'] = external_features.width(config.data.features),
         if source.world:
-            shapes['true'] = (sum(wording.SIZES),), jnp.float32
-    return {name: jax.ShapeDtypeStruct((items + 1, *shape), dtype)
-            for name, (shape, dtype) in shapes.items()}
+            shapes['true'] = sum(wording.SIZES),
+    dtypes = {'side': jnp.int32, 'warm': bool, 'near': jnp.int32, 'together': jnp.int32}
+    return {name: jax.ShapeDtypeStruct((items + 1, *shape), dtypes.get(name, jnp.float32))
+            for name, shape in shapes.items()}
 
 
 def lines(config, workdir, value: str, items: int | None = None) -> list[str]:

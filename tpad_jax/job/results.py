@@ -172,10 +172,9 @@ def add_intervals(result: dict, rows, warm: np.ndarray, rank: dict,
     session = np.unique(rows.session, return_inverse=True)[1]
     edges = statistics.intervals(*statistics.sliced(
         earned, (np.ones(len(earned), bool), known, ~known), session))
-    for part, found in zip((result, result['slices']['warm'], result['slices']['cold']), edges,
-                           strict=True):
-        part['interval'] = dict(zip(compare.named(gains), map(compare.interval, found),
-                                     strict=True))
+    parts = result, result['slices']['warm'], result['slices']['cold']
+    for part, bounds in zip(parts, map(partial(map, compare.interval), edges), strict=True):
+        part['interval'] = dict(zip(compare.named(gains), bounds, strict=True))
 
 
 def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:

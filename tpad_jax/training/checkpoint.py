@@ -54,8 +54,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._pending, self._saving = None, None
         # not named after the path, which may differ from host to host
-        with (_refusing(f'{self.directory} cannot be written to'),
-              hosts.one_first('checkpoints')):
+        with _refusing(f'{self.directory} cannot be written to'), hosts.one_first('checkpoints'):
             self.directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 for folder in self.directory.glob(f'*{PARTIAL}*'):  # Orbax may append to it
@@ -167,9 +166,9 @@ class Checkpoints:
         damage = {step: _damage(self.directory / str(step)) for step in self._steps()}
         damaged = {step: reason for step, reason in damage.items() if reason}
         used = max(damage.keys() - damaged.keys(), default=None)
-        moved = sorted(self.directory.glob(f'{DAMAGED}*'))
-        if used is None and (damaged or moved):
-            folders = [self.directory / str(step) for step in damaged] or moved
+        folders = ([self.directory / str(step) for step in damaged]
+                   or sorted(self.directory.glob(f'{DAMAGED}*')))
+        if used is None and folders:
             reason = damaged[max(damaged)] if damaged else 'moved there by an earlier start'
             raise InputError(f'{self.directory}: every checkpoint is damaged '
                              f'({", ".join(map(str, folders))}: {reason}). Fix: restore the folder '

@@ -99,8 +99,8 @@ def blended(params: dict, config) -> dict:
     adapters, weights = parts(c)
     trees = [{tuple(path.split('/')[2:]): x for path, x in params.items()
               if path.startswith(f'lora/{name}/')} for name in adapters]
-    blend, _ = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights,
-                                    keep=c.keep, rank=c.rank)
+    blend = merge_adapters.blend(jax.device_get(trees), kind=c.kind, weights=weights, keep=c.keep,
+                                 rank=c.rank)
     rest = {path: x for path, x in params.items() if not path.startswith('lora/distil/')}
     return rest | {'/'.join(('lora', 'distil', *path)): jnp.asarray(x) for path, x in blend.items()}
 

@@ -13,7 +13,7 @@ KINDS = ('sum', 'mean', 'ties')
 
 
 def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), keep: float = 0.2,
-          rank: int = 0) -> tuple[dict, float]:
+          rank: int = 0) -> dict:
     """Blend adapters of the same kernels into one.
 
     Sums and means are exact: the factors of all adapters are concatenated, so ranks add up. A TIES
@@ -29,7 +29,7 @@ def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), k
       rank: 0 for an exact blend; otherwise the nearest adapter of this rank (SVD of each kernel).
 
     Returns:
-      The adapter, float32, and the share of the deltas' norm that is lost to `rank`.
+      The adapter, float32.
 
     Raises:
       ValueError: an unknown kind, or adapters of different kernels.
@@ -51,11 +51,10 @@ def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), k
         pairs = {k: (np.concatenate([tree[*k, 'a'] for tree in flat], axis=-1),
                      np.concatenate([w * tree[*k, 'b'] for tree, w in
                                      zip(flat, weights, strict=True)], axis=-2)) for k in kernels}
-    lost = 0.0
     if rank:
-        pairs, lost = _nearest(pairs, rank)
+        pairs = {k: _nearest(a @ b, rank) for k, (a, b) in pairs.items()}
     return {(*k, name): x.astype(np.float32) for k, pair in pairs.items()
-            for name, x in zip('ab', pair, strict=True)}, lost
+            for name, x in zip('ab', pair, strict=True)}
 
 
 def ties(deltas: list[dict], keep: float) -> dict:
@@ -90,12 +89,8 @@ def _exact(delta):
     return (identity, delta) if rows <= columns else (delta, identity)
 
 
-def _nearest(pairs, rank):
-    """The nearest factors of a rank, and the share of the norm that is lost."""
-    out, lost, total = {}, 0.0, 0.0
-    for k, (a, b) in pairs.items():
-        u, s, v = np.linalg.svd(a @ b, full_matrices=False)
-        lost, total = lost + (s[..., rank:] ** 2).sum(), total + (s**2).sum()
-        root = np.sqrt(s[..., :rank])
-        out[k] = u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
-    return out, float(np.sqrt(lost / total)) if total else 0.0
+def _nearest(delta, rank):
+    """The nearest factors of a rank."""
+    u, s, v = np.linalg.svd(delta, full_matrices=False)
+    root = np.sqrt(s[..., :rank])
+    return u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
