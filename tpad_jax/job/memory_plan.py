@@ -240,8 +240,7 @@ def target(value: str) -> tuple[int | None, int | None]:
         return None, None
     match = re.fullmatch(rf'({"|".join(KINDS)}|\d+(?:\.\d+)?gib)-([1-9]\d*)', value.lower())
     refuse_if(match is None, f'--plan={value}: names no devices. Expected v5e-8, v6e-8 or 24gib-8, '
-              'the GiB of each device and their number. Fix: name devices so, or leave the value '
-              'out for those of this machine')
+              'GiB of each and their number. Fix: name them so, or nothing for this machine')
     kind, count = match.groups()
     return round((KINDS.get(kind) or float(kind.removesuffix('gib'))) * GIB), int(count)
 

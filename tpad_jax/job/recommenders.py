@@ -42,9 +42,8 @@ def check(job) -> None:
     """
     for owner in [job, _partner_job(job)] if job.config.partner else [job]:
         for member in (owner, *(_rival_job(owner, name) for name in _rivals(job))):
-            shapes = jax.eval_shape(
-                partial(tpad.recommender_init, spec=member.spec), jax.random.key(0),
-                catalogue={**owner.catalogue, **owner.blank})
+            make, rows = partial(tpad.recommender_init, spec=member.spec), owner.catalogue
+            shapes = jax.eval_shape(make, jax.random.key(0), catalogue=rows | owner.blank)
             params = _others(job.params) | flatten_dict({'recommender': shapes}, sep='/')
             handover.check_stage(member.config, 'recommend', member.stage_spec('recommend'), params,
                                  job.data.num_items)

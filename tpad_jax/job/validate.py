@@ -106,8 +106,7 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
                 reader = '' if row in reads else recommended[row]
                 whose, instead = (f' ({reader})', f', or remove {reader}') if reader else ('', '')
                 raise InputError(f'stage {stage}{whose} reads the rows {row!r}, which stage '
-                                 f'{maker} makes. Fix: add {maker} to '
-                                 f'config.stages={",".join(stages)}{instead}')
+                                 f'{maker} makes. Fix: add {maker} to config.stages{instead}')
         available |= {*MAKES.get(stage, ())}
 
 

@@ -199,12 +199,10 @@ class Checkpoints:
         saved, wanted = ({path: f'{jnp.dtype(leaf.dtype).name} {list(leaf.shape)}'
                           for path, leaf in leaves.items()} for leaves in (metadata, like))
         differing = [path for path in wanted | saved if saved.get(path) != wanted.get(path)]
-        if differing:
-            path = differing[0]
-            raise InputError(f'{folder} holds the state of another model: {path} is '
-                             f'{saved.get(path, "absent")} there and {wanted.get(path, "absent")} '
-                             f'here ({len(differing)} arrays differ). Fix: use the config it was '
-                             'saved with, or another workdir.')
+        for path in differing[:1]:
+            raise InputError(f'{folder} holds the state of another model ({len(differing)} arrays '
+                             f'differ): {path} is {saved.get(path, "absent")} there and '
+                             f'{wanted.get(path, "absent")} here. Fix: use its config or workdir')
         arrays = _with_options(ocp.load_checkpointables, folder, {STATE: like})[STATE]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state),
                                    [arrays[path] for path in like])

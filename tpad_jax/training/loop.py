@@ -225,10 +225,9 @@ def _chosen(loop, like, record):
     step, saved, _ = checkpoint or (None, None, None)
     valid = next((entry for entry in record['history'] if entry['step'] == step), None)
     if best is not None and (valid is None or valid['hit@20'] < best):
-        raise InputError(
-            f'stage {loop.name} chose a step of hit@20 {best:.6g}, whose checkpoint is damaged or '
-            f'missing (the best remaining one is of step {step}). Fix: restore it in '
-            f'{loop.checkpoints.directory}, or delete that folder to train the stage again.')
+        raise InputError(f'stage {loop.name} chose a step of hit@20 {best:.6g}, whose checkpoint '
+                         f'is damaged or missing (the best remaining is of step {step}). Fix: put '
+                         f'it into {loop.checkpoints.directory}, or delete that to train again')
     trained, rows = loop.devices.local((saved['state'].params, saved['rows']))
     return trained, rows, {**record, 'chosen': step, 'valid': valid}
 
@@ -286,7 +285,7 @@ def _not_finite(loop, spec, recent):
     if 'not_finite' not in logged:
         return text
     rows = np.asarray(jax.device_get(logged['not_finite']))
-    where = [f'{loss.name} in {_listed(column[column >= 0])}'
+    where = [f'{loss.name} in rows {np.sort(column[column >= 0])[:5].tolist()}'  # the first ones
              for loss, column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
     if where:
         return f'{text}; of the training rows: {", ".join(where)} (weights below 0 count as such)'
@@ -307,12 +306,6 @@ def _save_batch(loop, number):
     with files.replacing(file) as partial_file, partial_file.open('wb') as opened:
         np.savez(opened, **{name: x for name, x in batch.items() if x is not None})
     return f' (its batch: {file})'
-
-
-def _listed(rows, limit=5):
-    """[4, 1] -> 'rows 1, 4'; of many, the first."""
-    more = f' and {len(rows) - limit} more' if len(rows) > limit else ''
-    return f'row{"s" * (len(rows) > 1)} {", ".join(map(str, np.sort(rows)[:limit]))}{more}'
 
 
 def _validate(loop, record, state, catalogue, number):
