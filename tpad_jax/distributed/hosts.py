@@ -80,14 +80,12 @@ def joined(name: str):
       InputError: the block raised an error in another process.
       Stopped: the block was stopped in another process.
     """
-    error = None
     try:
         yield
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
+    except BaseException as error:
         _meet(name, error)
+        raise
+    _meet(name)
 
 
 @contextmanager

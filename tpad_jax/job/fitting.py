@@ -22,7 +22,7 @@ from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import profiling
 from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
-from tpad_jax.training.stages import ENTRIES, reads_content
+from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch
 
 DONE = 'finished'  # a file next to a finished stage's checkpoints
@@ -39,7 +39,7 @@ def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[
     c = job.config.stage[stage]
     shared = dict(batch_size=c.batch_size, seed=job.config.seed,
                   **job.devices.drawn_here(c.accumulate))
-    content = job.content if reads_content(stage, spec) else None
+    content = job.content if spec.reads_content else None
     if ENTRIES[stage].batches == 'items':
         return partial(batches_lib.item_batches, job.data, content=content, **shared)
     return partial(batches_lib.session_batches, job.final, content=content,
@@ -102,13 +102,11 @@ def fit(job, name, stage, spec, params=None, steps=None):
         broken=job.workdir / 'not_finite', profile=profiling.Profile(
             job.workdir / 'profile', job.profile, name, job.devices))
     begun = time.perf_counter()
-    try:
+    with closing(checkpoints):
         out = loop_lib.fit(loop, spec, step_lib.start(spec, params, c.train), catalogue)
-        job.spent[name] = {'all': out[-1]['seconds'], **out[-1]['spent']}
-        return out
-    finally:
-        checkpoints.close()
-        job.sitting[name] = time.perf_counter() - begun
+    job.sitting[name] = time.perf_counter() - begun
+    job.spent[name] = {'all': out[-1]['seconds'], **out[-1]['spent']}
+    return out
 
 
 def compile_ahead(job, stages, shapes: dict) -> None:

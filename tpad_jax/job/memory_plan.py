@@ -34,7 +34,7 @@ from tpad_jax.job.validate import check
 from tpad_jax.models import sessions, tpad
 from tpad_jax.training import loop
 from tpad_jax.training import step as step_lib
-from tpad_jax.training.stages import ENTRIES, reads_content
+from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch
 
 KINDS = {'v5e': 15.75, 'v6e': 31.25}  # GiB a program may use of a chip's 16 and 32
@@ -139,7 +139,7 @@ def _batch(subject, stage, spec):
     shapes = dict(items=(rows, n), next=(rows, n), target=(rows,), valid=(rows,), row=(rows,))
     if not of_items and not c.every_prefix:
         shapes['places'] = (rows * n,)
-    if reads_content(stage, spec):
+    if spec.reads_content:
         part = rows // c.accumulate * (1 if of_items else n + 1)
         seen = c.accumulate * (1 + min(part, subject.catalogue['warm'].shape[0] - 1))
         shapes |= dict(slots=(rows, n), next_slots=(rows, n), ids=(seen,), has_image=(seen,),

@@ -67,16 +67,16 @@ def joined(cut):
     Returns:
       types.Batch with fields [parts * rows, ...].
     """
-    moved = {name: getattr(cut, of) for name, of in POINTERS.items()}
-    shift = {name: x.shape[1] for name, x in moved.items() if x is not None}
+    shift = {name: getattr(cut, of).shape[1] for name, of in POINTERS.items()
+             if getattr(cut, of) is not None}
     shift['places'] = cut.items.shape[1] * cut.items.shape[2]
     part = jnp.arange(len(cut.items))
-    fields = {}
-    for name, step in shift.items():
-        x = getattr(cut, name)
-        if x is not None:
-            x += jnp.where(x < 0, 0, (part * step).reshape(-1, *(1,) * (x.ndim - 1)))
-        fields[name] = x
+
+    def moved(x, step):
+        return x + jnp.where(x < 0, 0, (part * step).reshape(-1, *(1,) * (x.ndim - 1)))
+
+    fields = {name: moved(getattr(cut, name), step) for name, step in shift.items()
+              if getattr(cut, name) is not None}
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cut.replace(**fields))
 
 

@@ -38,13 +38,3 @@ ENTRIES = {
     'recommend': Entry(recommends=True, content=False),
     'joint': Entry(reads=('k', 'r')),
 }
-
-
-def reads_content(stage: str, spec) -> bool:
-    """Whether a stage's batches need images and texts.
-
-    Args:
-      stage: of the table.
-      spec: step.StepSpec of the stage.
-    """
-    return spec.reads_content and ENTRIES[stage].content
