@@ -1,11 +1,11 @@
 """The MLLM that a run builds on: the small default base, or a Hugging Face checkpoint."""
 
 import copy
-import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,7 @@ SMALL = dict(param_dtype='float32', dtype='float32', attention='xla', remat='non
 FILES = ('.json', '.safetensors', '.txt', '.model')  # of parameters, sizes and tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
-class Base:
+class Base(NamedTuple):
     """The properties of a base that the rest of a run uses.
 
     Attributes:
@@ -60,8 +59,7 @@ def read(config) -> Base:
     return _checkpoint(c) if c.checkpoint else _default(config)
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
+class Teacher(NamedTuple):
     """Another MLLM that reads the same items as the student.
 
     Attributes:

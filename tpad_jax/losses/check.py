@@ -243,8 +243,7 @@ class Trial:
 
         def value(scores):
             out = self.named(params, raw, batch)
-            out |= {n: x for n, x in example.numbered(raw).items()
-                    if example.is_of_positions(n) and n in needs}
+            out |= {n: x for n, x in example.numbered(raw).items() if n in needs}
             out |= dict.fromkeys(scorers, example.LookUp(scores))
             return combine((self.spec,), out, batch, state, key=jax.random.key(3),
                            heads=bound((self.spec,), params))[0]

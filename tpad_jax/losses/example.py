@@ -118,15 +118,9 @@ def garbled(batch, raw, seed):
 
 def numbered(raw):
     """Write the number of each position, b N + n, into the first place of its features."""
-    number = np.arange(B * N, dtype=np.float32).reshape(B, N)
-    return {n: np.concatenate([number[..., None], x[..., 1:]], -1) if is_of_positions(n) else x
-            for n, x in raw.items()}
-
-
-def is_of_positions(name) -> bool:
-    """Whether an output has a feature for every position."""
-    shape = OUTPUTS[name].shape
-    return shape.startswith('B, N, ') and name not in SPECIAL
+    number = np.arange(B * N, dtype=np.float32).reshape(B, N, 1)
+    return {n: np.concatenate([number, x[..., 1:]], -1) for n, x in raw.items()
+            if OUTPUTS[n].shape.startswith('B, N, ') and n not in SPECIAL}
 
 
 @flax.struct.dataclass
@@ -143,9 +137,6 @@ class LookUp:
         i, j = (a[:, 0].astype(jnp.int32) for a in (x, y))
         known = (i == x[:, 0])[:, None] & (j == y[:, 0])
         return jnp.where(known, self.scores[i[:, None] % (B * N), j % (B * N)], jnp.nan)
-
-    def factors(self, x, y):
-        """Return None: these scores are not a product."""
 
     def own(self, x, y):
         """Score each pair, [A]."""
