@@ -54,23 +54,19 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
     """
     seen = set(_keys(train))
     starts = np.concatenate([train.start, valid.start, test.start])
+    splits = {'train': train, 'valid': valid, 'test': test}
     report = {
-        'form': form,
-        'items': len(warm) - 1,
-        'warm_items': int(warm.sum()),
-        'sessions': {name: len(part.start) for name, part in
-                     (('train', train), ('valid', valid), ('test', test))},
-        'events': len(train.items) + len(valid.items) + len(test.items),
-        'lengths': length_histogram(train),
-        **order_artefact(train, test),
+        'form': form, 'items': len(warm) - 1, 'warm_items': int(warm.sum()),
+        'sessions': {name: len(part.start) for name, part in splits.items()},
+        'events': sum(len(part.items) for part in splits.values()),
+        'lengths': length_histogram(train), **order_artefact(train, test),
         'repeat_share': repeat_share(test),
         'overlap_share': _mean([key in seen for key in _keys(test)]),
         'duplicate_share': 1 - len(seen) / len(train.start) if len(train.start) else None,
         'cold_target_share': _mean(~warm[_steps(test)[1]]),
         'tie_share': None if np.isnan(ties) else float(ties),
         'day_granular': bool((starts % DAY == 0).all()) if len(np.unique(starts)) > 1 else None,
-        'shuffle': shuffle_test(train, test),
-    }
+        'shuffle': shuffle_test(train, test)}
     return {**report, 'warnings': _warnings(report), 'verdict': verdict(report)}
 
 
@@ -103,8 +99,7 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
     a, b = _steps(test, changes=True)
     comparable = known[a] & known[b]
     step = np.sign(position[b[comparable]] - position[a[comparable]])
-    return {'order_pairs': int(often.sum()),
-            'one_way_share': _mean(one_way[often]),
+    return {'order_pairs': int(often.sum()), 'one_way_share': _mean(one_way[often]),
             'one_way_by_chance': _mean(2 * 0.5 ** count[often]),
             'fixed_order_share': _mean((1 + step) / 2)}
 

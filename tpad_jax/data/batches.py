@@ -50,14 +50,16 @@ class Cut:
         """Rows of this process in a step."""
         return self.batch_size // self.processes
 
-    def rows(self, step: int, total: int, steps: int = 1) -> np.ndarray:
-        """Number the rows of all processes, int32 [steps, batch_size]; see `positions`."""
-        drawn = positions(self.seed, step, self.batch_size, total, steps)
-        return drawn.reshape(steps, self.batch_size)
-
     def own_rows(self, step: int, total: int) -> np.ndarray:
-        """Number the rows of this process in one step, int32 [size]."""
-        return self.rows(step, total)[0, self.process::self.processes]
+        """Number the rows of this process in a step, int32 [size]; see `positions`."""
+        row = positions(self.seed, step, self.batch_size, total)
+        return row[self.process::self.processes]
+
+    def parts(self, total: int, steps: int) -> Iterator[np.ndarray]:
+        """Yield the rows of `steps` steps, int32 [processes * shards, rows of a shard] each."""
+        for step in range(steps + 1):  # one more: the loop fetches a batch ahead
+            row = positions(self.seed, step, self.batch_size, total)
+            yield row.reshape(-1, self.processes).T.reshape(self.processes * self.shards, -1)
 
 
 def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_prefix: bool = True,
@@ -145,22 +147,21 @@ def item_batches(data: Data, *, content: Content | None, start_step: int = 0,
     return _iterate(batch, start_step)
 
 
-def positions(seed: int, step: int, batch_size: int, total: int, steps: int = 1) -> np.ndarray:
+def positions(seed: int, step: int, batch_size: int, total: int) -> np.ndarray:
     """Choose the rows of a step: a window of all epochs' orders, one after the other.
 
     Every row occurs once per epoch of total / batch_size steps.
 
     Args:
       seed: of the order.
-      step: the first step.
+      step: the step.
       batch_size: rows of a step.
       total: number of rows.
-      steps: how many steps.
 
     Returns:
-      int32 [steps * batch_size], numbers in 0..total - 1.
+      int32 [batch_size], numbers in 0..total - 1.
     """
-    place = step * batch_size + np.arange(steps * batch_size, dtype=np.int64)
+    place = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, where = np.divmod(place, total)
     out = np.empty(len(place), np.int32)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
@@ -189,21 +190,16 @@ def content_width(rows: sessions_lib.Rows, num_items: int, cut: Cut, steps: int)
     worst = min(cut.size // cut.shards * (rows.items.shape[1] + 1), num_items) + 1
     if not 0 < steps <= SCANNED:
         return worst
-    most = 0
-    for step in range(steps + 1):  # one more: the loop fetches a batch ahead
-        row, = cut.rows(step, len(rows.target))
-        for process in range(cut.processes):
-            part = row[process::cut.processes]
-            both = np.concatenate([rows.items[part], rows.target[part][:, None]], axis=1)
-            most = max(most, *(len(np.union1d(shard, 0)) for shard in np.split(both, cut.shards)))
+    most = max(len(np.union1d(rows.items[part], np.append(rows.target[part], 0)))
+               for parts in cut.parts(len(rows.target), steps) for part in parts)
     return min(worst, -(-most // 16) * 16)
 
 
 def places_width(length: np.ndarray, max_length: int, cut: Cut, steps: int) -> int:
     """Compute P, places of a shard: one static shape for the positions of any step's items.
 
-    Exact over the batches of `steps` steps, like `content_width`, but counted for all at once;
-    without a number of steps the worst case.
+    Exact over the batches of `steps` steps, like `content_width`; without a number of steps the
+    worst case.
 
     Args:
       length: int [R]. Items of each row.
@@ -214,16 +210,11 @@ def places_width(length: np.ndarray, max_length: int, cut: Cut, steps: int) -> i
     Returns:
       P.
     """
-    part = cut.size // cut.shards
+    worst = cut.size // cut.shards * max_length
     if steps <= 0:
-        return part * max_length
-    most = 0
-    for begin in range(0, steps + 1, SCANNED):  # one step more: the loop fetches a batch ahead
-        row = cut.rows(begin, len(length), min(SCANNED, steps + 1 - begin))
-        per_process = length[row].reshape(len(row), cut.size, cut.processes).swapaxes(1, 2)
-        shares = per_process.reshape(len(row), cut.processes, cut.shards, part)
-        most = max(most, int(shares.sum(axis=-1).max()))
-    return min(part * max_length, -(-most // 32) * 32)
+        return worst
+    most = max(int(length[parts].sum(axis=1).max()) for parts in cut.parts(len(length), steps))
+    return min(worst, -(-most // 32) * 32)
 
 
 def _places(items: np.ndarray, shards: int, room: int) -> np.ndarray:

@@ -85,10 +85,7 @@ def companions(train: Sessions, num_items: int, *, most: int) -> tuple[np.ndarra
 
 
 def _without_loops(graph: sp.csr_array) -> sp.coo_array:
-    graph = sp.coo_array(graph)
-    other = graph.row != graph.col
-    return sp.coo_array((graph.data[other], (graph.row[other], graph.col[other])),
-                        shape=graph.shape)
+    return sp.coo_array(graph - sp.diags_array(graph.diagonal()))  # zeros are not stored
 
 
 def _heaviest(graph: sp.coo_array, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,8 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
 
 from tpad_jax.errors import InputError, refuse_if
 
@@ -80,7 +79,7 @@ class Lines:
             self.damaged.append((self.number, reason))
 
     def check(self, bad_share: float, option: str = 'config.data.bad_share',
-              fields: str = '', hints: Mapping[str, str] = MappingProxyType({})) -> None:
+              fields: str = '', hints: dict[str, str] | None = None) -> None:
         """Refuse the file where more than a share of it is damaged; call it at the end.
 
         Args:
@@ -106,8 +105,8 @@ class Lines:
             fix += ', or raise that option to drop these lines'
         else:
             return
-        if bad:
-            fix = hints.get(bad.most_common(1)[0][0], fix)
+        for reason, _ in bad.most_common(1):
+            fix = (hints or {}).get(reason, fix)
         counts = reasons(bad or self.rejected)
         first = ', '.join(f'line {number} {reason}' for number, reason in self.damaged)
         facts = '; first '.join(filter(None, (counts, first)))

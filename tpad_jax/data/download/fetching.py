@@ -36,8 +36,8 @@ SIDE = 16  # pixels that a body is decoded to, to check that it can be
 _FAILURES = (
     ((httpcore2.TimeoutException, TimeoutError), 'timeout', False),
     ((httpcore2.ConnectError, socket.gaierror), 'no_connection', False),
-    ((httpcore2.NetworkError, httpcore2.RemoteProtocolError, ssl.SSLError), 'connection_broke',
-     False),
+    ((httpcore2.NetworkError, httpcore2.RemoteProtocolError, ssl.SSLError),
+     'connection_broke', False),
     ((httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol), 'bad_url', True),
     ((httpx2.InvalidURL, UnicodeError), 'bad_redirect', True))
 _RANGE = re.compile(r'bytes (?:([0-9]{1,12})-[0-9]{1,12}|\*)/([0-9]{1,12}|\*)')

@@ -284,8 +284,8 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
       InputError: the directory holds anything else, or an option is unusable.
     """
     raw_dir = Path(raw_dir)
-    options = {'seed': int(seed), 'items': int(items), 'train': int(train), 'valid': int(valid),
-               'test': int(test), 'noise': float(noise)}
+    options = dict(seed=int(seed), items=int(items), train=int(train), valid=int(valid),
+                   test=int(test), noise=float(noise))
     _check(**options)
     if _already_written(raw_dir, options):
         return

@@ -15,8 +15,7 @@ from scipy.ndimage import distance_transform_edt
 
 from tpad_jax.data.synthetic.wording import CATEGORIES
 
-SIDE = 64
-NOISE = 0.12
+SIDE, NOISE = 64, 0.12  # pixels; standard deviation
 # In the order of wording.COLOURS: hues about 45 degrees apart, similar saturation.
 PALETTE = np.array([
     (0.86, 0.14, 0.16), (0.96, 0.52, 0.08), (0.95, 0.84, 0.12), (0.22, 0.64, 0.22),
@@ -24,14 +23,12 @@ PALETTE = np.array([
 
 _SHAPE_SIDE = 52.0  # pixels of the unit square at scale 1
 _SCALE = (0.90, 1.08)
-_SHIFT = 3.0  # pixels, in each direction
-_OUTLINE = 1.5  # pixels, inside the edge
+_SHIFT, _OUTLINE = 3.0, 1.5  # pixels, in each direction and inside the edge
 _SHADOW = (1.0, 2.0, 3.0, 0.22)  # right, down, softness in pixels, strength
 _CHUNK = 256
 
 MARGIN = 0.2  # width of the field around the unit square of the silhouettes
-GRID = 140  # samples per side of the stored field
-_OVERSAMPLING = 4
+GRID, _OVERSAMPLING = 140, 4  # samples per side of the stored field, and pixels per sample
 # Filled shapes in the unit square, y down, drawn in this order; 'cut' makes a hole. A box may have
 # a radius of its corners after them; a dome is the upper half of an oval.
 _SILHOUETTES = {
