@@ -220,9 +220,7 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
 
 def warm_items(train: Sessions, num_items: int) -> np.ndarray:
     """Mark the items that occur in a training session: bool [V + 1], False at the padding."""
-    warm = np.zeros(num_items + 1, bool)
-    warm[train.items] = True
-    return warm
+    return counts(train, num_items) > 0
 
 
 def counts(train: Sessions, num_items: int) -> np.ndarray:

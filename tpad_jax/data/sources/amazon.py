@@ -290,8 +290,7 @@ def _interactions(events: Iterator[tuple[str, str, int]], ids: dict[str, int]) -
         item.append(ids[asin])
         time.append(seconds)
     # users are numbered by their sorted names, so that no number depends on the order of lines
-    number = np.empty(len(users), np.int64)
-    number[[users[name] for name in sorted(users)]] = np.arange(len(users))
+    number = np.argsort([users[name] for name in sorted(users)])
     table = pl.DataFrame({'user': number[np.frombuffer(user, np.int64)],
                           'item': np.frombuffer(item, np.int32),
                           'time': np.frombuffer(time, np.int64)})

@@ -108,19 +108,17 @@ def width(file) -> int:
 def _align(file, ids, features, asins) -> Given:
     """Order rows by item; refuses missing, contradicting and infinite ones."""
     number = {asin: item for item, asin in enumerate(asins) if item}
-    row_of, unknown, repeats = np.full(len(asins), -1), [], []
-    for row, name in enumerate(ids):
-        item = number.get(name)
-        if item is None:
-            unknown += [name] if name else []
-        elif row_of[item] < 0:
-            row_of[item] = row
-        else:
-            repeats.append((row_of[item], row))
+    item_of = np.array([number.get(name, 0) for name in ids], int)
+    unknown = [name for name, item in zip(ids, item_of, strict=True) if name and not item]
+    row_of = np.full(len(asins), -1)
+    known = np.flatnonzero(item_of)[::-1]
+    row_of[item_of[known]] = known  # of several rows the first, which is assigned last
+    repeats = [row for row in known[::-1] if row_of[item_of[row]] != row]
     absent = [asins[item] for item in np.flatnonzero(row_of[1:] < 0) + 1]
     refuse_if(absent, f'{file} lacks {len(absent)} of {len(number)} items: {_first(absent)}. '
               'Expected a row for each. Fix: add their rows.')
-    differing = [ids[b] for a, b in repeats if not np.array_equal(features[a], features[b])]
+    differing = [ids[row] for row in repeats
+                 if not np.array_equal(features[row], features[row_of[item_of[row]]])]
     refuse_if(differing, f'{file}: {len(differing)} rows differ from an earlier row of their item: '
               f'{_first(differing)}. Expected one row per item. Fix: remove the others.')
     rows = np.zeros((len(asins), features.shape[1]), np.float32)
