@@ -152,9 +152,8 @@ def _decode(data: Data, size: int, image_file: Path, outcome_file: Path) -> None
     free = shutil.disk_usage(image_file.parent).free
     needed = int(data.has_image.sum()) * size * size * 3
     # a mapped file on a full disk ends the process by a bus error
-    refuse_if(needed > free, f'{image_file.parent}: the decoded pictures take {needed:,} bytes, '
-              f'{free:,} are free. Expected room for all. Fix: make room, or lower '
-              'config.mllm.image_size.')
+    refuse_if(needed > free, f'{image_file.parent}: {free:,} bytes are free. Expected {needed:,} '
+              'for the decoded pictures. Fix: make room, or lower config.mllm.image_size.')
     outcome = np.zeros(data.num_items + 1, np.uint8)
     with files.replacing(image_file) as partial, images.quiet(), ThreadPoolExecutor() as pool:
         # a new file is all zeros and takes no disk space until a row is written

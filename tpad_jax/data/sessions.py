@@ -188,8 +188,7 @@ def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
         shorter = Sessions(train.items[frequent], offsets, train.start)
         train = take(shorter, np.flatnonzero(lengths >= min_length))
         refuse_if(not len(train.start), f'config.data.core={core}: no training session of '
-                  f'config.data.min_length={min_length} items remains. Expected some. Fix: lower '
-                  'config.data.core.')
+                  f'{min_length} items remains. Expected some. Fix: lower the option.')
 
 
 def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows:

@@ -79,9 +79,8 @@ def register(name: str, source: Source | str) -> None:
     Raises:
       InputError: the name is taken.
     """
-    refuse_if(SOURCES.get(name, source) != source,
-              f'data source {name!r}: the name is taken. Expected a name other than '
-              f'{", ".join(SOURCES)}. Fix: register the source under another name.')
+    refuse_if(SOURCES.get(name, source) != source, f'data source {name!r}: the name is taken. '
+              f'Expected one other than {", ".join(SOURCES)}. Fix: choose another name.')
     SOURCES[name] = source
 
 
@@ -124,10 +123,9 @@ def chosen(config) -> Source:
         try:
             source = pkgutil.resolve_name(source if ':' in source else '')
         except Exception as error:  # importing somebody's module can raise anything
-            raise InputError(
-                f'config.data.source={name!r}: no such source ({type(error).__name__}: {error}). '
-                f'Expected {", ".join(SOURCES)} or module:object. Fix: correct the name, or run '
-                'in the directory of the module.') from error
+            raise InputError(f'config.data.source={name!r}: no such source ({error!r}). Expected '
+                             f'{", ".join(SOURCES)} or module:object. Fix: correct the name, or '
+                             'run in the directory of the module.') from error
     return source if isinstance(source, Source) else Source(source)
 
 

@@ -186,8 +186,7 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
     unknown, fields = unused['images_of_unknown_form'], FIELDS[paths.form]
     refuse_if(unknown and not any(urls.values()),
               f'{paths.metadata}: `{fields.pictures}` of {unknown} items has an unknown form. '
-              f'Expected a list of objects with {" or ".join(fields.urls)}, or an object with a '
-              'list for each. Fix: write the addresses in that form.')
+              f'Expected objects with {" or ".join(fields.urls)}. Fix: write the addresses so.')
     events = Lines(paths.reviews)
     reviewed = {asin for _, asin, _ in _read_events(events, paths.form, urls, bad_share, stopping)}
     return PictureUrls(urls, reviewed, _counts(item_lines, events, unused))

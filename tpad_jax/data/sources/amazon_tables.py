@@ -235,9 +235,8 @@ def read_finished(data_dir) -> dict:
     refuse_if(not path.is_file(), f'{path} does not exist. Expected finished tables. Fix: prepare '
               'them from raw files, or give --plan_items=N for a memory plan alone.')
     finished = json.loads(path.read_text())
-    refuse_if(finished['version'] != str(Amazon.VERSION),
-              f'{path}: the tables have version {finished["version"]}. Expected {Amazon.VERSION}. '
-              f'Fix: delete {data_dir} and prepare it again.')
+    refuse_if(finished['version'] != str(Amazon.VERSION), f'{path}: the tables have version '
+              f'{finished["version"]}. Expected {Amazon.VERSION}. Fix: delete {data_dir}.')
     return finished
 
 

@@ -172,9 +172,8 @@ def _parquet(file):
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
     lengths = column.list.len()
-    refuse_if(lengths.null_count() or lengths.n_unique() > 1,
-              f'{file}: there are lists of {lengths.min()} to {lengths.max()} numbers, or none. '
-              'Expected one length. Fix: correct these rows.')
+    refuse_if(lengths.null_count() or lengths.n_unique() > 1, f'{file}: lists of {lengths.min()} '
+              f'to {lengths.max()} numbers, or none. Expected one length. Fix: correct these rows.')
     flat = column.explode().cast(pl.Float32).to_numpy()  # a missing number becomes NaN
     return ids, flat.reshape(len(ids), -1)
 

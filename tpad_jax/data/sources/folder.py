@@ -98,8 +98,7 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     items = [{}, *(records[number] for number in numbers[1:])]
     for field in (*words, *sides):
         refuse_if(not any(field in item for item in items), f'{file}: no item has the field '
-                  f'{field!r} that config.data.words or config.data.sides names. Expected a field '
-                  'of the items. Fix: correct the name.')
+                  f'{field!r}. Expected fields in config.data.words and sides. Fix: correct it.')
     place = next((path for path in (directory / f'{IMAGES}.zip', directory / IMAGES)
                   if path.is_file() or path.is_dir()), None)
     if place is not None:
@@ -175,9 +174,8 @@ def _items(file: Path) -> tuple[dict[int, dict], Lines]:
     lines, records = Lines(file), {}
     for record in lines:
         item = record.get('item')
-        refuse_if(type(item) is not int or item in records,
-                  f'{file}, line {lines.number}: `item` is {item!r}. Expected a number that no '
-                  'other line has. Fix: correct the line.')
+        refuse_if(type(item) is not int or item in records, f'{file}, line {lines.number}: `item` '
+                  f'is {item!r}. Expected a number that no other line has. Fix: correct the line.')
         records[item] = record
     for number, reason in lines.damaged:
         raise InputError(f'{file}, line {number} cannot be read ({reason}). Expected a JSON object '

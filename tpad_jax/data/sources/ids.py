@@ -97,9 +97,8 @@ def read(path) -> tuple[Sessions, Sessions, str, int]:
     largest = max(part.items.max() for part in parts)
     if largest > MAX_ITEMS:
         different = len(np.unique(np.concatenate([part.items for part in parts])))
-        refuse_if(largest > MAX_GAPS * different,
-                  f'{path}: the largest item id is {largest}, but only {different} ids occur. '
-                  'Expected ids without large gaps. Fix: number the items 1..V.')
+        refuse_if(largest > MAX_GAPS * different, f'{path}: the largest item id is {largest}, but '
+                  f'only {different} ids occur. Expected no gaps. Fix: number the items 1..V.')
     return *parts, digest, empty
 
 
@@ -155,9 +154,8 @@ def hold_out(train: Sessions, *, ordered: bool, valid: float, seed: int
     """
     total = len(train.start)
     held_out = round(valid if valid >= 1 else valid * total)
-    refuse_if(not 0 < held_out < total,
-              f'config.data.valid={valid}: {held_out} of {total} training sessions are held out. '
-              'Expected some for both. Fix: choose another share or number.')
+    refuse_if(not 0 < held_out < total, f'config.data.valid={valid}: it holds out {held_out} of '
+              f'{total} sessions. Expected some for both. Fix: choose another share or number.')
     order = np.arange(total) if ordered else np.random.default_rng(seed).permutation(total)
     return tuple(sessions_lib.take(train, np.sort(part))
                  for part in (order[:-held_out], order[-held_out:]))
@@ -167,9 +165,8 @@ def _sessions(path, name: str, arrays: dict) -> Sessions:
     """Check and wrap one part."""
     for key in (f'{name}_items', f'{name}_offsets'):
         array = arrays[key]
-        refuse_if(array.ndim != 1 or array.dtype.kind not in 'iu',
-                  f'{path}: {key} is {array.dtype} {list(array.shape)}. Expected one row of '
-                  'integers. Fix: convert it.')
+        refuse_if(array.ndim != 1 or array.dtype.kind not in 'iu', f'{path}: {key} is '
+                  f'{array.dtype} {list(array.shape)}. Expected one row of integers. Fix: convert.')
     items, offsets = arrays[f'{name}_items'], arrays[f'{name}_offsets']
     # checked before they are converted: a large id or offset would wrap around
     sessions = Sessions(items, offsets, np.zeros(max(len(offsets) - 1, 0), np.int64))
