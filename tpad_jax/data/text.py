@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if, refusing
 
 PRICE_LEVELS = 10
 # keys in tokenizer_config.json of a tokenizer that tokenizer.json describes completely
@@ -131,11 +131,9 @@ def _encoder(directory, length):
     from tokenizers import Tokenizer
 
     file = directory / 'tokenizer.json'
-    try:
+    with refusing(Exception, f'{file} is not a usable tokenizer',  # it raises nothing narrower
+                  'Expected a file of the tokenizers library. Fix: copy it again.'):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f'{file} is not a usable tokenizer ({error}). Expected a file of the '
-                         'tokenizers library. Fix: copy it again.') from error
     tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
@@ -159,12 +157,10 @@ def read_tokenizer(directory: str | Path):
               'tokenizer.json and tokenizer_config.json. Fix: correct the path.')
     from transformers import AutoTokenizer  # slow to import, and few callers tokenize
 
-    try:
+    with refusing((OSError, ValueError), f'{directory}: no usable tokenizer',
+                  'Expected tokenizer.json and its config. Fix: copy both.'):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True,
                                                   trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f'{directory}: no usable tokenizer ({str(error).splitlines()[0]}). '
-                         'Expected tokenizer.json and its config. Fix: copy both.') from error
     tokenizer.padding_side = tokenizer.truncation_side = 'right'
     return tokenizer
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import InputError, refuse_if, refusing
 
 MAX_LINE = 4 * 2**20  # bytes; the longest genuine metadata lines have some hundred thousand
 # a .gz file that unpacks to more than this many bytes, and to more than this many times what was
@@ -114,19 +114,17 @@ class Lines:
                          f'Fix: {fix}.')
 
     def _lines(self) -> Iterator[bytes | Reason]:
-        try:
-            with open(0 if str(self.path) == '-' else self.path, 'rb') as file:
-                if self.path.suffix != '.gz':
-                    yield from self._split(file, None)
-                    return
-                refuse_if(file.read(2) != b'\x1f\x8b', f'{self.path}: not a gzip file. Expected '
-                          'one, as its name ends in .gz. Fix: download it again, or rename it.')
-                file.seek(0)
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield from self._split(unpacked, file)
-        except OSError as error:
-            raise InputError(f'{self.path} cannot be read ({error.strerror}). Expected a readable '
-                             'file. Fix: check its owner and its disk.') from error
+        with (refusing(OSError, f'{self.path} cannot be read',
+                       'Expected a readable file. Fix: check its owner and its disk.'),
+              open(0 if str(self.path) == '-' else self.path, 'rb') as file):
+            if self.path.suffix != '.gz':
+                yield from self._split(file, None)
+                return
+            refuse_if(file.read(2) != b'\x1f\x8b', f'{self.path}: not a gzip file. Expected one, '
+                      'as its name ends in .gz. Fix: download it again, or rename it.')
+            file.seek(0)
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield from self._split(unpacked, file)
 
     def _split(self, lines, file) -> Iterator[bytes | Reason]:
         """Split unpacked `lines`; `file` is the packed file, None where there is none."""

@@ -18,7 +18,7 @@ import numpy as np
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.audit import audit
 from tpad_jax.data.catalogue import Data
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if, refusing
 
 DEFAULT = 'planted'
 
@@ -120,12 +120,11 @@ def chosen(config) -> Source:
     name = selected(config)
     source = SOURCES.get(name, name)
     if isinstance(source, str):
-        try:
+        # importing somebody's module can raise anything
+        with refusing(Exception, f'config.data.source={name!r}: no such source', 'Expected '
+                      f'{", ".join(SOURCES)} or module:object. Fix: correct the name, or run in '
+                      'the directory of the module.'):
             source = pkgutil.resolve_name(source if ':' in source else '')
-        except Exception as error:  # importing somebody's module can raise anything
-            raise InputError(f'config.data.source={name!r}: no such source ({error!r}). Expected '
-                             f'{", ".join(SOURCES)} or module:object. Fix: correct the name, or '
-                             'run in the directory of the module.') from error
     return source if isinstance(source, Source) else Source(source)
 
 

@@ -18,11 +18,12 @@ import polars as pl
 from safetensors import SafetensorError, safe_open
 
 from tpad_jax.data.untrusted import DAMAGE
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if, refusing
 
 SHOWN = 5  # ids an error names
-# raised by the readers on damage; a panic of polars is a BaseException
-FAILURES = (OSError, *DAMAGE, SafetensorError, pl.exceptions.PolarsError,
+# raised by the readers on damage; a panic of polars is a BaseException, and safetensors raises
+# AttributeError where numpy does not have a dtype
+FAILURES = (OSError, AttributeError, *DAMAGE, SafetensorError, pl.exceptions.PolarsError,
             pl.exceptions.PanicException)
 MAX_WIDTH = 65_536  # numbers per item; MLLMs have some thousand
 
@@ -63,14 +64,9 @@ def read(file, asins: list[str]) -> Given:
               f'{file}: not a file of features. Expected {", ".join(readers)}. Fix: convert it.')
     refuse_if(not file.is_file(),
               f'{file} does not exist. Expected a file of item features. Fix: correct the path.')
-    try:
+    with refusing(FAILURES, f'{file} cannot be read as {file.suffix[1:]} of features', 'Expected a '
+                  'form of data/sources/external_features.py. Fix: save it so.'):
         ids, features = readers[file.suffix](file)
-    except InputError:
-        raise
-    except FAILURES as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f'{file} cannot be read as {file.suffix[1:]} of features: {why}. Expected '
-                         'a form of data/sources/external_features.py. Fix: save it so.') from error
     numeric = features.ndim == 2 and features.dtype.kind in 'fiu'
     refuse_if(not numeric or not 0 < features.shape[1] <= MAX_WIDTH,
               f'{file}: features are {features.dtype} {list(features.shape)}. Expected numbers '
@@ -93,16 +89,14 @@ def width(file) -> int:
       InputError: the file has no such header.
     """
     file = Path(file)
-    try:
+    with refusing((*FAILURES, IndexError), f'{file}: its width cannot be read',
+                  'Expected a .npy, .safetensors or .parquet. Fix: give such a file.'):
         if file.suffix == '.npy':
             return np.load(file, mmap_mode='r', allow_pickle=False).shape[1]
         if file.suffix == '.safetensors':
             with safe_open(file, framework='np') as tensors:
                 return tensors.get_slice('features').get_shape()[1]
         return len(pl.scan_parquet(file).select('features').head(1).collect().item())
-    except (*FAILURES, IndexError) as error:
-        raise InputError(f'{file}: its width cannot be read ({type(error).__name__}). Expected a '
-                         '.npy, .safetensors or .parquet. Fix: give such a file.') from error
 
 
 def _align(file, ids, features, asins) -> Given:
@@ -154,10 +148,7 @@ def _safetensors(file):
             ids = _lines(tensors.get_tensor('ids').astype(np.uint8).tobytes())
         else:
             ids = [str(name) for name in json.loads(metadata['ids'])]
-        try:
-            features = tensors.get_tensor('features')
-        except AttributeError as error:  # a dtype that numpy does not have
-            raise ValueError(str(error)) from error
+        features = tensors.get_tensor('features')
         # to numpy bfloat16 is not a numeric dtype
         bfloat16 = features.dtype == ml_dtypes.bfloat16
         return ids, features.astype(np.float32) if bfloat16 else features

@@ -27,7 +27,7 @@ from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sources import Source
 from tpad_jax.data.sources import ids as ids_lib
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS, Lines, Reason, stay_inside
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import InputError, refuse_if, refusing
 
 SESSIONS, ITEMS, IMAGES = 'sessions.npz', ('items.jsonl', 'items.jsonl.gz'), 'images'
 
@@ -196,12 +196,10 @@ def _image_names(place: Path | None, directory: Path, items: list[dict]
         present = {path.name: images.unusable(path, directory) or path.name
                    for path in place.iterdir()}
     else:
-        try:
-            with zipfile.ZipFile(place) as file:
-                members = {member.filename: _usable(member) for member in file.infolist()}
-        except (OSError, *DAMAGE) as error:
-            raise InputError(f'{place} is not a usable zip file ({error}). Expected the pictures. '
-                             'Fix: pack them again, or use a folder images/.') from error
+        with (refusing((OSError, *DAMAGE), f'{place} is not a usable zip file', 'Expected the '
+                       'pictures. Fix: pack them again, or use a folder images/.'),
+              zipfile.ZipFile(place) as file):
+            members = {member.filename: _usable(member) for member in file.infolist()}
         present = {PurePosixPath(name).name: usable for name, usable in members.items()} | members
     outcomes = [present.get(name, Reason(images.NOT_THERE)) if name else '' for name in wanted]
     unused = Counter(str(name) for name in outcomes if isinstance(name, Reason))

@@ -21,7 +21,7 @@ from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import Source
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if, refusing
 
 PARTS = 'train', 'test'
 MAX_ARRAYS = 2**32  # bytes of all arrays; fifty times the largest public benchmark
@@ -114,7 +114,8 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], str]:
     Raises:
       InputError: it cannot be read, or holds something else than arrays, or too much.
     """
-    try:
+    with refusing((OSError, *DAMAGE), f'{path} is not a usable .npz', 'Expected a readable file of '
+                  'arrays, without pickled objects. Fix: save it by numpy.savez.'):
         if not path.is_file():  # reading a pipe would wait
             raise ValueError('no such file')
         content = path.read_bytes()
@@ -130,9 +131,6 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], str]:
         for name, array in arrays.items():
             if not isinstance(array, np.ndarray):  # numpy returns other members as bytes
                 raise ValueError(f'{name} in it is not an array')
-    except (OSError, *DAMAGE) as error:
-        raise InputError(f'{path} is not a usable .npz ({error}). Expected a readable file of '
-                         'arrays, without pickled objects. Fix: save it by numpy.savez.') from error
     return arrays, hashlib.sha256(content).hexdigest()
 
 
