@@ -77,9 +77,9 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
              'max_length': shop.max_length, 'data': served.about['data']}
     _write_items(served, Path(run), directory)
     _write_recommender(served, directory, k, rows)
-    shifts = [items for items, shifted in (
-        ('the items it holds itself', [spec.repeats for spec in served.specs]),
-        ('their companions', [spec.together for spec in served.specs])) if any(shifted)]
+    options = {'the items it holds itself': 'repeats', 'their companions': 'together'}
+    shifts = [items for items, option in options.items()
+              if any(getattr(spec, option) for spec in served.specs)]
     but = f', but for the shift of {" and ".join(shifts)}' if shifts else ''
     readme = string.Template(README.read_text())
     files.write_text(directory / 'README.md',
@@ -176,7 +176,8 @@ def _write_sessions(shop, file, bad_share, directory):
                 for session, vector in zip(sessions, h, strict=True)], schema))
             first = first or (h, shop.rows([session.session for session in sessions])[0])
         source.check(bad_share, '--bad_share')
-    refuse_if(first is None, f'{file} has no session. Fix: give a file with sessions')
+    if first is None:
+        raise InputError(f'{file} has no session. Fix: give a file with sessions')
     return first
 
 

@@ -15,7 +15,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file completely or not at all.
 
     Args:
-      path: the file to create or replace. Its directory must exist.
+      path: the file to create or replace. Its directory is created if absent.
 
     Yields:
       The path to write to, `path` with the suffix PARTIAL in the same directory. It replaces `path`
@@ -23,6 +23,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = path.with_name(path.name + PARTIAL)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if partial.is_symlink():  # it would be written through
         partial.unlink()
     try:
@@ -54,15 +55,13 @@ def write_json(path, value):
     Raises:
       TypeError: JSON cannot hold `value`.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + '\n')
 
 
 def write_text(path, text):
     """Write `text` to `path` at once or not at all."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding='utf-8')
 
 
 def write_tensors(path, arrays, metadata=None):

@@ -61,10 +61,9 @@ class Writer:
             self._file.flush()
             if stage not in self._events:
                 self._events[stage] = _event_file(self._events_dir / stage, self._purge.get(stage))
-            for name, value in values.items():
-                if value is not None:
-                    scalar = Summary.Value(tag=name, simple_value=value)
-                    _append(self._events[stage], int(step), summary=Summary(value=[scalar]))
+            scalars = [Summary.Value(tag=name, simple_value=value)
+                       for name, value in values.items() if value is not None]
+            _append(self._events[stage], int(step), summary=Summary(value=scalars))
             self._events[stage].flush()
 
     def rewind(self, stage: str, step: int) -> None:
@@ -95,9 +94,7 @@ class Writer:
         """Close the files; nothing can be written afterwards."""
         events, self._events = self._events, {}
         with contextlib.ExitStack() as stack:  # closes all of them, even if one raises
-            if self._file is not None:
-                stack.callback(self._file.close)
-            for file in events.values():
+            for file in filter(None, (self._file, *events.values())):
                 stack.callback(file.close)
 
 

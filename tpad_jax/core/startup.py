@@ -1,5 +1,6 @@
 """Start of a process that computes: memory, environment, compiler flags and signals."""
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -79,13 +80,10 @@ def cache_compilations() -> None:
     """
     if CACHE in os.environ:
         return
-    home = Path(os.path.expanduser('~'))
-    default = home / ('Library/Caches' if platform.system() == 'Darwin' else '.cache')
-    directory = Path(os.environ.get('XDG_CACHE_HOME') or default, 'tpad_jax')
-    try:
+    user = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    directory = Path(user, 'tpad_jax')
+    with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return
     if os.access(directory, os.W_OK):
         os.environ[CACHE] = str(directory)
         # jax's own limit is a second, which half of a run's programs stay below

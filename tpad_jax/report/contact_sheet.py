@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import textwrap
 import unicodedata
 from pathlib import Path
@@ -31,7 +32,6 @@ def write(workdir: Path) -> Path | None:
     if not stored or not stored['sessions']:
         return None
     file = workdir / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(file) as partial:
         # 256 colours: half the size
         draw(stored).quantize(256).save(partial, 'PNG')
@@ -52,10 +52,8 @@ def draw(stored: dict) -> Image.Image:
     groups = [('session so far', PREFIX), ('true next', 1),
               *((f'{name}: top {gallery.FIRST}', gallery.FIRST) for name in models)]
     sessions = stored['sessions'][:ROWS]
-    columns, left = [], LEFT
-    for _, width in groups:
-        columns.append(left)
-        left += width * STEP + STEP // 3
+    *columns, left = itertools.accumulate(
+        (width * STEP + STEP // 3 for _, width in groups), initial=LEFT)
     sheet = Image.new('RGB', (left, TOP + ROW * len(sessions)), 'white')
     pen = ImageDraw.Draw(sheet)
     for (heading, _), column in zip(groups, columns, strict=True):

@@ -49,9 +49,7 @@ def save(file: Path, template: str, values: dict) -> Path:
     text = jinja.get_template(template).render(
         values, style=Markup(style), style_hash=_digest(style), script=Markup(script),
         script_hash=_digest(script))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(file) as partial:
-        partial.write_text(text, encoding='utf-8')
+    files.write_text(file, text)
     return file
 
 

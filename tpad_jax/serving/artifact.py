@@ -76,7 +76,6 @@ def write(job, name: str, scores) -> None:
       scores: its scorer, see `scorers.scorer`.
     """
     directory, bound = job.workdir / FOLDER, scores.bound
-    directory.mkdir(parents=True, exist_ok=True)
     c, content = job.config, job.content is not None
     configs = [c, partnered(c)][:len(bound.specs)]
     model = {'z': bound.z, 'events': sessions.counts(job.final.train, job.final.num_items)}
