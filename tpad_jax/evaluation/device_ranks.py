@@ -43,8 +43,8 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
         moved = shifts(shared['weights'], batch.items) if shifts else None
         counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
-        return tuple(collectives.gather(x, axis)
-                     for x in (*counted, bounded(h, shared['largest'])))
+        out = *counted, bounded(h, shared['largest'])
+        return tuple(collectives.gather(x, axis) for x in out)
 
     lifted = devices.lift(part)
 
@@ -53,8 +53,10 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
         calls = []
         for begin in range(0, len(items), rows):
+            part = np.minimum(np.arange(begin, begin + rows), len(items) - 1)  # the last row fills
+            batch = dict(items=items[part], next=np.zeros_like(items[part]), target=target[part],
+                         valid=np.ones(rows, bool), row=np.zeros(rows, np.int32))
             # calls are queued; the host waits for results only at the end
-            batch = _batch(items[begin:begin + rows], target[begin:begin + rows], rows)
             calls.append(lifted({}, devices.place(batch), shared))
         above, equal, finite = (np.concatenate(parts)[:len(items)]
                                 for parts in zip(*jax.device_get(calls), strict=True))
@@ -151,11 +153,3 @@ def largest(z):
 def bounded(h, longest):
     """Decide by norms whether every score of a row is certainly finite: bool [B]."""
     return jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * longest)
-
-
-def _batch(items, target, rows) -> dict:
-    """Make the batch of a call, filled up to `rows` with copies of the last row."""
-    items, target = (np.pad(x, [(0, rows - len(x))] + [(0, 0)] * (x.ndim - 1), mode='edge')
-                     for x in (items, target))
-    return dict(items=items, next=np.zeros_like(items), target=target, valid=np.ones(rows, bool),
-                row=np.zeros(rows, np.int32))

@@ -44,9 +44,9 @@ FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
 Gain = Callable[[np.ndarray, int], np.ndarray]
 """(places float64 [k], 1 being the first; k) -> [k], the value of a target at each place."""
-GAINS: dict[str, Gain] = {'hit': lambda place, k: np.ones_like(place),
-                          'mrr': lambda place, k: 1 / place,
-                          'ndcg': lambda place, k: 1 / np.log2(place + 1)}
+GAINS: dict[str, Gain] = {
+    'hit': lambda place, k: np.ones_like(place), 'mrr': lambda place, k: 1 / place,
+    'ndcg': lambda place, k: 1 / np.log2(place + 1)}
 TOP = 20  # K of the metrics that intervals, tests and the printed table show
 
 

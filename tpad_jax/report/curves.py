@@ -140,8 +140,8 @@ def clouds(run: Run) -> dict | None:
     _, basis, inside = plane(list(inner.values()))
     inner = {key: x @ basis for key, x in inner.items()}
     # the place of each item's category; the less common ones are grey
-    category = {int(i): min(n, 7) for i, n in
-                ((run.gallery or {}).get('colours') or {}).items()}
+    known = (run.gallery or {}).get('colours') or {}
+    category = {int(i): min(n, 7) for i, n in known.items()}
     moments = []
     for side, (title, cloud) in enumerate(((first, before), (last, after))):
         panels, dots = [], {}

@@ -13,7 +13,6 @@ from tpad_jax.core import files
 from tpad_jax.data import audit
 from tpad_jax.evaluation import compare, tables
 from tpad_jax.report import charts, curves, stored
-from tpad_jax.report.gallery import MODELS
 from tpad_jax.report.stored import Run
 from tpad_jax.report.values import NONE, Values
 
@@ -59,7 +58,7 @@ def environment() -> jinja2.Environment:
     jinja = jinja2.Environment(loader=jinja2.PackageLoader('tpad_jax.report'), autoescape=True,
                                undefined=jinja2.StrictUndefined, trim_blocks=True,
                                lstrip_blocks=True)
-    jinja.filters |= {'shown': charts.shown, 'points': charts.points}
+    jinja.filters |= {'shown': charts.shown, 'points': charts.points, 'rank': _rank}
     return jinja
 
 
@@ -187,21 +186,18 @@ def _gallery(stored: dict | None) -> dict:
     """Prepare the gallery for the template, and the part that the page's script reads."""
     if not stored or not stored['sessions']:
         return {'gallery': None, 'asked': None, 'without': 0}
-    sessions = [{**session, 'models': {name: {
-        'first': model['first'], **_rank(model['above'], model['equal'])}
-        for name, model in session['models'].items() if name in MODELS}}
-        for session in stored['sessions']]
-    items = stored['items']
-    return {'gallery': {**stored, 'sessions': sessions},
+    items, sessions = stored['items'], stored['sessions']
+    return {'gallery': stored,
             'without': sum('picture' in x and x['picture'] is None for x in items.values()),
             'asked': {'items': items, 'sides': stored.get('sides', []),
                       'why': [{'prefix': x['prefix'], 'of': x['why']} for x in sessions]}}
 
 
-def _rank(above, equal, k=20):
-    kind = 'hit' if above + equal <= k else 'miss' if above >= k else 'tied'
-    return {'kind': kind,
-            'rank': f'{above + 1}' if equal == 1 else f'{above + 1} to {above + equal}'}
+def _rank(model: dict, k: int = 20) -> tuple[str, str]:
+    """Put a target's rank among a model's recommendations into words: ('hit', '3')."""
+    above, equal = model['above'], model['equal']
+    return ('hit' if above + equal <= k else 'miss' if above >= k else 'tied',
+            f'{above + 1}' if equal == 1 else f'{above + 1} to {above + equal}')
 
 
 def _digest(text):

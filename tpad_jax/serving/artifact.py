@@ -94,15 +94,13 @@ def write(job, name: str, scores) -> None:
         shutil.copytree(job.workdir / 'data' / TOKENIZER, directory / TOKENIZER, dirs_exist_ok=True)
     about = {
         'version': VERSION, 'model': name, 'models': [part.model.to_dict() for part in configs],
-        'items': job.data.num_items, 'max_length': job.max_length,
+        'items': job.data.num_items, 'max_length': job.max_length, 'data': job.data.fingerprint,
         'side_sizes': list(job.data.side_sizes), 'vocabulary': job.data.vocabulary,
         'words': list(names(c.data.words)) if c.data.ready else list(WORDS),
         'mllm': _located(c.mllm.to_dict()) if content else None,
         'base': job.base.fingerprint if content else None,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
-        'data': job.data.fingerprint,
-        'digests': {name: _digest(directory / name) for name in (MODEL, READER, ITEMS)},
-    }
+        'digests': {name: _digest(directory / name) for name in (MODEL, READER, ITEMS)}}
     files.write_text(directory / ABOUT, json.dumps(about, indent=1, default=str) + '\n')
 
 

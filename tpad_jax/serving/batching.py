@@ -36,8 +36,7 @@ class Batcher:
       waiting: number of rows that wait for the device.
     """
 
-    def __init__(self, shop: Recommender, most_k: int, waiting: int,
-                 on_call=lambda rows: None):
+    def __init__(self, shop: Recommender, most_k: int, waiting: int, on_call=lambda rows: None):
         self._shop, self._most_k, self._room, self._on_call = shop, most_k, waiting, on_call
         self._queue, self.waiting = deque(), 0
         self._came, self._closed = asyncio.Event(), False

@@ -90,9 +90,8 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         yield
         await batcher.close()
 
-    made = FastAPIOffline(
-        title='tpad_jax', version='1', lifespan=lifespan, redoc_url=None,
-        description=f'{shop.model} of {workdir.name}: {shop.trained} items.')
+    about = f'{shop.model} of {workdir.name}: {shop.trained} items.'
+    made = FastAPIOffline(title='tpad_jax', lifespan=lifespan, redoc_url=None, description=about)
     made.state.batcher = batcher
 
     class Ask(BaseModel):
@@ -190,15 +189,12 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         return HTMLResponse(PAGE.read_text())
 
     @made.exception_handler(RequestValidationError)
-    async def invalid(request, error):
-        # The answer does not repeat the request, whose text may not be encodable.
-        detail = '; '.join(f'{".".join(map(str, x["loc"]))}: {x["msg"]}'
-                           for x in error.errors()[:3])
-        return _refusal(422, detail.encode(errors='replace').decode())
-
     @made.exception_handler(InputError)
     async def unusable(request, error):
-        return _refusal(422, str(error).encode(errors='replace').decode())
+        # The answer does not repeat the request, whose text may not be encodable.
+        detail = str(error) if isinstance(error, InputError) else '; '.join(
+            f'{".".join(map(str, x["loc"]))}: {x["msg"]}' for x in error.errors()[:3])
+        return JSONResponse({'detail': detail.encode(errors='replace').decode()}, 422)
 
     return Guard(made, limits, metrics, count)
 
@@ -240,10 +236,9 @@ class Items(BaseModel):
 
 
 Words = Annotated[str, Form(max_length=2**14)]
-REFUSED = {422: {'model': Refusal, 'description': 'Invalid request.'},
-           400: {'model': Refusal, 'description': 'The body cannot be read.'},
-           413: {'model': Refusal, 'description': 'The body is too large.'},
-           503: {'model': Refusal, 'description': 'OverloadedError; see Retry-After.'}}
+REFUSED = {status: {'model': Refusal, 'description': reason} for status, reason in {
+    422: 'Invalid request.', 400: 'The body cannot be read.', 413: 'The body is too large.',
+    503: 'Overloaded; see Retry-After.'}.items()}
 
 
 class Metrics:
@@ -304,10 +299,6 @@ class Guard:
             if message['type'] == 'http.response.body' and not message.get('more_body'):
                 self.count.answered += 1
 
-        async def refuse(code, detail, headers=None):
-            if status is None:
-                await _refusal(code, detail, headers)(scope, receive, sent)
-
         # the first new item loads the MLLM
         seconds = None if route == '/items' else self._limits.seconds
         try:
@@ -316,10 +307,12 @@ class Guard:
                 raise TooLargeError(most)
             async with asyncio.timeout(seconds):
                 await self._inner(scope, bounded, sent)
-        except TooLargeError as error:
-            await refuse(error.status_code, error.detail, error.headers)
-        except TimeoutError:
-            await refuse(503, f'not answered within {seconds:g} s', RETRY)
+        except (TooLargeError, TimeoutError) as error:
+            if isinstance(error, TimeoutError):
+                error = HTTPException(503, f'not answered within {seconds:g} s', RETRY)
+            if status is None:
+                answer = JSONResponse({'detail': error.detail}, error.status_code, error.headers)
+                await answer(scope, receive, sent)
         finally:
             path = route if route in self._paths else 'other'
             self._metrics.overloaded.inc(status == 503 and path != '/ready')
@@ -334,7 +327,3 @@ class TooLargeError(HTTPException):
         """Name the largest number of bytes, `most`."""
         super().__init__(413, f'the body is too large. Expected at most {most} bytes',
                          {'Connection': 'close'})
-
-
-def _refusal(code, detail, headers=None):
-    return JSONResponse({'detail': detail}, code, headers)

@@ -93,12 +93,11 @@ class Reader:
         seen = np.array([there for _, _, there in content])
         side = self._sides(items)
         vectors = []
-        for begin in range(0, len(items), ROWS):
-            part = slice(begin, begin + ROWS)
-            size = len(tokens[part])
-            given = (np.pad(x[part], ((0, ROWS - size), *((0, 0),) * (x.ndim - 1)), mode='edge')
-                     for x in (image, seen, tokens, side))
-            vectors.append(np.asarray(self._read(self._params, self._recommenders, *given))[:size])
+        for part in np.split(np.arange(len(items)), range(ROWS, len(items), ROWS)):
+            rows = np.pad(part, (0, ROWS - len(part)), mode='edge')
+            z = self._read(self._params, self._recommenders, image[rows], seen[rows], tokens[rows],
+                           side[rows])
+            vectors.append(np.asarray(z)[:len(part)])
         z = np.concatenate(vectors)
         broken = np.flatnonzero(~np.isfinite(z).all(axis=1))
         if len(broken):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from tpad_jax.core import files
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.errors import InputError, refusing
+from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
 from tpad_jax.serving import artifact, topk
 
@@ -161,8 +161,7 @@ class Recommender:
           InputError: k is out of bounds.
         """
         parts = [finish() for finish in list(self.begin(rows, k, table))]
-        nothing = np.zeros((0, k), np.int32), np.zeros((0, k), np.float32)
-        items, scores = (np.concatenate(x) for x in zip(nothing, *parts, strict=True))
+        items, scores = (np.concatenate(x) for x in zip(*parts, strict=True))
         return items, scores
 
     def begin(self, rows: np.ndarray, k: int, table=None) -> Iterable:
@@ -184,12 +183,11 @@ class Recommender:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
             raise InputError(f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}, '
                              f'{MAX_K} or the {table.count - 1} items of the catalogue')
-        for begin in range(0, len(rows), SIZES[-1]):
-            part = rows[begin:begin + SIZES[-1]]
+        compiled_k = next(length for length in LENGTHS if length >= k)
+        for part in _calls(rows):
             with self._dispatching:
                 scores, items = self._search(self._weights, self._z, np.int32(table.count),
-                                             _filled(part),
-                                             k=next(n for n in LENGTHS if n >= k))
+                                             _filled(part), k=compiled_k)
             yield partial(_finish, part, items, scores, table.popular[:k])
 
     def embed_items(self, ids: Sequence[str] | None = None) -> np.ndarray:
@@ -225,12 +223,12 @@ class Recommender:
           InputError: a session is not a list of texts.
         """
         rows, _ = self.rows(sessions)
-        vectors = np.zeros((len(rows), self._z.shape[1]), np.float32)
-        for begin in range(0, len(rows), SIZES[-1]):
-            part = rows[begin:begin + SIZES[-1]]
+        parts = []
+        for part in _calls(rows):
             with self._dispatching:
                 h = self._encode(self._weights, self._z, _filled(part))
-            vectors[begin:begin + len(part)] = np.asarray(h)[:len(part)]
+            parts.append(np.asarray(h)[:len(part)])
+        vectors = np.concatenate(parts)
         vectors[rows[:, 0] == 0] = np.nan
         return vectors
 
@@ -253,25 +251,23 @@ class Recommender:
           InputError: an item is unusable, its id exists, or the run cannot read new items (see
             new_items.Reader).
         """
-        with self._adding:
-            return self._add(list(items))
-
-    def _add(self, items):
         from tpad_jax.serving import new_items  # only a new item needs the encoders
 
+        items = list(items)
         new_items.checked(items, self._served.about['words'])
         names = [item['id'] for item in items]
-        for place, name in enumerate(names):
-            if name in self.table.number or name in names[:place]:
-                raise InputError(f'item id {name!r} exists. Fix: choose another id')
-        if not items:
-            return np.zeros((0, self._z.shape[1]), np.float32)
-        if self._reader is None:
-            self._reader = new_items.Reader(self._served, self._base)
-        vectors = self._reader(items)
-        self._append(vectors, names, [str(item.get('title') or item.get('text') or item['id'])[:200]
-                                      for item in items])
-        return vectors
+        titles = [str(item.get('title') or item.get('text') or item['id'])[:200] for item in items]
+        with self._adding:
+            for place, name in enumerate(names):
+                refuse_if(name in self.table.number or name in names[:place],
+                          f'item id {name!r} exists. Fix: choose another id')
+            if not items:
+                return np.zeros((0, self._z.shape[1]), np.float32)
+            if self._reader is None:
+                self._reader = new_items.Reader(self._served, self._base)
+            vectors = self._reader(items)
+            self._append(vectors, names, titles)
+            return vectors
 
     def _append(self, vectors, names, titles):
         """Write vectors into the free rows of z, in place, and publish a table that has them."""
@@ -280,18 +276,16 @@ class Recommender:
         with self._dispatching:
             if rows[-1] >= len(self._z):
                 self._z, self._weights = self._padded(self._z, self._weights, rows[-1] + 1)
-            for begin in range(0, len(rows), SIZES[-1]):
-                part = slice(begin, begin + SIZES[-1])
+            for part, values in zip(_calls(rows), _calls(vectors), strict=True):
                 # rows that only fill a call are out of range and dropped
-                self._z = self._write(self._z, _filled(rows[part], np.iinfo(np.int32).max),
-                                      _filled(vectors[part]))
+                self._z = self._write(self._z, _filled(part, np.iinfo(np.int32).max),
+                                      _filled(values))
         self._vectors.append(vectors)
         table.ids.extend(names)
         table.titles.extend(titles)
         table.number.update(zip(names, rows.tolist(), strict=True))
-        self.table = table._replace(
-            count=table.count + len(names),
-            popular=np.concatenate([table.popular, rows])[:MAX_K])
+        popular = np.concatenate([table.popular, rows])[:MAX_K]
+        self.table = table._replace(count=table.count + len(names), popular=popular)
 
     def save_added(self, file) -> None:
         """Write the added items to a .safetensors file for `restore_added` of a later process.
@@ -353,6 +347,11 @@ def load(workdir, *, base: str = '') -> Recommender:
         damaged.
     """
     return Recommender(artifact.read(workdir), base)
+
+
+def _calls(x):
+    """Split rows into the parts of compiled calls; no rows are one part."""
+    return np.split(x, range(SIZES[-1], len(x), SIZES[-1]))
 
 
 def _filled(x, value=0):

@@ -32,9 +32,9 @@ from tpad_jax.errors import refuse_if, refusing
 
 STREAM = '-'
 FLUSH = 8192  # sessions of a parquet file's row group
-ANSWER = pa.schema([('line', pa.int64()), ('id', pa.string()), ('items', pa.list_(pa.string())),
-                    ('scores', pa.list_(pa.float32())), ('unknown', pa.list_(pa.string())),
-                    ('empty', pa.bool_())])
+ANSWER = pa.schema({
+    'line': pa.int64(), 'id': pa.string(), 'items': pa.list_(pa.string()),
+    'scores': pa.list_(pa.float32()), 'unknown': pa.list_(pa.string()), 'empty': pa.bool_()})
 
 
 class Asked(NamedTuple):
