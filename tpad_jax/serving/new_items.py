@@ -4,7 +4,6 @@ The run's base and adapters read picture and text, the distilled reader computes
 recommender's fusion computes z as for a cold item. No other serving module loads an MLLM.
 """
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -51,7 +50,7 @@ class Reader:
         if not set(self._rows) <= {'k', 'r'}:
             raise InputError(f'{served.directory}: the recommender reads {", ".join(self._rows)}. '
                              'Expected k or r, which the MLLM computes for a new item')
-        mllm = copy.deepcopy(about['mllm'])
+        mllm = dict(about['mllm'])
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
         try:

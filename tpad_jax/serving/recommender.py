@@ -48,20 +48,16 @@ class Recommended:
 class Table(NamedTuple):
     """The catalogue at one moment.
 
-    Its lists and its index are shared with later tables and only grow, so an older table stays
-    valid: rows from `count` on are not its own.
+    Its index is shared with later tables and only grows, so an older table stays valid: rows from
+    `count` on are not its own.
 
     Attributes:
       count: rows in use; row 0 is not an item.
-      ids: item ids by row; [0] is ''.
-      titles: titles by row; [0] is ''.
       number: {id: row}.
       popular: int32 [at most MAX_K], rows by training events, most first.
     """
 
     count: int
-    ids: list[str]
-    titles: list[str]
     number: dict[str, int]
     popular: np.ndarray
 
@@ -74,6 +70,8 @@ class Recommender:
       max_length: number of items of a session that count, its last ones.
       trained: number of items of the run; items with higher rows were added.
       table: the catalogue at this moment.
+      ids: item ids by row; [0] is ''. The list only grows.
+      titles: titles by row; [0] is ''. The list only grows.
     """
 
     def __init__(self, served: artifact.Served, base: str = ''):
@@ -91,20 +89,10 @@ class Recommender:
                                donate_argnums=0)
         self._vectors = []  # of added items, on the host
         popular = 1 + np.argsort(-served.events[1:], kind='stable').astype(np.int32)
-        self.table = Table(len(served.ids), list(served.ids), list(served.titles),
-                            {name: row for row, name in enumerate(served.ids) if row},
-                            popular[:MAX_K])
+        self.ids, self.titles = list(served.ids), list(served.titles)
+        number = {name: row for row, name in enumerate(self.ids) if row}
+        self.table = Table(len(self.ids), number, popular[:MAX_K])
         self._z, self._weights = self._padded(served.z, served.weights, len(served.z))
-
-    @property
-    def ids(self) -> list[str]:
-        """Item ids by row; [0] is ''."""
-        return self.table.ids
-
-    @property
-    def titles(self) -> list[str]:
-        """Titles by row; [0] is ''."""
-        return self.table.titles
 
     def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20) -> Recommended:
         """Return the K items most likely to follow each session.
@@ -122,9 +110,8 @@ class Recommender:
         table = self.table
         rows, unknown = self.rows(sessions, table)
         items, scores = self.first(rows, k, table)
-        ids = table.ids
-        return Recommended([[ids[n] for n in row] for row in items.tolist()], scores, unknown,
-                           rows[:, 0] == 0)
+        lists = [[self.ids[n] for n in row] for row in items.tolist()]
+        return Recommended(lists, scores, unknown, rows[:, 0] == 0)
 
     def rows(self, sessions: Iterable[Sequence[str]], table=None) -> tuple[np.ndarray, list]:
         """Return item rows int32 [S, N] of sessions, left aligned and padded by 0, and unknown ids.
@@ -281,8 +268,8 @@ class Recommender:
                 self._z = self._write(self._z, _filled(part, np.iinfo(np.int32).max),
                                       _filled(values))
         self._vectors.append(vectors)
-        table.ids.extend(names)
-        table.titles.extend(titles)
+        self.ids.extend(names)
+        self.titles.extend(titles)
         table.number.update(zip(names, rows.tolist(), strict=True))
         popular = np.concatenate([table.popular, rows])[:MAX_K]
         self.table = table._replace(count=table.count + len(names), popular=popular)
@@ -294,7 +281,7 @@ class Recommender:
           file: path of the file.
         """
         first = self.trained + 1
-        about = {'ids': self.table.ids[first:], 'titles': self.table.titles[first:],
+        about = {'ids': self.ids[first:], 'titles': self.titles[first:],
                  'model': self._served.about['digests'][artifact.MODEL]}
         vectors = np.concatenate([np.zeros((0, self._z.shape[1]), np.float32), *self._vectors])
         files.write_tensors(file, {'vectors': vectors}, about)
