@@ -18,7 +18,7 @@ from tpad_jax.features import store
 from tpad_jax.job import results
 from tpad_jax.job.background import Background
 from tpad_jax.report import charts, gallery, stored
-from tpad_jax.report.values import BETWEEN
+from tpad_jax.report.page import BETWEEN
 
 V, COLD = 24, (23, 24)
 EVIL = '</script><script>alert(1)</script><img src="http://127.0.0.1:9/x" onerror="alert(2)">&amp;'

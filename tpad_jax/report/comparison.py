@@ -4,7 +4,6 @@ from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.evaluation import compare
 from tpad_jax.report import charts, curves, page
 from tpad_jax.report.stored import Run, flat_config
-from tpad_jax.report.values import Values
 
 SECTIONS = {'results': 'Results', 'differences': 'Differences', 'hits': 'hit@K',
             'training': 'Training', 'configs': 'Configs', 'runs': 'Runs'}
@@ -31,7 +30,7 @@ def context(runs: list[Run]) -> dict:
     groups = (('trained', trained), ('baselines, tuned on validation', searched))
     out = {
         'names': names, 'main': main, 'metrics': METRICS,
-        'runs': [(name, run, Values(run.results, place))
+        'runs': [(name, run, page.Values(run.results, place))
                  for place, (name, run) in enumerate(zip(names, runs, strict=True))],
         'groups': [(title, group) for title, group in groups if group],
         'most': page.most([model['test'] for run in runs

@@ -1,10 +1,19 @@
-"""The page of one run: its sections, and the file."""
+"""The page of one run: its sections, its numbers and the file.
+
+Every number of results.json is an element that names its place in the file:
+
+    <data value="0.655498" data-from="models > tpad > test > hit@20" data-scale="100">65.55</data>
+
+tests/report/test_report.py compares every number of a page with results.json by these names.
+"""
 
 import base64
 import functools
 import hashlib
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -14,7 +23,6 @@ from tpad_jax.data import audit
 from tpad_jax.evaluation import compare, tables
 from tpad_jax.report import charts, curves, stored
 from tpad_jax.report.stored import Run
-from tpad_jax.report.values import NONE, Values
 
 FILE = Path('report') / 'index.html'
 SECTIONS = {'results': 'Results', 'audit': 'Audit', 'gallery': 'Sessions', 'hits': 'hit@K',
@@ -29,6 +37,65 @@ SLICES = {
     'popularity of a warm target': {'popularity_q1': 'rarest quarter', 'popularity_q2': 'second',
                                     'popularity_q3': 'third', 'popularity_q4': 'most frequent'}}
 MINUS = '\N{MINUS SIGN}'
+BETWEEN = ' > '
+NONE = Markup('<span class="none" title="nothing to average over">\N{EN DASH}</span>')
+
+
+class Values:
+    """One run's results as elements of a page."""
+
+    def __init__(self, results: dict, run: int | None = None):
+        """Wrap a run's results; `run` is its number on a page of several."""
+        self.results, self._before = results, () if run is None else (f'run {run}',)
+        self._shares = tables.shares(results)
+
+    def get(self, *path: Any) -> Any:
+        """Look up a path of keys and places in the results; None where it is missing."""
+        value = self.results
+        for key in path:
+            try:
+                value = value[key]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
+    def test(self, model: str, *path: Any) -> tuple:
+        """Return the path to a model's test metrics; 'oracle' is a model, too."""
+        return ('oracle', *path) if model == 'oracle' else ('models', model, 'test', *path)
+
+    def pct(self, *path: Any, digits: int = 2) -> Markup:
+        """Show a share in percent, without the sign."""
+        return self._data(self.get(*path), path, f'.{digits}f', 100)
+
+    def num(self, *path: Any, form: str = '.2f') -> Markup:
+        """Show a number in a format of Python's."""
+        return self._data(self.get(*path), path, form)
+
+    def count(self, *path: Any) -> Markup:
+        """Show a whole number with a comma between thousands."""
+        return self._data(self.get(*path), path, ',')
+
+    def interval(self, *path: Any, digits: int = 1) -> Markup:
+        """Show [low, high] in percent, or an empty text without an interval."""
+        if not self.get(*path):
+            return Markup('')
+        low, high = (self.pct(*path, place, digits=digits) for place in (0, 1))
+        return Markup('<span class="interval">{}\N{EN DASH}{}</span>').format(low, high)
+
+    def share(self, model: str, of: str = 'all') -> Markup:
+        """Show a model's share of the oracle's hits in percent; of: 'all', 'warm' or 'cold'."""
+        share = 100.0 if model == 'oracle' else 100 * self._shares[model][of]
+        if math.isnan(share):
+            return NONE
+        return Markup('<data value="{}" data-share="{}">{}</data>').format(
+            share, BETWEEN.join((*self._before, model, of)), f'{share:.2f}')
+
+    def _data(self, value, path, form, scale=1):
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            return NONE
+        return Markup('<data value="{}" data-from="{}" data-scale="{}">{}</data>').format(
+            json.dumps(value), BETWEEN.join(map(str, (*self._before, *path))), scale,
+            format(scale * value, form))
 
 
 def write(workdir: str | Path) -> Path:
@@ -162,10 +229,8 @@ def _table(v: Values, trained: list[str], searched: list[str], colour: dict) -> 
 
 def _number(cell):
     """The number of a cell, or -1 where a cell is not one number."""
-    try:
-        return float(cell.striptags())
-    except ValueError:
-        return -1.0
+    text = cell.striptags()
+    return float(text) if text.replace('.', '', 1).isdigit() else -1.0
 
 
 def most(parts: list[dict]) -> float:
