@@ -322,13 +322,11 @@ def partnered(config):
     with refusing((KeyError, TypeError), 'config.partner does not fit the config',
                   'Expected keys of the config'):
         other.update(changes)
-    before = dict(flat(config))
-    for key, value in flat(other):
-        if key.startswith(('partner', 'losses.', 'stage.recommend.')) or value == before.get(key):
-            continue
-        refuse_if(key not in {f'model.{name}' for name in PARTNER_CHANGES}, 'config.partner '
-                  f'changes {key}, which both recommenders share. Expected losses, '
-                  f'stage.recommend, or of model: {", ".join(PARTNER_CHANGES)}')
+    before, free = dict(flat(config)), {f'model.{name}' for name in PARTNER_CHANGES}
+    shared = [key for key, value in flat(other) if value != before.get(key) and key not in free
+              and not key.startswith(('partner', 'losses.', 'stage.recommend.'))]
+    refuse_if(shared, f'config.partner changes {", ".join(shared)}, which both recommenders share. '
+              f'Expected losses, stage.recommend, or of model: {", ".join(PARTNER_CHANGES)}')
     return other
 
 

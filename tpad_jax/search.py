@@ -52,9 +52,8 @@ def search_config(config, workdir: str | Path, *, trials: int,
     workdir = Path(workdir)
     space, current = dict(flat(config.search.space)), dict(flat(config))
     refuse_if(not space, 'config.search.space is empty. Expected an axis for every key to search')
-    for key in space:
-        refuse_if(key not in current,
-                  f'config.search.space names {key}, which is not a key of the config')
+    unknown = ', '.join(space.keys() - current.keys())
+    refuse_if(unknown, f'config.search.space names {unknown}, which the config does not have')
     defaults = {key: current[key] for key in space}
     # imported here: --help and a wrong space do not wait for jax
     from tpad_jax.baselines.tune import search

@@ -43,7 +43,8 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
         moved = shifts(shared['weights'], batch.items) if shifts else None
         counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
-        out = *counted, bounded(h, shared['largest'])
+        # the score of a row is certainly finite where the product of the norms is
+        out = *counted, jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * shared['largest'])
         return tuple(collectives.gather(x, axis) for x in out)
 
     lifted = devices.lift(part)
@@ -148,8 +149,3 @@ def _even(total, most):
 def largest(z):
     """Compute the largest norm of an item vector; not finite if a vector is not. [V+1, D] -> []."""
     return jnp.sqrt((z[1:] ** 2).sum(axis=1).max())
-
-
-def bounded(h, longest):
-    """Decide by norms whether every score of a row is certainly finite: bool [B]."""
-    return jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * longest)

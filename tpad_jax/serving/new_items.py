@@ -171,15 +171,12 @@ def checked(items: Sequence[dict], words: Sequence[str]) -> None:
         unknown = sorted(map(str, item.keys() - fields))
         if unknown:
             raise InputError(f'item {name} has the field {unknown[0]!r}. Expected {sorted(fields)}')
-        price = item.get('price')
-        problems = {
-            f'one of its texts has more than {MAX_TEXT} characters': any(
-                isinstance(item[field], str) and len(item[field]) > MAX_TEXT
-                for field in item.keys() - {'image', 'price'}),
-            'its text is not a text': not isinstance(item.get('text'), str | None),
-            'its image is neither bytes nor a path': not isinstance(
-                item.get('image'), bytes | bytearray | str | Path | None),
-            f'its price {price!r} is not a number from 0 on': price is not None and not (
-                isinstance(price, int | float) and 0 <= price < 1e12)}
-        for problem in (problem for problem, applies in problems.items() if applies):
-            raise InputError(f'item {name}: {problem}')
+        option, price = f'item {name}: its', item.get('price')
+        texts = [item[field] for field in item.keys() - {'image', 'price'}]
+        refuse_if(any(isinstance(x, str) and len(x) > MAX_TEXT for x in texts),
+                  f'{option} texts have more than {MAX_TEXT} characters')
+        refuse_if(not isinstance(item.get('text'), str | None), f'{option} text is not a text')
+        refuse_if(not isinstance(item.get('image'), bytes | bytearray | str | Path | None),
+                  f'{option} image is neither bytes nor a path')
+        refuse_if(price is not None and not (isinstance(price, int | float) and 0 <= price < 1e12),
+                  f'{option} price {price!r} is not a number from 0 on')
