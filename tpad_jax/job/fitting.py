@@ -37,14 +37,12 @@ def is_finished(workdir: Path, name: str) -> bool:
 def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[dict]]:
     """Return (start_step) -> iterator of a stage's host batches, see data/batches.py."""
     c = job.config.stage[stage]
-    shared = dict(batch_size=c.batch_size, seed=job.config.seed,
-                  **job.devices.drawn_here(c.accumulate))
-    content = job.content if spec.reads_content else None
+    shared = dict(batch_size=c.batch_size, seed=job.config.seed, content=job.content if
+                  spec.reads_content else None, **job.devices.drawn_here(c.accumulate))
     if ENTRIES[stage].batches == 'items':
-        return partial(batches_lib.item_batches, job.data, content=content, **shared)
-    return partial(batches_lib.session_batches, job.final, content=content,
-                   every_prefix=c.every_prefix, max_length=job.max_length, steps=c.steps,
-                   **shared)
+        return partial(batches_lib.item_batches, job.data, **shared)
+    return partial(batches_lib.session_batches, job.final, every_prefix=c.every_prefix,
+                   max_length=job.max_length, steps=c.steps, **shared)
 
 
 def validated(scorer, job, name: str) -> dict[str, float]:
@@ -68,7 +66,7 @@ def fit(job, name, stage, spec, params=None, steps=None):
       See `loop.fit`.
     """
     c, params = job.config.stage[stage], job.params if params is None else params
-    catalogue, encoder = job.catalogue, job.encoder(stage)
+    catalogue, encoder = job.catalogue, job.encoders.get(stage)
     draw = batches(job, stage, spec)
     params = step_lib.with_own(spec, params, partial(draw, start_step=0), catalogue)
     bind = ENTRIES[stage].scorer(spec.model, job.devices.own)
@@ -140,4 +138,4 @@ def _compile(job, stage, shapes, rows):
     state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), shapes)
     loop_lib.compile_step(job.devices, spec, state, batch, rows)
     if stage in MAKES and not job.background.closing:
-        job.encoder(stage).compile(unflatten_dict(shapes, sep='/'))
+        job.encoders[stage].compile(unflatten_dict(shapes, sep='/'))

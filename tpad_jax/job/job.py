@@ -57,6 +57,7 @@ class Job:
       catalogue: rows per item on the device. Never changed in place.
       blank: {row: shape and dtype} of the rows that stages make.
       writer: log.Writer of the run, once it begins.
+      encoders: {stage: encoder of the rows that it makes}.
       background: the threads next to the main one.
       compiling: {stage: task} of the steps that are compiled ahead.
       seconds: {run of steps: seconds} over all sittings.
@@ -106,8 +107,7 @@ class Job:
             self.spec = self.modules(None, c)
             self.count()
             self.params = self.fresh(self.spec)
-            self._check_patterns(stages)
-            return
+            return self._check_patterns(stages)
         base = self.base = bases.read(c)
         where = self.workdir / 'data'
         with hosts.one_first('content'):
@@ -120,6 +120,9 @@ class Job:
         teacher = bases.teacher(c, base)
         build = partial(self.modules, teacher=teacher and teacher.reader)
         self.spec = build(base.module, c)
+        self.encoders = {stage: Encoder(self.spec, self.content, MAKES[stage], c.mllm.encode_rows,
+                                        c.mllm.encode_part, self.devices.own)
+                         for stage in stages if stage in MAKES}
         self.count()
         if c.data.features:
             features = external_features.read(c.data.features, data.asins)
@@ -189,18 +192,9 @@ class Job:
         params = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
         return flatten_dict({'recommender': params}, sep='/')
 
-    def nested(self, trained: dict | None = None) -> dict:
-        """Return all parameters as a tree, those of `trained` {path: array} replaced."""
-        return unflatten_dict({**self.params, **(trained or {})}, sep='/')
-
-    def encoder(self, stage: str) -> Encoder | None:
-        """Return the one encoder of the rows that a stage makes, or None if it makes none."""
-        if stage in MAKES and stage not in self.encoders:
-            m = self.config.mllm
-            encoder = Encoder(self.spec, self.content, MAKES[stage], rows=m.encode_rows,
-                              part=m.encode_part, devices=self.devices.own)
-            self.encoders.setdefault(stage, encoder)  # the first one's of two threads
-        return self.encoders.get(stage)
+    def nested(self) -> dict:
+        """Return all parameters as a tree."""
+        return unflatten_dict(self.params, sep='/')
 
     def stage_spec(self, stage: str) -> step.StepSpec | None:
         """Make the static part of a stage's step; None: the stage takes its model as it is."""
@@ -215,8 +209,8 @@ class Job:
           stage: of config.STAGES.
           name: of its folder, where that is not the stage's.
         """
-        name = name or stage
-        c, spec, encoder = self.config.stage[stage], self.stage_spec(stage), self.encoder(stage)
+        name, c, spec = name or stage, self.config.stage[stage], self.stage_spec(stage)
+        encoder = self.encoders.get(stage)
         self.params = handover.copied(self.params, stage, c.copy)
         if spec and 'cluster' in spec.needs:
             self.catalogue = {**self.catalogue, 'cluster': handover.clustered(

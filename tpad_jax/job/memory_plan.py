@@ -69,14 +69,13 @@ class Subject:
         """The same run with other settings, nested keys of the config."""
         c = self.config.copy_and_resolve_references()
         c.update_from_flattened_dict(changes)
-        fields = {field.name for field in dataclasses.fields(self.base)} if self.base else set()
-        same = {name: c.mllm[name] for name in ('remat', 'dtype') if name in fields}
-        devices, model = self.devices, c.model_shards
+        base, devices, model = self.base, self.devices, c.model_shards
+        if hasattr(base, 'remat'):
+            base = base.clone(remat=c.mllm.remat, dtype=c.mllm.dtype)
         if 'model_shards' in changes:
             devices = SimpleNamespace(shards=devices.shards * devices.model // model, model=model)
-        return dataclasses.replace(
-            self, config=c, devices=devices, params=parameter_shapes(c, self.params),
-            base=self.base.clone(**same) if same else self.base)
+        return dataclasses.replace(self, config=c, base=base, devices=devices,
+                                   params=parameter_shapes(c, self.params))
 
 
 def parameter_shapes(config, params: dict) -> dict:
