@@ -159,7 +159,9 @@ def _queue_next(study, space, defaults):
         return
     last = trials[-1]
     if last.state == optuna.trial.TrialState.RUNNING:  # the sampler would count it as well
-        study.tell(last.number, state=optuna.trial.TrialState.FAIL)
+        value = next(iter(last.user_attrs.get('values', {}).values()), None)
+        study.tell(last.number, value,
+                   state=optuna.trial.TrialState.FAIL if value is None else None)
     # a trial without all its parameters is proposed again, with the same result
-    if last not in _counted(study) and last.params.keys() == space.keys():
+    if not last.user_attrs and last.params.keys() == space.keys():
         study.enqueue_trial(last.params)
