@@ -164,7 +164,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
 
 def test_another_models_tokenizer_is_refused(copied):
     _, directory = copied
-    told = (directory, 'ids up to', 'put the tokenizer of this checkpoint there')
+    told = (directory, 'ids up to', "use the checkpoint's tokenizer")
     held = (directory / 'config.json').read_text()
 
     def with_vocabulary(count):
