@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
-FLAGS = ('--xla_force_host_platform_device_count=8',
-         # a fifth of the compile time, which is most of what the tests would take
-         '--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false')
+# a fifth of the compile time, which is most of what the tests would take
+QUICK = ('--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=false',
+         '--xla_llvm_disable_expensive_passes=true', '--xla_cpu_parallel_codegen_split_count=1')
+FLAGS = ('--xla_force_host_platform_device_count=8', *QUICK)
 DEFAULTS = {
     'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '2',
     # what is compiled is kept, here and for what is started from here: runs are many and alike

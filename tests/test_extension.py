@@ -19,7 +19,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from tests import tiny_stages
+from tests import eight_devices, tiny_stages
 from tests.job import test_job
 from tpad_jax import config, losses
 from tpad_jax.diagnostics import snapshots
@@ -521,8 +521,9 @@ def test_the_command_refuses_in_words(capsys):
 
 @pytest.mark.slow
 def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small, tmp_path):
-    c = test_job.changed(small, rivals={}, diagnostics=0, save_every=3, stage__knowledge__steps=6,
-                         stage__recommend__steps=6, model__recommend='k')
+    c = test_job.changed(small, rivals={}, diagnostics=0, baselines='pop', save_every=3,
+                         stage__knowledge__steps=6, stage__recommend__steps=6,
+                         model__recommend='k', losses__gen_knowledge__weight=0.0)
     c.unlock()
     c.losses.mine = ConfigDict(dict(
         fn=f'{HERE}:headed', module=f'{HERE}:Head', weight=0.5, stages='knowledge,recommend',
@@ -561,17 +562,20 @@ def blocks(page):
     return re.findall(r'^```(\w+)\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-# What the pages call tiny is a minute of work; here it is less. Python imports this at its start.
+# What the pages call tiny is a minute of work; here it is less: few steps, and in every stage one
+# of the built-in losses. Python imports this at its start.
 TINIER = '''
 from tpad_jax import config
 
 def tiny(c, tiny=config.tiny):
     tiny(c)
     c.data.planted.update(items=48, train=160, valid=24, test=24)
-    c.diagnostics, c.baselines = 0, 'pop'
+    c.diagnostics, c.baselines, c.mllm.text_length = 0, 'pop', 8
     c.stage.recommend.eval_every = c.stage.joint.eval_every = 0
     for stage in c.stage.values():
         stage.update(steps=2, batch_size=16)
+    for name in {*c.losses} - {'gen_knowledge', 'distil', 'next_item'}:
+        c.losses[name].weight = 0.0
 
 config.tiny = tiny
 '''
@@ -600,6 +604,7 @@ def test_a_page_followed_to_the_letter(page, tmp_path):
                               capture_output=True, check=False,
                               env={'PATH': python, 'HOME': str(tmp_path),
                                    'PYTHONPATH': f'{ROOT}:{tmp_path / "start"}',
+                                   'XLA_FLAGS': ' '.join(eight_devices.QUICK),
                                    **{n: x for n, x in os.environ.items() if 'CACHE' in n}})
         assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
     if page == 'a_loss':

@@ -105,7 +105,8 @@ def test_what_the_job_refuses_is_one_sentence_too(tmp_path):
 @pytest.mark.slow
 def test_an_interrupt_saves_and_says_so(tmp_path):
     run = start(tmp_path, CONFIG + ':tiny', '--config.devices=1', '--config.log_every=1',
-                '--config.stage.knowledge.steps=100000', '--workdir=run')
+                '--config.stage.knowledge.steps=100000', '--config.stages=knowledge',
+                '--config.mllm.text_length=8', '--config.baselines=pop', '--workdir=run')
     log = tmp_path / 'run' / 'log.jsonl'
     try:
         deadline = time.monotonic() + 240

@@ -40,7 +40,7 @@ def work(coordinator, process, directory, *stages):
         found[stage] = run.metrics, *jax.device_get((run.params, run.rows)), run.traces
     if stages != (STAGE,):
         return store(found)
-    config = ready.config(directory / 'made.npz', parallel='auto')
+    config = ready.config(directory / 'made.npz', parallel='auto', baselines='pop')
     found['job'] = job.run(config, directory / 'job', asking)
 
     def stopping(step):
@@ -120,7 +120,8 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(pair, one):
 def test_a_whole_job_leaves_what_one_process_leaves(pair, tmp_path):
     found, directory = pair
     assert found[0]['job']['models'].keys() == found[1]['job']['models'].keys()
-    one = job.run(ready.config(directory / 'made.npz'), tmp_path)['models']['attention']
+    config = ready.config(directory / 'made.npz', baselines='pop')
+    one = job.run(config, tmp_path)['models']['attention']
     two = found[0]['job']['models']['attention']
     assert two['valid']['step'] == one['valid']['step']
     for name in ('hit@20', 'mrr@20', 'ndcg@20'):

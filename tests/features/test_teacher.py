@@ -80,11 +80,12 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
     teacher = make_base(tmp_path / 'teacher', base_dir)
     weights = {f'losses__{n}__weight': 1.0 for n in (
         'teach_text', 'teach_image', 'teach_relations', 'mdist_text', 'mdist_image', 'rdist',
-        'clusters')}
+        'clusters')} | {f'losses__{n}__weight': 0.0 for n in (
+            'gen_knowledge', 'gen_transfer', 'align', 'disentangle', 'club_fit', 'discrepancy')}
     c = changed(config, stages='knowledge,transfer', mllm__teacher=str(teacher),
                 stage__transfer__rates=(), model__clusters=4, stage__knowledge__steps=30,
                 stage__knowledge__learning_rate=0.02, stage__transfer__learning_rate=0.02,
-                losses__gen_knowledge__weight=0.0, losses__mdist_text__kind='js',
+                diagnostics=0, baselines='pop', losses__mdist_text__kind='js',
                 losses__teach_text__by_row=True, losses__teach_image__kind='skewed', **weights)
     with test_job.Recorded() as params:
         job.run(c, tmp_path / 'run')
@@ -105,9 +106,10 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_blends_adapters(config, tmp_path):
     """r has a feature per modality, and the recommender learns from it."""
-    off = {f'losses__{n}__weight': 0.0 for n in ('distil', 'discrepancy')}
+    off = {f'losses__{n}__weight': 0.0 for n in (
+        'distil', 'discrepancy', 'align', 'disentangle', 'club_fit')}
     c = changed(config, stages='knowledge,transfer,recommend', model__blend__kind='ties',
-                stage__transfer__eval_every=0, **off)
+                stage__transfer__eval_every=0, diagnostics=0, baselines='pop', **off)
     c.rivals = {}
     ranks = []
     leave = encoder.Encoder.leave

@@ -33,8 +33,7 @@ def base_dir(tmp_path_factory):
     return tiny_base.write(tmp_path_factory.mktemp('base'))
 
 
-@pytest.fixture(scope='module')
-def config(base_dir):
+def make_config(base_dir):
     """`amazon.py:tiny`, made smaller still."""
     c = amazon.get_config('tiny')
     c.parallel, c.save_every, c.log_every = 'jit', 2, 1
@@ -47,6 +46,11 @@ def config(base_dir):
     c.stage.transfer.eval_every = c.stage.recommend.eval_every = 3
     c.stage.joint.update(eval_every=2, refresh_every=3)
     return c.lock()
+
+
+@pytest.fixture(scope='module')
+def config(base_dir):
+    return make_config(base_dir)
 
 
 def changed(config, **changes):
@@ -328,7 +332,7 @@ def test_results_without_a_provenance_are_refused(whole, config, tmp_path):
 
 def test_a_stop_between_stages_is_heeded(config, tmp_path):
     with pytest.raises(Stopped, match='between stages'):
-        job.run(config, tmp_path / 'run', lambda: True)
+        job.run(changed(config, workers=0), tmp_path / 'run', lambda: True)
     assert not (tmp_path / 'run' / 'stages').exists()
 
 
@@ -385,7 +389,7 @@ def test_unusable_data_leave_the_workdir_free(config, tmp_path):
 def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config, tmp_path):
     workdir = tmp_path / 'run'
     with Recorded() as params, pytest.raises(Stopped):
-        job.run(changed(config, seed=config.seed + 1), workdir,
+        job.run(changed(config, seed=config.seed + 1, workers=0), workdir,
                 (workdir / 'stages' / 'knowledge' / job.DONE).is_file)
     for path, x in params['knowledge'].items():
         assert not np.array_equal(x, whole[2]['knowledge'][path]), path
@@ -400,7 +404,7 @@ def test_raw_files_without_images_are_read_where_they_lie(whole, config, tmp_pat
     before = sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*'))
     found = job.run(changed(config, data__raw_dir=str(raw), data__core=1, data__valid=20,
                             data__test=30, data__gap_hours=0.1, data__max_length=7,
-                            stages='knowledge,recommend', model__recommend='k'),
+                            stages='knowledge,recommend', model__recommend='k', diagnostics=0),
                     tmp_path / 'run')
     assert 'oracle' not in found
     assert set(found['models']) == {'tpad', 'tpad_recommend', 'id_only', 'knowledge_only',

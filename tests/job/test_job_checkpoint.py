@@ -10,34 +10,35 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import amazon
 from tests import tiny_base, tiny_hf
+from tests.job import test_job
 from tpad_jax import merge
 from tpad_jax.job import job
 from tpad_jax.models.hf import load, peft, spec
 
 ROOT = Path(__file__).parents[2]
-SMALL = {'parallel': 'jit', 'save_every': 4, 'rivals': {}, 'mllm.text_length': 12,
-         'mllm.encode_rows': 4, 'mllm.encode_part': 8, 'model.features': 16, 'model.width': 16,
-         'model.lora_rank': 2, 'data.planted.items': 40, 'data.planted.train': 120,
-         'data.planted.valid': 20, 'data.planted.test': 30}
 STEPS = dict(knowledge=3, transfer=3, recommend=6, joint=2)
+PARTS = {'mllm__encode_rows': 4, 'mllm__encode_part': 8}
 
 
-def config(directory, side, stages, kind='checkpoint'):
-    c = amazon.get_config('tiny')
+def config(directory, side, stages, losses=('gen_knowledge', 'distil', 'next_item')):
+    """What another base does not change is tested with the small one: here few losses read it."""
+    c = test_job.changed(test_job.make_config(''), stages=stages, mllm__base='',
+                         mllm__checkpoint=str(directory), mllm__image_size=side, baselines='pop',
+                         diagnostics=0, stage__transfer__eval_every=0, **PARTS)
+    c.unlock()
+    c.rivals = {}
     for name, steps in STEPS.items():
         c.stage[name].update(steps=steps, batch_size=8)
     c.stage.joint.update(eval_every=2, refresh_every=2)
-    c.rivals = {}
-    c.update_from_flattened_dict({k: v for k, v in SMALL.items() if k != 'rivals'})
-    c.mllm.update({kind: str(directory), 'image_size': side})
-    c.stages = stages
+    for name in {*c.losses} - {*losses}:
+        c.losses[name].weight = 0.0
     return c
 
 
 def small(directory):
-    return config(directory, tiny_base.SIDE, 'knowledge', 'base')
+    return test_job.changed(test_job.make_config(directory), stages='knowledge', baselines='pop',
+                            diagnostics=0, **PARTS)
 
 
 def killed(directory, workdir):
@@ -94,7 +95,7 @@ def test_encoded_rows_after_a_kill(tmp_path):
 @pytest.mark.slow
 def test_a_llava_leaves_adapters_that_change_it(tmp_path):
     directory = tiny_hf.save('llava', tmp_path / 'checkpoint')
-    c = config(directory, 32, 'knowledge,transfer')
+    c = config(directory, 32, 'knowledge,transfer', ('gen_knowledge', 'gen_transfer', 'distil'))
     c.mllm.pooling, c.model.form = 'last', 'full'
     c.losses.gen_transfer.by_row = True
     job.run(c, tmp_path / 'run')

@@ -1,6 +1,7 @@
 """The job on ready-made sessions of ids: selection, refit, resume, and what is refused."""
 
 import json
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -46,11 +47,20 @@ def config(file, encoder='attention', **changes):
     return c
 
 
-@pytest.mark.parametrize('encoder', [
-    name if name == 'attention' else pytest.param(name, marks=pytest.mark.slow)
-    for name in configs.EPOCHS if name != 'sr_gnn'])  # which is the mixture's partner
-def test_chosen_on_validation_refitted_and_tested_once(tmp_path, file, encoder):
-    results = job.run(config(file, encoder), tmp_path)
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, file):
+    """Encoder -> workdir and results of its run, each made once."""
+    @lru_cache
+    def made(encoder):
+        workdir = tmp_path_factory.mktemp(encoder)
+        return workdir, job.run(config(file, encoder), workdir)
+    return made
+
+
+@pytest.mark.parametrize('encoder', [  # sr_gnn is the mixture's partner
+    'attention', *(pytest.param(name, marks=pytest.mark.slow) for name in ('gce_gnn', 'mixture'))])
+def test_chosen_on_validation_refitted_and_tested_once(runs, file, encoder):
+    tmp_path, results = runs(encoder)
     own = config(file, encoder).model.encoder
     model = results['models'][own]
     history = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
@@ -124,11 +134,11 @@ def test_unknown_variants_are_named(variant):
 
 
 @pytest.mark.slow
-def test_a_mixture_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, file):
+def test_a_mixture_stopped_anywhere_ends_as_if_it_had_not_been(tmp_path, runs, file):
     """Both are refitted, each for its own steps, and the partner sees its own config alone."""
     c = config(file, 'mixture')
-    whole = job.run(c, tmp_path / 'whole')
-    lines = (tmp_path / 'whole/log.jsonl').read_text().splitlines()
+    workdir, whole = runs('mixture')
+    lines = (workdir / 'log.jsonl').read_text().splitlines()
     last = {}
     for line in map(json.loads, lines):
         last[line['stage']] = line['step']

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -18,6 +18,7 @@ from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 
 STEPS, BAD = 6, 3  # the step whose batch holds the row that spoils it
+MARKS = {'value': 10**6, 'slope': 10**6 + 1, 'always': 10**6}  # numbers of rows that spoil it
 
 
 @lru_cache
@@ -34,17 +35,22 @@ def bad_row():
     return int(np.setdiff1d(rows[BAD - 1], others)[0])
 
 
-def spoiled(how):
-    """A loss that one row spoils: its value and so its gradient, or its gradient alone; or any."""
-    row = bad_row()
+def spoiled(out, batch, *, axis=None, x='h'):
+    """A loss that a marked row spoils: its value and so its gradient, or its gradient alone."""
+    value, slope = ((batch.row == MARKS[how]).astype(jnp.float32) for how in ('value', 'slope'))
+    # the root of 0 is 0, with an endless slope
+    return jnp.sqrt((out[x] ** 2).mean(-1) * (1 - slope)) / (1 - value)
 
-    def loss(out, batch, *, axis=None, x='h'):
-        hit = ((batch.row == row) | (how == 'always')).astype(jnp.float32)
-        if how != 'slope':
-            return (out[x] ** 2).mean(-1) / (1 - hit)
-        return jnp.sqrt((out[x] ** 2).mean(-1) * (1 - hit))  # 0, with an endless slope
 
-    return loss
+def marked(how, start=0):
+    """The batches, in which the bad row, or every one, has another number: one program for all."""
+    bad, drawn = bad_row(), draw('recommend', start)
+    try:
+        for batch in drawn:
+            hit = (batch['row'] == bad) | (how == 'always')
+            yield {**batch, 'row': np.where(hit, MARKS[how], batch['row']).astype(np.int32)}
+    finally:
+        drawn.close()
 
 
 def run(tmp_path, how, skip):
@@ -53,14 +59,14 @@ def run(tmp_path, how, skip):
     config = make_config().copy_and_resolve_references()
     config.skip_not_finite = skip
     step = step_lib.make_spec(config, 'recommend', spec, seed=5)
-    step = replace(step, losses=(*step.losses, LossSpec('spoiled', spoiled(how))))
+    step = replace(step, losses=(*step.losses, LossSpec('spoiled', spoiled)))
     logged = {}
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=lambda _, n, x: logged.update({n: x}))
     checkpoints = Checkpoints(tmp_path / 'stage')
     loop = loop_lib.Loop(
         name='recommend', total=STEPS, devices=one_device(),
         checkpoints=checkpoints,
-        batches=lambda start: draw('recommend', start), writer=writer, log_every=2, save_every=100,
+        batches=partial(marked, how), writer=writer, log_every=2, save_every=100,
         progress=lambda *_: nullcontext(lambda *_: None), broken=tmp_path / 'not_finite')
     first = step_lib.start(step, params, config.stage.recommend.train)
     try:
@@ -78,14 +84,14 @@ def test_the_run_ends_and_keeps_the_batch(tmp_path, how, told):
         run(tmp_path, how, skip=0)
     file = tmp_path / 'not_finite' / f'recommend-{BAD}.npz'
     assert str(file) in str(error.value)
-    drawn = draw('recommend', BAD - 1)
+    drawn = marked(how, BAD - 1)
     expected = next(drawn)
     drawn.close()
     with np.load(file) as kept:
         assert set(kept) == {name for name, x in expected.items() if x is not None}
         for name in kept:
             np.testing.assert_array_equal(kept[name], expected[name])
-    assert bad_row() in expected['row']
+    assert MARKS[how] in expected['row']
 
 
 @pytest.mark.slow
@@ -99,7 +105,7 @@ def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, h
     assert f'stage recommend, step {BAD}: ' in told
     state = step_lib.start(step, model()[1], make_config().stage.recommend.train)
     shared = {'catalogue': model()[2], 'frozen': state.frozen}
-    state, drawn = state.replace(frozen={}), draw('recommend')
+    state, drawn = state.replace(frozen={}), marked(how)
     lifted = loop_lib.lifted(one_device(), step)  # compiled by `run`
     for number in range(1, STEPS + 1):
         batch = one_device().place(next(drawn))

@@ -50,10 +50,17 @@ CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.
          and (stage, way) not in LONGEST]
 
 
+# Of stage joint, which takes longest to compile, the losses of stage transfer that read nothing
+# more in it: transfer runs them, as does `python -m benchmarks.replicas`.
+OFF = {'joint': ('align_mine', 'club_fit', 'discrepancy', 'disentangle', 'distil_mine',
+                 'gen_transfer')}
+
+
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """(stage, way) -> Run, each made once."""
-    return lru_cache(lambda stage, way: Run(stage, way, tmp_path_factory.mktemp(f'{stage}-{way}')))
+    return lru_cache(lambda stage, way: Run(stage, way, tmp_path_factory.mktemp(f'{stage}-{way}'),
+                                            off=OFF.get(stage, ())))
 
 
 @pytest.mark.parametrize(('stage', 'way'), [case for case in CASES if case.values[1] != 'jit'])
@@ -96,11 +103,12 @@ def test_nothing_retraces_after_the_first_step(runs, stage, way):
 def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
     run = runs(stage, 'jit')
     asked = {name for name, entry in make_config().losses.items()
-             if stage in entry.stages.split(',') and entry.weight}
+             if stage in entry.stages.split(',') and entry.weight} - {*OFF.get(stage, ())}
     assert {loss.name for loss in run.spec.losses} == asked
     assert asked | {'loss', 'optim/grad_norm'} <= run.metrics[1].keys()
-    still = {path for path, x in run.params.items() if np.array_equal(x, model()[1][path])}
-    assert still == set()
+    still = {path.split('/')[0] for path, x in run.params.items()
+             if np.array_equal(x, model()[1][path])}
+    assert still == (set() if stage != 'joint' else {'club', 'transfer'})
 
 
 @pytest.mark.parametrize('stage', STAGES)
@@ -370,7 +378,8 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
     count = np.bincount(DATA.train.items, minlength=V + 1).astype(np.float32)
     catalogue = {'warm': jnp.asarray(DATA.warm), 'side': jnp.zeros((V + 1, 0), jnp.int32),
                  'popularity': jnp.asarray(count)}
-    params = tpad.recommender_init(jax.random.key(0), spec, catalogue)
+    params = jax.jit(partial(tpad.recommender_init, spec=spec))(jax.random.key(0),
+                                                                catalogue=catalogue)
     params = flatten_dict({'recommender': params}, sep='/')
     step = step_lib.make_spec(config, 'recommend', spec, seed=5)
     found = {}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from tpad_jax.core.precision import exact_products
 from tpad_jax.mutual_information import bounds
@@ -114,7 +114,7 @@ def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate
     else:
         value, error, noise = _paired(bound, score, x, y, seen, s)
         freedom = len(x) - 1
-    reach = error * stats.t.ppf(0.5 + level / 2, freedom)
+    reach = error * stdtrit(freedom, 0.5 + level / 2)
     likelihood, warning = None, ''
     if bound in UPPER and isinstance(score, Score):
         likelihood, warning = _likelihood(score, x, y)
