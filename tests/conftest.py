@@ -11,7 +11,7 @@ from tests.eight_devices import environment
 os.environ.update(environment())
 # Tracing makes millions of objects that live; not to look through them time and again.
 gc.set_threshold(100_000, 50, 100)
-ENOUGH = 2.5 * 2**30  # bytes of a worker
+ENOUGH = 5 * 2**30  # bytes of a worker
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -169,6 +169,7 @@ def test_unusable_input(command, tmp_path, monkeypatch, argv, said):
     assert re.search(said, told.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_pipe_and_help(run):
     command = [sys.executable, '-m', 'tpad_jax.recommend']
     lines = ''.join(json.dumps({'session': s}) + '\n' for s in SESSIONS[:5])

@@ -104,6 +104,7 @@ def test_probes_read_what_is_there_and_leave_out_what_cannot_be_probed():
     assert found['there']['chance'] == np.bincount(label[~warm]).max() / 60
 
 
+@pytest.mark.slow
 def test_log_q_is_the_gain_over_what_the_mean_and_variances_say():
     """Against the densities of scipy."""
     from scipy.stats import norm

@@ -159,7 +159,8 @@ print(json.dumps(done))
 
 @pytest.mark.parametrize(('meeting', 'failing', 'before', 'where'), [
     ('one_first', '0', [], 'data'),  # the other process has not entered the block
-    ('one_first', '1', ['block'], 'data, other processes'), ('joined', '1', ['block'], 'data')])
+    pytest.param('one_first', '1', ['block'], 'data, other processes', marks=pytest.mark.slow),
+    pytest.param('joined', '1', ['block'], 'data', marks=pytest.mark.slow)])
 def test_an_error_in_one_process_ends_all(meeting, failing, before, where):
     codes, output, errors = two(lambda coordinator, i: (
         '-c', FAILING, coordinator, i, failing, meeting), seconds=60)

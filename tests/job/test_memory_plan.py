@@ -175,6 +175,7 @@ def test_an_added_encoder_is_planned(monkeypatch):
         recommender(c, 2000), 'recommend')['temporary'] > 4 * 512 * 2000
 
 
+@pytest.mark.slow
 def test_a_config_without_generation_losses_is_planned():
     c = subject_of(small()).config.copy_and_resolve_references()
     del c.losses.gen_transfer
@@ -248,6 +249,7 @@ def test_the_variant_fits_where_it_is_said_to():
 # --- in words --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_warning_names_the_setting_that_lowers_most_first():
     subject = subject_of(small())
     total = sum(memory_plan.stage_plan(subject, 'knowledge').values())

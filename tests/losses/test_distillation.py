@@ -221,6 +221,7 @@ def test_states_predict_from_what_stands_before(taught):
     np.testing.assert_array_equal(differs, given[1])  # item 4 has none
 
 
+@pytest.mark.slow
 def test_a_teachers_cells_lie_on_the_students_grid(taught):
     """Sixteen cells become four: a blur of each quarter and what adjoins it; no gradient."""
     _, spec, params = taught

@@ -47,8 +47,8 @@ FORMS['mine_in_chunks'].initial_state = losses.mine.initial_state
 
 
 # What the default run trains by is tested every time, the others with `-m slow`.
-DEFAULT = {entry.fn for entry in config.losses().values() if entry.weight} | {
-    'mine', 'vclub_scaled', 'club_fit_scaled'}
+DEFAULT = {f'{entry.fn}_scaled' if entry.get('scale') else entry.fn
+           for entry in config.losses().values() if entry.weight} | {'mine'}
 EVERY = {fn.__name__: fn for fn in PUBLIC} | FORMS
 
 
@@ -367,7 +367,7 @@ def test_the_sampled_partition_is_unbiased():
     out = {**jit(named)(make_params(1), raw, batch), 'popularity': 1.0 + jnp.arange(V + 1),
            'repeat': None}
     own = (out['h'] * out['z'][batch.target]).sum(-1)
-    exact = np.exp(losses.next_item(out, batch) + own)
+    exact = np.exp(jit(losses.next_item)(out, batch) + own)
 
     def partition(key):
         value = losses.sampled_next_item(out, batch, key=key, samples=2, power=1.0)

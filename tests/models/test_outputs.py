@@ -56,6 +56,7 @@ def small(out, batch, *, x: Out = Out('session')):
     return (out[x] ** 2).mean(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('session')
 def test_one_entry_makes_an_output_that_stages_compute_and_losses_are_checked_on():
     model, params, catalogue = tiny_stages.model()

@@ -97,6 +97,7 @@ def test_a_profile_is_of_the_steps_asked_for(tmp_path, capsys):
     assert 'recommend, steps 13 to 15' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_stage_that_ends_early_ends_its_profile(tmp_path, capsys):
     one = profiling.Profile(tmp_path, 50, 'joint', devices_lib.choose('jit', 1))
     for number in (1, 2, 3, 4):

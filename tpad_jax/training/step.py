@@ -252,6 +252,8 @@ def start(spec: StepSpec, params: dict, pattern: str) -> State:
     """
     own = tuple(f'loss/{loss.name}/' for loss in spec.losses if loss.module)
     trained, frozen = optimizer.split(params, pattern, own)
-    # a copy: what trains is donated, and the caller keeps its parameters
-    return State(jnp.int32(0), jax.tree.map(jnp.copy, trained), frozen, spec.tx.init(trained),
-                 losses.first_states(spec.losses))
+    # A copy: what trains is donated, and the caller keeps its parameters. One program, since an
+    # operation outside of jit compiles once per shape.
+    copied, opt_state = jax.jit(lambda tree: (jax.tree.map(jnp.copy, tree), spec.tx.init(tree)))(
+        trained)
+    return State(jnp.int32(0), copied, frozen, opt_state, losses.first_states(spec.losses))

@@ -208,6 +208,7 @@ def close(got, expected, plain):
     np.testing.assert_allclose(got, expected, atol=BAR, rtol=0)
 
 
+@pytest.mark.slow
 def test_peft_loads_our_adapter_and_transformers_the_merged_model(made, tmp_path):
     directory, spec, params, pair, _ = made
     scale = ALPHA / RANK

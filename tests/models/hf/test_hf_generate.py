@@ -122,6 +122,7 @@ def test_a_cache_changes_nothing(case, name):
                                atol=STEPS * BAR)
 
 
+@pytest.mark.slow
 def test_rows_do_not_know_each_other(case):
     model, params, given, _ = case('qwen3_vl')
     tokens, mask, image = laid(given, False)

@@ -72,6 +72,7 @@ def test_companions_by_plain_loops(train, company):
         assert not lift[item, len(ranked):].any()
 
 
+@pytest.mark.slow
 def test_what_is_added_by_plain_loops(company):
     items = prefixes()
     items[0, :3] = 3, 4, 3  # one that comes again counts in both places
