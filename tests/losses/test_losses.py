@@ -312,7 +312,7 @@ def test_next_item_is_the_same_in_chunks():
     """A cold target (row 0) has no part in the partition either way."""
     batch, raw = make(1)
     batch = batch.replace(target=np.where(np.arange(B) == 0, V, batch.target))
-    out = named(make_params(1), raw, batch)
+    out = jit(named)(make_params(1), raw, batch)
     for smoothing in (0.0, 0.2):
         fn = partial(losses.next_item, smoothing=smoothing, temperature=0.5)
         expected = gradients(fn, out, batch)
@@ -324,11 +324,11 @@ def test_next_item_is_the_same_in_chunks():
 def test_label_smoothing_is_a_soft_target():
     """Cross entropy of (1 - s) one-hot + s / (number of warm items) against the softmax."""
     batch, raw = make(1)
-    out = {**jax.device_get(named(make_params(1), raw, batch)), 'repeat': None}
+    out = {**jax.device_get(jit(named)(make_params(1), raw, batch)), 'repeat': None}
     logits = np.float64(out['h'] @ out['z'][1:V - 1].T) / 0.7
     log_share = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     wanted = 0.7 * (batch.target[:, None] == np.arange(1, V - 1)) + 0.3 / (V - 2)
-    value = losses.next_item(out, batch, smoothing=0.3, temperature=0.7)
+    value = jit(partial(losses.next_item, smoothing=0.3, temperature=0.7))(out, batch)
     np.testing.assert_allclose(value, -(wanted * log_share).sum(axis=1), rtol=1e-5)
 
 
@@ -351,10 +351,13 @@ def test_many_samples_are_the_whole_softmax(power, counts):
 
 def test_without_its_correction_a_skewed_proposal_is_wrong(monkeypatch):
     batch, raw = make(1)
-    out = {**named(make_params(1), raw, batch), 'popularity': SKEWED, 'repeat': None}
-    expected = losses.next_item(out, batch)
-    sampled = partial(losses.sampled_next_item, out, batch, key=jax.random.key(1), samples=100_000,
-                      power=1.0)
+    out = {**jit(named)(make_params(1), raw, batch), 'popularity': SKEWED, 'repeat': None}
+    expected = jit(losses.next_item)(out, batch)
+
+    def sampled():
+        return jit(partial(losses.sampled_next_item, key=jax.random.key(1), samples=100_000,
+                           power=1.0))(out, batch)
+
     assert np.abs(sampled() - expected).max() < 0.05
     monkeypatch.setattr(losses.recommendation.softmax, 'log_probability',
                         lambda weight, ids: jnp.full(len(ids), -np.log(V - 2)))
