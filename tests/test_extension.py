@@ -589,24 +589,32 @@ def test_a_page_followed_to_the_letter(page, tmp_path):
     file = ROOT / 'docs' / f'add_{page}.md'
     (tmp_path / 'start').mkdir()
     (tmp_path / 'start' / 'sitecustomize.py').write_text(TINIER)
-    python = f'{Path(sys.executable).parent}:/usr/bin:/bin'
+    env = {'PATH': f'{Path(sys.executable).parent}:/usr/bin:/bin', 'HOME': str(tmp_path),
+           'PYTHONPATH': f'{ROOT}:{tmp_path / "start"}', 'XLA_FLAGS': ' '.join(eight_devices.QUICK),
+           **{n: x for n, x in os.environ.items() if 'CACHE' in n}}
+
+    def run(text):
+        done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], cwd=tmp_path, text=True,
+                              capture_output=True, check=False, env=env)
+        assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
+
+    modules = []
     for language, text in blocks(file):
         if language == 'python':
             (tmp_path / re.match(r'# (\w+\.py)\n', text)[1]).write_text(text)
-            continue
-        if language == 'sh':
-            name = re.search(r'--config=(\w+)\.py', text)[1]
+        elif language == 'bash':
+            run(text)
+        elif language == 'sh':
             script = re.match(r'python (\w+)\.py', text)  # registers what the config names
-            text = f'python -c "import {script[1] if script else "tpad_jax.train"}; ' \
-                   f'import {name} as m; from tpad_jax.job.validate import check; ' \
-                   'check(m.get_config())"'
-        done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], cwd=tmp_path, text=True,
-                              capture_output=True, check=False,
-                              env={'PATH': python, 'HOME': str(tmp_path),
-                                   'PYTHONPATH': f'{ROOT}:{tmp_path / "start"}',
-                                   'XLA_FLAGS': ' '.join(eight_devices.QUICK),
-                                   **{n: x for n, x in os.environ.items() if 'CACHE' in n}})
-        assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
+            modules += [script[1]] if script else []
+            modules.append(re.search(r'--config=(\w+)\.py', text)[1])
+    if modules:  # in one process, since each imports jax
+        run(f"""python -c '
+import {", ".join(modules)}
+from tpad_jax.job.validate import check
+for module in {", ".join(modules)},:
+    if hasattr(module, "get_config"):
+        check(module.get_config())'""")
     if page == 'a_loss':
         found = json.loads((tmp_path / 'runs/mine/results.json').read_text())['losses']
         assert np.isfinite(found['transfer']['pull'])
