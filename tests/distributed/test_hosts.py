@@ -25,6 +25,7 @@ from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job
 
 STAGE = 'recommend'
+SHORT = dict(baselines='pop', refit=False)  # of the job: its other parts know no processes
 TOLD = 6  # the step behind which the second process is told to stop
 
 
@@ -40,7 +41,7 @@ def work(coordinator, process, directory, *stages):
         found[stage] = run.metrics, *jax.device_get((run.params, run.rows)), run.traces
     if stages != (STAGE,):
         return store(found)
-    config = ready.config(directory / 'made.npz', parallel='auto', baselines='pop')
+    config = ready.config(directory / 'made.npz', parallel='auto', **SHORT)
     found['job'] = job.run(config, directory / 'job', asking)
 
     def stopping(step):
@@ -120,7 +121,7 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(pair, one):
 def test_a_whole_job_leaves_what_one_process_leaves(pair, tmp_path):
     found, directory = pair
     assert found[0]['job']['models'].keys() == found[1]['job']['models'].keys()
-    config = ready.config(directory / 'made.npz', baselines='pop')
+    config = ready.config(directory / 'made.npz', **SHORT)
     one = job.run(config, tmp_path)['models']['attention']
     two = found[0]['job']['models']['attention']
     assert two['valid']['step'] == one['valid']['step']
