@@ -12,9 +12,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 pytest.importorskip('torch')
-pytest.importorskip('peft')
 
-import peft
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
@@ -210,6 +208,7 @@ def close(got, expected, plain):
 
 @pytest.mark.slow
 def test_peft_loads_our_adapter_and_transformers_the_merged_model(made, tmp_path):
+    peft = pytest.importorskip('peft')  # here, since it takes seconds to import
     directory, spec, params, pair, _ = made
     scale = ALPHA / RANK
     ours = our_logits(made, pair, scale)
@@ -227,6 +226,7 @@ def test_peft_loads_our_adapter_and_transformers_the_merged_model(made, tmp_path
 
 def by_peft(made, directory, **options):
     """An adapter of peft, all of it random, saved to a directory, and torch's logits with it."""
+    peft = pytest.importorskip('peft')
     modules = {'llava': ['q_proj', 'fc1'], 'qwen2_5_vl': ['up_proj', 'qkv', 'mlp.0'],
                'qwen3_vl': ['k_proj', 'linear_fc2']}
     config = peft.LoraConfig(**{'r': 4, 'lora_alpha': 6, 'target_modules': modules[
@@ -241,6 +241,7 @@ def by_peft(made, directory, **options):
     return torch_logits(model.eval(), made)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_peft_is_read(made, tmp_path):
     rs = made[0].name == 'case_llava'
     expected = by_peft(made, tmp_path, use_rslora=rs)
