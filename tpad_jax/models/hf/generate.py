@@ -63,45 +63,39 @@ def generate(model, params, prompt, *, steps, stop, key=None, sampling=None, all
     tokens, mask, image = prompt
     stop, sampling = tuple(int(t) for t in stop), sampling or Sampling()
     variables = params if 'params' in params else {'params': params}
-    _check_images(model, np.asarray(tokens), np.asarray(mask, bool), image)
-    _check(model, variables, steps, stop, sampling, allowed)
+    _check(model, variables, prompt, steps, stop, sampling, allowed)
     prompt = jnp.asarray(tokens, jnp.int32), jnp.asarray(mask, bool), image
     # without a key the sampling is unused, so it must not cause a compilation
     return _run(model, variables, prompt, key, Sampling() if key is None else sampling, allowed,
                 steps=steps, stop=stop)
 
 
-def _check_images(model, tokens, mask, image):
-    """Refuse placeholders that do not fit: too many would repeat an image's last token."""
-    each, most = model.spec.image_tokens(model.side), image.shape[1]
-    counts = ((tokens == model.spec.image_id) & mask).sum(axis=1)
+def _check(model, variables, prompt, steps, stop, sampling, allowed):
+    tokens, mask, image = prompt
+    decoder, each, most = model.spec.decoder, model.spec.image_tokens(model.side), image.shape[1]
+    # too many placeholders would repeat an image's last token
+    counts = ((np.asarray(tokens) == model.spec.image_id) & np.asarray(mask, bool)).sum(axis=1)
     for row in np.flatnonzero((counts % each > 0) | (counts > each * most))[:1]:
         raise InputError(f'tokens: prompt {row} has {counts[row]} image placeholders. Expected '
                          f'{each} for each of at most {most} image(s). Fix: call '
                          'data.prompts.expand')
-
-
-def _check(model, variables, steps, stop, sampling, allowed):
-    decoder, (temperature, top_k, top_p) = model.spec.decoder, dataclasses.astuple(sampling)
     if not decoder.tied and 'head' not in variables['params']:
         raise InputError('params: the checkpoint has no output embedding (lm_head), so it can '
                          'encode but not generate. Expected one. Fix: choose a checkpoint with it')
-    for name, value, right, rule in (
-            ('steps', steps, steps >= 1, 'at least 1'),
+    temperature, top_k, top_p = dataclasses.astuple(sampling)
+    least = allowed.depth if allowed else 1
+    for name, value, usable, rule in (
+            # a title of the trie must fit, with its stop token
+            ('steps', steps, steps >= least, f'at least {least} tokens'),
             ('temperature', temperature, temperature > 0, 'a number above 0; key=None is greedy'),
             ('top_k', top_k, top_k >= 0, 'at least 0; 0 keeps all tokens'),
             ('top_p', top_p, 0 < top_p <= 1, 'a number above 0, at most 1')):
-        if not right:
+        if not usable:
             raise InputError(f'{name}={value}: out of range. Expected {rule}. Fix: change it')
-    if allowed is None:
-        return
-    if allowed.vocab != decoder.vocab or set(allowed.stop) != set(stop):
+    if allowed and (allowed.vocab != decoder.vocab or set(allowed.stop) != set(stop)):
         raise InputError(f'allowed: the trie has a vocabulary of {allowed.vocab} and stop tokens '
                          f'{allowed.stop}. Expected {decoder.vocab} and {stop}. Fix: build it with '
                          'these')
-    if steps < allowed.depth:
-        raise InputError(f'steps={steps}: the longest title is longer. Expected at least '
-                         f'{allowed.depth} tokens, with the stop token. Fix: raise it')
 
 
 @partial(jax.jit, static_argnames=('model', 'steps', 'stop'))
@@ -111,8 +105,8 @@ def _run(model, variables, prompt, key, sampling, allowed, *, steps, stop):
     if key is not None and key.ndim == 0:
         key = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch))
 
-    def choose(count, logits, live, node):
-        """Return token number `count` [B] and its log probability [B]."""
+    def write(count, logits, live, node, out, score):
+        """Add token number `count` [B] and its log probability to the state."""
         may = None if allowed is None else allowed.allowed(node) | ~live[:, None]
         log_p = jax.nn.log_softmax(_only(logits, may))
         if key is None:
@@ -121,11 +115,8 @@ def _run(model, variables, prompt, key, sampling, allowed, *, steps, stop):
             drawn = cut(_only(logits / sampling.temperature, may), sampling.top_k, sampling.top_p)
             token = jax.vmap(lambda k, x: jax.random.categorical(jax.random.fold_in(k, count), x))(
                 key, drawn)
-        return token.astype(jnp.int32), jnp.take_along_axis(log_p, token[:, None], -1)[:, 0]
-
-    def write(count, logits, live, node, out, score):
-        """Add one token to the state."""
-        token, gain = choose(count, logits, live, node)
+        token = token.astype(jnp.int32)
+        gain = jnp.take_along_axis(log_p, token[:, None], -1)[:, 0]
         out = out.at[:, count].set(jnp.where(live, token, -1))
         score = score + jnp.where(live, gain, 0)
         if allowed is not None:

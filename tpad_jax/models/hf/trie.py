@@ -68,8 +68,7 @@ class Trie:
         Args:
           tokens: int [B, T]. A row ends at its stop token or at a -1.
         """
-        first, token, first_item, item = map(np.asarray, (self.first, self.token, self.first_item,
-                                                          self.item))
+        first, token, first_item = map(np.asarray, (self.first, self.token, self.first_item))
         out = []
         for row in np.asarray(tokens):
             node = 0
@@ -77,7 +76,7 @@ class Trie:
                 low, high = first[node:node + 2]
                 edge = low + np.searchsorted(token[low:high], t)
                 node = edge + 1 if edge < high and token[edge] == t else len(first) - 2
-            out.append(item[slice(*first_item[node:node + 2])])
+            out.append(np.asarray(self.item)[slice(*first_item[node:node + 2])])
         return out
 
 
@@ -98,36 +97,24 @@ def build(titles: Iterable[Sequence[int]], *, stop: Sequence[int], vocab: int, i
     titles = [np.asarray(title, np.int64) for title in titles]
     items = np.arange(len(titles)) if items is None else np.asarray(items, np.int32)
     stop = tuple(int(t) for t in stop)
-    if not titles or not stop or len(items) != len(titles):
-        raise InputError(f'titles: {len(titles)} titles for {len(items)} items and {len(stop)} '
-                         'stop tokens. Expected one title per item, at least one item and one stop '
-                         'token. Fix: give these')
-    length = np.array([len(title) for title in titles])
+    if not titles or len(items) != len(titles):
+        raise InputError(f'titles: {len(titles)} titles for {len(items)} items. Expected one title '
+                         'per item, at least one. Fix: give these')
+    if not stop or min(stop) < 0 or max(stop) >= vocab:
+        raise InputError(f'stop={stop}: not tokens of the vocabulary. Expected at least one id of '
+                         f"0 to {vocab - 1}. Fix: use the checkpoint's tokenizer")
+    length, flat = np.array([len(title) for title in titles]), np.concatenate(titles)
     if not length.all():
         raise InputError(f'titles: item {items[length.argmin()]} has an empty title. Expected at '
                          'least one token. Fix: give it a title or omit it')
-    owner, flat = np.repeat(np.arange(len(titles)), length), np.concatenate(titles)
-    _refuse(np.isin(flat, stop), owner, flat, items,
-            f'a stop token of {stop}. Expected no special tokens. Fix: tokenise without them')
-    _refuse((flat < 0) | (flat >= vocab), owner, flat, items,
-            f'outside of the vocabulary of {vocab}. Expected ids 0 to {vocab - 1}. Fix: use the '
-            "checkpoint's tokenizer")
-    if min(stop) < 0 or max(stop) >= vocab:
-        raise InputError(f'stop={stop}: outside of the vocabulary. Expected ids 0 to {vocab - 1}. '
-                         "Fix: use the checkpoint's tokenizer")
-    return _grow(titles, length, items, stop, vocab)
-
-
-def _refuse(bad, owner, flat, items, why):
-    if bad.any():
-        at = bad.argmax()
-        raise InputError(f'titles: item {items[owner[at]]} has token {flat[at]}, {why}')
-
-
-def _grow(titles, length, items, stop, vocab):
+    wrong = np.flatnonzero(np.isin(flat, stop) | (flat < 0) | (flat >= vocab))
+    if len(wrong):
+        item = items[np.searchsorted(np.cumsum(length), wrong[0], side='right')]
+        raise InputError(f'titles: item {item} has token {flat[wrong[0]]}. Expected ids 0 to '
+                         f'{vocab - 1} without the stop tokens {stop}. Fix: use the checkpoint\'s '
+                         'tokenizer, without special tokens')
     depth = int(length.max()) + 1
     start = np.cumsum(length) - length
-    flat = np.concatenate(titles)
     node, nodes = np.zeros(len(titles), np.int64), 1  # where each title is, one level after another
     parents, tokens = [], []
     for level in range(depth):
@@ -139,12 +126,8 @@ def _grow(titles, length, items, stop, vocab):
         tokens.append(edge % vocab)
         node[rows] = nodes + inverse
         nodes += len(edge)
-    count = np.bincount(np.concatenate(parents), minlength=nodes + 1)
-    ended = np.bincount(node, minlength=nodes + 1)
-
-    def offsets(sizes):
-        return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
-
-    return Trie(offsets(count), np.concatenate(tokens).astype(np.int32), offsets(ended),
-                items[np.argsort(node, kind='stable')].astype(np.int32), int(count.max()), depth,
+    children, ended = (np.bincount(x, minlength=nodes + 1) for x in (np.concatenate(parents), node))
+    first, first_item = (np.append(0, np.cumsum(x)).astype(np.int32) for x in (children, ended))
+    return Trie(first, np.concatenate(tokens).astype(np.int32), first_item,
+                items[np.argsort(node, kind='stable')].astype(np.int32), int(children.max()), depth,
                 vocab, stop)
