@@ -12,8 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.evaluation import scorers
 from tpad_jax.models import outputs, readers, stream, tpad
-from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.builtin.vision import VisionTower
+from tpad_jax.models.builtin.mllm import MLLM, VisionTower
 from tpad_jax.nn import linear
 from tpad_jax.nn.attention import rotate
 from tpad_jax.nn.transformer import Transformer

@@ -47,19 +47,16 @@ class Writer(nn.Module):
         prefix = Linear(base.width, use_bias=True, name='prefix')(features)
         blank = self.param('blank', nn.initializers.normal(0.02), (base.width,))
         words = jnp.where(keep[..., None], base.words(jnp.maximum(tokens, 0)), blank)[:, :-1]
-        given = streams.plain(prefix, jnp.ones(prefix.shape[:2], bool))
         written = streams.plain(words, tokens[:, :-1] >= 0)
-        return base(streams.join(given, written))[:, prefix.shape[1] - 1:]
+        return base(streams.join(streams.plain(prefix), written))[:, prefix.shape[1] - 1:]
 
 
 def opening(module, rows):
     """Begin a prompt of `rows` rows: with the checkpoint's tokens, else with a learned vector."""
     base = module.base
     if base.before:
-        ids = jnp.broadcast_to(jnp.array(base.before, jnp.int32), (rows, len(base.before)))
-        return base.say(ids, jnp.ones(ids.shape, bool))
-    start = jnp.broadcast_to(module.prompt, (rows, *module.prompt.shape))
-    return streams.plain(start, jnp.ones(start.shape[:2], bool))
+        return streams.fixed(base, base.before, rows)
+    return streams.plain(jnp.broadcast_to(module.prompt, (rows, *module.prompt.shape)))
 
 
 class KnowledgeMLLM(nn.Module):
@@ -100,36 +97,33 @@ class KnowledgeMLLM(nn.Module):
         Returns:
           k float32 [U, M, D].
         """
-        seen = self.base.frame(image, has_image)
-        text_mask = tokens >= 0 if keep is None else (tokens >= 0) & keep
-        said = self.base.say(jnp.maximum(tokens, 0), text_mask)
-        start = opening(self, len(tokens))
-        parts = [start, seen, said]
+        parts, begin, split = self._content(
+            image, has_image, tokens, tokens >= 0 if keep is None else (tokens >= 0) & keep)
+        _, seen, words = parts
         if self.base.end:
-            ids = jnp.broadcast_to(jnp.array(self.base.end, jnp.int32),
-                                   (len(tokens), len(self.base.end)))
-            parts.append(self.base.say(ids, jnp.ones(ids.shape, bool)))
+            parts.append(streams.fixed(self.base, self.base.end, len(tokens)))
         if self.pooling == 'summary':
-            ends = jnp.broadcast_to(self.summary, (len(tokens), *self.summary.shape))
-            parts.append(streams.plain(ends, jnp.ones(ends.shape[:2], bool)))
+            parts.append(streams.plain(
+                jnp.broadcast_to(self.summary, (len(tokens), *self.summary.shape))))
         stream = streams.join(*parts)
-        last = None
         if self.pooling == 'last':
-            length = stream.mask.shape[1]
-            last = length - 1 - jnp.argmax(stream.mask[:, ::-1], axis=1, keepdims=True)
-        h = self.base(stream, at=last).astype(jnp.float32)
-        if self.pooling == 'last':
-            states = (h[:, 0],) * len(MODALITIES)
+            last = stream.mask.shape[1] - 1 - stream.mask[:, ::-1].argmax(axis=1, keepdims=True)
+            h = self.base(stream, at=last).astype(jnp.float32)
+            states = [h[:, 0]] * len(MODALITIES)
         else:
-            begin = start.x.shape[1]
-            split = begin + seen.x.shape[1]
-            states = (masked_mean(h[:, begin:split], seen.mask),
-                      masked_mean(h[:, split:split + tokens.shape[1]], text_mask))
+            h = self.base(stream).astype(jnp.float32)
+            states = [masked_mean(h[:, begin:split], seen.mask),
+                      masked_mean(h[:, split:split + tokens.shape[1]], words.mask)]
         if self.pooling == 'summary':
-            ends = h[:, -len(MODALITIES):]
-            states = tuple(ends[:, m] + pooled for m, pooled in enumerate(states))
+            states = [h[:, m - len(MODALITIES)] + pooled for m, pooled in enumerate(states)]
         return jnp.stack([head(self.norm(state))
                           for head, state in zip(self.head, states, strict=True)], axis=1)
+
+    def _content(self, image, has_image, tokens, mask):
+        """Return a prompt's opening, image and text, and where the latter two begin."""
+        start, seen = opening(self, len(tokens)), self.base.frame(image, has_image)
+        begin = start.x.shape[1]
+        return [start, seen, self.base.say(tokens, mask)], begin, begin + seen.x.shape[1]
 
     def states(self, image, has_image, tokens):
         """Compute the hidden states of an item's prompt that predict its tokens; all words visible.
@@ -143,12 +137,9 @@ class KnowledgeMLLM(nn.Module):
           [U, P, width] at the image's P cells, row by row; [U, T, width] that predict each token
           from the tokens before it, the first from the image or, without one, the opening.
         """
-        start, seen = opening(self, len(tokens)), self.base.frame(image, has_image)
-        said = self.base.say(jnp.maximum(tokens, 0), tokens >= 0)
-        h = self.base(streams.join(start, seen, said))
+        parts, begin, split = self._content(image, has_image, tokens, tokens >= 0)
+        h = self.base(streams.join(*parts))
         first, rows, columns = self.base.grid(image.shape[1])
-        begin = start.x.shape[1]
-        split = begin + seen.x.shape[1]
         before = jnp.where(has_image[:, None], h[:, split - 1], h[:, begin - 1])
         words = jnp.concatenate([before[:, None], h[:, split:split + tokens.shape[1] - 1]], axis=1)
         return h[:, begin + first:begin + first + rows * columns], words

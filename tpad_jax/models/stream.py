@@ -26,11 +26,16 @@ class Stream:
     deep: jax.Array | None = None  # [..., L, n, D] added after the first n layers (DeepStack)
 
 
-def plain(x, mask):
+def plain(x, mask=True):
     """Make a stream of x [..., L, D] that each take one position; mask bool [..., L]."""
     mask = jnp.broadcast_to(mask, x.shape[:-1])
     return Stream(x, mask, jnp.ones(mask.shape, jnp.int32),
                   jnp.zeros((*mask.shape, 3), jnp.int32))
+
+
+def fixed(base, ids, *lead: int, mask=None):
+    """Make a stream [*lead, L] of the same L token ids of an MLLM everywhere."""
+    return base.say(jnp.broadcast_to(jnp.array(ids, jnp.int32), (*lead, len(ids))), mask)
 
 
 def grid(x, mask, rows: int, columns: int, deep=None):
@@ -57,18 +62,11 @@ def grid(x, mask, rows: int, columns: int, deep=None):
 def join(*parts: Stream) -> Stream:
     """Join parts with equal leading axes end to end; a part without deep features gets zeros."""
     depth = max((p.deep.shape[-2] for p in parts if p.deep is not None), default=0)
-
-    def deep(part):
-        if part.deep is not None:
-            return part.deep
-        return jnp.zeros((*part.x.shape[:-1], depth, part.x.shape[-1]), part.x.dtype)
-
-    def lay(arrays, axis):
-        return jnp.concatenate(arrays, axis=axis)
-
-    return Stream(lay([p.x for p in parts], -2), lay([p.mask for p in parts], -1),
-                  lay([p.advance for p in parts], -1), lay([p.offset for p in parts], -2),
-                  lay([deep(p) for p in parts], -3) if depth else None)
+    if depth:
+        parts = [p if p.deep is not None else p.replace(deep=jnp.zeros(
+            (*p.mask.shape, depth, p.x.shape[-1]), p.x.dtype)) for p in parts]
+    axis = parts[0].mask.ndim - 1
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis), *parts)
 
 
 def rows(stream: Stream, which) -> Stream:

@@ -48,16 +48,13 @@ class TransferMLLM(nn.Module):
     def compress(self, k) -> Stream:
         """Turn knowledge features k [..., M, D] into item tokens [..., M, width]."""
         x = jnp.stack([into(k[..., m, :]) for m, into in enumerate(self.into)], axis=-2)
-        return streams.plain(x, jnp.ones(x.shape[:-1], bool))
+        return streams.plain(x)
 
     def unfold(self, image, has_image, tokens) -> Stream:
         """Turn content into an item's image and text tokens, [U, P + T, width]."""
-        parts = [self.base.frame(image, has_image),
-                 self.base.say(jnp.maximum(tokens, 0), tokens >= 0)]
+        parts = [self.base.frame(image, has_image), self.base.say(tokens)]
         if self.base.between:
-            ids = jnp.broadcast_to(jnp.array(self.base.between, jnp.int32),
-                                   (len(tokens), len(self.base.between)))
-            parts.append(self.base.say(ids, jnp.ones(ids.shape, bool)))
+            parts.append(streams.fixed(self.base, self.base.between, len(tokens)))
         return streams.join(*parts)
 
     def __call__(self, items: Stream, mask):
@@ -72,7 +69,7 @@ class TransferMLLM(nn.Module):
         """
         rows, positions = mask.shape
         summary = jnp.broadcast_to(self.summary, (rows, positions, 1, self.base.width))
-        x = streams.join(items, streams.plain(summary, jnp.ones(summary.shape[:-1], bool)))
+        x = streams.join(items, streams.plain(summary))
         x = x.replace(mask=x.mask & mask[:, :, None])
         start = opening(self, rows)
         h = self.base(streams.join(start, streams.flatten(x)))[:, start.x.shape[1]:]

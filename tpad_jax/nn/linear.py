@@ -15,6 +15,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.errors import InputError
 
+# Arguments of nn.scan and nn.vmap for modules whose parameters are stacked on axis 0.
+STACKED = dict(variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
+
 
 def uniform(bound):
     """Return an initialiser, uniform in -bound..bound. It compiles faster than a normal draw."""

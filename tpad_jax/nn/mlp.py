@@ -1,4 +1,4 @@
-"""A perceptron with two layers, and scaling to length one."""
+"""Perceptrons, and scaling to length one."""
 
 from collections.abc import Callable
 
@@ -20,6 +20,13 @@ class MLP(nn.Module):
         """Apply to the last axis of x."""
         x = nn.gelu(Linear(self.hidden, use_bias=True, name='in')(x))
         return Linear(self.features, use_bias=True, kernel=self.out, name='out')(x)
+
+
+def gated(x, hidden, activation=nn.silu, use_bias=False):
+    """Apply new layers 'gate', 'up' and 'down' of the calling module (SwiGLU) to x [..., D]."""
+    y = activation(Linear(hidden, use_bias, name='gate')(x))
+    y = y * Linear(hidden, use_bias, name='up')(x)
+    return Linear(x.shape[-1], use_bias, name='down')(y)
 
 
 def unit(x):

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.nn.attention import Attention
-from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.linear import STACKED
+from tpad_jax.nn.mlp import gated
 
 
 class RMSNorm(nn.Module):
@@ -35,9 +36,7 @@ class Block(nn.Module):
         x, mask, positions = carry
         attention = Attention(self.heads, self.causal, name='attention')
         x = x + attention(RMSNorm(name='attention_norm')(x), mask, positions)
-        y = RMSNorm(name='mlp_norm')(x)
-        gate = nn.silu(Linear(self.hidden, name='gate')(y)) * Linear(self.hidden, name='up')(y)
-        x = x + Linear(x.shape[-1], name='down')(gate)
+        x = x + gated(RMSNorm(name='mlp_norm')(x), self.hidden)
         return (x, mask, positions), None
 
 
@@ -60,8 +59,7 @@ class Transformer(nn.Module):
     def __call__(self, x, mask):
         """Encode x [B, L, D] with mask bool [B, L] -> [B, L, D]. Positions skip padding."""
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        scanned = nn.scan(Block, variable_axes={'params': 0, 'lora': 0},
-                          split_rngs={'params': True}, length=self.layers)
-        carry = (x, mask, positions)
-        (x, _, _), _ = scanned(self.heads, self.hidden, self.causal, name='layers')(carry, None)
+        layers = nn.scan(Block, length=self.layers, **STACKED)(
+            self.heads, self.hidden, self.causal, name='layers')
+        (x, _, _), _ = layers((x, mask, positions), None)
         return RMSNorm(name='norm')(x)

@@ -4,15 +4,46 @@
 these methods.
 """
 
+import einops
 import flax.linen as nn
 import jax.numpy as jnp
 
 from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
-from tpad_jax.models.builtin.vision import VisionTower
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.linear import Linear
 from tpad_jax.nn.transformer import Transformer
+
+
+class VisionTower(nn.Module):
+    """Image -> image tokens: a convolutional stem, then a short transformer.
+
+    A ViT of this size does not learn shapes from some ten thousand images. With the stem it does
+    [ours].
+
+    Attributes:
+      channels: widths of the stem's stages, each halving the resolution.
+      layers: of the transformer over the cells.
+      heads: of the transformer over the cells.
+    """
+
+    channels: tuple[int, ...] = (32, 64, 128)
+    layers: int = 1
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, image):
+        """Encode image uint8 [B, H, W, 3] -> [B, P, channels[-1]], P = H W / 4^stages."""
+        x = image.astype(jnp.float32) / 127.5 - 1
+        for i, width in enumerate(self.channels):
+            x = nn.Conv(width, (3, 3), strides=2, name=f'conv_{i}')(x)
+            x = nn.silu(nn.GroupNorm(num_groups=8, name=f'norm_{i}')(x))
+        cells = x.shape[1:3]
+        place = self.param('place', nn.initializers.normal(0.02), (*cells, self.channels[-1]))
+        x = einops.rearrange(x + place, 'b h w d -> b (h w) d')
+        width = self.channels[-1]
+        encoder = Transformer(self.layers, self.heads, 2 * width, causal=False, name='encoder')
+        return encoder(x, jnp.ones(x.shape[:2], bool))
 
 
 class MLLM(nn.Module):
@@ -26,9 +57,6 @@ class MLLM(nn.Module):
       hidden: inner width of the decoder's SwiGLU.
       channels: of the vision tower's stem.
       vision_layers: of the vision tower.
-      before: token ids before the content of an item or a session; none.
-      between: token ids between parts; none.
-      end: token ids after the content; none.
     """
 
     vocab: int
@@ -38,9 +66,7 @@ class MLLM(nn.Module):
     hidden: int
     channels: tuple[int, ...]
     vision_layers: int
-    before: tuple[int, ...] = ()
-    between: tuple[int, ...] = ()
-    end: tuple[int, ...] = ()
+    before = between = end = ()  # token ids around the content; a checkpoint's VLM has some
 
     def setup(self):
         """Build the parts."""
@@ -70,9 +96,10 @@ class MLLM(nn.Module):
         """Embed token ids int32 [...] -> [..., D]."""
         return self.embed(tokens)
 
-    def say(self, tokens, mask) -> Stream:
-        """Make a part of a stream from token ids int32 [..., T] and mask bool [..., T]."""
-        return streams.plain(self.words(tokens), mask)
+    def say(self, tokens, mask=None) -> Stream:
+        """Make a part of a stream from token ids int32 [..., T] and mask bool; None: ids >= 0."""
+        return streams.plain(self.words(jnp.maximum(tokens, 0)),
+                             tokens >= 0 if mask is None else mask)
 
     @mllm_precision
     def __call__(self, stream: Stream, at=None):

@@ -13,7 +13,8 @@ import numpy as np
 
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.layers import attend, rematerialised, rotate
-from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.linear import STACKED, Linear
+from tpad_jax.nn.mlp import gated
 from tpad_jax.nn.transformer import RMSNorm
 
 
@@ -132,9 +133,7 @@ class Block(nn.Module):
         y, cache = attention(RMSNorm(s.eps, name='attention_norm')(x), cos, sin, allowed, cache,
                              number, index, at)
         x = tokens_at(x, at) + y
-        y = RMSNorm(s.eps, name='mlp_norm')(x)
-        y = nn.silu(Linear(s.hidden, name='gate')(y)) * Linear(s.hidden, name='up')(y)
-        x = x + Linear(s.width, name='down')(y)
+        x = x + gated(RMSNorm(s.eps, name='mlp_norm')(x), s.hidden)
         state = x if self.every else None
         if deep is not None:
             depth = deep.shape[2]
@@ -181,8 +180,7 @@ class Decoder(nn.Module):
             x = self._read_at(x, at, cos, sin, allowed, deep)
             return RMSNorm(self.spec.eps, name='norm')(x), None, None
         block = nn.scan(rematerialised(Block, self.remat), length=self.spec.layers,
-                        variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True},
-                        in_axes=nn.broadcast)
+                        in_axes=nn.broadcast, **STACKED)
         (x, cache, _), states = block(self.spec, self.how, every, name='layers')(
             (x, cache, jnp.int32(0)), cos, sin, allowed, deep, index)
         return tokens_at(RMSNorm(self.spec.eps, name='norm')(x), at), states, cache

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.errors import InputError
-from tpad_jax.models.hf import spec
-from tpad_jax.models.hf.layers import activation, attend, layer_norm, rematerialised, rotate
-from tpad_jax.nn.linear import Linear, uniform
+from tpad_jax.models.hf import layers, spec
+from tpad_jax.nn.linear import STACKED, Linear, uniform
+from tpad_jax.nn.mlp import gated
 from tpad_jax.nn.transformer import RMSNorm
 
 THETA = 10_000.0  # base of the rotary frequencies in all three
@@ -61,7 +61,7 @@ def norm(x, grid: spec.Grid, name: str):
     """Normalise x with a new norm of the grid's kind."""
     if grid.kind == 'qwen2_5':
         return RMSNorm(grid.eps, name=name)(x)
-    return layer_norm(x, grid.eps, name)
+    return layers.layer_norm(x, grid.eps, name)
 
 
 class Patch(nn.Module):
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
         qkv = Linear(3 * width, use_bias=True, name='qkv')(x)
         q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
-        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.how)
+        y = layers.attend(layers.rotate(q, cos, sin), layers.rotate(k, cos, sin), v, mask, self.how)
         return Linear(width, use_bias=True, name='o')(y.reshape(x.shape))
 
 
@@ -135,22 +135,13 @@ class Block(nn.Module):
         mask = None if window is None else window | everywhere
         y = norm(x, grid, 'norm1')
         x = x + Attention(grid.heads, self.how, name='attention')(y, cos, sin, mask)
-        x = x + self.mlp(norm(x, grid, 'norm2'))
+        y = norm(x, grid, 'norm2')
+        x = x + (gated(y, grid.hidden, layers.activation(grid.activation), use_bias=True)
+                 if grid.kind == 'qwen2_5' else
+                 layers.perceptron(y, grid.hidden, grid.width, grid.activation))
         if deep is not None:
             deep = jax.lax.dynamic_update_index_in_dim(deep, x, slot, 0)
         return (x, deep), None
-
-    def mlp(self, y):
-        """Apply the MLP of the layer, [B, P, W] -> [B, P, W]."""
-        grid, act = self.grid, activation(self.grid.activation)
-
-        def dense(features, name):
-            return Linear(features, use_bias=True, name=name)
-
-        if grid.kind == 'qwen2_5':
-            y = act(dense(grid.hidden, 'gate')(y)) * dense(grid.hidden, 'up')(y)
-            return dense(grid.width, 'down')(y)
-        return dense(grid.width, 'fc2')(act(dense(grid.hidden, 'fc1')(y)))
 
 
 class Merger(nn.Module):
@@ -176,8 +167,7 @@ class Merger(nn.Module):
         if self.joined:
             x = x.reshape(merged)
         x = norm(x, self.grid, 'norm').reshape(merged)
-        x = activation('gelu')(Linear(merged[-1], use_bias=True, name='fc1')(x))
-        return Linear(self.grid.out, use_bias=True, name='fc2')(x)
+        return layers.perceptron(x, merged[-1], self.grid.out, 'gelu')
 
 
 class GridTransformer(nn.Module):
@@ -213,17 +203,15 @@ class GridTransformer(nn.Module):
             x += resampled(table, cells).astype(x.dtype)
         # a layer outside grid.deep writes to an extra slot, which nothing reads
         deep = jnp.zeros((n + 1, *x.shape), x.dtype) if n else None
-        layers = range(grid.layers)
-        layer = (jnp.array([i in grid.full for i in layers]),
-                 jnp.array([grid.deep.index(i) if i in grid.deep else n for i in layers]))
+        numbers = range(grid.layers)
+        layer = (jnp.array([i in grid.full for i in numbers]),
+                 jnp.array([grid.deep.index(i) if i in grid.deep else n for i in numbers]))
         fixed = (*angles(cells, grid.width // grid.heads), windows(cells, grid))
-        scanned = nn.scan(rematerialised(Block, self.remat), length=grid.layers,
-                          in_axes=(0, nn.broadcast),
-                          variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
+        scanned = nn.scan(layers.rematerialised(Block, self.remat), length=grid.layers,
+                          in_axes=(0, nn.broadcast), **STACKED)
         (x, deep), _ = scanned(grid, self.how, name='layers')((x, deep), layer, fixed)
         tokens = Merger(grid, cells, joined=False, name='merger')(x)
         if not n:
             return tokens, None
-        mergers = nn.vmap(Merger, in_axes=0, out_axes=2,
-                          variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
+        mergers = nn.vmap(Merger, in_axes=0, out_axes=2, **STACKED)
         return tokens, mergers(grid, cells, joined=True, name='deep')(deep[:n])

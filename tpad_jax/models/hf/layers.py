@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.nn.linear import Linear
+
 ATTENTION = ('xla', 'cudnn')  # choices of config.mllm.attention
 REMAT = ('none', 'dots', 'full')  # choices of config.mllm.remat, see `rematerialised`
 
@@ -17,6 +19,12 @@ def activation(name: str):
     """Return the activation that a config.json names. 'gelu' is the exact one."""
     return {'silu': nn.silu, 'gelu': lambda x: nn.gelu(x, approximate=False),
             'gelu_pytorch_tanh': nn.gelu, 'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x)}[name]
+
+
+def perceptron(x, hidden: int, features: int, act: str, use_bias: bool = True):
+    """Apply new layers 'fc1' and 'fc2' of the calling module to x [..., D]."""
+    x = activation(act)(Linear(hidden, use_bias, name='fc1')(x))
+    return Linear(features, use_bias, name='fc2')(x)
 
 
 def attend(q, k, v, mask, how: str):

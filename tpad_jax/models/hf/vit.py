@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from tpad_jax.models.hf import spec
-from tpad_jax.models.hf.layers import activation, attend, layer_norm, rematerialised
-from tpad_jax.nn.linear import Linear, uniform
+from tpad_jax.models.hf.layers import attend, layer_norm, perceptron, rematerialised
+from tpad_jax.nn.linear import STACKED, Linear, uniform
 
 
 class Attention(nn.Module):
@@ -36,9 +36,8 @@ class Block(nn.Module):
         tower = self.tower
         y = layer_norm(x, tower.eps, 'norm1')
         x = x + Attention(tower.heads, self.how, name='attention')(y)
-        y = Linear(tower.hidden, use_bias=True, name='fc1')(layer_norm(x, tower.eps, 'norm2'))
-        y = activation(tower.activation)(y)
-        return x + Linear(tower.width, use_bias=True, name='fc2')(y), None
+        y = layer_norm(x, tower.eps, 'norm2')
+        return x + perceptron(y, tower.hidden, tower.width, tower.activation), None
 
 
 class VisionTransformer(nn.Module):
@@ -75,7 +74,6 @@ class VisionTransformer(nn.Module):
         x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
         if clip:
             x = layer_norm(x, tower.eps, 'pre_norm')
-        scanned = nn.scan(rematerialised(Block, self.remat), length=tower.layers,
-                          variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
+        scanned = nn.scan(rematerialised(Block, self.remat), length=tower.layers, **STACKED)
         x, _ = scanned(tower, self.how, name='layers')(x, None)
         return x[:, 1:] if clip and not tower.keep_class else x

@@ -17,7 +17,7 @@ from tpad_jax.models.hf import pixels
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.decoder import Decoder
 from tpad_jax.models.hf.grid_vit import GridTransformer
-from tpad_jax.models.hf.layers import activation
+from tpad_jax.models.hf.layers import perceptron
 from tpad_jax.models.hf.vit import VisionTransformer
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.linear import Linear
@@ -33,8 +33,7 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x):
         """Apply to the last axis of x."""
-        x = activation(self.act)(Linear(self.width, self.bias, name='fc1')(x))
-        return Linear(self.width, self.bias, name='fc2')(x)
+        return perceptron(x, self.width, self.width, self.act, self.bias)
 
 
 class VLM(nn.Module):
@@ -110,18 +109,16 @@ class VLM(nn.Module):
         """Embed token ids int32 [...] -> [..., D]."""
         return self.embed.embedding[tokens].astype(self.dtype)
 
-    def say(self, tokens, mask) -> Stream:
-        """Make a part of a stream from token ids int32 [..., T] and mask bool [..., T]."""
-        return streams.plain(self.words(tokens), mask)
+    def say(self, tokens, mask=None) -> Stream:
+        """Make a part of a stream from token ids int32 [..., T] and mask bool; None: ids >= 0."""
+        return streams.plain(self.words(jnp.maximum(tokens, 0)),
+                             tokens >= 0 if mask is None else mask)
 
     def frame(self, image, there) -> Stream:
         """Call `see`, and add the tokens that the family puts before and after an image."""
-        def say(ids):
-            ids = jnp.broadcast_to(jnp.array(ids, jnp.int32), (*there.shape, len(ids)))
-            return self.say(ids, there[..., None])
-
-        return streams.join(say(self.spec.start_ids), self.see(image, there),
-                            say(self.spec.end_ids))
+        start, end = (streams.fixed(self, ids, *there.shape, mask=there[..., None])
+                      for ids in (self.spec.start_ids, self.spec.end_ids))
+        return streams.join(start, self.see(image, there), end)
 
     def grid(self, side: int) -> tuple[int, int, int]:
         """Return the index of an image's first cell in `frame`, and the rows and columns."""
