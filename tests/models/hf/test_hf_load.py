@@ -230,9 +230,9 @@ def test_shards_that_are_not_there(tmp_path):
     index = tmp_path / 'model.safetensors.index.json'
     for text in ('{', '[]', '{"weight_map": {"a": "../model.safetensors"}}'):
         index.write_text(text)
-        refused(tmp_path, 'index.json: damaged')
+        refused(tmp_path, 'nor a usable model.safetensors.index.json')
     index.unlink()
-    refused(tmp_path, 'neither model.safetensors nor')
+    refused(tmp_path, 'neither model.safetensors nor', 'FileNotFoundError')
 
 
 def test_pickles_are_refused_with_a_way_out(tmp_path):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.models.hf import keys, load
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.nn import linear
@@ -37,15 +37,13 @@ def export(params, source_directory, out_directory) -> Path:
       InputError: out_directory exists, or the parameters or the source are unusable.
     """
     source, out = Path(source_directory), Path(out_directory)
-    if out.exists():
-        raise InputError(f'{out}: exists already. Expected a new directory. Fix: choose another')
+    refuse_if(out.exists(), f'{out}: exists already. Expected a new directory. Fix: choose another')
     spec = specs.read(source)
     tensors, table = load.bind(source, spec), keys.table(spec)
     flat = flatten_dict(params, sep='/')
     faults = linear.misfits(flat, {e.path: e.shape for e in table if e.names[0] in tensors})
-    if faults:
-        raise InputError(f'{source}: the parameters are not those of this checkpoint: {faults}. '
-                         'Expected its parameters. Fix: export to the checkpoint they come from')
+    refuse_if(faults, f'{source}: the parameters are not those of this checkpoint: {faults}. '
+              'Expected its parameters. Fix: export to the checkpoint they come from')
     writes = [(tensors[name], entry, i if entry.layers else None)
               for entry in table if entry.path in flat for i, name in enumerate(entry.names)]
     head = tensors.get('lm_head.weight')
@@ -84,10 +82,10 @@ def merge(params, lora, scale: float) -> dict:
     for path in sorted({p[:-1] for p in pairs}):
         kernel, a, b = flat.get((*path, 'kernel')), pairs[*path, 'a'], pairs[*path, 'b']
         shape = 'missing' if kernel is None else list(kernel.shape)
-        if [*a.shape[:-1], b.shape[-1]] != shape or a.shape[-1] != b.shape[-2]:
-            raise InputError(f'{"/".join(path)}: an adapter {list(a.shape)} by {list(b.shape)} '
-                             f'does not fit the kernel ({shape}). Expected an adapter of this '
-                             'model. Fix: merge it into the model it was made for')
+        refuse_if([*a.shape[:-1], b.shape[-1]] != shape or a.shape[-1] != b.shape[-2],
+                  f'{"/".join(path)}: an adapter {list(a.shape)} by {list(b.shape)} does not fit '
+                  f'the kernel ({shape}). Expected an adapter of this model. Fix: merge it into '
+                  'the model it was made for')
         out[*path, 'kernel'] = _merged(kernel, a, b, scale)
     return unflatten_dict(out)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 LOW = -1e30  # least logit of an allowed token; that of others is -inf
 
@@ -77,11 +77,10 @@ def _check(model, variables, prompt, steps, stop, sampling, allowed):
     counts = ((np.asarray(tokens) == model.spec.image_id) & np.asarray(mask, bool)).sum(axis=1)
     for row in np.flatnonzero((counts % each > 0) | (counts > each * most))[:1]:
         raise InputError(f'tokens: prompt {row} has {counts[row]} image placeholders. Expected '
-                         f'{each} for each of at most {most} image(s). Fix: call '
-                         'data.prompts.expand')
-    if not decoder.tied and 'head' not in variables['params']:
-        raise InputError('params: the checkpoint has no output embedding (lm_head), so it can '
-                         'encode but not generate. Expected one. Fix: choose a checkpoint with it')
+                         f'{each} per image, at most {most} images. Fix: call data.prompts.expand')
+    refuse_if(not decoder.tied and 'head' not in variables['params'],
+              'params: the checkpoint has no output embedding (lm_head), so it can encode but not '
+              'generate. Expected one. Fix: choose a checkpoint with it')
     temperature, top_k, top_p = dataclasses.astuple(sampling)
     least = allowed.depth if allowed else 1
     for name, value, usable, rule in (
@@ -90,12 +89,10 @@ def _check(model, variables, prompt, steps, stop, sampling, allowed):
             ('temperature', temperature, temperature > 0, 'a number above 0; key=None is greedy'),
             ('top_k', top_k, top_k >= 0, 'at least 0; 0 keeps all tokens'),
             ('top_p', top_p, 0 < top_p <= 1, 'a number above 0, at most 1')):
-        if not usable:
-            raise InputError(f'{name}={value}: out of range. Expected {rule}. Fix: change it')
+        refuse_if(not usable, f'{name}={value}: out of range. Expected {rule}. Fix: change it')
     if allowed and (allowed.vocab != decoder.vocab or set(allowed.stop) != set(stop)):
-        raise InputError(f'allowed: the trie has a vocabulary of {allowed.vocab} and stop tokens '
-                         f'{allowed.stop}. Expected {decoder.vocab} and {stop}. Fix: build it with '
-                         'these')
+        raise InputError(f'allowed: a trie with a vocabulary of {allowed.vocab} and stop tokens '
+                         f'{allowed.stop}. Expected {decoder.vocab} and {stop}. Fix: build it so')
 
 
 @partial(jax.jit, static_argnames=('model', 'steps', 'stop'))

@@ -19,7 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.models.hf import keys
 from tpad_jax.models.hf.spec import Spec
 
@@ -131,10 +131,10 @@ def read_rows(file, tensor, count):
       InputError: the file ends before.
     """
     shape = count, *tensor.shape[1:]
-    data = np.fromfile(file, np.uint8, math.prod(shape) * tensor.dtype.itemsize)
-    if len(data) < math.prod(shape) * tensor.dtype.itemsize:
-        raise InputError(f'{tensor.file}: became shorter while it was read. Expected a complete '
-                         'file. Fix: copy it again')
+    size = math.prod(shape) * tensor.dtype.itemsize
+    data = np.fromfile(file, np.uint8, size)
+    refuse_if(len(data) < size, f'{tensor.file}: became shorter while it was read. Expected a '
+              'complete file. Fix: copy it again')
     return data.view(tensor.dtype).reshape(shape)
 
 
@@ -175,17 +175,16 @@ def bind(directory, spec: Spec) -> dict[str, Tensor]:
     missing = sorted(want.keys() - bound.keys())
     if missing != ['lm_head.weight'] or not _bare(directory, tensors):
         faults['missing'] = missing
-    if any(faults.values()):
-        listed = '; '.join(f'{kind} {", ".join(sorted(names))}'
-                           for kind, names in faults.items() if names)
-        raise InputError(f'{directory}: its tensors do not fit its config.json: {listed}. Expected '
-                         'the config.json they were saved with. Fix: download both again')
-    head, embed = bound.get('lm_head.weight'), bound[EMBED]
-    if spec.decoder.tied and head is not None and not (
-            head.dtype == embed.dtype and
-            np.array_equal(*(mapped(t).view(np.uint8) for t in (head, embed)))):
-        raise InputError(f'{directory}: {head.name} differs from {embed.name}. Expected equal '
-                         'tensors, as config.json ties them. Fix: set tie_word_embeddings to false')
+    listed = '; '.join(f'{kind} {", ".join(sorted(names))}'
+                       for kind, names in faults.items() if names)
+    refuse_if(listed, f'{directory}: its tensors do not fit its config.json: {listed}. Expected '
+              'the config.json they were saved with. Fix: download both again')
+    embed = bound[EMBED]
+    head = bound.get('lm_head.weight', embed)
+    refuse_if(spec.decoder.tied and not (head.dtype == embed.dtype and np.array_equal(
+        *(mapped(t).view(np.uint8) for t in (head, embed)))),
+        f'{directory}: {head.name} differs from {embed.name}. Expected equal tensors, as '
+        'config.json ties them. Fix: set tie_word_embeddings to false')
     return bound
 
 
@@ -204,30 +203,24 @@ def stored(directory) -> list[Tensor]:
       InputError: there are no safetensors, a shard is missing or damaged, or the index is unusable.
     """
     directory = Path(directory)
-    single, index = directory / SINGLE, directory / INDEX
-    if single.is_file():
-        return header(single)
-    if not index.is_file():
-        pickles = sorted(p.name for kind in PICKLES for p in directory.glob(kind))
-        if pickles:
-            raise InputError(
-                f'{directory}: its weights are pickled ({pickles[0]}), and reading those can run '
-                'any code. Expected safetensors. Fix: if you trust them, convert them: python -c '
-                f'"from transformers import AutoModelForImageTextToText as M; M.from_pretrained('
-                f'\'{directory}\', dtype=\'auto\').save_pretrained(\'{directory}\')"')
-        raise InputError(f'{directory}: has neither {SINGLE} nor {INDEX}. Expected one of them. '
-                         'Fix: download the weights')
-    try:
-        shards = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+    if (directory / SINGLE).is_file():
+        return header(directory / SINGLE)
+    pickles = sorted(p.name for kind in PICKLES for p in directory.glob(kind))
+    refuse_if(
+        pickles and not (directory / INDEX).is_file(), f'{directory}: its weights are pickled '
+        f'({", ".join(pickles)}), and reading those can run any code. Expected safetensors. Fix: '
+        'if you trust them, convert them: python -c "from transformers import '
+        f'AutoModelForImageTextToText as M; M.from_pretrained(\'{directory}\', dtype=\'auto\')'
+        f'.save_pretrained(\'{directory}\')"')
+    with refusing((OSError, ValueError, KeyError, TypeError, AttributeError),
+                  f'{directory}: has neither {SINGLE} nor a usable {INDEX}',
+                  'Expected a weight_map from names to files. Fix: download the weights again'):
+        shards = sorted(set(json.loads((directory / INDEX).read_text())['weight_map'].values()))
         if any(Path(s).name != s for s in shards):
             raise ValueError('a file of another directory')
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{index}: damaged ({error}). Expected a weight_map from names to files '
-                         'of this directory. Fix: download it again') from error
     lost = [s for s in shards if not (directory / s).is_file()]
-    if lost:
-        raise InputError(f'{directory}: lacks {len(lost)} of {len(shards)} files: '
-                         f'{", ".join(lost)}. Expected all files of its index. Fix: download them')
+    refuse_if(lost, f'{directory}: lacks {len(lost)} of {len(shards)} files: {", ".join(lost)}. '
+              'Expected all files of its index. Fix: download them')
     return [t for s in shards for t in header(directory / s)]
 
 
@@ -237,12 +230,9 @@ def header(file: Path) -> list[Tensor]:
     Raises:
       InputError: the file is truncated or not a safetensors file.
     """
-    try:
-        with safe_open(file, 'numpy'):
-            pass  # this checks the header against the file's size, and every tensor's
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f'{file}: damaged ({error}). Expected safetensors. Fix: download it '
-                         'again') from error
+    with (refusing((SafetensorError, OSError, ValueError), f'{file}: damaged',
+                   'Expected safetensors. Fix: download it again'), safe_open(file, 'numpy')):
+        pass  # this checks the header against the file's size, and every tensor's
     with open(file, 'rb') as f:
         size = int.from_bytes(f.read(8), 'little')
         entries = json.loads(f.read(size))

@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.models.hf import keys, load
 from tpad_jax.models.hf.spec import Spec
 
@@ -49,16 +49,15 @@ def save_adapter(directory, lora_tree, spec: Spec, rank: int, alpha: float, base
     pairs, entries = flatten_dict(lora_tree, sep='/'), _dense(spec)
     tensors, modules = {}, []
     for path in sorted({p.rpartition('/')[0] for p in pairs}):
-        entry = entries.get(path)
-        if entry is None:
-            raise InputError(f'{path}: peft cannot store this adapter. Expected dense layers of '
-                             'the model. Fix: train with other config.model.lora_targets')
+        refuse_if(path not in entries, f'{path}: peft cannot store this adapter. Expected dense '
+                  'layers of the model. Fix: train with other config.model.lora_targets')
+        entry = entries[path]
         # float32 and contiguous: safetensors writes the memory of an array unchanged
         a, b = (np.asarray(pairs[f'{path}/{x}'], np.float32) for x in 'ab')
-        if (*a.shape[:-1], b.shape[-1]) != entry.shape or {a.shape[-1], b.shape[-2]} != {rank}:
-            raise InputError(f'{path}: an adapter {list(a.shape)} by {list(b.shape)} does not fit. '
-                             f'Expected rank {rank} for a kernel {list(entry.shape)}. Fix: give '
-                             'the rank and the base it was trained with')
+        refuse_if(
+            (*a.shape[:-1], b.shape[-1]) != entry.shape or {a.shape[-1], b.shape[-2]} != {rank},
+            f'{path}: an adapter {list(a.shape)} by {list(b.shape)} does not fit. Expected rank '
+            f'{rank} for a kernel {list(entry.shape)}. Fix: give rank and base of its training')
         for i, name in enumerate(entry.names):
             modules.append(name.removesuffix('.weight'))
             for letter, x in (('A', a), ('B', b)):
@@ -93,11 +92,10 @@ def load_adapter(directory, spec: Spec) -> tuple[dict, float]:
     directory = Path(directory)
     rank, scale = _config(directory / CONFIG)
     file = directory / WEIGHTS
-    if (directory / PICKLE).is_file() and not file.is_file():
-        raise InputError(
-            f'{directory / PICKLE}: pickled. Expected safetensors. Fix: convert it: python -c '
-            '"import torch, safetensors.torch as s; s.save_file(torch.load('
-            f'\'{directory / PICKLE}\', weights_only=True), \'{file}\')"')
+    pickled = directory / PICKLE
+    refuse_if(pickled.is_file() and not file.is_file(), f'{pickled}: pickled. Expected '
+              'safetensors. Fix: convert it: python -c "import torch, safetensors.torch as s; '
+              f's.save_file(torch.load(\'{pickled}\', weights_only=True), \'{file}\')"')
     entries = _dense(spec)
     want = {_lora(name, letter) for e in entries.values() for name in e.names for letter in 'AB'}
     bound, unbound = {}, []
@@ -111,10 +109,9 @@ def load_adapter(directory, spec: Spec) -> tuple[dict, float]:
             unbound.append(tensor.name)
         else:
             bound[key] = tensor
-    if unbound or not bound:
-        raise InputError(f'{file}: {len(unbound) or "all"} of its tensors do not fit a dense layer '
-                         f'of this model: {", ".join(sorted(unbound)) or "the file is empty"}. '
-                         'Expected an adapter of this base. Fix: choose another adapter')
+    refuse_if(unbound or not bound, f'{file}: {len(unbound) or "all"} of its tensors do not fit a '
+              f'dense layer of this model: {", ".join(sorted(unbound)) or "the file is empty"}. '
+              'Expected an adapter of this base. Fix: choose another adapter')
     tree = {}
     for path, entry in entries.items():
         pair = {letter: [_lora(name, letter) for name in entry.names] for letter in 'AB'}
@@ -140,29 +137,24 @@ def _lora(name, letter):
 
 def _read(file, name, tensor, shape):
     """Read a [I, r] or b [r, O] of one layer."""
-    if tensor is None or tensor.shape != shape:
-        problem = 'is missing' if tensor is None else f'has shape {list(tensor.shape)}'
-        raise InputError(f'{file}: {name} {problem}. Expected {list(shape)} in every layer. Fix: '
-                         'choose an adapter of all layers of this base')
+    problem = 'is missing' if tensor is None else f'has shape {list(tensor.shape)}'
+    refuse_if(tensor is None or tensor.shape != shape, f'{file}: {name} {problem}. Expected '
+              f'{list(shape)} in every layer. Fix: choose an adapter of all layers of this base')
     return load.mapped(tensor).astype(np.float32).T
 
 
 def _config(file):
     """Read (rank, scale) from an adapter_config.json."""
-    try:
+    with refusing((OSError, ValueError, KeyError, TypeError, AttributeError),
+                  f'{file}: r and lora_alpha cannot be read', 'Expected the config of a LoRA '
+                  'adapter. Fix: correct the path, or write it again with peft'):
         config = json.loads(file.read_text())
         rank, alpha = int(config['r']), float(config['lora_alpha'])
         if rank < 1:
             raise ValueError(f'r={rank}')
         options = {option: config.get(option) for option in ALLOWED}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file}: r and lora_alpha cannot be read ({error}). Expected the config '
-                         'of a LoRA adapter. Fix: correct the path, or write it again with peft'
-                         ) from error
     wrong = ', '.join(f'{option}={json.dumps(value)}' for option, value in options.items()
                       if value not in ALLOWED[option])
-    if wrong:
-        raise InputError(f'{file}: {wrong} is not implemented. Expected a plain LoRA adapter. Fix: '
-                         'merge the adapter into its base with peft (merge_and_unload) and use '
-                         'the merged model')
+    refuse_if(wrong, f'{file}: {wrong} is not implemented. Expected a plain LoRA adapter. Fix: '
+              'merge it into its base with peft (merge_and_unload) and use the merged model')
     return rank, alpha / (rank**0.5 if config.get('use_rslora') else rank)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if, refusing
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_pytorch_tanh', 'quick_gelu')
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -167,10 +167,9 @@ class Spec:
         """
         v, native = self.vision, isinstance(self.vision, Tower)
         unit = v.image if native else v.patch * v.merge
-        if side < unit or side % unit or (native and side != unit):
-            raise InputError(f'config.mllm.image_size={side}: not a size that this vision tower '
-                             f'reads. Expected {"" if native else "a multiple of "}{unit} pixels. '
-                             'Fix: set it so')
+        refuse_if(side < unit or side % unit or (native and side != unit),
+                  f'config.mllm.image_size={side}: not a size that this vision tower reads. '
+                  f'Expected {"" if native else "a multiple of "}{unit} pixels. Fix: set it so')
         return (side // (v.patch if native else unit),) * 2
 
     def image_tokens(self, side: int) -> int:
@@ -193,16 +192,12 @@ def read(directory) -> Spec:
     file = Path(directory) / 'config.json'
     from transformers import AutoConfig  # slow to import
 
-    try:
+    with refusing((OSError, ValueError, TypeError, KeyError, AttributeError),
+                  f'{file}: cannot be read', 'Expected the config.json of a Hugging Face model. '
+                  'Fix: correct the path, or download the file again'):
         family = json.loads(file.read_text()).get('model_type')
         _require(file, 'model_type', family, family in FAMILIES, ' or '.join(FAMILIES))
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f'{file}: cannot be read ({str(error).splitlines()[0]}). Expected the '
-                         'config.json of a Hugging Face model. Fix: correct the path, or download '
-                         'the file again') from error
     return _with_pixels(FAMILIES[family](file, config), directory)
 
 
@@ -296,9 +291,8 @@ def _only(file, config, key, choices):
 
 
 def _require(file, key, value, usable, rule):
-    if not usable:
-        raise InputError(f'{file}: {key}={value!r} is not implemented. Expected {rule}. Fix: copy '
-                         "the original model's value, or choose another checkpoint")
+    refuse_if(not usable, f'{file}: {key}={value!r} is not implemented. Expected {rule}. Fix: copy '
+              "the original model's value, or choose another checkpoint")
 
 
 def _with_pixels(spec: Spec, directory) -> Spec:

@@ -12,7 +12,7 @@ import flax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 
 
 @flax.struct.dataclass
@@ -68,16 +68,12 @@ class Trie:
         Args:
           tokens: int [B, T]. A row ends at its stop token or at a -1.
         """
-        first, token, first_item = map(np.asarray, (self.first, self.token, self.first_item))
-        out = []
-        for row in np.asarray(tokens):
-            node = 0
-            for t in row[:len(row) if (row >= 0).all() else (row < 0).argmax()]:
-                low, high = first[node:node + 2]
-                edge = low + np.searchsorted(token[low:high], t)
-                node = edge + 1 if edge < high and token[edge] == t else len(first) - 2
-            out.append(np.asarray(self.item)[slice(*first_item[node:node + 2])])
-        return out
+        first, item, tokens = map(np.asarray, (self.first_item, self.item, tokens))
+        node, live = np.zeros(len(tokens), np.int32), np.ones(len(tokens), bool)
+        for token in tokens.T:
+            live = live & (token >= 0)
+            node = np.where(live, self.advance(node, token), node)
+        return [item[first[n]:first[n + 1]] for n in node]
 
 
 def build(titles: Iterable[Sequence[int]], *, stop: Sequence[int], vocab: int, items=None) -> Trie:
@@ -97,16 +93,14 @@ def build(titles: Iterable[Sequence[int]], *, stop: Sequence[int], vocab: int, i
     titles = [np.asarray(title, np.int64) for title in titles]
     items = np.arange(len(titles)) if items is None else np.asarray(items, np.int32)
     stop = tuple(int(t) for t in stop)
-    if not titles or len(items) != len(titles):
-        raise InputError(f'titles: {len(titles)} titles for {len(items)} items. Expected one title '
-                         'per item, at least one. Fix: give these')
-    if not stop or min(stop) < 0 or max(stop) >= vocab:
-        raise InputError(f'stop={stop}: not tokens of the vocabulary. Expected at least one id of '
-                         f"0 to {vocab - 1}. Fix: use the checkpoint's tokenizer")
+    refuse_if(not titles or len(items) != len(titles), f'titles: {len(titles)} titles for '
+              f'{len(items)} items. Expected one title per item, at least one. Fix: give these')
+    refuse_if(not stop or min(stop) < 0 or max(stop) >= vocab,
+              f'stop={stop}: not tokens of the vocabulary. Expected at least one id of 0 to '
+              f"{vocab - 1}. Fix: use the checkpoint's tokenizer")
     length, flat = np.array([len(title) for title in titles]), np.concatenate(titles)
-    if not length.all():
-        raise InputError(f'titles: item {items[length.argmin()]} has an empty title. Expected at '
-                         'least one token. Fix: give it a title or omit it')
+    refuse_if(not length.all(), f'titles: item {items[length.argmin()]} has an empty title. '
+              'Expected at least one token. Fix: give it a title or omit it')
     wrong = np.flatnonzero(np.isin(flat, stop) | (flat < 0) | (flat >= vocab))
     if len(wrong):
         item = items[np.searchsorted(np.cumsum(length), wrong[0], side='right')]
