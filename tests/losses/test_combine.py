@@ -8,7 +8,7 @@ import pytest
 from tpad_jax import losses
 from tpad_jax.errors import InputError
 from tpad_jax.losses import LossSpec, Out
-from tpad_jax.nn import mlp
+from tpad_jax.nn import linear
 from tpad_jax.types import Batch, Loss
 
 
@@ -92,7 +92,7 @@ def test_mine_counts_an_outlying_batch_up_to_its_limit():
 
 def test_resolve_finds_own_and_foreign_functions():
     assert losses.resolve('align', 'infonce') is losses.infonce
-    assert losses.resolve('mine_own', 'tpad_jax.mutual_information.critics:unit') is mlp.unit
+    assert losses.resolve('mine_own', 'tpad_jax.mutual_information.critics:unit') is linear.unit
 
 
 @pytest.mark.parametrize('fn', ['info_nce', 'no_such_package.x:f', 'tpad_jax.losses:nothing', ''])

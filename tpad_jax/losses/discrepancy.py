@@ -6,7 +6,7 @@ from tpad_jax.distributed import collectives
 from tpad_jax.losses.contract import Out
 from tpad_jax.losses.pairs import flat, score_pairs
 from tpad_jax.mutual_information import bounds
-from tpad_jax.nn.mlp import unit
+from tpad_jax.nn.linear import unit
 from tpad_jax.types import Loss
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from tpad_jax.errors import InputError
 from tpad_jax.losses.contract import Out
-from tpad_jax.nn.mlp import unit
+from tpad_jax.nn.linear import unit
 from tpad_jax.types import Loss
 
 KINDS = ('forward', 'reverse', 'symmetric', 'js', 'skewed')

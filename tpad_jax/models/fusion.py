@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.nn.attention import row_keys
-from tpad_jax.nn.linear import Linear, uniform
-from tpad_jax.nn.mlp import MLP
+from tpad_jax.nn.linear import MLP, Linear, uniform
 
 
 class Fusion(nn.Module):

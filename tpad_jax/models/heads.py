@@ -2,8 +2,7 @@
 
 import flax.linen as nn
 
-from tpad_jax.nn.linear import Linear
-from tpad_jax.nn.mlp import MLP, unit
+from tpad_jax.nn.linear import MLP, Linear, unit
 
 
 class Disentangle(nn.Module):

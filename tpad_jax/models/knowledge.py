@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from tpad_jax.models import stream as streams
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.nn.attention import RMSNorm
 from tpad_jax.nn.linear import Linear
-from tpad_jax.nn.transformer import RMSNorm
 
 MODALITIES = ('image', 'text')
 POOLING = ('summary', 'last', 'mean')  # how an item's features are read off its states

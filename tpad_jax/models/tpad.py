@@ -27,7 +27,7 @@ from tpad_jax.models.sessions.repeats import last, shifts
 from tpad_jax.models.transfer import TransferMLLM
 from tpad_jax.mutual_information.critics import Critic, GaussianQ
 from tpad_jax.nn import linear
-from tpad_jax.nn.mlp import unit
+from tpad_jax.nn.linear import unit
 
 # Catalogue rows of the two graphs over items, see data/item_graphs.py
 GRAPH, COMPANY = ('near', 'near_weight'), ('together', 'together_lift')

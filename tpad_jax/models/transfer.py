@@ -15,8 +15,8 @@ from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.knowledge import MODALITIES, Writer, masked_mean, opening
 from tpad_jax.models.stream import Stream
+from tpad_jax.nn.attention import RMSNorm
 from tpad_jax.nn.linear import Linear, uniform
-from tpad_jax.nn.transformer import RMSNorm
 
 
 class TransferMLLM(nn.Module):

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from tpad_jax.nn.linear import Linear
-from tpad_jax.nn.mlp import MLP, unit
+from tpad_jax.nn.linear import MLP, Linear, unit
 
 KINDS = ('dot', 'bilinear', 'separable', 'concatenated')  # of critics
 

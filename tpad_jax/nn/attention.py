@@ -1,29 +1,43 @@
-"""Multi-head attention with rotary positions, and dropout with one key per row."""
+"""A pre-norm transformer with rotary positions, and dropout with one key per row.
+
+A scan compiles the layers of the transformer once.
+"""
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.linear import STACKED, Linear, gated
+
+THETA = 10_000.0  # base of the rotary frequencies
 
 
-def rotate(x, positions, theta=10_000.0):
-    """Apply rotary positions (Su et al. 2021).
+def rotate(x, cos, sin):
+    """Apply rotary positions to half heads (Su et al. 2021).
 
     Args:
-      x: float [B, L, H, D].
-      positions: int32 [B, L].
-      theta: base of the frequencies.
-
-    Returns:
-      float [B, L, H, D].
+      x: float [B, L, H, hd].
+      cos: float32 [B or 1, L, 1, hd / 2], of the angles.
+      sin: of the same angles.
     """
     half = x.shape[-1] // 2
-    angle = positions[:, :, None, None] * theta ** -(jnp.arange(half) / half)
-    sin, cos = jnp.sin(angle).astype(x.dtype), jnp.cos(angle).astype(x.dtype)
-    x1, x2 = x[..., :half], x[..., half:]
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, in float32. [..., D] -> [..., D]."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        """Normalise the last axis of x."""
+        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -49,7 +63,9 @@ class Attention(nn.Module):
         width = x.shape[-1]
         split = '... (h d) -> ... h d'
         q, k, v = (einops.rearrange(Linear(width, name=n)(x), split, h=self.heads) for n in 'qkv')
-        q, k = rotate(q, positions), rotate(k, positions)
+        half = q.shape[-1] // 2
+        angle = positions[:, :, None, None] * THETA ** -(jnp.arange(half) / half)
+        q, k = (rotate(x, jnp.cos(angle), jnp.sin(angle)) for x in (q, k))
         allowed = mask[:, None, None, :]
         if self.causal:
             allowed = allowed & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None, None]
@@ -57,6 +73,48 @@ class Attention(nn.Module):
         allowed = allowed | jnp.eye(x.shape[1], dtype=bool)[None, None]
         y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
         return Linear(width, name='o')(einops.rearrange(y, '... h d -> ... (h d)'))
+
+
+class Block(nn.Module):
+    """One layer; written as a scan body: carry (x, mask, positions) -> same."""
+
+    heads: int
+    hidden: int
+    causal: bool
+
+    @nn.compact
+    def __call__(self, carry, _):
+        """Apply the layer to x [B, L, D]."""
+        x, mask, positions = carry
+        attention = Attention(self.heads, self.causal, name='attention')
+        x = x + attention(RMSNorm(name='attention_norm')(x), mask, positions)
+        x = x + gated(RMSNorm(name='mlp_norm')(x), self.hidden)
+        return (x, mask, positions), None
+
+
+class Transformer(nn.Module):
+    """Blocks and a final norm.
+
+    Attributes:
+      layers: number of blocks.
+      heads: attention heads per block.
+      hidden: inner width of the SwiGLU.
+      causal: whether a position sees only itself and earlier positions.
+    """
+
+    layers: int
+    heads: int
+    hidden: int
+    causal: bool = True
+
+    @nn.compact
+    def __call__(self, x, mask):
+        """Encode x [B, L, D] with mask bool [B, L] -> [B, L, D]. Positions skip padding."""
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        layers = nn.scan(Block, length=self.layers, **STACKED)(
+            self.heads, self.hidden, self.causal, name='layers')
+        (x, _, _), _ = layers((x, mask, positions), None)
+        return RMSNorm(name='norm')(x)
 
 
 def row_keys(key, rows):

@@ -1,8 +1,8 @@
-"""Dense layers with low-rank adapters (Hu et al. 2021), which are a separate variable collection.
+"""Dense layers with low-rank adapters (Hu et al. 2021), and perceptrons of them.
 
-Only `Linear` knows adapters. Where the collection 'lora' has a pair (a, b) for a layer, the layer
-adds x a b to its output. The variables passed to `apply` therefore choose the adapter, and several
-adapters share one frozen base.
+Adapters are a separate variable collection that only `Linear` reads. Where the collection 'lora'
+has a pair (a, b) for a layer, the layer adds x a b to its output. The variables passed to `apply`
+therefore choose the adapter, and several adapters share one frozen base.
 """
 
 import re
@@ -47,6 +47,32 @@ class Linear(nn.Module):
             a, b = self.get_variable('lora', 'a'), self.get_variable('lora', 'b')
             y += (x @ a.astype(dtype)) @ b.astype(dtype)
         return y.reshape(*lead, self.features)
+
+
+class MLP(nn.Module):
+    """Two layers. [..., I] -> [..., features]."""
+
+    hidden: int
+    features: int
+    out: Callable = nn.initializers.lecun_uniform()  # of the second layer's kernel
+
+    @nn.compact
+    def __call__(self, x):
+        """Apply to the last axis of x."""
+        x = nn.gelu(Linear(self.hidden, use_bias=True, name='in')(x))
+        return Linear(self.features, use_bias=True, kernel=self.out, name='out')(x)
+
+
+def gated(x, hidden, activation=nn.silu, use_bias=False):
+    """Apply new layers 'gate', 'up' and 'down' of the calling module (SwiGLU) to x [..., D]."""
+    y = activation(Linear(hidden, use_bias, name='gate')(x))
+    y = y * Linear(hidden, use_bias, name='up')(x)
+    return Linear(x.shape[-1], use_bias, name='down')(y)
+
+
+def unit(x):
+    """Scale x to length one along its last axis. Zero stays zero, with a finite gradient."""
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
 
 
 def init(key, base, *, rank, targets):

@@ -6,7 +6,7 @@ import numpy as np
 
 from tpad_jax.core.kmeans import kmeans
 from tpad_jax.errors import InputError, refuse_if
-from tpad_jax.nn.mlp import unit
+from tpad_jax.nn.linear import unit
 from tpad_jax.training import merge_adapters, optimizer
 
 

@@ -9,8 +9,8 @@ pytest.importorskip('torch')
 
 from tests import tiny_hf
 from tpad_jax.errors import InputError
-from tpad_jax.models.hf import pixels
 from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import vit
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 LEGACY, NESTED = 'preprocessor_config.json', 'processor_config.json'
@@ -46,13 +46,13 @@ def test_pixels_are_the_image_processors(name, options, nested, tmp_path):
         files[NESTED] = {'image_processor': {**processor.to_dict(), 'image_mean': MEAN, **nested}}
     spec = specs.read(write(tmp_path, name, **files))
     image = tiny_hf.images(1, 32)
-    got = pixels.normalise(image, spec.mean, spec.std, np.float32)
+    got = vit.normalise(image, spec.mean, spec.std, np.float32)
     want = type(processor).from_pretrained(tmp_path)(images=list(image), return_tensors='np')
     want = want['pixel_values']
     if name == 'llava':
         want = want.transpose(0, 2, 3, 1)
     else:  # 4 x 4 patches in merged order, of two equal time steps
-        got = np.asarray(pixels.patches(got, 8)).reshape(1, 2, 2, 2, 2, 3, 1, 64).swapaxes(2, 3)
+        got = np.asarray(vit.patches(got, 8)).reshape(1, 2, 2, 2, 2, 3, 1, 64).swapaxes(2, 3)
         got = np.broadcast_to(got, (*got.shape[:-2], 2, 64)).reshape(want.shape)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

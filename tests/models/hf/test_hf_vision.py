@@ -17,9 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from tpad_jax.errors import InputError
-from tpad_jax.models.hf import pixels, spec
-from tpad_jax.models.hf.grid_vit import GridTransformer, resampled, windows
-from tpad_jax.models.hf.vit import VisionTransformer
+from tpad_jax.models.hf import spec, vit
+from tpad_jax.models.hf.vit import GridTransformer, VisionTransformer, resampled, windows
 from tpad_jax.nn import linear
 
 BAR = 3e-5  # parity, float32
@@ -161,7 +160,7 @@ def photos(side, count=2, seed=1):
 
 
 def normalised(image):
-    return pixels.normalise(jnp.asarray(image), spec.CLIP_MEAN, spec.CLIP_STD, jnp.float32)
+    return vit.normalise(jnp.asarray(image), spec.CLIP_MEAN, spec.CLIP_STD, jnp.float32)
 
 
 def blocked(x, side, merge=2):
@@ -205,7 +204,7 @@ def test_tower_is_torchs(tower):
     dropped = tower.kind == 'clip' and not tower.keep_class
     want = tower_states(model, image)[tower.layers][:, dropped:]
     assert want.std() > 0.1
-    patches = pixels.patches(normalised(image), P)
+    patches = vit.patches(normalised(image), P)
     module, params = VisionTransformer(tower), tower_params(model, tower)
     assert same_tree(module, params, patches)
     assert apart(run(module, params, patches), want) < BAR
@@ -217,7 +216,7 @@ def test_tower_is_torchs(tower):
     replace(SIGLIP, activation='gelu')])
 def test_a_wrong_spec_of_a_tower_shows(tower):
     model, image = clip_model() if tower.kind == 'clip' else siglip_model(), photos(IMAGE)
-    patches = pixels.patches(normalised(image), P)
+    patches = vit.patches(normalised(image), P)
     got = run(VisionTransformer(tower), tower_params(model, tower), patches)
     assert apart(got, tower_states(model, image)[-1]) > WRONG
 
@@ -228,7 +227,7 @@ def test_a_wrong_spec_of_a_tower_shows(tower):
     ('qwen3', 6)])
 def test_grid_is_torchs(kind, side):
     grid, model = GRIDS[kind], grid_model(kind)
-    patches = pixels.patches(normalised(photos(side * P)), P)
+    patches = vit.patches(normalised(photos(side * P)), P)
     want, want_deep = grid_states(model, patches, side)
     assert want.std() > 0.1
     module, params = GridTransformer(grid, (side, side)), grid_params(model, grid)
@@ -249,7 +248,7 @@ def test_grid_is_torchs(kind, side):
     ('qwen3', {'activation': 'gelu'}), ('qwen3', {'eps': 1e-5}), ('qwen3', {'deep': (1, 2)})])
 def test_a_wrong_spec_of_a_grid_shows(kind, wrong):
     grid, model, side = replace(GRIDS[kind], **wrong), grid_model(kind), 6
-    patches = pixels.patches(normalised(photos(side * P)), P)
+    patches = vit.patches(normalised(photos(side * P)), P)
     want = grid_states(model, patches, side)['deep' in wrong]
     params = grid_params(model, GRIDS[kind])
     got = run(GridTransformer(grid, (side, side)), params, patches)['deep' in wrong]
@@ -281,7 +280,7 @@ def test_an_adapter_reaches_every_layer_and_merger():
     merged = {k: v + low[*k[:-1], 'a'] @ low[*k[:-1], 'b'] if (*k[:-1], 'a') in low and
               k[-1] == 'kernel' else v for k, v in flat.items()}
     module = GridTransformer(QWEN3, (side, side))
-    patches = pixels.patches(normalised(photos(side * P)), P)
+    patches = vit.patches(normalised(photos(side * P)), P)
     apply = jit(module)
     plain = apply({'params': params}, patches)
     got = apply({'params': params, 'lora': adapter}, patches)
@@ -297,7 +296,7 @@ def test_an_adapter_reaches_every_layer_and_merger():
 @pytest.mark.slow
 def test_what_is_recomputed_changes_no_gradient():
     side, params = 4, grid_params(grid_model('qwen3'), QWEN3)
-    patches = pixels.patches(normalised(photos(side * P)), P)
+    patches = vit.patches(normalised(photos(side * P)), P)
 
     def gradient(remat):
         module = GridTransformer(QWEN3, (side, side), remat=remat)
@@ -336,8 +335,8 @@ def test_patches_are_qwens():
     found = processor(images=list(image), return_tensors='np')
     assert found['image_grid_thw'].tolist() == [[1, side, side]] * 2
     want = found['pixel_values'].reshape(2, side * side, 3, 2, P * P)
-    got = blocked(np.asarray(pixels.patches(normalised(image), P)), side)
+    got = blocked(np.asarray(vit.patches(normalised(image), P)), side)
     for step in range(2):
         np.testing.assert_allclose(got, want[:, :, :, step].reshape(got.shape), atol=1e-6)
-    more = np.asarray(pixels.patches(jnp.asarray(photos(8).reshape(1, 2, 8, 8, 3)), P))
+    more = np.asarray(vit.patches(jnp.asarray(photos(8).reshape(1, 2, 8, 8, 3)), P))
     assert more.shape == (1, 2, 4, 3 * P * P)  # any leading axes

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
 from tpad_jax.models.stream import Stream
+from tpad_jax.nn.attention import Transformer
 from tpad_jax.nn.linear import Linear
-from tpad_jax.nn.transformer import Transformer
 
 
 class VisionTower(nn.Module):

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.models.hf import spec as specs
-from tpad_jax.models.hf.layers import attend, rematerialised, rotate
-from tpad_jax.nn.linear import STACKED, Linear
-from tpad_jax.nn.mlp import gated
-from tpad_jax.nn.transformer import RMSNorm
+from tpad_jax.models.hf.layers import attend, rematerialised
+from tpad_jax.nn.attention import RMSNorm, rotate
+from tpad_jax.nn.linear import STACKED, Linear, gated
 
 
 def coordinates(spec: specs.Decoder) -> np.ndarray:

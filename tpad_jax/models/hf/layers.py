@@ -71,16 +71,3 @@ def rematerialised(block, how: str, lift=nn.remat):
         return block
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if how == 'dots' else None
     return lift(block, policy=policy, prevent_cse=False)
-
-
-def rotate(x, cos, sin):
-    """Apply rotary positions to half heads.
-
-    Args:
-      x: float [B, L, H, hd].
-      cos: float32 [B or 1, L, 1, hd / 2].
-      sin: float32 [B or 1, L, 1, hd / 2].
-    """
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)

@@ -1,11 +1,54 @@
-"""The vision transformers of CLIP and SigLIP, up to the states that a projector reads."""
+"""The vision transformers of CLIP and SigLIP, and of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+
+Tokens are in row-major order from the pixels to the merged tokens of a Qwen transformer. Neighbours
+are gathered only where they are merged, and an attention window is a mask. Angles, windows and
+places depend only on the grid, so numpy computes them once per program.
+"""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from tpad_jax.models.hf import spec
-from tpad_jax.models.hf.layers import attend, layer_norm, perceptron, rematerialised
-from tpad_jax.nn.linear import STACKED, Linear, uniform
+from tpad_jax.errors import InputError
+from tpad_jax.models.hf import layers, spec
+from tpad_jax.nn.attention import RMSNorm, rotate
+from tpad_jax.nn.linear import STACKED, Linear, gated, uniform
+
+THETA = 10_000.0  # base of the rotary frequencies in all three
+
+
+def normalise(image, mean, std, dtype):
+    """Compute (image / 255 - mean) / std per channel in float32.
+
+    Args:
+      image: uint8 [..., H, W, 3].
+      mean: three numbers, on 0..1.
+      std: three numbers, on 0..1.
+      dtype: of the result.
+    """
+    x = image.astype(jnp.float32) / 255
+    return ((x - jnp.float32(mean)) / jnp.float32(std)).astype(dtype)
+
+
+def patches(image, p: int):
+    """Cut an image into squares row by row. The layout of a square is (channel, row, column).
+
+    Pixels at the right and the bottom that do not fill a square are dropped, as in a convolution of
+    stride p (SigLIP reads 27 squares of 14 from 384 pixels).
+
+    Args:
+      image: [..., H, W, 3].
+      p: side of a square in pixels.
+
+    Returns:
+      [..., (H // p) (W // p), 3 p p].
+    """
+    *lead, height, width, channels = image.shape
+    rows, columns = height // p, width // p
+    x = image[..., :rows * p, :columns * p, :]
+    x = x.reshape(-1, rows, p, columns, p, channels).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(*lead, rows * columns, channels * p * p)
 
 
 class Attention(nn.Module):
@@ -20,7 +63,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
         q, k, v = (Linear(width, use_bias=True, name=n)(x).reshape(*x.shape[:2], self.heads, -1)
                    for n in 'qkv')
-        y = attend(q, k, v, None, self.how).reshape(x.shape)
+        y = layers.attend(q, k, v, None, self.how).reshape(x.shape)
         return Linear(width, use_bias=True, name='o')(y)
 
 
@@ -34,10 +77,10 @@ class Block(nn.Module):
     def __call__(self, x, _):
         """Apply the layer to x."""
         tower = self.tower
-        y = layer_norm(x, tower.eps, 'norm1')
+        y = layers.layer_norm(x, tower.eps, 'norm1')
         x = x + Attention(tower.heads, self.how, name='attention')(y)
-        y = layer_norm(x, tower.eps, 'norm2')
-        return x + perceptron(y, tower.hidden, tower.width, tower.activation), None
+        y = layers.layer_norm(x, tower.eps, 'norm2')
+        return x + layers.perceptron(y, tower.hidden, tower.width, tower.activation), None
 
 
 class VisionTransformer(nn.Module):
@@ -73,7 +116,205 @@ class VisionTransformer(nn.Module):
         count = (tower.image // tower.patch) ** 2 + clip
         x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
         if clip:
-            x = layer_norm(x, tower.eps, 'pre_norm')
-        scanned = nn.scan(rematerialised(Block, self.remat), length=tower.layers, **STACKED)
+            x = layers.layer_norm(x, tower.eps, 'pre_norm')
+        scanned = nn.scan(layers.rematerialised(Block, self.remat), length=tower.layers, **STACKED)
         x, _ = scanned(tower, self.how, name='layers')(x, None)
         return x[:, 1:] if clip and not tower.keep_class else x
+
+
+def angles(cells, head_dim: int):
+    """Return cos and sin float32 [1, P, 1, head_dim / 2]: a quarter head by row, one by column."""
+    frequencies = THETA ** -(np.arange(0, head_dim // 2, 2) / (head_dim // 2))
+    row, column = (place.reshape(-1, 1) * frequencies for place in np.indices(cells))
+    angle = np.concatenate([row, column], axis=-1)[None, :, None]
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def windows(cells, grid: spec.Grid):
+    """Return which cells share a window, bool [1, 1, P, P], or None with a single window.
+
+    Windows start at the top left corner, so those at the right and the bottom may be smaller.
+    """
+    if not grid.window:
+        return None
+    side = grid.window // grid.merge // grid.patch * grid.merge  # whole merged tokens
+    row, column = (place.reshape(-1) // side for place in np.indices(cells))
+    same = (row[:, None] == row) & (column[:, None] == column)
+    return None if same.all() else same[None, None]
+
+
+def resampled(table, cells):
+    """Resample a square table of learned places [N N, W] at a grid's cells, float32 [P, W].
+
+    Bilinear with aligned corners: the first and the last cell get the first and the last place.
+    """
+    side = round(table.shape[0] ** 0.5)
+    x = table.astype(jnp.float32).reshape(side, side, -1)
+    for axis, count in enumerate(cells):
+        at = np.linspace(0, side - 1, count)
+        low = np.minimum(at.astype(int), max(side - 2, 0))
+        high = np.minimum(low + 1, side - 1)
+        share = np.expand_dims(at - low, (1, 2) if axis == 0 else (0, 2)).astype(np.float32)
+        # gathers instead of a product with a matrix of weights: exact at any matmul precision
+        x = x.take(low, axis) * (1 - share) + x.take(high, axis) * share
+    return x.reshape(-1, x.shape[-1])
+
+
+def norm(x, grid: spec.Grid, name: str):
+    """Normalise x with a new norm of the grid's kind."""
+    if grid.kind == 'qwen2_5':
+        return RMSNorm(grid.eps, name=name)(x)
+    return layers.layer_norm(x, grid.eps, name)
+
+
+class Patch(nn.Module):
+    """Patch embedding of a still image by a video kernel [2, 3 p p, W]. [..., 3 p p] -> [..., W].
+
+    A still image fills both time steps of the kernel, so the slices of the steps are summed.
+    """
+
+    features: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x):
+        """Embed x [B, P, 3 p p].
+
+        Raises:
+          InputError: the variables have an adapter for this layer, which does not support one.
+        """
+        if self.has_variable('lora', 'a'):
+            raise InputError('config.model.lora_targets: matches vision/patch, a convolution. '
+                             'Expected dense layers only. Fix: narrow the expression')
+        kernel = self.param('kernel', nn.initializers.lecun_uniform(),
+                            (2, x.shape[-1], self.features))
+        y = x @ kernel.astype(jnp.float32).sum(0).astype(x.dtype)
+        if self.use_bias:
+            y += self.param('bias', nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        return y
+
+
+class GridAttention(nn.Module):
+    """Attention with rotary positions in two dimensions. [B, P, W] -> [B, P, W]."""
+
+    heads: int
+    how: str
+
+    @nn.compact
+    def __call__(self, x, cos, sin, mask):
+        """Attend.
+
+        Args:
+          x: float [B, P, W].
+          cos: of `angles`.
+          sin: of `angles`.
+          mask: bool [1, 1, P, P] or None.
+        """
+        width = x.shape[-1]
+        qkv = Linear(3 * width, use_bias=True, name='qkv')(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
+        y = layers.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.how)
+        return Linear(width, use_bias=True, name='o')(y.reshape(x.shape))
+
+
+class GridBlock(nn.Module):
+    """One pre-norm layer, a scan body with carry (x [B, P, W], deep [n + 1, B, P, W] or None)."""
+
+    grid: spec.Grid
+    how: str
+
+    @nn.compact
+    def __call__(self, carry, layer, fixed):
+        """Apply the layer.
+
+        Args:
+          carry: (x, deep).
+          layer: (everywhere, slot). Whether to attend outside of windows, and the index in `deep`
+            where x is written.
+          fixed: (cos, sin, window), the same for all layers. The window may be None.
+        """
+        (x, deep), (everywhere, slot), (cos, sin, window) = carry, layer, fixed
+        grid = self.grid
+        mask = None if window is None else window | everywhere
+        y = norm(x, grid, 'norm1')
+        x = x + GridAttention(grid.heads, self.how, name='attention')(y, cos, sin, mask)
+        y = norm(x, grid, 'norm2')
+        x = x + (gated(y, grid.hidden, layers.activation(grid.activation), use_bias=True)
+                 if grid.kind == 'qwen2_5' else
+                 layers.perceptron(y, grid.hidden, grid.width, grid.activation))
+        if deep is not None:
+            deep = jax.lax.dynamic_update_index_in_dim(deep, x, slot, 0)
+        return (x, deep), None
+
+
+class Merger(nn.Module):
+    """Merger of merge x merge neighbours into one token. [B, P, W] -> [B, P / merge^2, out].
+
+    Attributes:
+      grid: sizes.
+      cells: rows and columns of patches.
+      joined: whether the norm is over all neighbours together instead of over each.
+    """
+
+    grid: spec.Grid
+    cells: tuple[int, int]
+    joined: bool
+
+    @nn.compact
+    def __call__(self, x):
+        """Merge x. Input and output are row-major."""
+        m, width = self.grid.merge, x.shape[-1]
+        rows, columns = (n // m for n in self.cells)
+        x = x.reshape(-1, rows, m, columns, m, width).swapaxes(2, 3)
+        merged = (x.shape[0], rows * columns, m * m * width)
+        if self.joined:
+            x = x.reshape(merged)
+        x = norm(x, self.grid, 'norm').reshape(merged)
+        return layers.perceptron(x, merged[-1], self.grid.out, 'gelu')
+
+
+class GridTransformer(nn.Module):
+    """A Qwen vision transformer for images of one size.
+
+    Attributes:
+      grid: sizes.
+      cells: rows and columns of patches, multiples of grid.merge.
+      how: of attention, one of layers.ATTENTION.
+      remat: one of layers.REMAT.
+    """
+
+    grid: spec.Grid
+    cells: tuple[int, int]
+    how: str = 'xla'
+    remat: str = 'none'
+
+    @nn.compact
+    def __call__(self, patches):
+        """Encode patches of normalised pixels in their dtype.
+
+        Args:
+          patches: float [B, P, 3 p p]. Row by row.
+
+        Returns:
+          Tokens [B, P / merge^2, out], row by row, and deep features [B, P / merge^2, n, out] that
+          the decoder's first n layers add to them (None if grid.deep is empty).
+        """
+        grid, cells, n = self.grid, self.cells, len(self.grid.deep)
+        x = Patch(grid.width, use_bias=grid.kind == 'qwen3', name='patch')(patches)
+        if grid.places:
+            table = self.param('place', uniform(0.02), (grid.places ** 2, grid.width))
+            x += resampled(table, cells).astype(x.dtype)
+        # a layer outside grid.deep writes to an extra slot, which nothing reads
+        deep = jnp.zeros((n + 1, *x.shape), x.dtype) if n else None
+        numbers = range(grid.layers)
+        layer = (jnp.array([i in grid.full for i in numbers]),
+                 jnp.array([grid.deep.index(i) if i in grid.deep else n for i in numbers]))
+        fixed = (*angles(cells, grid.width // grid.heads), windows(cells, grid))
+        scanned = nn.scan(layers.rematerialised(GridBlock, self.remat), length=grid.layers,
+                          in_axes=(0, nn.broadcast), **STACKED)
+        (x, deep), _ = scanned(grid, self.how, name='layers')((x, deep), layer, fixed)
+        tokens = Merger(grid, cells, joined=False, name='merger')(x)
+        if not n:
+            return tokens, None
+        mergers = nn.vmap(Merger, in_axes=0, out_axes=2, **STACKED)
+        return tokens, mergers(grid, cells, joined=True, name='deep')(deep[:n])

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 
 from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
-from tpad_jax.models.hf import pixels
 from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import vit
 from tpad_jax.models.hf.decoder import Decoder
-from tpad_jax.models.hf.grid_vit import GridTransformer
 from tpad_jax.models.hf.layers import perceptron
-from tpad_jax.models.hf.vit import VisionTransformer
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.linear import Linear
 
@@ -63,14 +61,14 @@ class VLM(nn.Module):
         """Build the parts."""
         s = self.spec
         if isinstance(s.vision, specs.Tower):
-            self.vision = VisionTransformer(s.vision, self.how, self.remat)
+            self.vision = vit.VisionTransformer(s.vision, self.how, self.remat)
             self.projector = Projector(s.decoder.width, s.projector, s.projector_bias)
             if s.newline:
                 self.newline = self.param('newline', nn.initializers.normal(s.decoder.width**-0.5),
                                           (s.decoder.width,))
         else:
             cells = tuple(n * s.vision.merge for n in s.cells(self.side))
-            self.vision = GridTransformer(s.vision, cells, self.how, self.remat)
+            self.vision = vit.GridTransformer(s.vision, cells, self.how, self.remat)
         self.embed = nn.Embed(s.decoder.vocab, s.decoder.width,
                               embedding_init=nn.initializers.normal(0.02))
         self.decoder = Decoder(s.decoder, self.how, self.remat)
@@ -92,8 +90,8 @@ class VLM(nn.Module):
         """
         s, lead = self.spec, image.shape[:-3]
         flat = image.reshape(-1, *image.shape[-3:])
-        x = pixels.normalise(flat, s.mean, s.std, jnp.dtype(self.dtype))
-        x = pixels.patches(x, s.vision.patch)
+        x = vit.normalise(flat, s.mean, s.std, jnp.dtype(self.dtype))
+        x = vit.patches(x, s.vision.patch)
         mask = jnp.broadcast_to(there[..., None], (*lead, s.image_tokens(self.side)))
         if isinstance(s.vision, specs.Tower):
             x = self.projector(self.vision(x))
