@@ -124,7 +124,8 @@ def test_rotary_is_a_rotation_of_complex_pairs():
     z = x[..., :3] + 1j * x[..., 3:]
     angle = positions[:, :, None, None] * 10_000.0 ** (-np.arange(3) / 3)
     turned = z * np.exp(1j * angle)
-    same(rotate(x, np.cos(angle), np.sin(angle)), np.concatenate([turned.real, turned.imag], axis=-1))
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    same(rotate(x, np.cos(angle), np.sin(angle)), expected)
 
 
 @pytest.fixture(scope='module')
