@@ -27,7 +27,7 @@ from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job, validate
 from tpad_jax.losses import LossSpec, Out, check
 from tpad_jax.losses import __main__ as command
-from tpad_jax.models import forward, sessions
+from tpad_jax.models import outputs, sessions
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
 from tpad_jax.training.stages import ENTRIES, Entry
@@ -213,7 +213,7 @@ def test_outputs_of_a_file_of_losses_are_added_before_a_name_is_checked(tmp_path
         assert reads(c, 'joint')['old'] == {'added'}
         assert reads(c, 'transfer')['mine'] == {'added'}
     finally:
-        forward.OUTPUTS.pop('added', None)
+        outputs.OUTPUTS.pop('added', None)
 
 
 def reads(c, stage):

@@ -12,24 +12,12 @@ import jax.numpy as jnp
 
 from tpad_jax.models import readers
 from tpad_jax.models import stream as streams
-from tpad_jax.models.forward import (
-    OUTPUTS,
-    Plan,
-    forward,
-    is_known,
-    names,
-    output,
-    required,
-    split_tables,
-)
+from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Plan, output
 from tpad_jax.models.sessions.repeats import shifts
-from tpad_jax.models.tpad import encode_sessions, flat, item_vectors, z_table
+from tpad_jax.models.tpad import TPAD, encode_sessions, flat, item_vectors, z_table
 from tpad_jax.mutual_information.critics import Score
 from tpad_jax.nn.attention import row_keys
 from tpad_jax.nn.gather import take
-
-__all__ = ['OUTPUTS', 'Plan', 'forward', 'is_known', 'names', 'output', 'required',
-           'split_tables']
 
 # --- the batch and the catalogue ------------------------------------------------------------------
 
@@ -46,19 +34,21 @@ def _next(at):
     return at.batch.next
 
 
-@output('warm', 'V+1', dtype='bool', is_table=True)
-def _warm(at):
-    """Whether a training session holds an item."""
-    return at.stored('warm')
-
-
-@output('popularity', 'V+1', is_table=True)
-def _popularity(at):
-    """How often training sessions hold an item."""
-    return at.stored('popularity')
+for _name, _needs, _dtype, _doc in (
+        ('warm', (), 'bool', 'Whether a training session holds an item.'),
+        ('popularity', (), 'float32', 'How often training sessions hold an item.'),
+        ('cluster', ('clusters',), 'int32', 'The cluster of every item.')):
+    output(_name, 'V+1', _needs, dtype=_dtype, is_table=True, doc=_doc)(
+        partial(Inputs.stored, name=_name))
 
 
 # --- items ----------------------------------------------------------------------------------------
+
+
+def split(name, shape, needs=(), **docs):
+    """Add the values of the tuple `name` as outputs {their name: docstring}."""
+    for i, (part, doc) in enumerate(docs.items()):
+        output(part, shape, (name, *needs), doc=doc)(lambda at, values, i=i: values[i])
 
 
 @output('_keep', needs=('content',))
@@ -99,16 +89,8 @@ def _k(at, k):
     return flat(k)
 
 
-@output('r', 'B, N, D', ('_r', 'trained r'))
-def _r(at, pair):
-    """Distilled representations of `items`."""
-    return pair[0]
-
-
-@output('r_next', 'B, N, D', ('_r', 'trained r'))
-def _r_next(at, pair):
-    """Distilled representations of `next`."""
-    return pair[1]
+split('_r', 'B, N, D', ('trained r',), r='Distilled representations of `items`.',
+      r_next='Distilled representations of `next`.')
 
 
 @output('describe', 'B, T, width', ('content', '_k', 'describe.tokens'))
@@ -150,15 +132,14 @@ def _states(who, at, content):
     return jax.lax.stop_gradient(states) if who == 'teacher' else states
 
 
-for _who, _source in (('k', ()), ('r', ('trained r',)), ('teacher', ('teacher',))):
-    output(f'_{_who}.states', needs=('_content', *_source))(partial(_states, _who))
-    for _i, _what in enumerate(readers.WHAT):
-        output(f'{_who}.{_what}', 'B, P, width' if _what == 'image' else 'B, T, width',
-               (f'_{_who}.states',), doc={
-                   'k': f"Hidden states of the last item's {_what}, under the knowledge adapter.",
-                   'r': f"Hidden states of the last item's {_what}, under the distil adapter.",
-                   'teacher': f"Hidden states of the last item's {_what}, of the teacher.",
-               }[_who])(lambda at, states, i=_i: states[i])
+for _who, _needs, _reader in (('k', (), 'under the knowledge adapter'),
+                              ('r', ('trained r',), 'under the distil adapter'),
+                              ('teacher', ('teacher',), 'of the teacher')):
+    output(f'_{_who}.states', needs=('_content', *_needs))(partial(_states, _who))
+    for _i, (_part, _tokens) in enumerate((('image', 'P'), ('text', 'T'))):
+        output(f'{_who}.{_part}', f'B, {_tokens}, width', (f'_{_who}.states',),
+               doc=f"Hidden states of the last item's {_part}, {_reader}.")(
+                   lambda at, states, i=_i: states[i])
 
 
 @output('image.there', 'B, P', ('_content',), dtype='bool')
@@ -179,12 +160,6 @@ def _text_there(at, content):
 def _teacher_vocabulary(at):
     """`vocabulary` of the teacher."""
     return readers.vocabulary(at.params['teacher'])
-
-
-@output('cluster', 'V+1', ('clusters',), dtype='int32', is_table=True)
-def _cluster(at):
-    """The cluster of every item."""
-    return at.stored('cluster')
 
 
 # --- sessions -------------------------------------------------------------------------------------
@@ -213,16 +188,8 @@ def _parts(at, t):
     return at.spec.disentangle.apply({'params': at.params['disentangle']}, t)
 
 
-@output('c', 'B, N, D', ('_parts',))
-def _c(at, parts):
-    """The part of `t` that agrees with item knowledge."""
-    return parts[0]
-
-
-@output('p', 'B, N, D', ('_parts',))
-def _p(at, parts):
-    """The part of `t` about the transition."""
-    return parts[1]
+split('_parts', 'B, N, D', c='The part of `t` that agrees with item knowledge.',
+      p='The part of `t` about the transition.')
 
 
 @output('interest', 'B, C', ('_transfer', 't', 'clusters'))
@@ -232,9 +199,13 @@ def _interest(at, read, t):
 
 
 @output('_pick')
-def _picked(at):
-    """The position whose next item's text is written, int32 [B]."""
-    return _pick(at.keys['pick'], at.batch)
+def _pick(at):
+    """The position whose next item's text is written, int32 [B]: any of the prefix, or the last."""
+    key, last = at.keys['pick'], at.batch.last
+    if key is None:
+        return last
+    draw = jax.vmap(jax.random.uniform)(row_keys(key, at.batch.row))
+    return jnp.minimum((draw * (last + 1)).astype(jnp.int32), last)
 
 
 @output('foretell', 'B, T, width', ('_transfer', 't', '_pick', 'foretell.tokens'))
@@ -266,45 +237,32 @@ def _z(at, pair):
     return pair[0]
 
 
-def _fresh_needs(plan):
-    made_by = {'k': 'k', 'r': '_r'}
-    return ('_z', *(made_by[n] for n in plan.recommend if n in plan.fresh))
+def _fresh(recommend, fresh):
+    """Return the names of what makes the fresh features among those that z reads."""
+    return ['_r' if name == 'r' else name for name in recommend if name in fresh]
 
 
-@output('_prefix', needs=_fresh_needs)
-def _prefix(at, pair, *fresh):
+@output('_prefix', needs=lambda plan: ('_z', *_fresh(plan.recommend, plan.fresh)))
+def _prefix(at, pair, *features):
     """Vectors of the prefix's items, from fresh features where there are any."""
-    if not fresh:
+    if not features:
         return pair[1]
-    fresh = iter(fresh)
-
-    def feature(name):
-        if name not in at.fresh:
-            return flat(at.catalogue[name][at.batch.items])
-        rows = next(fresh)
-        return rows[0] if isinstance(rows, tuple) else rows
-
-    return item_vectors(at.spec, at.params, at.batch.items,
-                        [feature(name) for name in at.spec.recommend], at.catalogue,
-                        at.keys['fusion'])
+    values = dict(zip(_fresh(at.spec.recommend, at.fresh), features, strict=True))
+    values['r'] = values.get('_r', [None])[0]
+    rows = [values[name] if name in at.fresh else flat(at.catalogue[name][at.batch.items])
+            for name in at.spec.recommend]
+    return item_vectors(at.spec, at.params, at.batch.items, rows, at.catalogue, at.keys['fusion'])
 
 
-def _encode(at, z, prefix, each):
+def _encode(each, at, z, prefix):
     key = at.keys['encoder']
     return encode_sessions(at.spec, at.params, at.batch.items, z, at.catalogue,
                            None if key is None else row_keys(key, at.batch.row), prefix, each=each)
 
 
-@output('h', 'B, D', ('z', '_prefix'))
-def _h(at, z, prefix):
-    """The recommender's session."""
-    return _encode(at, z, prefix, each=False)
-
-
-@output('h_each', 'B, N, D', ('z', '_prefix', 'prefixes'))
-def _h_each(at, z, prefix):
-    """The recommender's session after every position."""
-    return _encode(at, z, prefix, each=True)
+output('h', 'B, D', ('z', '_prefix'), doc="The recommender's session.")(partial(_encode, False))
+output('h_each', 'B, N, D', ('z', '_prefix', 'prefixes'),
+       doc="The recommender's session after every position.")(partial(_encode, True))
 
 
 @output('repeat', 'B, N, N')
@@ -328,9 +286,82 @@ def _kept(key, rows, tokens, rate):
     return jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, tokens.shape[1:]))(keys)
 
 
-def _pick(key, batch):
-    """One position per row, int32 [B]: uniform over the prefix, or its last without a key."""
-    if key is None:
-        return batch.last
-    draw = jax.vmap(jax.random.uniform)(row_keys(key, batch.row))
-    return jnp.minimum((draw * (batch.last + 1)).astype(jnp.int32), batch.last)
+# --- the computation ------------------------------------------------------------------------------
+
+
+def is_known(name) -> bool:
+    """Whether this names an output that `forward` may compute: of the table, or a critic."""
+    return isinstance(name, str) and (
+        name.startswith('critic.') or (name in OUTPUTS and name[0] != '_'))
+
+
+def names(critics=()) -> list[str]:
+    """List the outputs a loss may name, with one per critic."""
+    return sorted([*filter(is_known, OUTPUTS), *(f'critic.{name}' for name in critics)])
+
+
+def required(wanted, plan: Plan) -> set[str]:
+    """Collect all that outputs need, directly or not, `SOURCES` and themselves included."""
+    todo, result = list(wanted), set()
+    while todo:
+        name = todo.pop()
+        if name not in result:
+            result.add(name)
+            todo += OUTPUTS[name].needs_in(plan) if name in OUTPUTS else ()
+    return result
+
+
+def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, fresh: frozenset,
+            key=None) -> dict:
+    """Compute the named outputs of a batch.
+
+    Args:
+      spec: the modules, see `tpad.build`.
+      params: nested, see `tpad.init`.
+      batch: types.Batch.
+      catalogue: rows per item, read only.
+      needs: names of outputs.
+      fresh: features ('k', 'r') computed from content.
+      key: the step's key, or None for evaluation: then nothing is dropped or withheld.
+
+    Returns:
+      {name: output} of the needed outputs; `outputs.py` has their shapes.
+    """
+    keys = dict.fromkeys(PURPOSES) if key is None else dict(
+        zip(PURPOSES, jax.random.split(key, len(PURPOSES)), strict=True))
+    inputs = Inputs(spec, params, batch, catalogue, fresh, keys)
+    plan = Plan(spec.form, spec.recommend, spec.reread, fresh)
+    values = {}
+
+    def value(name):
+        if name not in values:
+            entry = OUTPUTS[name]
+            values[name] = entry.make(inputs, *(
+                value(n) for n in entry.needs_in(plan) if n not in SOURCES))
+        return values[name]
+
+    out = {name: value(name) for name in OUTPUTS if name in needs}
+    for name, critic in spec.critics:
+        if f'critic.{name}' in needs:
+            out[f'critic.{name}'] = Score(critic, params['critic'][name])
+    return out
+
+
+def split_tables(out: dict, rows: int) -> tuple[dict, dict]:
+    """Split outputs into those of the batch's rows and those that are the same for every batch.
+
+    Args:
+      out: from `forward`.
+      rows: of the batch.
+
+    Raises:
+      ValueError: an output that is not a table has another first axis.
+    """
+    tables = {n: x for n, x in out.items() if n.startswith('critic.') or OUTPUTS[n].is_table}
+    of_rows = {n: x for n, x in out.items() if n not in tables}
+    for name, x in of_rows.items():
+        if x is not None and x.shape[:1] != (rows,):
+            raise ValueError(f'output {name}: its shape is {list(x.shape)}. Expected one row for '
+                             f'each of the {rows} of the batch. Fix: if it is the same for every '
+                             'batch, add is_table=True to its entry.')
+    return of_rows, tables

@@ -1,0 +1,128 @@
+"""The form of an output and its registration. `outputs.py` has the outputs.
+
+An entry of the table names what it needs: other outputs, values that only makers read (their names
+begin with '_'), and `SOURCES`, which a stage may lack. All else is derived from the table: what a
+stage can compute, what a loss may name, what `tpad_jax.losses check` tries a loss on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from tpad_jax.errors import refuse_if
+from tpad_jax.models.tpad import TPAD
+
+# Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
+# run.
+PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'encoder')
+
+SOURCES = {
+    'content': 'images and words of the items of a batch',
+    'clusters': 'the clusters of config.model.clusters',
+    'trained r': 'features r that a loss may train',
+    'teacher': 'the MLLM of config.mllm.teacher',
+    'features': 'rows of the features that config.model.recommend names',
+    'prefixes': 'an encoder that reads all prefixes of a session at once',
+}
+
+
+class Plan(NamedTuple):
+    """The options that decide which values an output needs.
+
+    Attributes:
+      form: see `TPAD`.
+      recommend: see `TPAD`.
+      reread: see `TPAD`.
+      fresh: features ('k', 'r') computed from content.
+    """
+
+    form: str
+    recommend: tuple[str, ...]
+    reread: bool
+    fresh: frozenset
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of every maker.
+
+    Attributes:
+      spec: the modules.
+      params: nested.
+      batch: types.Batch.
+      catalogue: rows per item.
+      fresh: features ('k', 'r') computed from content.
+      keys: {purpose: key}, None in evaluation: then nothing is dropped or withheld.
+    """
+
+    spec: TPAD
+    params: dict
+    batch: Any
+    catalogue: dict
+    fresh: frozenset
+    keys: dict
+
+    @property
+    def rows(self):
+        """int32 [B]: 0, 1, 2, ..."""
+        return jnp.arange(self.batch.items.shape[0])
+
+    def stored(self, name):
+        """Rows of the catalogue.
+
+        Raises:
+          InputError: there are none.
+        """
+        refuse_if(name not in self.catalogue, f'output {name}: the catalogue has no rows of it. '
+                  'Expected rows of an earlier stage, or a fresh feature. Fix: run that stage, or '
+                  f'add {name!r} to config.stage.*.fresh')
+        return self.catalogue[name]
+
+
+@dataclass(frozen=True)
+class Output:
+    """An entry of the table.
+
+    Attributes:
+      make: (Inputs, *values of its needs without sources) -> array.
+      needs: names, or Plan -> names.
+      shape: the sizes as in types.py, as 'B, N, D'.
+      dtype: of its values.
+      doc: one line.
+      is_table: it depends on the parameters and the catalogue alone, not on a batch's rows.
+    """
+
+    make: Callable
+    needs: tuple[str, ...] | Callable
+    shape: str
+    dtype: str
+    doc: str
+    is_table: bool
+
+    def needs_in(self, plan: Plan) -> tuple[str, ...]:
+        """Names of what it needs."""
+        return self.needs(plan) if callable(self.needs) else self.needs
+
+
+OUTPUTS: dict[str, Output] = {}  # in the order in which a step computes them
+
+
+def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=None):
+    """Add the decorated maker to the table; its docstring's first line describes the output.
+
+    Args:
+      name: of the output; one that begins with '_' is read by makers only.
+      shape: see `Output`, and likewise needs, dtype and is_table.
+      needs: see `Output`.
+      dtype: see `Output`.
+      is_table: see `Output`.
+      doc: in place of the docstring.
+    """
+    def add(make):
+        text = (doc or make.__doc__ or '').splitlines() or ['']
+        OUTPUTS[name] = Output(make, needs, shape, dtype, text[0], is_table)
+        return make
+
+    return add
