@@ -30,7 +30,7 @@ from tpad_jax.data import images
 from tpad_jax.distributed import collectives
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.models.hf import spec as specs
-from tpad_jax.models.hf.vlm import VLM, shapes, size
+from tpad_jax.models.hf.vlm import VLM, shapes
 
 FLAGS = flags.FLAGS
 CORES = len(os.sched_getaffinity(0))
@@ -226,8 +226,8 @@ def main(argv):
         for name, work in sides.items():
             seconds[name].append(best(work, 1))
     rate, per_item = product(jnp.dtype(FLAGS.dtype)), operations(spec)
-    out = {'shape': FLAGS.shape, 'parameters': size(params), 'rows': FLAGS.rows,
-           'tokens': tokens.shape[1], 'dtype': FLAGS.dtype, 'threads': threads,
+    out = {'shape': FLAGS.shape, 'parameters': sum(x.size for x in jax.tree.leaves(params)),
+           'rows': FLAGS.rows, 'tokens': tokens.shape[1], 'dtype': FLAGS.dtype, 'threads': threads,
            'device': jax.devices()[0].device_kind, 'date': datetime.now(UTC).isoformat()[:16],
            'jax': jax.__version__, 'gflop_per_item': per_item / 1e9, 'product_gflops': rate / 1e9,
            'decoded_per_second_and_core': decoding(),

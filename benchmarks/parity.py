@@ -48,16 +48,22 @@ def compare(got, expected) -> dict:
 
 
 def outputs(model, tokens, mask, image):
-    """Hidden states [layers + 1, B, S, D], as torch lists them, and logits; for `apply`."""
+    """First and last hidden states [B, S, D], and logits; for `apply`."""
     stream = model.prompt(tokens, mask, image)
-    last, each = model(stream, every=True)
-    hidden = jnp.concatenate([stream.x[None], each[:-1], last[None]])
-    return hidden.astype(jnp.float32), model.logits(last)
+    last = model(stream)
+    return stream.x, last, model.logits(last)
 
 
 def forward(model: vlm.VLM):
-    """Compiled (params, tokens, mask, image) -> hidden states, logits."""
-    return compiled(lambda params, *given: model.apply({'params': params}, *given, method=outputs))
+    """Compiled (params, tokens, mask, image) -> hidden states as torch lists them, logits."""
+    def states(params, *given):
+        (first, last, logits), inner = model.apply({'params': params}, *given, method=outputs,
+                                                   mutable=['intermediates'])
+        each = inner['intermediates']['decoder']['layers']['state'][0]
+        hidden = jnp.concatenate([first[None], each[:-1], last[None]])
+        return hidden.astype(jnp.float32), logits
+
+    return compiled(states)
 
 
 def gradients(model: vlm.VLM, params, given: theirs.Prompt, weight, there: dict):
@@ -70,7 +76,7 @@ def gradients(model: vlm.VLM, params, given: theirs.Prompt, weight, there: dict)
       (path, ours, torch's), in our layout.
     """
     def loss(params):
-        return (model.apply({'params': params}, *_arrays(given), method=outputs)[1] * weight).sum()
+        return (model.apply({'params': params}, *_arrays(given), method=outputs)[2] * weight).sum()
 
     here = flatten_dict(compiled(jax.grad(loss))(params), sep='/')
     for entry in keys.table(model.spec):

@@ -201,7 +201,7 @@ def test_knowledge_reads_what_is_given_and_nothing_else(params):
 
 
 def test_transfer_features_do_not_see_later_items(params):
-    variables = readers.transfer_variables(SPEC, params)
+    variables = readers.variables(SPEC, params, 'transfer', 'transfer')
     read = jit(lambda x, there, mask: SPEC.transfer.apply(variables, stream.plain(x, there), mask))
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 3, 2, BASE['width'])).astype(np.float32)
@@ -247,7 +247,7 @@ def test_session_features_from_ids_to_t(params, form, stage):
 
 def test_the_writer_sees_the_words_before_only(params):
     """Of a text being written, position t is predicted from words before t, and from those kept."""
-    variables = readers.transfer_variables(SPEC, params)
+    variables = readers.variables(SPEC, params, 'transfer', 'transfer')
     write = jit(partial(SPEC.transfer.apply, variables, method='foretell'))
     rng = np.random.default_rng(0)
     t = rng.normal(size=(3, M * D)).astype(np.float32)

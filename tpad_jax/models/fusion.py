@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.nn.attention import row_keys
+from tpad_jax.nn.attention import dropout, row_keys
 from tpad_jax.nn.linear import MLP, Linear, uniform
 
 
@@ -64,11 +64,8 @@ class Fusion(nn.Module):
             parts.append(rows)
         for i, feature in enumerate(features):
             x = nn.LayerNorm(name=f'feature_norm_{i}')(feature)
-            if key is not None and self.feature_dropout:
-                keys = row_keys(jax.random.fold_in(key, i + 1), flat)
-                keep = jax.vmap(lambda k, n=x.shape[-1]: jax.random.bernoulli(
-                    k, 1 - self.feature_dropout, (n,)))(keys).reshape(x.shape)
-                x = jnp.where(keep, x / (1 - self.feature_dropout), 0)
+            keys = None if key is None else row_keys(jax.random.fold_in(key, i + 1), flat)
+            x = dropout(x.reshape(len(flat), -1), self.feature_dropout, keys).reshape(x.shape)
             if self.hidden:
                 x += MLP(self.hidden, x.shape[-1], name=f'mlp_{i}')(x)
             parts.append(Linear(self.width, use_bias=True, name=f'feature_{i}')(x))

@@ -97,7 +97,7 @@ split('_r', 'B, N, D', ('trained r',), r='Distilled representations of `items`.'
 def _describe(at, k, tokens):
     """Hidden states that write the text of the prefix's last item."""
     keep = _kept(at.keys['describe_words'], at.batch.row, tokens, at.spec.word_dropout)
-    variables = readers.knowledge_variables(at.spec, at.params, 'knowledge')
+    variables = readers.variables(at.spec, at.params, 'knowledge')
     return at.spec.knowledge.apply(variables, k[at.rows, at.batch.last], tokens, keep,
                                    method='describe')
 
@@ -168,7 +168,8 @@ def _teacher_vocabulary(at):
 @output('_transfer')
 def _transfer(at):
     """The Transfer-MLLM with its variables bound."""
-    return partial(at.spec.transfer.apply, readers.transfer_variables(at.spec, at.params))
+    variables = readers.variables(at.spec, at.params, 'transfer', 'transfer')
+    return partial(at.spec.transfer.apply, variables)
 
 
 @output('t', 'B, N, D', lambda plan: ('_transfer', '_k') if plan.form == 'compressed'

@@ -8,21 +8,13 @@ import jax.numpy as jnp
 
 from tpad_jax.nn import linear
 
-WHAT = 'image', 'text'  # the tokens of an item that have hidden states
-# The readers of an item: K under the adapter 'knowledge', K under 'distil', another model.
-WHO = {'k': 'knowledge', 'r': 'distil', 'teacher': None}
+ADAPTERS = {'k': 'knowledge', 'r': 'distil'}  # under which K reads an item for a feature
 
 
-def knowledge_variables(spec, params, adapter):
-    """Return the variables of the Knowledge-MLLM under the LoRA tree named `adapter`."""
-    return {'params': {**params['knowledge'], 'base': params['base']},
+def variables(spec, params, adapter, reader='knowledge'):
+    """Return the variables of a reader ('knowledge', 'transfer') under the LoRA tree `adapter`."""
+    return {'params': {**params[reader], 'base': params['base']},
             'lora': {'base': linear.scaled(params['lora'][adapter], spec.lora_scale)}}
-
-
-def transfer_variables(spec, params):
-    """Return the variables of the Transfer-MLLM."""
-    return {'params': {**params['transfer'], 'base': params['base']},
-            'lora': {'base': linear.scaled(params['lora']['transfer'], spec.lora_scale)}}
 
 
 def vocabulary(params):
@@ -33,13 +25,9 @@ def vocabulary(params):
 
 def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
     """Read the content of U items -> k [U, M, D] under a LoRA tree ('knowledge' or 'distil')."""
-    variables = knowledge_variables(spec, params, adapter)
-
-    def read(part):
-        return spec.knowledge.apply(variables, *part)
-
-    return _by_chunk(read, spec.chunk, (image, has_image, tokens,
-                                        tokens >= 0 if keep is None else keep))
+    own = variables(spec, params, adapter)
+    return _by_chunk(lambda part: spec.knowledge.apply(own, *part), spec.chunk,
+                     (image, has_image, tokens, tokens >= 0 if keep is None else keep))
 
 
 def distil_items(spec, params, image, has_image, tokens, keep=None):
@@ -63,7 +51,7 @@ def item_states(spec, params, who, image, has_image, tokens):
     Args:
       spec: the modules.
       params: nested.
-      who: the reader, one of `WHO`.
+      who: 'k' or 'r', for K under the feature's adapter, or 'teacher'.
       image: uint8 [U, H, W, 3].
       has_image: bool [U].
       tokens: int32 [U, T], -1 pads.
@@ -71,22 +59,18 @@ def item_states(spec, params, who, image, has_image, tokens):
     Returns:
       [U, P, width] at the image's tokens, P as in K, and [U, T, width] that predict the text.
     """
-    reader, side = spec.knowledge, image.shape[1]
-    variables = (knowledge_variables(spec, params, WHO[who]) if who != 'teacher'
-                 else {'params': {**params['teacher'].get('knowledge', {}),
-                                  'base': params['teacher']['base']}})
     if who == 'teacher':
-        reader = spec.teacher
-
-    def read(part):
-        return reader.apply(variables, *part, method='states')
-
-    cells, words = _by_chunk(read, spec.chunk, (image, has_image, tokens))
-    own, (rows, columns) = spec.knowledge.base.grid(side)[1:], reader.base.grid(side)[1:]
-    if own != (rows, columns):
-        cells = cells.reshape(len(cells), rows, columns, -1)
-        cells = jax.image.resize(cells, (len(cells), *own, cells.shape[-1]), 'linear')
-        cells = cells.reshape(len(cells), own[0] * own[1], -1)
+        reader, teacher = spec.teacher, params['teacher']
+        weights = {'params': {**teacher.get('knowledge', {}), 'base': teacher['base']}}
+    else:
+        reader, weights = spec.knowledge, variables(spec, params, ADAPTERS[who])
+    cells, words = _by_chunk(lambda part: reader.apply(weights, *part, method='states'), spec.chunk,
+                             (image, has_image, tokens))
+    grid, native = (r.base.grid(image.shape[1])[1:] for r in (spec.knowledge, reader))
+    if grid != native:
+        cells = cells.reshape(len(cells), *native, -1)
+        cells = jax.image.resize(cells, (len(cells), *grid, cells.shape[-1]), 'linear')
+        cells = cells.reshape(len(cells), grid[0] * grid[1], -1)
     return cells, words
 
 

@@ -117,11 +117,11 @@ def build(base: MLLM | VLM | None, model: Any, *,  # noqa: PLR0913 (the numbers 
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
                       model.id_dropout, model.feature_dropout, model.feature_hidden),
         encoder=sessions.build(model, max_length),
-        recommend=recommend, form=model.form, withhold=model.withhold,
-        word_dropout=model.word_dropout, lora_scale=model.lora_alpha / model.lora_rank,
-        normalise=model.normalise, temperature=model.temperature, repeats=model.repeats,
+        recommend=recommend, lora_scale=model.lora_alpha / model.lora_rank,
         together=(model.together_strength, model.together_decay) if model.together else (),
-        chunk=chunk, teacher=teacher, blended=bool(model.blend.kind), reread=model.reread)
+        chunk=chunk, teacher=teacher, blended=bool(model.blend.kind),
+        **{name: model[name] for name in ('form', 'withhold', 'word_dropout', 'normalise',
+                                          'temperature', 'repeats', 'reread')})
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,

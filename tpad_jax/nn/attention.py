@@ -130,17 +130,18 @@ def row_keys(key, rows):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
 
-def dropout(x, rate, keys, number):
+def dropout(x, rate, keys, number=None):
     """Apply inverted dropout with one key per row.
 
     Args:
       x: float [B, ...].
       rate: share of the numbers that become zero.
       keys: [B]. None: no dropout.
-      number: of this use among those of the keys, which are folded by it.
+      number: of this use among those of the keys, which are folded by it. None: the only use.
     """
     if keys is None or rate == 0.0:
         return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(
-        jax.random.fold_in(key, number), 1 - rate, x.shape[1:]))(keys)
+    if number is not None:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)

@@ -16,7 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from tpad_jax.errors import InputError
 
 # Arguments of nn.scan and nn.vmap for modules whose parameters are stacked on axis 0.
-STACKED = dict(variable_axes={'params': 0, 'lora': 0}, split_rngs={'params': True})
+STACKED = dict(variable_axes={'params': 0, 'lora': 0, 'intermediates': 0},
+               split_rngs={'params': True})
 
 
 def uniform(bound):

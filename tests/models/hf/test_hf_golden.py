@@ -54,15 +54,17 @@ def forward(spec, side, every=True):
 
     def outputs(m, tokens, mask, image):
         stream = m.prompt(tokens, mask, image)
-        if not every:
-            return None, m.logits(m(stream))
-        last, each = m(stream, every=True)
-        return jnp.concatenate([stream.x[None], each[:-1], last[None]]), m.logits(last)
+        last = m(stream)
+        return stream.x, last, m.logits(last)
 
     @jit
     def run(params, *given):
         with jax.default_matmul_precision('highest'):
-            return model.apply({'params': params}, *given, method=outputs)
+            (first, last, logits), inner = model.apply({'params': params}, *given, method=outputs,
+                                                       mutable=['intermediates'])
+            each = inner['intermediates']['decoder']['layers']['state'][0]
+            hidden = jnp.concatenate([first[None], each[:-1], last[None]])
+            return hidden if every else None, logits
 
     return run
 

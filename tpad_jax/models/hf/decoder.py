@@ -109,7 +109,6 @@ class Block(nn.Module):
 
     spec: specs.Decoder
     how: str
-    every: bool
 
     @nn.compact
     def __call__(self, carry, cos, sin, allowed, deep, index, at=None):
@@ -125,7 +124,8 @@ class Block(nn.Module):
           at: int32 [B, n]. The tokens whose states are needed. None: all.
 
         Returns:
-          (x, cache, number + 1), and the states before deep features are added, or None.
+          (x, cache, number + 1), and None. As in transformers, 'state' in the collection
+          'intermediates' is x before deep features are added.
         """
         (x, cache, number), s = carry, self.spec
         attention = Attention(s, self.how, name='attention')
@@ -133,12 +133,12 @@ class Block(nn.Module):
                              number, index, at)
         x = tokens_at(x, at) + y
         x = x + gated(RMSNorm(s.eps, name='mlp_norm')(x), s.hidden)
-        state = x if self.every else None
+        self.sow('intermediates', 'state', x)
         if deep is not None:
             depth = deep.shape[2]
             extra = jax.lax.dynamic_index_in_dim(deep, jnp.minimum(number, depth - 1), 2, False)
             x = x + jnp.where(number < depth, tokens_at(extra, at), 0).astype(x.dtype)
-        return (x, cache, number + 1), state
+        return (x, cache, number + 1), None
 
 
 class Decoder(nn.Module):
@@ -155,8 +155,7 @@ class Decoder(nn.Module):
     remat: str = 'none'
 
     @nn.compact
-    def __call__(self, x, positions, allowed, deep=None, cache=None, index=0, every=False,
-                 at=None):
+    def __call__(self, x, positions, allowed, deep=None, cache=None, index=0, at=None):
         """Decode.
 
         Args:
@@ -166,29 +165,27 @@ class Decoder(nn.Module):
           deep: float [B, L, n, D]. Features that are added after the first n layers. None: none.
           cache: (k, v), each [layers, B, S, KV, hd]. None: S = L.
           index: where new tokens are written to the cache.
-          every: whether to return the states after each layer.
           at: int32 [B, n]. The tokens whose states are needed. The last layer computes only these.
-            None: all. Not with a cache or `every`.
+            None: all. Not with a cache.
 
         Returns:
-          States [B, L or n, D] after the final norm, states after each layer [layers, B, L, D] or
-          None, and the cache. As in transformers, the latter do not include deep features.
+          States [B, L or n, D] after the final norm, and the cache.
         """
         cos, sin = angles(self.spec, positions)
         if at is not None and not self.is_initializing():
             x = self._read_at(x, at, cos, sin, allowed, deep)
-            return RMSNorm(self.spec.eps, name='norm')(x), None, None
+            return RMSNorm(self.spec.eps, name='norm')(x), None
         block = nn.scan(rematerialised(Block, self.remat), length=self.spec.layers,
                         in_axes=nn.broadcast, **STACKED)
-        (x, cache, _), states = block(self.spec, self.how, every, name='layers')(
+        (x, cache, _), _ = block(self.spec, self.how, name='layers')(
             (x, cache, jnp.int32(0)), cos, sin, allowed, deep, index)
-        return tokens_at(RMSNorm(self.spec.eps, name='norm')(x), at), states, cache
+        return tokens_at(RMSNorm(self.spec.eps, name='norm')(x), at), cache
 
     def _read_at(self, x, at, *shared):
         """Return states [B, n, D] after the last layer, which computes only these queries."""
         stacked = {kind: self.variables[kind]['layers'] for kind in ('params', 'lora')
                    if 'layers' in self.variables.get(kind, ())}
-        block, last = Block(self.spec, self.how, every=False, parent=None), self.spec.layers - 1
+        block, last = Block(self.spec, self.how, parent=None), self.spec.layers - 1
 
         def layer(x, number, at=None):
             variables = jax.tree.map(lambda leaf: leaf[number], stacked)  # XLA does not copy them

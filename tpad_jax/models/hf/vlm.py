@@ -4,7 +4,6 @@ It reads a `Stream` (see stream.py), so a prompt may have any number of images, 
 absent parts. It also makes the parts: `see` of images, `say` of tokens, `prompt` of both.
 """
 
-import math
 from functools import partial
 
 import flax.linen as nn
@@ -147,12 +146,11 @@ class VLM(nn.Module):
         return out.replace(mask=mask)
 
     @mllm_precision
-    def __call__(self, stream: Stream, every=False, at=None):
+    def __call__(self, stream: Stream, at=None):
         """Read a stream [B, L].
 
         Args:
           stream: the tokens.
-          every: whether to return also the states after each layer, [layers, B, L, D].
           at: int32 [B, n]. The tokens whose states are needed. None: all.
 
         Returns:
@@ -162,9 +160,8 @@ class VLM(nn.Module):
         order = jnp.tril(jnp.ones((length, length), bool))
         # a padded token that would see nothing sees itself, or its softmax would be NaN
         allowed = (stream.mask[:, None, None] & order) | jnp.eye(length, dtype=bool)
-        h, states, _ = self.decoder(stream.x.astype(self.dtype), streams.positions(stream), allowed,
-                                    stream.deep, every=every, at=at)
-        return (h, states) if every else h
+        return self.decoder(stream.x.astype(self.dtype), streams.positions(stream), allowed,
+                            stream.deep, at=at)[0]
 
     @mllm_precision
     def decode(self, stream: Stream, cache: dict, index):
@@ -184,8 +181,8 @@ class VLM(nn.Module):
         key = jnp.arange(mask.shape[1])
         allowed = (mask[:, None, None] & (key <= place[:, None])) | (key == place[:, None])
         positions = streams.positions(stream) + cache['position'][:, None, None]
-        h, _, (k, v) = self.decoder(stream.x.astype(self.dtype), positions, allowed, stream.deep,
-                                    (cache['k'], cache['v']), index)
+        h, (k, v) = self.decoder(stream.x.astype(self.dtype), positions, allowed, stream.deep,
+                                 (cache['k'], cache['v']), index)
         moved = (stream.advance * stream.mask).sum(-1)
         return h, dict(k=k, v=v, mask=mask, position=cache['position'] + moved)
 
@@ -215,8 +212,3 @@ def shapes(spec: specs.Spec, side: int) -> dict:
     """Return the shapes of all parameters, nested, with dtype float32."""
     model = VLM(spec, side)
     return jax.eval_shape(partial(model.init, method='everything'), jax.random.key(0))['params']
-
-
-def size(tree) -> int:
-    """Count the parameters of a tree."""
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
