@@ -89,7 +89,7 @@ def inputs(spec: specs.Spec, rows: int):
 def parameters(spec: specs.Spec, dtype):
     """Random parameters by fan-in, made where they stay."""
     def draw(key):
-        leaves, tree = jax.tree.flatten(shapes(spec, SIDE))
+        leaves, tree = jax.tree.flatten(shapes(spec))
         keys = jax.random.split(key, len(leaves))
         return jax.tree.unflatten(tree, [
             jax.random.normal(k, x.shape, dtype) * jnp.asarray(x.shape[-2] ** -0.5, dtype)

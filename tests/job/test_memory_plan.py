@@ -243,7 +243,7 @@ def test_the_variant_fits_where_it_is_said_to():
     for shards in (1, 8):
         subject = replace(subject, devices=SimpleNamespace(shards=shards, model=1), positions=20)
         total = sum(memory_plan.stage_plan(subject, 'transfer').values())
-        assert size(vlm.shapes(QWEN, 256)) / 2 < total < 16 * GIB
+        assert size(vlm.shapes(QWEN)) / 2 < total < 16 * GIB
 
 
 # --- in words --------------------------------------------------------------------------------

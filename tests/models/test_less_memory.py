@@ -104,7 +104,7 @@ def test_generation_by_row_is_the_same_loss():
 def test_a_decoder_in_parts_reads_the_same():
     spec, side = QWEN, 64
     module = VLM(spec, side, **FRAME)
-    params = {'base': randomly(vlm.shapes(spec, side))}
+    params = {'base': randomly(vlm.shapes(spec))}
     devices = devices_lib.choose('shard_map', 8, 2)
     names = 'attention/q attention/k attention/v gate up attention/o down'
     cuts = {f'base/decoder/layers/{name}/kernel': axis  # of [layers, in, out]; the rest is whole

@@ -98,7 +98,7 @@ def teacher(config, student: Base) -> Teacher | None:
                      param_dtype=dtype, remat='none', before='', between='', end='')
             base = _checkpoint(c)
             reader = KnowledgeMLLM(base.module, config.model.features, 'mean')
-            shapes = {'base': vlm.shapes(base.module.spec, base.image_size)}
+            shapes = {'base': vlm.shapes(base.module.spec)}
         else:
             base, features = _small(directory)
             reader = KnowledgeMLLM(base.module, features)
@@ -225,6 +225,5 @@ def _config_file(directory, option, expected):
 def _side(sizes):
     """Return the native side of a tower, or the multiple of a grid's unit nearest to SIDE."""
     if isinstance(sizes.vision, spec.Tower):
-        return sizes.vision.image
-    unit = sizes.vision.patch * sizes.vision.merge
-    return max(1, round(SIDE / unit)) * unit
+        return sizes.unit
+    return max(1, round(SIDE / sizes.unit)) * sizes.unit

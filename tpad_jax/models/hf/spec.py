@@ -156,6 +156,12 @@ class Spec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @property
+    def unit(self) -> int:
+        """Pixels of the smallest image's side: a tower's only size, or a token of a grid."""
+        v = self.vision
+        return v.image if isinstance(v, Tower) else v.patch * v.merge
+
     def cells(self, side: int) -> tuple[int, int]:
         """Return the rows and columns of an image's tokens.
 
@@ -165,12 +171,11 @@ class Spec:
         Raises:
           InputError: the vision tower cannot read an image of this size.
         """
-        v, native = self.vision, isinstance(self.vision, Tower)
-        unit = v.image if native else v.patch * v.merge
+        native, unit = isinstance(self.vision, Tower), self.unit
         refuse_if(side < unit or side % unit or (native and side != unit),
                   f'config.mllm.image_size={side}: not a size that this vision tower reads. '
                   f'Expected {"" if native else "a multiple of "}{unit} pixels. Fix: set it so')
-        return (side // (v.patch if native else unit),) * 2
+        return (side // (self.vision.patch if native else unit),) * 2
 
     def image_tokens(self, side: int) -> int:
         """Return the tokens of an image in a prompt, without start_ids and end_ids.

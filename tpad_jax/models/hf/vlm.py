@@ -208,7 +208,7 @@ class VLM(nn.Module):
         return self.logits(self(self.prompt(tokens, jnp.ones(tokens.shape, bool), image)))
 
 
-def shapes(spec: specs.Spec, side: int) -> dict:
+def shapes(spec: specs.Spec) -> dict:
     """Return the shapes of all parameters, nested, with dtype float32."""
-    model = VLM(spec, side)
+    model = VLM(spec, spec.unit)
     return jax.eval_shape(partial(model.init, method='everything'), jax.random.key(0))['params']
