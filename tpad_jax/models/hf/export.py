@@ -18,7 +18,7 @@ from tpad_jax.models.hf import keys, load
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.nn import linear
 
-# Weights in other formats, which would differ from the exported ones.
+# Suffixes of weights.
 OTHER = {'.safetensors', '.bin', '.pt', '.pth', '.gguf', '.h5', '.msgpack', '.onnx', '.ckpt'}
 
 
@@ -39,8 +39,7 @@ def export(params, source_directory, out_directory) -> Path:
     source, out = Path(source_directory), Path(out_directory)
     refuse_if(out.exists(), f'{out}: exists already. Expected a new directory. Fix: choose another')
     spec = specs.read(source)
-    tensors, table = load.bind(source, spec), keys.table(spec)
-    flat = flatten_dict(params, sep='/')
+    tensors, table, flat = load.bind(source, spec), keys.table(spec), flatten_dict(params, sep='/')
     faults = linear.misfits(flat, {e.path: e.shape for e in table if e.names[0] in tensors})
     refuse_if(faults, f'{source}: the parameters are not those of this checkpoint: {faults}. '
               'Expected its parameters. Fix: export to the checkpoint they come from')
@@ -52,7 +51,13 @@ def export(params, source_directory, out_directory) -> Path:
         writes.append((head, next(e for e in table if e.name == load.EMBED), None))
     part = out.with_name(f'{out.name}.part-{os.getpid()}')
     try:
-        _copy(source, part, {t.file for t in load.stored(source)})
+        weights = {t.file for t in tensors.values()}
+        shutil.copytree(
+            source, part, copy_function=shutil.copyfile, ignore_dangling_symlinks=True,
+            ignore=lambda folder, names: [
+                # hidden files, and weights that differ from the exported ones
+                name for name in names if name.startswith('.') or (
+                    Path(name).suffix in OTHER and Path(folder, name) not in weights)])
         for tensor, entry, layer in writes:
             # one layer at a time: complete stacks would fill the host's memory
             value = flat[entry.path] if layer is None else flat[entry.path][layer]
@@ -98,15 +103,3 @@ def _merged(kernel, a, b, scale):
 
     # one layer at a time, so that only one is float32
     return add((kernel, a, b)) if kernel.ndim == 2 else jax.lax.map(add, (kernel, a, b))
-
-
-def _copy(source, part, weights):
-    """Copy all files and folders except hidden ones and weights that are not in `weights`."""
-    part.mkdir(parents=True)
-    for file in sorted(source.rglob('*')):
-        name = file.relative_to(source)
-        if not file.is_file() or any(p.startswith('.') for p in name.parts):
-            continue
-        if file in weights or file.suffix not in OTHER:
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, part / name)

@@ -51,36 +51,69 @@ def patches(image, p: int):
     return x.reshape(*lead, rows * columns, channels * p * p)
 
 
+def norm(x, sizes: spec.Tower | spec.Grid, name: str):
+    """Normalise x with a new norm of the transformer's kind."""
+    if sizes.kind == 'qwen2_5':
+        return RMSNorm(sizes.eps, name=name)(x)
+    return layers.layer_norm(x, sizes.eps, name)
+
+
 class Attention(nn.Module):
-    """Attention of every token to all tokens. [B, P, W] -> [B, P, W]."""
+    """Attention with rotary positions in two dimensions, or without. [B, P, W] -> [B, P, W]."""
 
     heads: int
     how: str
 
     @nn.compact
-    def __call__(self, x):
-        """Attend among x [B, P, W]."""
-        width = x.shape[-1]
-        q, k, v = (Linear(width, use_bias=True, name=n)(x).reshape(*x.shape[:2], self.heads, -1)
-                   for n in 'qkv')
-        y = layers.attend(q, k, v, None, self.how).reshape(x.shape)
-        return Linear(width, use_bias=True, name='o')(y)
+    def __call__(self, x, cos, sin, mask):
+        """Attend.
+
+        Args:
+          x: float [B, P, W].
+          cos: of `angles`. None: no positions, and separate layers for queries, keys and values.
+          sin: of `angles`.
+          mask: bool [1, 1, P, P] or None.
+        """
+        width, lead = x.shape[-1], x.shape[:2]
+        if cos is None:
+            q, k, v = (Linear(width, use_bias=True, name=n)(x).reshape(*lead, self.heads, -1)
+                       for n in 'qkv')
+        else:
+            qkv = Linear(3 * width, use_bias=True, name='qkv')(x)
+            q, k, v = jnp.moveaxis(qkv.reshape(*lead, 3, self.heads, -1), 2, 0)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = layers.attend(q, k, v, mask, self.how)
+        return Linear(width, use_bias=True, name='o')(y.reshape(x.shape))
 
 
 class Block(nn.Module):
-    """One pre-norm layer, a scan body with carry x [B, P, W]."""
+    """One pre-norm layer, a scan body with carry (x [B, P, W], deep [n + 1, B, P, W] or None)."""
 
-    tower: spec.Tower
+    sizes: spec.Tower | spec.Grid
     how: str
 
     @nn.compact
-    def __call__(self, x, _):
-        """Apply the layer to x."""
-        tower = self.tower
-        y = layers.layer_norm(x, tower.eps, 'norm1')
-        x = x + Attention(tower.heads, self.how, name='attention')(y)
-        y = layers.layer_norm(x, tower.eps, 'norm2')
-        return x + layers.perceptron(y, tower.hidden, tower.width, tower.activation), None
+    def __call__(self, carry, layer, fixed):
+        """Apply the layer.
+
+        Args:
+          carry: (x, deep).
+          layer: (everywhere, slot). Whether to attend outside of windows, and the index in `deep`
+            where x is written.
+          fixed: (cos, sin, window), the same for all layers. Each may be None.
+        """
+        (x, deep), (everywhere, slot), (cos, sin, window) = carry, layer, fixed
+        sizes = self.sizes
+        mask = None if window is None else window | everywhere
+        y = norm(x, sizes, 'norm1')
+        x = x + Attention(sizes.heads, self.how, name='attention')(y, cos, sin, mask)
+        y = norm(x, sizes, 'norm2')
+        x = x + (gated(y, sizes.hidden, layers.activation(sizes.activation), use_bias=True)
+                 if sizes.kind == 'qwen2_5' else
+                 layers.perceptron(y, sizes.hidden, sizes.width, sizes.activation))
+        if deep is not None:
+            deep = jax.lax.dynamic_update_index_in_dim(deep, x, slot, 0)
+        return (x, deep), None
 
 
 class VisionTransformer(nn.Module):
@@ -117,8 +150,9 @@ class VisionTransformer(nn.Module):
         x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
         if clip:
             x = layers.layer_norm(x, tower.eps, 'pre_norm')
-        scanned = nn.scan(layers.rematerialised(Block, self.remat), length=tower.layers, **STACKED)
-        x, _ = scanned(tower, self.how, name='layers')(x, None)
+        block = nn.scan(layers.rematerialised(Block, self.remat), length=tower.layers, **STACKED)
+        (x, _), _ = block(tower, self.how, name='layers')(
+            (x, None), (None, None), (None, None, None))
         return x[:, 1:] if clip and not tower.keep_class else x
 
 
@@ -160,13 +194,6 @@ def resampled(table, cells):
     return x.reshape(-1, x.shape[-1])
 
 
-def norm(x, grid: spec.Grid, name: str):
-    """Normalise x with a new norm of the grid's kind."""
-    if grid.kind == 'qwen2_5':
-        return RMSNorm(grid.eps, name=name)(x)
-    return layers.layer_norm(x, grid.eps, name)
-
-
 class Patch(nn.Module):
     """Patch embedding of a still image by a video kernel [2, 3 p p, W]. [..., 3 p p] -> [..., W].
 
@@ -192,59 +219,6 @@ class Patch(nn.Module):
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, (self.features,)).astype(x.dtype)
         return y
-
-
-class GridAttention(nn.Module):
-    """Attention with rotary positions in two dimensions. [B, P, W] -> [B, P, W]."""
-
-    heads: int
-    how: str
-
-    @nn.compact
-    def __call__(self, x, cos, sin, mask):
-        """Attend.
-
-        Args:
-          x: float [B, P, W].
-          cos: of `angles`.
-          sin: of `angles`.
-          mask: bool [1, 1, P, P] or None.
-        """
-        width = x.shape[-1]
-        qkv = Linear(3 * width, use_bias=True, name='qkv')(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(*x.shape[:2], 3, self.heads, -1), 2, 0)
-        y = layers.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, self.how)
-        return Linear(width, use_bias=True, name='o')(y.reshape(x.shape))
-
-
-class GridBlock(nn.Module):
-    """One pre-norm layer, a scan body with carry (x [B, P, W], deep [n + 1, B, P, W] or None)."""
-
-    grid: spec.Grid
-    how: str
-
-    @nn.compact
-    def __call__(self, carry, layer, fixed):
-        """Apply the layer.
-
-        Args:
-          carry: (x, deep).
-          layer: (everywhere, slot). Whether to attend outside of windows, and the index in `deep`
-            where x is written.
-          fixed: (cos, sin, window), the same for all layers. The window may be None.
-        """
-        (x, deep), (everywhere, slot), (cos, sin, window) = carry, layer, fixed
-        grid = self.grid
-        mask = None if window is None else window | everywhere
-        y = norm(x, grid, 'norm1')
-        x = x + GridAttention(grid.heads, self.how, name='attention')(y, cos, sin, mask)
-        y = norm(x, grid, 'norm2')
-        x = x + (gated(y, grid.hidden, layers.activation(grid.activation), use_bias=True)
-                 if grid.kind == 'qwen2_5' else
-                 layers.perceptron(y, grid.hidden, grid.width, grid.activation))
-        if deep is not None:
-            deep = jax.lax.dynamic_update_index_in_dim(deep, x, slot, 0)
-        return (x, deep), None
 
 
 class Merger(nn.Module):
@@ -310,7 +284,7 @@ class GridTransformer(nn.Module):
         layer = (jnp.array([i in grid.full for i in numbers]),
                  jnp.array([grid.deep.index(i) if i in grid.deep else n for i in numbers]))
         fixed = (*angles(cells, grid.width // grid.heads), windows(cells, grid))
-        scanned = nn.scan(layers.rematerialised(GridBlock, self.remat), length=grid.layers,
+        scanned = nn.scan(layers.rematerialised(Block, self.remat), length=grid.layers,
                           in_axes=(0, nn.broadcast), **STACKED)
         (x, deep), _ = scanned(grid, self.how, name='layers')((x, deep), layer, fixed)
         tokens = Merger(grid, cells, joined=False, name='merger')(x)
