@@ -119,8 +119,8 @@ def build(base: MLLM | VLM | None, model: Any, *,  # noqa: PLR0913 (the numbers 
         recommend=recommend, lora_scale=model.lora_alpha / model.lora_rank,
         together=(model.together_strength, model.together_decay) if model.together else (),
         chunk=chunk, teacher=teacher, blended=bool(model.blend.kind),
-        **{name: model[name] for name in ('form', 'withhold', 'word_dropout', 'normalise',
-                                          'temperature', 'repeats', 'reread')})
+        **{name: getattr(model, name) for name in (
+            'form', 'withhold', 'word_dropout', 'normalise', 'temperature', 'repeats', 'reread')})
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,
