@@ -8,7 +8,7 @@ import numpy as np
 
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM
 
 SIDE, WIDTH = 16, 16
 

@@ -28,7 +28,7 @@ from tpad_jax.data import images, text
 from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM
 
 STREAM = 2**40  # a seed that no catalogue uses: theirs are [seed, 1..7] below 2^32
 SIZES = {'vocab': 1280, 'width': 128, 'layers': 2, 'heads': 4, 'hidden': 256,

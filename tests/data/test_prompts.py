@@ -22,8 +22,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.features import bases
 from tpad_jax.models import stream as streams
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.knowledge import KnowledgeMLLM
-from tpad_jax.models.transfer import TransferMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM, TransferMLLM
 
 QWEN = ('qwen2_vl', 'qwen2_5_vl', 'qwen3_vl')
 LONG = 'The red shoe stands on a wooden shelf, Brand: none.'

@@ -15,7 +15,7 @@ from tpad_jax.features import bases, encoder, store
 from tpad_jax.job import job
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM
 
 SIDE, WIDTH, changed = test_job.SIDE, test_job.WIDTH, test_job.changed
 base_dir, config = test_job.base_dir, test_job.config

@@ -19,7 +19,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.losses import tokens as token_losses
 from tpad_jax.models import outputs, readers, tpad
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM
 from tpad_jax.nn import linear
 from tpad_jax.training import handover
 from tpad_jax.training import step as step_lib

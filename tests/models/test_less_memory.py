@@ -16,7 +16,7 @@ from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM
 from tpad_jax.nn import linear
 
 FRAME = dict(before=(1, 2, 3), between=(4,), end=(5, 6, 7))

@@ -26,7 +26,7 @@ from tpad_jax.diagnostics import probes, records
 from tpad_jax.diagnostics.labels import labels
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import outputs, tpad
-from tpad_jax.models.knowledge import MODALITIES
+from tpad_jax.models.mllms import MODALITIES
 from tpad_jax.types import Batch
 
 READ = ('k', 't', 'c', 'p', 'r', 'r_next')  # outputs of positions

@@ -18,7 +18,7 @@ from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import load, peft, spec, vlm
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.knowledge import KnowledgeMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM
 
 SIDE = 256  # default pixels of an image's side for models of any resolution, rounded to fit
 SMALL = dict(param_dtype='float32', dtype='float32', attention='xla', remat='none',

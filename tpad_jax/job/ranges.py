@@ -15,7 +15,7 @@ from tpad_jax.core.precision import PRECISIONS
 from tpad_jax.errors import InputError
 from tpad_jax.losses import tokens
 from tpad_jax.models.hf import layers
-from tpad_jax.models.knowledge import POOLING
+from tpad_jax.models.mllms import POOLING
 from tpad_jax.models.sessions import ENCODERS
 from tpad_jax.mutual_information import critics
 from tpad_jax.training import merge_adapters

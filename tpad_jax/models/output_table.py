@@ -87,7 +87,7 @@ class Output:
 
     Attributes:
       make: (Inputs, *values of its needs without sources) -> array.
-      needs: names, or Plan -> names.
+      needs: Plan -> names.
       shape: the sizes as in types.py, as 'B, N, D'.
       dtype: of its values.
       doc: one line.
@@ -95,15 +95,11 @@ class Output:
     """
 
     make: Callable
-    needs: tuple[str, ...] | Callable
+    needs: Callable
     shape: str
     dtype: str
     doc: str
     is_table: bool
-
-    def needs_in(self, plan: Plan) -> tuple[str, ...]:
-        """Names of what it needs."""
-        return self.needs(plan) if callable(self.needs) else self.needs
 
 
 OUTPUTS: dict[str, Output] = {}  # in the order in which a step computes them
@@ -115,14 +111,15 @@ def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=Non
     Args:
       name: of the output; one that begins with '_' is read by makers only.
       shape: see `Output`, and likewise needs, dtype and is_table.
-      needs: see `Output`.
+      needs: names, or Plan -> names.
       dtype: see `Output`.
       is_table: see `Output`.
       doc: in place of the docstring.
     """
     def add(make):
         text = (doc or make.__doc__ or '').splitlines() or ['']
-        OUTPUTS[name] = Output(make, needs, shape, dtype, text[0], is_table)
+        OUTPUTS[name] = Output(make, needs if callable(needs) else lambda _: needs, shape, dtype,
+                               text[0], is_table)
         return make
 
     return add

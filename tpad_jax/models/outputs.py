@@ -22,16 +22,10 @@ from tpad_jax.nn.gather import take
 # --- the batch and the catalogue ------------------------------------------------------------------
 
 
-@output('items', 'B, N', dtype='int32')
-def _items(at):
-    """The prefix; 0 pads at the end."""
-    return at.batch.items
-
-
-@output('next', 'B, N', dtype='int32')
-def _next(at):
-    """The item that follows each position of the prefix; 0 pads."""
-    return at.batch.next
+output('items', 'B, N', dtype='int32', doc='The prefix; 0 pads at the end.')(
+    lambda at: at.batch.items)
+output('next', 'B, N', dtype='int32',
+       doc='The item that follows each position of the prefix; 0 pads.')(lambda at: at.batch.next)
 
 
 for _name, _needs, _dtype, _doc in (
@@ -308,7 +302,7 @@ def required(wanted, plan: Plan) -> set[str]:
         name = todo.pop()
         if name not in result:
             result.add(name)
-            todo += OUTPUTS[name].needs_in(plan) if name in OUTPUTS else ()
+            todo += OUTPUTS[name].needs(plan) if name in OUTPUTS else ()
     return result
 
 
@@ -338,7 +332,7 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
         if name not in values:
             entry = OUTPUTS[name]
             values[name] = entry.make(inputs, *(
-                value(n) for n in entry.needs_in(plan) if n not in SOURCES))
+                value(n) for n in entry.needs(plan) if n not in SOURCES))
         return values[name]
 
     out = {name: value(name) for name in OUTPUTS if name in needs}

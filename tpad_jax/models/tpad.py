@@ -20,10 +20,9 @@ from tpad_jax.models import sessions
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.heads import Adapter, Disentangle, Fusion, blank
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.knowledge import MODALITIES, KnowledgeMLLM
+from tpad_jax.models.mllms import MODALITIES, KnowledgeMLLM, TransferMLLM
 from tpad_jax.models.sessions import companions
 from tpad_jax.models.sessions.repeats import last, shifts
-from tpad_jax.models.transfer import TransferMLLM
 from tpad_jax.mutual_information.critics import Critic, GaussianQ
 from tpad_jax.nn import linear
 from tpad_jax.nn.linear import unit

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 # Arguments of nn.scan and nn.vmap for modules whose parameters are stacked on axis 0.
 STACKED = dict(variable_axes={'params': 0, 'lora': 0, 'intermediates': 0},
@@ -93,10 +93,8 @@ def init(key, base, *, rank, targets):
     """
     flat = {path[:-1]: w for path, w in flatten_dict(base).items()
             if path[-1] == 'kernel' and re.search(targets, '/'.join(path[:-1]))}
-    if not flat:
-        raise InputError(f'config.model.lora_targets={targets!r}: matches no kernel of the base. '
-                         'Expected a regular expression that matches paths such as '
-                         'decoder/layers/attention/q. Fix: widen it')
+    refuse_if(not flat, f'config.model.lora_targets={targets!r}: matches no kernel. Expected a '
+              'regular expression of paths such as decoder/layers/attention/q. Fix: widen it')
     out = {}
     for i, (path, w) in enumerate(sorted(flat.items())):
         *stack, fan_in, fan_out = w.shape

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.nn import linear
 
 DEFAULT = Path(__file__).parent / 'base'
 KEYS = ('vocab', 'width', 'layers', 'heads', 'hidden', 'channels', 'vision_layers', 'image_size',
         'features')  # of config.json
+EXPECTED = ('Expected a directory that tpad_jax.pretrain wrote. Fix: correct config.mllm.base, or '
+            'leave it empty for the default base')
 
 
 def save(directory, sizes: dict, params: dict):
@@ -37,15 +40,10 @@ def load_sizes(directory=DEFAULT) -> dict:
       InputError: the directory does not hold a base.
     """
     file = Path(directory) / 'config.json'
-    try:
+    with refusing((OSError, ValueError, TypeError), f'{file}: not the config of a base', EXPECTED):
         sizes = json.loads(file.read_text())
         missing = [key for key in KEYS if key not in sizes]
-        if missing:
-            raise ValueError(f'lacks {", ".join(missing)}')
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f'{file}: not the config of a base ({error}). Expected the directory that '
-                         'tpad_jax.pretrain wrote. Fix: correct config.mllm.base, or leave it '
-                         'empty for the default base') from error
+        refuse_if(missing, f'{file}: lacks {", ".join(missing)}. {EXPECTED}')
     return sizes
 
 
@@ -60,13 +58,9 @@ def load_params(directory, expected: dict) -> dict:
       InputError: parameters are missing, unexpected or of another shape. The message names all.
     """
     file = Path(directory) / 'params.safetensors'
-    if not file.is_file():
-        raise InputError(f'{file}: does not exist. Expected a file that tpad_jax.pretrain wrote. '
-                         'Fix: correct config.mllm.base')
-    params = load_file(file)
+    with refusing((OSError, SafetensorError), f'{file}: cannot be read', EXPECTED):
+        params = load_file(file)
     shapes = {path: x.shape for path, x in flatten_dict(expected, sep='/').items()}
     faults = linear.misfits(params, shapes)
-    if faults:
-        raise InputError(f'{file}: does not fit its config.json: {faults}. Expected the parameters '
-                         'of that config. Fix: write the base again with tpad_jax.pretrain')
+    refuse_if(faults, f'{file}: does not fit its config.json: {faults}. {EXPECTED}')
     return unflatten_dict({p: np.asarray(x, np.float32) for p, x in params.items()}, sep='/')

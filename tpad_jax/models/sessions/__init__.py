@@ -2,7 +2,7 @@
 
 import inspect
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.models.sessions.attention import SessionAttention
 from tpad_jax.models.sessions.gce_gnn import GlobalGraphGNN
 from tpad_jax.models.sessions.sr_gnn import SessionGNN
@@ -27,10 +27,10 @@ def build(model, max_length: int):
     Raises:
       InputError: no encoder has this name.
     """
-    if model.encoder not in ENCODERS:  # a run of an encoder from outside the package is loaded
-        raise InputError(f'config.model.encoder={model.encoder!r}: it is not registered. Expected '
-                         f'one of {", ".join(ENCODERS)}. Fix: import the module that adds '
-                         'it to tpad_jax.models.sessions.ENCODERS first.')
+    # a run of an encoder from outside the package is loaded
+    refuse_if(model.encoder not in ENCODERS, f'config.model.encoder={model.encoder!r}: it is not '
+              f'registered. Expected one of {", ".join(ENCODERS)}. Fix: import the module that '
+              'adds it to tpad_jax.models.sessions.ENCODERS first.')
     return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
                                    item_rate=model.item_dropout)
 
