@@ -69,6 +69,11 @@ class Inputs:
         """int32 [B]: 0, 1, 2, ..."""
         return jnp.arange(self.batch.items.shape[0])
 
+    @property
+    def content(self):
+        """(image, has_image, tokens) of the batch's items."""
+        return self.batch.image, self.batch.has_image, self.batch.tokens
+
     def stored(self, name):
         """Rows of the catalogue.
 

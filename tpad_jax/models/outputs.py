@@ -56,9 +56,8 @@ def _k_by_modality(at, keep=None):
     """Knowledge of the items, [B, N, M, D of a modality]."""
     if keep is None:
         return at.stored('k')[at.batch.items]
-    b = at.batch
-    return readers.read_items(at.spec, at.params, 'knowledge', b.image, b.has_image, b.tokens,
-                              keep)[b.slots]
+    k = readers.read_items(at.spec, at.params, 'knowledge', *at.content, keep)
+    return k[at.batch.slots]
 
 
 @output('_r', needs=lambda plan: ('content', '_keep') if 'r' in plan.fresh and plan.reread else ())
@@ -66,15 +65,12 @@ def _r_pair(at, keep=None):
     """Distilled representations of `items` and of `next`."""
     b = at.batch
     if keep is not None:
-        rows, pointers = readers.distil_items(at.spec, at.params, b.image, b.has_image, b.tokens,
-                                              keep), (b.slots, b.next_slots)
-    elif 'r' in at.fresh:
-        rows, pointers = at.stored('k'), (b.items, b.next)
-        adapt = partial(at.spec.adapter.apply, {'params': at.params['adapter']})
-        return tuple(adapt(rows[pointer]) for pointer in pointers)
-    else:
-        rows, pointers = at.stored('r'), (b.items, b.next)
-    return tuple(flat(rows[pointer]) for pointer in pointers)
+        rows = readers.distil_items(at.spec, at.params, *at.content, keep)
+        return flat(rows[b.slots]), flat(rows[b.next_slots])
+    if 'r' not in at.fresh:
+        return flat(at.stored('r')[b.items]), flat(at.stored('r')[b.next])
+    adapt = partial(at.spec.adapter.apply, {'params': at.params['adapter']})
+    return adapt(at.stored('k')[b.items]), adapt(at.stored('k')[b.next])
 
 
 @output('k', 'B, N, M D', ('_k',))
@@ -102,10 +98,9 @@ def _describe_tokens(at):
     return at.batch.tokens[at.batch.slots[at.rows, at.batch.last]]
 
 
-@output('vocabulary', 'W, width', is_table=True)
-def _vocabulary(at):
-    """Rows of the words that hidden states are compared with."""
-    return readers.vocabulary(at.params)
+output('vocabulary', 'W, width', is_table=True,
+       doc='Rows of the words that hidden states are compared with.')(
+           lambda at: readers.vocabulary(at.params))
 
 
 # --- hidden states of an item's tokens ------------------------------------------------------------
@@ -118,7 +113,7 @@ def _content(at):
     A row has one item's states on any device, and the item is read once per row.
     """
     slots = at.batch.slots[at.rows, at.batch.last]
-    return tuple(x[slots] for x in (at.batch.image, at.batch.has_image, at.batch.tokens))
+    return tuple(x[slots] for x in at.content)
 
 
 def _states(who, at, content):
@@ -170,11 +165,9 @@ def _transfer(at):
         else ('_transfer', 'content'))
 def _t(at, read, k=None):
     """The session up to each position."""
-    b = at.batch
-    if k is not None:
-        return read(read(k, method='compress'), b.mask)
-    unfolded = read(b.image, b.has_image, b.tokens, method='unfold')
-    return read(streams.rows(unfolded, b.slots), b.mask)
+    items = (read(k, method='compress') if k is not None else
+             streams.rows(read(*at.content, method='unfold'), at.batch.slots))
+    return read(items, at.batch.mask)
 
 
 @output('_parts', needs=('t',))

@@ -29,8 +29,7 @@ class Stream:
 def plain(x, mask=True):
     """Make a stream of x [..., L, D] that each take one position; mask bool [..., L]."""
     mask = jnp.broadcast_to(mask, x.shape[:-1])
-    return Stream(x, mask, jnp.ones(mask.shape, jnp.int32),
-                  jnp.zeros((*mask.shape, 3), jnp.int32))
+    return Stream(x, mask, jnp.ones(mask.shape, jnp.int32), jnp.zeros((*mask.shape, 3), jnp.int32))
 
 
 def fixed(base, ids, *lead: int, mask=None):
@@ -52,10 +51,9 @@ def grid(x, mask, rows: int, columns: int, deep=None):
     """
     mask = jnp.broadcast_to(mask, x.shape[:-1])
     place = jnp.arange(rows * columns)
-    last = place == rows * columns - 1
+    advance = jnp.where(place == rows * columns - 1, max(rows, columns), 0)
     offset = jnp.stack([place * 0, place // columns, place % columns], axis=-1)
-    return Stream(x, mask,
-                  jnp.broadcast_to(jnp.where(last, max(rows, columns), 0), mask.shape),
+    return Stream(x, mask, jnp.broadcast_to(advance, mask.shape),
                   jnp.broadcast_to(offset, (*mask.shape, 3)), deep)
 
 

@@ -136,28 +136,23 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
       text_length: T.
     """
     keys = iter(jax.random.split(key, 16))
-    image = jnp.zeros((1, *image_shape), jnp.uint8)
-    tokens = jnp.ones((1, text_length), jnp.int32)
-    seen = jnp.ones((1,), bool)
+    content = (jnp.zeros((1, *image_shape), jnp.uint8), jnp.ones((1,), bool),
+               jnp.ones((1, text_length), jnp.int32))
     k = jnp.ones((1, 1, len(MODALITIES), spec.knowledge.features))
     one = k.reshape(1, -1)
 
     def heads(module, *args, method=None):
         return module.init(next(keys), *args, method=method)['params']
 
-    knowledge = heads(spec.knowledge, image, seen, tokens, method='everything')
-    transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), image, seen, tokens,
-                     method='everything')
+    knowledge = heads(spec.knowledge, *content, method='everything')
+    transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), *content, method='everything')
     base = knowledge.pop('base')
     del transfer['base']  # both MLLMs share one base
     return {
-        'base': base,
+        'base': base, 'knowledge': knowledge, 'transfer': transfer,
         'lora': {n: linear.init(next(keys), base, rank=rank, targets=targets)
                  for n in ('knowledge', 'transfer', 'distil')},
-        'knowledge': knowledge,
-        'transfer': transfer,
-        'disentangle': heads(spec.disentangle, one),
-        'adapter': heads(spec.adapter, k[0]),
+        'disentangle': heads(spec.disentangle, one), 'adapter': heads(spec.adapter, k[0]),
         'club': heads(spec.club, one, one),
         'critic': {name: heads(critic, one, one) for name, critic in spec.critics},
         'recommender': recommender_init(next(keys), spec, catalogue),
@@ -170,11 +165,11 @@ def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
     ids = jnp.ones((1, 1), jnp.int32)
     features = [flat(catalogue[n][ids]) for n in spec.recommend]
     fusion = spec.fusion.init(a, ids, ids > 0, features, catalogue['side'][ids])['params']
-    fusion = blank(fusion, catalogue['warm'])
     z = jnp.zeros((1, spec.encoder.max_length, spec.fusion.width))
     items = jnp.ones((1, spec.encoder.max_length), jnp.int32)
-    out = {'fusion': fusion, 'encoder': spec.encoder.init(
-        b, z, items, **_near(spec, catalogue, items, z[0]))['params']}
+    near = _near(spec, catalogue, items, z[0])
+    out = {'fusion': blank(fusion, catalogue['warm']),
+           'encoder': spec.encoder.init(b, z, items, **near)['params']}
     if spec.normalise:
         out['log_temperature'] = jnp.log(jnp.float32(spec.temperature))
     if spec.repeats:
@@ -226,9 +221,7 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
     h = spec.encoder.apply({'params': params['recommender']['encoder']}, z, items, keys,
                            **_near(spec, catalogue, items, z_table),
                            method='positions' if each else None)
-    if not spec.normalise:
-        return h
-    return unit(h) * jnp.exp(-params['recommender']['log_temperature'])
+    return unit(h) * jnp.exp(-params['recommender']['log_temperature']) if spec.normalise else h
 
 
 def repeat_shift(spec, params, items):
@@ -239,8 +232,8 @@ def repeat_shift(spec, params, items):
 def company_shift(spec, catalogue, items):
     """Return companions [B, N K] and the shift of their scores, see `companions.shifts`."""
     strength, decay = spec.together
-    ids, lift = (catalogue[name] for name in COMPANY)
-    return companions.shifts(ids, lift, items, strength=strength, decay=decay)
+    return companions.shifts(*(catalogue[name] for name in COMPANY), items, strength=strength,
+                             decay=decay)
 
 
 def _near(spec, catalogue, items, z_table):

@@ -91,9 +91,8 @@ def _placed(entry, tensors, dtype, sharding):
         if entry.layers is not None:
             layers, names, span = out, names[slice(*span[0])], span[1:]
         with ThreadPoolExecutor(min(THREADS, os.cpu_count())) as pool:
-            jobs = pool.map(lambda layer, name: _fill(layer, entry, span, tensors[name]),
-                            layers, names)
-            list(jobs)  # raises the error of a thread
+            # the list raises the error of a thread
+            list(pool.map(lambda x, name: _fill(x, entry, span, tensors[name]), layers, names))
         return out
 
     def at(index):
@@ -181,8 +180,9 @@ def bind(directory, spec: Spec) -> dict[str, Tensor]:
               'the config.json they were saved with. Fix: download both again')
     embed = bound[EMBED]
     head = bound.get('lm_head.weight', embed)
-    refuse_if(spec.decoder.tied and not (head.dtype == embed.dtype and np.array_equal(
-        *(mapped(t).view(np.uint8) for t in (head, embed)))),
+    refuse_if(
+        spec.decoder.tied and head is not embed and not (head.dtype == embed.dtype and (
+            np.array_equal(*(mapped(t).view(np.uint8) for t in (head, embed))))),
         f'{directory}: {head.name} differs from {embed.name}. Expected equal tensors, as '
         'config.json ties them. Fix: set tie_word_embeddings to false')
     return bound

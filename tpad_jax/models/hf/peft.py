@@ -17,8 +17,7 @@ from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.models.hf import keys, load
 from tpad_jax.models.hf.spec import Spec
 
-CONFIG, WEIGHTS, PICKLE = ('adapter_config.json', 'adapter_model.safetensors',
-                           'adapter_model.bin')
+CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 PREFIX = 'base_model.model.'
 NAME = re.compile(r'(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight')
 # Options of LoraConfig that change the result of an adapter if they are set.
@@ -91,8 +90,7 @@ def load_adapter(directory, spec: Spec) -> tuple[dict, float]:
     """
     directory = Path(directory)
     rank, scale = _config(directory / CONFIG)
-    file = directory / WEIGHTS
-    pickled = directory / PICKLE
+    file, pickled = directory / WEIGHTS, directory / 'adapter_model.bin'
     refuse_if(pickled.is_file() and not file.is_file(), f'{pickled}: pickled. Expected '
               'safetensors. Fix: convert it: python -c "import torch, safetensors.torch as s; '
               f's.save_file(torch.load(\'{pickled}\', weights_only=True), \'{file}\')"')

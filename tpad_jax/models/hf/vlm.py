@@ -88,15 +88,13 @@ class VLM(nn.Module):
           there: bool [...]. Whether there is an image.
         """
         s, lead = self.spec, image.shape[:-3]
-        flat = image.reshape(-1, *image.shape[-3:])
-        x = vit.normalise(flat, s.mean, s.std, jnp.dtype(self.dtype))
+        x = vit.normalise(image.reshape(-1, *image.shape[-3:]), s.mean, s.std, self.dtype)
         x = vit.patches(x, s.vision.patch)
         mask = jnp.broadcast_to(there[..., None], (*lead, s.image_tokens(self.side)))
         if isinstance(s.vision, specs.Tower):
             x = self.projector(self.vision(x))
             if s.newline:
-                line = jnp.broadcast_to(self.newline.astype(x.dtype), (len(x), 1, x.shape[-1]))
-                x = jnp.concatenate([x, line], axis=1)
+                x = jnp.pad(x, ((0, 0), (0, 1), (0, 0))).at[:, -1].set(self.newline.astype(x.dtype))
             return streams.plain(x.reshape(*lead, *x.shape[1:]), mask)
         x, deep = self.vision(x)
         deep = None if deep is None else deep.reshape(*lead, *deep.shape[1:])
