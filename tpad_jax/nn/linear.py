@@ -116,9 +116,8 @@ def misfits(params: dict, shapes: dict) -> str:
       params: {path: array}.
       shapes: {path: its shape}.
     """
-    faults = [f'{path} is missing' for path in sorted(shapes.keys() - params.keys())]
-    faults += [f'{path} is unexpected' for path in sorted(params.keys() - shapes.keys())]
-    faults += [f'{path} is {list(params[path].shape)}, not {list(shapes[path])}'
-               for path in sorted(shapes.keys() & params.keys())
-               if tuple(params[path].shape) != tuple(shapes[path])]
-    return '; '.join(faults)
+    actual = {path: list(x.shape) for path, x in params.items()}
+    rule = {path: list(shape) for path, shape in shapes.items()}
+    return '; '.join(f'{path} is {actual.get(path, "missing")}, not {rule.get(path, "expected")}'
+                     for path in sorted(actual.keys() | rule.keys())
+                     if actual.get(path) != rule.get(path))
