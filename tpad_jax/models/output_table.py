@@ -18,14 +18,10 @@ from tpad_jax.models.tpad import TPAD
 # run.
 PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'encoder')
 
-SOURCES = {
-    'content': 'images and words of the items of a batch',
-    'clusters': 'the clusters of config.model.clusters',
-    'trained r': 'features r that a loss may train',
-    'teacher': 'the MLLM of config.mllm.teacher',
-    'features': 'rows of the features that config.model.recommend names',
-    'prefixes': 'an encoder that reads all prefixes of a session at once',
-}
+# What a stage may lack: images and words of a batch's items; the clusters of config.model.clusters;
+# features r that a loss may train; the MLLM of config.mllm.teacher; rows of the features that
+# config.model.recommend names; an encoder that reads all prefixes of a session at once.
+SOURCES = ('content', 'clusters', 'trained r', 'teacher', 'features', 'prefixes')
 
 
 class Plan(NamedTuple):

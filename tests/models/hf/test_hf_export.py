@@ -146,7 +146,8 @@ def test_all_or_nothing(tmp_path, monkeypatch):
     del wrong['embed']
     with pytest.raises(InputError) as error:
         export.export(wrong, source, tmp_path / 'b')
-    for word in ('embed/embedding is missing', 'extra is [1], not expected', 'head/kernel is [48, 319]'):
+    for word in ('embed/embedding is missing', 'extra is [1], not expected',
+                 'head/kernel is [48, 319]'):
         assert word in str(error.value)
 
     def broken(*_):

@@ -23,13 +23,10 @@ def coordinates(spec: specs.Decoder) -> np.ndarray:
     Qwen2-VL (arXiv 2409.12191) has blocks of `sections`. Qwen3-VL alternates t h w t h w ... while
     rows and columns have frequencies left. Without M-RoPE all are 0.
     """
-    half = spec.head_dim // 2
-    if not spec.sections:
-        return np.zeros(half, int)
-    if not spec.interleaved:
+    if spec.sections and not spec.interleaved:
         return np.repeat(np.arange(3), spec.sections)
-    out = np.zeros(half, int)
-    for axis in (1, 2):
+    out = np.zeros(spec.head_dim // 2, int)
+    for axis in (1, 2) if spec.sections else ():
         out[axis:3 * spec.sections[axis]:3] = axis
     return out
 

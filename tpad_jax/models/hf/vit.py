@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.models.hf import layers, spec
 from tpad_jax.nn.attention import RMSNorm, rotate
 from tpad_jax.nn.linear import STACKED, Linear, gated, uniform
@@ -210,9 +210,8 @@ class Patch(nn.Module):
         Raises:
           InputError: the variables have an adapter for this layer, which does not support one.
         """
-        if self.has_variable('lora', 'a'):
-            raise InputError('config.model.lora_targets: matches vision/patch, a convolution. '
-                             'Expected dense layers only. Fix: narrow the expression')
+        refuse_if(self.has_variable('lora', 'a'), 'config.model.lora_targets: matches vision/patch,'
+                  ' a convolution. Expected dense layers only. Fix: narrow the expression')
         kernel = self.param('kernel', nn.initializers.lecun_uniform(),
                             (2, x.shape[-1], self.features))
         y = x @ kernel.astype(jnp.float32).sum(0).astype(x.dtype)
