@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tpad_jax.core import cli
-from tpad_jax.models.hf import export, load, peft, spec
+from tpad_jax.models.hf import export, load, spec
 
 
 def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
@@ -27,7 +27,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
       InputError: a directory is not of its form, or `out` exists.
     """
     description = spec.read(checkpoint)
-    pairs, scale = peft.load_adapter(adapter, description)
+    pairs, scale = export.load_adapter(adapter, description)
     dtypes = {t.dtype for t in load.stored(checkpoint) if t.dtype is not None}
     # sums are float32 in any case; a checkpoint of one dtype is written in it
     params = load.load(checkpoint, description, dtype=dtypes.pop() if len(dtypes) == 1 else

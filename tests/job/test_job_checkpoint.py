@@ -14,7 +14,7 @@ from tests import tiny_base, tiny_hf
 from tests.job import test_job
 from tpad_jax import merge
 from tpad_jax.job import job
-from tpad_jax.models.hf import load, peft, spec
+from tpad_jax.models.hf import export, load, spec
 
 ROOT = Path(__file__).parents[2]
 STEPS = dict(knowledge=3, transfer=3, recommend=6, joint=2)
@@ -106,7 +106,7 @@ def test_a_llava_leaves_adapters_that_change_it(tmp_path):
     job.run(c, tmp_path / 'run')
     adapters = tmp_path / 'run/adapters'
     assert {p.name for p in adapters.iterdir()} == {'knowledge', 'transfer', 'distil'}
-    tree, scale = peft.load_adapter(adapters / 'knowledge', spec.read(directory))
+    tree, scale = export.load_adapter(adapters / 'knowledge', spec.read(directory))
     assert scale == c.model.lora_alpha / c.model.lora_rank
     assert np.abs(tree['decoder']['layers']['attention']['q']['b']).max() > 0
     out = tmp_path / 'merged'

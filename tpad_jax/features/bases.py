@@ -16,7 +16,7 @@ from tpad_jax.data import prompts, text
 from tpad_jax.errors import InputError
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.hf import load, peft, spec, vlm
+from tpad_jax.models.hf import export, load, spec, vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllms import KnowledgeMLLM
 
@@ -150,7 +150,7 @@ def save_adapters(directory, config, base: Base, params: dict) -> None:
         return  # other libraries do not load the small base
     trees = unflatten_dict(params, sep='/').get('lora', {})
     for name, tree in trees.items():
-        peft.save_adapter(Path(directory) / name, tree, base.module.spec, config.model.lora_rank,
+        export.save_adapter(Path(directory) / name, tree, base.module.spec, config.model.lora_rank,
                           config.model.lora_alpha, config.mllm.checkpoint)
 
 

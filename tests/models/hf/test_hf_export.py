@@ -21,7 +21,6 @@ from benchmarks import parity_torch
 from tests import tiny_hf
 from tpad_jax.errors import InputError
 from tpad_jax.models.hf import export, keys, load, vlm
-from tpad_jax.models.hf import peft as adapters
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.nn import linear
 
@@ -213,7 +212,7 @@ def test_peft_loads_our_adapter_and_transformers_the_merged_model(made, tmp_path
     directory, spec, params, pair, _ = made
     scale = ALPHA / RANK
     ours = our_logits(made, pair, scale)
-    adapters.save_adapter(tmp_path / 'adapter', pair, spec, RANK, ALPHA, directory)
+    export.save_adapter(tmp_path / 'adapter', pair, spec, RANK, ALPHA, directory)
     base = opened(directory)
     plain = torch_logits(base, made)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
@@ -246,7 +245,7 @@ def by_peft(made, directory, **options):
 def test_an_adapter_of_peft_is_read(made, tmp_path):
     rs = made[0].name == 'case_llava'
     expected = by_peft(made, tmp_path, use_rslora=rs)
-    pair, scale = adapters.load_adapter(tmp_path, made[1])
+    pair, scale = export.load_adapter(tmp_path, made[1])
     assert scale == pytest.approx(6 / (2 if rs else 4))
     ours = our_logits(made, pair, scale)
     close(expected, ours, our_logits(made, pair, 0.0))
@@ -254,7 +253,7 @@ def test_an_adapter_of_peft_is_read(made, tmp_path):
 
 def test_adapters_of_other_namings_and_back(tmp_path, tmp_path_factory):
     _, spec, _, pair, _ = case('llava', tmp_path_factory.getbasetemp() / 'case_llava')
-    adapters.save_adapter(tmp_path, pair, spec, RANK, ALPHA, 'base')
+    export.save_adapter(tmp_path, pair, spec, RANK, ALPHA, 'base')
     file = tmp_path / 'adapter_model.safetensors'
     found = load_file(file)
     for turns in ({}, {'model.language_model.': 'language_model.model.', 'model.vision_tower.':
@@ -267,7 +266,7 @@ def test_adapters_of_other_namings_and_back(tmp_path, tmp_path_factory):
                 name = name.replace(old, new)
             changed[name] = x
         save_file(changed, file)
-        got, scale = adapters.load_adapter(tmp_path, spec)
+        got, scale = export.load_adapter(tmp_path, spec)
         assert scale == ALPHA / RANK
         got, want = flatten_dict(got), flatten_dict(pair)
         assert got.keys() == want.keys()
@@ -277,7 +276,7 @@ def test_adapters_of_other_namings_and_back(tmp_path, tmp_path_factory):
 
 def test_what_binds_to_nothing_is_refused(tmp_path, tmp_path_factory):
     _, spec, _, pair, _ = case('llava', tmp_path_factory.getbasetemp() / 'case_llava')
-    adapters.save_adapter(tmp_path, pair, spec, RANK, ALPHA, 'base')
+    export.save_adapter(tmp_path, pair, spec, RANK, ALPHA, 'base')
     file = tmp_path / 'adapter_model.safetensors'
     found = load_file(file)
     one = 'base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight'
@@ -285,7 +284,7 @@ def test_what_binds_to_nothing_is_refused(tmp_path, tmp_path_factory):
     def refused(changed, *words):
         save_file(changed, file)
         with pytest.raises(InputError) as error:
-            adapters.load_adapter(tmp_path, spec)
+            export.load_adapter(tmp_path, spec)
         for word in words:
             assert word in str(error.value)
 
@@ -301,7 +300,7 @@ def test_what_binds_to_nothing_is_refused(tmp_path, tmp_path_factory):
     refused({}, 'the file is empty')
     file.rename(tmp_path / 'adapter_model.bin')
     with pytest.raises(InputError, match=r'pickled.*python -c'):
-        adapters.load_adapter(tmp_path, spec)
+        export.load_adapter(tmp_path, spec)
 
 
 @pytest.mark.parametrize(('option', 'word'), [
@@ -311,11 +310,11 @@ def test_what_binds_to_nothing_is_refused(tmp_path, tmp_path_factory):
     ({'init_lora_weights': 'pissa'}, 'pissa'), ({'r': None}, 'r and lora_alpha')])
 def test_options_that_are_not_implemented_are_named(option, word, tmp_path, tmp_path_factory):
     _, spec, _, pair, _ = case('llava', tmp_path_factory.getbasetemp() / 'case_llava')
-    adapters.save_adapter(tmp_path, pair, spec, RANK, ALPHA, 'base')
+    export.save_adapter(tmp_path, pair, spec, RANK, ALPHA, 'base')
     file = tmp_path / 'adapter_config.json'
     file.write_text(json.dumps({**json.loads(file.read_text()), **option}))
     with pytest.raises(InputError) as error:
-        adapters.load_adapter(tmp_path, spec)
+        export.load_adapter(tmp_path, spec)
     assert word in str(error.value)
 
 
@@ -323,9 +322,9 @@ def test_what_peft_cannot_hold_is_refused(tmp_path, tmp_path_factory):
     _, spec, params, pair, _ = case('llava', tmp_path_factory.getbasetemp() / 'case_llava')
     patch = linear.init(jax.random.key(0), params, rank=RANK, targets='patch')
     with pytest.raises(InputError, match='vision/patch'):
-        adapters.save_adapter(tmp_path, patch, spec, RANK, ALPHA, 'base')
+        export.save_adapter(tmp_path, patch, spec, RANK, ALPHA, 'base')
     with pytest.raises(InputError, match='Expected rank 2'):
-        adapters.save_adapter(tmp_path, pair, spec, 2, ALPHA, 'base')
+        export.save_adapter(tmp_path, pair, spec, 2, ALPHA, 'base')
     assert not list(tmp_path.iterdir())
 
 
