@@ -18,9 +18,9 @@ from tpad_jax.models.tpad import TPAD
 # run.
 PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'encoder')
 
-# What a stage may lack: images and words of a batch's items; the clusters of config.model.clusters;
-# features r that a loss may train; the MLLM of config.mllm.teacher; rows of the features that
-# config.model.recommend names; an encoder that reads all prefixes of a session at once.
+# Sources that a stage may lack: images and words of a batch's items; the clusters of
+# config.model.clusters; features r that a loss may train; the MLLM of config.mllm.teacher; rows of
+# the features that config.model.recommend names; an encoder that reads all prefixes at once.
 SOURCES = ('content', 'clusters', 'trained r', 'teacher', 'features', 'prefixes')
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from tpad_jax.core.files import write_json, write_tensors
 from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.nn import linear
 
@@ -26,11 +27,9 @@ EXPECTED = ('Expected a directory that tpad_jax.pretrain wrote. Fix: correct con
 
 def save(directory, sizes: dict, params: dict):
     """Write sizes and parameters. Arrays are stored as float16."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     flat = {path: np.asarray(x, np.float16) for path, x in flatten_dict(params, sep='/').items()}
-    save_file(flat, directory / 'params.safetensors')
-    (directory / 'config.json').write_text(json.dumps(sizes, indent=2) + '\n')
+    write_json(Path(directory) / 'config.json', sizes)
+    write_tensors(Path(directory) / 'params.safetensors', flat)
 
 
 def load_sizes(directory=DEFAULT) -> dict:

@@ -154,12 +154,9 @@ class VLM(nn.Module):
         Returns:
           States [B, L or n, D] after the final norm.
         """
-        length = stream.x.shape[1]
-        order = jnp.tril(jnp.ones((length, length), bool))
-        # a padded token that would see nothing sees itself, or its softmax would be NaN
-        allowed = (stream.mask[:, None, None] & order) | jnp.eye(length, dtype=bool)
-        return self.decoder(stream.x.astype(self.dtype), streams.positions(stream), allowed,
-                            stream.deep, at=at)[0]
+        return self.decoder(stream.x.astype(self.dtype), streams.positions(stream),
+                            _allowed(stream.mask, jnp.arange(stream.mask.shape[1])), stream.deep,
+                            at=at)[0]
 
     @mllm_precision
     def decode(self, stream: Stream, cache: dict, index):
@@ -173,11 +170,8 @@ class VLM(nn.Module):
         Returns:
           States [B, L, D], and the cache with the new tokens.
         """
-        length = stream.mask.shape[1]
         mask = jax.lax.dynamic_update_slice_in_dim(cache['mask'], stream.mask, index, axis=1)
-        place = index + jnp.arange(length)
-        key = jnp.arange(mask.shape[1])
-        allowed = (mask[:, None, None] & (key <= place[:, None])) | (key == place[:, None])
+        allowed = _allowed(mask, index + jnp.arange(stream.mask.shape[1]))
         positions = streams.positions(stream) + cache['position'][:, None, None]
         h, (k, v) = self.decoder(stream.x.astype(self.dtype), positions, allowed, stream.deep,
                                  (cache['k'], cache['v']), index)
@@ -204,6 +198,13 @@ class VLM(nn.Module):
         image = jnp.zeros((1, 1, self.side, self.side, 3), jnp.uint8)
         tokens = jnp.full((1, self.spec.image_tokens(self.side)), self.spec.image_id)
         return self.logits(self(self.prompt(tokens, jnp.ones(tokens.shape, bool), image)))
+
+
+def _allowed(mask, place):
+    """Return which keys [S] the queries at `place` [L] see, bool [B, 1, L, S]."""
+    key = jnp.arange(mask.shape[1])
+    # a padded token that would see nothing sees itself, or its softmax would be NaN
+    return (mask[:, None, None] & (key <= place[:, None])) | (key == place[:, None])
 
 
 def shapes(spec: specs.Spec) -> dict:
