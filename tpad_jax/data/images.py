@@ -102,8 +102,7 @@ def by_stem(folder: Path) -> dict[str, list[Path]]:
     Returns:
       {stem: paths in the order of ENDINGS}, sorted.
     """
-    paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    paths = [path for path in paths if path.suffix.lower() in ENDINGS]
+    paths = [path for path in sorted(folder.glob('*')) if path.suffix.lower() in ENDINGS]
     out = {path.stem: [] for path in paths}
     for path in sorted(paths, key=lambda path: ENDINGS.index(path.suffix.lower())):
         out[path.stem].append(path)

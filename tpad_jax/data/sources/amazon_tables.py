@@ -132,7 +132,8 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **options) -> None:
     if (data_dir / Amazon.name).exists():
         shutil.rmtree(data_dir / Amazon.name)
     write_table(data_dir, 'items', {'items': _item_records(raw.catalogue)})
-    write_table(data_dir, 'images', {'images': _image_records(raw.catalogue)})
+    write_table(data_dir, 'images', {'images': (
+        {'image': Path(path).read_bytes() if path else b''} for path in raw.catalogue['image'])})
     write_table(data_dir, 'sessions', {split: _session_records(part)
                                        for split, part in splits.items()})
     finished = dict(version=str(Amazon.VERSION), fingerprint=identity, options=options,
@@ -153,7 +154,9 @@ def load(data_dir) -> Data:
       InputError: nothing finished is in data_dir.
     """
     finished = read_finished(data_dir)
-    items = _items(data_dir)
+    schema = {'price': pl.Float32, 'has_image': pl.Boolean, **dict.fromkeys(WORDS, pl.Binary)}
+    items = pl.DataFrame(_records(data_dir, 'items', 'items'), schema).with_columns(
+        pl.col(WORDS).cast(pl.String), pl.col('price').fill_nan(None))
     splits = {split: _sessions(data_dir, split) for split in ('train', 'valid', 'test')}
     warm = sessions_lib.warm_items(splits['train'], items.height)
     side, side_sizes = text.side_features(items, warm)
@@ -279,11 +282,6 @@ def _item_records(catalogue: pl.DataFrame) -> Iterator[dict]:
     return table.iter_rows(named=True)
 
 
-def _image_records(catalogue: pl.DataFrame) -> Iterator[dict]:
-    for path in catalogue['image']:
-        yield {'image': b'' if path is None else Path(path).read_bytes()}
-
-
 def _session_records(sessions: Sessions) -> Iterator[dict]:
     numbers = np.arange(len(sessions.start))
     for block in np.split(numbers, numbers[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
@@ -292,22 +290,15 @@ def _session_records(sessions: Sessions) -> Iterator[dict]:
                'start': part.start}
 
 
-def _items(data_dir) -> pl.DataFrame:
-    """The item table, row k being item id k + 1; price null where there is none."""
-    records = _records(read_table(data_dir, 'items', 'items'))
-    schema = {'price': pl.Float32, 'has_image': pl.Boolean, **dict.fromkeys(WORDS, pl.Binary)}
-    return pl.DataFrame(records, schema).with_columns(pl.col(WORDS).cast(pl.String),
-                                                      pl.col('price').fill_nan(None))
-
-
 def _sessions(data_dir, split: str) -> Sessions:
-    records = _records(read_table(data_dir, 'sessions', split))
+    records = _records(data_dir, 'sessions', split)
     items, lengths, start = (np.concatenate([record[key] for record in records])
                              for key in ('items', 'lengths', 'start'))
     return Sessions(items, np.append(0, np.cumsum(lengths)).astype(np.int64), start)
 
 
-def _records(source) -> list[dict]:
+def _records(data_dir, table: str, split: str) -> list[dict]:
+    source = read_table(data_dir, table, split)
     return [record for begin in range(0, len(source), READ_CHUNK)
             for record in source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))]
 

@@ -290,11 +290,24 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
     if _already_written(raw_dir, options):
         return
     planted = draw(seed, items)
+    words = zip(*wording.texts(planted.attributes, _stream(seed, _TEXTS)), strict=True)
+    images = rendering.render(planted.attributes, _stream(seed, _IMAGES), noise)
+    sessions = np.concatenate([
+        sample_sessions(planted, options[split], _stream(seed, stream), warm_only=split == 'train')
+        for split, stream in _SPLITS.items()])
     raw_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{raw_dir.name}.', dir=raw_dir.parent) as building:
         directory = Path(building, 'raw')
         (directory / 'images').mkdir(parents=True)
-        _fill(directory, planted, options)
+        _write_lines(directory / 'meta_Planted.jsonl', (
+            _metadata(item, *texts) for item, texts in enumerate(words, 1)))
+        for item, image in enumerate(images, 1):
+            Image.fromarray(image).save(directory / 'images' / f'{asin(item)}.jpg', quality=90)
+        _write_lines(directory / 'Planted.jsonl', (
+            _review(user, item, _START + user * _SESSION_SECONDS + place * _EVENT_SECONDS)
+            for user, session in enumerate(sessions.tolist())
+            for place, item in enumerate(session) if item))
+        (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')
         try:
             os.replace(directory, raw_dir)
         except OSError:  # another process was first; the same options gave the same bytes
@@ -313,25 +326,6 @@ def _already_written(raw_dir, options):
     refuse_if(written != options, f'{raw_dir} holds a planted catalogue of {written}. Expected '
               f'{options}. Fix: remove it or name another workdir.')
     return True
-
-
-def _fill(directory, planted, options):
-    """Write every file of `write` into an existing directory."""
-    seed = options['seed']
-    words = zip(*wording.texts(planted.attributes, _stream(seed, _TEXTS)), strict=True)
-    _write_lines(directory / 'meta_Planted.jsonl', (
-        _metadata(item, *texts) for item, texts in enumerate(words, 1)))
-    images = rendering.render(planted.attributes, _stream(seed, _IMAGES), options['noise'])
-    for item, image in enumerate(images, 1):
-        Image.fromarray(image).save(directory / 'images' / f'{asin(item)}.jpg', quality=90)
-    sessions = np.concatenate([
-        sample_sessions(planted, options[split], _stream(seed, stream), warm_only=split == 'train')
-        for split, stream in _SPLITS.items()])
-    _write_lines(directory / 'Planted.jsonl', (
-        _review(user, item, _START + user * _SESSION_SECONDS + place * _EVENT_SECONDS)
-        for user, session in enumerate(sessions.tolist())
-        for place, item in enumerate(session) if item))
-    (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')
 
 
 def _load(config, workdir):
