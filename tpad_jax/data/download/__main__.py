@@ -62,7 +62,14 @@ def table(report: dict) -> Table:
 @cli.command(NAME)
 def main(argv: list[str]) -> int:
     """Download, print the counts and return the exit status."""
-    args = _parser().parse_args(argv)
+    share = 0.05, 0, 1, 'share of damaged lines that refuses a raw file'
+    args = cli.Parser(NAME, 'Downloads the pictures of the items of a raw Amazon category.', {
+        'folder': dict(metavar='RAW_DIR', help='folder of raw files'),
+        **{f'--{name}': dict(type=cli.number(type(default), *limits) if limits else str,
+                             default=default, help=f'{text}, default %(default)s')
+           for name, (default, *limits, text) in {**OPTIONS, 'bad_share': share}.items()},
+        **{f'--{name}': dict(action='store_true', help=text) for name, text in SWITCHES.items()},
+    }).parse_args(argv)
     refuse_if(not args.user_agent.isprintable() or not args.user_agent.isascii(),
               '--user_agent holds characters that a request cannot carry. Expected printable ASCII')
     stopping = startup.begin()
@@ -79,19 +86,6 @@ def main(argv: list[str]) -> int:
     refuse_if(report['failed'] and not report['fetched'] + report['there'], 'no picture was '
               f'fetched ({reasons}); see {args.folder}/images/download.json{private}')
     return 0
-
-
-def _parser():
-    parser = cli.Parser(NAME, 'Downloads the pictures of the items of a raw Amazon category.')
-    parser.add_argument('folder', metavar='RAW_DIR', help='folder of raw files')
-    share = 0.05, 0, 1, 'share of damaged lines that refuses a raw file'
-    for name, (default, *limits, text) in {**OPTIONS, 'bad_share': share}.items():
-        kind = cli.number(type(default), *limits) if limits else str
-        parser.add_argument(f'--{name}', type=kind, default=default,
-                            help=f'{text}, default %(default)s')
-    for name, text in SWITCHES.items():
-        parser.add_argument(f'--{name}', action='store_true', help=text)
-    return parser
 
 
 if __name__ == '__main__':
