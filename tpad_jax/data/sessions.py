@@ -238,9 +238,9 @@ def take(sessions: Sessions, index: np.ndarray) -> Sessions:
 
 def join(first: Sessions, second: Sessions) -> Sessions:
     """Concatenate the sessions of two splits."""
-    return Sessions(np.concatenate([first.items, second.items]),
-                    np.concatenate([first.offsets, first.offsets[-1] + second.offsets[1:]]),
-                    np.concatenate([first.start, second.start]))
+    offsets = np.append(first.offsets, first.offsets[-1] + second.offsets[1:])
+    return Sessions(np.append(first.items, second.items), offsets,
+                    np.append(first.start, second.start))
 
 
 def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,18 +23,6 @@ from tpad_jax.errors import refuse_if, refusing
 DEFAULT = 'planted'
 
 
-class Sizes(NamedTuple):
-    """Sizes of a source for memory planning.
-
-    Attributes:
-      items: V, the padding item not counted.
-      side: number of ids of every side feature, 0 (unknown) included.
-    """
-
-    items: int
-    side: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Source:
     """One source.
@@ -43,7 +31,8 @@ class Source:
       load: reads it: (config, workdir) -> `catalogue.Data`. It may write to `workdir / 'data'`.
         An empty `fingerprint` or `audit` of the result is filled in by `sources.load`.
       check: refuses unusable options and missing files before anything is read or created.
-      sizes: the sizes without reading what is large; None: they are taken from the loaded data.
+      sizes: what `sources.sizes` returns, without reading what is large; None: it is taken from
+        the loaded data.
       content: whether items have texts and pictures. Without, only the recommender can be trained.
       timed: whether the sessions' start times are times; else `config.data.ordered` decides.
       longest: the longest prefix there is; 0: `config.data.max_length` alone limits it.
@@ -52,7 +41,7 @@ class Source:
 
     load: Callable[[Any, Path], Data]
     check: Callable[[Any], None] = lambda config: None
-    sizes: Callable[[Any, Path], Sizes] | None = None
+    sizes: Callable[[Any, Path], tuple[int, tuple[int, ...]]] | None = None
     content: bool = True
     timed: bool = True
     longest: int = 0
@@ -136,12 +125,15 @@ def origin(config) -> str:
     return str(config.data.get(name) or name)
 
 
-def sizes(config, workdir: Path) -> Sizes:
+def sizes(config, workdir: Path) -> tuple[int, tuple[int, ...]]:
     """Find the sizes of a source, at the price of loading it where its entry has no shorter way.
 
     Args:
       config: the run's.
       workdir: the run's directory.
+
+    Returns:
+      V, and the number of ids of every side feature, 0 (unknown) included.
 
     Raises:
       InputError: as the source's own functions.
@@ -150,7 +142,7 @@ def sizes(config, workdir: Path) -> Sizes:
     if source.sizes:
         return source.sizes(config, Path(workdir))
     data = source.load(config, Path(workdir))
-    return Sizes(data.num_items, data.side_sizes)
+    return data.num_items, data.side_sizes
 
 
 def load(config, workdir: Path) -> Data:

@@ -290,9 +290,7 @@ def _interactions(events: Iterator[tuple[str, str, int]], ids: dict[str, int]) -
         time.append(seconds)
     # users are numbered by their sorted names, so that no number depends on the order of lines
     number = np.argsort([users[name] for name in sorted(users)])
-    table = pl.DataFrame({'user': number[np.frombuffer(user, np.int64)],
-                          'item': np.frombuffer(item, np.int32),
-                          'time': np.frombuffer(time, np.int64)})
+    table = pl.DataFrame({'user': number[user], 'item': np.asarray(item), 'time': np.asarray(time)})
     return table.unique().sort('user', 'time', 'item')
 
 

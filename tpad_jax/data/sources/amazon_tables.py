@@ -23,7 +23,7 @@ from tpad_jax.data import audit, images, text
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
-from tpad_jax.data.sources import Sizes, Source, amazon
+from tpad_jax.data.sources import Source, amazon
 from tpad_jax.errors import refuse_if
 
 FINISHED = 'prepared.json'
@@ -115,7 +115,12 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **options) -> None:
     options = {name: kind(options[name]) for name, kind in OPTIONS.items()}
     identity = fingerprint(raw_dir, options)
     if (data_dir / FINISHED).is_file():
-        _check_same(raw_dir, data_dir, options, identity)
+        before = read_finished(data_dir)
+        differing = ', '.join(f'{key} ({before["options"].get(key)} there, {value} now)' for
+                              key, value in options.items() if before['options'].get(key) != value)
+        refuse_if(before['fingerprint'] != identity, f'{data_dir} was prepared with '
+                  f'{"another " + differing if differing else "other raw files"}, not with '
+                  f'{raw_dir} and the config. Expected the same. Fix: name another workdir.')
         return
     raw = amazon.read(raw_dir, bad_share)
     pauses = dict(by_day=raw.form == '2018', gap_seconds=round(options['gap_hours'] * 3600))
@@ -160,10 +165,9 @@ def load(data_dir) -> Data:
     splits = {split: _sessions(data_dir, split) for split in ('train', 'valid', 'test')}
     warm = sessions_lib.warm_items(splits['train'], items.height)
     side, side_sizes = text.side_features(items, warm)
-    return Data(asins=['', *items['asin']], titles=['', *items['title']],
-                texts=['', *items['text']], image_bytes=ImageBytes(data_dir),
-                has_image=np.append(False, items['has_image'].to_numpy()),
-                side=side, side_sizes=side_sizes, **splits, warm=warm,
+    words = {f'{name}s': ['', *items[name]] for name in ('asin', 'title', 'text')}
+    return Data(**words, image_bytes=ImageBytes(data_dir), side=side, side_sizes=side_sizes,
+                has_image=np.append(False, items['has_image'].to_numpy()), **splits, warm=warm,
                 vocabulary=text.side_vocabulary(items, warm),
                 **{key: finished[key] for key in ('lines', 'audit', 'fingerprint', 'form')})
 
@@ -264,30 +268,18 @@ def prepared(config, raw_dir: Path, workdir: Path, **cutting) -> Data:
     return load(workdir / 'data')
 
 
-def _check_same(raw_dir: Path, data_dir: Path, options: dict, identity: str) -> None:
-    before = read_finished(data_dir)
-    differing = ', '.join(f'{key} ({before["options"].get(key)} there, {value} now)'
-                          for key, value in options.items() if before['options'].get(key) != value)
-    refuse_if(before['fingerprint'] != identity,
-              f'{data_dir} was prepared with '
-              f'{"another " + differing if differing else "other raw files"}, not with {raw_dir} '
-              'and the config. Expected the same. Fix: name another workdir or delete it.')
-
-
 def _item_records(catalogue: pl.DataFrame) -> Iterator[dict]:
     texts = pl.Series('text', text.item_texts(catalogue)[1:], pl.String)
-    table = catalogue.select('asin', 'title', 'brand', 'category', texts,
-                             pl.col('price').fill_null(float('nan')),
-                             has_image=pl.col('image').is_not_null())
-    return table.iter_rows(named=True)
+    return catalogue.select('asin', 'title', 'brand', 'category', texts,
+                            pl.col('price').fill_null(float('nan')),
+                            has_image=pl.col('image').is_not_null()).iter_rows(named=True)
 
 
 def _session_records(sessions: Sessions) -> Iterator[dict]:
     numbers = np.arange(len(sessions.start))
     for block in np.split(numbers, numbers[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
         part = sessions_lib.take(sessions, block)
-        yield {'items': part.items, 'lengths': part.lengths.astype(np.int32),
-               'start': part.start}
+        yield {'items': part.items, 'start': part.start, 'lengths': part.lengths.astype(np.int32)}
 
 
 def _sessions(data_dir, split: str) -> Sessions:
@@ -313,10 +305,10 @@ def _load(config, workdir: Path) -> Data:
     return prepared(config, Path(c.raw_dir), workdir, core=c.core, valid=c.valid, test=c.test)
 
 
-def _sizes(_config, workdir: Path) -> Sizes:
+def _sizes(_config, workdir: Path) -> tuple[int, tuple[int, ...]]:
     """The sizes of tables that an earlier run prepared: reading raw files takes too long here."""
     data = load(workdir / 'data')
-    return Sizes(data.num_items, data.side_sizes)
+    return data.num_items, data.side_sizes
 
 
 SOURCE = Source(load=_load, check=lambda config: amazon.find_files(config.data.raw_dir),

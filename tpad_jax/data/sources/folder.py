@@ -108,8 +108,7 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     columns = [column for field in sides
                for column in _columns([item.get(field) for item in items[1:]], warm[1:])]
     side = np.zeros((len(items), len(columns)), np.int32)
-    for column, (ids, _) in enumerate(columns):
-        side[1:, column] = ids
+    side[1:] = np.reshape([ids for ids, _ in columns], (len(columns), len(items) - 1)).T
     rejected = {**loaded.lines['rejected'], 'in no session': len(records) - len(items) + 1,
                 **lines.rejected}
     return replace(
@@ -118,8 +117,7 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
         texts=[text.joined(item.get(field) for field in words) for item in items],
         image_bytes=Pictures(place, names), has_image=np.array([bool(name) for name in names]),
         side=side, side_sizes=tuple(size for _, size in columns), warm=warm,
-        lines={'read': lines.number, 'kept': len(items) - 1, 'rejected': rejected,
-               'unused': unused},
+        lines=dict(read=lines.number, kept=len(items) - 1, rejected=rejected, unused=unused),
         fingerprint=_digest(f'{digest} {words} {sides} {ordered} {valid} {seed}', file, place,
                             names))
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from tpad_jax.data import text
-from tpad_jax.data.sources import Sizes, Source
+from tpad_jax.data.sources import Source
 from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.errors import refuse_if
 
@@ -290,7 +290,7 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
     if _already_written(raw_dir, options):
         return
     planted = draw(seed, items)
-    words = zip(*wording.texts(planted.attributes, _stream(seed, _TEXTS)), strict=True)
+    words = wording.texts(planted.attributes, _stream(seed, _TEXTS))
     images = rendering.render(planted.attributes, _stream(seed, _IMAGES), noise)
     sessions = np.concatenate([
         sample_sessions(planted, options[split], _stream(seed, stream), warm_only=split == 'train')
@@ -299,8 +299,7 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
     with tempfile.TemporaryDirectory(prefix=f'.{raw_dir.name}.', dir=raw_dir.parent) as building:
         directory = Path(building, 'raw')
         (directory / 'images').mkdir(parents=True)
-        _write_lines(directory / 'meta_Planted.jsonl', (
-            _metadata(item, *texts) for item, texts in enumerate(words, 1)))
+        _write_lines(directory / 'meta_Planted.jsonl', map(_metadata, range(1, items + 1), *words))
         for item, image in enumerate(images, 1):
             Image.fromarray(image).save(directory / 'images' / f'{asin(item)}.jpg', quality=90)
         _write_lines(directory / 'Planted.jsonl', (
@@ -340,8 +339,8 @@ def _load(config, workdir):
 
 
 def _sizes(config, _workdir):
-    return Sizes(config.data.planted['items'],
-                 (len(wording.BRANDS) + 1, len(wording.CATEGORIES) + 1, text.PRICE_LEVELS + 1))
+    return config.data.planted['items'], (
+        len(wording.BRANDS) + 1, len(wording.CATEGORIES) + 1, text.PRICE_LEVELS + 1)
 
 
 SOURCE = Source(load=_load, sizes=_sizes, longest=LENGTHS[1] - 1,
