@@ -268,7 +268,7 @@ def test_unusable_config_spaces_are_refused(tmp_path, runs):
         search_lib.search_config(base.get_config(), tmp_path, trials=1)
     config = searched_config()
     config.search.space.model = ConfigDict(dict(widht=('int', 8, 64)))
-    with pytest.raises(InputError, match=r'names model.widht, which is not a key'):
+    with pytest.raises(InputError, match=r'names model\.widht, which'):
         search_lib.search_config(config, tmp_path, trials=1)
     config.search.space.model = ConfigDict(dict(width=('float', 8, 150)))
     with pytest.raises(InputError, match=r'model.width proposes .* another type'):

@@ -39,25 +39,23 @@ def live_bytes(jaxpr) -> int:
     kept = set(_variables(jaxpr.outvars))
 
     def fused(equation):
-        name, (out, *more) = equation.primitive.name, equation.outvars
-        if more or out in kept or name not in ELEMENTWISE:
+        name, outvars = equation.primitive.name, equation.outvars
+        if len(outvars) != 1 or outvars[0] in kept or name not in ELEMENTWISE:
             return False
-        return name in FREE or (set(readers[out]) <= READERS
-                                and (name in CHEAP or len(readers[out]) == 1))
+        read_by = readers[outvars[0]]
+        return name in FREE or (set(read_by) <= READERS and (name in CHEAP or len(read_by) == 1))
 
     last = {}
     for number, equation in reversed(list(enumerate(jaxpr.eqns))):
-        end = last.get(equation.outvars[0], number) if equation.outvars and fused(
-            equation) else number
+        end = last.get(equation.outvars[0], number) if fused(equation) else number
         for variable in _variables(equation.invars):
             last[variable] = max(last.get(variable, 0), end)
     live, most, ends = 0, 0, defaultdict(int)
     for number, equation in enumerate(jaxpr.eqns):
-        if equation.outvars and not fused(equation):
-            for out in equation.outvars:
-                if out not in kept:
-                    live += bytes_of(out.aval)
-                    ends[last.get(out, number)] += bytes_of(out.aval)
+        for out in () if fused(equation) else equation.outvars:
+            if out not in kept:
+                live += bytes_of(out.aval)
+                ends[last.get(out, number)] += bytes_of(out.aval)
         inside = max((live_bytes(inner) for inner in inner_jaxprs(equation)), default=0)
         most = max(most, live + inside)
         live -= ends[number]

@@ -65,18 +65,14 @@ def number(low: float, high: float = LARGE, *, whole: bool = False, above: bool 
 
 def choice(choices: Collection[str]) -> Rule:
     """Make the rule of one of some texts."""
-    return Rule(f'one of {_listed(choices)}',
+    return Rule('one of ' + ', '.join(text or "''" for text in choices),
                 lambda value: isinstance(value, str) and value in choices, choices)
 
 
 def choices_of(choices: Collection[str]) -> Rule:
     """Make the rule of any number of texts, separated by commas."""
-    return Rule(f'some of {_listed(choices)}, separated by commas', lambda value: isinstance(
+    return Rule(f'some of {", ".join(choices)}, separated by commas', lambda value: isinstance(
         value, str) and set(names(value)) <= set(choices), choices)
-
-
-def _listed(choices):
-    return ', '.join(text or "''" for text in choices)
 
 
 def pairs(first: Rule, second: Rule) -> Rule:
