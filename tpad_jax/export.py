@@ -27,19 +27,18 @@ PLATFORMS, MAX_ROWS = ('cpu', 'cuda', 'tpu'), 4096
 README = Path(__file__).parent / 'serving' / 'export_readme.md'  # template
 
 
-@cli.command('tpad_jax.export')
-def main(argv: list[str]) -> None:
+@cli.command('tpad_jax.export', 'Writes a finished run as files that need no tpad_jax.', {
+    'run': dict(help='workdir of a finished run'),
+    'directory': dict(type=Path, help='created if absent'),
+    '--k': dict(type=int, help=f'items per list, default {K}'),
+    '--rows': dict(type=cli.number(int, 1, MAX_ROWS), default=64, help='sessions per call, 64'),
+    '--sessions': dict(metavar='FILE', help='.jsonl, .jsonl.gz or .parquet, to be encoded'),
+    '--bad_share': dict(type=cli.number(float, 0, 1), default=0.05,
+                        help='share of the lines of --sessions that may be skipped, 0.05'),
+    '--ann': dict(action='store_true', help='also write an index for approximate lists'),
+})
+def main(args) -> None:
     """Export a run and print its files."""
-    args = cli.Parser('tpad_jax.export', 'Writes a finished run as files that need no tpad_jax.', {
-        'run': dict(help='workdir of a finished run'),
-        'directory': dict(type=Path, help='created if absent'),
-        '--k': dict(type=int, help=f'items per list, default {K}'),
-        '--rows': dict(type=cli.number(int, 1, MAX_ROWS), default=64, help='sessions per call, 64'),
-        '--sessions': dict(metavar='FILE', help='.jsonl, .jsonl.gz or .parquet, to be encoded'),
-        '--bad_share': dict(type=cli.number(float, 0, 1), default=0.05,
-                            help='share of the lines of --sessions that may be skipped, 0.05'),
-        '--ann': dict(action='store_true', help='also write an index for approximate lists'),
-    }).parse_args(argv)
     startup.prepare()
     print(*export(**vars(args)), sep='\n')
 

@@ -35,14 +35,13 @@ def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
     return export.export(export.merge(params, pairs, scale), checkpoint, out)
 
 
-@cli.command('tpad_jax.merge')
-def main(argv: list[str]) -> None:
+@cli.command('tpad_jax.merge', 'Merges an adapter into its checkpoint.', {
+    'checkpoint': dict(help='Hugging Face directory'),
+    'adapter': dict(help="directory in PEFT's form"),
+    'out': dict(help='directory to create'),
+})
+def main(args) -> None:
     """Merge and print the new directory."""
-    args = cli.Parser('tpad_jax.merge', 'Merges an adapter into its checkpoint.', {
-        'checkpoint': dict(help='Hugging Face directory'),
-        'adapter': dict(help="directory in PEFT's form"),
-        'out': dict(help='directory to create'),
-    }).parse_args(argv)
     print(merge(args.checkpoint, args.adapter, args.out))
 
 

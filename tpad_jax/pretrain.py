@@ -101,17 +101,15 @@ def objective(model: KnowledgeMLLM, params: dict, key: jax.Array, image: jax.Arr
     return (loss * weight).sum() / weight.sum()
 
 
-@cli.command('tpad_jax.pretrain')
-def main(argv: list[str]) -> None:
+@cli.command('tpad_jax.pretrain', 'Pretrains the small default base.', {
+    '--out': dict(type=Path, default=files.DEFAULT, metavar='DIR', help='directory to write'),
+    '--items': dict(type=cli.number(int, 1), default=24_000, help='random items to learn from'),
+    '--steps': dict(type=cli.number(int, 1), default=700, help='training steps'),
+    '--batch': dict(type=cli.number(int, 1), default=128, help='items per step'),
+    '--lr': dict(type=cli.number(float, 0, 1e9), default=2e-3, help='peak learning rate'),
+})
+def main(args) -> None:
     """Make the items, train the tokenizer and the model, write the directory."""
-    number = cli.number
-    args = cli.Parser('tpad_jax.pretrain', 'Pretrains the small default base.', {
-        '--out': dict(type=Path, default=files.DEFAULT, metavar='DIR', help='directory to write'),
-        '--items': dict(type=number(int, 1), default=24_000, help='random items to learn from'),
-        '--steps': dict(type=number(int, 1), default=700, help='training steps'),
-        '--batch': dict(type=number(int, 1), default=128, help='items per step'),
-        '--lr': dict(type=number(float, 0, 1e9), default=2e-3, help='peak learning rate'),
-    }).parse_args(argv)
     attributes, pictures, texts = make_items(args.items)
     rng = np.random.default_rng([STREAM, 1])
     captions = shuffled_captions(attributes, rng)

@@ -21,21 +21,20 @@ PRINTED = 20  # skipped lines that are printed; the rest is counted
 QUIET_SECONDS = 30  # between two lines of progress
 
 
-@cli.command(NAME)
-def main(argv: list[str]) -> None:
+@cli.command(NAME, 'Writes what a finished run recommends for the sessions of a file.', {
+    'run': dict(help='workdir of a finished run'),
+    '--sessions': dict(required=True, metavar='FILE',
+                       help='.jsonl, .jsonl.gz or .parquet; - is JSONL on standard input'),
+    '--k': dict(type=int, help=f'items per session, default {K}'),
+    '--out': dict(default='-', metavar='FILE',
+                  help='.jsonl or .parquet; default: JSONL on standard output'),
+    '--scores': dict(action='store_true', help='JSONL with the scores'),
+    '--added': dict(default='', metavar='FILE', help='items that save_added or serve wrote'),
+    '--bad_share': dict(type=cli.number(float, 0, 1), default=0.05,
+                        help='share of the lines that may be skipped, default 0.05'),
+})
+def main(args) -> None:
     """Answer the sessions of a file."""
-    args = cli.Parser(NAME, 'Writes what a finished run recommends for the sessions of a file.', {
-        'run': dict(help='workdir of a finished run'),
-        '--sessions': dict(required=True, metavar='FILE',
-                           help='.jsonl, .jsonl.gz or .parquet; - is JSONL on standard input'),
-        '--k': dict(type=int, help=f'items per session, default {K}'),
-        '--out': dict(default='-', metavar='FILE',
-                      help='.jsonl or .parquet; default: JSONL on standard output'),
-        '--scores': dict(action='store_true', help='JSONL with the scores'),
-        '--added': dict(default='', metavar='FILE', help='items that save_added or serve wrote'),
-        '--bad_share': dict(type=cli.number(float, 0, 1), default=0.05,
-                            help='share of the lines that may be skipped, default 0.05'),
-    }).parse_args(argv)
     run(args, startup.begin())
 
 

@@ -22,24 +22,22 @@ from tpad_jax.errors import refusing
 NAME = 'tpad_jax.serve'
 
 
-@cli.command(NAME)
-def main(argv: list[str]) -> int:
+@cli.command(NAME, 'Answers sessions over HTTP by a finished run.', {
+    'run': dict(type=Path, help='workdir of a finished run'),
+    '--host': dict(default='127.0.0.1', help='default 127.0.0.1: only this machine'),
+    '--port': dict(type=cli.number(int, 0, 2**16 - 1), default=8000, help='default 8000, 0: any'),
+    '--k': dict(type=cli.number(int, 1), default=20, help='items of the longest list, default 20'),
+    '--waiting': dict(type=cli.number(int, 1), default=4096, help='sessions that may wait, 4096'),
+    '--timeout': dict(type=cli.number(float, 0.001, 3600), default=10.0,
+                      help='seconds until a request is given up, default 10'),
+    '--grace': dict(type=cli.number(int, 0), default=30,
+                    help='seconds to answer accepted requests after a signal, default 30'),
+    '--no_new_items': dict(action='store_true', help='refuse to add items'),
+    '--added': dict(default='', metavar='FILE', help='keeps the added items over a restart'),
+    '--base': dict(default='', metavar='DIR', help="where the run's MLLM is, if it was moved"),
+})
+def main(args) -> int:
     """Serve a run until a signal; return the exit status."""
-    number = cli.number
-    args = cli.Parser(NAME, 'Answers sessions over HTTP by a finished run.', {
-        'run': dict(type=Path, help='workdir of a finished run'),
-        '--host': dict(default='127.0.0.1', help='default 127.0.0.1: only this machine'),
-        '--port': dict(type=number(int, 0, 2**16 - 1), default=8000, help='default 8000, 0: any'),
-        '--k': dict(type=number(int, 1), default=20, help='items of the longest list, default 20'),
-        '--waiting': dict(type=number(int, 1), default=4096, help='sessions that may wait, 4096'),
-        '--timeout': dict(type=number(float, 0.001, 3600), default=10.0,
-                          help='seconds until a request is given up, default 10'),
-        '--grace': dict(type=number(int, 0), default=30,
-                        help='seconds to answer accepted requests after a signal, default 30'),
-        '--no_new_items': dict(action='store_true', help='refuse to add items'),
-        '--added': dict(default='', metavar='FILE', help='keeps the added items over a restart'),
-        '--base': dict(default='', metavar='DIR', help="where the run's MLLM is, if it was moved"),
-    }).parse_args(argv)
     stopping = startup.begin()
     loop = None
     with contextlib.suppress(ImportError):  # a faster event loop, which Windows lacks

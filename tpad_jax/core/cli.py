@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tpad_jax.errors import UNWRITABLE, InputError, Stopped
 
@@ -58,22 +59,25 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     return read
 
 
-def command(name: str) -> Callable[[Callable[[list[str]], int | None]], Callable[..., int]]:
+def command(name: str, description: str = '', arguments: dict[str, dict] | None = None
+            ) -> Callable[[Callable[[Any], int | None]], Callable[..., int]]:
     """Turn the errors of a main function into one sentence on stderr and an exit status.
 
-    The function gets the arguments after the program's name and may return a status. InputError and
-    places that cannot be written are status 2, a number that is not finite is 1, and a signal is
-    75. A reader that closes the pipe ends the command quietly. Other errors are defects; they keep
-    their traceback.
+    The function gets the parsed arguments, or all of them as a list where none are declared, and
+    may return a status. InputError and places that cannot be written are status 2, a number that is
+    not finite is 1, and a signal is 75. A reader that closes the pipe ends the command quietly.
+    Other errors are defects; they keep their traceback.
 
     Args:
       name: first word of every message.
+      description: one line for --help; '': the function parses the arguments.
+      arguments: as in `Parser`.
 
     Returns:
       A decorator. The decorated function takes the arguments, by default those of the process, and
       optionally another name; it returns the status.
     """
-    def decorate(main: Callable[[list[str]], int | None]) -> Callable[..., int]:
+    def decorate(main: Callable[[Any], int | None]) -> Callable[..., int]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None, name: str = name) -> int:
             if argv is None:
@@ -81,13 +85,12 @@ def command(name: str) -> Callable[[Callable[[list[str]], int | None]], Callable
                 # a command that does not poll for signals ends at the first one, like Ctrl-C
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
-                status = main(list(argv))
+                parser = description and Parser(name, description, arguments)
+                status = main(parser.parse_args(argv) if parser else list(argv))
                 sys.stdout.flush()  # here, where a closed pipe is handled
                 return status or 0
-            except InputError as error:
-                return say(name, error, UNUSABLE)
-            except FloatingPointError as error:
-                return say(name, error, BROKEN)
+            except (InputError, FloatingPointError) as error:
+                return say(name, error, UNUSABLE if isinstance(error, InputError) else BROKEN)
             except Stopped as error:
                 error.add_note('run the same command again to resume')
                 return say(name, error, STOPPED)

@@ -226,17 +226,16 @@ def show(result: dict, console: Console) -> None:
             + ', '.join(result['unknown_slices']))
 
 
-@cli.command('tpad_jax.evaluate')
-def main(argv: list[str]) -> None:
+@cli.command('tpad_jax.evaluate', 'Compares two models by the ranks of their test rows.', {
+    '--compare': dict(nargs='+', required=True, metavar='RUN',
+                      help='workdirs of A and of B, several seeds separated by commas; one '
+                      'side alone compares two of its models'),
+    '--model': dict(default='tpad', help='the model on both sides'),
+    '--models': dict(nargs=2, metavar=('A', 'B'), help='the model of each side'),
+    '--json': dict(type=Path, metavar='FILE', help='also write the result to FILE'),
+})
+def main(args) -> None:
     """Compare the runs and print the tables."""
-    args = cli.Parser('tpad_jax.evaluate', 'Compares two models by the ranks of their test rows.', {
-        '--compare': dict(nargs='+', required=True, metavar='RUN',
-                          help='workdirs of A and of B, several seeds separated by commas; one '
-                          'side alone compares two of its models'),
-        '--model': dict(default='tpad', help='the model on both sides'),
-        '--models': dict(nargs=2, metavar=('A', 'B'), help='the model of each side'),
-        '--json': dict(type=Path, metavar='FILE', help='also write the result to FILE'),
-    }).parse_args(argv)
     refuse_if(len(args.compare) > 2 or (len(args.compare) == 1 and not args.models), '--compare '
               f'names {len(args.compare)} side(s). Expected two, or one and two --models of it')
     sides = [[read(path) for path in side.split(',')] for side in args.compare]

@@ -12,14 +12,13 @@ from tpad_jax.core import cli
 NAME = 'tpad_jax.report'
 
 
-@cli.command(NAME)
-def main(argv: list[str]) -> None:
+@cli.command(NAME, 'Writes the page of a finished run, or one that compares several.', {
+    'runs': dict(nargs='+', metavar='RUN', help='workdir of a finished run'),
+    '--out': dict(type=Path, metavar='FILE', help='default: RUN/report/index.html for one run, '
+                  'comparison.html for several'),
+})
+def main(args) -> None:
     """Write the page and print its path."""
-    args = cli.Parser(NAME, 'Writes the page of a finished run, or one that compares several.', {
-        'runs': dict(nargs='+', metavar='RUN', help='workdir of a finished run'),
-        '--out': dict(type=Path, metavar='FILE', help='default: RUN/report/index.html for one run, '
-                      'comparison.html for several'),
-    }).parse_args(argv)
     from tpad_jax.report import comparison, page, stored  # here: --help does not wait for jax
     runs = [stored.read(path) for path in args.runs]
     for sentence in (sentence for run in runs for sentence in run.absent):
