@@ -90,10 +90,8 @@ def _plain(value):
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return _rounded(value) if math.isfinite(value) else None
-    return value
-
-
-def _rounded(value):
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
     return round(value, 6) if abs(value) >= 1e-3 else float(f'{value:.6g}')

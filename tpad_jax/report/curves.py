@@ -6,6 +6,7 @@ second plane holds the same clouds without their means. It shows how an item's c
 to each cloud, which the gaps between the clouds would hide.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -31,11 +32,10 @@ DOTS = 400  # points of a cloud that are drawn
 
 def colours(names) -> dict[str, int]:
     """Choose a colour, 0..7, for each of some models or stages; known names have fixed ones."""
-    free = [n for n in (0, 5, 6, 7, 2, 3, 4, 1) if n not in {COLOURS.get(x) for x in names}]
-    others = [name for name in names if name not in COLOURS]
-    chosen = {name: (free or range(MOST))[i % len(free or range(MOST))]
-              for i, name in enumerate(others)}
-    return {name: COLOURS.get(name, chosen.get(name)) for name in names}
+    known = {name: COLOURS.get(name) for name in names}
+    others = [n for n in (0, 5, 6, 7, 2, 3, 4, 1) if n not in known.values()]
+    free = itertools.cycle(others or range(MOST))
+    return {name: next(free) if colour is None else colour for name, colour in known.items()}
 
 
 def training(run: Run) -> dict:

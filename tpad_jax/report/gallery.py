@@ -111,12 +111,9 @@ def drawn_rows(job) -> np.ndarray:
 
 def _rows(job, best):
     """{'k' | 'r': float [V, D]} of items 1..V as the best model reads them."""
-    stages = {'k': 'knowledge', 'r': 'transfer'}
-    if best == 'tpad_joint':
-        stages = dict.fromkeys(stages, 'joint')
     out = {}
-    for name, stage in stages.items():
-        directory = job.workdir / 'features' / stage
+    for name, stage in (('k', 'knowledge'), ('r', 'transfer')):
+        directory = job.workdir / 'features' / ('joint' if best == 'tpad_joint' else stage)
         if (directory / f'{name}.npy').is_file():
             rows = store.read(directory, name, slice(1, None))
             out[name] = np.asarray(rows, np.float32).reshape(len(rows), -1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refusing
 
 NEIGHBOURS, BUILD, SEARCH = 32, 200, 256  # per item; candidates when building and searching
 
@@ -66,8 +66,6 @@ def write(index, file: Path) -> None:
 
 
 def _faiss():
-    try:
-        import faiss  # an extra
-    except ImportError as error:
-        raise InputError('faiss is not installed; pip install "tpad_jax[ann]"') from error
-    return faiss
+    with refusing(ImportError, 'a package is missing', 'Fix: pip install "tpad_jax[ann]"'):
+        import faiss
+        return faiss

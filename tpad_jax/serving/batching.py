@@ -89,26 +89,24 @@ class Batcher:
                 continue
             part, size = [], 0
             while self._queue and (not part or size + len(self._queue[0][0]) <= SIZES[-1]):
-                rows, k, answer = self._queue.popleft()
-                self.waiting -= len(rows)
-                if not answer.done():  # else the client disconnected
-                    part.append((rows, k, answer))
-                    size += len(rows)
+                part.append(self._queue.popleft())
+                size += len(part[-1][0])
+            self.waiting -= size
+            part = [request for request in part if not request[2].done()]  # clients may disconnect
             if not part:
                 continue
-            self._on_call(size)
+            rows = [rows for rows, _, _ in part]
+            self._on_call(sum(map(len, rows)))
             try:
-                items, scores = await loop.run_in_executor(
-                    self._pool, self._shop.first, np.concatenate([rows for rows, _, _ in part]),
-                    self._most_k)
+                answers = await loop.run_in_executor(self._pool, self._shop.first,
+                                                     np.concatenate(rows), self._most_k)
             except Exception as error:  # each request reports it; the next call may succeed
                 for _, _, answer in part:
                     if not answer.done():
                         answer.set_exception(error)
                 continue
-            begin = 0
-            for rows, k, answer in part:
-                own = slice(begin, begin + len(rows))
-                begin = own.stop
+            cuts = np.cumsum([len(x) for x in rows])[:-1]
+            for (_, k, answer), items, scores in zip(part, *(np.split(x, cuts) for x in answers),
+                                                     strict=True):
                 if not answer.done():
-                    answer.set_result((items[own, :k], scores[own, :k]))
+                    answer.set_result((items[:, :k], scores[:, :k]))
