@@ -1,6 +1,7 @@
 """Files that are written completely or not at all."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hex."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def drop_partial_line(path: str | Path) -> None:

@@ -11,7 +11,6 @@ Files in WORKDIR/served:
 Recommending opens only these files. A new item also needs the base, which a run does not copy.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -100,7 +99,7 @@ def write(job, name: str, scores) -> None:
         'mllm': _located(c.mllm.to_dict()) if content else None,
         'base': job.base.fingerprint if content else None,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
-        'digests': {name: _digest(directory / name) for name in (MODEL, READER, ITEMS)}}
+        'digests': {name: files.sha256(directory / name) for name in (MODEL, READER, ITEMS)}}
     files.write_text(directory / ABOUT, json.dumps(about, indent=1, default=str) + '\n')
 
 
@@ -128,8 +127,8 @@ def read(workdir) -> Served:
         if about['version'] != VERSION:
             raise InputError(f'{file} has version {about["version"]}. Expected {VERSION}. {_AGAIN}')
         for name, digest in about['digests'].items():
-            refuse_if(_digest(directory / name) != digest, f'{directory / name} is damaged: its '
-                      f'bytes differ from those the run wrote. {_AGAIN}')
+            refuse_if(files.sha256(directory / name) != digest, f'{directory / name} is damaged: '
+                      f'its bytes differ from those the run wrote. {_AGAIN}')
         return _read(directory, about)
 
 
@@ -183,8 +182,3 @@ def _located(mllm: dict) -> dict:
     """Return config.mllm with absolute directories."""
     return {key: str(Path(x).resolve()) if key in ('base', 'checkpoint') and x else x
             for key, x in mllm.items()}
-
-
-def _digest(file) -> str:
-    with open(file, 'rb') as opened:
-        return hashlib.file_digest(opened, 'sha256').hexdigest()

@@ -10,7 +10,6 @@ Orbax reads a flipped byte in an array back without an error. The checksums dete
 every file, before Orbax reads one.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from tpad_jax.core.files import PARTIAL
+from tpad_jax.core.files import PARTIAL, sha256
 from tpad_jax.distributed import hosts
 from tpad_jax.errors import UNWRITABLE, InputError
 
@@ -267,12 +266,8 @@ def _retire(folder):
 
 def _checksums(folder):
     """{path below `folder`: SHA-256} of every file."""
-    sums = {}
-    for file in sorted(path for path in folder.rglob('*') if path.is_file()):
-        with file.open('rb') as opened:
-            sums[file.relative_to(folder).as_posix()] = (
-                hashlib.file_digest(opened, 'sha256').hexdigest())
-    return sums
+    return {file.relative_to(folder).as_posix(): sha256(file)
+            for file in sorted(folder.rglob('*')) if file.is_file()}
 
 
 def _damage(folder):

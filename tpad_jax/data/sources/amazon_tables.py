@@ -191,7 +191,7 @@ def fingerprint(raw_dir, options: dict) -> str:
     paths = [raw.metadata, raw.reviews, *pictures]
     total = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        for path, digest in zip(paths, pool.map(_digest, paths), strict=True):
+        for path, digest in zip(paths, pool.map(files.sha256, paths), strict=True):
             name = path.relative_to(raw_dir).as_posix()
             total.update(f'\n{name} {digest}'.encode(errors='surrogateescape'))
     return total.hexdigest()
@@ -293,11 +293,6 @@ def _records(data_dir, table: str, split: str) -> list[dict]:
     source = read_table(data_dir, table, split)
     return [record for begin in range(0, len(source), READ_CHUNK)
             for record in source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))]
-
-
-def _digest(path: Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _load(config, workdir: Path) -> Data:
