@@ -53,7 +53,7 @@ def search_config(config, workdir: str | Path, *, trials: int,
     space, current = dict(flat(config.search.space)), dict(flat(config))
     refuse_if(not space, 'config.search.space is empty. Expected an axis for every key to search')
     unknown = ', '.join(space.keys() - current.keys())
-    refuse_if(unknown, f'config.search.space names {unknown}, which the config does not have')
+    refuse_if(unknown, f'config.search.space names {unknown}, which is not a key of the config')
     defaults = {key: current[key] for key in space}
     # imported here: --help and a wrong space do not wait for jax
     from tpad_jax.baselines.tune import search
