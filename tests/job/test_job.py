@@ -16,6 +16,7 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.core import log as log_lib
 from tpad_jax.data import sessions
 from tpad_jax.data.sources import amazon_tables
+from tpad_jax.data.synthetic import planted
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation import compare, slices
 from tpad_jax.features import store
@@ -133,9 +134,30 @@ def whole(config, tmp_path_factory):
     return workdir, results, params
 
 
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory):
+    """A shorter run, on raw files without images: its config, workdir and results."""
+    root = tmp_path_factory.mktemp('finished')
+    planted.write(root / 'raw', **config.data.planted)
+    shutil.rmtree(root / 'raw' / 'images')
+    before = times(root / 'raw')
+    c = changed(config, data__raw_dir=str(root / 'raw'), data__core=1, data__valid=20,
+                data__test=30, data__gap_hours=0.1, data__max_length=7,
+                stages='knowledge,recommend', model__recommend='k', diagnostics=0)
+    c.rivals = {name: config.rivals[name].to_dict() for name in ('id_only', 'true_attributes')}
+    results = job.run(c, root / 'run')
+    assert times(root / 'raw') == before
+    return c, root / 'run', results
+
+
+def times(directory):
+    return sorted((path, path.stat().st_mtime_ns) for path in directory.rglob('*'))
+
+
 # --- what a run leaves behind -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_hold_what_the_interface_promises(whole, config):
     workdir, returned, _ = whole
     results = json.loads((workdir / 'results.json').read_text())
@@ -163,6 +185,7 @@ def test_results_hold_what_the_interface_promises(whole, config):
     assert results['provenance'].items() >= {'stages': list(STAGES), 'seed': config.seed}.items()
 
 
+@pytest.mark.slow
 def test_tpad_is_the_better_of_both_on_validation(whole):
     models = whole[1]['models']
     both = {name: models[name]['valid']['hit@20'] for name in ('tpad_recommend', 'tpad_joint')}
@@ -170,6 +193,7 @@ def test_tpad_is_the_better_of_both_on_validation(whole):
     assert models['tpad']['test'] == models[models['tpad']['is']]['test']
 
 
+@pytest.mark.slow
 def test_it_is_served_as_it_was_ranked(whole, config):
     """The chosen model, its parameters, the catalogue's rows: by every test row's first items."""
     workdir, results, _ = whole
@@ -184,6 +208,7 @@ def test_it_is_served_as_it_was_ranked(whole, config):
                                   np.minimum(above, 10))
 
 
+@pytest.mark.slow
 def test_files_of_a_run(whole):
     workdir, results, _ = whole
     log = log_of(workdir)
@@ -212,8 +237,8 @@ def test_files_of_a_run(whole):
         assert np.unique(rows[1:].reshape(40, -1), axis=0).shape[0] == 40
 
 
-def test_a_finished_run_returns_at_once(whole, config, monkeypatch):
-    workdir, results, _ = whole
+def test_a_finished_run_returns_at_once(finished, monkeypatch):
+    config, workdir, results = finished
     monkeypatch.setattr(job.Job, 'build', lambda self: pytest.fail('built a model'))
     before = (workdir / 'results.json').read_bytes()
     assert job.run(config, workdir)['models'].keys() == results['models'].keys()
@@ -225,19 +250,23 @@ def test_a_finished_run_returns_at_once(whole, config, monkeypatch):
 @pytest.mark.parametrize(('key', 'value'), [
     ('seed', 1), ('data__planted__seed', 1), ('stage__joint__steps', 6),
     ('losses__align__stages', 'joint'), ('losses__align__weight', 0.2)])
-def test_another_config_is_refused_by_the_keys_that_differ(whole, config, key, value):
-    before = sorted((path, path.stat().st_mtime_ns) for path in whole[0].rglob('*'))
+def test_another_config_is_refused_by_the_keys_that_differ(finished, key, value):
+    config, workdir, _ = finished
+    before = times(workdir)
     with pytest.raises(InputError, match=key.replace('__', r'\.') + r' was .* and is now') as told:
-        job.run(changed(config, **{key: value}), whole[0])
+        job.run(changed(config, **{key: value}), workdir)
     assert str(told.value).count(' was ') == 1
-    assert sorted((path, path.stat().st_mtime_ns) for path in whole[0].rglob('*')) == before
+    assert times(workdir) == before
 
 
-def test_other_data_are_refused(whole, config, tmp_path):
-    shutil.copytree(whole[0], tmp_path / 'run')
-    (tmp_path / 'run' / 'raw' / 'images' / 'P000000001.jpg').write_bytes(b'')
+def test_other_data_are_refused(finished, tmp_path):
+    config, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / 'run')
+    raw = shutil.copytree(config.data.raw_dir, tmp_path / 'raw')
+    with open(raw / 'meta_Planted.jsonl', 'a', encoding='utf-8') as file:
+        file.write('\n')
     with pytest.raises(InputError, match='other raw files'):
-        job.run(config, tmp_path / 'run')
+        job.run(changed(config, data__raw_dir=str(raw)), tmp_path / 'run')
 
 
 # --- resume -------------------------------------------------------------------------------------
@@ -323,8 +352,9 @@ def test_trainings_that_run_at_once_stop_and_resume_together(whole, config, tmp_
     assert found['seconds'].keys() == whole[1]['seconds'].keys()
 
 
-def test_results_without_a_provenance_are_refused(whole, config, tmp_path):
-    shutil.copytree(whole[0], tmp_path / 'run')
+def test_results_without_a_provenance_are_refused(finished, tmp_path):
+    config, workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / 'run')
     (tmp_path / 'run' / 'results.json').write_text('{"models": {}}')
     with pytest.raises(InputError, match=r"results.json is damaged \(KeyError: 'provenance'\)"):
         job.run(config, tmp_path / 'run')
@@ -397,21 +427,22 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
     assert len({file.read_bytes() for file in raw}) == 1
 
 
+def test_raw_files_without_images_are_read_where_they_lie(finished):
+    _, workdir, results = finished
+    assert 'oracle' not in results
+    assert set(results['models']) == {'tpad', 'tpad_recommend', 'id_only', *BASELINES}
+    assert not any('expected_hit@20' in scores['test'] for scores in results['models'].values())
+    data = results['data']
+    assert not data['planted']
+    assert (data['items'], data['items_without_image']) == (40, 40)
+    assert data['sessions'] == {'train': 120, 'valid': 20, 'test': 30}
+    assert data['images'] == {'read': 0, 'kept': 0, 'rejected': {}}
+    assert not (workdir / 'raw').exists()
+
+
 @pytest.mark.slow
-def test_raw_files_without_images_are_read_where_they_lie(whole, config, tmp_path):
-    raw = tmp_path / 'raw'
-    shutil.copytree(whole[0] / 'raw', raw, ignore=shutil.ignore_patterns('images'))
-    before = sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*'))
-    found = job.run(changed(config, data__raw_dir=str(raw), data__core=1, data__valid=20,
-                            data__test=30, data__gap_hours=0.1, data__max_length=7,
-                            stages='knowledge,recommend', model__recommend='k', diagnostics=0),
-                    tmp_path / 'run')
-    assert 'oracle' not in found
-    assert set(found['models']) == {'tpad', 'tpad_recommend', 'id_only', 'knowledge_only',
-                                    *BASELINES}
-    assert not any('expected_hit@20' in scores['test'] for scores in found['models'].values())
-    assert found['data'] == {**whole[1]['data'], 'planted': False, 'items_without_image': 40,
-                             'images': {'read': 0, 'kept': 0, 'rejected': {}},
-                             'fingerprint': found['data']['fingerprint']}
-    assert sorted((path, path.stat().st_mtime_ns) for path in raw.rglob('*')) == before
-    assert not (tmp_path / 'run' / 'raw').exists()
+def test_raw_files_are_the_sessions_that_were_planted(whole, finished):
+    found, expected = finished[2]['data'], whole[1]['data']
+    assert found == {**expected, 'planted': False, 'items_without_image': 40,
+                     'images': {'read': 0, 'kept': 0, 'rejected': {}},
+                     'fingerprint': found['fingerprint']}
