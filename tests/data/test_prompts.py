@@ -213,6 +213,7 @@ def reader(saved):
     return model, randomly(shapes), content
 
 
+@pytest.mark.slow
 def test_a_full_session_knows_what_came_before_alone(reader):
     model, variables, (image, there, tokens) = reader
 

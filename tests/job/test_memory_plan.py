@@ -119,6 +119,7 @@ def check_estimate(subject, stage):
     assert 0.6 < estimate / compiled < 1.6, (estimate, compiled)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_near_the_compilers_for_an_mllm():
     check_estimate(subject_of(small()), 'knowledge')
 

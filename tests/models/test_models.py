@@ -360,6 +360,7 @@ def test_item_vectors_of_any_feature_fresh_or_stored(params, recommend):
         assert out['h'].shape == (B, D)
 
 
+@pytest.mark.slow
 def test_evaluation_is_deterministic_and_draws_go_with_the_row(params):
     needs, fresh = (frozenset(x) for x in STAGES['joint'])
     batch, catalogue = make_batch(), make_catalogue()

@@ -39,11 +39,12 @@ def copy(made, tmp_path):
 # --- the lists ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', [
     dict(mllm=False, recommend='', normalise=False, repeats=True),
-    pytest.param(dict(encoder='gce_gnn', id_dropout=0.0, use_side=False), marks=pytest.mark.slow),
-    pytest.param(dict(partner=dict(model=dict(encoder='attention', width=24, repeats=True))),
-                 marks=pytest.mark.slow)], ids=['ids', 'graph', 'partner'])
+    dict(encoder='gce_gnn', id_dropout=0.0, use_side=False),
+    dict(partner=dict(model=dict(encoder='attention', width=24, repeats=True)))],
+    ids=['ids', 'graph', 'partner'])
 def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
     _, scores = tiny_served.write(tmp_path / 'run', base, **model)
     shop = tpad_jax.load(tmp_path / 'run')

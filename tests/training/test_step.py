@@ -110,7 +110,9 @@ def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
     assert still == (set() if stage != 'joint' else {'club', 'transfer'})
 
 
-@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize('stage', [
+    pytest.param(stage, marks=pytest.mark.slow) if stage in ('transfer', 'joint') else stage
+    for stage in STAGES])
 def test_frozen_parameters_get_neither_gradient_nor_optimiser_state(stage):
     spec, params, catalogue = model()
     config = base.get_config()  # AdamW, whose state holds two arrays per trained one
