@@ -41,7 +41,7 @@ from tpad_jax.types import Batch, State
 # each compiles for a quarter of a minute or more
 QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('recommend', 'shard_map')}
 # `python -m benchmarks.replicas` runs these, too
-LONGEST = {('knowledge', '4x2'), ('recommend', '2x4'),
+LONGEST = {('knowledge', '4x2'), ('knowledge', 'shard_map'), ('recommend', '2x4'),
            *(('transfer', way) for way in ('shard_map', '4x2', '2x4', 'parts')),
            *(('joint', way) for way in ('shard_map', 'pmap', '2x4', 'parts'))}
 CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.mark.slow)
