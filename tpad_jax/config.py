@@ -108,9 +108,9 @@ def tiny(c: ConfigDict) -> None:
         'data.planted.items': 80, 'data.planted.train': 300, 'data.planted.valid': 60,
         'data.planted.test': 80,
         'stage.knowledge.steps': 8, 'stage.transfer.steps': 8, 'stage.recommend.steps': 40,
-        'stage.joint.steps': 6, 'stage.recommend.eval_every': 20, 'stage.joint.eval_every': 3,
-        'stage.joint.refresh_every': 3} | {
-            key: 32 for key, _ in flat(c) if key.endswith('.batch_size')})
+        'stage.joint.steps': 3, 'stage.recommend.eval_every': 20, 'stage.joint.eval_every': 3,
+        'stage.joint.refresh_every': 3, 'diagnostics': 32} | {
+            key: 16 for key, _ in flat(c) if key.endswith('.batch_size')})
 
 
 def data() -> ConfigDict:
