@@ -19,7 +19,7 @@ WORDS = re.compile(r"""(?ix)
     |(?-i:(?:^|(?<=[.!?]\ ))(What|Nothing|None|Whatever|Whoever)\ (?!to\b)(?=\w))""")
 # code terms and public keys, removed before a text is searched
 ALLOWED = re.compile(r"""(?x)
-    config\.rivals[\w.]*|\brivals\.\w+|c\.rivals|figures/|/figures|leaves\ of\ a\ pytree
+    config\.rivals[\w.]*|\brivals\.[\w*]+|c\.rivals|figures/|/figures|leaves\ of\ a\ pytree
     |pytree\ leaves|tree\.leaves|tree_leaves|figures\.py|`[^`]*`|\]\([^)]*\)""")
 PAGES = ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', *(
     str(path.relative_to(ROOT)) for path in sorted((ROOT / 'docs').glob('*.md'))))
