@@ -43,7 +43,7 @@ def test_a_file_order_is_told_from_no_order_and_from_directed_behaviour():
     assert listed['fixed_order_share'] > 0.95
     assert any('looks like that of a file' in line for line in listed['warnings'])
     assert 'cannot be made' in listed['verdict']
-    assert 'is that of a file' in listed['verdict']
+    assert 'looks like that of a file' in listed['verdict']
 
     free = report(drawn(0, 4000), drawn(1, 500))
     assert free['one_way_share'] == pytest.approx(free['one_way_by_chance'], abs=0.01)

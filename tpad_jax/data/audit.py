@@ -155,69 +155,56 @@ def verdict(report: dict) -> str:
     Returns:
       One or two sentences.
     """
-    share, shuffled, ties = _percents(report), report['shuffle'], report['tie_share']
+    shuffled, doubts, times = report['shuffle'], _doubts(report), report['tie_share']
     affected = [(rule, metric) for rule in ('sr', 'markov') for metric in GAINS
                 if _loss(shuffled, rule, metric) > SURE * (shuffled[rule][metric]['error'] or 0)]
-    one_way = f'{share["one_way_share"]} of the frequent pairs occur in one direction only'
-    equal = f'{share["tie_share"]} of neighbouring events have equal times'
-    for holds, reason in (
-            (_is_a_files(report), 'the order inside sessions is that of a file, not of the '
-             f'customers ({one_way}, one fixed order of the items predicts '
-             f'{share["fixed_order_share"]} of the test pairs). A directed model that wins here '
-             'may have learnt that order alone.'),
-            (report['day_granular'], 'the times are days, so the order inside sessions is not '
-             'known.'),
-            ((ties or 0) > MOST_TIES, f'{equal}, so the order inside sessions is not known.'),
-            (not affected, f'on {shuffled["rows"]} test rows, shuffling the sessions does not '
-             'lower the metrics of directed rules measurably.')):
-        if holds:
-            return f'Claims about transitions cannot be made on these data: {reason}'
+    reasons = [sentence for forbids, sentence in doubts if forbids]
+    if not affected:
+        reasons.append(f'on {shuffled["rows"]} test rows, shuffling the sessions does not lower '
+                       'the metrics of directed rules measurably')
+    if reasons:
+        return f'Claims about transitions cannot be made on these data: {reasons[0]}.'
     rule, metric = affected[0]
     close = _loss(shuffled, 'symmetric', metric) > _loss(shuffled, rule, metric) / 2
     changes = ' and '.join(_change(report, *names, metric) for names in
                            ((rule, 'a directed rule'), ('symmetric', 'a symmetric one')))
-    reserves = ', and '.join(reserve for holds, reserve in (
-        (ties is None,
-         'the times are not known, so that this holds for the sessions as they are'),
-        ((ties or 0) > TIES, equal),
-        (report['order_pairs'] < MIN_PAIRS, f'{report["order_pairs"]} frequent pairs are too few '
-         'to tell the order of a file from that of the customers'),
-        (_one_way(report), f'{one_way}, so check that the times are real')) if holds)
+    reserves = [sentence for _, sentence in doubts]
+    if report['order_pairs'] < MIN_PAIRS:
+        reserves.append(f'{report["order_pairs"]} frequent pairs are too few to tell the order of '
+                        'a file from that of the customers')
+    if times is None:
+        reserves.append('the times are not known, so that this holds for the sessions as they are')
     return ('Claims about transitions can be made on these data: there is no fixed order, and '
             f'shuffling lowers {metric} ({changes}), '
             + ('more by closeness than by direction.' if close else 'by direction.')
-            + (f' But {reserves}.' if reserves else ''))
+            + (f' But {"; ".join(reserves)}.' if reserves else ''))
+
+
+def _doubts(report: dict) -> list[tuple[bool, str]]:
+    """What speaks against claims about transitions: whether it forbids them, and a sentence."""
+    share, days, ties = _percents(report), report['day_granular'], report['tie_share'] or 0
+    one_way = report['order_pairs'] >= MIN_PAIRS and report['one_way_share'] > ONE_WAY
+    fixed = one_way and (report['fixed_order_share'] or 0) > FIXED_ORDER
+    facts = (f'{share["one_way_share"]} of the frequent pairs occur in one direction only '
+             f'({share["one_way_by_chance"]} by chance)')
+    return [(forbids, sentence) for holds, forbids, sentence in (
+        (fixed, True, f'{facts}, and one fixed order of the items predicts '
+         f'{share["fixed_order_share"]} of the test pairs: the order inside sessions looks like '
+         'that of a file, not of the customers, and a directed model may only be learning it'),
+        (days, True, 'every session starts at midnight UTC: the times are days, not moments, so '
+         'the order inside a session is not known (equal times are in a seeded random order)'),
+        (not days and ties > TIES, ties > MOST_TIES,
+         f'{share["tie_share"]} of neighbouring events in a session have equal times: their order '
+         'is not known and was drawn at random with the seed'),
+        (one_way and not fixed, False, f'{facts}: transitions are strongly directed; check that '
+         'the times are real before you claim anything about transitions')) if holds]
 
 
 def _warnings(report: dict) -> list[str]:
-    share, days = _percents(report), report['day_granular']
-    facts = (f'Of {report["order_pairs"]} item pairs adjacent {MIN_SEEN} times or more '
-             f'{share["one_way_share"]} occur in one direction only ({share["one_way_by_chance"]} '
-             'by chance)')
-    return [sentence for holds, sentence in (
-        (days, 'Every session starts at midnight UTC: the times are days, not moments. The order '
-         'inside a session is not known (equal times are in a seeded random order), and claims '
-         'about transitions inside a day cannot be made.'),
-        (not days and (report['tie_share'] or 0) > TIES,
-         f'{share["tie_share"]} of neighbouring events in a session have equal times: their order '
-         'is not known and was drawn at random with the seed.'),
-        (_is_a_files(report),
-         f'{facts}, and one fixed order of the items predicts {share["fixed_order_share"]} of the '
-         'test pairs: the order inside sessions looks like that of a file, not of the customers, '
-         'and a directed model may only be learning it.'),
-        (_one_way(report) and not _is_a_files(report),
-         f'{facts}: transitions are strongly directed; check that the times are real before you '
-         'claim anything about transitions.'),
-        *(((report[name] or 0) > limit, f'{share[name]} of {text}')
-          for name, (limit, text) in WARNED_SHARES.items())) if holds]
-
-
-def _one_way(report: dict) -> bool:
-    return report['order_pairs'] >= MIN_PAIRS and report['one_way_share'] > ONE_WAY
-
-
-def _is_a_files(report: dict) -> bool:
-    return _one_way(report) and (report['fixed_order_share'] or 0) > FIXED_ORDER
+    share = _percents(report)
+    doubts = [f'{sentence[0].upper()}{sentence[1:]}.' for _, sentence in _doubts(report)]
+    return doubts + [f'{share[name]} of {text}' for name, (limit, text) in WARNED_SHARES.items()
+                     if (report[name] or 0) > limit]
 
 
 def _loss(shuffled: dict, rule: str, metric: str) -> float:
