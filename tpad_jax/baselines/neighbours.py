@@ -177,12 +177,11 @@ class _Index(NamedTuple):
 def _index(train, num_items, ordered):
     if ordered is None:
         ordered = len(np.unique(train.start)) > 1
-    count = len(train.offsets) - 1
+    count = len(train.lengths)
     if not ordered:
         train = take(train, np.random.default_rng(0).permutation(count))
-    owner = np.repeat(np.arange(count), np.diff(train.offsets))
-    event = _last(owner, train.items)
-    item, session = train.items[event], owner[event]
+    event = _last(train.owner, train.items)
+    item, session = train.items[event], train.owner[event]
     by_item = np.argsort(item, kind='stable')
     return _Index(item, event, session, np.searchsorted(session, np.arange(count + 1)), by_item,
                   np.searchsorted(item[by_item], np.arange(num_items + 2)), ordered)
@@ -269,7 +268,7 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
         sampled = _from_end(owner, len(items)) < sample_size
         owner, session, entry, event, similar = (
             array[sampled] for array in (owner, session, entry, event, similar))
-        similar = similar * scale[session]
+        similar *= scale[session]
         # relative to the row's latest candidate, or all could vanish
         if lambda2 is not None and index.ordered:
             latest = np.zeros(len(items), session.dtype)

@@ -19,9 +19,9 @@ import scipy.sparse as sp
 
 from tpad_jax.baselines import neighbours
 from tpad_jax.baselines.tune import search
-from tpad_jax.data.item_graphs import followers
+from tpad_jax.data.item_graphs import decayed, followers, membership
 from tpad_jax.data.sessions import Rows, Sessions, counts
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation import metrics
 
 LONGEST_RULE = 10  # steps between the two items of a rule
@@ -87,17 +87,12 @@ def fit_item_knn(train: Sessions, num_items: int, decay: float = 0.6, shrink: fl
       shrink: lowers the similarity of rare items (Hidasi et al. 2016 use 20).
       repeats: whether an item is its own neighbour.
     """
-    lengths = np.diff(train.offsets)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    late = np.arange(len(owner)) >= (train.offsets[1:] - LONGEST_SESSION)[owner]
-    holds = sp.csr_array((np.ones(late.sum()), (owner[late], train.items[late])),
-                         shape=(len(lengths), num_items + 1))
-    holds.data[:] = 1  # an item counts once per session
-    scale = sp.diags_array(1 / np.sqrt(np.maximum(holds.sum(axis=0) + shrink, 1)))
-    cosine = sp.csr_array(scale @ (holds.T @ holds) @ scale)
+    held = membership(train, num_items, LONGEST_SESSION)
+    scale = sp.diags_array(1 / np.sqrt(np.maximum(held.sum(axis=0) + shrink, 1)))
+    cosine = sp.csr_array(scale @ (held.T @ held) @ scale)
     if not repeats:
         cosine.setdiag(0)
-    return lambda items: _sparse(_prefix(items, decay, num_items) @ cosine)
+    return lambda items: _sparse(decayed(items, decay, num_items) @ cosine)
 
 
 def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay: float = 0.6,
@@ -118,7 +113,7 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
     square = (unit * unit).sum(axis=1)
 
     def scorer(items):
-        prefix = _prefix(items, decay, num_items).tocsc()
+        prefix = decayed(items, decay, num_items).tocsc()
         query = prefix @ unit
         scores = np.empty((len(items), num_items + 1), np.float32)
         # a part of the catalogue at a time: all items in float64 would be gigabytes
@@ -186,14 +181,14 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
     Raises:
       InputError: the name is unknown, there are no rows, or features are missing or not read.
     """
-    if name not in BASELINES:
-        raise InputError(f'unknown baseline {name!r}. Expected one of {", ".join(BASELINES)}')
-    if not len(valid.target):
-        raise InputError(f'{name}: the validation split has no rows to tune on. Fix: enlarge it')
+    refuse_if(name not in BASELINES,
+              f'unknown baseline {name!r}. Expected one of {", ".join(BASELINES)}')
+    refuse_if(not len(valid.target),
+              f'{name}: the validation split has no rows to tune on. Fix: enlarge it')
     fit, space = BASELINES[name]
-    keywords = inspect.signature(fit).parameters
-    if ('features' in keywords) != (features is not None):
-        raise InputError(f'{name} {"reads no" if features is not None else "needs"} item features')
+    keywords, extra = inspect.signature(fit).parameters, features is not None
+    refuse_if(('features' in keywords) != extra,
+              f'{name} {"reads no" if extra else "needs"} item features')
     fixed = {key: value for key, value in (('features', features), ('ordered', ordered))
              if key in keywords}
     if len(valid.target) > TUNED_ROWS:
@@ -214,15 +209,6 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
                  {**record, 'rows': len(valid.target)})
 
 
-def _prefix(items, decay, num_items):
-    """int32 [R, N] -> csr float64 [R, V + 1], decay^d at the item d steps before the end."""
-    row, position = np.nonzero(items)
-    weight = float(decay) ** (np.count_nonzero(items, axis=1)[row] - 1 - position)
-    row, position, weight = (array[weight > 0] for array in (row, position, weight))
-    shape = len(items), num_items + 1
-    return sp.csr_array((weight, (row, items[row, position])), shape=shape)
-
-
 def _rule_scorer(rules, train, num_items, decay, backoff):
     """(1 - backoff) times the prefix's rules, summing to 1, + backoff times popularity."""
     frequency = counts(train, num_items)
@@ -230,7 +216,7 @@ def _rule_scorer(rules, train, num_items, decay, backoff):
     rules = sp.csr_array(sp.diags_array(1 / np.sqrt(np.maximum(frequency, 1))) @ rules)
 
     def scorer(items):
-        scores = _prefix(items, decay, num_items) @ rules
+        scores = decayed(items, decay, num_items) @ rules
         total = scores.sum(axis=1)
         share = np.divide(1 - backoff, total, out=np.zeros_like(total), where=total > 0)
         scores.data *= np.repeat(share, np.diff(scores.indptr))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from tpad_jax.core import files
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 
 Space = dict[str, tuple]
 Objective = Callable[[dict, int], dict]
@@ -57,8 +57,8 @@ def search(objective: Objective, space: Space, defaults: dict, *, trials: int, s
       FloatingPointError: every trial failed.
     """
     check_space(space, defaults, name)
-    if trials < 1:
-        raise InputError(f'{name}: trials={trials}: too few. Expected 1 or more. Fix: raise it.')
+    refuse_if(trials < 1,
+              f'{name}: trials={trials}: too few. Expected 1 or more. Fix: raise it.')
     import optuna  # imported where it is first needed: it is slow, and logs every trial by default
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(storage, name, {'space': space, 'defaults': defaults, 'seed': seed,
@@ -108,19 +108,17 @@ def check_space(space: Space, defaults: dict, name: str = 'search') -> None:
       InputError: naming the axis.
     """
     for key, (kind, *ends) in space.items():
-        where = f'{name}: {key} of {(kind, *ends)}'
-        is_choice, default = kind == 'choice', defaults[key]
-        if is_choice:
+        where, default = f'{name}: {key} of {(kind, *ends)}', defaults[key]
+        if kind == 'choice':
             good = len(ends) == 1 and len(ends[0]) > 0
         else:
             good = (kind in ('float', 'log', 'int') and len(ends) == 2
                     and (0 if kind == 'log' else -np.inf) < ends[0] <= ends[1] < np.inf)
-        if not good:
-            raise InputError(f"{where}: not an axis. Expected ('float' | 'log' | 'int', low, high) "
-                             "with low <= high, and low > 0 for 'log', or ('choice', (a, b, ..)).")
-        if not (default in ends[0] if is_choice else ends[0] <= default <= ends[1]):
-            raise InputError(f'{where}: excludes its default {default!r}. Expected an axis '
-                             'that includes it. Fix: widen the axis.')
+        refuse_if(not good, f"{where}: not an axis. Expected ('float' | 'log' | 'int', low, high) "
+                  "with low <= high, and low > 0 for 'log', or ('choice', (a, b, ..)).")
+        includes = default in ends[0] if kind == 'choice' else ends[0] <= default <= ends[1]
+        refuse_if(not includes, f'{where}: excludes its default {default!r}. Expected an axis that '
+                  'includes it. Fix: widen the axis.')
 
 
 def _study(storage, name, settings):
@@ -134,13 +132,11 @@ def _study(storage, name, settings):
     study = optuna.create_study(storage=storage, study_name=name, direction='maximize',
                                 load_if_exists=True)
     settings = json.loads(json.dumps(settings))  # as the journal returns them
-    stored = study.user_attrs.get('search')
-    if stored is None:
-        study.set_user_attr('search', settings)
-    elif stored != settings:
-        changed = ', '.join(key for key in settings if stored.get(key) != settings[key])
-        raise InputError(f'{name} was searched with another {changed} in the same journal. Fix: '
-                         'search in another directory.')
+    stored = study.user_attrs.get('search', settings)
+    changed = ', '.join(key for key in settings if stored.get(key) != settings[key])
+    refuse_if(changed, f'{name} was searched with another {changed} in the same journal. Fix: '
+              'search in another directory.')
+    study.set_user_attr('search', settings)
     return study
 
 

@@ -35,6 +35,44 @@ def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float
     return sp.csr_array((np.concatenate(weight), cells), shape=(num_items + 1, num_items + 1))
 
 
+def decayed(items: np.ndarray, decay: float, num_items: int) -> sp.csr_array:
+    """Weigh the items of prefixes by their steps from the prefix's end.
+
+    Args:
+      items: int32 [R, N] prefixes, left aligned, 0 pads.
+      decay: an item d steps before the end weighs decay^d; 0: the last item only.
+      num_items: V.
+
+    Returns:
+      csr float64 [R, V + 1]; the weights of a repeated item are summed.
+    """
+    row, position = np.nonzero(items)
+    weight = float(decay) ** (np.count_nonzero(items, axis=1)[row] - 1 - position)
+    row, position, weight = (array[weight > 0] for array in (row, position, weight))
+    shape = len(items), num_items + 1
+    return sp.csr_array((weight, (row, items[row, position])), shape=shape)
+
+
+def membership(sessions: Sessions, num_items: int, latest: int = 0) -> sp.csr_array:
+    """Mark the items of every session, once each.
+
+    Args:
+      sessions: S sessions.
+      num_items: V.
+      latest: number of a session's last events that count; 0: all.
+
+    Returns:
+      csr float64 [S, V + 1] of ones.
+    """
+    owner = sessions.owner
+    first = sessions.offsets[1:] - (latest or len(owner))
+    counts = np.arange(len(owner)) >= first[owner]
+    held = sp.csr_array((np.ones(counts.sum()), (owner[counts], sessions.items[counts])),
+                        shape=(len(sessions.lengths), num_items + 1))
+    held.data[:] = 1  # equal cells were summed
+    return held
+
+
 def neighbours(train: Sessions, num_items: int, *, window: int = 3, most: int = 12
                ) -> tuple[np.ndarray, np.ndarray]:
     """Find the items that occur most often close to each item, in either order.
@@ -73,10 +111,7 @@ def companions(train: Sessions, num_items: int, *, most: int) -> tuple[np.ndarra
       ids int32 [V + 1, most], 0 where there are fewer, and lifts float32 [V + 1, most], each row's
       summing to V (or 0: an item that was alone).
     """
-    held = sp.csr_array((np.ones(len(train.items), np.float32), (train.owner, train.items)),
-                        shape=(len(train.start), num_items + 1))
-    held.sum_duplicates()
-    held.data[:] = 1
+    held = membership(train, num_items).astype(np.float32)
     graph = _without_loops(held.T @ held)
     graph.data = graph.data / np.sqrt(np.maximum(held.sum(axis=0), 1)[graph.col])
     ids, lifts = _heaviest(graph, most)

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from tpad_jax.core import ties
-from tpad_jax.data.item_graphs import followers
+from tpad_jax.data.item_graphs import decayed, followers
 from tpad_jax.data.sessions import Rows, Sessions, rows
 
 AT = 20  # K of the metrics
@@ -67,12 +67,7 @@ def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
             ) -> tuple[np.ndarray, np.ndarray]:
     """Items above each picked row's target, and those at its score with it: int [r] each."""
     items, target = scored.items[picked], scored.target[picked]
-    row, place = np.nonzero(items)
-    steps = np.count_nonzero(items, axis=1)[row] - 1 - place
-    prefix = sp.csr_array((decay ** steps, (row, items[row, place])),
-                          shape=(len(items), table.shape[0]))
-    prefix.eliminate_zeros()
-    scores = sp.csr_array(prefix @ table)
+    scores = sp.csr_array(decayed(items, decay, table.shape[0] - 1) @ table)
     scores.data = scores.data.round(9)  # sums in another order tie all the same
     scores.eliminate_zeros()
     target_score = scores[np.arange(len(items)), target]
