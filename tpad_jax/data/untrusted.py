@@ -8,7 +8,7 @@ import tokenize
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tpad_jax.errors import InputError, refuse_if, refusing
@@ -160,6 +160,12 @@ class Lines:
 def reasons(counts: dict) -> str:
     """Format counts by reason, as in 'bad_json: 2, blank_line: 1'."""
     return ', '.join(f'{reason}: {count}' for reason, count in sorted(counts.items()))
+
+
+def shown(names: Iterable[str], most: int = 5) -> str:
+    """List names, as in 'a, b, ...'; at most `most` of them."""
+    names = list(names)
+    return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
 
 
 def inside(path: Path, folder: Path) -> bool:

@@ -13,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from tpad_jax.core.digest import files_digest
 from tpad_jax.data import prompts, text
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import export, load, spec, vlm
@@ -53,9 +53,8 @@ def read(config) -> Base:
       InputError: the directory holds no base, the architecture is unknown, or sizes do not fit.
     """
     c = config.mllm
-    if c.checkpoint and c.base:
-        raise InputError(f'config.mllm.checkpoint={c.checkpoint!r}: config.mllm.base={c.base!r} '
-                         'names a base as well. Expected one of them. Fix: give one')
+    refuse_if(c.checkpoint and c.base, f'config.mllm.checkpoint={c.checkpoint!r}: config.mllm.base='
+              f'{c.base!r} names a base as well. Expected one of them. Fix: give one')
     return _checkpoint(c) if c.checkpoint else _default(config)
 
 
@@ -103,17 +102,16 @@ def teacher(config, student: Base) -> Teacher | None:
             base, features = _small(directory)
             reader = KnowledgeMLLM(base.module, features)
             shapes = shapes_of(reader, base.image_size)
-            if base.image_size != student.image_size:
-                raise InputError(f'reads images of {base.image_size} pixels. Expected the '
-                                 f"student's {student.image_size} pixels. Fix: choose another")
-            if dtype != 'float32':
-                raise InputError(f'config.mllm.teacher_dtype={dtype!r}: a small base is float32. '
-                                 "Expected 'float32'. Fix: set it so")
+            refuse_if(base.image_size != student.image_size, f'reads images of {base.image_size} '
+                      f"pixels. Expected the student's {student.image_size} pixels. Fix: choose "
+                      'another')
+            refuse_if(dtype != 'float32', f'config.mllm.teacher_dtype={dtype!r}: a small base is '
+                      "float32. Expected 'float32'. Fix: set it so")
     except (ValueError, TypeError, InputError) as error:
         raise InputError(f'{option}: {error}') from error
-    if _words(base.directory) != _words(student.directory):
-        raise InputError(f'{option}: its tokenizer differs from that of {student.directory}. '
-                         "Expected the same. Fix: choose a teacher of the student's family")
+    refuse_if(_words(base.directory) != _words(student.directory), f'{option}: its tokenizer '
+              f'differs from that of {student.directory}. Expected the same. Fix: choose a teacher '
+              "of the student's family")
     return Teacher(reader, shapes, partial(base.load, shapes))
 
 
@@ -161,10 +159,8 @@ def _default(config):
             *((f'mllm.{key}', c[key], expected) for key, expected in SMALL.items()),
             ('mllm.image_size', c.image_size or side, side),
             ('model.features', config.model.features, features)):
-        if value != expected:
-            raise InputError(f'config.{key}={value!r}: the small base does not support this. '
-                             f'Expected {expected!r}. Fix: set it so, or name a checkpoint with '
-                             'config.mllm.checkpoint=DIR')
+        refuse_if(value != expected, f'config.{key}={value!r}: the small base does not support '
+                  f'this. Expected {expected!r}. Fix: set it so, or set config.mllm.checkpoint')
     return base
 
 
@@ -217,9 +213,10 @@ def fingerprint(path: str | Path) -> str:
 
 def _config_file(directory, option, expected):
     """Return the path of a model's config.json, or refuse a directory without one."""
-    if not (directory / 'config.json').is_file():
-        raise InputError(f'{option}: no config.json. Expected {expected}. Fix: correct the path')
-    return directory / 'config.json'
+    file = directory / 'config.json'
+    refuse_if(not file.is_file(),
+              f'{option}: no config.json. Expected {expected}. Fix: correct the path')
+    return file
 
 
 def _side(sizes):

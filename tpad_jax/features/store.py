@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from tpad_jax.core.files import PARTIAL, replacing, write_text
-from tpad_jax.errors import InputError
-
-SHOWN = 5  # part numbers in an error message
+from tpad_jax.data.untrusted import shown
+from tpad_jax.errors import refuse_if, refusing
 
 
 def fill(directory, make: Callable[[list[int]], Iterable], *, parts: Sequence[np.ndarray],
@@ -97,15 +96,12 @@ def manifest(directory, name: str) -> dict:
       InputError: the file is missing or damaged.
     """
     file = _manifest_file(directory, name)
-    try:
+    refuse_if(not file.exists(), f'{directory}: holds no features {name!r}. Expected the file '
+              f'{file.name}. Fix: run the stage that makes them')
+    with refusing((ValueError, KeyError, TypeError, AttributeError), f'{file}: damaged', 'Expected '
+                  f'a manifest. Fix: delete {directory}/{name}.* and encode again'):
         about = json.loads(file.read_text())
         about['fingerprint'].items(), about['shape'], about['parts'], about['layout']
-    except FileNotFoundError as error:
-        raise InputError(f'{directory}: holds no features {name!r}. Expected the file {file.name}. '
-                         'Fix: run the stage that makes them') from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f'{file}: damaged ({type(error).__name__}). Expected a manifest. Fix: '
-                         f'delete {directory}/{name}.* and encode again') from error
     return about
 
 
@@ -124,15 +120,12 @@ def read(directory, name: str, rows: slice | np.ndarray | None = None) -> np.nda
       InputError: the rows are missing, unfinished or damaged.
     """
     file, about = Path(directory) / f'{name}.npy', manifest(directory, name)
-    if not file.is_file():
-        count = len(list(Path(directory).glob(f'{name}.[0-9]*.npy')))
-        raise InputError(f'{file}: not finished, {count} of {about["parts"]} parts exist. Expected '
-                         'all parts. Fix: run the command that makes it again, which resumes')
-    try:
+    count = len(list(Path(directory).glob(f'{name}.[0-9]*.npy')))
+    refuse_if(not file.is_file(), f'{file}: not finished, {count} of {about["parts"]} parts exist. '
+              'Expected all parts. Fix: run the command that makes it again, which resumes')
+    with refusing((ValueError, EOFError, OSError), f'{file}: damaged', 'Expected an array. Fix: '
+                  f'delete {directory}/{name}.* and encode again'):
         table = np.load(file, mmap_mode='r', allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f'{file}: damaged ({error}). Expected an array. Fix: delete '
-                         f'{directory}/{name}.* and encode again') from error
     return table if rows is None else table[rows]
 
 
@@ -146,12 +139,9 @@ def _missing(directory, names, parts) -> list[int]:
 def _join(directory, parts, shapes, processes):
     """Copy the parts into one file per name and remove them."""
     absent = _missing(directory, shapes, parts)
-    if absent:
-        shown = ', '.join(map(str, absent[:SHOWN])) + (', ...' if len(absent) > SHOWN else '')
-        raise InputError(
-            f'{directory}: {len(absent)} of {len(parts)} parts are missing ({shown}) after all '
-            f'{processes} processes. Expected one file system that all share. Fix: use one, and '
-            'run this command again')
+    refuse_if(absent, f'{directory}: {len(absent)} of {len(parts)} parts are missing ('
+              f'{shown(map(str, absent))}) after all {processes} processes. Expected one file '
+              'system that all share. Fix: use one, and run this command again')
     for name, shape in shapes.items():
         file = directory / f'{name}.npy'
         if file.is_file():
@@ -178,17 +168,15 @@ def _claim(directory, manifests, writes):
     for name, new in manifests.items():
         file = _manifest_file(directory, name)
         if file.is_file():
-            changes = list(_changes(manifest(directory, name), new))
-            if changes:
-                raise InputError(f'{file}: these are other features: {"; ".join(changes)}. Expected'
-                                 ' the same. Fix: choose another directory, or delete '
-                                 f'{directory}/{name}.* to encode again')
-        elif (directory / f'{name}.npy').exists():
-            raise InputError(f'{directory}/{name}.npy: there is no {file.name}. Expected a '
-                             'manifest, which names its origin. Fix: choose another directory, or '
-                             f'delete {directory}/{name}.*')
-        elif writes:
-            directory.mkdir(parents=True, exist_ok=True)
+            changes = '; '.join(_changes(manifest(directory, name), new))
+            refuse_if(changes, f'{file}: these are other features: {changes}. Expected the same. '
+                      f'Fix: choose another directory, or delete {directory}/{name}.* to encode '
+                      'again')
+            continue
+        refuse_if((directory / f'{name}.npy').exists(), f'{directory}/{name}.npy: there is no '
+                  f'{file.name}. Expected a manifest, which names its origin. Fix: choose another '
+                  f'directory, or delete {directory}/{name}.*')
+        if writes:
             write_text(file, json.dumps(new, indent=1, sort_keys=True) + '\n')
 
 

@@ -131,7 +131,8 @@ class Job:
             self.catalogue['given'] = jnp.asarray(features.rows)
         if self.planted is not None:
             self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)
-            self.attributes = self.planted.attributes[planted.planted_ids(data.asins)[1:] - 1]
+            ids = planted.planted_ids(self.planted, data.asins)[1:]
+            self.attributes = self.planted.attributes[ids - 1]
             hot = [jax.nn.one_hot(values, size)
                    for size, values in zip(wording.SIZES, self.attributes.T, strict=True)]
             self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))

@@ -246,8 +246,8 @@ def test_items_that_no_review_names_are_left_out(tmp_path):
 def test_the_journal_survives_what_may_happen_to_it(tmp_path):
     path = tmp_path / 'download.jsonl'
     journal = Journal(path)
-    journal.begin('A', Begun('u', '"tag"', 7))
-    journal.fail('B', 'u', 'status_404')
+    journal.record('A', 'u', validator='"tag"', size=7)
+    journal.record('B', 'u', failed='status_404')
     with pytest.raises(InputError, match='another download runs'):
         Journal(path)
     journal.close()
@@ -255,7 +255,7 @@ def test_the_journal_survives_what_may_happen_to_it(tmp_path):
     for end in range(len(whole)):  # a kill inside any line
         path.write_bytes(whole[:end])
         journal = Journal(path)
-        journal.keep('C', 'u', 'C.jpg', 1)
+        journal.record('C', 'u', file='C.jpg', size=1)
         journal.close()
         again = Journal(path)
         assert set(again.rejected) <= {'bad_json'}

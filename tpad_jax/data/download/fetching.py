@@ -100,7 +100,7 @@ class Fetcher:
                 if not error.final:
                     break
                 self._drop(self._part(asin))
-                self._journal.fail(asin, url, error.reason)
+                self._journal.record(asin, url, failed=error.reason)
         raise failure
 
     async def _try(self, asin, url):
@@ -122,7 +122,7 @@ class Fetcher:
                 await asyncio.sleep(self._backoff(number))
         first.count(answered=True)
         self.fetched += 1
-        self._journal.keep(asin, url, path.name, path.stat().st_size)
+        self._journal.record(asin, url, file=path.name, size=path.stat().st_size)
         return path
 
     async def _body(self, asin, url, number) -> bool:
@@ -185,7 +185,7 @@ class Fetcher:
         if size is not None and size > limit:
             raise FetchError('too_large', final=True)
         if start == 0:
-            self._journal.begin(asin, begun)
+            self._journal.record(asin, **begun._asdict())
         written = start
         with _open(part) as file:
             async for data in answer.aiter_stream():

@@ -67,23 +67,21 @@ class Journal:
                 lines.reject('bad_line')
         self.rejected = dict(lines.rejected)
 
-    def begin(self, asin: str, begun: Begun) -> None:
-        """Record that a body is about to be written from its first byte on."""
-        self._record(asin=asin, **begun._asdict())
-
-    def fail(self, asin: str, url: str, reason: str) -> None:
-        """Record an answer that would be the same again."""
-        self._record(asin=asin, url=url, failed=reason)
-
-    def keep(self, asin: str, url: str, file: str, size: int) -> None:
-        """Record that a picture has its name now."""
-        self._record(asin=asin, url=url, file=file, size=size)
-
     def close(self) -> None:
         """Close the file, so that another process may open it."""
         self._file.close()
 
-    def _record(self, **line):
+    def record(self, asin: str, url: str, **answer) -> None:
+        """Record an answer.
+
+        Args:
+          asin: of the item.
+          url: the address.
+          **answer: `failed`, the reason, which would be the same again; or `file` and `size` of a
+            picture that has its name now; or `validator` and `size` of a body that is about to be
+            written from its first byte on.
+        """
+        line = {'asin': asin, 'url': url, **answer}
         self._apply(line)
         left = json.dumps(line).encode() + b'\n'
         while left:  # a disk that fills up takes less than the whole, and raises at the next call

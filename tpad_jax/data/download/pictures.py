@@ -13,7 +13,7 @@ from rich.console import Console
 from tpad_jax.core import files
 from tpad_jax.core.console import progress
 from tpad_jax.data import images
-from tpad_jax.data.download.fetching import Fetcher, checked
+from tpad_jax.data.download.fetching import Fetcher
 from tpad_jax.data.download.hosts import FetchError, Guarded, Limits
 from tpad_jax.data.download.journal import Journal
 from tpad_jax.data.sources import amazon
@@ -148,10 +148,7 @@ def in_turns(ask: dict[str, tuple[str, ...]]) -> list[str]:
     """
     hosts = defaultdict(list)
     for asin, urls in ask.items():
-        try:
-            hosts[checked(urls[0]).host].append(asin)
-        except FetchError:
-            hosts[''].append(asin)
+        hosts[''.join(urls[0].split('/')[2:3])].append(asin)
     return [asin for turn in zip_longest(*hosts.values()) for asin in turn if asin]
 
 

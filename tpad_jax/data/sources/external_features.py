@@ -17,10 +17,9 @@ import numpy as np
 import polars as pl
 from safetensors import SafetensorError, safe_open
 
-from tpad_jax.data.untrusted import DAMAGE
+from tpad_jax.data.untrusted import DAMAGE, shown
 from tpad_jax.errors import refuse_if, refusing
 
-SHOWN = 5  # ids an error names
 # raised by the readers on damage; a panic of polars is a BaseException, and safetensors raises
 # AttributeError where numpy does not have a dtype
 FAILURES = (OSError, AttributeError, *DAMAGE, SafetensorError, pl.exceptions.PolarsError,
@@ -109,23 +108,19 @@ def _align(file, ids, features, asins) -> Given:
     row_of[item_of[known]] = known  # of several rows the first, which is assigned last
     repeats = [row for row in known[::-1] if row_of[item_of[row]] != row]
     absent = [asins[item] for item in np.flatnonzero(row_of[1:] < 0) + 1]
-    refuse_if(absent, f'{file} lacks {len(absent)} of {len(number)} items: {_first(absent)}. '
+    refuse_if(absent, f'{file} lacks {len(absent)} of {len(number)} items: {shown(absent)}. '
               'Expected a row for each. Fix: add their rows.')
     differing = [ids[row] for row in repeats
                  if not np.array_equal(features[row], features[row_of[item_of[row]]])]
     refuse_if(differing, f'{file}: {len(differing)} rows differ from an earlier row of their item: '
-              f'{_first(differing)}. Expected one row per item. Fix: remove the others.')
+              f'{shown(differing)}. Expected one row per item. Fix: remove the others.')
     rows = np.zeros((len(asins), features.shape[1]), np.float32)
     with np.errstate(over='ignore'):  # a float64 too large becomes inf, and is named below
         rows[1:] = features[row_of[1:]]
     broken = [asins[item] for item in np.flatnonzero(~np.isfinite(rows).all(1))]
-    refuse_if(broken, f'{file}: features of {len(broken)} items are not finite: {_first(broken)}. '
+    refuse_if(broken, f'{file}: features of {len(broken)} items are not finite: {shown(broken)}. '
               'Expected finite numbers. Fix: compute these again.')
-    return Given(rows, len(unknown), tuple(unknown[:SHOWN]), len(repeats))
-
-
-def _first(names) -> str:
-    return ', '.join(names[:SHOWN]) + (', ...' if len(names) > SHOWN else '')
+    return Given(rows, len(unknown), tuple(unknown[:5]), len(repeats))
 
 
 def _npy(file):

@@ -8,7 +8,6 @@ world, tested on the same sessions.
 
 import json
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -166,11 +165,7 @@ def catalogue_probabilities(planted, asins):
     Raises:
       InputError: the catalogue is not this planted one, or not all of it.
     """
-    ids = planted_ids(asins)
-    items = len(planted.popularity)
-    refuse_if(not np.array_equal(np.sort(ids), np.arange(items + 1)),
-              f'the {len(ids) - 1} items of the catalogue are not the {items} planted ones. '
-              'Expected the same items. Fix: set config.data.planted.items and turn k-core off.')
+    ids = planted_ids(planted, asins)
 
     def follow(prefixes):
         return np.pad(probabilities(planted, ids[prefixes])[:, ids[1:] - 1], ((0, 0), (1, 0)))
@@ -223,21 +218,23 @@ def asin(planted_id):
     return f'P{planted_id:09d}'
 
 
-def planted_ids(asins):
+def planted_ids(planted, asins):
     """Look up the planted ids of a catalogue's items.
 
     Args:
-      asins: list of V + 1 str, [0] being padding.
+      planted: the world, V items.
+      asins: list of V + 1 str, the catalogue's, [0] being padding.
 
     Returns:
       int32 [V + 1].
 
     Raises:
-      InputError: an asin that `write` did not make.
+      InputError: the catalogue is not this planted one, or not all of it.
     """
-    for name in asins[1:]:
-        refuse_if(not re.fullmatch('P(?!0{9})[0-9]{9}', name), f'asin {name!r} is not in the '
-                  'planted catalogue. Expected files of `planted.write`. Fix: prepare those files.')
+    names = [asin(number + 1) for number in range(len(planted.popularity))]
+    refuse_if(sorted(asins[1:]) != names,
+              f'the {len(asins) - 1} items of the catalogue are not the {len(names)} planted ones. '
+              'Expected the same items. Fix: set config.data.planted.items and turn k-core off.')
     return np.array([0, *(int(name[1:]) for name in asins[1:])], np.int32)
 
 
@@ -307,11 +304,7 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
             for user, session in enumerate(sessions.tolist())
             for place, item in enumerate(session) if item))
         (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')
-        try:
-            os.replace(directory, raw_dir)
-        except OSError:  # another process was first; the same options gave the same bytes
-            if not _already_written(raw_dir, options):
-                raise
+        os.replace(directory, raw_dir)
 
 
 def _already_written(raw_dir, options):
