@@ -106,12 +106,12 @@ class Trial:
                     head=bound((self.spec,), params).get(NAME))
 
     def step(self, params, raw, batch, state, axis):
-        """Compute a train step's part of one loss: ((value, (state, metrics)), gradient)."""
+        """Compute a train step's part of one loss: ((value, (state, rows, metrics)), gradient)."""
         def objective(params):
             value, new, logged = combine(
                 (self.spec,), self.named(params, raw, batch), batch, state, axis=axis,
-                key=jax.random.key(3), heads=bound((self.spec,), params))
-            return value, (new, logged)
+                key=jax.random.key(3), heads=bound((self.spec,), params), rows=True)
+            return value, (new, logged.pop('not_finite'), logged)
 
         result, grads = jax.value_and_grad(objective, has_aux=True)(params)
         return result, collectives.mean(grads, axis)
@@ -140,11 +140,13 @@ class Trial:
     def finite(self):
         """Value, weight and gradient; a second step meets the first one's state."""
         batch, raw = example.make(5)
-        (_, (self.inputs['state'], _)), _ = self.run(batch=batch, raw=raw)
+        (_, (self.inputs['state'], *_)), _ = self.run(batch=batch, raw=raw)
         result = self.run()
-        (value, _), grads = result
+        (value, (_, rows, _)), grads = result
         if not np.isfinite(value):
-            return False, self._bad_rows(float(value))
+            return False, (f'the value is {value} in rows {", ".join(map(str, rows[rows >= 0]))}; '
+                           "a row weight below 0 counts as nan: the sign belongs to the entry's "
+                           'weight in the config')
         if not _finite(grads):
             return False, ('the value is finite and its gradient is not: a root or a norm of zero '
                            'has none')
@@ -154,17 +156,6 @@ class Trial:
         trained = ', '.join(sorted(n for n, g in grads.items() if _largest(g) > 0))
         text = f'the gradient reaches {trained}' if trained else 'the gradient trains nothing'
         return bool(trained), f'{float(value) / WEIGHT:.4g}, {text}'
-
-    def _bad_rows(self, total):
-        loss, valid = jax.device_get(jit(self.loss)(**self.inputs)), self.inputs['batch'].valid
-        valid = valid.reshape(-1, *(1,) * (loss.value.ndim - 1))
-        bad = valid & (loss.weight < 0)
-        why = "a row weight is below 0; the sign belongs to the entry's weight in the config:"
-        if not bad.any():
-            bad = valid & ~np.isfinite(loss.value) & (loss.weight != 0)
-            why = f'the value is {total} in'
-        rows = np.unique(np.nonzero(bad)[0])
-        return f'{why} rows {", ".join(map(str, rows))}' if len(rows) else f'the value is {total}'
 
     def slope(self):
         """Whether the gradient is the value's slope, along a random direction."""
@@ -200,7 +191,7 @@ class Trial:
     def no_rows(self):
         """A batch of padding alone: zero, no gradient, an unchanged state."""
         batch = self.inputs['batch'].replace(valid=np.zeros(example.B, bool))
-        (value, (state, logged)), grads = self.run(batch=batch)
+        (value, (state, _, logged)), grads = self.run(batch=batch)
         parts = {'the value': float(value) != 0, 'a gradient': not _largest(grads) == 0,
                  'a metric': any(float(x) != 0 for x in logged.values()),
                  'the state': not _close(state, self.inputs['state'])}
@@ -257,12 +248,11 @@ class Trial:
                        'positions of the same item, or of padding: these are not negatives')
 
     def _same(self, other, good, bad):
-        ((value, (state, logged)), grads), ((value_, (state_, logged_)), grads_) = (
-            self.result, other)
-        parts = {f'the value ({float(value):.4g} and {float(value_):.4g})': (value, value_),
-                 'the gradient': (grads, grads_), 'the state': (state, state_),
-                 'a metric': (logged, logged_)}
-        wrong = [name for name, (a, b) in parts.items() if not _close(b, a)]
+        first, second = ((value, grads, state, logged) for (value, (state, _, logged)), grads
+                         in (self.result, other))
+        names = (f'the value ({float(first[0]):.4g} and {float(second[0]):.4g})', 'the gradient',
+                 'the state', 'a metric')
+        wrong = [name for name, a, b in zip(names, first, second, strict=True) if not _close(b, a)]
         return not wrong, bad.format(', '.join(wrong)) if wrong else good
 
 

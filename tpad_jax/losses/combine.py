@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from jax.tree_util import Partial
 
 from tpad_jax.distributed import collectives
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.losses.contract import label
 from tpad_jax.types import Loss
 
@@ -86,9 +86,8 @@ def call(spec, out, batch, **provided) -> Loss:
     """
     option, fn, rows = f'config.losses.{spec.name}', label(spec.fn), len(batch.valid)
     absent = sorted(spec.needs - out.keys())
-    if absent:
-        raise InputError(f'{option}: it reads {", ".join(absent)}, which this stage does not '
-                         f'compute. Expected {", ".join(sorted(out))}. Fix: name another output.')
+    refuse_if(absent, f'{option}: it reads {", ".join(absent)}, which this stage does not compute. '
+              f'Expected {", ".join(sorted(out))}. Fix: name another output.')
     provided = {n: x for n, x in provided.items() if spec.takes(n)}
     try:
         result = spec.fn(out, batch, **spec.keywords, **provided)
@@ -111,10 +110,9 @@ def call(spec, out, batch, **provided) -> Loss:
                          f'[{rows}], or Loss(value, weight) of one shape [{rows}, ...]. '
                          f'Fix: change what {fn} returns.')
     for metric, x in loss.metrics.items():
-        if getattr(x, 'shape', None) not in ((), value.shape):
-            raise InputError(f'{option}: the metric {metric!r} of {fn} is {_form(x)}. Expected the '
-                             f"value's shape, {list(value.shape)}, or a scalar. "
-                             f'Fix: change the metric.')
+        refuse_if(getattr(x, 'shape', None) not in ((), value.shape),
+                  f'{option}: the metric {metric!r} of {fn} is {_form(x)}. Expected the '
+                  f"value's shape, {list(value.shape)}, or a scalar. Fix: change the metric.")
     return loss if is_loss else Loss(value, jnp.ones_like(value))
 
 
@@ -168,14 +166,14 @@ def first_parameters(losses, outputs, args, seed: int) -> dict:
     params = {}
     for spec in losses:
         option = f'config.losses.{spec.name}.module'
-        if not calls[spec.name]:
-            raise InputError(f'{option}: the function never calls head. Expected a call of it. '
-                             'Fix: call head, or remove the module.')
-        for shapes, draws in calls[spec.name]:
-            variables = jax.jit(partial(_init, spec.module, shapes))(draws)
-            if variables.keys() - {'params'}:
-                raise InputError(f'{option}: it has {", ".join(sorted(variables))}. Expected '
-                                 'parameters alone. Fix: remove its other variables.')
+        refuse_if(not calls[spec.name], f'{option}: the function never calls head. '
+                  'Expected a call of it. Fix: call head, or remove the module.')
+        for (args, kwargs), draws in calls[spec.name]:
+            lazy_init = partial(spec.module.lazy_init, **kwargs)
+            variables = jax.jit(lambda draws, init=lazy_init, args=args: init(draws, *args))(draws)
+            refuse_if(variables.keys() - {'params'}, f'{option}: it has '
+                      f'{", ".join(sorted(variables))}. Expected parameters alone. '
+                      'Fix: remove its other variables.')
             drawn = {'loss': {spec.name: variables.get('params', {})}}
             params = {**flatten_dict(drawn, sep='/'), **params}
     return params
@@ -193,8 +191,3 @@ def _apply(module, params, *args, **kwargs):
 
 def _shape(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, 'dtype') else x
-
-
-def _init(module, shapes, draws):
-    args, kwargs = shapes
-    return module.lazy_init(draws, *args, **kwargs)

@@ -8,23 +8,20 @@ A function without a keyword of type `Out` is read in the old form: a keyword wh
 whose value in the config where it has no default, is the name of an output names an output.
 """
 
-import difflib
-import importlib
 import inspect
+import pkgutil
 import typing
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
-from numbers import Real
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.models import outputs
 
 PROVIDED = ('axis', 'state', 'key', 'head')  # keywords that `combine` passes if a function has them
@@ -70,9 +67,8 @@ class LossSpec:
         _check_signature(option, self.fn, self.keywords, self.module is not None)
         _check_schedule(option, self.schedule)
         for keyword, output in self.reads.items():
-            if not isinstance(output, str | None):
-                raise InputError(f'{option}.{keyword}={output!r}: {keyword} names an output. '
-                                 f"Expected a string. Fix: write a name, as in {keyword}='r'.")
+            refuse_if(not isinstance(output, str | None), f'{option}.{keyword}={output!r}: '
+                      f'{keyword} names an output. Expected a string. Fix: write a name.')
 
     @cached_property
     def reads(self) -> dict:
@@ -137,9 +133,8 @@ def resolve(name: str, fn: str) -> Callable:
     """
     option = f'config.losses.{name}.fn={fn!r}'
     function = _find(option, fn, 'a function of tpad_jax/losses/ or package.module:function')
-    if not callable(function) or isinstance(function, type):
-        raise InputError(f'{option}: it is not a function but a {type(function).__name__}. '
-                         'Expected a function. Fix: name one.')
+    refuse_if(not callable(function) or isinstance(function, type), f'{option}: it is not a '
+              f'function but a {type(function).__name__}. Expected a function. Fix: name one.')
     return function
 
 
@@ -165,28 +160,23 @@ def _check_signature(option, fn, keywords, has_module):
     signature = inspect.signature(fn)
     shown = f'{option}: {label(fn)}{signature}'
     form = f'Expected {label(fn)}(out, batch, *, ...)'
-    if list(signature.parameters)[:2] != ['out', 'batch']:
-        raise InputError(f'{shown} does not begin with (out, batch). {form}. '
-                         'Fix: change the signature.')
+    refuse_if(list(signature.parameters)[:2] != ['out', 'batch'],
+              f'{shown} does not begin with (out, batch). {form}. Fix: change the signature.')
     # a name that `combine` provides is refused in the config, as it would be given twice
     provided = {n: None for n in PROVIDED if n in keywords or (
         has_module if n == 'head' else n in signature.parameters)}
-    try:
+    with refusing(TypeError, f'{shown} cannot be called as a loss',
+                  f'{form}, each keyword with a default or a value in the config, and with head '
+                  'only if the config names a module. Fix: change the entry or the signature.'):
         signature.bind({}, None, **keywords, **provided)
-    except TypeError as error:
-        raise InputError(
-            f'{shown} cannot be called as a loss: {error}. {form}, each keyword with a default or '
-            'a value in the config, and with head only if the config names a module. Fix: change '
-            'the keys of the entry, or the signature.') from error
 
 
 def _check_schedule(option, schedule):
-    numbers = isinstance(schedule, tuple) and all(
-        isinstance(point, tuple) and len(point) == 2
-        and all(isinstance(x, Real) and np.isfinite(x) for x in point) for point in schedule)
-    if not numbers or any(a[0] >= b[0] for a, b in pairwise(schedule)):
-        raise InputError(f'{option}.schedule={schedule!r}: it is not a schedule. Expected pairs '
-                         'with rising steps. Fix: write it as in ((0, 0.0), (100, 1.0)).')
+    with refusing((TypeError, ValueError), f'{option}.schedule={schedule!r}: it is not a schedule',
+                  'Expected pairs with rising steps. Fix: write it as in ((0, 0.0), (100, 1.0)).'):
+        points = np.asarray(schedule).reshape(len(schedule), 2)
+        if not np.isfinite(points).all() or (np.diff(points[:, 0]) <= 0).any():
+            raise ValueError('steps do not rise, or a number is not finite')
 
 
 def make_module(option, module, fields):
@@ -202,15 +192,12 @@ def make_module(option, module, fields):
     """
     option = f'{option}.module={module!r}'
     kind = _find(option, module, 'package.module:Class')
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise InputError(f'{option}: it is not a flax.linen.Module but {label(kind)}. '
-                         'Expected such a class. Fix: name one.')
+    refuse_if(not (isinstance(kind, type) and issubclass(kind, nn.Module)), f'{option}: it is not '
+              f'a flax.linen.Module but {label(kind)}. Expected such a class. Fix: name one.')
     fields = {n: _frozen(f'{option}, fields.{n}', x) for n, x in fields.items()}
-    try:
+    with refusing(TypeError, f'{option}: it cannot be made with fields={fields}',
+                  'Expected its dataclass fields. Fix: change fields.'):
         return kind(**fields)
-    except TypeError as error:
-        raise InputError(f'{option}: it cannot be made with fields={fields} ({error}). Expected '
-                         'its dataclass fields. Fix: change fields.') from error
 
 
 def _frozen(option, value):
@@ -221,26 +208,15 @@ def _frozen(option, value):
         return tuple(_frozen(option, x) for x in value)
     if isinstance(value, set):
         return frozenset(value)
-    try:
+    with refusing(TypeError, f'{option}={value!r}: a {type(value).__name__} is not hashable',
+                  'Expected numbers, strings, None, lists and dicts. Fix: convert it.'):
         hash(value)
-    except TypeError as error:
-        raise InputError(f'{option}={value!r}: a {type(value).__name__} is not hashable. Expected '
-                         'numbers, strings, None, lists and dicts. Fix: convert it.') from error
     return value
 
 
 def _find(option, path, expected):
     """What 'package.module:name' leads to."""
-    module, _, attribute = path.rpartition(':')
-    try:
-        home = importlib.import_module(module or HOME)
-    except Exception as error:  # anything that a user's file raises
-        where = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise InputError(f'{option}: it cannot be found; {module} does not import '
-                         f'({type(error).__name__}: {error}{where}). Expected {expected}. Fix: '
-                         'change the name, or repair the module.') from error
-    if not attribute or not hasattr(home, attribute):
-        near = ''.join(f', but {n!r}' for n in difflib.get_close_matches(attribute, vars(home), 1))
-        raise InputError(f'{option}: it cannot be found; {home.__name__} has no {attribute!r}{near}'
-                         f'. Expected {expected}. Fix: change the name.')
-    return getattr(home, attribute)
+    # anything that a user's file raises
+    with refusing(Exception, f'{option}: it cannot be found',
+                  f'Expected {expected}. Fix: change the name, or repair the module.'):
+        return pkgutil.resolve_name(path if ':' in path else f'{HOME}:{path}')
