@@ -158,13 +158,11 @@ def warnings(features: dict, held_out: dict, when: str) -> list[str]:
         kind, _, loss = name.rpartition('/')
         if kind == 'log_q' and value <= 0:
             out.append(f'the likelihood of q ({loss}) is {value:.3f} nats per dimension above that '
-                       'of a Gaussian with the same mean and variances: a vCLUB estimate with it '
-                       f'is not a bound. Remedy: raise config.losses.{loss}.weight or the steps of '
-                       'the stage.')
+                       'of a Gaussian that reads no x: its vCLUB estimate is not a bound. Remedy: '
+                       f'raise config.losses.{loss}.weight or the steps of the stage.')
         if name[:3] == 'mi_' and value < 0:
-            out.append(f'the estimate of {name[3:]} is {value:.3f} nats, but mutual information is '
-                       'never negative: its critic, or q, does not fit these sessions. Remedy: '
-                       'raise the steps of the stage, or the weight of the loss that fits it.')
+            out.append(f'the estimate of {name[3:]} is {value:.3f} nats, below 0: its critic or q '
+                       'does not fit these sessions. Remedy: raise the steps of the stage.')
         if kind == 'room' and value < FULL:
             out.append(f'the InfoNCE estimate of {loss} is within {value:.2f} nats of its limit '
                        'log N: the mutual information is at least that. Remedy: raise batch_size.')

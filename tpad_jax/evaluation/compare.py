@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpad_jax.core import cli, files, ties
-from tpad_jax.errors import InputError, refuse_if, refusing
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.evaluation import metrics, slices, statistics
 
 AT = metrics.TOP
@@ -123,11 +123,11 @@ def read(path: str | Path) -> Run:
 
     def check(name, shape, least, most=np.inf):
         """Return an array if it is one whole number in a range per row."""
-        array = arrays.get(name)
-        if array is None or array.shape != shape or array.dtype.kind not in 'iub':
-            raise InputError(f'{file}: {name} is not one whole number per row. {_AGAIN}')
-        if not ((array >= least) & (array <= most)).all():
-            raise InputError(f'{file}: {name} holds a number that is not a rank. {_AGAIN}')
+        array = arrays.get(name, np.array(None))
+        refuse_if(array.shape != shape or array.dtype.kind not in 'iub',
+                  f'{file}: {name} is not one whole number per row. {_AGAIN}')
+        refuse_if(not ((array >= least) & (array <= most)).all(),
+                  f'{file}: {name} holds a number that is not a rank. {_AGAIN}')
         return array
 
     rows = np.size(arrays['target']),
@@ -137,8 +137,8 @@ def read(path: str | Path) -> Run:
     for name in features:
         check(ROW + name, rows, 0)
     for name, gain in gains.items():
-        if gain.shape != (AT,) or gain.dtype.kind != 'f' or not np.isfinite(gain).all():
-            raise InputError(f'{file}: {METRIC}{name} is not {AT} finite numbers. {_AGAIN}')
+        refuse_if(gain.shape != (AT,) or gain.dtype.kind != 'f' or not np.isfinite(gain).all(),
+                  f'{file}: {METRIC}{name} is not {AT} finite numbers. {_AGAIN}')
     for name in (n.removesuffix('/above') for n in arrays if n.endswith('/above')):
         above = check(f'{name}/above', rows, 0)
         ranks[name] = above, check(f'{name}/equal', rows, 1, items - above)
@@ -254,28 +254,24 @@ def _ranks(run, model):
 
 def _same_rows(a, b):
     """Refuse two runs with different rows."""
+    pair = f'{a.path} and {b.path} cannot be compared row by row: they'
+    refuse_if(not len(a.target) + len(b.target), f'{pair} have no test rows')
     facts = [('data fingerprint', a.fingerprint[:12], b.fingerprint[:12]),
              ('number of items ranked', a.items, b.items),
              ('number of test rows', len(a.target), len(b.target))]
     differ = [f'the {name} ({x} and {y})' for name, x, y in facts if x != y]
     for name in ('session', 'target') if len(a.target) == len(b.target) else ():
         rows = np.flatnonzero(getattr(a, name) != getattr(b, name))
-        if len(rows):
-            differ.append(f'the {name} of {len(rows)} rows (the first: {rows[0]})')
-    if not len(a.target):
-        differ.append('nothing, but they have no test rows')
-    if differ:
-        raise InputError(f'{a.path} and {b.path} cannot be compared row by row: they differ in '
-                         + ', '.join(differ))
+        differ += [f'the {name} of {len(rows)} rows (the first: {row})' for row in rows[:1]]
+    refuse_if(differ, f'{pair} differ in {", ".join(differ)}')
 
 
 def _common(first, second):
     """Row features of all seeds that every run has and each pair agrees on; names of the others."""
     names = dict.fromkeys(name for run in (*first, *second) for name in run.features)
-    pairs = list(zip(first, second, strict=True))
-    known = {name: np.concatenate([a.features[name] for a, _ in pairs]) for name in names
-             if all(name in a.features and name in b.features
-                    and np.array_equal(a.features[name], b.features[name]) for a, b in pairs)}
+    known = {name: np.concatenate([run.features[name] for run in first]) for name in names
+             if all(name in a.features and np.array_equal(a.features[name], b.features.get(name))
+                    for a, b in zip(first, second, strict=True))}
     return known, [name for name in names if name not in known]
 
 
@@ -294,20 +290,19 @@ def _measured(names, rows_earned, chosen, session, seed):
     edges = statistics.intervals(total, weight).reshape(*shape, 2)
     differences = total.reshape(len(total), *shape)[:, :, 2]
     p = statistics.sign_flip(differences.reshape(len(total), -1)).reshape(shape[0], shape[2])
-    out = {}
-    for place, (name, rows) in enumerate(chosen.items()):
-        out[name] = {'rows': int(rows.sum())}
-        for m, metric in enumerate(names):
-            part, number = rows_earned[rows, :, m], seed[rows]
-            cell = {}
-            for row, key in enumerate(('a', 'b', 'difference')):
-                cell[key] = mean(part[:, row])
-                cell[f'{key}_interval'] = interval(edges[place, row, m])
-            cell['p'] = float(p[place, m]) if len(part) else None
-            cell['won'], cell['lost'] = mean(part[:, 2] > 0), mean(part[:, 2] < 0)
-            cell['per_seed'] = [mean(part[number == k, 2]) for k in range(seed.max() + 1)]
-            out[name][metric] = cell
-    return out
+
+    def cell(rows, place, m):
+        part, apart = rows_earned[rows, :, m], rows_earned[rows, 2, m]
+        out = {}
+        for row, key in enumerate(('a', 'b', 'difference')):
+            out |= {key: mean(part[:, row]), f'{key}_interval': interval(edges[place, row, m])}
+        return {**out, 'p': float(p[place, m]) if len(part) else None,
+                'won': mean(apart > 0), 'lost': mean(apart < 0),
+                'per_seed': [mean(apart[seed[rows] == k]) for k in range(seed.max() + 1)]}
+
+    return {name: {'rows': int(rows.sum()),
+                   **{metric: cell(rows, place, m) for m, metric in enumerate(names)}}
+            for place, (name, rows) in enumerate(chosen.items())}
 
 
 def _cells(cell):

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from tpad_jax.core import ties
-from tpad_jax.errors import InputError, refusing
+from tpad_jax.errors import refuse_if, refusing
 
 
 class Sparse(NamedTuple):
@@ -65,17 +65,17 @@ def registry(named: Mapping[str, str]) -> dict[str, Gain]:
     gains = dict(GAINS)
     for name, path in named.items():
         option = f'config.metrics.{name}={path!r}'
-        if name in GAINS or not re.fullmatch(r'[a-z]\w*', name) or name.startswith('expected'):
-            raise InputError(f'{option}: the name cannot be used. Expected lower-case letters, '
-                             f'digits and _, not {", ".join(GAINS)} or expected... Fix: rename it.')
+        refuse_if(name in GAINS or not re.fullmatch(r'(?!expected)[a-z]\w*', name),
+                  f'{option}: the name cannot be used. Expected lower-case letters, digits and _, '
+                  f'not {", ".join(GAINS)} or expected... Fix: rename it.')
         # anything that a user's file raises
         with refusing(Exception, f'{option}: it cannot be used', 'Expected module:function with '
                       'the arguments (places, k). Fix: repair the function or the name.'):
             gains[name] = pkgutil.resolve_name(path)
             values = gain_table(gains[name], TOP)
-        if values.shape != (TOP,) or not np.isfinite(values).all():
-            raise InputError(f'{option}: it returned {values.dtype} {list(values.shape)}. Expected '
-                             f'{TOP} finite numbers. Fix: return one value per place.')
+        refuse_if(values.shape != (TOP,) or not np.isfinite(values).all(), f'{option}: it returned '
+                  f'{values.dtype} {list(values.shape)}. Expected {TOP} finite numbers. '
+                  'Fix: return one value per place.')
     return gains
 
 
@@ -127,19 +127,15 @@ def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int | No
 
 def _read(scores, shape, rows, name):
     """The first `rows` rows of a scorer's result, float32 (or a float64 array)."""
-    sparse = isinstance(scores, Sparse)
-    if not sparse:
-        scores = np.asarray(scores)
-    shapes = ([scores.found.shape, (shape[0], *scores.background.shape)] if sparse
-              else [scores.shape])
-    for returned in (other for other in shapes if other != shape):
-        raise ValueError(f'{name}: scores of shape {returned} for {shape[0]} prefixes and '
-                         f'{shape[1] - 1} items; they must be {shape}.')
-    if sparse:
-        return Sparse(scores.found[:rows].astype(np.float32, copy=False),
-                      scores.background.astype(np.float32, copy=False))
-    scores = scores[:rows]
-    return scores if scores.dtype == np.float64 else scores.astype(np.float32, copy=False)
+    found, background = scores if isinstance(scores, Sparse) else (np.asarray(scores), None)
+    for part, expected_shape in ((found, shape), (background, shape[1:])):
+        if part is not None and part.shape != expected_shape:
+            raise ValueError(f'{name}: scores of shape {part.shape} for {shape[0]} prefixes and '
+                             f'{shape[1] - 1} items; they must be {expected_shape}.')
+    if background is None and found.dtype == np.float64:
+        return found[:rows]
+    found = found[:rows].astype(np.float32, copy=False)
+    return found if background is None else Sparse(found, background.astype(np.float32, copy=False))
 
 
 def check_finite(scores: Scores, begin: int, name: str) -> None:
@@ -158,17 +154,15 @@ def check_finite(scores: Scores, begin: int, name: str) -> None:
             found, background = scores
             item = found.indices > 0
             sums = found.data[item] + background[found.indices[item]]
-            values = np.concatenate([sums, background[1:]])
-        else:
-            values = scores[:, 1:]
-        if np.isfinite(values).all():
-            return
+            if np.isfinite(sums).all() and np.isfinite(background[1:]).all():
+                return
         table = dense(scores)
     broken = ~np.isfinite(table[:, 1:])
-    row, item = np.argwhere(broken)[0]
-    raise FloatingPointError(
-        f'{name}: the score of item {item + 1} in row {begin + row} is {table[row, item + 1]}, '
-        f'and so are {broken.sum() - 1} others of this part; every score must be finite.')
+    if broken.any():
+        row, item = np.argwhere(broken)[0]
+        raise FloatingPointError(
+            f'{name}: the score of item {item + 1} in row {begin + row} is {table[row, item + 1]}, '
+            f'and so are {broken.sum() - 1} others of this part; every score must be finite.')
 
 
 def counts(scores: Scores, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

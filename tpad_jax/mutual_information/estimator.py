@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from tpad_jax.core.precision import exact_products
-from tpad_jax.errors import InputError
+from tpad_jax.errors import refuse_if
 from tpad_jax.mutual_information import bounds
 from tpad_jax.mutual_information.critics import KINDS, Critic, GaussianQ, Score
 from tpad_jax.mutual_information.held_out import BOUNDS, UPPER, Estimate, Settings, in_batch, report
@@ -36,6 +36,8 @@ CLIP = 1.0  # largest norm of a gradient
 DECAY = 0.9  # of MINE's moving average
 CHECKS = 40  # points of the curve
 SCALES = 1.0, 8.0, 64.0  # at which a critic reads standardised columns, see `Critic.scales`
+
+
 def estimate(key, x, y, *, bound='infonce', critic='separable', **settings) -> Estimate:
     """Fit a critic to one part of the pairs and report a bound of I(x; y) on another.
 
@@ -69,9 +71,8 @@ def module(bound, critic, hidden, width):
     """Return the linen module of a critic's name. A module is returned unchanged."""
     if isinstance(critic, nn.Module):
         return critic
-    if critic not in KINDS:
-        raise InputError(f'critic={critic!r}: unknown critic. Expected a linen module or one of '
-                         f'{", ".join(KINDS)}. Fix: choose one of these')
+    refuse_if(critic not in KINDS, f'critic={critic!r}: unknown critic. Expected a linen module or '
+              f'one of {", ".join(KINDS)}. Fix: choose one of these')
     if bound in UPPER:
         return GaussianQ(hidden, limit=10.0)
     return Critic(critic, width, hidden, normalise=False, scales=SCALES)
@@ -117,8 +118,7 @@ def fit(key, data, objective: str, critic: nn.Module, settings: Settings,
                      optax.adamw(rate, weight_decay=settings.weight_decay))
 
     def loss(params, pairs, average):
-        x, y = pairs
-        return _loss(objective, Score(critic, params), x, y, average)
+        return _loss(objective, Score(critic, params), *pairs, average)
 
     def step(data, carry, number):
         params, opt, average = carry
@@ -169,16 +169,14 @@ def _checked(x, y, bound, s):
       InputError: an argument is unusable.
     """
     x, y = (np.asarray(part, np.float32) for part in (x, y))
-    if bound not in BOUNDS:
-        raise InputError(f'bound={bound!r}: unknown bound. Expected one of {", ".join(BOUNDS)}. '
-                         'Fix: choose one of these')
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise InputError(f'x {x.shape}, y {y.shape}: these are not pairs in rows. Expected [P, I] '
-                         'and [P, J]. Fix: reshape them')
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise InputError('x, y: some are not finite. Expected finite numbers. Fix: drop these rows')
+    refuse_if(bound not in BOUNDS, f'bound={bound!r}: unknown bound. Expected one of '
+              f'{", ".join(BOUNDS)}. Fix: choose one of these')
+    refuse_if(x.ndim != 2 or y.ndim != 2 or len(x) != len(y), f'x {x.shape}, y {y.shape}: these '
+              'are not pairs in rows. Expected [P, I] and [P, J]. Fix: reshape them')
+    refuse_if(not (np.isfinite(x).all() and np.isfinite(y).all()),
+              'x, y: some are not finite. Expected finite numbers. Fix: drop these rows')
     least = int(np.ceil(2 * s.batch / min(s.held_out, 0.9 * (1 - s.held_out)))) + 1
-    if not 0 < s.held_out < 1 or len(x) < least:
-        raise InputError(f'x, y: {len(x)} pairs are too few for held_out={s.held_out}, batch='
-                         f'{s.batch}. Expected at least {least}. Fix: add pairs, or lower batch')
+    refuse_if(not 0 < s.held_out < 1 or len(x) < least, f'x, y: {len(x)} pairs are too few for '
+              f'held_out={s.held_out}, batch={s.batch}. Expected at least {least}. Fix: add pairs, '
+              'or lower batch')
     return x, y

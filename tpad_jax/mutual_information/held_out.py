@@ -157,43 +157,35 @@ def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024):
       of: 'exp' or 'clipped' (exp of scores limited to +-clip) give logs of sums. 'softplus' and
         'score' give sums.
       clip: limit of 'clipped'.
-      chunk: rows whose scores exist at a time.
+      chunk: rows, then columns, whose scores exist at a time.
 
     Returns:
       float32 [n] each: the scores of the joint pairs; the sum of each row, or its log; the same of
       each column.
     """
-    n, chunk = len(x), min(chunk, len(x))
-    count = -(-n // chunk)
-    factors = score.factors(x, y)
+    n, factors = len(x), score.factors(x, y)
     if of == 'score' and factors is not None:  # a sum of products is a product with a sum
         a, b = factors
         own = (a * b).sum(-1)
         return own, a @ b.sum(axis=0) - own, b @ a.sum(axis=0) - own
-    rows = jnp.pad(x if factors is None else factors[0], ((0, count * chunk - n), (0, 0)))
-    rows = rows.reshape(count, chunk, -1), jnp.arange(count * chunk).reshape(count, chunk)
-    logs = of in ('exp', 'clipped')
+    score, x, y = (score, x, y) if factors is None else (lambda a, b: a @ b.T, *factors)
 
-    def block(carry, part):
-        top, column = carry
-        a, at = part
-        scores = score(a, y) if factors is None else a @ factors[1].T
-        outside = (at[:, None] == jnp.arange(n)) | (at[:, None] >= n)
-        own = jnp.where(at[:, None] == jnp.arange(n), scores, 0).sum(axis=1)
-        if not logs:
-            value = jnp.where(outside, 0, jax.nn.softplus(scores) if of == 'softplus' else scores)
-            return (top, column + value.sum(axis=0)), (own, value.sum(axis=1))
-        scores = jnp.clip(scores, -clip, clip) if of == 'clipped' else scores
-        scores = jnp.where(outside, -jnp.inf, scores)
-        new = jnp.maximum(top, scores.max())
-        value = jnp.exp(scores - new)
-        column = column * jnp.exp(top - new) + value.sum(axis=0)
-        return (new, column), (own, jnp.log(value.sum(axis=1)) + new)
+    def summed(scores, place):
+        others = jnp.arange(n) != place
+        if of in ('exp', 'clipped'):
+            scores = jnp.clip(scores, -clip, clip) if of == 'clipped' else scores
+            return jax.nn.logsumexp(scores, where=others)
+        return jnp.where(others, jax.nn.softplus(scores) if of == 'softplus' else scores, 0).sum()
 
-    start = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.zeros(n))
-    (top, column), (own, row) = jax.lax.scan(block, start, rows)
-    column = jnp.log(column) + top if logs else column
-    return own.reshape(-1)[:n], row.reshape(-1)[:n], column
+    def row_sum(part):
+        scores = score(part[0][None], y)[0]
+        return scores[part[1]], summed(scores, part[1])
+
+    def column_sum(part):
+        return summed(score(x, part[0][None])[:, 0], part[1])
+
+    own, row = jax.lax.map(row_sum, (x, jnp.arange(n)), batch_size=min(chunk, n))
+    return own, row, jax.lax.map(column_sum, (y, jnp.arange(n)), batch_size=min(chunk, n))
 
 
 def _paired(bound, score, x, y, seen, s):

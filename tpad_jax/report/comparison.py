@@ -27,12 +27,12 @@ def context(runs: list[Run]) -> dict:
     trained = [name for name in models if name not in searched]
     first = runs[0].results['models']
     main = page.first(first, [name for name in trained if name in first])
-    groups = (('trained', trained), ('baselines, tuned on validation', searched))
     out = {
         'names': names, 'main': main, 'metrics': METRICS,
         'runs': [(name, run, page.Values(run.results, place))
                  for place, (name, run) in enumerate(zip(names, runs, strict=True))],
-        'groups': [(title, group) for title, group in groups if group],
+        'groups': [(title, group) for title, group in (
+            ('trained', trained), ('baselines, tuned on validation', searched)) if group],
         'most': page.most([model['test'] for run in runs
                                for model in run.results['models'].values()]),
         'oracles': all(run.results.get('oracle') for run in runs),
@@ -60,22 +60,18 @@ def differences(runs: list[Run], names: list[str], trained: list[str],
       searched: baselines, subtracted where two runs have no other model in common.
 
     Returns:
-      One dict per run except the first: its 'name', 'rows' [(model, {metric: a dict of
-      `page.in_points`})], and 'why', a sentence on why there are no rows.
+      One dict per run except the first: its 'name', 'rows' [(model, `page.differences`)], and
+      'why', a sentence on why there are no rows.
     """
     out, first = [], runs[0].ranks
     for run, name in zip(runs[1:], names[1:], strict=True):
-        rows, why = [], ''
-        if first is None or run.ranks is None:
-            why = f'{compare.FILE} is missing.'
-        else:
+        rows, why = [], f'{compare.FILE} is missing.'
+        if first and run.ranks:
             common = first.ranks.keys() & run.ranks.ranks.keys()
             shared = [n for n in trained if n in common] or [n for n in searched if n in common]
             try:
-                for model in shared:
-                    cells = compare.compare([run.ranks], [first], (model, model),
-                                            sliced=False)['slices']['all']
-                    rows.append((model, {m: page.in_points(cells[m]) for m in METRICS}))
+                rows = [(model, page.differences(run.ranks, first, (model, model)))
+                        for model in shared]
                 why = '' if rows else 'they have no model in common.'
             except InputError as error:
                 why = str(error)
@@ -94,7 +90,7 @@ def configs(runs: list[Run]) -> list[tuple]:
 def _hits(runs, names, main):
     drawn = [curves.hit_curve(run.ranks, main, name=name, colour=n, source=f'run {n} {main}')
              for n, (run, name) in enumerate(zip(runs, names, strict=True))
-             if run.ranks is not None and main in run.ranks.ranks]
+             if run.ranks and main in run.ranks.ranks]
     return drawn and charts.chart(f'hit@K of {main}', drawn, x='K', unit='%', wide=True,
                                   at=curves.AT)
 

@@ -63,17 +63,22 @@ class Values:
         """Return the path to a model's test metrics; 'oracle' is a model, too."""
         return ('oracle', *path) if model == 'oracle' else ('models', model, 'test', *path)
 
+    def num(self, *path: Any, form: str = '.2f', scale: int = 1) -> Markup:
+        """Show a number times `scale` in a format of Python's."""
+        value = self.get(*path)
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
+            return NONE
+        return Markup('<data value="{}" data-from="{}" data-scale="{}">{}</data>').format(
+            json.dumps(value), BETWEEN.join(map(str, (*self._before, *path))), scale,
+            format(scale * value, form))
+
     def pct(self, *path: Any, digits: int = 2) -> Markup:
         """Show a share in percent, without the sign."""
-        return self._data(self.get(*path), path, f'.{digits}f', 100)
-
-    def num(self, *path: Any, form: str = '.2f') -> Markup:
-        """Show a number in a format of Python's."""
-        return self._data(self.get(*path), path, form)
+        return self.num(*path, form=f'.{digits}f', scale=100)
 
     def count(self, *path: Any) -> Markup:
         """Show a whole number with a comma between thousands."""
-        return self._data(self.get(*path), path, ',')
+        return self.num(*path, form=',')
 
     def interval(self, *path: Any, digits: int = 1) -> Markup:
         """Show [low, high] in percent, or an empty text without an interval."""
@@ -89,13 +94,6 @@ class Values:
             return NONE
         return Markup('<data value="{}" data-share="{}">{}</data>').format(
             share, BETWEEN.join((*self._before, model, of)), f'{share:.2f}')
-
-    def _data(self, value, path, form, scale=1):
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            return NONE
-        return Markup('<data value="{}" data-from="{}" data-scale="{}">{}</data>').format(
-            json.dumps(value), BETWEEN.join(map(str, (*self._before, *path))), scale,
-            format(scale * value, form))
 
 
 def write(workdir: str | Path) -> Path:
@@ -155,8 +153,8 @@ def context(run: Run) -> dict:
     out = {
         'v': v, 'name': run.name, 'main': main, 'best': best, 'colour': colour,
         'most': most([model['test'] for model in models.values()] + oracle),
-        'differences': [_difference(run.ranks, main, other) for other in [*others, *best]
-                        if run.ranks is not None],
+        'differences': [{'other': other, **differences(run.ranks, run.ranks, (main, other))[SELECT]}
+                        for other in [*others, *best] if run.ranks is not None],
         **_table(v, trained, searched, colour),
         'audit': [line for line in findings if not line.startswith(('Warning: ', 'Verdict: '))],
         'hits': curves.hits(run, [n for n in known if n not in ('tpad_recommend', 'tpad_joint')]),
@@ -178,10 +176,8 @@ def filled(known: dict[str, str], content: dict) -> list[tuple]:
 
 def first(models: dict, trained: list[str]) -> str:
     """Choose the model that a page shows first: TPAD, a sum of two, or the best."""
-    for name in ('tpad', 'mixture'):
-        if name in models:
-            return name
-    return _best(models, trained or list(models))
+    main = [name for name in ('tpad', 'mixture') if name in models]
+    return (main or [_best(models, trained or list(models))])[0]
 
 
 def _best(models: dict, names: list[str]) -> str:
@@ -189,19 +185,22 @@ def _best(models: dict, names: list[str]) -> str:
     return max(names, key=lambda name: models[name]['valid'][SELECT])
 
 
-def _difference(ranks: compare.Run, main: str, other: str) -> dict:
-    """Subtract a model's hit@20 from another's on the same rows, in points."""
-    cells = compare.compare([ranks], [ranks], (main, other), sliced=False)['slices']['all']
-    return {'other': other, **in_points(cells[SELECT])}
+def differences(first: compare.Run, second: compare.Run, models: tuple[str, str]) -> dict:
+    """Subtract model B of `second` from model A of `first` on the same rows, in points.
 
+    Returns:
+      {metric: {'number', 'interval', 'p', and 'sure': whether the interval excludes zero}}.
+    """
+    result = compare.compare([first], [second], models, sliced=False)
 
-def in_points(cell: dict) -> dict:
-    """Format a difference of `compare`: number, interval, p, and whether it excludes zero."""
-    edges = cell['difference_interval']
-    return {'number': f'{100 * cell["difference"]:+.2f}'.replace('-', MINUS),
-            'interval': edges and ' to '.join(f'{100 * x:+.2f}' for x in edges).replace('-', MINUS),
-            'p': 'p\xa0<\xa0.001' if cell['p'] < 0.001 else f'p\xa0=\xa0{cell["p"]:.3f}',
-            'sure': bool(edges) and edges[0] * edges[1] > 0}
+    def shown(cell):
+        number, *edges = (f'{100 * x:+.2f}'.replace('-', MINUS)
+                          for x in (cell['difference'], *(cell['difference_interval'] or ())))
+        low, high = cell['difference_interval'] or (0, 0)
+        return {'number': number, 'interval': ' to '.join(edges), 'sure': low * high > 0,
+                'p': 'p\xa0<\xa0.001' if cell['p'] < 0.001 else f'p\xa0=\xa0{cell["p"]:.3f}'}
+
+    return {metric: shown(result['slices']['all'][metric]) for metric in result['metrics']}
 
 
 def _table(v: Values, trained: list[str], searched: list[str], colour: dict) -> dict:
@@ -250,12 +249,11 @@ def _slices(parts: dict) -> list[tuple]:
 def _gallery(stored: dict | None) -> dict:
     """Prepare the gallery for the template, and the part that the page's script reads."""
     if not stored or not stored['sessions']:
-        return {'gallery': None, 'asked': None, 'without': 0}
-    items, sessions = stored['items'], stored['sessions']
+        return {'gallery': None}
+    why = [{'prefix': x['prefix'], 'of': x['why']} for x in stored['sessions']]
     return {'gallery': stored,
-            'without': sum('picture' in x and x['picture'] is None for x in items.values()),
-            'asked': {'items': items, 'sides': stored.get('sides', []),
-                      'why': [{'prefix': x['prefix'], 'of': x['why']} for x in sessions]}}
+            'without': sum(x.get('picture', '') is None for x in stored['items'].values()),
+            'asked': {'items': stored['items'], 'sides': stored.get('sides', []), 'why': why}}
 
 
 def _rank(model: dict, k: int = 20) -> tuple[str, str]:

@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 from tpad_jax import config
 from tpad_jax.core import log as log_lib
 from tpad_jax.diagnostics import records
-from tpad_jax.errors import InputError, refuse_if, refusing
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.evaluation import compare
 from tpad_jax.report import gallery
-
-RESULTS = 'results.json'
 
 
 class Run(NamedTuple):
@@ -48,7 +46,7 @@ def read(path: str | Path) -> Run:
       InputError: results.json is missing, or a file is damaged.
     """
     path = Path(path)
-    file, log, ranks = path / RESULTS, path / 'log.jsonl', path / compare.FILE
+    file, log, ranks = path / 'results.json', path / 'log.jsonl', path / compare.FILE
     refuse_if(not file.is_file(), f'{file} does not exist. Expected the workdir of a finished run')
     with refusing((*compare.UNREADABLE, AttributeError), f'{file} is damaged',
                   'Fix: delete it and run the command of the run again'):
@@ -56,21 +54,21 @@ def read(path: str | Path) -> Run:
         for model in results['models'].values():
             model['test']['slices'].items()
         results['data'].items(), results['provenance']['config'].items()
-    if not results['models']:
-        raise InputError(f'{file} holds no models. Fix: run a stage that trains a recommender')
+    refuse_if(not results['models'],
+              f'{file} holds no models. Fix: run a stage that trains a recommender')
     with refusing(compare.UNREADABLE, f'{path / "diagnostics"} holds a damaged file',
                   'Fix: move the folder away to get the page without features'):
         clouds = records.clouds(path)
-    shown, absent = gallery.read(path), []
-    if not log.is_file():
-        absent.append(f'{log} is missing: no learning curves')
-    if not ranks.is_file():
-        absent.append(f'{ranks} is missing: no curves over K and no differences')
-    if shown is None and 'images' in results['data'] and 'tpad' in results['models']:
-        absent.append(f'{path / gallery.FILE} is missing: no gallery. Fix: delete '
-                      f'{path / RESULTS} and run the command of the run again')
+    shown = gallery.read(path)
+    absent = {
+        f'{log} is missing: no learning curves': not log.is_file(),
+        f'{ranks} is missing: no curves over K and no differences': not ranks.is_file(),
+        f'{path / gallery.FILE} is missing: no gallery. Fix: delete {file} and run the command of '
+        'the run again':
+            shown is None and 'images' in results['data'] and 'tpad' in results['models']}
     return Run(path, results, log_lib.curves_of(log) if log.is_file() else {},
-               compare.read(path) if ranks.is_file() else None, shown, clouds, tuple(absent))
+               compare.read(path) if ranks.is_file() else None, shown, clouds,
+               tuple(sentence for sentence, applies in absent.items() if applies))
 
 
 def flat_config(run: Run) -> dict[str, Any]:
