@@ -36,7 +36,6 @@ from scipy import stats
 from benchmarks.checkout import commit
 from tpad_jax.core import files
 from tpad_jax.mutual_information import estimator as mi
-from tpad_jax.mutual_information.held_out import LOWER
 
 FLAGS = flags.FLAGS
 KEPT = Path(__file__).with_suffix('.json')
@@ -159,7 +158,7 @@ def judge(found):
     """Sentences on what has to hold, of the cells that are there."""
     split = {key: (*key.split()[:2], *(int(part.split('=')[1]) for part in key.split()[2:]))
              for key in found}
-    lower = [key for key, (bound, *_) in split.items() if bound in LOWER]
+    lower = [key for key, (bound, *_) in split.items() if bound in mi.LOWER]
     z = [(found[k]['value'] - found[k]['truth']) / found[k]['error'] for k in lower]
     p = [stats.t.sf(x, found[k]['degrees']) for x, k in zip(z, lower, strict=True)]
     above = [k for k, bad in zip(lower, holm(p, LEVEL), strict=True) if bad]
@@ -173,7 +172,7 @@ def judge(found):
     for bounds, what in ((('mine', 'nwj'), 'mine and nwj at batch 1024'),
                          (('club', 'vclub'), 'club, and vclub where y is not cubed')):
         near = {k: found[k]['value'] / found[k]['truth'] - 1 for k, s in split.items()
-                if s[0] in bounds and s[3] <= 4 and (s[4] == 1024 or s[0] not in LOWER)
+                if s[0] in bounds and s[3] <= 4 and (s[4] == 1024 or s[0] not in mi.LOWER)
                 and not (s[0] == 'vclub' and s[1] == 'cubed')}
         far = {k: round(100 * x, 1) for k, x in near.items() if abs(x) > JUDGED}
         worst = max(near.values(), key=abs, default=0)

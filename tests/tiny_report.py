@@ -17,7 +17,7 @@ from tpad_jax.evaluation import compare, tables
 from tpad_jax.features import store
 from tpad_jax.job import results
 from tpad_jax.job.background import Background
-from tpad_jax.report import charts, gallery, stored
+from tpad_jax.report import gallery, stored
 from tpad_jax.report.page import BETWEEN
 
 V, COLD = 24, (23, 24)
@@ -240,7 +240,7 @@ def check_charts(page, run):
                 for k in (k for k in (5, 10, 20) if k <= len(known)):
                     assert abs(curve['y'][k - 1] / 100 - test[f'hit@{k}']) < 1e-6
                 read = dict(known)[min(compare.AT, len(known))]
-            assert text == charts.shown(read, 2 if scale == 100 else None)
+            assert text == curves.shown(read, 2 if scale == 100 else None)
             for moment, y in curve['held']:
                 assert y == run.results['diagnostics'][stage][moment]['held_out'][name]
 

@@ -8,7 +8,7 @@ import pytest
 
 from tpad_jax import losses
 from tpad_jax.diagnostics import clouds as clouds_lib
-from tpad_jax.diagnostics import labels, probes, records, snapshots
+from tpad_jax.diagnostics import probes, records, snapshots
 from tpad_jax.mutual_information.critics import GaussianQ, Score
 from tpad_jax.report import curves
 from tpad_jax.types import Batch
@@ -142,12 +142,12 @@ def test_items_are_coloured_by_what_is_known_of_them():
             data=types.SimpleNamespace(ready=ready)))
 
     raw = job(np.array([[1, 2, 3], [0, 0, 1]]), (3, 4, 11), '')
-    assert labels.category(raw).tolist() == [1, -1]
-    assert labels.labels(raw)['brand'].tolist() == [0, -1]
+    assert probes.category(raw).tolist() == [1, -1]
+    assert probes.known_attributes(raw)['brand'].tolist() == [0, -1]
     lists = job(np.array([[5, 0, 1], [0, 1, 1], [2, 0, 0]]), (9, 2, 2), 'a folder')
-    assert labels.category(lists).tolist() == [1, 0, -1]
-    assert labels.labels(lists)['side_2'].tolist() == [1, 1, 0]
-    assert labels.category(job(np.zeros((4, 0), int), (), 'a folder')).tolist() == [-1] * 4
+    assert probes.category(lists).tolist() == [1, 0, -1]
+    assert probes.known_attributes(lists)['side_2'].tolist() == [1, 1, 0]
+    assert probes.category(job(np.zeros((4, 0), int), (), 'a folder')).tolist() == [-1] * 4
 
 
 def test_content_of_a_part_is_its_own_items():

@@ -17,7 +17,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.evaluation import device_ranks
 from tpad_jax.job import validate
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.mutual_information import estimator, held_out
+from tpad_jax.mutual_information import bounds, estimator
 from tpad_jax.mutual_information.critics import GaussianQ, Score
 from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch
@@ -100,11 +100,11 @@ def test_products_of_the_ranks(monkeypatch):
 
 def test_products_of_an_estimate():
     q, x = GaussianQ(4), jnp.ones((12, 2))
-    settings = held_out.Settings(batch=4, steps=2)
+    settings = estimator.Settings(batch=4, steps=2)
     texts = [estimator.fit.lower(jax.random.key(0), {'train': (x, x), 'check': (x, x)},
                                  'likelihood', q, settings).as_text()]
     score = Score(q, q.init(jax.random.key(0), x, x)['params'])
-    texts.append(held_out.off_diagonal.lower(score, x, x, 'score').as_text())
+    texts.append(bounds.off_diagonal.lower(score, x, x, 'score').as_text())
     for text in texts:
         assert text.count('dot_general') == text.count('[HIGHEST, HIGHEST]') > 0
 

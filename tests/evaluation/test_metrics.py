@@ -238,5 +238,5 @@ def test_unusable_sparse_scores_name_the_model():
         ranked([[0, 0, 0], [0, 0, 3e38]], [0, 0, 3e38])
     with pytest.raises(ValueError, match=r'sr: scores of shape \(2, 2\)'):
         ranked([[0, 0], [0, 1]], [0, 0, 0])
-    with pytest.raises(ValueError, match=r'sr: scores of shape \(2, 2\)'):
+    with pytest.raises(ValueError, match=r'sr: scores of shape \(2,\)'):
         ranked([[0, 0, 0], [0, 0, 1]], [0, 0])

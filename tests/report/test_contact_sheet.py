@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from tests import tiny_report
-from tpad_jax.report import contact_sheet, gallery
+from tpad_jax.report import gallery
 
-GREEN = [int(contact_sheet.GREEN[at:at + 2], 16) for at in (1, 3, 5)]
+GREEN = [int(gallery.GREEN[at:at + 2], 16) for at in (1, 3, 5)]
 
 
 def picture(grey):
@@ -25,7 +25,7 @@ def sheet(prefix=(1, 2), target=3, tpad=(4, 5, 6, 7, 8), ids=(4, 5, 6, 7, 8), gr
              for i in range(1, 12)}
     del items['2']['picture']
     items['4']['picture'] = None
-    return np.asarray(contact_sheet.draw({
+    return np.asarray(gallery.draw_sheet({
         'models': ['tpad', 'knowledge_only', 'id_only'], 'items': items,
         'sessions': [{'prefix': list(prefix), 'target': target, 'models': {
             'tpad': {'first': list(tpad)}, 'id_only': {'first': list(ids)}}}]}))
@@ -51,20 +51,20 @@ def test_the_last_five_of_a_long_prefix_are_shown():
     grey = [int((image == 128).all(-1).sum()) for image in (five, nine, two)]
     assert grey[0] == grey[1]
     # a few pixels of the titles' edges have the same grey
-    assert grey[0] - grey[2] == pytest.approx(3 * contact_sheet.TILE ** 2, abs=30)
+    assert grey[0] - grey[2] == pytest.approx(3 * gallery.TILE ** 2, abs=30)
 
 
 def test_a_run_writes_it_once_and_the_same_again(tmp_path):
     tiny_report.write(tmp_path / 'run')
-    assert contact_sheet.write(tmp_path / 'run') == tmp_path / 'run' / contact_sheet.FILE
-    before = (tmp_path / 'run' / contact_sheet.FILE).read_bytes()
-    contact_sheet.write(tmp_path / 'run')
-    assert (tmp_path / 'run' / contact_sheet.FILE).read_bytes() == before
-    with Image.open(tmp_path / 'run' / contact_sheet.FILE) as image:
-        rows = min(contact_sheet.ROWS, len(gallery.read(tmp_path / 'run')['sessions']))
-        assert image.height == contact_sheet.TOP + rows * contact_sheet.ROW
+    assert gallery.write_sheet(tmp_path / 'run') == tmp_path / 'run' / gallery.SHEET
+    before = (tmp_path / 'run' / gallery.SHEET).read_bytes()
+    gallery.write_sheet(tmp_path / 'run')
+    assert (tmp_path / 'run' / gallery.SHEET).read_bytes() == before
+    with Image.open(tmp_path / 'run' / gallery.SHEET) as image:
+        rows = min(gallery.ROWS, len(gallery.read(tmp_path / 'run')['sessions']))
+        assert image.height == gallery.TOP + rows * gallery.ROW
 
 
 def test_without_a_gallery_there_is_no_sheet(tmp_path):
-    assert contact_sheet.write(tmp_path) is None
+    assert gallery.write_sheet(tmp_path) is None
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
 from tpad_jax.job import results
 from tpad_jax.report import __main__ as command
-from tpad_jax.report import charts, comparison, gallery, page, stored
+from tpad_jax.report import curves, gallery, page, stored
 
 
 @pytest.fixture(scope='module')
@@ -231,7 +231,7 @@ def test_other_refusals_and_help(runs, tmp_path, capsys):
 
 def test_a_page_is_made_without_jax():
     """Its import takes longer than the page."""
-    code = ('import sys; from tpad_jax.report import comparison, page; '
+    code = ('import sys; from tpad_jax.report import page; '
             'assert not {"jax", "flax", "matplotlib"} & sys.modules.keys()')
     subprocess.run([sys.executable, '-c', code], check=True)
 
@@ -241,7 +241,7 @@ def test_a_page_is_made_without_jax():
 
 def test_runs_beside_each_other(runs, tmp_path):
     both = [stored.read(runs / name) for name in ('planted', 'seed')]
-    file = page.save(tmp_path / 'c.html', 'compare.html', comparison.context(both))
+    file = page.save(tmp_path / 'c.html', 'compare.html', page.compared(both))
     made = Page(file)
     figures = [e for e in made.all('data') if 'data-from' in e]
     assert len(figures) > 100
@@ -254,7 +254,7 @@ def test_runs_beside_each_other(runs, tmp_path):
     table = next(e for e in made.all('div') if 'seed minus planted' in e.get('aria-label', ''))
     row = next(e for e in made.all('tr', 'main') if table in e['in'])
     assert next(e['text'] for e in made.all('td') if row in e['in']) == shown
-    assert [key for key, _ in comparison.configs(both)] == ['seed']
+    assert [key for key, _ in page.configs(both)] == ['seed']
     for figure in made.all('figure', 'chart'):
         script = next(e for e in made.elements if figure in e['in'] and e.get('class') == 'points')
         for curve in json.loads(script['text']):
@@ -268,16 +268,16 @@ def test_runs_beside_each_other(runs, tmp_path):
 
 def test_runs_of_other_data_are_not_subtracted(runs, tmp_path):
     both = [stored.read(runs / name) for name in ('planted', 'ids')]
-    text = page.save(tmp_path / 'c.html', 'compare.html', comparison.context(both)).read_text()
+    text = page.save(tmp_path / 'c.html', 'compare.html', page.compared(both)).read_text()
     assert 'no model in common' not in text  # pop and sr are
-    assert [model for model, _ in comparison.differences(both, ['a', 'b'], ['tpad'], ['pop', 'sr'])[
+    assert [model for model, _ in page.differences(both, ['a', 'b'], ['tpad'], ['pop', 'sr'])[
         0]['rows']] == ['pop', 'sr']
     other = both[1]._replace(ranks=both[1].ranks._replace(fingerprint='e' * 64))
-    [found] = comparison.differences([both[0], other], ['a', 'b'], [], ['pop'])
+    [found] = page.differences([both[0], other], ['a', 'b'], [], ['pop'])
     assert not found['rows']
     assert 'cannot be compared row by row' in found['why']
     with pytest.raises(InputError, match='too many'):
-        comparison.context(both * 5)
+        page.compared(both * 5)
 
 
 # --- how it looks -------------------------------------------------------------------------------
@@ -309,9 +309,9 @@ def test_contrast_by_day_and_by_night():
 
 
 def test_a_chart_of_gaps_and_of_one_point():
-    made = charts.chart('x', [charts.Curve('a', [1, 2, 3], [1.0, float('nan'), 3.0], 0),
-                              charts.Curve('b', [2], [float('inf')], 1)])
+    made = curves.chart('x', [curves.Curve('a', [1, 2, 3], [1.0, float('nan'), 3.0], 0),
+                              curves.Curve('b', [2], [float('inf')], 1)])
     assert made['curves'][0]['path'].count('M') == 2
     assert [curve['read'] for curve in made['curves']] == [(3, 3.0), None]
-    alone = charts.chart('x', [charts.Curve('a', [5], [2.0], 0)])
+    alone = curves.chart('x', [curves.Curve('a', [5], [2.0], 0)])
     assert len(alone['curves'][0]['dots']) == 1

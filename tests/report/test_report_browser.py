@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny_report
 from tests.tiny_report import EVIL
-from tpad_jax.report import comparison, gallery, page, stored
+from tpad_jax.report import gallery, page, stored
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
                 None)
@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
         tiny_report.write(root / kind, **given)
         page.write(root / kind)
     both = [stored.read(root / kind) for kind in ('planted', 'ids')]
-    page.save(root / 'both' / page.FILE, 'compare.html', comparison.context(both))
+    page.save(root / 'both' / page.FILE, 'compare.html', page.compared(both))
     return root
 
 

@@ -1,9 +1,40 @@
-"""Linear probes: attributes predicted from a feature, on items without training sessions."""
+"""Attributes of items, which colour plots and which linear probes predict from a feature."""
 
 import numpy as np
 
+from tpad_jax.data.synthetic import wording
+
 CLASSES = 50  # most common values of an attribute that are probed
 FITTED, SCORED = 20_000, 5_000  # items at most: more would not change the accuracy
+SIDE = ('brand', 'category', 'price')  # columns of the side features
+
+
+def known_attributes(job) -> dict[str, np.ndarray]:
+    """List the known attributes of items 1..V: {attribute: int [V]}, below 0 where unknown."""
+    if job.planted is not None:
+        return dict(zip(wording.ATTRIBUTES, job.attributes.T, strict=True))
+    data = job.data
+    names = SIDE if len(data.side_sizes) == len(SIDE) and not job.config.data.ready else [
+        f'side_{i}' for i in range(len(data.side_sizes))]
+    # 0 is "unknown", but "no" for a field of two values
+    return {name: ids if size == 2 and name not in SIDE else ids - 1
+            for name, ids, size in zip(names, data.side[1:].T, data.side_sizes, strict=False)}
+
+
+def category(job) -> np.ndarray:
+    """Choose the label of items 1..V that colours a plot: int [V], below 0 for none.
+
+    It is the category, if there is one; else the first value that an item has of a list of values;
+    else the first side feature.
+    """
+    known = known_attributes(job)
+    if 'category' in known:
+        return known['category']
+    values = [ids for ids, size in zip(known.values(), job.data.side_sizes, strict=False)
+              if size == 2]
+    if len(values) > 1:
+        return np.where(np.any(values, axis=0), np.argmax(values, axis=0), -1)
+    return next(iter(known.values()), np.full(job.data.num_items, -1))
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, fit_on: np.ndarray,

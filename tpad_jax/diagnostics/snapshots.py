@@ -23,7 +23,6 @@ from tpad_jax.core import files
 from tpad_jax.data import batches, sessions
 from tpad_jax.diagnostics import clouds as clouds_lib
 from tpad_jax.diagnostics import probes, records
-from tpad_jax.diagnostics.labels import labels
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import outputs, tpad
 from tpad_jax.models.mllms import MODALITIES
@@ -112,8 +111,9 @@ def _measured(job, stage, moment, spec, encoder):
             tuple(np.asarray(a)[inside] for a in embedded.get(name, ())))
             for name, (x, y) in PAIRS.items()}
     if after:
+        known = probes.known_attributes(job)
         record['probes'] = {name: probes.attributes(
-            np.asarray(job.catalogue[name])[1:], labels(job), job.data.warm[1:], job.config.seed)
+            np.asarray(job.catalogue[name])[1:], known, job.data.warm[1:], job.config.seed)
             for name in MAKES[stage]}
     record['features'] = {name: clouds_lib.feature(x) for name, x in clouds.items()}
     # Stage knowledge has warned of k already, and stage joint starts where transfer ended. Before

@@ -24,7 +24,7 @@ from tpad_jax.diagnostics import records
 from tpad_jax.errors import refusing
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate
-from tpad_jax.report import contact_sheet, gallery, page
+from tpad_jax.report import gallery, page
 from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
 
@@ -105,7 +105,7 @@ def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path 
     best = results['models'].get('tpad', {}).get('is', '')
     try:
         gallery.write(job, scorers, ranks, best)
-        contact_sheet.write(job.workdir)
+        gallery.write_sheet(job.workdir)
         if not results['models']:
             say(console, 'report: none, because neither a recommender nor a baseline was trained')
             return None

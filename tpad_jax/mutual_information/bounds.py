@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.core.precision import exact_products
 from tpad_jax.distributed import collectives
 
 
@@ -193,6 +194,49 @@ def moving_partition(log_mean_exp, log_average, decay, most=jnp.inf):
     new = jnp.logaddexp(jnp.log(decay) + past, jnp.log1p(-decay) + counted)
     share = jnp.exp(counted - new)
     return share * (log_mean_exp - now) + now, new
+
+
+@partial(jax.jit, static_argnames=('of', 'chunk'))
+@exact_products
+def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024):
+    """Sum a function of f(x_i, y_j) over the j != i of each i, and over the i != j of each j.
+
+    Args:
+      score: the critic.
+      x: float [n, I].
+      y: float [n, J].
+      of: 'exp' or 'clipped' (exp of scores limited to +-clip) give logs of sums. 'softplus' and
+        'score' give sums.
+      clip: limit of 'clipped'.
+      chunk: rows, then columns, whose scores exist at a time.
+
+    Returns:
+      float32 [n] each: the scores of the joint pairs; the sum of each row, or its log; the same of
+      each column.
+    """
+    n, factors = len(x), score.factors(x, y)
+    if of == 'score' and factors is not None:  # a sum of products is a product with a sum
+        a, b = factors
+        own = (a * b).sum(-1)
+        return own, a @ b.sum(axis=0) - own, b @ a.sum(axis=0) - own
+    score, x, y = (score, x, y) if factors is None else (lambda a, b: a @ b.T, *factors)
+
+    def summed(scores, place):
+        others = jnp.arange(n) != place
+        if of in ('exp', 'clipped'):
+            scores = jnp.clip(scores, -clip, clip) if of == 'clipped' else scores
+            return jax.nn.logsumexp(scores, where=others)
+        return jnp.where(others, jax.nn.softplus(scores) if of == 'softplus' else scores, 0).sum()
+
+    def row_sum(part):
+        scores = score(part[0][None], y)[0]
+        return scores[part[1]], summed(scores, part[1])
+
+    def column_sum(part):
+        return summed(score(x, part[0][None])[:, 0], part[1])
+
+    own, row = jax.lax.map(row_sum, (x, jnp.arange(n)), batch_size=min(chunk, n))
+    return own, row, jax.lax.map(column_sum, (y, jnp.arange(n)), batch_size=min(chunk, n))
 
 
 def alignment(x, y, power=2.0):

@@ -19,7 +19,7 @@ NAME = 'tpad_jax.report'
 })
 def main(args) -> None:
     """Write the page and print its path."""
-    from tpad_jax.report import comparison, page, stored  # here: --help does not wait for jax
+    from tpad_jax.report import page, stored  # here: --help does not wait for jax
     runs = [stored.read(path) for path in args.runs]
     for sentence in (sentence for run in runs for sentence in run.absent):
         cli.say(NAME, sentence)
@@ -27,7 +27,7 @@ def main(args) -> None:
         print(page.save(args.out or runs[0].path / page.FILE, 'run.html', page.context(runs[0])))
     else:
         print(page.save(args.out or Path('comparison.html'), 'compare.html',
-                        comparison.context(runs)))
+                        page.compared(runs)))
 
 
 if __name__ == '__main__':

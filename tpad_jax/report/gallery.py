@@ -2,7 +2,7 @@
 
 workdir/report/gallery.json holds the sessions, the first items of each model on them, the reasons
 for an item (below), and every item once, with its title and its picture as a WebP data URI. A page
-is made again from this file without a model.
+is made again from this file without a model. A contact sheet draws its first sessions as a picture.
 
 The reasons for a recommended item [ours] are its likeness to the prefix's items in k and in r, its
 nearest items there, how often training went from the last item to it and, where the catalogue is
@@ -11,15 +11,18 @@ planted, its true probability. Likeness is the cosine of rows without the catalo
 
 import base64
 import io
+import itertools
 import json
+import textwrap
+import unicodedata
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from tpad_jax.core import files
 from tpad_jax.data import images, item_graphs
-from tpad_jax.diagnostics import labels, records
+from tpad_jax.diagnostics import probes, records
 from tpad_jax.diagnostics.clouds import unit
 from tpad_jax.errors import refusing
 from tpad_jax.evaluation import metrics
@@ -31,6 +34,16 @@ SESSIONS, FIRST, NEAR = 24, 5, 4  # sessions, items of a list, neighbours of an 
 PICTURE, QUALITY = 96, 60  # pixels of a side, of WebP
 ROOM = 1_700_000  # characters of all pictures together: a page stays small for any catalogue
 TITLE = 120  # characters of a title
+# of the contact sheet
+SHEET = Path('figures') / 'contact_sheet.png'
+SHOWN = 'tpad', 'id_only'  # whose lists a contact sheet shows, where a run has them
+ROWS, PREFIX = 6, 5  # sessions, and the latest items of each
+TILE, STEP = 96, 108  # pixels of a picture, and from one picture to the next
+TOP, LEFT, ROW = 32, 28, 142  # pixels: heading, left margin, session
+LETTERS = 17  # of a line of an item's title
+INK, GREY, PALE, BLANK = '#222222', '#777777', '#dddddd', '#f2f2f2'
+GREEN = '#009e73'  # frames the true next item
+
 
 
 def write(job, scorers: dict, ranks: dict, best: str) -> Path | None:
@@ -109,6 +122,60 @@ def drawn_rows(job) -> np.ndarray:
     return np.sort(np.asarray(drawn))
 
 
+def write_sheet(workdir: Path) -> Path | None:
+    """Draw the first sessions of a run's gallery to workdir/figures/contact_sheet.png.
+
+    Returns:
+      The file; None, and no file, for a run without a gallery.
+    """
+    stored = read(workdir)
+    if not stored or not stored['sessions']:
+        return None
+    file = workdir / SHEET
+    with files.replacing(file) as partial:
+        # 256 colours: half the size
+        draw_sheet(stored).quantize(256).save(partial, 'PNG')
+    return file
+
+
+def draw_sheet(stored: dict) -> Image.Image:
+    """Draw a sheet.
+
+    Args:
+      stored: a gallery, as `read` returns it.
+
+    Returns:
+      An RGB picture with one line per session: the last items of its prefix, the true next item
+      and the first items of each of SHOWN. Green frames mark the true next item.
+    """
+    models = [name for name in SHOWN if name in stored['models']]
+    groups = [('session so far', PREFIX), ('true next', 1),
+              *((f'{name}: top {FIRST}', FIRST) for name in models)]
+    sessions = stored['sessions'][:ROWS]
+    *columns, left = itertools.accumulate(
+        (width * STEP + STEP // 3 for _, width in groups), initial=LEFT)
+    sheet = Image.new('RGB', (left, TOP + ROW * len(sessions)), 'white')
+    pen = ImageDraw.Draw(sheet)
+    for (heading, _), column in zip(groups, columns, strict=True):
+        pen.text((column, 8), heading, GREEN if heading == 'true next' else INK,
+                 ImageFont.load_default(15))
+    for number, session in enumerate(sessions):
+        y = TOP + ROW * number
+        shown = session['prefix'][-PREFIX:]
+        lists = [[None] * (PREFIX - len(shown)) + shown, [session['target']],
+                 *(session['models'][name]['first'] for name in models)]
+        for place, (column, items) in enumerate(zip(columns, lists, strict=True)):
+            for position, item in enumerate(items):
+                if item is not None:
+                    _tile(sheet, pen, (column + position * STEP, y), stored['items'][str(item)],
+                          framed=place > 0 and item == session['target'])
+        if hidden := len(session['prefix']) - len(shown):
+            pen.text((4, y + TILE // 2), f'+{hidden}', GREY, ImageFont.load_default(12))
+        if number:
+            pen.line((LEFT, y - 6, left - STEP // 3, y - 6), PALE)
+    return sheet
+
+
 def _rows(job, best):
     """{'k' | 'r': float [V, D]} of items 1..V as the best model reads them."""
     out = {}
@@ -172,9 +239,28 @@ def _colours(job):
     clouds = records.clouds(job.workdir)
     if clouds is None:
         return {}
-    label = labels.category(job)
+    label = probes.category(job)
     known, counts = np.unique(label[label >= 0], return_counts=True)
     place = {value: i for i, value in enumerate(known[np.argsort(-counts, kind='stable')])}
     ids = np.unique(np.concatenate([cloud[name] for cloud in (clouds[1], clouds[3])
                                     for name in ('items', 'at', 'next')]))
     return {int(item): place[label[item - 1]] for item in ids if item and label[item - 1] >= 0}
+
+
+def _tile(sheet, pen, corner, item, framed):
+    """Draw an item's picture and title with its upper left corner at a place."""
+    x, y = corner
+    if item.get('picture'):
+        encoded = base64.b64decode(item['picture'].partition(',')[2])
+        sheet.paste(Image.open(io.BytesIO(encoded)).resize((TILE, TILE)), corner)
+    else:
+        pen.rectangle((x, y, x + TILE, y + TILE), BLANK)
+        pen.text((x + 26, y + TILE // 2 - 6), 'no image', GREY, ImageFont.load_default(11))
+    if framed:
+        pen.rectangle((x - 3, y - 3, x + TILE + 2, y + TILE + 2), None, GREEN, 4)
+    # Pillow's own font has no accented letters, and would draw a square in their place
+    bare = ''.join(letter for letter in unicodedata.normalize('NFKD', item['title'])
+                   if not unicodedata.combining(letter))
+    title = textwrap.wrap(bare, LETTERS, max_lines=2, placeholder='\u2026')
+    for line, text in enumerate(title):
+        pen.text((x, y + TILE + 5 + 13 * line), text, INK, ImageFont.load_default(11))

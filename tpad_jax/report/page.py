@@ -1,4 +1,4 @@
-"""The page of one run: its sections, its numbers and the file.
+"""The page of one run, and the page that compares several: sections, numbers and the file.
 
 Every number of results.json is an element that names its place in the file:
 
@@ -20,8 +20,9 @@ from markupsafe import Markup
 
 from tpad_jax.core import files
 from tpad_jax.data import audit
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.evaluation import compare, tables
-from tpad_jax.report import charts, curves, stored
+from tpad_jax.report import curves, stored
 from tpad_jax.report.stored import Run
 
 FILE = Path('report') / 'index.html'
@@ -36,6 +37,9 @@ SLICES = {
                'length_6+': 'six or more'},
     'popularity of a warm target': {'popularity_q1': 'rarest quarter', 'popularity_q2': 'second',
                                     'popularity_q3': 'third', 'popularity_q4': 'most frequent'}}
+COMPARED_SECTIONS = {'results': 'Results', 'differences': 'Differences', 'hits': 'hit@K',
+            'training': 'Training', 'configs': 'Configs', 'runs': 'Runs'}
+METRICS = 'hit@20', 'mrr@20', 'ndcg@20'
 MINUS = '\N{MINUS SIGN}'
 BETWEEN = ' > '
 NONE = Markup('<span class="none" title="nothing to average over">\N{EN DASH}</span>')
@@ -123,7 +127,7 @@ def environment() -> jinja2.Environment:
     jinja = jinja2.Environment(loader=jinja2.PackageLoader('tpad_jax.report'), autoescape=True,
                                undefined=jinja2.StrictUndefined, trim_blocks=True,
                                lstrip_blocks=True)
-    jinja.filters |= {'shown': charts.shown, 'points': charts.points, 'rank': _rank}
+    jinja.filters |= {'shown': curves.shown, 'points': curves.points, 'rank': _rank}
     return jinja
 
 
@@ -153,7 +157,7 @@ def context(run: Run) -> dict:
     out = {
         'v': v, 'name': run.name, 'main': main, 'best': best, 'colour': colour,
         'most': most([model['test'] for model in models.values()] + oracle),
-        'differences': [{'other': other, **differences(run.ranks, run.ranks, (main, other))[SELECT]}
+        'differences': [{'other': other, **in_points(run.ranks, run.ranks, (main, other))[SELECT]}
                         for other in [*others, *best] if run.ranks is not None],
         **_table(v, trained, searched, colour),
         'audit': [line for line in findings if not line.startswith(('Warning: ', 'Verdict: '))],
@@ -167,6 +171,106 @@ def context(run: Run) -> dict:
         **_gallery(run.gallery)}
     return {**out, 'sections': filled(SECTIONS, {
         **out, 'training': any(training.values()), 'features': features or clouds})}
+
+
+def compared(runs: list[Run]) -> dict:
+    """Collect the values that fill `compare.html`.
+
+    Raises:
+      InputError: there are more runs than colours, or a run is named twice.
+    """
+    refuse_if(len(runs) > curves.MOST,
+              f'{len(runs)} runs are too many. Expected at most {curves.MOST} on a page')
+    refuse_if(len({run.path.resolve() for run in runs}) < len(runs),
+              f'{", ".join(str(run.path) for run in runs)}: a run is named twice. Name it once')
+    names = labels(runs)
+    models = list(dict.fromkeys(name for run in runs for name in run.results['models']))
+    searched = [name for name in models if any(
+        'search' in run.results['models'].get(name, {}) for run in runs)]
+    trained = [name for name in models if name not in searched]
+    first = runs[0].results['models']
+    main = first(first, [name for name in trained if name in first])
+    out = {
+        'names': names, 'main': main, 'metrics': METRICS,
+        'runs': [(name, run, Values(run.results, place))
+                 for place, (name, run) in enumerate(zip(names, runs, strict=True))],
+        'groups': [(title, group) for title, group in (
+            ('trained', trained), ('baselines, tuned on validation', searched)) if group],
+        'most': most([model['test'] for run in runs
+                               for model in run.results['models'].values()]),
+        'oracles': all(run.results.get('oracle') for run in runs),
+        'data': len({run.results['data'].get('fingerprint') for run in runs}),
+        'differences': differences(runs, names, trained, searched),
+        'hits': _hits(runs, names, main), 'training': _training(runs, names),
+        'configs': configs(runs)}
+    return {**out, 'sections': filled(COMPARED_SECTIONS, out)}
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """Name the runs by their folders, or by their paths where two folders have the same name."""
+    names = [run.path.resolve().name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def differences(runs: list[Run], names: list[str], trained: list[str],
+                searched: list[str]) -> list[dict]:
+    """Subtract the first run from every other, model by model, on the same rows.
+
+    Args:
+      runs: two or more.
+      names: of the runs.
+      trained: models to subtract.
+      searched: baselines, subtracted where two runs have no other model in common.
+
+    Returns:
+      One dict per run except the first: its 'name', 'rows' [(model, `in_points`)], and
+      'why', a sentence on why there are no rows.
+    """
+    out, first = [], runs[0].ranks
+    for run, name in zip(runs[1:], names[1:], strict=True):
+        rows, why = [], f'{compare.FILE} is missing.'
+        if first and run.ranks:
+            common = first.ranks.keys() & run.ranks.ranks.keys()
+            shared = [n for n in trained if n in common] or [n for n in searched if n in common]
+            try:
+                rows = [(model, in_points(run.ranks, first, (model, model)))
+                        for model in shared]
+                why = '' if rows else 'they have no model in common.'
+            except InputError as error:
+                why = str(error)
+        out.append({'name': name, 'rows': rows, 'why': why})
+    return out
+
+
+def configs(runs: list[Run]) -> list[tuple]:
+    """List (key, value of each run) of every key of the config that differs between runs."""
+    flat = [stored.flat_config(run) for run in runs]
+    keys = sorted({key for config in flat for key in config})
+    return [(key, [config.get(key) for config in flat]) for key in keys
+            if any(config.get(key) != flat[0].get(key) for config in flat)]
+
+
+def _hits(runs, names, main):
+    drawn = [curves.hit_curve(run.ranks, main, name=name, colour=n, source=f'run {n} {main}')
+             for n, (run, name) in enumerate(zip(runs, names, strict=True))
+             if run.ranks and main in run.ranks.ranks]
+    return drawn and curves.chart(f'hit@K of {main}', drawn, x='K', unit='%', wide=True,
+                                  at=curves.AT)
+
+
+def _training(runs, names):
+    """Draw hit@20 on validation and then the loss, a chart for every stage that logs it."""
+    out = []
+    stages = list(dict.fromkeys(stage for run in runs for stage in run.log))
+    for logged, title, unit in ((f'valid/hit@{curves.AT}', 'validation hit@20', '%'),
+                                ('loss', 'loss', '')):
+        for stage in stages:
+            drawn = [curves.Curve(name, *run.log[stage][logged], n, f'run {n} {stage} {logged}')
+                     for n, (run, name) in enumerate(zip(runs, names, strict=True))
+                     if logged in run.log.get(stage, {})]
+            if drawn:
+                out.append(curves.chart(f'{stage}: {title}', drawn, unit=unit))
+    return out
 
 
 def filled(known: dict[str, str], content: dict) -> list[tuple]:
@@ -185,7 +289,7 @@ def _best(models: dict, names: list[str]) -> str:
     return max(names, key=lambda name: models[name]['valid'][SELECT])
 
 
-def differences(first: compare.Run, second: compare.Run, models: tuple[str, str]) -> dict:
+def in_points(first: compare.Run, second: compare.Run, models: tuple[str, str]) -> dict:
     """Subtract model B of `second` from model A of `first` on the same rows, in points.
 
     Returns:
