@@ -91,13 +91,11 @@ def contents(session: np.ndarray, target: np.ndarray, fingerprint: str, items: i
     A metric of the config is stored as the value of a target at each place. A comparison therefore
     needs no module of the run's.
     """
+    tables = {METRIC + n: metrics.gain_table(x, AT) for n, x in gains.items() if n not in BUILT_IN}
+    counts = {f'{model}/{part}': x for model, rank in ranks.items() for part, x in rank.items()}
     return {'session': session, 'target': target, 'fingerprint': np.array(fingerprint),
-            'items': np.array(items),
-            **{METRIC + name: metrics.gain_table(gain, AT) for name, gain in gains.items()
-               if name not in BUILT_IN},
-            **{ROW + name: values for name, values in features.items()},
-            **{f'{model}/{part}': counts for model, rank in ranks.items()
-               for part, counts in rank.items()}}
+            'items': np.array(items), **tables, **counts,
+            **{ROW + name: values for name, values in features.items()}}
 
 
 def read(path: str | Path) -> Run:
@@ -246,20 +244,14 @@ def main(args) -> None:
     show(result, Console(width=None if Console().is_terminal else WIDTH))
 
 
-def _ranks(run, model):
-    refuse_if(model not in run.ranks, f'{run.path} has no model {model!r}. Expected one of '
-              f'{", ".join(run.ranks)}')
-    return run.ranks[model]
-
-
 def _same_rows(a, b):
     """Refuse two runs with different rows."""
     pair = f'{a.path} and {b.path} cannot be compared row by row: they'
     refuse_if(not len(a.target) + len(b.target), f'{pair} have no test rows')
-    facts = [('data fingerprint', a.fingerprint[:12], b.fingerprint[:12]),
-             ('number of items ranked', a.items, b.items),
-             ('number of test rows', len(a.target), len(b.target))]
-    differ = [f'the {name} ({x} and {y})' for name, x, y in facts if x != y]
+    facts = {'data fingerprint': [run.fingerprint[:12] for run in (a, b)],
+             'number of items ranked': [a.items, b.items],
+             'number of test rows': [len(a.target), len(b.target)]}
+    differ = [f'the {name} ({x} and {y})' for name, (x, y) in facts.items() if x != y]
     for name in ('session', 'target') if len(a.target) == len(b.target) else ():
         rows = np.flatnonzero(getattr(a, name) != getattr(b, name))
         differ += [f'the {name} of {len(rows)} rows (the first: {row})' for row in rows[:1]]

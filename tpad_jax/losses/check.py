@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from tpad_jax.distributed import collectives
-from tpad_jax.errors import InputError
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.losses import example
 from tpad_jax.losses.combine import bound, call, combine, first_parameters, first_states
 from tpad_jax.losses.contract import LossSpec, label
@@ -131,10 +131,9 @@ class Trial:
     def shape(self):
         """One value per row, or a `Loss`; a state only if there is a first one."""
         result = jax.eval_shape(self.loss, **self.inputs)
-        if (result.state is None) != (not self.inputs['state']):
-            raise InputError('the state it returns and its initial_state belong together: '
-                             f'{label(self.spec.fn)}.initial_state is a function without '
-                             'arguments that returns the first state')
+        refuse_if((result.state is None) != (not self.inputs['state']),
+                  'the state it returns and its initial_state belong together: '
+                  f'{label(self.spec.fn)}.initial_state is a function that returns the first state')
         return True, f'{result.value.dtype} {list(result.value.shape)} for {example.B} rows'
 
     def finite(self):
@@ -154,8 +153,8 @@ class Trial:
             return False, 'its state or a metric is not finite'
         self.result = result
         trained = ', '.join(sorted(n for n, g in grads.items() if _largest(g) > 0))
-        text = f'the gradient reaches {trained}' if trained else 'the gradient trains nothing'
-        return bool(trained), f'{float(value) / WEIGHT:.4g}, {text}'
+        return bool(trained), (f'{float(value) / WEIGHT:.4g}, the gradient reaches '
+                               f'{trained or "no parameter"}')
 
     def slope(self):
         """Whether the gradient is the value's slope, along a random direction."""
@@ -173,10 +172,9 @@ class Trial:
     def padding(self):
         """The content of padded rows, positions and tokens changes nothing."""
         batch, raw = example.garbled(self.inputs['batch'], self.inputs['raw'], 9)
-        return self._same(
-            self.run(batch=batch, raw=raw), 'padding changes nothing',
-            'other numbers in padded rows or positions change {}; weigh with Loss(value, weight), '
-            'the weight of a position being batch.mask')
+        return self._same(self.run(batch=batch, raw=raw), 'padding changes nothing',
+                          'other numbers in padded rows or positions change {}; weigh with '
+                          'Loss(value, weight), the weight of a position being batch.mask')
 
     def rows(self):
         """The number of padded rows changes nothing."""
@@ -184,9 +182,8 @@ class Trial:
                                   (self.inputs['raw'], self.inputs['batch']))
         why = ('draw for each row by jax.random.fold_in(key, row), its row being of batch.row'
                if self.spec.takes('key') else 'the mean over rows is taken by combine')
-        return self._same(self.run(batch=batch, raw=raw),
-                          'the number of padded rows changes nothing',
-                          f'the number of padded rows changes {{}}; {why}')
+        what = 'the number of padded rows changes'
+        return self._same(self.run(batch=batch, raw=raw), f'{what} nothing', f'{what} {{}}; {why}')
 
     def no_rows(self):
         """A batch of padding alone: zero, no gradient, an unchanged state."""
@@ -196,11 +193,10 @@ class Trial:
                  'a metric': any(float(x) != 0 for x in logged.values()),
                  'the state': not _close(state, self.inputs['state'])}
         wrong = ', '.join(name for name, bad in parts.items() if bad)
-        if not wrong:
-            return True, 'a batch of padding alone gives zero and no gradient'
         why = ('a state stays as it is if no row counts' if wrong == 'the state'
                else 'divide by jnp.maximum(count, 1)')
-        return False, f'{wrong} changes, or is not zero, in a batch of padding alone; {why}'
+        return not wrong, (f'{wrong} changes, or is not zero, in a batch of padding alone; {why}'
+                           if wrong else 'a batch of padding alone gives zero and no gradient')
 
     def replicas(self):
         """Replicas that see each other's rows compute the same as one device."""
@@ -210,9 +206,8 @@ class Trial:
                             axis_name=AXIS))(params, *parts, state)
         return self._same(
             jax.tree.map(lambda x: x[0], many), f'{example.REPLICAS} replicas are one device',
-            f'{example.REPLICAS} replicas and one differ in {{}}; take the keyword axis: '
-            'tpad_jax.distributed.collectives.gather(x, axis) returns the rows of every replica, '
-            'collectives.total(x, axis) a sum over them')
+            f'{example.REPLICAS} replicas and one differ in {{}}; take the keyword axis, and '
+            'gather(x, axis) or total(x, axis) of tpad_jax.distributed.collectives')
 
     def repeats(self):
         """Two positions of one item are not a negative pair; nor are positions of padding."""

@@ -40,12 +40,11 @@ def combine(losses, out, batch, state, *, axis=None, key=None, step=None, heads=
     """
     total, new_state, logged, broken = 0.0, dict(state), {}, []
     for spec in losses:
-        name = spec.name
-        weight = spec.weight_at(step)
+        name, weight = spec.name, spec.weight_at(step)
         if spec.schedule:
             logged[f'weight/{name}'] = weight
-        result = call(spec, out, batch, axis=axis, state=state.get(name),
-                      key=None if key is None else jax.random.fold_in(key, spec.hash),
+        drawn = None if key is None else jax.random.fold_in(key, spec.hash)
+        result = call(spec, out, batch, axis=axis, state=state.get(name), key=drawn,
                       head=(heads or {}).get(name))
         valid = batch.valid.reshape(-1, *(1,) * (result.value.ndim - 1))
         w = jnp.where(result.weight < 0, jnp.nan, result.weight)  # a mean has no negative weights
@@ -95,8 +94,7 @@ def call(spec, out, batch, **provided) -> Loss:
         if error.args[0] in out:
             raise
         raise InputError(f'{option}: {fn} reads out[{error.args[0]!r}], which no keyword names. '
-                         'Expected a keyword for every output that is read. Fix: write '
-                         f"{fn}(out, batch, *, x: Out = Out('r')) and out[x].") from error
+                         f"Fix: write {fn}(out, batch, *, x: Out = Out('r'))") from error
     except Exception as error:
         error.add_note(f'This is {option} on a batch of {rows} rows.')
         raise
@@ -169,11 +167,10 @@ def first_parameters(losses, outputs, args, seed: int) -> dict:
         refuse_if(not calls[spec.name], f'{option}: the function never calls head. '
                   'Expected a call of it. Fix: call head, or remove the module.')
         for (args, kwargs), draws in calls[spec.name]:
-            lazy_init = partial(spec.module.lazy_init, **kwargs)
-            variables = jax.jit(lambda draws, init=lazy_init, args=args: init(draws, *args))(draws)
-            refuse_if(variables.keys() - {'params'}, f'{option}: it has '
-                      f'{", ".join(sorted(variables))}. Expected parameters alone. '
-                      'Fix: remove its other variables.')
+            init = partial(spec.module.lazy_init, **kwargs)
+            variables = jax.jit(lambda draws, init=init, args=args: init(draws, *args))(draws)
+            refuse_if(variables.keys() - {'params'}, f'{option}: it has {", ".join(variables)}. '
+                      'Expected parameters alone. Fix: remove its other variables.')
             drawn = {'loss': {spec.name: variables.get('params', {})}}
             params = {**flatten_dict(drawn, sep='/'), **params}
     return params

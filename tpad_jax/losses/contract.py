@@ -153,7 +153,7 @@ def _is_output(parameter):
     kind, default = parameter.annotation, parameter.default
     # a string after `from __future__ import annotations`
     named = isinstance(kind, str) and 'Out' in kind.replace('.', ' ').split()
-    return named or isinstance(default, Out) or kind is Out or Out in typing.get_args(kind)
+    return named or isinstance(default, Out) or Out in (kind, *typing.get_args(kind))
 
 
 def _check_signature(option, fn, keywords, has_module):

@@ -188,8 +188,8 @@ def compared(runs: list[Run]) -> dict:
     searched = [name for name in models if any(
         'search' in run.results['models'].get(name, {}) for run in runs)]
     trained = [name for name in models if name not in searched]
-    first = runs[0].results['models']
-    main = first(first, [name for name in trained if name in first])
+    known = runs[0].results['models']
+    main = first(known, [name for name in trained if name in known])
     out = {
         'names': names, 'main': main, 'metrics': METRICS,
         'runs': [(name, run, Values(run.results, place))
