@@ -240,7 +240,7 @@ def check_charts(page, run):
                 for k in (k for k in (5, 10, 20) if k <= len(known)):
                     assert abs(curve['y'][k - 1] / 100 - test[f'hit@{k}']) < 1e-6
                 read = dict(known)[min(compare.AT, len(known))]
-            assert text == curves.shown(read, 2 if scale == 100 else None)
+            assert text == curves_lib.shown(read, 2 if scale == 100 else None)
             for moment, y in curve['held']:
                 assert y == run.results['diagnostics'][stage][moment]['held_out'][name]
 

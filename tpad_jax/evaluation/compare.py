@@ -175,7 +175,10 @@ def compare(first: Sequence[Run], second: Sequence[Run], models: tuple[str, str]
     session, seed, rows_earned, first_seed = [], [], [], {}
     for number, (a, b) in enumerate(zip(first, second, strict=True)):
         _same_rows(a, b)
-        pair = [earned(gains, *_ranks(run, name)) for run, name in zip((a, b), models, strict=True)]
+        for run, model in zip((a, b), models, strict=True):
+            refuse_if(model not in run.ranks, f'{run.path} has no model {model!r}. Expected one of '
+                      f'{", ".join(run.ranks)}')
+        pair = [earned(gains, *run.ranks[n]) for run, n in zip((a, b), models, strict=True)]
         difference = pair[0] - pair[1]
         difference[np.abs(difference) < _NOTHING] = 0
         rows_earned.append(np.stack([*pair, difference], axis=1))  # [R, 3, M]

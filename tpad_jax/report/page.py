@@ -196,8 +196,7 @@ def compared(runs: list[Run]) -> dict:
                  for place, (name, run) in enumerate(zip(names, runs, strict=True))],
         'groups': [(title, group) for title, group in (
             ('trained', trained), ('baselines, tuned on validation', searched)) if group],
-        'most': most([model['test'] for run in runs
-                               for model in run.results['models'].values()]),
+        'most': most([model['test'] for run in runs for model in run.results['models'].values()]),
         'oracles': all(run.results.get('oracle') for run in runs),
         'data': len({run.results['data'].get('fingerprint') for run in runs}),
         'differences': differences(runs, names, trained, searched),
