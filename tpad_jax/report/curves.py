@@ -29,7 +29,6 @@ MOST = 8  # curves in a chart
 # The features of a snapshot, and the item ids that colour their rows: a position's item, or the
 # item that follows it.
 FEATURES = {'k_image': 'items', 'k_text': 'items', 'r': 'items', 't': 'at', 'c': 'at', 'p': 'next'}
-NAMES = {'k_image': 'k image', 'k_text': 'k text'}
 DOTS = 400  # points of a cloud that are drawn
 POINTS = 250  # of a curve at most: more cannot be distinguished on a page
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 28  # room around the axes
@@ -79,8 +78,8 @@ def chart(title: str, curves: list[Curve], *, x: str = 'step', unit: str = '', w
                                    y=[(100 if share else 1) * curve.y[i] for i in some]))
     across = [v for c in kept for v in (*c.x, *(p[0] for p in c.circles))]
     up = [v for c in kept for v in (*c.y, *(p[1] for p in c.circles)) if math.isfinite(v)] or [0]
-    begin, end = _apart(min(across), max(across))
-    bottom, top = _apart(min(0, *up) if share else min(up), max(up))
+    begin, end = _apart(across)
+    bottom, top = _apart([0, *up] if share else up)
     margin = 0.06 * (top - bottom)
     bottom, top = bottom - margin * (not share), top + margin
     at = None if at is None else min(at, max(across))
@@ -99,14 +98,14 @@ def chart(title: str, curves: list[Curve], *, x: str = 'step', unit: str = '', w
             'range': (begin, end), 'at': at, 'digits': 2 if share else None}
 
 
-def scatter(points: dict, reach: float, size: int = 200) -> list[tuple]:
+def scatter(points: dict, reach: float) -> list[tuple]:
     """Draw clouds as paths of dots: {colour: float [n, 2] within ±reach} -> [(colour, path)]."""
-    out = []
-    for colour, cloud in points.items():
-        laid = np.round(size / 2 * (1 + np.asarray(cloud) * (1, -1) / reach), 1)
-        inside = laid[((laid > 0) & (laid < size)).all(1)]
-        out.append((colour, ''.join(f'M{px:g} {py:g}h0' for px, py in inside)))
-    return out
+    def path(cloud):
+        laid = np.round(100 * (1 + np.asarray(cloud) * (1, -1) / reach), 1)
+        inside = laid[((laid > 0) & (laid < 200)).all(1)]
+        return ''.join(f'M{px:g} {py:g}h0' for px, py in inside)
+
+    return [(colour, path(cloud)) for colour, cloud in points.items()]
 
 
 def shown(value: float, digits: int | None) -> str:
@@ -132,7 +131,8 @@ def _drawn(curve, place, at):
             'read': read or (known[-1] if known else None)}
 
 
-def _apart(low, high):
+def _apart(values):
+    low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
@@ -274,13 +274,13 @@ def clouds(run: Run) -> dict | None:
             items = cloud[FEATURES[name]][drawn]
             colour = np.array([category.get(int(item), 7) for item in items])
             part = inner[side, name][drawn]
-            panels.append((NAMES.get(name, name), scatter(
+            panels.append((name.replace('_', ' '), scatter(
                 {int(n): part[colour == n] for n in np.unique(colour)[::-1]}, _farthest(inner))))
             dots[number] = whole[side, name][drawn]
         moments.append({'title': title, 'panels': panels,
                         'whole': scatter(dots, _farthest(whole))})
     return {'moments': moments, 'share': share, 'inside': inside, 'coloured': bool(category),
-            'names': [NAMES.get(name, name) for name in names]}
+            'names': [name.replace('_', ' ') for name in names]}
 
 
 def plane(clouds: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:

@@ -189,10 +189,9 @@ def _rows(job, best):
 
 def _why(item, prefix, clouds, followers, truth):
     """The reasons for an item after a prefix; cosines are in the prefix's order."""
-    out = {'followed': int(followers[prefix[-1], item])}
-    for name, x in clouds.items():
-        out[name] = np.round(x[prefix - 1] @ x[item - 1], 3)
-    return out if truth is None else {**out, 'true': truth[item]}
+    out = {} if truth is None else {'true': truth[item]}
+    return {'followed': int(followers[prefix[-1], item]), **out,
+            **{name: np.round(x[prefix - 1] @ x[item - 1], 3) for name, x in clouds.items()}}
 
 
 def _nearest(x, items):

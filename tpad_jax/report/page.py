@@ -344,9 +344,9 @@ def most(parts: list[dict]) -> float:
 
 def _slices(parts: dict) -> list[tuple]:
     """List the slices of SLICES that have rows, by group, where a group has two or more."""
-    groups = [(group, [(name, title) for name, title in names.items()
-                       if parts.get(name, {}).get('rows')]) for group, names in SLICES.items()]
-    return [(group, names) for group, names in groups if len(names) > 1]
+    groups = {group: [(name, title) for name, title in names.items()
+                      if parts.get(name, {}).get('rows')] for group, names in SLICES.items()}
+    return [(group, names) for group, names in groups.items() if len(names) > 1]
 
 
 def _gallery(stored: dict | None) -> dict:
@@ -359,11 +359,11 @@ def _gallery(stored: dict | None) -> dict:
             'asked': {'items': stored['items'], 'sides': stored.get('sides', []), 'why': why}}
 
 
-def _rank(model: dict, k: int = 20) -> tuple[str, str]:
+def _rank(model: dict) -> tuple[str, str]:
     """Put a target's rank among a model's recommendations into words: ('hit', '3')."""
-    above, equal = model['above'], model['equal']
-    return ('hit' if above + equal <= k else 'miss' if above >= k else 'tied',
-            f'{above + 1}' if equal == 1 else f'{above + 1} to {above + equal}')
+    first, last = model['above'] + 1, model['above'] + model['equal']
+    return ('hit' if last <= curves.AT else 'miss' if first > curves.AT else 'tied',
+            f'{first}' if first == last else f'{first} to {last}')
 
 
 def _digest(text):
