@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +103,9 @@ def by_stem(folder: Path) -> dict[str, list[Path]]:
     Returns:
       {stem: paths in the order of ENDINGS}, sorted.
     """
-    paths = [path for path in sorted(folder.glob('*')) if path.suffix.lower() in ENDINGS]
-    out = {path.stem: [] for path in paths}
-    for path in sorted(paths, key=lambda path: ENDINGS.index(path.suffix.lower())):
-        out[path.stem].append(path)
-    return out
+    pictures = [path for path in folder.glob('*') if path.suffix.lower() in ENDINGS]
+    pictures.sort(key=lambda path: (path.stem, ENDINGS.index(path.suffix.lower()), path))
+    return {stem: list(paths) for stem, paths in groupby(pictures, key=lambda path: path.stem)}
 
 
 def unusable(path: Path, folder: Path) -> Reason | None:

@@ -42,12 +42,11 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     size = 1 + max((int(part.items.max()) for part in (train, test) if len(part.items)), default=0)
     places = {name: [] for name in RULES}
-    picked = None
-    for counted, tested in ((train, test), (shuffled(train, rng), shuffled(test, rng))):
+    pairs = (train, test), (shuffled(train, rng), shuffled(test, rng))
+    total = int(np.maximum(test.lengths - 1, 0).sum())
+    picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
+    for counted, tested in pairs:
         scored = rows(tested, PREFIX)
-        if picked is None:
-            total = len(scored.target)
-            picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
         for name, (steps, decay, both) in RULES.items():
             table = followers(counted, size - 1, steps, lag_power=1)
             table = sp.csr_array(table + table.T) if both else table

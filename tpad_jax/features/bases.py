@@ -160,7 +160,7 @@ def _default(config):
             ('mllm.image_size', c.image_size or side, side),
             ('model.features', config.model.features, features)):
         refuse_if(value != expected, f'config.{key}={value!r}: the small base does not support '
-                  f'this. Expected {expected!r}. Fix: set it so, or set config.mllm.checkpoint')
+                  f'this. Expected {expected!r}. Fix: set it or config.mllm.checkpoint=DIR')
     return base
 
 
@@ -170,12 +170,10 @@ def _small(directory):
     side, features = sizes.pop('image_size'), sizes.pop('features')
     sizes['channels'] = tuple(sizes['channels'])
 
-    def parameters(shapes, shardings=None):
-        del shardings  # a million parameters fit on every device
-        return files.load_params(directory, shapes)
-
     digest = files_digest({n: directory / n for n in ('config.json', 'params.safetensors')})
-    return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'), parameters, digest), features
+    # without shardings: a million parameters fit on every device
+    return Base(MLLM(**sizes), directory, side, ('base', 'knowledge'),
+                lambda shapes, _=None: files.load_params(directory, shapes), digest), features
 
 
 def _checkpoint(c):

@@ -85,13 +85,13 @@ def selected(config) -> str:
     Raises:
       InputError: two sources are selected.
     """
-    keys = [name for name in SOURCES if name != DEFAULT and config.data.get(name)]
-    names = {'source': config.data.get('source'), **{key: key for key in keys}}
-    names = {option: name for option, name in names.items() if name}
-    options = ' and '.join(f'config.data.{option}={config.data[option]!r}' for option in names)
-    refuse_if(len(set(names.values())) > 1, f'{options} name two sources of sessions. Expected '
-              'one. Fix: leave the others empty.')
-    return next(iter(names.values()), DEFAULT)
+    values = {name: config.data[name] for name in ('source', *SOURCES)
+              if name != DEFAULT and config.data.get(name)}
+    names = {value if option == 'source' else option for option, value in values.items()}
+    options = ' and '.join(f'config.data.{option}={value!r}' for option, value in values.items())
+    refuse_if(len(names) > 1, f'{options} name two sources of sessions. Expected one. Fix: leave '
+              'the others empty.')
+    return next(iter(names), DEFAULT)
 
 
 def chosen(config) -> Source:

@@ -296,8 +296,8 @@ def _records(data_dir, table: str, split: str) -> list[dict]:
 
 
 def _load(config, workdir: Path) -> Data:
-    c = config.data
-    return prepared(config, Path(c.raw_dir), workdir, core=c.core, valid=c.valid, test=c.test)
+    return prepared(config, config.data.raw_dir, workdir,
+                    **{name: config.data[name] for name in ('core', 'valid', 'test')})
 
 
 def _sizes(_config, workdir: Path) -> tuple[int, tuple[int, ...]]:

@@ -72,7 +72,27 @@ def read(file, asins: list[str]) -> Given:
               f'[items, width], the width at most {MAX_WIDTH}. Fix: convert them.')
     refuse_if(len(ids) != len(features), f'{file}: {len(ids)} ids for {len(features)} rows. '
               'Expected one for each. Fix: give every row its id.')
-    return _align(file, ids, features, asins)
+    number = {asin: item for item, asin in enumerate(asins) if item}
+    item_of = np.array([number.get(name, 0) for name in ids], int)
+    unknown = [name for name, item in zip(ids, item_of, strict=True) if name and not item]
+    row_of = np.full(len(asins), -1)
+    known = np.flatnonzero(item_of)[::-1]
+    row_of[item_of[known]] = known  # of several rows the first, which is assigned last
+    repeats = [row for row in known[::-1] if row_of[item_of[row]] != row]
+    absent = [asins[item] for item in np.flatnonzero(row_of[1:] < 0) + 1]
+    refuse_if(absent, f'{file} lacks {len(absent)} of {len(number)} items: {shown(absent)}. '
+              'Expected a row for each. Fix: add their rows.')
+    differing = [ids[row] for row in repeats
+                 if not np.array_equal(features[row], features[row_of[item_of[row]]])]
+    refuse_if(differing, f'{file}: {len(differing)} rows differ from an earlier row of their item: '
+              f'{shown(differing)}. Expected one row per item. Fix: remove the others.')
+    rows = np.zeros((len(asins), features.shape[1]), np.float32)
+    with np.errstate(over='ignore'):  # a float64 too large becomes inf, and is named below
+        rows[1:] = features[row_of[1:]]
+    broken = [asins[item] for item in np.flatnonzero(~np.isfinite(rows).all(1))]
+    refuse_if(broken, f'{file}: features of {len(broken)} items are not finite: {shown(broken)}. '
+              'Expected finite numbers. Fix: compute these again.')
+    return Given(rows, len(unknown), tuple(unknown[:5]), len(repeats))
 
 
 def width(file) -> int:
@@ -96,31 +116,6 @@ def width(file) -> int:
             with safe_open(file, framework='np') as tensors:
                 return tensors.get_slice('features').get_shape()[1]
         return len(pl.scan_parquet(file).select('features').head(1).collect().item())
-
-
-def _align(file, ids, features, asins) -> Given:
-    """Order rows by item; refuses missing, contradicting and infinite ones."""
-    number = {asin: item for item, asin in enumerate(asins) if item}
-    item_of = np.array([number.get(name, 0) for name in ids], int)
-    unknown = [name for name, item in zip(ids, item_of, strict=True) if name and not item]
-    row_of = np.full(len(asins), -1)
-    known = np.flatnonzero(item_of)[::-1]
-    row_of[item_of[known]] = known  # of several rows the first, which is assigned last
-    repeats = [row for row in known[::-1] if row_of[item_of[row]] != row]
-    absent = [asins[item] for item in np.flatnonzero(row_of[1:] < 0) + 1]
-    refuse_if(absent, f'{file} lacks {len(absent)} of {len(number)} items: {shown(absent)}. '
-              'Expected a row for each. Fix: add their rows.')
-    differing = [ids[row] for row in repeats
-                 if not np.array_equal(features[row], features[row_of[item_of[row]]])]
-    refuse_if(differing, f'{file}: {len(differing)} rows differ from an earlier row of their item: '
-              f'{shown(differing)}. Expected one row per item. Fix: remove the others.')
-    rows = np.zeros((len(asins), features.shape[1]), np.float32)
-    with np.errstate(over='ignore'):  # a float64 too large becomes inf, and is named below
-        rows[1:] = features[row_of[1:]]
-    broken = [asins[item] for item in np.flatnonzero(~np.isfinite(rows).all(1))]
-    refuse_if(broken, f'{file}: features of {len(broken)} items are not finite: {shown(broken)}. '
-              'Expected finite numbers. Fix: compute these again.')
-    return Given(rows, len(unknown), tuple(unknown[:5]), len(repeats))
 
 
 def _npy(file):
