@@ -268,7 +268,7 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
         sampled = _from_end(owner, len(items)) < sample_size
         owner, session, entry, event, similar = (
             array[sampled] for array in (owner, session, entry, event, similar))
-        similar *= scale[session]
+        similar = similar * scale[session]  # integers where there are none
         # relative to the row's latest candidate, or all could vanish
         if lambda2 is not None and index.ordered:
             latest = np.zeros(len(items), session.dtype)
