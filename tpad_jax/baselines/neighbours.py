@@ -72,7 +72,10 @@ def fit_vsknn(train: Sessions, num_items: int, *, k: int = 200, sample_size: int
       A scorer: int32 [R, N] prefixes -> `metrics.Sparse` [R, V + 1].
     """
     index = _index(train, num_items, ordered)
-    return _scorer(index, _session_items(index, idf_weight), False, k=k, sample_size=sample_size,
+    idf = _idf(index, idf_weight)  # what each item of a neighbour adds
+    adds = sp.csr_array((idf[index.item], index.item, index.start),
+                        shape=(len(index.start) - 1, len(idf)))
+    return _scorer(index, adds, False, k=k, sample_size=sample_size,
                    weight=lambda place, length: (place / length) ** position_power,
                    step=lambda place, length: (length - place + 1.) ** -step_power,
                    cosine=cosine, lambda2=None, repeats=repeats)
@@ -198,13 +201,6 @@ def _idf(index, weight):
     """1 + idf of every item: float64 [V + 1]."""
     sessions = max(len(index.start) - 1, 1)
     return 1 + weight * np.log(sessions / np.maximum(np.diff(index.first), 1))
-
-
-def _session_items(index, idf_weight):
-    """The weight that a neighbour gives to each item: csr float64 [S, V + 1]."""
-    weight = _idf(index, idf_weight)
-    return sp.csr_array((weight[index.item], index.item, index.start),
-                        shape=(len(index.start) - 1, len(weight)))
 
 
 def _event_items(index, lambda3, idf_weight, after):

@@ -181,7 +181,7 @@ def verdict(report: dict) -> str:
 
 
 def _doubts(report: dict) -> list[tuple[bool, str]]:
-    """What speaks against claims about transitions: whether it forbids them, and a sentence."""
+    """List doubts about claims on transitions: whether one forbids them, and a sentence."""
     share, days, ties = _percents(report), report['day_granular'], report['tie_share'] or 0
     one_way = report['order_pairs'] >= MIN_PAIRS and report['one_way_share'] > ONE_WAY
     fixed = one_way and (report['fixed_order_share'] or 0) > FIXED_ORDER
