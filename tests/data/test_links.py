@@ -79,3 +79,14 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, make):
     else:
         with pytest.raises(InputError, match=r'images(: not a directory|: a link that leads out)'):
             amazon.read(folder)
+
+
+def test_pictures_without_access_are_not_no_pictures(tmp_path, monkeypatch):
+    folder = raw(tmp_path / 'raw')
+
+    def denied(path):
+        raise PermissionError(path)
+    for name in ('listdir', 'scandir'):
+        monkeypatch.setattr(os, name, denied)
+    with pytest.raises(PermissionError):
+        images.by_stem(folder / 'images')

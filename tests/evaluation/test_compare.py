@@ -244,6 +244,7 @@ def changed(**change):
 
 @pytest.mark.parametrize(('differing', 'told'), [
     (dict(fingerprint='e' * 64), 'the data fingerprint (ffffffffffff and eeeeeeeeeeee)'),
+    (dict(fingerprint='f' * 63 + 'e'), 'the data fingerprint ('),
     (dict(items=51), 'the number of items ranked (50 and 51)'),
     (dict(rows=made_rows(60)), 'the number of test rows (240 and 60)'),
     (dict(rows=changed(target=lambda x: np.roll(x, 1))), 'the target of '),

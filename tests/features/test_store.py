@@ -184,6 +184,10 @@ def test_damaged_and_absent_stores_are_named(whole, tmp_path):
     (tmp_path / 'k.npy').write_bytes(b'')
     with pytest.raises(InputError, match=r'k\.npy: there is no k\.manifest\.json'):
         filled(tmp_path)
+    (tmp_path / 'k.npy').rename(tmp_path / 'k.00001.npy')  # a part may be of another origin, too
+    with pytest.raises(InputError, match=r'k\.00001\.npy: there is no k\.manifest\.json'):
+        filled(tmp_path)
+    (tmp_path / 'k.00001.npy').rename(tmp_path / 'k.npy')
     (tmp_path / 'k.manifest.json').write_bytes((whole / 'k.manifest.json').read_bytes())
     with pytest.raises(InputError, match=r'k\.npy: damaged'):
         store.read(tmp_path, 'k')

@@ -103,7 +103,8 @@ def by_stem(folder: Path) -> dict[str, list[Path]]:
     Returns:
       {stem: paths in the order of ENDINGS}, sorted.
     """
-    pictures = [path for path in folder.glob('*') if path.suffix.lower() in ENDINGS]
+    paths = folder.iterdir() if folder.is_dir() else ()  # unlike glob, it raises without access
+    pictures = [path for path in paths if path.suffix.lower() in ENDINGS]
     pictures.sort(key=lambda path: (path.stem, ENDINGS.index(path.suffix.lower()), path))
     return {stem: list(paths) for stem, paths in groupby(pictures, key=lambda path: path.stem)}
 

@@ -251,10 +251,10 @@ def _same_rows(a, b):
     """Refuse two runs with different rows."""
     pair = f'{a.path} and {b.path} cannot be compared row by row: they'
     refuse_if(not len(a.target) + len(b.target), f'{pair} have no test rows')
-    facts = {'data fingerprint': [run.fingerprint[:12] for run in (a, b)],
+    facts = {'data fingerprint': [a.fingerprint, b.fingerprint],
              'number of items ranked': [a.items, b.items],
              'number of test rows': [len(a.target), len(b.target)]}
-    differ = [f'the {name} ({x} and {y})' for name, (x, y) in facts.items() if x != y]
+    differ = [f'the {name} ({x!s:.12} and {y!s:.12})' for name, (x, y) in facts.items() if x != y]
     for name in ('session', 'target') if len(a.target) == len(b.target) else ():
         rows = np.flatnonzero(getattr(a, name) != getattr(b, name))
         differ += [f'the {name} of {len(rows)} rows (the first: {row})' for row in rows[:1]]

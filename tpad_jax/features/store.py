@@ -173,9 +173,9 @@ def _claim(directory, manifests, writes):
                       f'Fix: choose another directory, or delete {directory}/{name}.* to encode '
                       'again')
             continue
-        refuse_if((directory / f'{name}.npy').exists(), f'{directory}/{name}.npy: there is no '
-                  f'{file.name}. Expected a manifest, which names its origin. Fix: choose another '
-                  f'directory, or delete {directory}/{name}.*')
+        rows = next(directory.glob(f'{name}.*npy'), None)  # complete, or a part
+        refuse_if(rows, f'{rows}: there is no {file.name}. Expected a manifest, which names its '
+                  f'origin. Fix: choose another directory, or delete {directory}/{name}.*')
         if writes:
             write_text(file, json.dumps(new, indent=1, sort_keys=True) + '\n')
 

@@ -1,6 +1,7 @@
 """Which hosts are asked for pictures, at what addresses, how many at once and how often."""
 
 import asyncio
+import errno
 import shutil
 import socket
 import ssl
@@ -123,6 +124,17 @@ def test_of_a_names_addresses_the_public_ones_are_tried(tmp_path, names):
                       'http://shop.test/plain/1.jpg')
     assert isinstance(found, Path)
     assert network.asked == ['93.184.216.35', '93.184.216.34']
+
+
+@pytest.mark.parametrize(('error', 'reason'), [
+    (OSError(errno.EMFILE, 'no resolver'), 'no_connection'),
+    (UnicodeError('label too long'), 'no_connection'), (TimeoutError(), 'timeout')])
+def test_a_name_that_cannot_be_resolved_ends_one_picture(tmp_path, monkeypatch, error, reason):
+    """It is neither the end of the download, nor a failure for good."""
+    async def resolve(host, port):
+        raise error
+    monkeypatch.setattr(hosts, 'resolve', resolve)
+    assert fetch(tmp_path / 'a', hosts.Guarded(), 'http://shop.test/plain/1.jpg') == reason
 
 
 def test_this_machine_is_asked_only_if_told_so(tmp_path):

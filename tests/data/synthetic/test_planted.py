@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -301,6 +302,18 @@ def test_write_is_a_pure_function_of_its_options(tmp_path):
                       for user in sorted({event['user_id'] for event in lines})]
                      for lines in (events[1], events[0]))
         assert few[kept] == many[kept.start + first:][:len(few[kept])]
+
+
+def test_write_accepts_the_same_catalogue_of_a_faster_process(tmp_path, monkeypatch):
+    replace, faster = os.replace, tmp_path / 'faster'
+    planted_lib.write(faster, seed=6, **SMALL)
+
+    def late(source, target):
+        replace(faster, target)
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', late)
+    planted_lib.write(tmp_path / 'raw', seed=6, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ['raw']
 
 
 def test_write_never_mixes_two_catalogues(tmp_path):

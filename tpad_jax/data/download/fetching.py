@@ -11,7 +11,6 @@ import contextlib
 import os
 import random
 import re
-import socket
 import ssl
 from collections import Counter
 from datetime import UTC, datetime
@@ -35,7 +34,7 @@ SIDE = 16  # pixels that a body is decoded to, to check that it can be
 # errors between two machines, the reason they become, and whether it is final; the first that fits
 _FAILURES = (
     ((httpcore2.TimeoutException, TimeoutError), 'timeout', False),
-    ((httpcore2.ConnectError, socket.gaierror), 'no_connection', False),
+    (httpcore2.ConnectError, 'no_connection', False),
     ((httpcore2.NetworkError, httpcore2.RemoteProtocolError, ssl.SSLError),
      'connection_broke', False),
     ((httpcore2.LocalProtocolError, httpcore2.UnsupportedProtocol), 'bad_url', True),

@@ -161,14 +161,16 @@ class Guarded(httpcore2.AsyncNetworkBackend):
           socket_options: as httpcore gives them.
 
         Raises:
-          FetchError: none of its addresses is permitted.
-          socket.gaierror: the name has no address.
-          TimeoutError: the name was not resolved in time.
+          FetchError: the name has no address, not in time, or none that is permitted.
           httpcore2.ConnectError: none of its addresses answers.
           httpcore2.ConnectTimeout: the same, in time.
         """
-        async with asyncio.timeout(timeout):
-            addresses = await resolve(host, port)
+        try:
+            async with asyncio.timeout(timeout):
+                addresses = await resolve(host, port)
+        except (OSError, UnicodeError) as error:  # no such name, or no resolver
+            late = isinstance(error, TimeoutError)
+            raise FetchError('timeout' if late else 'no_connection', final=False) from error
         allowed = [address for address in addresses if self._allow_private or is_public(address)]
         if not allowed:
             raise FetchError('address_refused', final=True)

@@ -2,10 +2,9 @@
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
-from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
@@ -146,10 +145,12 @@ def in_turns(ask: dict[str, tuple[str, ...]]) -> list[str]:
     Returns:
       The asins.
     """
-    hosts = defaultdict(list)
+    turn, asked = {}, Counter()  # of an item, and of a host
     for asin, urls in ask.items():
-        hosts[''.join(urls[0].split('/')[2:3])].append(asin)
-    return [asin for turn in zip_longest(*hosts.values()) for asin in turn if asin]
+        host = ''.join(urls[0].split('/')[2:3])
+        turn[asin] = asked[host]
+        asked[host] += 1
+    return sorted(ask, key=turn.get)
 
 
 def _outcome(counts: dict, ask: dict, failures: list[dict], fetcher: Fetcher) -> dict:

@@ -304,7 +304,11 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
             for user, session in enumerate(sessions.tolist())
             for place, item in enumerate(session) if item))
         (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')
-        os.replace(directory, raw_dir)
+        try:
+            os.replace(directory, raw_dir)
+        except OSError:  # another process was first; the same options give the same bytes
+            if not _already_written(raw_dir, options):
+                raise
 
 
 def _already_written(raw_dir, options):
