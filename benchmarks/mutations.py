@@ -150,7 +150,7 @@ FAULTS = (
           'path.absolute().is_relative_to(folder.absolute())',
           'tests/data/test_links.py::test_a_link_out_of_the_folder_is_refused'),
     # ranking and service
-    Fault('padding_is_ranked', 'tpad_jax/evaluation/device_ranks.py',
+    Fault('padding_is_ranked', 'tpad_jax/evaluation/scorers.py',
           'jnp.maximum(k * chunk, 1)', 'k * chunk',
           'tests/evaluation/test_device_ranks.py::test_counts_of_the_whole_catalogue'),
     Fault('ties_are_won', 'tpad_jax/core/ties.py',

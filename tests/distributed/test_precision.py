@@ -14,7 +14,7 @@ from tpad_jax.config import get_config
 from tpad_jax.core.precision import PRECISIONS
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
-from tpad_jax.evaluation import device_ranks
+from tpad_jax.evaluation import scorers
 from tpad_jax.job import validate
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.mutual_information import bounds, estimator
@@ -92,7 +92,7 @@ def test_products_of_the_ranks(monkeypatch):
         return call
 
     monkeypatch.setattr(devices_lib.Devices, 'lift', recorded)
-    rank = device_ranks.ranker(lambda weights, z, items: z[items[:, 0]] @ weights,
+    rank = scorers.ranker(lambda weights, z, items: z[items[:, 0]] @ weights,
                                devices_lib.choose('jit', 1))
     rank(jnp.eye(3), jnp.ones((9, 3)), np.ones((4, 2), np.int32), np.ones(4, np.int32))
     assert texts[0].count('dot_general') == texts[0].count('[HIGHEST, HIGHEST]') > 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tpad_jax.distributed import devices
-from tpad_jax.evaluation import device_ranks, metrics
+from tpad_jax.evaluation import metrics, scorers
 
 V, N, D, R = 700, 5, 6, 45
 ONE = devices.choose('jit', 1)
@@ -42,7 +42,7 @@ def test_counts_of_the_whole_catalogue(chunk, rows):
     """Ties, the last chunk that reaches back, the part that is filled up, padding left out."""
     weights, z, items, target = draw()
     z[0] = 9  # would stand above everything
-    found = device_ranks.ranker(last, ONE, chunk=chunk)(weights, z, items, target, rows=rows)
+    found = scorers.ranker(last, ONE, chunk=chunk)(weights, z, items, target, rows=rows)
     expected = counted(weights, z, items, target)
     assert (expected[1] > 1).mean() > 0.5
     for ours, theirs in zip(found, expected, strict=True):
@@ -58,7 +58,7 @@ def test_the_targets_own_score_is_the_one_in_its_row(error, monkeypatch):
     z[twins] = z[target]
     guess = jnp.diagonal
     monkeypatch.setattr(jnp, 'diagonal', lambda x: guess(x) + error)
-    above, equal = device_ranks.ranker(last, ONE, chunk=100)(weights, z, items, target)
+    above, equal = scorers.ranker(last, ONE, chunk=100)(weights, z, items, target)
     same = (z[target][:, None] == z[None, 1:]).all(axis=2).sum(axis=1)
     np.testing.assert_array_equal(equal, same)
     scores = np.asarray(last(weights, z, items), np.float64) @ z.T.astype(np.float64)
@@ -69,7 +69,7 @@ def test_the_targets_own_score_is_the_one_in_its_row(error, monkeypatch):
 @pytest.mark.parametrize(('way', 'count'), [('pmap', 8), ('shard_map', 4)])
 def test_rows_spread_over_devices(way, count):
     weights, z, items, target = draw(seed=1)
-    rank = device_ranks.ranker(last, devices.choose(way, count), chunk=64)
+    rank = scorers.ranker(last, devices.choose(way, count), chunk=64)
     for ours, theirs in zip(rank(weights, z, items, target, rows=20),
                             counted(weights, z, items, target), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -80,7 +80,7 @@ def test_refuses_scores_that_are_not_finite(value):
     weights, z, items, target = draw(whole=False)
     z[33, 2] = value
     with pytest.raises(FloatingPointError, match=r'mine: the score of item 33 in row 0 is'):
-        device_ranks.ranker(last, ONE)(weights, z, items, target, name='mine')
+        scorers.ranker(last, ONE)(weights, z, items, target, name='mine')
 
 
 def test_large_scores_are_finite_too():
@@ -89,7 +89,7 @@ def test_large_scores_are_finite_too():
     huge = {'turn': weights['turn'] * np.float32(2.0**64)}
     with np.errstate(over='ignore'):
         assert np.isinf((np.asarray(last(huge, z, items)) ** 2).sum(axis=1)).any()
-    above, equal = device_ranks.ranker(last, ONE)(huge, z, items, target)
+    above, equal = scorers.ranker(last, ONE)(huge, z, items, target)
     expected = counted(weights, z, items, target)
     np.testing.assert_array_equal(above, expected[0])
     np.testing.assert_array_equal(equal, expected[1])

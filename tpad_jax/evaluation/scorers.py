@@ -1,16 +1,26 @@
-"""Scores of the whole catalogue for prefixes, which evaluation ranks and serving returns."""
+"""Scores of the whole catalogue for prefixes, which serving returns and `ranker` counts exactly.
+
+Ranks are counted on the device that computes the scores: two numbers per row are copied to the
+host, not V. Scores exist for one chunk of the catalogue at a time, small enough for a processor's
+cache. Every item is ranked; no step samples or approximates.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tpad_jax.distributed import collectives
 from tpad_jax.distributed.devices import Devices, compiled
-from tpad_jax.evaluation.device_ranks import ranker
+from tpad_jax.evaluation import metrics
 from tpad_jax.models import outputs, tpad
 from tpad_jax.types import Batch
+
+MOST = 2**15 - 1  # items of a chunk: two counts share one int32
+LANES = 256  # a product of whole multiples of these items computes all of them alike
 
 
 class Bound(NamedTuple):
@@ -96,7 +106,7 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
     Returns:
       (params, catalogue) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1]. The scorer
       has `ranks`: (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], see
-      `device_ranks.ranker`, and `bound`, a `Bound`.
+      `ranker`, and `bound`, a `Bound`.
     """
     several = isinstance(specs, tuple)
     if not several:
@@ -162,3 +172,136 @@ def transfer_scorer(spec: tpad.TPAD) -> Callable:
         return lambda items: np.asarray(score(params, read, jnp.asarray(items)))
 
     return bind
+
+
+def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None,
+           chunk: int = 0) -> Callable:
+    """Make a function that ranks targets in the catalogue as `metrics.counts` of the scores does.
+
+    Args:
+      encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
+      devices: rows are distributed over them; encode is compiled once per size of a part.
+      shifts: (weights, items) -> items int32 [B, M] and float32 [B, M], added to their scores. The
+        shift is 0 on padding and on all places of an item except one. None: no shifts.
+      chunk: items at a time, at most 32,767. 0: on a CPU 2**18 divided by a part's rows, at least
+        1,024; elsewhere the largest number.
+
+    Returns:
+      rank(weights, z, items, target, *, rows=512, name='model') -> (above, equal) int32 [R]: the
+      numbers of items that score above the target and that score the same, itself included.
+      `weights` is any tree, z float32 [V+1, D] with padding in row 0, items int32 [R, N] and target
+      int32 [R], ids 1..V. `rows` of them are ranked at a time. It raises FloatingPointError, with
+      `name`, where a score is not finite.
+    """
+
+    def part(_, batch, shared, *, axis):
+        h = encode(shared['weights'], shared['z'], batch.items)
+        fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
+        moved = shifts(shared['weights'], batch.items) if shifts else None
+        counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
+        # the score of a row is certainly finite where the product of the norms is
+        out = *counted, jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * shared['largest'])
+        return tuple(collectives.gather(x, axis) for x in out)
+
+    lifted = devices.lift(part)
+
+    def rank(weights, z, items, target, *, rows=512, name='model'):
+        rows = -(-rows // devices.shards) * devices.shards  # as many on each device
+        shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
+        calls = []
+        for begin in range(0, len(items), rows):
+            part = np.minimum(np.arange(begin, begin + rows), len(items) - 1)  # the last row fills
+            batch = dict(items=items[part], next=np.zeros_like(items[part]), target=target[part],
+                         valid=np.ones(rows, bool), row=np.zeros(rows, np.int32))
+            # calls are queued; the host waits for results only at the end
+            calls.append(lifted({}, devices.place(batch), shared))
+        above, equal, finite = (np.concatenate(parts)[:len(items)]
+                                for parts in zip(*jax.device_get(calls), strict=True))
+        for row in np.flatnonzero(~finite):
+            h = np.asarray(encode(weights, z, items[row:row + 1]))
+            with np.errstate(over='ignore', invalid='ignore'):
+                metrics.check_finite(h @ np.asarray(z).T, row, name)
+        return above, equal
+
+    return rank
+
+
+def count(h, z, target, *, chunk: int, moved=None):
+    """Count the items that score above and equal to each row's target, scores being <h, z>. Pure.
+
+    The target has to be compared by its score in the row, which may differ in the last bit from the
+    same product computed alone. So the score is guessed by such a product, all items are counted
+    against the guess, and the target's score is read where it occurs. If the guess is wrong in any
+    row, all items are counted again.
+
+    Args:
+      h: float32 [B, D].
+      z: float32 [V+1, D]. Row 0 is not ranked.
+      target: int32 [B].
+      chunk: items at a time, at most MOST.
+      moved: (items int32 [B, M], shifts of their scores [B, M]), or None.
+
+    Returns:
+      above, equal: int32 [B]. A row with a score that is not finite has no meaning.
+    """
+    total = len(z)
+    chunk = _even(total, min(max(chunk, len(h)), MOST))
+    place, nothing = jnp.arange(chunk), jnp.zeros(len(h), jnp.int32)
+    wanted, lift = target[:, None], 0.0
+    if moved is not None:
+        items, shift = moved
+        wanted = jnp.concatenate([wanted, items], axis=1)
+        lift = jnp.where(items == target[:, None], shift, 0).sum(axis=1)
+
+    def body(k, carry):
+        score, seen, above, level = carry
+        start = jnp.minimum(k * chunk, total - chunk)
+        s = h @ jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])).T
+        at = wanted - start
+        value = jnp.take_along_axis(s, jnp.clip(at, 0, chunk - 1), axis=1)
+        seen = jnp.where((at >= 0) & (at < chunk), value, seen)
+        # the last chunk overlaps items that were counted before; item 0 never counts
+        new = jnp.where(start + place >= jnp.maximum(k * chunk, 1), -1, 0)
+        # both counts in one sum take half the time of two sums
+        bar = (score + lift)[:, None]
+        code = (s > bar) + (s >= bar) * jnp.int32(2**16)
+        code = (code & new).sum(axis=1)
+        return score, seen, above + code % 2**16, level + code // 2**16
+
+    def again(carry):
+        number, score, seen, _, _ = carry
+        return (number < 2) & (score != seen[:, 0]).any()
+
+    def once(carry):
+        number, _, seen, _, _ = carry
+        first = seen[:, 0], seen, nothing, nothing
+        return number + 1, *jax.lax.fori_loop(0, -(-total // chunk), body, first)
+
+    few = -(-len(h) // LANES) * LANES
+    guess = jnp.diagonal(h @ z[jnp.resize(target, few)].T)
+    guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
+    _, score, seen, above, level = jax.lax.while_loop(
+        again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
+    if moved is not None:  # these items were counted by their scores without the shift
+        was, bar = seen[:, 1:], (score + lift)[:, None]
+        now = was + shift
+        above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)
+        level += (now >= bar).sum(axis=1) - (was >= bar).sum(axis=1)
+    return above, level - above
+
+
+def _even(total, most):
+    """Choose the items of a chunk, at most `most`: equal parts, whole multiples of LANES.
+
+    A product computes the items after the last whole lane by another loop. Its last bits may differ
+    from the guess, and then all items are counted again.
+    """
+    most = most // LANES * LANES or most
+    even = -(-total // -(-total // most))
+    return min(-(-even // LANES) * LANES, most, total)
+
+
+@jax.jit
+def largest(z):
+    """Compute the largest norm of an item vector; not finite if a vector is not. [V+1, D] -> []."""
+    return jnp.sqrt((z[1:] ** 2).sum(axis=1).max())

@@ -78,7 +78,7 @@ def searcher(encode: Callable, shifts: Callable | None = None) -> Callable:
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D].
       shifts: (weights, items) -> (items [B, M], shifts of their scores [B, M]), or None; see
-        `device_ranks.ranker`.
+        `scorers.ranker`.
     """
     def search(weights, z, count, items, *, k):
         moved = None if shifts is None else shifts(weights, items)

@@ -8,7 +8,7 @@ import pytest
 from tests.evaluation.test_device_ranks import ONE, D, N, draw, last
 from tpad_jax import losses
 from tpad_jax.distributed import devices as devices_lib
-from tpad_jax.evaluation import device_ranks, metrics
+from tpad_jax.evaluation import metrics, scorers
 from tpad_jax.models.sessions import repeats
 from tpad_jax.types import Batch
 
@@ -59,11 +59,11 @@ def test_ranks_of_shifted_scores(way, chunk, rows):
     weights, z, items, target = draw()
     target[::3] = items[::3, 0]
     devices = ONE if way == 'jit' else devices_lib.choose(way, 8)
-    found = device_ranks.ranker(last, devices, shifts=shift_of, chunk=chunk)(
+    found = scorers.ranker(last, devices, shifts=shift_of, chunk=chunk)(
         weights, z, items, target,
                                                                       rows=rows)
     scores = shifted(np.asarray(last(weights, z, items)) @ z.T, *shift_of(None, items))
-    plain = device_ranks.ranker(last, ONE)(weights, z, items, target)
+    plain = scorers.ranker(last, ONE)(weights, z, items, target)
     assert (found[0] != plain[0]).any()
     for ours, theirs in zip(found, metrics.counts(scores, target), strict=True):
         np.testing.assert_array_equal(ours, theirs)
