@@ -5,20 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
+FOLDER = 'diagnostics'  # of a workdir
 # the moments of each stage, in order
 MOMENTS = {'knowledge': ('after',), 'transfer': ('before', 'after'), 'joint': ('before', 'after')}
-
-
-def directory(workdir: Path) -> Path:
-    """Name the folder of a workdir's diagnostics."""
-    return workdir / 'diagnostics'
 
 
 def collect(workdir: Path) -> dict:
     """Read all diagnostics of a workdir: {stage: {moment: ...}} and 'warnings', a list."""
     out, warnings = {}, []
     for stage, moment in ((s, m) for s, moments in MOMENTS.items() for m in moments):
-        file = directory(workdir) / f'{stage}-{moment}.json'
+        file = workdir / FOLDER / f'{stage}-{moment}.json'
         if file.is_file():
             record = out.setdefault(stage, {})[moment] = json.loads(file.read_text())
             warnings += record.pop('warnings')
@@ -32,9 +28,9 @@ def clouds(workdir: Path) -> tuple[str, dict, str, dict] | None:
     'items', 'at' and 'next' are the item ids of their rows. The result is None without both
     moments: a stage without steps has no clouds.
     """
-    folder = directory(workdir)
-    stages = [stage for stage in ('transfer', 'joint') if all(
-        (folder / f'{stage}-{moment}.json').is_file() for moment in MOMENTS[stage])]
+    folder = workdir / FOLDER
+    stages = [stage for stage in ('transfer', 'joint')
+              if all((folder / f'{stage}-{m}.json').is_file() for m in MOMENTS[stage])]
     if not stages:
         return None
     before = load(folder / f'{stages[0]}-before.npz')

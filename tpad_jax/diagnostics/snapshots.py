@@ -50,7 +50,7 @@ def take(job, stage: str, moment: str, spec, encoder) -> dict | None:
     """
     if not job.config.diagnostics or jax.process_index() or len(_sessions(job).target) < 2:
         return None
-    folder = records.directory(job.workdir)
+    folder = job.workdir / records.FOLDER
     file, before = folder / f'{stage}-{moment}.json', folder / f'{stage}-before.json'
     if not file.is_file():
         start = time.perf_counter()
