@@ -12,16 +12,12 @@ from tpad_jax.data.sessions import Rows
 from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation import metrics, slices
 
-Result = dict
-"""{'rows': R, 'tied_share': s, 'hit@K', 'mrr@K', 'ndcg@K', 'expected_hit@K', ... per K, 'slices':
-{slice: the same keys}}. A metric over no rows is None."""
-
 
 def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
              ks: Sequence[int] = (5, 10, 20),
              probabilities: Callable[[np.ndarray], np.ndarray] | None = None,
              counts: np.ndarray | None = None, gains: dict[str, metrics.Gain] = metrics.GAINS,
-             name: str = 'model') -> tuple[Result, dict[str, np.ndarray]]:
+             name: str = 'model') -> tuple[dict, dict[str, np.ndarray]]:
     """Rank the whole catalogue once for every row, and average.
 
     Slices are 'warm' and 'cold' targets, 'length_*' of the prefix, targets that 'repeat' an item of
@@ -45,7 +41,9 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
       name: of the model in error messages.
 
     Returns:
-      The result, and {'above', 'equal'}: int32 [R] each, from which `metrics.hit` computes any K.
+      {'rows': R, 'tied_share': s, 'hit@K', 'mrr@K', 'ndcg@K', 'expected_hit@K', ... per K,
+      'slices': {slice: the same keys}}, where a metric over no rows is None; and {'above',
+      'equal'}: int32 [R] each, from which `metrics.hit` computes any K.
 
     Raises:
       InputError: there are no rows.

@@ -34,16 +34,15 @@ class Sparse(NamedTuple):
     background: np.ndarray
 
 
-Scores = np.ndarray | Sparse
-"""float [R, V + 1]."""
+Scores = np.ndarray | Sparse  # float [R, V + 1]
+# int32 [R, N] prefixes, left aligned, 0 pads -> scores [R, V + 1]
 Scorer = Callable[[np.ndarray], Scores]
-"""int32 [R, N] prefixes, left aligned, 0 pads -> scores [R, V + 1]."""
 
 CHUNK = 512  # rows that are scored at a time
 FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
+# (places float64 [k], 1 being the first; k) -> [k], the value of a target at each place
 Gain = Callable[[np.ndarray, int], np.ndarray]
-"""(places float64 [k], 1 being the first; k) -> [k], the value of a target at each place."""
 GAINS: dict[str, Gain] = {
     'hit': lambda place, k: np.ones_like(place), 'mrr': lambda place, k: 1 / place,
     'ndcg': lambda place, k: 1 / np.log2(place + 1)}

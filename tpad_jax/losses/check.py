@@ -102,8 +102,8 @@ class Trial:
     def loss(self, params, raw, batch, state):
         """Call the function; returns a `Loss`."""
         return call(self.spec, self.named(params, raw, batch), batch, axis=None,
-                    key=jax.random.key(0), state=state.get(NAME),
-                    head=bound((self.spec,), params).get(NAME))
+                    key=jax.random.key(0), state=state.get(self.spec.name),
+                    head=bound((self.spec,), params).get(self.spec.name))
 
     def step(self, params, raw, batch, state, axis):
         """Compute a train step's part of one loss: ((value, (state, rows, metrics)), gradient)."""
@@ -260,12 +260,11 @@ def check_shape(spec: LossSpec) -> None:
       InputError: with the loss's name, what it returned and what is expected.
     """
     try:
-        trial = Trial(LossSpec(NAME, spec.fn, WEIGHT, spec.keywords, module=spec.module))
+        trial = Trial(spec)
         if spec.needs <= trial.outputs:
             trial.shape()
-    except InputError as error:
-        name = f'config.losses.{spec.name}'
-        raise InputError(str(error).replace(f'config.losses.{NAME}', name)) from error
+    except InputError:
+        raise
     except Exception:  # raised by the loss's function
         return
 

@@ -100,13 +100,12 @@ def call(spec, out, batch, **provided) -> Loss:
         raise
     loss, is_loss = (result, True) if isinstance(result, Loss) else (Loss(result, result), False)
     value, weight = loss[:2]
-    if not (hasattr(value, 'shape') and hasattr(weight, 'shape') and value.shape == weight.shape
-            and value.shape[:1] == (rows,) and (is_loss or value.ndim == 1)
-            and jnp.issubdtype(value.dtype, jnp.floating)):
-        shown = f'Loss(value {_form(value)}, weight {_form(weight)})' if is_loss else _form(value)
-        raise InputError(f'{option}: {fn} returned {shown}. Expected one value per row, float '
-                         f'[{rows}], or Loss(value, weight) of one shape [{rows}, ...]. '
-                         f'Fix: change what {fn} returns.')
+    shown = f'Loss(value {_form(value)}, weight {_form(weight)})' if is_loss else _form(value)
+    refuse_if(not (hasattr(value, 'shape') and hasattr(weight, 'shape')
+                   and value.shape == weight.shape and value.shape[:1] == (rows,)
+                   and (is_loss or value.ndim == 1) and jnp.issubdtype(value.dtype, jnp.floating)),
+              f'{option}: {fn} returned {shown}. Expected one value per row, float [{rows}], or '
+              f'Loss(value, weight) of one shape [{rows}, ...]. Fix: change what {fn} returns.')
     for metric, x in loss.metrics.items():
         refuse_if(getattr(x, 'shape', None) not in ((), value.shape),
                   f'{option}: the metric {metric!r} of {fn} is {_form(x)}. Expected the '
