@@ -21,25 +21,23 @@ def collect(workdir: Path) -> dict:
     return {**out, 'warnings': warnings} if out else {}
 
 
-def clouds(workdir: Path) -> tuple[str, dict, str, dict] | None:
-    """Read the clouds before alignment and after its last stage: (title, {name: array}), each.
+def clouds(workdir: Path) -> dict[str, dict]:
+    """Read the clouds before alignment and after its last stage: {title: {name: array}}.
 
     A cloud is float32 [n, M D]. A modality of k fills its own of the M places, as in r and c.
-    'items', 'at' and 'next' are the item ids of their rows. The result is None without both
+    'items', 'at' and 'next' are the item ids of their rows. The result is empty without both
     moments: a stage without steps has no clouds.
     """
     folder = workdir / FOLDER
     stages = [stage for stage in ('transfer', 'joint')
               if all((folder / f'{stage}-{m}.json').is_file() for m in MOMENTS[stage])]
-    if not stages:
-        return None
-    before = load(folder / f'{stages[0]}-before.npz')
-    after = load(folder / f'{stages[-1]}-after.npz')
-    for cloud in (before, after):
+    moments = [(stages[0], 'before'), (stages[-1], 'after')] if stages else []
+    out = {f'{moment} {stage}': load(folder / f'{stage}-{moment}.npz') for stage, moment in moments}
+    for cloud in out.values():
         modalities = [name for name in cloud if name.startswith('k_')]
         for name, place in zip(modalities, np.eye(len(modalities), dtype='f'), strict=True):
             cloud[name] = np.kron(place, cloud[name])
-    return f'before {stages[0]}', before, f'after {stages[-1]}', after
+    return out
 
 
 def load(file: Path) -> dict[str, np.ndarray]:

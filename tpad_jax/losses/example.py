@@ -74,10 +74,9 @@ def named(params, raw, batch):
     out = {n: (x @ params[n] if x.ndim > 1 else x * params[n][0, 0]) if n in params else x
            for n, x in raw.items()}
     out |= {n: params[n] for n in entries(True, 'float32')}
-    out |= {n: jnp.arange(np.prod(shape)).reshape(shape) % 2 > 0
-            for n, shape in entries(True, 'bool').items()}
-    out |= {n: jnp.arange(np.prod(shape)).reshape(shape) % D
-            for n, shape in entries(True, 'int32').items()}
+    for n, shape in entries(True, 'bool', 'int32').items():
+        numbers = jnp.arange(np.prod(shape)).reshape(shape)
+        out[n] = numbers % 2 > 0 if OUTPUTS[n].dtype == 'bool' else numbers % D
     warm = jnp.arange(V + 1) < V - 1  # the last two items are cold; row 0 is padding
     out |= {'items': batch.items, 'next': batch.next, 'warm': warm.at[0].set(False),
             'teacher.vocabulary': params['vocabulary'], 'cluster': jnp.arange(V + 1) % D,

@@ -217,8 +217,8 @@ def information(run: Run) -> list[dict]:
             limit = [(x, y + room[x - since]) for x, y in zip(curve.x, curve.y, strict=True)
                      if x - since in room]
             if limit:
-                curves.append(Curve('log N', *map(list, zip(*limit, strict=True)),
-                                           curve.colour, pale=True))
+                curves.append(Curve('log N', *map(list, zip(*limit, strict=True)), curve.colour,
+                                    pale=True))
         title = f'{estimate}: ' + ('likelihood of q, nats' if kind == 'log_q' else 'nats')
         out.append(chart(title, curves))
     return out
@@ -251,11 +251,10 @@ def hit_curve(ranks: compare.Run, model: str, **drawn) -> Curve:
 
 def clouds(run: Run) -> dict | None:
     """Draw the features before and after alignment as panels of dots in the two planes."""
-    if run.clouds is None:
+    if not run.clouds:
         return None
-    first, before, last, after = run.clouds
-    names = [name for name in FEATURES if name in before and name in after]
-    rows = {(side, name): unit(cloud[name]) for side, cloud in enumerate((before, after))
+    names = [name for name in FEATURES if all(name in cloud for cloud in run.clouds.values())]
+    rows = {(title, name): unit(cloud[name]) for title, cloud in run.clouds.items()
             for name in names}
     mean, basis, share = plane(list(rows.values()))
     whole = {key: (x - mean) @ basis for key, x in rows.items()}
@@ -266,17 +265,17 @@ def clouds(run: Run) -> dict | None:
     known = (run.gallery or {}).get('colours') or {}
     category = {int(i): min(n, 7) for i, n in known.items()}
     moments = []
-    for side, (title, cloud) in enumerate(((first, before), (last, after))):
+    for title, cloud in run.clouds.items():
         panels, dots = [], {}
         for number, name in enumerate(names):
             # the same rows of two clouds of the same size
             drawn = np.sort(np.random.default_rng(0).permutation(len(cloud[name]))[:DOTS])
             items = cloud[FEATURES[name]][drawn]
             colour = np.array([category.get(int(item), 7) for item in items])
-            part = inner[side, name][drawn]
+            part = inner[title, name][drawn]
             panels.append((name.replace('_', ' '), scatter(
                 {int(n): part[colour == n] for n in np.unique(colour)[::-1]}, _farthest(inner))))
-            dots[number] = whole[side, name][drawn]
+            dots[number] = whole[title, name][drawn]
         moments.append({'title': title, 'panels': panels,
                         'whole': scatter(dots, _farthest(whole))})
     return {'moments': moments, 'share': share, 'inside': inside, 'coloured': bool(category),
@@ -311,8 +310,7 @@ def _farthest(clouds):
 
 
 def _chart(log, name, stages, title, unit='', wide=False):
-    return chart(title, [curve for curve, _, _ in _curves(log, name, stages)], unit=unit,
-                        wide=wide)
+    return chart(title, [x for x, _, _ in _curves(log, name, stages)], unit=unit, wide=wide)
 
 
 def _curves(log, name, stages):

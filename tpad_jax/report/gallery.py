@@ -236,12 +236,12 @@ def _picture(encoded):
 def _colours(job):
     """{id: rank of its category by frequency} of the items whose features are drawn."""
     clouds = records.clouds(job.workdir)
-    if clouds is None:
+    if not clouds:
         return {}
     label = probes.category(job)
     known, counts = np.unique(label[label >= 0], return_counts=True)
     place = {value: i for i, value in enumerate(known[np.argsort(-counts, kind='stable')])}
-    ids = np.unique(np.concatenate([cloud[name] for cloud in (clouds[1], clouds[3])
+    ids = np.unique(np.concatenate([cloud[name] for cloud in clouds.values()
                                     for name in ('items', 'at', 'next')]))
     return {int(item): place[label[item - 1]] for item in ids if item and label[item - 1] >= 0}
 

@@ -114,10 +114,9 @@ def save(file: Path, template: str, values: dict) -> Path:
     """Fill a template and write the page completely or not at all."""
     jinja = environment()
     style, script = (jinja.loader.get_source(jinja, name)[0] for name in ('style.css', 'page.js'))
-    text = jinja.get_template(template).render(
+    files.write_text(file, jinja.get_template(template).render(
         values, style=Markup(style), style_hash=_digest(style), script=Markup(script),
-        script_hash=_digest(script))
-    files.write_text(file, text)
+        script_hash=_digest(script)))
     return file
 
 
@@ -146,8 +145,8 @@ def context(run: Run) -> dict:
     drawn = {n: colour[n] for n in [main, *others, *best]} | ({'oracle': 0} if oracle else {})
     diagnostics = {stage: moments for stage, moments in
                    run.results.get('diagnostics', {}).items() if stage != 'warnings'}
-    probed = [(stage, side, probes) for stage, moments in diagnostics.items()
-              for side, probes in moments.get('after', {}).get('probes', {}).items() if probes]
+    probed = {(stage, side): probes for stage, moments in diagnostics.items()
+              for side, probes in moments.get('after', {}).get('probes', {}).items() if probes}
     parts = [models[name]['test'] for name in drawn if name in models] + oracle
     training, clouds = curves.training(run), curves.clouds(run)
     features = [(stage, moments) for stage, moments in diagnostics.items()
@@ -165,8 +164,8 @@ def context(run: Run) -> dict:
         'sliced': drawn, 'slices': _slices(models[main]['test']['slices']),
         'slices_most': most([part for of in parts for part in of['slices'].values()]),
         'training': training, 'information': curves.information(run), 'clouds': clouds,
-        'features': features, 'probed': [(stage, side) for stage, side, _ in probed],
-        'attributes': list(dict.fromkeys(name for *_, probes in probed for name in probes)),
+        'features': features, 'probed': list(probed),
+        'attributes': list(dict.fromkeys(name for x in probed.values() for name in x)),
         'searched': searched, 'config': sorted(stored.flat_config(run).items()),
         **_gallery(run.gallery)}
     return {**out, 'sections': filled(SECTIONS, {
@@ -253,8 +252,8 @@ def _hits(runs, names, main):
     drawn = [curves.hit_curve(run.ranks, main, name=name, colour=n, source=f'run {n} {main}')
              for n, (run, name) in enumerate(zip(runs, names, strict=True))
              if run.ranks and main in run.ranks.ranks]
-    return drawn and curves.chart(f'hit@K of {main}', drawn, x='K', unit='%', wide=True,
-                                  at=curves.AT)
+    title = f'hit@K of {main}'
+    return drawn and curves.chart(title, drawn, x='K', unit='%', wide=True, at=curves.AT)
 
 
 def _training(runs, names):

@@ -21,7 +21,7 @@ class Run(NamedTuple):
       log: {stage: {name: (steps, values)}}, empty without a log.
       ranks: of ranks.npz, or None.
       gallery: of `gallery.read`, or None.
-      clouds: of `records.clouds`, or None.
+      clouds: of `records.clouds`.
       absent: sentences on the parts that the page lacks.
     """
 
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     log: dict[str, dict[str, tuple[list[int], list[float]]]]
     ranks: compare.Run | None
     gallery: dict[str, Any] | None
-    clouds: tuple | None
+    clouds: dict[str, dict]
     absent: tuple[str, ...]
 
     @property
