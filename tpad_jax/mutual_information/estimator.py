@@ -285,12 +285,11 @@ def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate
     elif bound in NEITHER:
         warning = f'{bound} does not bound the information; use it to train a critic'
     elif bound == 'infonce' and value > np.log(batch) - ROOM:
-        warning = (f'InfoNCE in batches of {batch} reads at most {np.log(batch):.2f} nats and is '
-                   f'{np.log(batch) - value:.2f} nats below that: the information may be much '
-                   'larger; choose a larger batch, mine or nwj')
+        warning = (f'InfoNCE in batches of {batch} reads at most {np.log(batch):.2f} nats: the '
+                   'information may be much larger; choose a larger batch, mine or nwj')
     elif noise > NOISE:
-        warning = (f'rare pairs dominate the partition, whose log is uncertain by about '
-                   f'{noise:.2f} nats: {bound} may be wrong by as much; use more pairs, or infonce')
+        warning = (f'rare pairs dominate the partition: {bound} may be wrong by {noise:.2f} nats; '
+                   'use more pairs, or infonce')
     curve = {name: np.asarray(values) for name, values in (curve or {}).items()}
     interval = float(value - reach), float(value + reach)
     return Estimate(bound, value, error, interval, level, len(x), curve, warning, score, likelihood)
@@ -362,7 +361,6 @@ def _likelihood(score, x, y):
     square = (y + 0.5 * centre / half)**2 * -2 * half
     spread, tail = square.mean(), (square**2).mean() / square.mean()**2
     if abs(spread - 1) > FITS or abs(tail / 3 - 1) > FITS:
-        return mean, ('q does not fit: squares and fourth powers of its residuals should be 1 and '
-                      f'3, but are {spread:.2f} and {tail * spread**2:.2f}; its bounds are invalid '
-                      'unless y given x is such a Gaussian')
+        return mean, (f'q does not fit: its residuals have squares of {spread:.2f}, not 1, and '
+                      f'fourth powers of {tail * spread**2:.2f}, not 3; its bounds are invalid')
     return mean, ''
