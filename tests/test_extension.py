@@ -511,7 +511,7 @@ def test_check_says_how_draws_and_states_are_kept():
 
 def test_the_command_refuses_in_words(capsys):
     assert command.main(['check', f'{HERE}:pul']) == 2
-    assert "has no attribute 'pul'" in capsys.readouterr().out
+    assert "has no attribute 'pul'" in capsys.readouterr().err
     assert command.main(['chekc', 'x']) == 2
     assert command.main(['--help']) == 0
 

@@ -33,13 +33,8 @@ def main(argv: list[str]) -> int:
     keywords = {name: _literal(text) for name, _, text in flags}
     fields = {name.removeprefix('fields.'): keywords.pop(name)
               for name in [*keywords] if name.startswith('fields.')}
-    module, option = keywords.pop('module', ''), f'config.losses.{words[1]}'
-    try:
-        fn = contract.resolve(words[1], words[1])
-        head = contract.make_module(option, module, fields) if module else None
-    except InputError as error:
-        print(f'{SIGNS[False]}  found      {str(error).replace(f"{option}.", "")}')
-        return cli.UNUSABLE
+    module, fn = keywords.pop('module', ''), contract.resolve(words[1], words[1])
+    head = contract.make_module(f'config.losses.{words[1]}', module, fields) if module else None
     status = 0
     for finding in check.check(fn, keywords, head):
         print(f'{SIGNS[finding.ok]}  {finding.what:<9}  {finding.text}', flush=True)
