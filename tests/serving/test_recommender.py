@@ -203,6 +203,7 @@ def test_a_new_item_is_recommended_and_clicked(made, copy):
     (dict(image=b'', title='', brand='', category='', description=''), 'neither a text nor a pict'),
     (dict(price='cheap'), "its price 'cheap' is not a number"),
     (dict(image=3), 'its image is neither bytes nor a path'),
+    (dict(brand='x' * 70_000), 'its brand has more than 65536 characters'),
     (dict(text=3), 'its text is not a text')])
 def test_unusable_new_items(made, change, said):
     shop = made[-1]

@@ -159,12 +159,12 @@ def kept(workdir, where: str, every: float = EVERY) -> Iterator[None]:
     Raises:
       InputError: see `Mirror.fetch`, and a mirror that could not be written at the end.
     """
-    mirror = Mirror(workdir, where) if where else None
-    if mirror is not None:
-        with hosts.one_first('mirror'):
+    if where:
+        with hosts.one_first('mirror'):  # the other processes learn of any error
+            mirror = Mirror(workdir, where)
             if jax.process_index() == 0:
                 mirror.fetch()
-    if mirror is None or jax.process_index() > 0:
+    if not where or jax.process_index() > 0:
         yield
         return
     ended = threading.Event()

@@ -172,9 +172,9 @@ def checked(items: Sequence[dict], words: Sequence[str]) -> None:
         if unknown:
             raise InputError(f'item {name} has the field {unknown[0]!r}. Expected {sorted(fields)}')
         option, price = f'item {name}: its', item.get('price')
-        texts = [item[field] for field in item.keys() - {'image', 'price'}]
-        refuse_if(any(isinstance(x, str) and len(x) > MAX_TEXT for x in texts),
-                  f'{option} texts have more than {MAX_TEXT} characters')
+        long = sorted(field for field in item.keys() - {'image', 'price'}
+                      if isinstance(item[field], str) and len(item[field]) > MAX_TEXT)
+        refuse_if(long, f'{option} {", ".join(long)} has more than {MAX_TEXT} characters')
         refuse_if(not isinstance(item.get('text'), str | None), f'{option} text is not a text')
         refuse_if(not isinstance(item.get('image'), bytes | bytearray | str | Path | None),
                   f'{option} image is neither bytes nor a path')

@@ -119,12 +119,13 @@ class Sink:
           items: int32 [S, K]. Lists, best first.
           scores: float32 [S, K]. NaN in the row of an empty session.
         """
+        rows = []
         for session, names, row, values in zip(asked, unknown, items.tolist(), scores.tolist(),
                                                strict=True):
             best, empty = [self._ids[n] for n in row], math.isnan(values[0])
             if self._table is not None:
-                self._waiting.append(dict(line=session.line, id=column_id(session.id), items=best,
-                                          scores=values, unknown=names, empty=empty))
+                rows.append(dict(line=session.line, id=column_id(session.id), items=best,
+                                 scores=values, unknown=names, empty=empty))
                 continue
             answer = {'line': session.line} if session.id is None else {'id': session.id}
             answer['items'] = best
@@ -132,7 +133,9 @@ class Sink:
                 answer['scores'] = None if empty else [float(f'{x:.6g}') for x in values]
             answer |= ({'unknown': names} if names else {}) | ({'empty': True} if empty else {})
             self._file.write(json.dumps(answer).encode() + b'\n')
-        if len(self._waiting) >= FLUSH:
+        if rows:  # columns take less memory than rows until they are written
+            self._waiting.append(pa.RecordBatch.from_pylist(rows, ANSWER))
+        if sum(part.num_rows for part in self._waiting) >= FLUSH:
             self._flush()
 
     def __enter__(self) -> 'Sink':
@@ -153,7 +156,7 @@ class Sink:
 
     def _flush(self):
         if self._waiting:
-            self._table.write_table(pa.Table.from_pylist(self._waiting, ANSWER))
+            self._table.write_table(pa.Table.from_batches(self._waiting, ANSWER))
             self._waiting = []
 
 

@@ -285,12 +285,18 @@ def _not_finite(loop, spec, recent):
     if 'not_finite' not in logged:
         return text
     rows = np.asarray(jax.device_get(logged['not_finite']))
-    where = [f'{loss.name} in rows {np.sort(column[column >= 0])[:5].tolist()}'  # the first ones
-             for loss, column in zip(spec.losses, rows.T, strict=True) if (column >= 0).any()]
+    where = []
+    for loss, column in zip(spec.losses, rows.T, strict=True):
+        bad_rows = np.sort(column[column >= 0])
+        if len(bad_rows):
+            more = f' and {len(bad_rows) - 5} more' if len(bad_rows) > 5 else ''
+            where.append(f'{loss.name} in rows {", ".join(map(str, bad_rows[:5]))}{more}')
     if where:
         return f'{text}; of the training rows: {", ".join(where)} (weights below 0 count as such)'
-    gradient = not {loss.name for loss in spec.losses} & set(bad)
-    return text + ', while every loss is: a gradient is not' * gradient
+    if not {loss.name for loss in spec.losses} & set(bad):
+        text += (', while every loss is: a gradient is not; `python -m tpad_jax.losses check` '
+                 'checks one loss alone')
+    return text
 
 
 def _save_batch(loop, number):

@@ -252,6 +252,10 @@ def test_what_is_not_needed_is_allowed(tmp_path):
     other = {**more, 'lm_head.weight': more['lm_head.weight'] + 1}
     write('qwen3_vl_tied', tmp_path, {**tensors('qwen3_vl_tied'), **other})
     refused(tmp_path, 'lm_head.weight differs from', 'tie_word_embeddings')
+    for shape in ((), (0, 4)):
+        other = {**more, 'lm_head.weight': torch.zeros(shape)}
+        write('qwen3_vl_tied', tmp_path, {**tensors('qwen3_vl_tied'), **other})
+        refused(tmp_path, 'lm_head.weight differs from', 'tie_word_embeddings')
     expected = read(write('llava_qwen3', tmp_path))
     assert expected['vision/layers/fc1/kernel'].shape[0] == 2
     more = {V + 'head.probe': torch.ones(1, 1, 4),
