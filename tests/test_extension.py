@@ -452,12 +452,15 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
     spec = SimpleNamespace(losses=specs, skip=0)
     recent = [(2, clean), (3, logged), (4, {**logged, 'fine': np.nan})]
     with pytest.raises(FloatingPointError, match=(
-            'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows '
-            r'\[10, 60\]')):
+            'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60 '
+            )):
         loop_lib._log(loop, spec, None, recent, {})
     slope = {**clean, 'optim/grad_norm': np.inf, 'not_finite': np.full((B, 2), -1)}
     with pytest.raises(FloatingPointError, match='step 4: optim/grad_norm not finite, while every'):
         loop_lib._log(loop, spec, None, [(4, slope)], {})
+    many = {**logged, 'not_finite': np.stack([np.full(B, -1), np.arange(B)], axis=1)}
+    with pytest.raises(FloatingPointError, match=f'bad in rows 0, 1, 2, 3, 4 and {B - 5} more'):
+        loop_lib._log(loop, spec, None, [(4, many)], {})
 
 
 # --- losses check ---------------------------------------------------------------------------------
