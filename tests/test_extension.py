@@ -452,7 +452,7 @@ def test_a_value_that_is_not_finite_is_told_with_its_rows(replicas):
     spec = SimpleNamespace(losses=specs, skip=0)
     recent = [(2, clean), (3, logged), (4, {**logged, 'fine': np.nan})]
     with pytest.raises(FloatingPointError, match=(
-            'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60 '
+            'stage transfer, step 3: bad, loss not finite; of the training rows: bad in rows 10, 60'
             )):
         loop_lib._log(loop, spec, None, recent, {})
     slope = {**clean, 'optim/grad_norm': np.inf, 'not_finite': np.full((B, 2), -1)}
