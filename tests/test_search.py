@@ -95,6 +95,17 @@ def test_a_killed_trial_is_measured_again(tmp_path, stop):
     assert found == search(quality, SPACE, DEFAULTS, trials=8, seed=0)
 
 
+def test_a_search_killed_at_any_line_ends_as_if_it_had_not_been(tmp_path):
+    def run(journal):
+        return search(lambda params, _: {'score': -abs(params['x'] - 3)}, {'x': ('int', 0, 9)},
+                      {'x': 1}, trials=3, seed=0, storage=journal)
+    whole, lines = run(tmp_path / 'whole'), (tmp_path / 'whole').read_bytes().splitlines(True)
+    for number, line in enumerate(lines):
+        journal = tmp_path / f'{number}.journal'
+        journal.write_bytes(b''.join(lines[:number]) + line[:20])
+        assert run(journal) == whole, line
+
+
 def test_searches_share_a_journal_by_name(tmp_path):
     stored = dict(trials=3, storage=tmp_path / 'search.journal')
     one = search(quality, SPACE, DEFAULTS, seed=0, name='one', **stored)

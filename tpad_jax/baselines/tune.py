@@ -158,6 +158,10 @@ def _queue_next(study, space, defaults):
         value = next(iter(last.user_attrs.get('values', {}).values()), None)
         study.tell(last.number, value,
                    state=optuna.trial.TrialState.FAIL if value is None else None)
-    # a trial without all its parameters is proposed again, with the same result
-    if not last.user_attrs and last.params.keys() == space.keys():
+    if last.user_attrs or last.state == optuna.trial.TrialState.WAITING:
+        return
+    # the sampler proposes a trial without all its parameters again, except for the defaults
+    if not _counted(study):
+        study.enqueue_trial(defaults)
+    elif last.params.keys() == space.keys():
         study.enqueue_trial(last.params)
