@@ -93,10 +93,12 @@ def test_other_weights_and_hidden_files_stay_behind(tmp_path):
         (source / name).write_text('other weights')
     (source / '.cache').mkdir()
     (source / '.cache/file.json').write_text('{}')
+    (source / 'loop').symlink_to(source)
     out = export.export(read(source), source, tmp_path / 'b')
     names = {p.name for p in out.iterdir()}
     assert names >= {'config.json', 'tokenizer.json', 'preprocessor_config.json'}
-    assert not names & {'pytorch_model.bin', 'consolidated.safetensors', '.hidden', '.cache'}
+    assert not names & {'pytorch_model.bin', 'consolidated.safetensors', '.hidden', '.cache',
+                        'loop'}
 
 
 @pytest.mark.parametrize(('name', 'dtype', 'sharded'), [

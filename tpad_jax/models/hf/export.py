@@ -75,9 +75,10 @@ def export(params, source_directory, out_directory) -> Path:
         shutil.copytree(
             source, part, copy_function=shutil.copyfile, ignore_dangling_symlinks=True,
             ignore=lambda folder, names: [
-                # hidden files, and weights that differ from the exported ones
-                name for name in names if name.startswith('.') or (
-                    Path(name).suffix in OTHER and Path(folder, name) not in weights)])
+                # hidden files, linked folders, and weights that differ from the exported ones
+                file.name for file in (Path(folder, name) for name in names)
+                if file.name.startswith('.') or (file.is_symlink() and file.is_dir())
+                or (file.suffix in OTHER and file not in weights)])
         for tensor, entry, layer in writes:
             # one layer at a time: complete stacks would fill the host's memory
             value = flat[entry.path] if layer is None else flat[entry.path][layer]
