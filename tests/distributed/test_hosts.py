@@ -25,7 +25,7 @@ from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job
 
 STAGE = 'recommend'
-SHORT = dict(baselines='pop', refit=False)  # of the job: its other parts know no processes
+SHORT = dict(baselines='pop')  # the others know no processes
 TOLD = 6  # the step behind which the second process is told to stop
 
 

@@ -47,7 +47,7 @@ def save(checkpoints, saved, wait=True):
 def grow(writer, many):
     """Log until something breaks."""
     for step in range(1000):
-        writer.scalars('joint', step, {f'loss/{i}': step / 7 for i in range(many)})
+        writer.scalars('joint', step, {f'loss/{i}': step for i in range(many)})
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_steps_are_read_back_from_events(tmp_path):
     assert faults.written(file) == {4, 5}
     file.write_bytes(file.read_bytes()[:-3])  # a kill in the middle of a line
     assert faults.written(file) == {4, 5}
-    file.write_bytes(file.read_bytes()[:-150])
+    file.write_bytes(file.read_bytes()[:-100])
     assert faults.written(file) == {4}
     assert faults.steps(faults.log(tmp_path)) == {'joint': 6}
 

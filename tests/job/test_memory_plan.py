@@ -302,7 +302,8 @@ def ids(tmp_path):
 
 
 def test_a_catalogue_that_is_too_large_names_remedies(ids):
-    changes = {'data.npz': ids, 'stages': 'recommend', 'model.recommend': '', 'rivals': {}}
+    changes = {'data.npz': ids, 'stages': 'recommend', 'model.recommend': '', 'rivals': {},
+               'stage.recommend.batch_size': 512}
     assert len(planned('4gib-1', 7, '', **changes)) == 2
     items = 2 * 10**6
     _, line, warning = planned('4gib-1', items, '', **changes)

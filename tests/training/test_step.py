@@ -49,17 +49,10 @@ CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.
          and (stage, way) not in LONGEST]
 
 
-# Of stage joint, which takes longest to compile, the losses of stage transfer that read nothing
-# more in it: transfer runs them, as does `python -m benchmarks.replicas`.
-OFF = {'joint': ('align_mine', 'club_fit', 'discrepancy', 'disentangle', 'distil_mine',
-                 'gen_transfer')}
-
-
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """(stage, way) -> Run, each made once."""
-    return lru_cache(lambda stage, way: Run(stage, way, tmp_path_factory.mktemp(f'{stage}-{way}'),
-                                            off=OFF.get(stage, ())))
+    return lru_cache(lambda stage, way: Run(stage, way, tmp_path_factory.mktemp(f'{stage}-{way}')))
 
 
 @pytest.mark.parametrize(('stage', 'way'), [case for case in CASES if case.values[1] != 'jit'])
