@@ -117,14 +117,12 @@ def with_fillers(found, process=0, processes=1):
 class Run:
     """One stage by `fitting.fit` as a job runs it: all metrics, traces of the step, parameters.
 
-    stopping: step -> whether to stop behind it. off: losses without weight.
+    stopping: step -> whether to stop behind it.
     """
 
-    def __init__(self, stage, way, directory, stopping=lambda step: False, off=()):
+    def __init__(self, stage, way, directory, stopping=lambda step: False):
         spec, params, catalogue = model()
         config = make_config().copy_and_resolve_references()
-        for name in off:
-            config.losses[name].weight = 0.0
         *shape, parts = WAYS[way]
         self.spec = replace(step_lib.make_spec(config, stage, spec, seed=5), parts=parts)
         self.first = step_lib.start(self.spec, params, config.stage[stage].train)

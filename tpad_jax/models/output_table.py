@@ -93,6 +93,7 @@ class Output:
       dtype: of its values.
       doc: one line.
       is_table: it depends on the parameters and the catalogue alone, not on a batch's rows.
+      home: name of the maker's module.
     """
 
     make: Callable
@@ -101,6 +102,7 @@ class Output:
     dtype: str
     doc: str
     is_table: bool
+    home: str | None = None
 
 
 OUTPUTS: dict[str, Output] = {}  # in the order in which a step computes them
@@ -116,11 +118,18 @@ def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=Non
       dtype: see `Output`.
       is_table: see `Output`.
       doc: in place of the docstring.
+
+    Raises:
+      InputError: another module has an output of this name.
     """
     def add(make):
+        home = getattr(make, '__module__', None)
+        refuse_if(name in OUTPUTS and OUTPUTS[name].home != home, f'output {name!r} of {home} is '
+                  f'there already, of {name in OUTPUTS and OUTPUTS[name].home}. Fix: give it '
+                  'another name')
         text = (doc or make.__doc__ or '').splitlines() or ['']
         OUTPUTS[name] = Output(make, needs if callable(needs) else lambda _: needs, shape, dtype,
-                               text[0], is_table)
+                               text[0], is_table, home)
         return make
 
     return add

@@ -8,6 +8,7 @@ catalogue where none is set.
 
 import hashlib
 import pkgutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -175,6 +176,14 @@ def _check(data: Data, name: str) -> None:
         length = len(getattr(data, field))
         refuse_if(length != rows, f'{name}: {field} has {length} rows. Expected {rows}, the '
                   f'padding item and {rows - 1} items. Fix: correct the source.')
+    repeated = [asin for asin, count in Counter(data.asins).items() if count > 1]
+    refuse_if(repeated, f'{name}: asins names {repeated[:1]} more than once. Expected one id per '
+              'item. Fix: correct the source.')
+    side = np.asarray(data.side)
+    refuse_if(side.ndim != 2 or side.shape[1] != len(data.side_sizes)
+              or (side < 0).any() or (side >= np.asarray(data.side_sizes, int)).any(),
+              f'{name}: side has shape {side.shape}. Expected a column of values from 0, below its '
+              f'size, for each of side_sizes={tuple(data.side_sizes)}. Fix: correct the source.')
     for split in ('train', 'valid', 'test'):
         sessions_lib.check(getattr(data, split), f'{name}: {split}', data.num_items)
 
