@@ -38,12 +38,13 @@ def large(c, text_length):
       text_length: tokens of an item's text.
     """
     c.mllm.update(param_dtype='bfloat16', dtype='bfloat16', remat='full', text_length=text_length)
-    c.model.update(features=256, width=128, lora_rank=16, lora_alpha=32.0)
+    c.model.update(features=256, width=128, lora_rank=16, lora_alpha=32.0, item_dropout=0.2)
     c.stages = 'knowledge,transfer,recommend'  # stage joint would encode the catalogue often
     c.save_every, c.log_every = 200, 20
     c.stage.knowledge.update(steps=2000, learning_rate=2e-4)
     c.stage.transfer.update(steps=1000, learning_rate=2e-4)
-    c.stage.recommend.update(steps=20_000, eval_every=500, patience=8, learning_rate=2e-3)
+    c.stage.recommend.update(batch_size=512, steps=20_000, eval_every=500, patience=8,
+                             learning_rate=2e-3)
     c.losses.next_item.update(chunk=8192, dtype='bfloat16')
     for loss in c.losses.values():
         if 'by_row' in loss:

@@ -58,7 +58,7 @@ def get_config(variant: str = 'diginetica'):
     c.data.update(ordered=data == 'diginetica', published_last_only=data != 'diginetica')
     c.losses.next_item.update(chunk=2048, dtype='bfloat16')  # the whole softmax, in its fast form
     c.model.update(encoder=ENCODER.get(encoder, encoder), width=100, recommend='', use_side=False,
-                   id_dropout=0.0)
+                   id_dropout=0.0, item_dropout=0.2)
     stage = c.stage.recommend
     if encoder in ('attention', 'mixture'):
         # one reading of a session predicts after every position

@@ -70,15 +70,15 @@ def get_config() -> ConfigDict:
     c.model = model()
     c.losses = losses()
     c.stage = ConfigDict(dict(
-        knowledge=stage(batch_size=64, steps=60, learning_rate=5e-4, eval_every=0, fresh='k',
+        knowledge=stage(batch_size=64, steps=48, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),
         # eval_every > 0 would validate the lists of the Transfer-MLLM itself
-        transfer=stage(batch_size=64, steps=72, learning_rate=2e-3, eval_every=0, fresh='r',
+        transfer=stage(batch_size=64, steps=48, learning_rate=2e-3, eval_every=0, fresh='r',
                        every_prefix=False, copy='lora/knowledge->lora/distil',
                        # q must follow p, which moves; r starts as k and must move slowly
                        rates=(('^club/', 5.0), ('^lora/distil/', 0.1), ('^adapter/', 0.2)),
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
-        recommend=stage(batch_size=512, steps=600, learning_rate=4e-3, eval_every=50, patience=5,
+        recommend=stage(batch_size=256, steps=600, learning_rate=4e-3, eval_every=100, patience=3,
                         train=r'^recommender/', weight_decay=1.0),
         joint=stage(batch_size=64, steps=8, learning_rate=2e-4, eval_every=8, patience=5,
                     fresh='k,r', refresh_every=8, weight_decay=0.1,
@@ -213,7 +213,7 @@ def model() -> ConfigDict:
         layers=1, heads=2,  # attention: layers and heads
         near=12, near_window=3,  # gce_gnn: global neighbours per item, and their largest distance
         dropout=0.2,  # in the encoder
-        item_dropout=0.2,  # on item vectors that the encoder reads
+        item_dropout=0.1,  # on item vectors that the encoder reads
     ))
 
 
