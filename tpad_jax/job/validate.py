@@ -47,9 +47,9 @@ def check(config, among=None) -> tuple[str, ...]:
               f'config.stages={config.stages!r} is not usable. Expected one or more of '
               f'{",".join(STAGES)}, each once and in this order')
     for stage in stages:
-        refuse_if(stage not in ENTRIES or stage not in config.stage, f'config.stages names {stage}, '
-                  'which has no options in config.stage, or no entry in training/stages.py. Fix: '
-                  'add both')
+        refuse_if(stage not in ENTRIES or stage not in config.stage, f'config.stages names '
+                  f'{stage}, which has no options in config.stage or no entry in '
+                  'training/stages.py. Fix: add both')
     source = sources.chosen(config)
     _check_model(config, source)
     shards = devices.choose(config.parallel, config.devices, config.model_shards, among,
