@@ -1,7 +1,7 @@
 """TPAD without a part, or with a part replaced: `--config=configs/ablations.py:NAME`.
 
-Each variant changes a few options of tpad_jax/config.py. `full` is TPAD as in the paper: the MLLMs
-are frozen while the recommender trains. `joint` adds the stage that trains everything at once.
+Each variant changes a few options of `full`, which is TPAD as in the paper: the MLLMs are frozen
+while the recommender trains. `joint` adds the stage that trains everything at once.
 """
 
 from tpad_jax import config
@@ -57,5 +57,8 @@ def get_config(variant: str = 'full'):
     c.name = f'ablation_{variant}'
     c.stages = 'knowledge,transfer,recommend'
     c.rivals = {}
+    # longer than the default run: the settings of the cells in benchmarks/ablation
+    c.stage.knowledge.steps, c.stage.transfer.steps, c.model.item_dropout = 60, 72, 0.2
+    c.stage.recommend.update(batch_size=512, eval_every=50, patience=5)
     c.update_from_flattened_dict(ABLATIONS[variant])
     return c
