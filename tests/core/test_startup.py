@@ -10,22 +10,19 @@ import pytest
 from tpad_jax.core import startup
 
 PROGRAM = """
-import resource, sys, threading
+import resource, sys
 from tpad_jax.core import startup
 
 if sys.argv[1] == 'keep':
     assert startup.keep_memory()
 
 def touch():
-    return len(b'x' * (80 << 20))  # above what a thread's own arena holds
+    return len(b'x' * (80 << 20))
 
 touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(6):
     touch()
-    thread = threading.Thread(target=touch)
-    thread.start()
-    thread.join()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

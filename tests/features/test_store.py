@@ -219,10 +219,12 @@ def test_processes_share_the_parts(whole, tmp_path):
         yield
         called.append(name)
 
+    with pytest.raises(InputError, match='parts are missing'):
+        filled(tmp_path, one, process=(0, 2))
     filled(tmp_path, two, process=(1, 2), meet=meet)
     assert called == ['features claimed', 'features filled', 'features joined']
     assert not (tmp_path / 'k.npy').exists()
-    filled(tmp_path, one, process=(0, 2))
+    filled(tmp_path, process=(0, 2))
     assert (one.asked, two.asked) == ([0, 2], [1, 3])
     assert contents(tmp_path) == contents(whole)
 

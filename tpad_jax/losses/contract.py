@@ -219,4 +219,4 @@ def _find(option, path, expected):
     # anything that a user's file raises
     with refusing(Exception, f'{option}: it cannot be found',
                   f'Expected {expected}. Fix: change the name, or repair the module.'):
-        return pkgutil.resolve_name(path if ':' in path else f'{HOME}:{path}')
+        return pkgutil.resolve_name(path if ':' in path else f'{HOME}:{path or None}')
