@@ -183,7 +183,8 @@ def fit(key, data, objective: str, critic: nn.Module, settings: Settings,
                      optax.adamw(rate, weight_decay=settings.weight_decay))
 
     def loss(params, pairs, average):
-        return _loss(objective, Score(critic, params), *pairs, average)
+        x, y = pairs
+        return _loss(objective, Score(critic, params), x, y, average)
 
     def step(data, carry, number):
         params, opt, average = carry
