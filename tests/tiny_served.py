@@ -23,7 +23,7 @@ from tpad_jax.distributed.devices import Devices
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases, encoder
 from tpad_jax.models import tpad
-from tpad_jax.models.heads import blank
+from tpad_jax.models.fusion import blank
 from tpad_jax.serving import artifact
 
 V, N, T = 30, 6, 8  # the last five items are in no session

@@ -96,3 +96,17 @@ def test_a_workdir_that_reads_as_a_pattern_is_refused(tmp_path, name):
         job.run(config.get_config(), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
     validate.check_workdir(Path('run (1)]'))
+
+
+@pytest.mark.parametrize('lacks', ['an entry', 'options'])
+def test_a_stage_without_an_entry_or_options_is_refused(monkeypatch, request, lacks):
+    config.STAGES.append('own')  # in place, as a user's launcher does
+    request.addfinalizer(config.STAGES.pop)
+    c = config.get_config()
+    c.stages = 'own'
+    if lacks == 'options':
+        monkeypatch.setitem(validate.ENTRIES, 'own', validate.ENTRIES['recommend'])
+    else:
+        c.stage.own = config.stage()
+    with pytest.raises(InputError, match=r'config\.stages names own, which has no options'):
+        validate.check(c)

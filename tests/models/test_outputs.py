@@ -77,6 +77,11 @@ def test_one_entry_makes_an_output_that_stages_compute_and_losses_are_checked_on
         step_lib.stage_losses(c, 'recommend')
 
 
+def test_a_name_that_another_module_took_is_refused():
+    with pytest.raises(InputError, match=f"output 'r' of {__name__} is there already, in tpad_jax"):
+        outputs.output('r', 'B, D')(lambda inputs: None)
+
+
 def test_only_what_is_needed_is_computed():
     """Without content and without rows r, a stage still reads sessions of stored k."""
     model, params, catalogue = tiny_stages.model()

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.models.heads import Fusion, blank
+from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.nn.gather import take
 
 

@@ -93,7 +93,6 @@ class Output:
       dtype: of its values.
       doc: one line.
       is_table: it depends on the parameters and the catalogue alone, not on a batch's rows.
-      home: name of the maker's module.
     """
 
     make: Callable
@@ -102,7 +101,6 @@ class Output:
     dtype: str
     doc: str
     is_table: bool
-    home: str | None = None
 
 
 OUTPUTS: dict[str, Output] = {}  # in the order in which a step computes them
@@ -123,13 +121,12 @@ def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=Non
       InputError: another module has an output of this name.
     """
     def add(make):
-        home = getattr(make, '__module__', None)
-        refuse_if(name in OUTPUTS and OUTPUTS[name].home != home, f'output {name!r} of {home} is '
-                  f'there already, of {name in OUTPUTS and OUTPUTS[name].home}. Fix: give it '
-                  'another name')
+        earlier = OUTPUTS[name].make if name in OUTPUTS else make
+        refuse_if(earlier.__module__ != make.__module__, f'output {name!r} of {make.__module__} '
+                  f'is there already, in {earlier.__module__}. Fix: give it another name')
         text = (doc or make.__doc__ or '').splitlines() or ['']
         OUTPUTS[name] = Output(make, needs if callable(needs) else lambda _: needs, shape, dtype,
-                               text[0], is_table, home)
+                               text[0], is_table)
         return make
 
     return add

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from tpad_jax.models import sessions
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.heads import Adapter, Disentangle, Fusion, blank
+from tpad_jax.models.fusion import Fusion, blank
+from tpad_jax.models.heads import Adapter, Disentangle
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllms import MODALITIES, KnowledgeMLLM, TransferMLLM
 from tpad_jax.models.sessions import companions

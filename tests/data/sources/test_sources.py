@@ -97,6 +97,9 @@ def test_a_name_is_registered_once():
 @pytest.mark.parametrize(('name', 'value', 'message'), [
     ('titles', [''], 'titles has 1 rows. Expected 5'),
     ('warm', np.ones(4, bool), 'warm has 4 rows'),
+    ('asins', ['', 'a', 'b', 'a', 'c'], r"asins names \['a'\] more than once"),
+    ('side', np.zeros(5, np.int32), r'side has shape \(5,\)'),
+    ('side_sizes', (3,), r'side has shape \(5, 0\).*side_sizes=\(3,\)'),
     ('valid', split([1], [2]), 'valid: none of its 2 sessions has two items'),
     ('test', split([1, 5]), r'test_items\[1\]=5: not an item id. Expected 1..4'),
     ('train', Sessions(np.ones(3, np.int32), np.array([0, 2]), np.zeros(1)), 'train_offsets'),
