@@ -1,13 +1,8 @@
-"""Losses from outside the tree: own parameters, schedules, refusals; the pages about it."""
+"""Losses from outside the tree: their entries, own parameters, schedules, refusals and check."""
 
 import contextlib
-import json
-import os
 import re
-import subprocess
-import sys
 from functools import lru_cache, partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -19,7 +14,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from tests import eight_devices, tiny_stages
+from tests import tiny_stages
 from tests.job import test_job
 from tpad_jax import config, losses
 from tpad_jax.diagnostics import snapshots
@@ -33,7 +28,6 @@ from tpad_jax.training import step as step_lib
 from tpad_jax.training.stages import ENTRIES, Entry
 from tpad_jax.types import Batch, Loss
 
-ROOT = Path(__file__).parents[1]
 HERE = __name__
 base_dir, small = test_job.base_dir, test_job.config
 B, N, D = 8, 2, 4
@@ -555,69 +549,3 @@ def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small
         np.testing.assert_array_equal(x, params['parts', 'knowledge'][path], path)
     kernel = [params['whole', stage][own[1]] for stage in ('knowledge', 'recommend')]
     assert 0 < np.abs(kernel[0] - kernel[1]).max() < 0.1  # on from where it was, not anew
-
-
-# --- the pages, to the letter ---------------------------------------------------------------------
-
-
-def blocks(page):
-    """(language, text) of a page's code blocks, in order."""
-    return re.findall(r'^```(\w+)\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE)
-
-
-# What the pages call tiny is a minute of work; here it is less: few steps, and in every stage one
-# of the built-in losses. Python imports this at its start.
-TINIER = '''
-from tpad_jax import config
-
-def tiny(c, tiny=config.tiny):
-    tiny(c)
-    c.data.planted.update(items=48, train=160, valid=24, test=24)
-    c.diagnostics, c.baselines, c.mllm.text_length = 0, 'pop', 8
-    c.stage.recommend.eval_every = c.stage.joint.eval_every = 0
-    for stage in c.stage.values():
-        stage.update(steps=2, batch_size=16)
-    for name in {*c.losses} - {'gen_knowledge', 'distil', 'next_item'}:
-        c.losses[name].weight = 0.0
-
-config.tiny = tiny
-'''
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('page', ['a_loss', 'an_output', 'an_encoder', 'a_dataset', 'a_metric',
-                                  'a_stage'])
-def test_a_page_followed_to_the_letter(page, tmp_path):
-    """A block that begins with '# name.py' is that file; bash is run, sh has its config checked."""
-    file = ROOT / 'docs' / f'add_{page}.md'
-    (tmp_path / 'start').mkdir()
-    (tmp_path / 'start' / 'sitecustomize.py').write_text(TINIER)
-    env = {'PATH': f'{Path(sys.executable).parent}:/usr/bin:/bin', 'HOME': str(tmp_path),
-           'PYTHONPATH': f'{ROOT}:{tmp_path / "start"}', 'XLA_FLAGS': ' '.join(eight_devices.QUICK),
-           **{n: x for n, x in os.environ.items() if 'CACHE' in n}}
-
-    def run(text):
-        done = subprocess.run(['bash', '-euo', 'pipefail', '-c', text], cwd=tmp_path, text=True,
-                              capture_output=True, check=False, env=env)
-        assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
-
-    modules = []
-    for language, text in blocks(file):
-        if language == 'python':
-            (tmp_path / re.match(r'# (\w+\.py)\n', text)[1]).write_text(text)
-        elif language == 'bash':
-            run(text)
-        elif language == 'sh':
-            script = re.match(r'python (\w+)\.py', text)  # registers what the config names
-            modules += [script[1]] if script else []
-            modules.append(re.search(r'--config=(\w+)\.py', text)[1])
-    if modules:  # in one process, since each imports jax
-        run(f"""python -c '
-import {", ".join(modules)}
-from tpad_jax.job.validate import check
-for module in {", ".join(modules)},:
-    if hasattr(module, "get_config"):
-        check(module.get_config())'""")
-    if page == 'a_loss':
-        found = json.loads((tmp_path / 'runs/mine/results.json').read_text())['losses']
-        assert np.isfinite(found['transfer']['pull'])
