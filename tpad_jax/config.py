@@ -122,6 +122,14 @@ def data() -> ConfigDict:
         raw_dir='',  # directory with the raw Amazon files of one category
         npz='',  # file of prepared sessions of item ids (data/sources/ids.py)
         ready='',  # directory of prepared sessions with content (data/sources/folder.py)
+        # CSV or Parquet files of events and of items (data/sources/event_files.py)
+        event_file='', item_file='',
+        encoding='utf-8',  # of the CSV files: 'utf-8', 'latin-1' or 'cp1252'
+        kinds='',  # event_file: kinds of events to read, comma-separated; '': all
+        # event_file, item_file: names of columns. '': a usual name is looked for; '-': not read.
+        # `text` may name several, comma-separated
+        columns=dict(session='', user='', item='', time='', kind='',
+                     id='', title='', image='', price='', category='', brand='', text=''),
         # file of item features computed elsewhere (data/sources/external_features.py): rows 'given'
         features='',
         words='title',  # ready: fields of an item that make its text, comma-separated, in order

@@ -80,20 +80,21 @@ def check(sessions: Sessions, name: str, num_items: int) -> None:
               'which an item follows another. Fix: give longer sessions or another split.')
 
 
-def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int,
-        min_length: int = 2) -> Sessions:
+def cut(interactions: pl.DataFrame, *, by_day: bool = False, gap_seconds: int, seed: int,
+        min_length: int = 2, per_second: int = 1) -> Sessions:
     """Cut each user's events into sessions, sorted by their start.
 
     Events with equal times carry no order: they are put in a seeded one, which depends on the
     events alone and not on the order of the file's lines; so are sessions with an equal start.
 
     Args:
-      interactions: columns user (int), item (int, 1..V) and time (int, seconds), in any order.
+      interactions: columns user (int), item (int, 1..V) and time (int), in any order.
       by_day: a session is one user's events of one UTC day (for day-granular times); otherwise
         a pause of more than `gap_seconds` begins a new session.
       gap_seconds: the longest pause inside a session; not read when `by_day`.
       seed: seed of the order among equal times.
       min_length: shorter sessions are dropped.
+      per_second: units of the times in a second, 1000 for milliseconds.
 
     Returns:
       The sessions.
@@ -102,9 +103,9 @@ def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int
       InputError: `gap_seconds` is not positive, or no session is long enough.
     """
     rng = np.random.default_rng(seed)
-    item, time, first = _grouped(interactions, by_day, gap_seconds, rng)
+    item, time, first = _grouped(interactions, by_day, gap_seconds, rng, per_second)
     offsets = np.append(np.flatnonzero(first), len(item)).astype(np.int64)
-    sessions = Sessions(item.astype(np.int32), offsets, time[offsets[:-1]])
+    sessions = Sessions(item.astype(np.int32), offsets, time[offsets[:-1]] // per_second)
     long_enough = np.flatnonzero(sessions.lengths >= min_length)
     refuse_if(not len(long_enough), f'config.data.min_length={min_length}: all {len(offsets) - 1} '
               f'sessions of {len(item)} interactions are shorter. Expected longer ones. Fix: give '
@@ -113,18 +114,21 @@ def cut(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int, seed: int
     return take(sessions, long_enough[order])
 
 
-def time_ties(interactions: pl.DataFrame, *, by_day: bool, gap_seconds: int) -> float:
+def time_ties(interactions: pl.DataFrame, *, by_day: bool = False, gap_seconds: int,
+              per_second: int = 1) -> float:
     """Compute the share of neighbouring events of one session whose times are equal.
 
     Args:
       interactions: as in `cut`.
       by_day: as in `cut`.
       gap_seconds: as in `cut`.
+      per_second: as in `cut`.
 
     Returns:
       The share, 0.0 when no session has two events.
     """
-    _, time, first = _grouped(interactions, by_day, gap_seconds, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    _, time, first = _grouped(interactions, by_day, gap_seconds, rng, per_second)
     inside = ~first[1:]
     return float((np.diff(time)[inside] == 0).mean()) if inside.any() else 0.0
 
@@ -243,8 +247,8 @@ def join(first: Sessions, second: Sessions) -> Sessions:
                     np.append(first.start, second.start))
 
 
-def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
-             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int, rng: np.random.Generator,
+             per_second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Events by user and time -> items int64 [E], times int64 [E], session begins here bool [E]."""
     refuse_if(not by_day and gap_seconds <= 0, f'config.data.gap_hours: {gap_seconds} seconds are '
               'not a pause. Expected the longest pause inside a session, above 0. Fix: raise it.')
@@ -253,7 +257,8 @@ def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
     events = columns.cast(pl.Int64).to_numpy().T
     user, item, time = events[:, np.lexsort((rng.random(events.shape[1]), events[2], events[0]))]
     first = np.ones(len(item), bool)
-    apart = np.diff(time // DAY) != 0 if by_day else np.diff(time) > gap_seconds
+    apart = (np.diff(time // (DAY * per_second)) != 0 if by_day
+             else np.diff(time) > gap_seconds * per_second)
     first[1:] = (np.diff(user) != 0) | apart
     return item, time, first
 

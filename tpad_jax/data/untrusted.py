@@ -25,7 +25,8 @@ PACKINGS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
 DAMAGE = (ValueError, EOFError, KeyError, TypeError, RuntimeError, MemoryError,
           zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError)
 # Reasons to drop a line that is not damaged
-WHOLE = frozenset({'blank_line', 'duplicate_item', 'duplicate_review', 'item_without_metadata'})
+WHOLE = frozenset({'blank_line', 'duplicate_item', 'duplicate_review', 'item_without_metadata',
+                   'duplicate_event', 'event_of_unknown_item', 'other_kind'})
 
 
 class Reason(str):
@@ -41,6 +42,7 @@ class Lines:
     counts. Of a .gz file that is cut short, damaged or a bomb, the lines before are read.
 
     Attributes:
+      FORM: of a usable line, for messages.
       path: of the file; '-' is standard input.
       number: of the line last read, from 1.
       rejected: {reason: lines}, those of `reject` among them.
@@ -49,6 +51,8 @@ class Lines:
       unread: share of the file's bytes after the position where it could not be unpacked any more;
         1 for a bomb.
     """
+
+    FORM = 'a JSON object in UTF-8'
 
     def __init__(self, path: Path, tell=lambda number, reason: None):
         """Prepare to read a file.
@@ -59,6 +63,11 @@ class Lines:
         """
         self.path, self.number, self.unread, self._tell = path, 0, 0.0, tell
         self.rejected, self.damaged = Counter(), []
+
+    @property
+    def line(self) -> int:
+        """The line of the file that was read last, from 1."""
+        return self.number
 
     def __iter__(self) -> Iterator[dict]:
         for line in self._lines():
@@ -74,9 +83,9 @@ class Lines:
         self.rejected[reason] += 1
         if reason in WHOLE:
             return
-        self._tell(self.number, reason)
+        self._tell(self.line, reason)
         if len(self.damaged) < SHOWN:
-            self.damaged.append((self.number, reason))
+            self.damaged.append((self.line, reason))
 
     def check(self, bad_share: float, option: str = 'config.data.bad_share',
               fields: str = '', hints: dict[str, str] | None = None) -> None:
@@ -97,7 +106,7 @@ class Lines:
         fix = 'get the file again or correct it'
         if fields and self.number == self.rejected.total():
             wrong = f'none of its {self.number} lines is usable'
-            expected = f'a JSON object in UTF-8 with {fields} in every line'
+            expected = f'{self.FORM} with {fields} in every line'
         elif share + (1 - share) * self.unread > bad_share:
             cut = f', and {self.unread:.0%} of it cannot be unpacked' if self.unread else ''
             wrong = f'{bad.total()} of {self.number} lines are damaged{cut}'

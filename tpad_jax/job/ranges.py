@@ -136,6 +136,7 @@ RULES = {key: rule for rule, keys in (
     (choice(critics.KINDS), 'model.critics.*'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),
+    (choice(('utf-8', 'latin-1', 'cp1252')), 'data.encoding'),
     (choice(('', 'own')), 'mllm.tokenizer'),
     (choice(layers.ATTENTION), 'mllm.attention'),
     (choice(layers.REMAT), 'mllm.remat'),

@@ -25,7 +25,7 @@ FORMAT = 2
 FREE_KEYS = frozenset({'parallel', 'devices', 'model_shards', 'accumulate', 'stages', 'workers',
                        'save_every', 'bad_share'})
 # Keys of sessions. The fingerprint of the data covers their content, so the paths may change.
-SOURCES = ('data.npz', 'data.ready', 'data.raw_dir')
+SOURCES = ('data.npz', 'data.ready', 'data.raw_dir', 'data.event_file', 'data.item_file')
 # Keys of other inputs. Their content is compared instead of the path.
 INPUTS = ('data.features', 'mllm.base', 'mllm.checkpoint', 'mllm.teacher')
 LOCK = 'run.lock'

@@ -55,6 +55,7 @@ SOURCES: dict[str, Source | str] = {
     'npz': 'tpad_jax.data.sources.ids:SOURCE',
     'ready': 'tpad_jax.data.sources.folder:SOURCE',
     'raw_dir': 'tpad_jax.data.sources.amazon_tables:SOURCE',
+    'event_file': 'tpad_jax.data.sources.event_files:SOURCE',
     DEFAULT: 'tpad_jax.data.synthetic.planted:SOURCE',
 }
 

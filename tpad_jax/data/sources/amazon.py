@@ -61,16 +61,19 @@ class Raw(NamedTuple):
     Attributes:
       catalogue: V rows sorted by asin (row k is item id k + 1): asin, title, brand, category,
         description (str, '' if none), price (f32 dollars, null if none), image (path or null).
-      interactions: user (int64, anonymous number), item (int32 id), time (int64 seconds), sorted.
+      interactions: user (int64, anonymous number), item (int32 id), time (int64 seconds, if not
+        otherwise in `cutting`), sorted.
       lines: over all lines of both files, 'read' = 'kept' + sum of 'rejected' {reason: count}; and
         'unused' {what: count}, parts of kept lines (and images) that could not be used.
-      form: '2018' or '2023'.
+      form: '2018', '2023' or other words.
+      cutting: arguments of `sessions.cut` that the files decide.
     """
 
     catalogue: pl.DataFrame
     interactions: pl.DataFrame
     lines: dict
     form: str
+    cutting: dict
 
 
 class PictureUrls(NamedTuple):
@@ -162,7 +165,8 @@ def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
     interactions = _interactions(_read_events(events, paths.form, ids, bad_share), ids)
     events.rejected['duplicate_review'] = (
         events.number - events.rejected.total() - len(interactions))
-    return Raw(catalogue, interactions, _counts(item_lines, events, unused), paths.form)
+    return Raw(catalogue, interactions, counts(item_lines, events, unused), paths.form,
+               {'by_day': paths.form == '2018'})
 
 
 def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
@@ -189,7 +193,7 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
               f'Expected objects with {" or ".join(fields.urls)}. Fix: write the addresses so.')
     events = Lines(paths.reviews)
     reviewed = {asin for _, asin, _ in _read_events(events, paths.form, urls, bad_share, stopping)}
-    return PictureUrls(urls, reviewed, _counts(item_lines, events, unused))
+    return PictureUrls(urls, reviewed, counts(item_lines, events, unused))
 
 
 def image_folder(raw_dir: Path) -> Path:
@@ -294,7 +298,14 @@ def _interactions(events: Iterator[tuple[str, str, int]], ids: dict[str, int]) -
     return table.unique().sort('user', 'time', 'item')
 
 
-def _counts(items: Lines, events: Lines, unused: Counter) -> dict:
+def counts(items: Lines, events: Lines, unused: Counter) -> dict:
+    """Sum up the lines of two files, as `Raw.lines` has them.
+
+    Args:
+      items: read to its end.
+      events: read to its end.
+      unused: {what: count} of parts of kept lines.
+    """
     total, rejected = items.number + events.number, items.rejected + events.rejected
     return {'read': total, 'kept': total - rejected.total(),
             'rejected': dict(sorted(rejected.items())),

@@ -26,8 +26,9 @@ ASIN = re.compile(r'[A-Za-z0-9_-]{1,32}')
 # thousands in groups of three, then decimals; or at most two decimals after a comma
 _NUMBER = (r'(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2}'
            r'|\d+\.?\d*|\.\d+)')
-_PRICE = re.compile(rf'(?:from\s)?\s*\$?\s*({_NUMBER})(?:\s*-\s*\$?\s*({_NUMBER}))?'
-                    r'\s*(?:\([^()]*\))?', re.IGNORECASE)
+_SIGN = '(?:[$€£¥]|eur|usd|gbp)?'
+_PRICE = re.compile(rf'(?:from\s)?\s*{_SIGN}\s*({_NUMBER})(?:\s*-\s*{_SIGN}\s*({_NUMBER}))?'
+                    rf'\s*{_SIGN}\s*(?:\([^()]*\))?', re.IGNORECASE)
 # a rule of a style sheet ends within 99 characters: else the time would be quadratic
 _PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]{0,99}:')
 _BYLINE = re.compile(r'\Aby\s*\n')  # "by\n    Microsoft", scraped with its label
@@ -107,7 +108,7 @@ def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
     raw_title, raw_brand, raw_price = map(record.get, ('title', fields.brand, 'price'))
     if isinstance(raw_brand, str):
         raw_brand = _BYLINE.sub('', raw_brand.lstrip())
-    title, price = _words(raw_title), _price(raw_price)
+    title, price = _words(raw_title), amount(raw_price)
     brand = '' if raw_brand in ABSENT else _words(raw_brand)
     for name, raw, value in (('title', raw_title, title), ('brand', raw_brand, brand)):
         unused[name] += bool(raw) and raw not in ABSENT and not value
@@ -177,8 +178,15 @@ def _category(value: object) -> str:
     return ' > '.join(path)
 
 
-def _price(value: object) -> float | None:
-    """Dollars; of a range "$5.00 - $9.00" the lower end; None without a price."""
+def amount(value: object) -> float | None:
+    """Read a price; of a range "$5.00 - $9.00" the lower end.
+
+    Args:
+      value: of a field.
+
+    Returns:
+      The number in the file's currency, None if there is none.
+    """
     if isinstance(value, str):
         match = len(value) <= PRICE_LENGTH and _PRICE.fullmatch(value.strip())
         value = min(map(_dollars, filter(None, match.groups()))) if match else None

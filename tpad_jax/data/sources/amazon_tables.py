@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import Source, amazon
+from tpad_jax.data.sources.amazon import Raw
 from tpad_jax.errors import refuse_if
 
 FINISHED = 'prepared.json'
@@ -96,7 +97,8 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(rows)
 
 
-def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **options) -> None:
+def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw] | None = None,
+            inputs: Sequence[Path] = (), reading: dict | None = None, **options) -> None:
     """Read raw files, cut, split and filter their sessions, and write the tables.
 
     A finished `data_dir` of the same raw bytes and options stays as it is; an unfinished one is
@@ -106,14 +108,17 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **options) -> None:
       raw_dir: folder of one category's raw files, see `amazon.read`.
       data_dir: folder to write to, made if absent; other files in it are not touched.
       bad_share: share of a raw file's lines that may be damaged, see `amazon.read`.
+      read: reads files of another form than Amazon's.
+      inputs: all files that `read` reads.
+      reading: options of `read`.
       **options: what decides the content of the tables, the keys of OPTIONS.
 
     Raises:
       InputError: unusable raw files or options, or data_dir holds other finished data.
     """
     raw_dir, data_dir = Path(raw_dir), Path(data_dir)
-    options = {name: kind(options[name]) for name, kind in OPTIONS.items()}
-    identity = fingerprint(raw_dir, options)
+    options = {name: kind(options[name]) for name, kind in OPTIONS.items()} | (reading or {})
+    identity = fingerprint(raw_dir, options, inputs)
     if (data_dir / FINISHED).is_file():
         before = read_finished(data_dir)
         differing = ', '.join(f'{key} ({before["options"].get(key)} there, {value} now)' for
@@ -122,8 +127,8 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, **options) -> None:
                   f'{"another " + differing if differing else "other raw files"}, not with '
                   f'{raw_dir} and the config. Expected the same. Fix: name another workdir.')
         return
-    raw = amazon.read(raw_dir, bad_share)
-    pauses = dict(by_day=raw.form == '2018', gap_seconds=round(options['gap_hours'] * 3600))
+    raw = read() if read else amazon.read(raw_dir, bad_share)
+    pauses = {'gap_seconds': round(options['gap_hours'] * 3600), **raw.cutting}
     shortest = options['min_length']
     sessions = sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'],
                                 min_length=shortest)
@@ -172,12 +177,13 @@ def load(data_dir) -> Data:
                 **{key: finished[key] for key in ('lines', 'audit', 'fingerprint', 'form')})
 
 
-def fingerprint(raw_dir, options: dict) -> str:
+def fingerprint(raw_dir, options: dict, inputs: Sequence[Path] = ()) -> str:
     """Digest the names and bytes of the raw files, images included, and the options.
 
     Args:
       raw_dir: folder of the raw files.
       options: of `prepare`.
+      inputs: other files to digest in place of Amazon's.
 
     Returns:
       sha256 in hex.
@@ -185,14 +191,17 @@ def fingerprint(raw_dir, options: dict) -> str:
     Raises:
       InputError: raw_dir does not hold one category's files.
     """
-    raw_dir, raw = Path(raw_dir), amazon.find_files(raw_dir)
-    pictures = sorted(path for paths in images.by_stem(raw_dir / 'images').values()
-                      for path in paths if not images.unusable(path, raw_dir))
-    paths = [raw.metadata, raw.reviews, *pictures]
+    raw_dir, paths = Path(raw_dir), inputs
+    if not paths:
+        raw = amazon.find_files(raw_dir)
+        pictures = sorted(path for paths in images.by_stem(raw_dir / 'images').values()
+                          for path in paths if not images.unusable(path, raw_dir))
+        paths = [raw.metadata, raw.reviews, *pictures]
     total = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
         for path, digest in zip(paths, pool.map(files.sha256, paths), strict=True):
-            name = path.relative_to(raw_dir).as_posix()
+            inside = path.is_relative_to(raw_dir)
+            name = path.relative_to(raw_dir).as_posix() if inside else path.name
             total.update(f'\n{name} {digest}'.encode(errors='surrogateescape'))
     return total.hexdigest()
 
@@ -254,7 +263,7 @@ def prepared(config, raw_dir: Path, workdir: Path, **cutting) -> Data:
       config: the run's.
       raw_dir: folder of the raw files.
       workdir: the run's directory.
-      **cutting: `core`, `valid` and `test` of `prepare`.
+      **cutting: `core`, `valid` and `test` of `prepare`, and what a form other than Amazon's needs.
 
     Returns:
       The data.
@@ -300,11 +309,11 @@ def _load(config, workdir: Path) -> Data:
                     **{name: config.data[name] for name in ('core', 'valid', 'test')})
 
 
-def _sizes(_config, workdir: Path) -> tuple[int, tuple[int, ...]]:
-    """The sizes of tables that an earlier run prepared: reading raw files takes too long here."""
+def prepared_sizes(_config, workdir: Path) -> tuple[int, tuple[int, ...]]:
+    """Return the sizes of tables that an earlier run prepared: reading raw files takes too long."""
     data = load(workdir / 'data')
     return data.num_items, data.side_sizes
 
 
 SOURCE = Source(load=_load, check=lambda config: amazon.find_files(config.data.raw_dir),
-                sizes=_sizes)
+                sizes=prepared_sizes)
