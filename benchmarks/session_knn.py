@@ -27,7 +27,7 @@ from tpad_jax.data.sources import ids
 from tpad_jax.evaluation import metrics
 
 FLAGS = flags.FLAGS
-METHODS = [name for name in rules.BASELINES if name != 'content_knn']  # there is no content
+METHODS = [name for name in rules.BASELINES if name not in rules.CONTENT]  # there is no content
 BAR = {'vsknn': 180, 'stan': 180}  # seconds
 
 

@@ -54,7 +54,7 @@ def score(items):
 
 def baseline(name):
     features = {'features': np.random.default_rng(0).normal(size=(V + 1, 5))}
-    return rules.BASELINES[name][0](TRAIN, V, **features if name == 'content_knn' else {})
+    return rules.BASELINES[name][0](TRAIN, V, **features if name in rules.CONTENT else {})
 
 
 def neural(encoder, **rates):

@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
         space={},
     ))
     # baselines of the results, comma-separated, some of these; '': none
-    c.baselines = 'pop,repeat_last,markov,sr,ar,item_knn,content_knn,vsknn,stan,vstan'
+    c.baselines = ('pop,repeat_last,markov,sr,ar,item_knn,content_knn,content_rules,'
+                   'vsknn,stan,vstan')
     # metrics in addition to hit, mrr and ndcg, {name: 'module:function'}: docs/add_a_metric.md
     c.metrics = ConfigDict()
 

@@ -70,7 +70,7 @@ def spread(scorer):
 
 def fitted(name, train=TRAIN):
     fit, _ = rules.BASELINES[name]
-    return spread(fit(train, V, FEATURES) if name == 'content_knn' else fit(train, V))
+    return spread(fit(train, V, FEATURES) if name in rules.CONTENT else fit(train, V))
 
 
 def test_pop_is_the_share_of_events():
@@ -167,6 +167,35 @@ def test_content_knn_needs_little_more_than_its_scores():
     assert scores.nbytes < peak < 2.5 * scores.nbytes
 
 
+@pytest.mark.parametrize('near', [4, V + 1])
+def test_content_rules_are_rules_between_smoothed_items(monkeypatch, near):
+    monkeypatch.setattr(rules, 'ALIKE', near)
+    features = FEATURES.copy()
+    features[[0, 7]] = 0  # padding, and an item without content
+    known = features.any(axis=1)
+    unit = np.where(known[:, None], features - features[known].mean(axis=0), 0)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    kernel = np.zeros((V + 1, V + 1))
+    for item, cosines in enumerate(unit @ unit.T):
+        cosines[item] = 1
+        for other in np.argsort(-cosines, kind='stable')[:near]:
+            kernel[item, other] = np.exp(5 * cosines[other]) if cosines[other] > 0 else 0
+    smooth = 0.7 * np.eye(V + 1) + 0.3 * kernel / kernel.sum(axis=1, keepdims=True)
+    pairs = np.zeros((V + 1, V + 1))
+    for one in LISTS:
+        for a, b in itertools.combinations(range(len(one)), 2):
+            pairs[one[a], one[b]] += (b - a <= rules.LONGEST_RULE) / (b - a)
+    scale = 1 / np.sqrt(np.maximum(POPULARITY * sum(map(len, LISTS)), 1))
+    expected = np.array([sum(weight * smooth[item] for item, weight in prefix_weights(prefix, 0.5))
+                         for prefix in PREFIXES]) @ (scale[:, None] * pairs) @ smooth
+    expected = 0.9 * expected / expected.sum(axis=1, keepdims=True) + 0.1 * POPULARITY
+    for given in (features, rules.similar(features)):
+        scorer = rules.fit_content_rules(TRAIN, V, given, decay=0.5, ordered_pairs=True,
+                                         smoothing=0.3, sharpness=5)
+        np.testing.assert_allclose(spread(scorer)(PREFIXES), expected, atol=1e-6)
+    assert expected[:, V].all()  # a cold item is reached
+
+
 def test_item_knn_pairs_the_latest_events_of_a_long_session(monkeypatch):
     monkeypatch.setattr(rules, 'LONGEST_SESSION', 3)
     long = [1, 2, 3, 4, 5, 6, 7]
@@ -201,7 +230,7 @@ def test_scores_depend_on_their_row_alone(name):
     np.testing.assert_array_equal(scorer(wider), together)
 
 
-@pytest.mark.parametrize('name', sorted(rules.BASELINES.keys() - {'content_knn'}))
+@pytest.mark.parametrize('name', sorted(rules.BASELINES.keys() - set(rules.CONTENT)))
 def test_all_but_content_is_sparse(name):
     fit, _ = rules.BASELINES[name]
     scores = fit(TRAIN, V)(PREFIXES)
@@ -297,11 +326,12 @@ def test_tune_learns_that_only_the_last_item_matters(monkeypatch):
     assert tuned.valid['hit@1'] > both_ways.valid['hit@1']
 
 
-def test_tune_passes_features_on():
+@pytest.mark.parametrize('name', rules.CONTENT)
+def test_tune_passes_features_on(name):
     valid = rows(sessions(drawn(9, 10)), 9)
-    tuned = rules.tune('content_knn', TRAIN, valid, V, trials=3, features=FEATURES)
-    expected = rules.fit_content_knn(TRAIN, V, FEATURES, **tuned.params)(PREFIXES)
-    np.testing.assert_array_equal(tuned.scorer(PREFIXES), expected)
+    tuned = rules.tune(name, TRAIN, valid, V, trials=3, features=FEATURES)
+    expected = spread(rules.BASELINES[name][0](TRAIN, V, FEATURES, **tuned.params))(PREFIXES)
+    np.testing.assert_array_equal(spread(tuned.scorer)(PREFIXES), expected)
 
 
 def test_tune_fits_the_chosen_parameters_on_the_final_sessions():

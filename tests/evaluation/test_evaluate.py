@@ -188,7 +188,7 @@ def test_the_oracle_exceeds_every_scorer(world):
     best, _ = evaluate.evaluate(probabilities, test, warm, probabilities=probabilities)
     scorers = {f'noise {salt}': lambda items, salt=salt: noise(items, salt) for salt in range(3)}
     for name, (fit, _) in rules.BASELINES.items():
-        extra = {'features': np.eye(V + 1)} if name == 'content_knn' else {}
+        extra = {'features': np.eye(V + 1)} if name in rules.CONTENT else {}
         scorers[name] = fit(train, V, **extra)
     scorers['blurred'] = lambda items: np.sqrt(probabilities(items)) + noise(items) * 1e-3
     for name, scorer in scorers.items():

@@ -25,8 +25,8 @@ from tpad_jax.training import loop as loop_lib
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
-BASELINES = ('content_knn', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn', 'vsknn', 'stan',
-             'vstan')
+BASELINES = ('content_knn', 'content_rules', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn',
+             'vsknn', 'stan', 'vstan')
 
 
 @pytest.fixture(scope='module')

@@ -3,8 +3,9 @@
 `fit_x(train, num_items, ...)` counts on training sessions only and returns a scorer: int32 [R, N]
 prefixes (left aligned, 0 pads) -> float32 [R, V + 1] scores. They are `metrics.Sparse`, except for
 `content_knn`. Column 0 (padding) has no meaning. A row's scores depend on that row only. Items
-without training sessions (cold) score 0, as their popularity is 0; only `content_knn` distinguishes
-them. The session neighbours (V-SKNN, STAN, VSTAN) are in `neighbours`.
+without training sessions (cold) score 0, as their popularity is 0; only those in CONTENT, which
+read item features, distinguish them. The session neighbours (V-SKNN, STAN, VSTAN) are in
+`neighbours`.
 
 Rules and neighbours follow Ludewig and Jannach, "Evaluation of session-based recommendation
 algorithms" (2018) [paper]. Popularity as a back-off, and dividing a rule by the square root of its
@@ -26,7 +27,8 @@ from tpad_jax.evaluation import metrics
 
 LONGEST_RULE = 10  # steps between the two items of a rule
 LONGEST_SESSION = 1000  # latest events of a session that item_knn pairs: n items make n^2 pairs
-CELLS = 2**20  # float64 scores that content_knn holds at a time: 8 MB
+CELLS = 2**20  # float64 cosines of item features that are held at a time: 8 MB
+ALIKE = 20  # items of similar content, the item itself among them, that content_rules smooths over
 TUNED_AT = 20  # K of the hit@K that `tune` maximises, as the selection of every model does
 TUNED_ROWS = 10_000  # validation rows that `tune` reads; of more rows it draws a sample
 
@@ -129,11 +131,68 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
     return scorer
 
 
+def similar(features: np.ndarray) -> sp.csr_array:
+    """Find the ALIKE items whose features are most similar to each item's.
+
+    Args:
+      features: float [V + 1, D]; a row of zeros is an item without content.
+
+    Returns:
+      csr float64 [V + 1, V + 1] of positive cosines of the centred features. An item is similar to
+      itself, with 1; without content it is similar to no other.
+    """
+    unit = np.array(features, np.float64)
+    known = unit.any(axis=1)
+    unit[known] -= unit[known].mean(axis=0)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    size, most = max(1, CELLS // len(unit)), min(ALIKE, len(unit))
+    cells = []
+    for begin in range(0, len(unit), size):
+        cosine = unit[begin:begin + size] @ unit.T
+        row = np.arange(len(cosine))
+        cosine[row, begin + row] = 1
+        item = np.argpartition(cosine, -most, axis=1)[:, -most:]
+        cells.append((np.take_along_axis(cosine, item, axis=1), item))
+    cosine, item = (np.concatenate(part).ravel() for part in zip(*cells, strict=True))
+    row = np.repeat(np.arange(len(unit)), most)
+    near = cosine > 0
+    return sp.csr_array((cosine[near], (row[near], item[near])), shape=(len(unit), len(unit)))
+
+
+def fit_content_rules(train: Sessions, num_items: int, features: np.ndarray | sp.csr_array,
+                      decay: float = 0.6, backoff: float = 0.1, ordered_pairs: bool = False,
+                      smoothing: float = 0.5, sharpness: float = 10) -> metrics.Scorer:
+    """Fit transitions that items of similar content share, so that cold items have some too [ours].
+
+    The rules R of `fit_sr` or `fit_ar` become S R S, S = (1 - smoothing) I + smoothing K. A row of
+    K is a softmax of cosines times `sharpness` over the item's neighbours by content: what follows
+    an item also follows similar ones, and is followed by items similar to what followed.
+
+    Args:
+      train: S sessions.
+      num_items: V.
+      features: float [V + 1, D], or what `similar` returns for them.
+      decay: as in `fit_sr`.
+      backoff: as in `fit_sr`.
+      ordered_pairs: whether rules have a direction, as those of `fit_sr`; False: as in `fit_ar`.
+      smoothing: share of an item's transitions that is read from, and given to, similar items.
+      sharpness: of the softmax; the larger, the more the most similar items count.
+    """
+    kernel = (features if sp.issparse(features) else similar(features)).copy()
+    kernel.data = np.exp(sharpness * (kernel.data - 1))
+    kernel = sp.diags_array(smoothing / kernel.sum(axis=1)) @ kernel
+    smooth = sp.csr_array(kernel + (1 - smoothing) * sp.eye_array(num_items + 1))
+    rules = followers(train, num_items, LONGEST_RULE, lag_power=1)
+    return _rule_scorer(rules if ordered_pairs else rules + rules.T, train, num_items, decay,
+                        backoff, smooth)
+
+
 # The axis of each keyword that a search varies; it starts from the defaults of the function.
 AXES = {
-    **dict.fromkeys(('repeats', 'cosine', 'after'), ('choice', (False, True))),
+    **dict.fromkeys(('repeats', 'cosine', 'after', 'ordered_pairs'), ('choice', (False, True))),
     **dict.fromkeys(('lambda1', 'lambda3', 'lambda4'), ('log', 0.3, 30.0)),
     **dict.fromkeys(('lag_power', 'step_power'), ('float', 0.0, 3.0)),
+    'smoothing': ('float', 0.0, 1.0), 'sharpness': ('log', 1.0, 100.0),
     'decay': ('float', 0.0, 1.0), 'backoff': ('float', 0.0, 0.5), 'shrink': ('float', 0.0, 100.0),
     'position_power': ('float', 0.0, 4.0), 'idf_weight': ('float', 0.0, 5.0),
     'lambda2': ('log', 0.01, 10.0), 'k': ('choice', (50, 100, 200, 500, 1000)),
@@ -142,7 +201,9 @@ AXES = {
 BASELINES = {fit.__name__.removeprefix('fit_'): (fit, {
     key: AXES[key] for key in inspect.signature(fit).parameters if key in AXES})
     for fit in (fit_pop, fit_repeat_last, fit_markov, fit_sr, fit_ar, fit_item_knn,
-                fit_content_knn, neighbours.fit_vsknn, neighbours.fit_stan, neighbours.fit_vstan)}
+                fit_content_knn, fit_content_rules, neighbours.fit_vsknn, neighbours.fit_stan,
+                neighbours.fit_vstan)}
+CONTENT = 'content_knn', 'content_rules'  # those that read item features
 
 
 class Tuned(NamedTuple):
@@ -175,7 +236,7 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
       final: sessions that the returned scorer is fitted on, if a refit includes validation
         sessions; None: `train`.
       ordered: of the session neighbours, see `neighbours.fit_vsknn`.
-      features: float [V + 1, D], for 'content_knn' only.
+      features: float [V + 1, D], for those in CONTENT only.
       **budget: `trials` and `storage` of `tune.search`.
 
     Raises:
@@ -189,6 +250,8 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
     keywords, extra = inspect.signature(fit).parameters, features is not None
     refuse_if(('features' in keywords) != extra,
               f'{name} {"reads no" if extra else "needs"} item features')
+    if name == 'content_rules':
+        features = similar(features)  # once for all trials
     fixed = {key: value for key, value in (('features', features), ('ordered', ordered))
              if key in keywords}
     if len(valid.target) > TUNED_ROWS:
@@ -209,14 +272,19 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
                  {**record, 'rows': len(valid.target)})
 
 
-def _rule_scorer(rules, train, num_items, decay, backoff):
-    """(1 - backoff) times the prefix's rules, summing to 1, + backoff times popularity."""
+def _rule_scorer(rules, train, num_items, decay, backoff, smooth=None):
+    """(1 - backoff) times the prefix's rules, summing to 1, + backoff times popularity.
+
+    `smooth`, csr [V + 1, V + 1], is multiplied to both sides of the rules; None: they are as
+    counted. The product of three tables would be dense, so each prefix passes through them.
+    """
     frequency = counts(train, num_items)
     popularity = frequency / max(len(train.items), 1)
     rules = sp.csr_array(sp.diags_array(1 / np.sqrt(np.maximum(frequency, 1))) @ rules)
 
     def scorer(items):
-        scores = decayed(items, decay, num_items) @ rules
+        scores = decayed(items, decay, num_items)
+        scores = scores @ rules if smooth is None else scores @ smooth @ rules @ smooth
         total = scores.sum(axis=1)
         share = np.divide(1 - backoff, total, out=np.zeros_like(total), where=total > 0)
         scores.data *= np.repeat(share, np.diff(scores.indptr))

@@ -345,7 +345,8 @@ def _run_stages(job, stages, until):
     trains = 'recommend' in stages and until != 'validation'
 
     def tune(refit):  # with the features k of now: stage joint changes them
-        return partial(results.tune_baselines, job, job.catalogue.get('k'), refit)
+        rows = job.catalogue
+        return partial(results.tune_baselines, job, rows.get('given', rows.get('k')), refit)
 
     for stage in stages:
         job.pause()

@@ -182,7 +182,7 @@ def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:
 
     Args:
       job: job.Job.
-      features: float [V+1, ...]. Features k, which content_knn reads; None: no stage made them.
+      features: float [V+1, ...]. Item features for those that read some; None: there are none.
       refit: whether they are fitted on validation's sessions too, as the recommender is.
 
     Returns:
@@ -196,12 +196,13 @@ def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:
     final = sessions.join(train, job.data.valid) if refit else train
     for name in names(job.config.baselines):
         job.pause()
-        if name == 'content_knn' and features is None:
-            continue  # no stage has read the items
+        reads = name in rules.CONTENT
+        if reads and features is None:
+            continue  # no stage has read the items, and no file holds their features
         out[name] = rules.tune(
             name, train, job.valid, job.data.num_items, trials=job.config.search.trials,
             seed=job.config.seed, storage=job.workdir / 'search.journal', final=final,
-            features=features if name == 'content_knn' else None, ordered=ordered)
+            features=features if reads else None, ordered=ordered)
     return out
 
 
