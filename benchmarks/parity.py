@@ -34,7 +34,7 @@ from tpad_jax.models.hf.generate import generate
 
 FLAGS = flags.FLAGS
 GOLDEN = Path(__file__).parent.parent / 'tests' / 'models' / 'hf' / 'golden'
-FAMILIES = ('llava', 'llava_onevision', 'qwen2_vl', 'qwen2_5_vl', 'qwen3_vl')
+FAMILIES = tuple(specs.FAMILIES)
 TINY_BAR, BAR, GRADIENT_BAR = 3e-5, 1e-3, 1e-5
 WATCHED = (r'embed/embedding|vision/patch/kernel|vision/layers/.*kernel|'
            r'decoder/layers/(attention/q|down)/kernel')
@@ -201,8 +201,8 @@ def main(argv):
         return
     options, found = dict(dtype=FLAGS.dtype, steps=FLAGS.steps, bar=FLAGS.bar), []
     if FLAGS.checkpoint:
-        v = specs.read(FLAGS.checkpoint).vision
-        side = FLAGS.side or (v.image if isinstance(v, specs.Tower) else 8 * v.patch * v.merge)
+        spec = specs.read(FLAGS.checkpoint)
+        side = FLAGS.side or spec.unit * (8 if isinstance(spec.vision, specs.Grid) else 1)
         found = judged(FLAGS.checkpoint, side, Path(FLAGS.checkpoint).resolve().name, tiny=False,
                        with_gradients=bool(FLAGS.gradients), **options)
     for name in [] if FLAGS.checkpoint else FLAGS.models:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 
+from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.spec import Grid, Spec
 
 TEXTS = ('A red shoe', 'Next:', 'or a lamp', 'then one')
@@ -68,7 +69,7 @@ def keywords(model, directory, given: Prompt, spec: Spec) -> dict:
     mask = torch.from_numpy(given.mask).long()
     out = {'input_ids': torch.from_numpy(given.tokens), 'attention_mask': mask}
     held = [given.image[b, i] for b, n in enumerate(given.counts) for i in range(n)]
-    if not held:
+    if not held or spec.vision is None:
         return out
     processor = transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
     if isinstance(spec.vision, Grid):
@@ -88,7 +89,9 @@ def keywords(model, directory, given: Prompt, spec: Spec) -> dict:
 
 def load(directory, dtype: str):
     """The model of a directory, in eval mode, with plain attention."""
-    model = transformers.AutoModelForImageTextToText.from_pretrained(
+    kind = (transformers.AutoModelForCausalLM if specs.read(directory).vision is None else
+            transformers.AutoModelForImageTextToText)
+    model = kind.from_pretrained(
         directory, dtype=getattr(torch, dtype), attn_implementation='eager', local_files_only=True)
     return model.eval()
 

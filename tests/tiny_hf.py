@@ -84,19 +84,26 @@ MODELS = {  # config class and what it is given
     'qwen3_vl_tied': (transformers.Qwen3VLConfig, dict(vision_config=V3, text_config=QWEN3_VL,
                                                        tie_word_embeddings=True)),
 }
+MODELS |= {name: (transformers.AutoConfig, text)  # texts alone
+           for name, text in (('llama', LLAMA), ('qwen2', QWEN2), ('qwen3', QWEN3))}
 NAMES = tuple(MODELS)
+
+
+def reads_texts(name: str) -> bool:
+    """Whether `name` has no vision transformer."""
+    return 'vision_config' not in MODELS[name][1]
 
 
 def side(name: str) -> int:
     """Pixels of a side of the images `name` is tried with."""
-    return 48 if name.startswith('qwen') else 32
+    return 0 if reads_texts(name) else 48 if name.startswith('qwen') else 32
 
 
 def config(name: str):
     """The transformers config of model `name`, with the ids of the tokenizer `save` trains."""
     kind, given = MODELS[name]
     ids = {token: BYTES + i for i, token in enumerate(_specials(name))}
-    text = dict(given['text_config'])
+    text = dict(given.get('text_config', given))
     if name.startswith('qwen'):
         text.update(eos_token_id=ids['<|im_end|>'], bos_token_id=ids['<|endoftext|>'],
                     pad_token_id=ids['<|endoftext|>'])
@@ -108,13 +115,17 @@ def config(name: str):
         more = dict(image_token_index=ids['<image>'])
         if kind is OneVision:
             more['video_token_index'] = ids['<video>']
+    if reads_texts(name):
+        return kind.for_model(tie_word_embeddings=name == 'llama', **text)
     return kind(**{'tie_word_embeddings': False, **given, **more, 'text_config': text})
 
 
 def build(name: str, seed: int = 0):
     """A random float32 model in eval mode; equal for equal `seed`."""
     made = config(name)
-    kind = transformers.AutoModelForImageTextToText._model_mapping[type(made)]
+    auto = transformers.AutoModelForCausalLM if reads_texts(name) else (
+        transformers.AutoModelForImageTextToText)
+    kind = auto._model_mapping[type(made)]
     made._attn_implementation = 'eager'
     model = kind(made).float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -123,8 +134,9 @@ def build(name: str, seed: int = 0):
             p.copy_(torch.randn(p.shape, generator=generator) * _spread(path, p))
             if p.ndim == 1 and path.endswith('weight'):
                 p.add_(1)  # norms
-    model.generation_config.eos_token_id = made.text_config.eos_token_id
-    model.generation_config.pad_token_id = made.text_config.pad_token_id
+    text = made.get_text_config()
+    model.generation_config.eos_token_id = text.eos_token_id
+    model.generation_config.pad_token_id = text.pad_token_id
     return model
 
 
@@ -139,7 +151,8 @@ def save(name: str, directory, tokenizer: bool = True, *, seed: int = 0, dtype=t
     """Write model, generation config, tokenizer and image processor to `directory`."""
     transformers.utils.logging.disable_progress_bar()
     build(name, seed).to(dtype).save_pretrained(directory)
-    processor(name).save_pretrained(directory)
+    if not reads_texts(name):
+        processor(name).save_pretrained(directory)
     if tokenizer:
         make_tokenizer(name).save_pretrained(directory)
     return Path(directory)
@@ -196,6 +209,8 @@ def images(count: int, pixels: int, seed: int = 0):
     """Smooth random images uint8 [count, pixels, pixels, 3]."""
     from PIL import Image
 
+    if not pixels:
+        return np.zeros((count, 0, 0, 3), np.uint8)
     random = np.random.default_rng(seed)
     small = random.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(s).resize((pixels, pixels), Image.BICUBIC))

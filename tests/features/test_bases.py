@@ -80,6 +80,31 @@ def test_its_parameters(saved):
     assert {x.dtype.name for x in jax.tree.leaves(loaded)} == {'bfloat16'}
 
 
+def test_a_model_of_texts_alone_has_the_frame_of_its_own_files(tmp_path):
+    directory = tiny_hf.save('qwen3', tmp_path)
+    module = bases.read(config(checkpoint=directory)).module
+    assert (module.spec.vision, module.side) == (None, 0)
+    decode = AutoTokenizer.from_pretrained(directory).decode
+    assert [decode(module.before), decode(module.end)] == [
+        '<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n']
+    (directory / 'modules.json').write_text('[]')  # of sentence-transformers
+    module = bases.read(config(checkpoint=directory)).module
+    assert (module.before, module.end) == ((), ())  # this tokenizer adds no special tokens
+    refused('config.mllm.image_size=32', 'texts alone', checkpoint=directory, image_size=32)
+
+
+def test_without_pictures_no_vision_transformer_is_loaded(saved):
+    name, directory = saved
+    found = bases.read(config(checkpoint=directory, image_size=SIDES[name]), pictures=False)
+    assert (found.image_size, found.module.spec.start_ids) == (0, ())
+    loaded, whole = (x.load(None)['base'] for x in (found, bases.read(config(
+        checkpoint=directory))))
+    assert whole.keys() - loaded.keys() >= {'vision'}
+    assert loaded.keys() == {'decoder', 'embed', 'head'}
+    assert jax.tree.map(jnp.shape, loaded) == {key: jax.tree.map(jnp.shape, whole[key])
+                                               for key in loaded}
+
+
 def test_the_fingerprint_is_of_every_file(copied):
     _, directory = copied
 

@@ -101,7 +101,7 @@ def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length
     Args:
       data: the catalogue.
       data_dir: directory of the file, made if absent.
-      image_size: height and width in pixels.
+      image_size: height and width in pixels. 0: no picture is read.
       tokenizer_dir: local directory of a Hugging Face tokenizer.
       text_length: T, tokens per item.
       bad_share: share of the images, in 0..1, that may be damaged. An image without item, or one
@@ -114,6 +114,9 @@ def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length
       InputError: no usable tokenizer; more damaged images than that; no room on the disk.
     """
     tokens = text.tokenize(data.texts, tokenizer_dir, text_length)
+    if not image_size:
+        return Content(np.zeros((len(tokens), 0, 0, 3), np.uint8), np.zeros(len(tokens), bool),
+                       tokens, 0, {'read': 0, 'kept': 0, 'rejected': {}})
     Path(data_dir).mkdir(parents=True, exist_ok=True)
     stem = Path(data_dir) / f'pixels-{image_size}-{data.fingerprint[:16]}'
     image_file, outcome_file = stem.with_suffix('.npy'), stem.with_suffix('.outcome.npy')

@@ -4,14 +4,17 @@ A prompt has three pieces that are tokenised separately: before the content, bet
 end. So a long text is cut without cutting the frame, and a text that spells out a special token
 does not become one. The pieces follow the model's own chat template, except for the line break that
 LLaVA's have after an image and the system's turn that Qwen2-VL's and Qwen2.5-VL's begin with;
-`before` can add the latter.
+`before` can add the latter. A family without an entry in FRAMES reads texts alone. Its pieces are
+taken from the chat template itself. A model of the sentence-transformers library, or one without a
+template, has the special tokens that its tokenizer adds to a text.
 """
 
 from pathlib import Path
 
 from tpad_jax.data.text import read_tokenizer
-from tpad_jax.errors import refuse_if
+from tpad_jax.errors import refuse_if, refusing
 
+MARK = 'qqq'  # in place of the content, where a template is asked for what surrounds it
 QWEN = ('<|im_start|>user\n', '\n', '<|im_end|>\n<|im_start|>assistant\n')
 FRAMES = {  # before, between, end
     'qwen2_vl': QWEN, 'qwen2_5_vl': QWEN, 'qwen3_vl': QWEN,
@@ -40,7 +43,8 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
     """
     tokenizer = read_tokenizer(directory)
     pieces = [tuple(tokenizer(piece or default, add_special_tokens=False)['input_ids'])
-              for piece, default in zip((before, between, end), FRAMES[family], strict=True)]
+              for piece, default in zip((before, between, end), FRAMES.get(family) or _own(
+                  tokenizer, directory), strict=True)]
     if family == 'llava' and tokenizer.bos_token_id is not None:  # Llama's sentences begin with it
         pieces[0] = (tokenizer.bos_token_id, *pieces[0])
     # special tokens that no prompt uses may be beyond; tokens of a text may not
@@ -49,6 +53,21 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
     refuse_if(largest >= vocab, f'{directory}: the tokenizer has ids up to {largest}, the model '
               f'{vocab} embeddings. Expected one for each. Fix: use the checkpoint\'s tokenizer.')
     return tuple(pieces)
+
+
+def _own(tokenizer, directory):
+    """Return the texts before, between and after a text, by the checkpoint's own files."""
+    if tokenizer.chat_template and not (Path(directory) / 'modules.json').is_file():
+        # a template may raise anything
+        with refusing(Exception, f'{directory}: its chat template writes no prompt', 'Expected one '
+                      'that takes the text of a user. Fix: use the original, or remove it'):
+            written = tokenizer.apply_chat_template([{'role': 'user', 'content': MARK}],
+                                                    tokenize=False, add_generation_prompt=True)
+        before, _, end = written.partition(MARK)
+    else:
+        before, _, end = tokenizer.decode(tokenizer(MARK)['input_ids']).partition(MARK)
+        before, end = before.strip(), end.strip()
+    return before, '\n', end
 
 
 def expand(tokens: list[int], image_id: int, per_image: int) -> list[int]:

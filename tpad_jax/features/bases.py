@@ -32,7 +32,7 @@ class Base(NamedTuple):
     Attributes:
       module: MLLM or VLM.
       directory: of the tokenizer.
-      image_size: pixels of an image's side.
+      image_size: pixels of an image's side. 0: it reads texts alone.
       given: top-level parameters in the directory: 'base', and 'knowledge' with the small base.
       load: (shapes of `given`, shardings or None) -> these parameters, nested.
       fingerprint: of the files that hold the parameters.
@@ -46,8 +46,12 @@ class Base(NamedTuple):
     fingerprint: str
 
 
-def read(config) -> Base:
+def read(config, pictures: bool = True) -> Base:
     """Read sizes, tokenizer and headers of the base that config.mllm names, not its parameters.
+
+    Args:
+      config: of the run.
+      pictures: whether the catalogue has any; else a checkpoint's vision transformer is not loaded.
 
     Raises:
       InputError: the directory holds no base, the architecture is unknown, or sizes do not fit.
@@ -55,7 +59,7 @@ def read(config) -> Base:
     c = config.mllm
     refuse_if(c.checkpoint and c.base, f'config.mllm.checkpoint={c.checkpoint!r}: config.mllm.base='
               f'{c.base!r} names a base as well. Expected one of them. Fix: give one')
-    return _checkpoint(c) if c.checkpoint else _default(config)
+    return _checkpoint(c, pictures) if c.checkpoint else _default(config)
 
 
 class Teacher(NamedTuple):
@@ -95,7 +99,7 @@ def teacher(config, student: Base) -> Teacher | None:
             # the family's frame; no backward pass needs rematerialisation
             c.update(checkpoint=str(directory), image_size=student.image_size, dtype=dtype,
                      param_dtype=dtype, remat='none', before='', between='', end='')
-            base = _checkpoint(c)
+            base = _checkpoint(c, bool(student.image_size))
             reader = KnowledgeMLLM(base.module, config.model.features, 'mean')
             shapes = {'base': vlm.shapes(base.module.spec)}
         else:
@@ -176,12 +180,14 @@ def _small(directory):
                 lambda shapes, _=None: files.load_params(directory, shapes), digest), features
 
 
-def _checkpoint(c):
+def _checkpoint(c, pictures):
     directory = Path(c.checkpoint)
     _config_file(directory, f'config.mllm.checkpoint={c.checkpoint!r}',
                  'the local directory of a Hugging Face model')
     sizes = spec.read(directory)
-    side = c.image_size or _side(sizes)
+    if not pictures:
+        sizes = sizes.without_vision()
+    side = (pictures and c.image_size) or _side(sizes)
     sizes.cells(side)  # refuses a side the tower cannot read
     before, between, end = prompts.frame(directory, sizes.family, sizes.decoder.vocab,
                                          before=c.before, between=c.between, end=c.end)
@@ -218,7 +224,7 @@ def _config_file(directory, option, expected):
 
 
 def _side(sizes):
-    """Return the native side of a tower, or the multiple of a grid's unit nearest to SIDE."""
-    if isinstance(sizes.vision, spec.Tower):
-        return sizes.unit
-    return max(1, round(SIDE / sizes.unit)) * sizes.unit
+    """Return a tower's native side, the multiple of a grid's unit nearest to SIDE, or 0."""
+    if isinstance(sizes.vision, spec.Grid):
+        return max(1, round(SIDE / sizes.unit)) * sizes.unit
+    return sizes.unit

@@ -108,15 +108,16 @@ class Job:
             self.count()
             self.params = self.fresh(self.spec)
             return self._check_patterns(stages)
-        base = self.base = bases.read(c)
+        pictures = bool(data.has_image.any())
+        base = self.base = bases.read(c, pictures)
         where = self.workdir / 'data'
         with hosts.one_first('content'):
             if c.mllm.tokenizer == 'own':
                 text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
             self.content = catalogue.content(
-                data, where, image_size=base.image_size, text_length=c.mllm.text_length,
-                tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer else base.directory,
-                bad_share=c.data.bad_share)
+                data, where, image_size=base.image_size if pictures else 0,
+                text_length=c.mllm.text_length, bad_share=c.data.bad_share,
+                tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer else base.directory)
         teacher = bases.teacher(c, base)
         build = partial(self.modules, teacher=teacher and teacher.reader)
         self.spec = build(base.module, c)
@@ -140,7 +141,7 @@ class Job:
         self.blank = {name: rows[name] for name in ('k', 'r')}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
         make = jax.jit(partial(  # followed once, though both its shapes and its values are asked
-            step.initialiser(c, self.spec, self.content.image.shape[1:]),
+            step.initialiser(c, self.spec, (base.image_size, base.image_size, 3)),
             catalogue={**self.catalogue, **blank}))
         shapes = jax.eval_shape(make, jax.random.key(c.seed))
         every = memory_plan.parameter_shapes(

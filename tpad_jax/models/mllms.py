@@ -62,7 +62,7 @@ class Writer(nn.Module):
 def opening(module, rows):
     """Begin a prompt of `rows` rows: with the checkpoint's tokens, else with a learned vector."""
     base = module.base
-    if base.before:
+    if isinstance(base, VLM):
         return streams.fixed(base, base.before, rows)
     return streams.plain(jnp.broadcast_to(module.prompt, (rows, *module.prompt.shape)))
 
@@ -85,7 +85,7 @@ class KnowledgeMLLM(nn.Module):
     def setup(self):
         """Build the heads."""
         small = nn.initializers.normal(0.02)
-        if not self.base.before:
+        if not isinstance(self.base, VLM):
             self.prompt = self.param('prompt', small, (1, self.base.width))
         if self.pooling == 'summary':
             self.summary = self.param('summary', small, (len(MODALITIES), self.base.width))
@@ -148,7 +148,8 @@ class KnowledgeMLLM(nn.Module):
         parts, begin, split = self._content(image, has_image, tokens, tokens >= 0)
         h = self.base(streams.join(*parts))
         first, rows, columns = self.base.grid(image.shape[1])
-        before = jnp.where(has_image[:, None], h[:, split - 1], h[:, begin - 1])
+        # without an opening, the first token's own state
+        before = jnp.where(has_image[:, None], h[:, max(split - 1, 0)], h[:, max(begin - 1, 0)])
         words = jnp.concatenate([before[:, None], h[:, split:split + tokens.shape[1] - 1]], axis=1)
         return h[:, begin + first:begin + first + rows * columns], words
 
@@ -178,7 +179,7 @@ class TransferMLLM(nn.Module):
     def setup(self):
         """Build the heads."""
         small = uniform(0.03)
-        if not self.base.before:
+        if not isinstance(self.base, VLM):
             self.prompt = self.param('prompt', small, (1, self.base.width))
         self.summary = self.param('summary', small, (1, self.base.width))
         self.into = [Linear(self.base.width, use_bias=True) for _ in MODALITIES]

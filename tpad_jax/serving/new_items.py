@@ -54,7 +54,8 @@ class Reader:
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
         try:
-            loaded = bases.read(ConfigDict({'mllm': mllm, 'model': about['models'][0]}))
+            loaded = bases.read(ConfigDict({'mllm': mllm, 'model': about['models'][0]}),
+                                about.get('pictures', True))
         except InputError as error:
             raise InputError(f'the base of the run cannot be read ({error}). Fix: give its '
                              'directory, base=DIR') from error
@@ -132,9 +133,10 @@ class Reader:
         data = data or b''
         refuse_if(len(data) > images.MAX_BYTES, f'{option}: its picture has {len(data):,} bytes. '
                   f'Expected at most {images.MAX_BYTES:,}. Fix: give a smaller picture')
-        if not data:
+        if not data or not self._side:  # pictures are not read
             if not words.strip():
-                raise InputError(f'{option} has neither a text nor a picture. Fix: give one')
+                kinds = 'neither a text nor a picture' if self._side else 'no text'
+                raise InputError(f'{option} has {kinds}. Fix: give one')
             return words, np.zeros((self._side, self._side, 3), np.uint8), False
         with images.quiet():
             pixels = images.read(bytes(data), self._side)

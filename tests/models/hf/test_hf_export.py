@@ -32,6 +32,7 @@ BAR = 1e-5
 RANK, ALPHA = 3, 7
 TARGETS = {'llava': r'decoder.*(q|down)$|vision.*/v$|projector/fc2',
            'qwen2_5_vl': r'decoder.*(v|gate)$|merger/fc1|vision/layers/attention/qkv',
+           'llama': r'decoder.*(q|down)$',
            'qwen3_vl': r'decoder.*/(q|k|v|o|gate|up|down)$|deep/fc1|^head'}
 
 
@@ -63,7 +64,9 @@ def same_files(one, two):
 
 def opened(directory):
     """The torch model of a directory, which must hold exactly its tensors."""
-    model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+    kind = (transformers.AutoModelForCausalLM if specs.read(directory).vision is None else
+            transformers.AutoModelForImageTextToText)
+    model, info = kind.from_pretrained(
         directory, local_files_only=True, attn_implementation='eager', output_loading_info=True)
     assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info
     return model.eval()
@@ -229,8 +232,8 @@ def test_peft_loads_our_adapter_and_transformers_the_merged_model(made, tmp_path
 def by_peft(made, directory, **options):
     """An adapter of peft, all of it random, saved to a directory, and torch's logits with it."""
     peft = pytest.importorskip('peft')
-    modules = {'llava': ['q_proj', 'fc1'], 'qwen2_5_vl': ['up_proj', 'qkv', 'mlp.0'],
-               'qwen3_vl': ['k_proj', 'linear_fc2']}
+    modules = {'llava': ['q_proj', 'fc1'], 'llama': ['q_proj', 'down_proj'],
+               'qwen2_5_vl': ['up_proj', 'qkv', 'mlp.0'], 'qwen3_vl': ['k_proj', 'linear_fc2']}
     config = peft.LoraConfig(**{'r': 4, 'lora_alpha': 6, 'target_modules': modules[
         made[0].name.removeprefix('case_')], **options})
     model = peft.get_peft_model(opened(made[0]), config)

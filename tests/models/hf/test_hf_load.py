@@ -33,6 +33,7 @@ NAMINGS = {  # {what a name begins with in the model: on disk}, first match coun
     'qwen2_vl': [{T: 'model.', 'model.visual.': 'visual.'}, {'model.': ''}],
     'qwen2_5_vl': [{T: 'model.', 'model.visual.': 'visual.'}, {'model.': ''}],
     'qwen3_vl': [{'model.': ''}],
+    'qwen3': [{'model.': ''}],
 }
 
 
@@ -40,7 +41,7 @@ NAMINGS = {  # {what a name begins with in the model: on disk}, first match coun
 def tensors(name, seed=0):
     """The state dict of a tiny model, without what is tied."""
     found = {k: t.contiguous() for k, t in tiny_hf.build(name, seed).state_dict().items()}
-    if name.endswith('tied'):
+    if tiny_hf.config(name).tie_word_embeddings:
         found.pop('lm_head.weight')
     return found
 

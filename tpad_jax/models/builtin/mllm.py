@@ -83,7 +83,11 @@ class MLLM(nn.Module):
         Args:
           image: uint8 [B, H, W, 3].
           there: bool [B]. Whether an item has an image.
+
+        Images of side 0 are none: the result has no tokens.
         """
+        if not image.shape[1]:
+            return streams.plain(jnp.zeros((len(there), 0, self.width)))
         x = self.projector[1](nn.gelu(self.projector[0](self.vision(image))))
         return streams.plain(x, there[:, None])
 

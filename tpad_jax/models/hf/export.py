@@ -68,7 +68,7 @@ def export(params, source_directory, out_directory) -> Path:
     head = tensors.get('lm_head.weight')
     if spec.decoder.tied and head is not None:
         # the tied output embedding stays a copy of the input embedding
-        writes.append((head, next(e for e in table if e.name == load.EMBED), None))
+        writes.append((head, next(e for e in table if e.path == 'embed/embedding'), None))
     part = out.with_name(f'{out.name}.part-{os.getpid()}')
     try:
         weights = {t.file for t in tensors.values()}

@@ -72,7 +72,8 @@ def generate(model, params, prompt, *, steps, stop, key=None, sampling=None, all
 
 def _check(model, variables, prompt, steps, stop, sampling, allowed):
     tokens, mask, image = prompt
-    decoder, each, most = model.spec.decoder, model.spec.image_tokens(model.side), image.shape[1]
+    decoder, most = model.spec.decoder, image.shape[1]
+    each = model.spec.image_tokens(model.side) or 1
     # too many placeholders would repeat an image's last token
     counts = ((np.asarray(tokens) == model.spec.image_id) & np.asarray(mask, bool)).sum(axis=1)
     for row in np.flatnonzero((counts % each > 0) | (counts > each * most))[:1]:

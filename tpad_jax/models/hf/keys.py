@@ -14,7 +14,7 @@ from einops import rearrange
 from flax.traverse_util import flatten_dict
 
 from tpad_jax.models.hf import vlm
-from tpad_jax.models.hf.spec import Spec, Tower
+from tpad_jax.models.hf.spec import TEXTS, Spec, Tower
 
 # Axes of one layer's tensor on disk and of the parameter, which are the same for 'plain'. In these
 # forms the first axis on disk is the last one here: rows of a file are columns of a kernel.
@@ -25,13 +25,19 @@ FORMS = {'linear': ('o i', 'i o'), 'patch': ('w c p q', '(c p q) w'),
 # tensor of every layer has '{}' in its name.
 QKV = {f'attention/{x}': f'self_attn.{x}_proj' for x in 'qkv'}
 GATED = {x: f'mlp.{x}_proj' for x in ('gate', 'up', 'down')}
-TEXT = (('decoder/layers/', 'model.language_model.layers.{}.', {
-            'attention_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm', **QKV,
-            'attention/o': 'self_attn.o_proj', 'attention/q_norm': 'self_attn.q_norm',
-            'attention/k_norm': 'self_attn.k_norm', **GATED}),
-        ('', '', {'embed/embedding': 'model.language_model.embed_tokens.weight',
-                  'decoder/norm': 'model.language_model.norm', 'head': 'lm_head',
-                  'newline': 'model.image_newline'}))
+
+
+def _text(root):
+    """Return the names of a decoder whose tensors begin with `root`."""
+    return (('decoder/layers/', f'{root}layers.{{}}.', {
+                'attention_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm', **QKV,
+                'attention/o': 'self_attn.o_proj', 'attention/q_norm': 'self_attn.q_norm',
+                'attention/k_norm': 'self_attn.k_norm', **GATED}),
+            ('', '', {'embed/embedding': f'{root}embed_tokens.weight',
+                      'decoder/norm': f'{root}norm', 'head': 'lm_head',
+                      'newline': 'model.image_newline'}))
+
+
 TOWER = (('vision/layers/', 'model.vision_tower.encoder.layers.{}.', {
              'norm1': 'layer_norm1', 'norm2': 'layer_norm2', **QKV,
              'attention/o': 'self_attn.out_proj', 'fc1': 'mlp.fc1', 'fc2': 'mlp.fc2'}),
@@ -48,6 +54,7 @@ _TOWER = ((r'(?:model\.)?language_model\.(?:model\.)?(?!lm_head\.)', 'model.lang
 _GRID = ((r'(?:model\.)?visual\.', 'model.visual.'),
          (r'(?:model\.)?language_model\.', 'model.language_model.'),
          (r'model\.(?=(?:layers|embed_tokens|norm)\.)', 'model.language_model.'))
+_BARE = (r'(?:model\.)?(?=(?:layers|embed_tokens|norm)\.)', 'model.'),
 NEEDLESS = re.compile(r'(^|\.)(position_ids|rotary_(pos_)?emb\.inv_freq)$'
                       r'|^model\.vision_tower\.(head|post_layernorm)\.')
 
@@ -101,7 +108,7 @@ def canonical(name: str, spec: Spec) -> str:
     the older one with `visual.` and `model.layers.`. A bare model omits `model.`. Unknown names are
     returned unchanged.
     """
-    for pattern, prefix in _TOWER if isinstance(spec.vision, Tower) else _GRID:
+    for pattern, prefix in _family(spec)[2]:
         match = re.match(pattern, name)
         if match:
             return prefix + name[match.end():]
@@ -112,13 +119,31 @@ def needless(name: str, spec: Spec) -> bool:
     """Whether a tensor of this canonical name may exist but is not read. Export copies it.
 
     These are buffers, pooling heads, a tower's final norm, layers after the one whose states are
-    used, and an output embedding that the config ties to the input embedding.
+    used, an output embedding that the config ties to the input embedding, and the vision
+    transformer of a model that reads texts alone.
     """
-    v = spec.vision
+    v, (root, vision, _) = spec.vision, _family(spec)
+    if v is None and vision and not name.startswith((root, 'lm_head.')):
+        return True
     layer = re.match(r'model\.vision_tower\.encoder\.layers\.(\d+)\.', name)
     if layer and isinstance(v, Tower):
         return v.layers <= int(layer[1]) < v.stored
     return bool(NEEDLESS.search(name)) or (spec.decoder.tied and name == 'lm_head.weight')
+
+
+@cache
+def embed(spec: Spec) -> str:
+    """Return the name of the input embedding's tensor."""
+    return f'{_family(spec)[0]}embed_tokens.weight'
+
+
+def _family(spec):
+    """Return the root of a decoder's names, its vision's names, and the other namings."""
+    if spec.family in TEXTS:
+        return 'model.', (), _BARE
+    if spec.family.startswith('llava'):
+        return 'model.language_model.', TOWER, _TOWER
+    return 'model.language_model.', _grid(spec.family == 'qwen3_vl'), _GRID
 
 
 def _grid(third):
@@ -138,9 +163,8 @@ def _grid(third):
 @cache
 def table(spec: Spec) -> tuple[Entry, ...]:
     """List every parameter of the model with its tensors."""
-    tower = isinstance(spec.vision, Tower)
-    parts = *(TOWER if tower else _grid(spec.vision.kind == 'qwen3')), *TEXT
-    entries = []
+    root, vision, _ = _family(spec)
+    parts, entries = (*vision, *_text(root)), []
     for path, x in flatten_dict(vlm.shapes(spec), sep='/').items():
         prefix, root, names = next(part for part in parts if path.startswith(part[0]))
         rest, leaf = path.removeprefix(prefix), path.rpartition('/')[2]
@@ -148,6 +172,6 @@ def table(spec: Spec) -> tuple[Entry, ...]:
             '.bias' if leaf == 'bias' else '.weight'))
         form = 'plain' if leaf != 'kernel' else 'linear'
         if path == 'vision/patch/kernel':
-            form = 'patch' if tower else 'patch3'
+            form = 'patch' if isinstance(spec.vision, Tower) else 'patch3'
         entries.append(Entry(path, name, form, x.shape, x.shape[0] if '{}' in name else None))
     return tuple(entries)

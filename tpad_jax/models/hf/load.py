@@ -8,6 +8,7 @@ or read completely, so a process uses little more memory than its parameters.
 import json
 import math
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +25,6 @@ from tpad_jax.models.hf import keys
 from tpad_jax.models.hf.spec import Spec
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-EMBED = 'model.language_model.embed_tokens.weight'
 PICKLES = ('*.bin', '*.pt', '*.pth')
 FLOATS = {'F64': np.dtype('float64'), 'F32': np.dtype('float32'), 'F16': np.dtype('float16'),
           'BF16': np.dtype('bfloat16')}
@@ -178,7 +178,7 @@ def bind(directory, spec: Spec) -> dict[str, Tensor]:
                        for kind, names in faults.items() if names)
     refuse_if(listed, f'{directory}: its tensors do not fit its config.json: {listed}. Expected '
               'the config.json they were saved with. Fix: download both again')
-    embed = bound[EMBED]
+    embed = bound[keys.embed(spec)]
     head = bound.get('lm_head.weight', embed)
     refuse_if(spec.decoder.tied and head is not embed and not _equal(head, embed),
               f'{directory}: {head.name} differs from {embed.name}. Expected equal tensors, as '
@@ -196,9 +196,11 @@ def _equal(first, second):
 def _bare(directory, tensors):
     """Whether a checkpoint is that of a model without its output embedding."""
     names = json.loads((Path(directory) / 'config.json').read_text()).get('architectures') or []
-    generates = not names or any(n.endswith('ForConditionalGeneration') for n in names)
+    generates = not names or any(
+        n.endswith(('ForConditionalGeneration', 'ForCausalLM')) for n in names)
     # only the names of a bare model's text start so
-    return not generates or any(t.name.startswith('language_model.embed_tokens.') for t in tensors)
+    return not generates or any(re.match(r'(language_model\.)?embed_tokens\.', t.name)
+                                for t in tensors)
 
 
 def stored(directory) -> list[Tensor]:

@@ -128,16 +128,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class Spec:
-    """A complete vision-language model.
+    """A complete model: a decoder, and a vision transformer or none.
 
     Attributes:
       family: model_type of transformers.
       decoder: its decoder.
-      vision: its vision transformer.
-      projector: activation between tower and decoder (LLaVA). '': a Grid merges instead.
+      vision: its vision transformer. None: it reads texts alone.
+      projector: activation between tower and decoder (LLaVA). '': there is none; a Grid merges.
       projector_bias: whether the projector's layers have biases.
       newline: whether a learned token ends every image (OneVision).
-      image_id: the placeholder of an image token in a prompt.
+      image_id: the placeholder of an image token in a prompt. -1: there is none.
       start_ids: tokens before an image.
       end_ids: tokens after an image.
       mean: of the pixels per channel, on 0..1.
@@ -146,7 +146,7 @@ class Spec:
 
     family: str
     decoder: Decoder
-    vision: Tower | Grid
+    vision: Tower | Grid | None
     projector: str
     projector_bias: bool
     newline: bool
@@ -156,11 +156,15 @@ class Spec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def without_vision(self) -> 'Spec':
+        """The same decoder without its vision transformer."""
+        return replace(self, vision=None, newline=False, start_ids=(), end_ids=())
+
     @property
     def unit(self) -> int:
-        """Pixels of the smallest image's side: a tower's only size, or a token of a grid."""
+        """Pixels of the smallest image's side: a tower's only size, or a token of a grid, or 0."""
         v = self.vision
-        return v.image if isinstance(v, Tower) else v.patch * v.merge
+        return v.patch * v.merge if isinstance(v, Grid) else v.image if v else 0
 
     def cells(self, side: int) -> tuple[int, int]:
         """Return the rows and columns of an image's tokens.
@@ -172,6 +176,10 @@ class Spec:
           InputError: the vision tower cannot read an image of this size.
         """
         native, unit = isinstance(self.vision, Tower), self.unit
+        if self.vision is None:
+            refuse_if(side, f'config.mllm.image_size={side}: this model reads texts alone. '
+                      'Expected 0. Fix: set it so')
+            return 0, 0
         refuse_if(side < unit or side % unit or (native and side != unit),
                   f'config.mllm.image_size={side}: not a size that this vision tower reads. '
                   f'Expected {"" if native else "a multiple of "}{unit} pixels. Fix: set it so')
@@ -260,23 +268,31 @@ def _qwen(file, config):
         HALF if third else CLIP_MEAN, HALF if third else CLIP_STD)
 
 
+def _text(file, config):
+    return Spec(config.model_type, _decoder(file, config, config.model_type), None, '', False,
+                False, -1, (), (), HALF, HALF)
+
+
+TEXTS = dict.fromkeys(('llama', 'qwen2', 'qwen3'), _text)
 FAMILIES = {'llava': _llava, 'llava_onevision': _llava, 'qwen2_vl': _qwen, 'qwen2_5_vl': _qwen,
-            'qwen3_vl': _qwen}
+            'qwen3_vl': _qwen, **TEXTS}
 
 
 def _decoder(file, config, kind, mrope=False):
-    text, rope = config.text_config, getattr(config.text_config, 'rope_parameters', None) or {}
-    _only(file, config, 'text_config.hidden_act', ('silu',))
-    _only(file, config, 'text_config.rope_parameters.rope_type', ('default', 'mrope'))
+    prefix, text = (('text_config.', config.text_config) if hasattr(config, 'text_config')
+                    else ('', config))
+    only, rope = partial(_only, file, text), getattr(text, 'rope_parameters', None) or {}
+    only('hidden_act', ('silu',), prefix)
+    only('rope_parameters.rope_type', ('default', 'mrope'), prefix)
     for option in ('mlp_bias', 'attention_bias', 'use_sliding_window'):
-        _only(file, config, f'text_config.{option}', (None, False))
+        only(option, (None, False), prefix)
     if text.model_type == 'mistral':
-        _only(file, config, 'text_config.sliding_window', (None,))
+        only('sliding_window', (None,), prefix)
     head_dim = getattr(text, 'head_dim', None) or text.hidden_size // text.num_attention_heads
     sections = tuple(rope.get('mrope_section') or ()) if mrope else ()
     theta = rope.get('rope_theta')
-    _require(file, 'text_config.rope_parameters.rope_theta', theta, bool(theta), 'a number')
-    _require(file, 'text_config.rope_parameters.mrope_section', list(sections),
+    _require(file, f'{prefix}rope_parameters.rope_theta', theta, bool(theta), 'a number')
+    _require(file, f'{prefix}rope_parameters.mrope_section', list(sections),
              not mrope or sum(sections) == head_dim // 2, f'the sum {head_dim // 2}, half a head')
     return Decoder(
         vocab=text.vocab_size, width=text.hidden_size, layers=text.num_hidden_layers,
@@ -286,12 +302,12 @@ def _decoder(file, config, kind, mrope=False):
         interleaved=mrope and kind == 'qwen3', tied=bool(config.tie_word_embeddings))
 
 
-def _only(file, config, key, choices):
+def _only(file, config, key, choices, prefix=''):
     """Return the value of a dotted key. Refuse one that is not implemented."""
     value = config
     for name in key.split('.'):
         value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-    _require(file, key, value, value in choices, ' or '.join(map(repr, choices)))
+    _require(file, prefix + key, value, value in choices, ' or '.join(map(repr, choices)))
     return value
 
 

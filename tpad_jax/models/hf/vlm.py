@@ -1,4 +1,4 @@
-"""A vision-language model in one module: vision transformer, projector and decoder.
+"""A language model in one module: vision transformer and projector, if any, and decoder.
 
 It reads a `Stream` (see stream.py), so a prompt may have any number of images, learned vectors and
 absent parts. It also makes the parts: `see` of images, `say` of tokens, `prompt` of both.
@@ -38,7 +38,7 @@ class VLM(nn.Module):
 
     Attributes:
       spec: sizes and choices, from spec.read.
-      side: height and width of every image in pixels.
+      side: height and width of every image in pixels. 0: texts alone.
       how: of attention, one of layers.ATTENTION.
       remat: one of layers.REMAT.
       dtype: of the computation, 'float32' or 'bfloat16'.
@@ -65,7 +65,7 @@ class VLM(nn.Module):
             if s.newline:
                 self.newline = self.param('newline', nn.initializers.normal(s.decoder.width**-0.5),
                                           (s.decoder.width,))
-        else:
+        elif s.vision:
             cells = tuple(n * s.vision.merge for n in s.cells(self.side))
             self.vision = vit.GridTransformer(s.vision, cells, self.how, self.remat)
         self.embed = nn.Embed(s.decoder.vocab, s.decoder.width,
@@ -110,7 +110,12 @@ class VLM(nn.Module):
                              tokens >= 0 if mask is None else mask)
 
     def frame(self, image, there) -> Stream:
-        """Call `see`, and add the tokens that the family puts before and after an image."""
+        """Call `see`, and add the tokens that the family puts before and after an image.
+
+        Images of side 0 are none: the result has no tokens.
+        """
+        if not image.shape[-2]:
+            return streams.plain(jnp.zeros((*there.shape, 0, self.width), self.dtype))
         start, end = (streams.fixed(self, ids, *there.shape, mask=there[..., None])
                       for ids in (self.spec.start_ids, self.spec.end_ids))
         return streams.join(start, self.see(image, there), end)
@@ -132,7 +137,7 @@ class VLM(nn.Module):
         """
         visual = (tokens == self.spec.image_id) & mask
         words = self.say(jnp.where(visual, 0, tokens), mask)
-        if image.shape[1] == 0:
+        if 0 in image.shape:
             return words
         images = streams.flatten(self.see(image, jnp.ones(image.shape[:2], bool)))
         slot = jnp.maximum(jnp.cumsum(visual, axis=1) - 1, 0)
@@ -196,7 +201,7 @@ class VLM(nn.Module):
     def everything(self):
         """Use every parameter once, for initialisation."""
         image = jnp.zeros((1, 1, self.side, self.side, 3), jnp.uint8)
-        tokens = jnp.full((1, self.spec.image_tokens(self.side)), self.spec.image_id)
+        tokens = jnp.full((1, self.spec.image_tokens(self.side) or 1), self.spec.image_id)
         return self.logits(self(self.prompt(tokens, jnp.ones(tokens.shape, bool), image)))
 
 
