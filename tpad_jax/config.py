@@ -133,6 +133,10 @@ def data() -> ConfigDict:
                      id='', title='', image='', price='', category='', brand='', text=''),
         # file of item features computed elsewhere (data/sources/external_features.py): rows 'given'
         features='',
+        # items that are read and ranked. 'all': those that the source lists; 'reviewed': those with
+        # an event before validation; 'sessions': those of the training sessions. A test row whose
+        # next item is not among them is a miss
+        catalogue='all',
         words='title',  # ready: fields of an item that make its text, comma-separated, in order
         sides='',  # ready: fields that are side features, comma-separated
         ordered=True,  # npz, ready: the training sessions are in the order of time

@@ -54,7 +54,8 @@ def test_cut_equals_a_plain_loop(by_day):
                    zip(sessions.start.tolist(), lists(sessions), strict=True)) == Counter(
         (part[0][0], tuple(sorted(item for _, item in part))) for part in expected)
     assert (np.diff(sessions.start) >= 0).all()
-    assert [a.dtype for a in sessions] == [np.int32, np.int64, np.int64]
+    assert [a.dtype for a in sessions[:4]] == [np.int32, np.int64, np.int64, np.int64]
+    assert (sessions.time[sessions.offsets[:-1]] == 1000 * sessions.start).all()
 
 
 def test_cut_keeps_the_order_of_time_and_a_gap_of_exactly_the_limit():
@@ -169,3 +170,17 @@ def test_take_reorders_and_repeats():
 def test_cut_refuses(options, message):
     with pytest.raises(InputError, match=message):
         lib.cut(interactions(), by_day=False, seed=0, **options)
+
+
+def test_items_that_are_not_ranked_are_misses_and_leave_prefixes():
+    """Items 0 of a test session; without any, the rows are those of before."""
+    sessions = lib.Sessions(np.array([3, 0, 1, 2, 0, 1, 0, 2], np.int32), np.array([0, 4, 8]),
+                            np.arange(2))
+    rows = lib.rows(sessions, 3)
+    assert rows.items.tolist() == [[3, 0, 0], [3, 0, 0], [3, 1, 0],
+                                   [1, 0, 0], [1, 0, 0], [1, 0, 0]]
+    assert rows.target.tolist() == [0, 1, 2, 0, 0, 2]  # the fourth has no prefix to rank from
+    assert rows.next[2].tolist() == [1, 2, 0]
+    kept = lib.known(sessions)
+    assert kept.items.tolist() == [3, 1, 2, 1, 2]
+    assert kept.offsets.tolist() == [0, 3, 5]

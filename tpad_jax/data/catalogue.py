@@ -3,21 +3,23 @@
 Needs neither TensorFlow nor a tokenizer to be imported; the pixels are decoded once into a file.
 """
 
+import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from tpad_jax.core import files
-from tpad_jax.data import images, text
+from tpad_jax.data import images, sessions, text
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.untrusted import SHOWN, reasons
 from tpad_jax.errors import refuse_if
 
+CATALOGUES = 'all', 'reviewed', 'sessions'  # values of config.data.catalogue
 DECODE_CHUNK = 512  # images decoded before any is written
 BAD_IMAGES = 'bad_images.txt'  # the items whose images could not be decoded, and why
 DECODED = 1  # an image's outcome; larger ones are positions in REASONS
@@ -46,6 +48,9 @@ class Data:
       fingerprint: sha256 of the input and options; '' is filled in by `sources.load`.
       form: '2018', '2023', or another word for the kind of source.
       vocabulary: of the side features, see `text.side_vocabulary`; {} where none is kept.
+      kinds: names of the kinds of events, if there are any.
+      reviewed: bool [V + 1]. The item has an event before validation; None: as `warm`.
+      choices: {value of config.data.catalogue: number of its items}; {} is filled in by `restrict`.
     """
 
     asins: list[str]
@@ -64,11 +69,66 @@ class Data:
     fingerprint: str
     form: str
     vocabulary: dict = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+    reviewed: np.ndarray | None = None
+    choices: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
         """V, the padding item not counted."""
         return len(self.asins) - 1
+
+
+class _Chosen(Sequence):
+    """Some entries of a sequence that is read on demand."""
+
+    def __init__(self, entries: Sequence, index: np.ndarray):
+        self._entries, self._index = entries, index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, item: int):
+        return self._entries[int(self._index[item])]
+
+
+def restrict(data: Data, choice: str) -> Data:
+    """Keep the items that are read and ranked; what decides is known before validation begins.
+
+    Events of other items are dropped from validation. In the test sessions they are item 0, a miss
+    of every model, see `sessions.rows`.
+
+    Args:
+      data: of a source.
+      choice: 'sessions': the items of the training sessions; 'reviewed': those with any event
+        before validation; 'all': all items of the source.
+
+    Returns:
+      The data with renumbered items, and `choices`.
+
+    Raises:
+      InputError: no validation session has two of these items.
+    """
+    every = np.arange(data.num_items + 1) > 0
+    reviewed = data.warm if data.reviewed is None else data.reviewed | data.warm
+    members = dict(zip(CATALOGUES, (every, reviewed, data.warm), strict=True))
+    data = replace(data, choices={name: int(part.sum()) for name, part in members.items()})
+    if choice == 'all':
+        return data
+    index = np.append(0, np.flatnonzero(members[choice]))
+    number = np.zeros(len(every), np.int32)  # 0 for an item that is not kept
+    number[index] = np.arange(len(index))
+    train, valid, test = (part._replace(items=number[part.items])
+                          for part in (data.train, data.valid, data.test))
+    valid = sessions.known(valid)
+    sessions.check(valid, f'config.data.catalogue={choice!r}: valid', len(index) - 1)
+    lists = {name: [getattr(data, name)[item] for item in index]
+             for name in ('asins', 'titles', 'texts')}
+    arrays = {name: getattr(data, name)[index] for name in ('has_image', 'side', 'warm')}
+    pictures = data.image_bytes and _Chosen(data.image_bytes, index)
+    identity = hashlib.sha256(f'{data.fingerprint} {choice}'.encode()).hexdigest()
+    return replace(data, **lists, **arrays, image_bytes=pictures, train=train, valid=valid,
+                   test=test, fingerprint=identity, reviewed=reviewed[index])
 
 
 @dataclass(frozen=True, eq=False)

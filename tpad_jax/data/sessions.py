@@ -18,14 +18,20 @@ class Sessions(NamedTuple):
     """S sessions with E events in all; session k is `items[offsets[k]:offsets[k + 1]]`.
 
     Attributes:
-      items: int32 [E]. Item ids 1..V.
+      items: int32 [E]. Item ids 1..V. Test sessions may hold 0, an item that is not ranked.
       offsets: int64 [S + 1].
       start: int64 [S]. Time of each session's first event in seconds since 1970 (UTC).
+      time: int64 [E]. Milliseconds since 1970 (UTC) of every event; None: not known, as below.
+      kind: int32 [E]. Number of the event's kind in `catalogue.Data.kinds`.
+      visitor: int64 [S]. An opaque number, equal for sessions of one visitor; -1: not known.
     """
 
     items: np.ndarray
     offsets: np.ndarray
     start: np.ndarray
+    time: np.ndarray | None = None
+    kind: np.ndarray | None = None
+    visitor: np.ndarray | None = None
 
     @property
     def lengths(self) -> np.ndarray:
@@ -44,7 +50,7 @@ class Rows(NamedTuple):
     Attributes:
       items: int32 [R, N]. The prefix, left aligned, 0 pads.
       next: int32 [R, N]. The item that follows position j (the target at the last valid j), 0 pads.
-      target: int32 [R]. The item to predict.
+      target: int32 [R]. The item to predict; 0: a miss of every model, see `rows`.
       session: int32 [R]. Its session's number in the split.
     """
 
@@ -88,7 +94,8 @@ def cut(interactions: pl.DataFrame, *, by_day: bool = False, gap_seconds: int, s
     events alone and not on the order of the file's lines; so are sessions with an equal start.
 
     Args:
-      interactions: columns user (int), item (int, 1..V) and time (int), in any order.
+      interactions: columns user (int), item (int, 1..V) and time (int), in any order; optionally
+        kind and, where it is not the user, visitor (int).
       by_day: a session is one user's events of one UTC day (for day-granular times); otherwise
         a pause of more than `gap_seconds` begins a new session.
       gap_seconds: the longest pause inside a session; not read when `by_day`.
@@ -103,9 +110,14 @@ def cut(interactions: pl.DataFrame, *, by_day: bool = False, gap_seconds: int, s
       InputError: `gap_seconds` is not positive, or no session is long enough.
     """
     rng = np.random.default_rng(seed)
-    item, time, first = _grouped(interactions, by_day, gap_seconds, rng, per_second)
+    events, first = _grouped(interactions, by_day, gap_seconds, rng, per_second)
+    item, time = events['item'], events['time']
     offsets = np.append(np.flatnonzero(first), len(item)).astype(np.int64)
-    sessions = Sessions(item.astype(np.int32), offsets, time[offsets[:-1]] // per_second)
+    begin = offsets[:-1]
+    sessions = Sessions(
+        item.astype(np.int32), offsets, time[begin] // per_second, time * (1000 // per_second),
+        events['kind'].astype(np.int32) if 'kind' in events else None,
+        events.get('visitor', events['user'])[begin])
     long_enough = np.flatnonzero(sessions.lengths >= min_length)
     refuse_if(not len(long_enough), f'config.data.min_length={min_length}: all {len(offsets) - 1} '
               f'sessions of {len(item)} interactions are shorter. Expected longer ones. Fix: give '
@@ -128,9 +140,9 @@ def time_ties(interactions: pl.DataFrame, *, by_day: bool = False, gap_seconds: 
       The share, 0.0 when no session has two events.
     """
     rng = np.random.default_rng(0)
-    _, time, first = _grouped(interactions, by_day, gap_seconds, rng, per_second)
+    events, first = _grouped(interactions, by_day, gap_seconds, rng, per_second)
     inside = ~first[1:]
-    return float((np.diff(time)[inside] == 0).mean()) if inside.any() else 0.0
+    return float((np.diff(events['time'])[inside] == 0).mean()) if inside.any() else 0.0
 
 
 def split(sessions: Sessions, valid: float, test: float) -> tuple[Sessions, Sessions, Sessions]:
@@ -189,7 +201,7 @@ def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
         if frequent.all() and (lengths >= min_length).all():
             return train
         offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
-        shorter = Sessions(train.items[frequent], offsets, train.start)
+        shorter = _picked(train, frequent, slice(None), offsets)
         train = take(shorter, np.flatnonzero(lengths >= min_length))
         refuse_if(not len(train.start), f'config.data.core={core}: no training session of '
                   f'{min_length} items remains. Expected some. Fix: lower the option.')
@@ -205,7 +217,8 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
         protocol of some papers): one, its target being the session's last item.
 
     Returns:
-      The rows.
+      The rows. Items that are not ranked (0) are left out of prefixes. Where the item to predict is
+      such an item, or no other item comes before it, no model can find it: the target is 0.
     """
     owner = sessions.owner
     place = np.arange(len(owner)) - sessions.offsets[owner]  # of every event in its session
@@ -213,12 +226,18 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
     if not every_prefix:
         scored &= place == sessions.lengths[owner] - 1
     end, session = np.flatnonzero(scored), owner[scored]
-    start = np.maximum(sessions.offsets[session], end - max_length)
+    ranked = sessions.items > 0
+    before = np.append(0, np.cumsum(ranked))  # ranked events before each event
+    stop = before[end]
+    start = np.maximum(before[sessions.offsets[session]], stop - max_length)
     where = start[:, None] + np.arange(max_length)
-    valid = where < end[:, None]
-    padded = np.append(sessions.items, np.int32(0)).astype(np.int32)
-    return Rows(items=padded[np.where(valid, where, -1)], target=padded[end],
-                next=padded[np.where(valid, where + 1, -1)], session=session.astype(np.int32))
+    valid = where < stop[:, None]
+    padded = np.append(sessions.items[ranked], np.int32(0)).astype(np.int32)
+    items = padded[np.where(valid, where, -1)]
+    target = np.where(valid[:, 0], sessions.items[end], 0).astype(np.int32)
+    items[~valid[:, 0], 0] = 1  # any item: encoders need one, and the row is a miss anyway
+    return Rows(items=items, target=target, next=padded[np.where(valid, where + 1, -1)],
+                session=session.astype(np.int32))
 
 
 def warm_items(train: Sessions, num_items: int) -> np.ndarray:
@@ -237,30 +256,51 @@ def take(sessions: Sessions, index: np.ndarray) -> Sessions:
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
     shift = sessions.offsets[:-1][index] - offsets[:-1]
     events = np.arange(offsets[-1]) + np.repeat(shift, lengths)
-    return Sessions(sessions.items[events], offsets, sessions.start[index])
+    return _picked(sessions, events, index, offsets)
+
+
+def known(sessions: Sessions) -> Sessions:
+    """Drop the events of items that are not ranked (0), and sessions without any other."""
+    lengths = np.bincount(sessions.owner[sessions.items > 0], minlength=len(sessions.start))
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
+    return take(_picked(sessions, sessions.items > 0, slice(None), offsets),
+                np.flatnonzero(lengths))
 
 
 def join(first: Sessions, second: Sessions) -> Sessions:
     """Concatenate the sessions of two splits."""
     offsets = np.append(first.offsets, first.offsets[-1] + second.offsets[1:])
-    return Sessions(np.append(first.items, second.items), offsets,
-                    np.append(first.start, second.start))
+    parts = [None if one is None or other is None else np.append(one, other)
+             for one, other in zip(first, second, strict=True)]
+    return Sessions(*parts)._replace(offsets=offsets)
+
+
+def _picked(sessions: Sessions, events, index, offsets: np.ndarray) -> Sessions:
+    """Sessions of chosen events and chosen sessions, cut again by `offsets`."""
+    def of(array, chosen):
+        return None if array is None else array[chosen]
+
+    return Sessions(sessions.items[events], offsets, sessions.start[index],
+                    of(sessions.time, events), of(sessions.kind, events),
+                    of(sessions.visitor, index))
 
 
 def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int, rng: np.random.Generator,
-             per_second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Events by user and time -> items int64 [E], times int64 [E], session begins here bool [E]."""
+             per_second: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Events by user and time -> {column: int64 [E]}, session begins here bool [E]."""
     refuse_if(not by_day and gap_seconds <= 0, f'config.data.gap_hours: {gap_seconds} seconds are '
               'not a pause. Expected the longest pause inside a session, above 0. Fix: raise it.')
     # a canonical order first, so that the seeded order below does not depend on the file's
-    columns = interactions.sort('user', 'time', 'item').select('user', 'item', 'time')
-    events = columns.cast(pl.Int64).to_numpy().T
-    user, item, time = events[:, np.lexsort((rng.random(events.shape[1]), events[2], events[0]))]
-    first = np.ones(len(item), bool)
+    columns = interactions.sort('user', 'time', 'item').cast(pl.Int64)
+    events = {name: columns[name].to_numpy() for name in columns.columns}
+    order = np.lexsort((rng.random(columns.height), events['time'], events['user']))
+    events = {name: column[order] for name, column in events.items()}
+    user, time = events['user'], events['time']
+    first = np.ones(len(user), bool)
     apart = (np.diff(time // (DAY * per_second)) != 0 if by_day
              else np.diff(time) > gap_seconds * per_second)
     first[1:] = (np.diff(user) != 0) | apart
-    return item, time, first
+    return events, first
 
 
 def _boundary(start: np.ndarray, wanted: int) -> int:

@@ -32,7 +32,7 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
     Args:
       scorer: int32 [r, N] prefixes -> scores [r, V + 1], see `metrics.scored`. A scorer
         with `ranks` (see `scorers.scorer`) counts on its devices.
-      rows: R rows.
+      rows: R rows. A target of 0 is below every place.
       warm: bool [V + 1].
       ks: the K of every metric.
       probabilities: int32 [r, N] prefixes -> float64 [r, V + 1], column 0 being 0.
@@ -60,6 +60,8 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
         above, equal = scorer.ranks(rows.items, rows.target, name=name)
     else:
         above, equal = metrics.ranks(scorer, rows.items, rows.target, len(warm) - 1, name=name)
+    missed = rows.target == 0  # no list holds the item that followed
+    above, equal = np.where(missed, metrics.MISS, above), np.where(missed, 1, equal)
 
     def measured(chosen, places, weight):
         out = {'rows': int(chosen.sum()),

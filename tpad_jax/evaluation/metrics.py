@@ -38,6 +38,7 @@ Scores = np.ndarray | Sparse  # float [R, V + 1]
 # int32 [R, N] prefixes, left aligned, 0 pads -> scores [R, V + 1]
 Scorer = Callable[[np.ndarray], Scores]
 
+MISS = np.int32(2**31 - 2)  # items above a target that is not ranked
 CHUNK = 512  # rows that are scored at a time
 FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32

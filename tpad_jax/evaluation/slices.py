@@ -43,7 +43,7 @@ def features(rows: Rows, warm: np.ndarray, counts: np.ndarray | None = None
       bool [R] of the target, 'popularity' int8 [R], the target's quartile (0: cold).
     """
     out = {'length': np.count_nonzero(rows.items, axis=1).astype(np.int32),
-           'repeat': (rows.items == rows.target[:, None]).any(axis=1),
+           'repeat': (rows.target > 0) & (rows.items == rows.target[:, None]).any(axis=1),
            'warm': warm[rows.target]}
     if counts is not None:
         out['popularity'] = popularity_quartiles(counts)[rows.target]

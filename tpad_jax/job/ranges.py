@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tpad_jax.baselines import rules
 from tpad_jax.config import STAGES, flat, names
 from tpad_jax.core.precision import PRECISIONS
+from tpad_jax.data.catalogue import CATALOGUES
 from tpad_jax.errors import InputError
 from tpad_jax.losses import tokens
 from tpad_jax.models.hf import layers
@@ -136,6 +137,7 @@ RULES = {key: rule for rule, keys in (
     (choice(critics.KINDS), 'model.critics.*'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),
+    (choice(CATALOGUES), 'data.catalogue'),
     (choice(('utf-8', 'latin-1', 'cp1252')), 'data.encoding'),
     (choice(('', 'own')), 'mllm.tokenizer'),
     (choice(layers.ATTENTION), 'mllm.attention'),

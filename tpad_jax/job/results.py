@@ -20,6 +20,7 @@ from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
 from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
+from tpad_jax.data.catalogue import CATALOGUES
 from tpad_jax.diagnostics import records
 from tpad_jax.errors import refusing
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
@@ -215,6 +216,8 @@ def data_facts(job) -> dict:
     lengths = {split: len(getattr(data, split).start) for split in ('train', 'valid', 'test')}
     return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
             'cold_items': int((~data.warm[1:]).sum()), 'sessions': lengths,
+            'catalogue': {'choice': job.config.data.catalogue, **data.choices,
+                          'missed_test_rows': int((job.test.target == 0).sum())},
             'planted': job.planted is not None, 'protocol': job.config.data.protocol,
             'refit': job.final is not job.data, 'fingerprint': data.fingerprint}
 
@@ -234,12 +237,21 @@ def introduce(job, console):
         **({'sessions read': _line_counts(facts['lines'])} if job.content is None else
            {'raw lines': _line_counts(facts['lines']), 'images': _line_counts(facts['images'])}),
         'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
+        'catalogue': _choices(facts['catalogue'], len(job.test.target)),
         'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
         'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}'
                    + f' in {job.devices.processes} processes' * (job.devices.processes > 1),
         'workdir': job.workdir}, console)
     for line in audit.describe(data.audit):
         say(console, line)
+
+
+def _choices(facts: dict, rows: int) -> str:
+    """'all: 1547 items (reviewed: 148, sessions: 101)', and the rows that are missed."""
+    others = ', '.join(f'{name}: {facts[name]}' for name in CATALOGUES if name != facts['choice'])
+    missed = facts['missed_test_rows']
+    return (f'{facts["choice"]}: {facts[facts["choice"]]} items ({others})' + (
+        f'; the next item of {missed} of {rows} test rows is not ranked, a miss' * bool(missed)))
 
 
 def _line_counts(counts):

@@ -64,6 +64,9 @@ def check(config, among=None) -> tuple[str, ...]:
     if config.partner:
         check(partnered(config), among)
     source.check(config)
+    refuse_if(source.world and config.data.catalogue != 'all', 'config.data.catalogue='
+              f"{config.data.catalogue!r}: the planted catalogue's true probabilities are of all "
+              "items. Expected 'all'. Fix: leave it out, or name other data")
     if not source.content:
         _check_without_content(config, stages)
         return stages

@@ -114,9 +114,9 @@ def drawn_rows(job) -> np.ndarray:
     """
     rows, rng = job.test, np.random.default_rng(job.config.seed)
     several = (rows.items > 0).sum(1) >= 2
-    drawn = []
-    for session in rng.permutation(np.unique(rows.session))[:SESSIONS]:
-        every = np.flatnonzero(rows.session == session)
+    drawn, ranked = [], rows.target > 0
+    for session in rng.permutation(np.unique(rows.session[ranked]))[:SESSIONS]:
+        every = np.flatnonzero(ranked & (rows.session == session))
         long = every[several[every]]
         drawn.append(rng.choice(long if len(long) else every))
     return np.sort(np.asarray(drawn))

@@ -182,7 +182,7 @@ def test_other_data_is_refused(raw, tmp_path):
 def test_another_layout_is_refused(raw, tmp_path, monkeypatch):
     amazon_tables.prepare(raw[0], tmp_path / 'data', **OPTIONS)
     monkeypatch.setattr(amazon_tables.Amazon, 'VERSION', '9.0.0')
-    with pytest.raises(InputError, match=r'version 1\.1\.0\. Expected 9\.0\.0'):
+    with pytest.raises(InputError, match=r'version 1\.2\.0\. Expected 9\.0\.0'):
         amazon_tables.load(tmp_path / 'data')
 
 

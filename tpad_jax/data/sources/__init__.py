@@ -18,7 +18,7 @@ import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.audit import audit
-from tpad_jax.data.catalogue import Data
+from tpad_jax.data.catalogue import Data, restrict
 from tpad_jax.errors import refuse_if, refusing
 
 DEFAULT = 'planted'
@@ -143,7 +143,7 @@ def sizes(config, workdir: Path) -> tuple[int, tuple[int, ...]]:
     source = chosen(config)
     if source.sizes:
         return source.sizes(config, Path(workdir))
-    data = source.load(config, Path(workdir))
+    data = restrict(source.load(config, Path(workdir)), config.data.catalogue)
     return data.num_items, data.side_sizes
 
 
@@ -155,7 +155,8 @@ def load(config, workdir: Path) -> Data:
       workdir: the run's directory.
 
     Returns:
-      The data, with an audit and a fingerprint.
+      The data, with an audit and a fingerprint, and the items that `config.data.catalogue` keeps.
+      The audit is of all items.
 
     Raises:
       InputError: as the source's own functions; tables of unequal length, an item id out of range,
@@ -167,7 +168,8 @@ def load(config, workdir: Path) -> Data:
         report = audit(data.train, data.valid, data.test, data.warm, form=data.form,
                        ties=float('nan'))
         data = replace(data, audit=report)
-    return data if data.fingerprint else replace(data, fingerprint=_fingerprint(data))
+    data = data if data.fingerprint else replace(data, fingerprint=_fingerprint(data))
+    return restrict(data, config.data.catalogue)
 
 
 def _check(data: Data, name: str) -> None:
@@ -193,7 +195,8 @@ def _fingerprint(data: Data) -> str:
     """sha256 (hex) of the items and sessions of a source that computes none itself."""
     digest = hashlib.sha256(repr((data.asins, data.texts)).encode(errors='surrogatepass'))
     for array in (data.side, *data.train, *data.valid, *data.test):
-        digest.update(np.ascontiguousarray(array).tobytes())
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
     for item in np.flatnonzero(data.has_image):
         digest.update(hashlib.sha256(data.image_bytes[int(item)]).digest())
     return digest.hexdigest()

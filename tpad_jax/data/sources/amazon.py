@@ -62,11 +62,12 @@ class Raw(NamedTuple):
       catalogue: V rows sorted by asin (row k is item id k + 1): asin, title, brand, category,
         description (str, '' if none), price (f32 dollars, null if none), image (path or null).
       interactions: user (int64, anonymous number), item (int32 id), time (int64 seconds, if not
-        otherwise in `cutting`), sorted.
+        otherwise in `cutting`), sorted; optionally more columns that `sessions.cut` reads.
       lines: over all lines of both files, 'read' = 'kept' + sum of 'rejected' {reason: count}; and
         'unused' {what: count}, parts of kept lines (and images) that could not be used.
       form: '2018', '2023' or other words.
       cutting: arguments of `sessions.cut` that the files decide.
+      kinds: names of the kinds of events.
     """
 
     catalogue: pl.DataFrame
@@ -74,6 +75,7 @@ class Raw(NamedTuple):
     lines: dict
     form: str
     cutting: dict
+    kinds: tuple[str, ...] = ()
 
 
 class PictureUrls(NamedTuple):

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from tpad_jax.core import files
 from tpad_jax.data import audit, images, text
 from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data.catalogue import Data
+from tpad_jax.data.catalogue import Data, restrict
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import Source, amazon
 from tpad_jax.data.sources.amazon import Raw
@@ -36,6 +36,9 @@ OPTIONS = {'gap_hours': float, 'core': int, 'min_length': int, 'valid': float, '
            'seed': int}
 READ_CHUNK = 16_384  # records per read
 SESSIONS_PER_RECORD = 1024  # one by one, a million sessions take a minute to read
+# arrays of a block of sessions
+SESSIONS = {'items': np.int32, 'lengths': np.int32, 'start': np.int64, 'time': np.int64,
+            'kind': np.int32, 'visitor': np.int64}
 WORDS = ('asin', 'title', 'text', 'brand', 'category')  # the columns of `items` that hold a string
 
 
@@ -59,11 +62,11 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
     """The tables of one category; record k of `items` and of `images` is item id k + 1.
 
     A price of NaN and an image of no bytes mean that there is none.
-    A record of `sessions` is a block of them: items of all int32 [E], their lengths int32 [S] and
-    the times of their first events int64 [S], in seconds.
+    A record of `sessions` is a block of them: the arrays of `Sessions`, empty where they are None,
+    and the lengths of the sessions, int32 [S].
     """
 
-    VERSION = tfds.core.Version('1.1.0')
+    VERSION = tfds.core.Version('1.2.0')
     BUILDER_CONFIGS = [  # noqa: RUF012 (TFDS reads a plain class attribute)
         tfds.core.BuilderConfig(name=name) for name in ('items', 'images', 'sessions')]
 
@@ -80,11 +83,10 @@ class Amazon(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
             'items': dict.fromkeys(WORDS, tfds.features.Text())
-                     | {'price': np.float32, 'has_image': np.bool_},
+                     | {'price': np.float32, 'has_image': np.bool_, 'reviewed': np.bool_},
             'images': {'image': tfds.features.Text()},  # undecoded bytes
-            'sessions': {'items': tfds.features.Tensor(shape=(None,), dtype=np.int32),
-                         'lengths': tfds.features.Tensor(shape=(None,), dtype=np.int32),
-                         'start': tfds.features.Tensor(shape=(None,), dtype=np.int64)},
+            'sessions': {name: tfds.features.Tensor(shape=(None,), dtype=dtype)
+                         for name, dtype in SESSIONS.items()},
         }[self.builder_config.name]
         # the order of the records is the numbering of items and the time order of sessions
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features),
@@ -141,13 +143,14 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
 
     if (data_dir / Amazon.name).exists():
         shutil.rmtree(data_dir / Amazon.name)
-    write_table(data_dir, 'items', {'items': _item_records(raw.catalogue)})
+    write_table(data_dir, 'items', {'items': _item_records(raw.catalogue.with_columns(
+        reviewed=_reviewed(raw, int(splits['valid'].start.min()))))})
     write_table(data_dir, 'images', {'images': (
         {'image': Path(path).read_bytes() if path else b''} for path in raw.catalogue['image'])})
     write_table(data_dir, 'sessions', {split: _session_records(part)
                                        for split, part in splits.items()})
     finished = dict(version=str(Amazon.VERSION), fingerprint=identity, options=options,
-                    form=raw.form, lines=raw.lines, audit=report)
+                    form=raw.form, lines=raw.lines, audit=report, kinds=raw.kinds)
     files.write_text(data_dir / FINISHED, json.dumps(finished, indent=1, allow_nan=False))
 
 
@@ -164,7 +167,8 @@ def load(data_dir) -> Data:
       InputError: nothing finished is in data_dir.
     """
     finished = read_finished(data_dir)
-    schema = {'price': pl.Float32, 'has_image': pl.Boolean, **dict.fromkeys(WORDS, pl.Binary)}
+    schema = {'price': pl.Float32, 'has_image': pl.Boolean, 'reviewed': pl.Boolean,
+              **dict.fromkeys(WORDS, pl.Binary)}
     items = pl.DataFrame(_records(data_dir, 'items', 'items'), schema).with_columns(
         pl.col(WORDS).cast(pl.String), pl.col('price').fill_nan(None))
     splits = {split: _sessions(data_dir, split) for split in ('train', 'valid', 'test')}
@@ -173,7 +177,8 @@ def load(data_dir) -> Data:
     words = {f'{name}s': ['', *items[name]] for name in ('asin', 'title', 'text')}
     return Data(**words, image_bytes=ImageBytes(data_dir), side=side, side_sizes=side_sizes,
                 has_image=np.append(False, items['has_image'].to_numpy()), **splits, warm=warm,
-                vocabulary=text.side_vocabulary(items, warm),
+                reviewed=np.append(False, items['reviewed'].to_numpy()),
+                vocabulary=text.side_vocabulary(items, warm), kinds=tuple(finished['kinds']),
                 **{key: finished[key] for key in ('lines', 'audit', 'fingerprint', 'form')})
 
 
@@ -242,7 +247,7 @@ def read_finished(data_dir) -> dict:
       data_dir: folder of the tables.
 
     Returns:
-      version, fingerprint, options, form, lines and audit.
+      version, fingerprint, options, form, lines, audit and kinds.
 
     Raises:
       InputError: nothing finished is there, or it has another layout than this code reads.
@@ -277,9 +282,16 @@ def prepared(config, raw_dir: Path, workdir: Path, **cutting) -> Data:
     return load(workdir / 'data')
 
 
+def _reviewed(raw: Raw, begin: int) -> pl.Series:
+    """Whether each item has an event before second `begin`, when validation begins: bool [V]."""
+    before = pl.col('time') // raw.cutting.get('per_second', 1) < begin
+    numbers = raw.interactions.filter(before)['item'].unique()
+    return pl.int_range(1, raw.catalogue.height + 1, eager=True).is_in(numbers.implode())
+
+
 def _item_records(catalogue: pl.DataFrame) -> Iterator[dict]:
     texts = pl.Series('text', text.item_texts(catalogue)[1:], pl.String)
-    return catalogue.select('asin', 'title', 'brand', 'category', texts,
+    return catalogue.select('asin', 'title', 'brand', 'category', texts, 'reviewed',
                             pl.col('price').fill_null(float('nan')),
                             has_image=pl.col('image').is_not_null()).iter_rows(named=True)
 
@@ -288,14 +300,17 @@ def _session_records(sessions: Sessions) -> Iterator[dict]:
     numbers = np.arange(len(sessions.start))
     for block in np.split(numbers, numbers[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
         part = sessions_lib.take(sessions, block)
-        yield {'items': part.items, 'start': part.start, 'lengths': part.lengths.astype(np.int32)}
+        arrays = {**part._asdict(), 'lengths': part.lengths}
+        yield {name: np.asarray([] if arrays[name] is None else arrays[name], dtype)
+               for name, dtype in SESSIONS.items()}
 
 
 def _sessions(data_dir, split: str) -> Sessions:
     records = _records(data_dir, 'sessions', split)
-    items, lengths, start = (np.concatenate([record[key] for record in records])
-                             for key in ('items', 'lengths', 'start'))
-    return Sessions(items, np.append(0, np.cumsum(lengths)).astype(np.int64), start)
+    arrays = {name: np.concatenate([record[name] for record in records]) for name in SESSIONS}
+    offsets = np.append(0, np.cumsum(arrays.pop('lengths'))).astype(np.int64)
+    absent = dict.fromkeys(name for name in ('time', 'kind', 'visitor') if not len(arrays[name]))
+    return Sessions(**{**arrays, **absent}, offsets=offsets)
 
 
 def _records(data_dir, table: str, split: str) -> list[dict]:
@@ -309,9 +324,9 @@ def _load(config, workdir: Path) -> Data:
                     **{name: config.data[name] for name in ('core', 'valid', 'test')})
 
 
-def prepared_sizes(_config, workdir: Path) -> tuple[int, tuple[int, ...]]:
+def prepared_sizes(config, workdir: Path) -> tuple[int, tuple[int, ...]]:
     """Return the sizes of tables that an earlier run prepared: reading raw files takes too long."""
-    data = load(workdir / 'data')
+    data = restrict(load(workdir / 'data'), config.data.catalogue)
     return data.num_items, data.side_sizes
 
 

@@ -148,7 +148,8 @@ def read_events(config, items: Items) -> Raw:
     """
     rows, columns = open_file(config.event_file, config, EVENT)
     unused = Counter(items.unused)
-    events, unit = _events(rows, columns, items.catalogue['asin'], names(config.kinds), unused)
+    events, unit, kinds = _events(rows, columns, items.catalogue['asin'], names(config.kinds),
+                                  unused)
     rows.check(config.bad_share, fields=', '.join(columns[key] for key in columns if key != 'kind'),
                hints=HINTS)
     rows.rejected['duplicate_event'] = rows.number - rows.rejected.total() - len(events)
@@ -157,7 +158,7 @@ def read_events(config, items: Items) -> Raw:
     else:
         cutting = {'by_day': bool((events['time'] % (DAY * MILLISECONDS) == 0).all())}
     return Raw(items.catalogue, events, amazon.counts(items.rows, rows, unused),
-               f'{rows.form}, times in {unit}', {'per_second': MILLISECONDS, **cutting})
+               f'{rows.form}, times in {unit}', {'per_second': MILLISECONDS, **cutting}, kinds)
 
 
 def _described(rows: Rows, columns: dict[str, str], unused: Counter) -> dict[str, tuple]:
@@ -213,7 +214,7 @@ def _pictures(file: Path, items: dict[str, tuple], unused: Counter) -> dict[str,
 
 
 def _events(rows: Rows, columns: dict[str, str], asins: pl.Series, kinds: tuple[str, ...],
-            unused: Counter) -> tuple[pl.DataFrame, str]:
+            unused: Counter) -> tuple[pl.DataFrame, str, tuple[str, ...]]:
     """Read the events.
 
     Args:
@@ -224,19 +225,20 @@ def _events(rows: Rows, columns: dict[str, str], asins: pl.Series, kinds: tuple[
       unused: increased by ids that are matched as numbers.
 
     Returns:
-      Columns user (number of the session or user), item, time (milliseconds), sorted and none of
-      them twice; and the unit of the times in the file.
+      Columns user (number of the session or user), item, time (milliseconds), kind and visitor
+      (-1: not known), sorted, of equal events the first kind; the unit of the times in the file;
+      and the names of the kinds.
     """
     exact = {asin: place for place, asin in enumerate(asins, start=1)}
     times_used = Counter(map(_number, exact))
     by_number = {_number(asin): place for asin, place in exact.items()
                  if times_used[_number(asin)] == 1}
-    groups, unit = {}, ''
-    user, item, time = array('q'), array('i'), array('q')
+    groups, known_kinds, unit = {}, {}, ''
+    user, item, time, kind = array('q'), array('i'), array('q'), array('i')
     for row in rows:
         event = _event(row, columns, kinds)
         if not isinstance(event, Reason):
-            who, name, when, its_unit = event
+            who, name, when, its_unit, its_kind = event
             unit = unit or its_unit
             place = exact.get(name) or by_number.get(_number(name))
             if its_unit != unit:  # a file has one unit, that of its first usable row
@@ -250,14 +252,23 @@ def _events(rows: Rows, columns: dict[str, str], asins: pl.Series, kinds: tuple[
         user.append(groups.setdefault(who, len(groups)))
         item.append(place)
         time.append(when)
+        kind.append(known_kinds.setdefault(its_kind, len(known_kinds)))
     # numbered by sorted names, so that no number depends on the order of lines
-    number = np.argsort([groups[who] for who in sorted(groups)])
-    table = pl.DataFrame({'user': number[user], 'item': np.asarray(item), 'time': np.asarray(time)})
-    return table.unique().sort('user', 'time', 'item'), unit
+    number, kind_number = (np.argsort(np.array([seen[name] for name in sorted(seen)], int))
+                           for seen in (groups, known_kinds))
+    visitors = {name: place for place, name in enumerate(sorted({who[1] for who in groups} - {''}))}
+    visitor = np.array([visitors.get(name, -1) for _, name in sorted(groups)], int)
+    table = pl.DataFrame({'user': number[user], 'item': np.asarray(item), 'time': np.asarray(time),
+                          'kind': kind_number[kind], 'visitor': visitor[number[user]]})
+    every = ['user', 'time', 'item', 'kind']
+    table = table.sort(every).unique(every[:3], keep='first', maintain_order=True)
+    if 'kind' not in columns:
+        return table.drop('kind'), unit, ()
+    return table, unit, tuple(sorted(known_kinds))
 
 
 def _event(row: dict, columns: dict[str, str], kinds: tuple[str, ...]) -> tuple | Reason:
-    """-> session and user, item, milliseconds and unit of a row, or why it cannot be used."""
+    """-> session and user, item, milliseconds, unit and kind, or why the row cannot be used."""
     ids = {key: id_of(row[columns[key]]) for key in ('item', 'session', 'user') if key in columns}
     cell = text_of(row[columns['time']])
     needed = {'item': ids['item'], 'time': cell,
@@ -268,12 +279,13 @@ def _event(row: dict, columns: dict[str, str], kinds: tuple[str, ...]) -> tuple 
     for value in ids.values():
         if isinstance(value, Reason):
             return value
-    if kinds and text_of(row[columns['kind']]) not in kinds:
+    kind = text_of(row[columns['kind']]) if 'kind' in columns else ''
+    if kinds and kind not in kinds:
         return Reason('other_kind')
     when, unit = time_of(cell)
     if when is None:
         return Reason('bad_time')
-    return (ids.get('session', ''), ids.get('user', '')), ids['item'], when, unit
+    return (ids.get('session', ''), ids.get('user', '')), ids['item'], when, unit, kind
 
 
 def _number(name: str) -> str:
