@@ -36,6 +36,10 @@ def main(argv: list[str]) -> None:
         from tpad_jax.job import memory_plan
         print(*memory_plan.lines(config, workdir, values.plan, values.plan_items), sep='\n')
         return
+    if values['dry-run'].value:
+        from tpad_jax.job import dry_run
+        print(*dry_run.lines(config), sep='\n')
+        return
     from tpad_jax.distributed import hosts
     from tpad_jax.job import job, mirror
     hosts.join(values.coordinator, values.processes, values.process)
@@ -111,6 +115,8 @@ def _flags(values):
         flags.ArgumentParser(), flags.ArgumentSerializer(), 'plan', None,
         'Print the memory that every stage takes, and stop. --plan is for the devices of this '
         'machine; --plan=v5e-8, --plan=v6e-8 or --plan=24gib-8 name others.', boolean=True), values)
+    flags.DEFINE_boolean('dry-run', False, 'Read the data, print columns, counts, examples and the '
+                         'estimated time, and stop.', flag_values=values)
     integer('plan_items', None, 'With --plan: the number of items. No data are read.', 1)
     integer('profile', 0, 'Trace and time this many steps of every stage, into WORKDIR/profile.', 0)
     # a run of several processes: each gets the same command with another --process

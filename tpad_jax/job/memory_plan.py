@@ -112,12 +112,7 @@ def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> dict
     if not c.steps:
         return {'frozen': held(subject.params), 'trained': 0, 'optimiser': 0, 'batches': 0,
                 'catalogue': held(rows), 'temporary': 0}
-    model = subject.build(subject.base, subject.config)
-    spec = step_lib.make_spec(subject.config, stage, model, 0)
-    state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), subject.params)
-    batch = _batch(subject, stage, spec)
-    if 'cluster' in spec.needs:
-        rows['cluster'] = jax.ShapeDtypeStruct(rows['warm'].shape, jnp.int32)
+    spec, state, batch, rows = _inputs(subject, stage, rows)
     if compile_step:
         device = dataclasses.replace(devices, how='jit', devices=devices.devices[:1], model=1)
         compiled = loop.compile_step(device, spec, state, batch, rows)
@@ -129,6 +124,34 @@ def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> dict
     return {'frozen': held(state.frozen), 'trained': held(state.params),
             'optimiser': _tree_bytes(state.opt_state), 'batches': 2 * _tree_bytes(batch),
             'catalogue': held(rows), 'temporary': temporary}
+
+
+def _inputs(subject, stage, rows):
+    """The static part of a stage's step, and the shapes of its state, batch and rows."""
+    model = subject.build(subject.base, subject.config)
+    spec = step_lib.make_spec(subject.config, stage, model, 0)
+    state = jax.eval_shape(partial(step_lib.start, spec, pattern=subject.config.stage[stage].train),
+                           subject.params)
+    if 'cluster' in spec.needs:
+        rows = {**rows, 'cluster': jax.ShapeDtypeStruct(rows['warm'].shape, jnp.int32)}
+    return spec, state, _batch(subject, stage, spec), rows
+
+
+def step_operations(subject: Subject, stage: str) -> float:
+    """Count the floating-point operations of one device in a step of a stage, without compiling.
+
+    Args:
+      subject: of the run.
+      stage: of config.STAGES, with steps.
+
+    Returns:
+      The number, as XLA counts it.
+    """
+    spec, state, batch, rows = _inputs(subject, stage, subject.catalogue)
+    step = jax.jit(partial(loop.lean_step, spec=spec, axis=None))
+    lowered = step.lower(state.replace(frozen={}), batch,
+                         {'catalogue': rows, 'frozen': state.frozen})
+    return lowered.cost_analysis()['flops']
 
 
 def _batch(subject, stage, spec):
@@ -308,11 +331,29 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
     room, count = target(value)
     among = None if count is None else range(count)
     stages = check(config, among)
-    total, sizes, positions, origin = facts(config, Path(workdir), items)
+    *sizes, origin = facts(config, Path(workdir), items)
+    subject = subject_of(config, *sizes, among)
+    available = room or limit()
+    size = 'unknown size' if available is None else f'{gib(available)} GiB'
+    way = 'estimated' if room else 'compiled'
+    return [f'Planned for: {sizes[0]} items ({origin}), prefixes of {subject.positions}, '
+            f'{len(subject.devices.devices)} device(s) of {size}; {way} from shapes alone',
+            *of_run(subject, stages, available, compile_step=not room)]
+
+
+def subject_of(config, total: int, sizes: tuple[int, ...], positions: int, among=None) -> Subject:
+    """Find the shapes of a run.
+
+    Args:
+      config: of the run.
+      total: V.
+      sizes: how many values each side feature has.
+      positions: N.
+      among: devices that are not of this process, see `devices.choose`.
+    """
     devices = devices_lib.choose(config.parallel, config.devices, config.model_shards, among,
                                  config.precision)
     catalogue, key = rows(config, total, len(sizes)), jax.random.key(0)
-
     build = partial(step_lib.build_model, items=total, max_length=positions, side_sizes=sizes)
     if not sources.chosen(config).content:
         module, side = None, 0
@@ -325,11 +366,5 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
         make = step_lib.initialiser(config, build(module, config), (side, side, 3))
         shapes = jax.eval_shape(make, key, catalogue=catalogue)
         shapes |= {'teacher': teacher.shapes} if teacher else {}
-    subject = Subject(config, build, module, parameter_shapes(config, shapes), catalogue, devices,
-                      positions, side)
-    available = room or limit()
-    size = 'unknown size' if available is None else f'{gib(available)} GiB'
-    way = 'estimated' if room else 'compiled'
-    return [f'Planned for: {total} items ({origin}), prefixes of {positions}, '
-            f'{len(devices.devices)} device(s) of {size}; {way} from shapes alone',
-            *of_run(subject, stages, available, compile_step=not room)]
+    return Subject(config, build, module, parameter_shapes(config, shapes), catalogue, devices,
+                   positions, side)

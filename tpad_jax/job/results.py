@@ -20,7 +20,6 @@ from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
 from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
-from tpad_jax.data.catalogue import CATALOGUES
 from tpad_jax.diagnostics import records
 from tpad_jax.errors import refusing
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
@@ -216,7 +215,7 @@ def data_facts(job) -> dict:
     lengths = {split: len(getattr(data, split).start) for split in ('train', 'valid', 'test')}
     return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
             'cold_items': int((~data.warm[1:]).sum()), 'sessions': lengths,
-            'catalogue': {'choice': job.config.data.catalogue, **data.choices,
+            'catalogue': {'choice': job.config.data.catalogue, 'items': data.choices,
                           'missed_test_rows': int((job.test.target == 0).sum())},
             'planted': job.planted is not None, 'protocol': job.config.data.protocol,
             'refit': job.final is not job.data, 'fingerprint': data.fingerprint}
@@ -237,7 +236,9 @@ def introduce(job, console):
         **({'sessions read': _line_counts(facts['lines'])} if job.content is None else
            {'raw lines': _line_counts(facts['lines']), 'images': _line_counts(facts['images'])}),
         'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
-        'catalogue': _choices(facts['catalogue'], len(job.test.target)),
+        'catalogue': choices_of(job.config.data.catalogue, data.choices) + (
+            f'; the next item of {missed} of {len(job.test.target)} test rows is not ranked: a miss'
+            if (missed := facts['catalogue']['missed_test_rows']) else ''),
         'sessions': ', '.join(f'{n} {split}' for split, n in facts['sessions'].items()),
         'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}'
                    + f' in {job.devices.processes} processes' * (job.devices.processes > 1),
@@ -246,12 +247,15 @@ def introduce(job, console):
         say(console, line)
 
 
-def _choices(facts: dict, rows: int) -> str:
-    """'all: 1547 items (reviewed: 148, sessions: 101)', and the rows that are missed."""
-    others = ', '.join(f'{name}: {facts[name]}' for name in CATALOGUES if name != facts['choice'])
-    missed = facts['missed_test_rows']
-    return (f'{facts["choice"]}: {facts[facts["choice"]]} items ({others})' + (
-        f'; the next item of {missed} of {rows} test rows is not ranked, a miss' * bool(missed)))
+def choices_of(choice: str, counts: dict) -> str:
+    """Describe how many items each choice has: 'all: 1547 items (reviewed: 147, sessions: 101)'.
+
+    Args:
+      choice: `config.data.catalogue`.
+      counts: `choices` of the data.
+    """
+    others = ', '.join(f'{name}: {n}' for name, n in counts.items() if name != choice)
+    return f'{choice}: {counts[choice]} items ({others})'
 
 
 def _line_counts(counts):

@@ -3,7 +3,9 @@
 import csv
 import gzip
 import io
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -160,3 +162,31 @@ def test_pictures_of_a_column_and_of_a_folder(tmp_path):
         str(tmp_path / 'a.png'), str(tmp_path / 'images/2.jpg'), None, None]
     assert {reason: n for reason, n in read.unused.items() if n} == {
         'image_not_there': 1, 'image_link_outside': 1}
+
+
+def test_the_page_is_read_as_it_says(tmp_path, monkeypatch):
+    """The program of docs/bring_your_data.md, and the options of its commands."""
+    page = (Path(__file__).parents[3] / 'docs' / 'bring_your_data.md').read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'^```python\n(.*?)^```$', page, re.DOTALL | re.MULTILINE)[1], {})
+    commands = re.findall(r'^python -m tpad_jax.train (.*)$', page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        options = re.findall(r'--config\.data\.(\w+)=(\S+)', command)
+        assert dict(options) == {'event_file': 'clicks.csv', 'item_file': 'items.csv'}
+    c = config.get_config()
+    config.tiny(c)
+    c.data.update(dict(options))
+    source = sources.chosen(c)
+    source.check(c)
+    data = sources.load(c, tmp_path / 'run')
+    assert [len(part.start) for part in (data.train, data.valid, data.test)] == [480, 60, 60]
+    assert data.lines['rejected'] == {}
+    assert data.num_items == 120
+    assert data.kinds == ('view',)
+    assert len(np.unique(data.train.visitor)) == 200
+    assert (data.train.time[data.train.offsets[:-1]] == 1000 * data.train.start).all()
+    assert [line.split(': ')[1].split(',')[0] for line in source.columns(c)][:3] == [
+        'visitor_id is user', 'event_time is time', 'event_type is kind']
+    assert '"0003", "0007"' in page
+    assert {'0003', '0007'} <= {*data.asins}

@@ -32,6 +32,7 @@ class Source:
       load: reads it: (config, workdir) -> `catalogue.Data`. It may write to `workdir / 'data'`.
         An empty `fingerprint` or `audit` of the result is filled in by `sources.load`.
       check: refuses unusable options and missing files before anything is read or created.
+      columns: lines that say which columns or fields are read, for `--dry-run`.
       sizes: what `sources.sizes` returns, without reading what is large; None: it is taken from
         the loaded data.
       content: whether items have texts and pictures. Without, only the recommender can be trained.
@@ -42,6 +43,7 @@ class Source:
 
     load: Callable[[Any, Path], Data]
     check: Callable[[Any], None] = lambda config: None
+    columns: Callable[[Any], list[str]] = lambda config: []
     sizes: Callable[[Any, Path], tuple[int, tuple[int, ...]]] | None = None
     content: bool = True
     timed: bool = True

@@ -23,7 +23,7 @@ from tpad_jax.data import audit, images, text
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.catalogue import Data, restrict
 from tpad_jax.data.sessions import Sessions
-from tpad_jax.data.sources import Source, amazon
+from tpad_jax.data.sources import Source, amazon, amazon_fields
 from tpad_jax.data.sources.amazon import Raw
 from tpad_jax.errors import refuse_if
 
@@ -330,5 +330,13 @@ def prepared_sizes(config, workdir: Path) -> tuple[int, tuple[int, ...]]:
     return data.num_items, data.side_sizes
 
 
+def _columns(config) -> list[str]:
+    """The fields of both raw files by what they are read as."""
+    raw = amazon.find_files(config.data.raw_dir)
+    fields = vars(amazon_fields.FIELDS[raw.form])
+    return [f'{raw.reviews} and {raw.metadata}: ' + ', '.join(
+        f'{field} is {name}' for name, field in fields.items() if isinstance(field, str) and field)]
+
+
 SOURCE = Source(load=_load, check=lambda config: amazon.find_files(config.data.raw_dir),
-                sizes=prepared_sizes)
+                columns=_columns, sizes=prepared_sizes)

@@ -45,6 +45,7 @@ EVENT = ('session', 'user', 'item', 'time', 'kind'), (('item',), ('time',), ('se
 ITEM = (('id', 'title', 'image', 'price', 'category', 'brand', 'text'),
         (('id',), ('title', 'text')))
 MILLISECONDS = 1000
+EXAMPLE = 50  # characters of a printed value
 LONGEST = 10**9  # seconds of a pause that never ends a session
 _NUMBER = re.compile(r'0*(\d+)(?:\.0*)?')  # an id that programs may write in several ways
 _URL = re.compile(r'https?://', re.IGNORECASE)
@@ -340,4 +341,16 @@ def _check(config) -> None:
               'has no column of kinds. Expected one. Fix: set config.data.columns.kind.')
 
 
-SOURCE = Source(load=_load, check=_check, sizes=amazon_tables.prepared_sizes)
+def _columns(config) -> list[str]:
+    """Each column of both files with what it is read as and its first value."""
+    out = []
+    for file, wanted in ((config.data.event_file, EVENT), (config.data.item_file, ITEM)):
+        rows, columns = open_file(file, config.data, wanted)
+        used = {name: key for key, value in columns.items() for name in names(value)}
+        first = next(iter(rows), {})
+        out += [f'{file} ({rows.form}): {name} is {used.get(name, "not read")}, such as '
+                f'{text_of(first.get(name))[:EXAMPLE]!r}' for name in rows.columns]
+    return out
+
+
+SOURCE = Source(load=_load, check=_check, columns=_columns, sizes=amazon_tables.prepared_sizes)
