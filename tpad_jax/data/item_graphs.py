@@ -6,7 +6,7 @@ Models and baselines count on training sessions alone: a graph of test sessions 
 import numpy as np
 import scipy.sparse as sp
 
-from tpad_jax.data.sessions import Sessions
+from tpad_jax.data.sessions import Sessions, counts
 
 
 def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float = 0.0
@@ -133,3 +133,55 @@ def _heaviest(graph: sp.coo_array, most: int) -> tuple[np.ndarray, np.ndarray]:
     weights = np.zeros((graph.shape[0], most), np.float32)
     ids[row[first], rank[first]], weights[row[first], rank[first]] = col[first], weight[first]
     return ids, weights
+
+
+def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 100,
+          holders: int = 50, longest: int = 12) -> dict[str, np.ndarray]:
+    """Count what the experts of models/experts.py look up, in tables of fixed widths.
+
+    Args:
+      train: S training sessions.
+      num_items: V.
+      ordered: whether the sessions are in the order of time; if not, they are drawn.
+      most: items kept per item, the heaviest by both rules.
+      holders: sessions kept per item, the most recent ones.
+      longest: latest items kept of a session.
+
+    Returns:
+      near int32 [V + 1, most], 0 where there are fewer, and weight float32 [V + 1, most, 2] as a
+      follower (weights 1 / steps) and as a companion (a cosine); holders int32 [V + 1, holders],
+      sessions by number from 1, the most recent first; sessions int32 [S' + 1, longest], those that
+      are kept for any item, and scale float32 [S' + 1], one over the square root of their different
+      items; events float32 [V + 1].
+    """
+    after = followers(train, num_items, 10, 1.0)
+    held = membership(train, num_items, 1000)
+    size = 1 / np.sqrt(held.sum(axis=0) + 20)  # as in item-kNN
+    cosine = sp.diags_array(size) @ (held.T @ held) @ sp.diags_array(size)
+    tables = [sp.csr_array(after / np.maximum(after.sum(axis=1), 1)[:, None]),
+              sp.csr_array(_without_loops(cosine))]
+    near, _ = _heaviest(sp.coo_array(tables[0] + tables[1]), most)
+    row = np.repeat(np.arange(num_items + 1), most)
+    weight = np.stack([sp.csr_array(x)[row, near.reshape(-1)].reshape(near.shape)
+                       for x in (after, tables[1])], axis=-1)
+    weight[near == 0] = 0
+    count = len(train.lengths)
+    # session 1 is the most recent one
+    order = np.arange(count)[::-1] if ordered else np.random.default_rng(0).permutation(count)
+    number = np.empty(count, np.int64)
+    number[order] = np.arange(1, count + 1)
+    cells = sp.coo_array(held)
+    kept = sp.coo_array((1.0 / number[cells.row], (cells.col, number[cells.row])),
+                        shape=(num_items + 1, count + 1))
+    by_item, _ = _heaviest(kept, holders)
+    used = np.unique(np.append(by_item, 0))
+    session = order[used[1:] - 1]
+    begin = np.maximum(train.offsets[session], train.offsets[session + 1] - longest)
+    at = begin[:, None] + np.arange(longest)
+    events = np.where(at < train.offsets[session + 1][:, None],
+                      train.items[np.minimum(at, len(train.items) - 1)], 0)
+    events = np.pad(events, ((1, 0), (0, 0))).astype(np.int32)
+    scale = np.append(0, 1 / np.sqrt(held.sum(axis=1)[session])).astype(np.float32)
+    return {'near': near, 'weight': weight.astype(np.float32), 'sessions': events, 'scale': scale,
+            'holders': np.searchsorted(used, by_item).astype(np.int32),
+            'events': counts(train, num_items).astype(np.float32)}

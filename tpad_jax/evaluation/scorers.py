@@ -16,7 +16,7 @@ import numpy as np
 from tpad_jax.distributed import collectives
 from tpad_jax.distributed.devices import Devices, compiled
 from tpad_jax.evaluation import metrics
-from tpad_jax.models import outputs, tpad
+from tpad_jax.models import experts, outputs, tpad
 from tpad_jax.types import Batch
 
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
@@ -30,26 +30,31 @@ class Bound(NamedTuple):
       specs: of each recommender.
       params: of each, nested and complete.
       near: of each, its rows of the graphs over items, or {}.
-      z: float32 [V+1, D]. The item vectors of all recommenders, concatenated.
+      z: float32 [V+1, D]. The item vectors of all recommenders, concatenated, and the columns of
+        experts.
+      experts: of models/experts.py, {'weights', 'tables'}, or None.
     """
 
     specs: tuple[tpad.TPAD, ...]
     params: tuple[dict, ...]
     near: tuple[dict, ...]
     z: jnp.ndarray
+    experts: dict | None = None
 
 
-def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
+def session_encoder(specs: tuple[tpad.TPAD, ...], mixed: bool = False) -> Callable:
     """Make the function that encodes sessions: <h, z> is an item's score. Pure.
 
     The sum of several recommenders' scores is the product of their concatenated vectors.
 
     Args:
       specs: of each recommender.
+      mixed: whether experts add columns to h and z, see models/experts.py.
 
     Returns:
       (weights, z [V+1, D], items int32 [B, N]) -> h [B, D]. `weights` has for each spec the pair
-      ({'recommender': parameters}, rows of the graphs or {}).
+      ({'recommender': parameters}, rows of the graphs or {}); with `mixed` it is the pair of that
+      tuple and of the experts {'weights', 'tables'}.
     """
     def encode(weights, z, items):
         parts, begin, item_vectors = [], 0, z[items]
@@ -62,14 +67,20 @@ def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
                                               z=item_vectors[..., cut]))
         return jnp.concatenate(parts, axis=1)
 
-    return encode
+    def extended(weights, z, items):
+        models, rules = weights
+        h = encode(models, z, items)
+        return experts.session_columns(rules, h, z[items][..., h.shape[1] + 1:], items)
+
+    return extended if mixed else encode
 
 
-def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable | None:
+def session_shifts(specs: tuple[tpad.TPAD, ...], mixed: bool = False) -> Callable | None:
     """Make the function that shifts scores of items in or near the session.
 
     Args:
       specs: of each recommender.
+      mixed: whether the rules of models/experts.py shift scores, too.
 
     Returns:
       (weights, items int32 [B, N]) -> items [B, M] and the shifts of their scores [B, M]. A shift
@@ -88,11 +99,20 @@ def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable | None:
             parts.append((each[0][0], sum(shift for _, shift in each)))
         return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
 
-    return shifts if repeats or together else None
+    own = shifts if repeats or together else None
+
+    def ruled(weights, items):
+        models, rules = weights
+        moved = own and own(models, items)
+        ids, shares = experts.said(rules['tables'], items, moved)
+        return ids, experts.shift(rules['weights'], shares)
+
+    return ruled if mixed else own
 
 
 @lru_cache(maxsize=16)  # one compilation for all validations of a recommender
-def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callable:
+def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices, mixed: bool = False
+           ) -> Callable:
     """Make the function that binds parameters to a scorer.
 
     No MLLM runs: items are read from the catalogue's rows. The scorer is compiled once per chunk
@@ -102,6 +122,8 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
       specs: of one recommender, or of several whose scores are added. The returned function then
         takes tuples of nested params and of catalogues.
       devices: that `ranks` counts on.
+      mixed: whether experts join. The returned function then has a third argument, which
+        `experts.mixture` makes.
 
     Returns:
       (params, catalogue) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1]. The scorer
@@ -117,7 +139,7 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
         return jnp.concatenate([tpad.z_table(spec, *inputs) for spec, *inputs in
                                 zip(specs, params, catalogues, strict=True)], axis=1)
 
-    encode, shifts = session_encoder(specs), session_shifts(specs)
+    encode, shifts = session_encoder(specs, mixed), session_shifts(specs, mixed)
 
     @partial(compiled, precision=devices.precision)
     def score(weights, z, items):
@@ -129,18 +151,21 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
 
     rank = ranker(encode, devices, shifts=shifts)
 
-    def bind(params, catalogue):
+    def bind(params, catalogue, mixture=None):
         every, catalogues = (params, catalogue) if several else ((params,), (catalogue,))
         recommenders = tuple({'recommender': tree['recommender']} for tree in every)
         z = table(recommenders, catalogues)
         near = tuple({n: rows[n] for n in tpad.GRAPHS if n in rows} for rows in catalogues)
-        weights = tuple(zip(recommenders, near, strict=True))
+        weights, rules = tuple(zip(recommenders, near, strict=True)), None
+        if mixed:
+            rules, columns = mixture
+            weights, z = (weights, rules), jnp.concatenate([z, columns], axis=1)
 
         def scores(items):
             return np.asarray(score(weights, z, jnp.asarray(items)))
 
         scores.ranks = partial(rank, weights, z)
-        scores.bound = Bound(specs, every, near, z)
+        scores.bound = Bound(specs, every, near, z, rules)
         return scores
 
     return bind

@@ -12,8 +12,9 @@ a probability up to a constant, so this is a product of experts (Hinton 2002), t
 item-kNN. The shift is not trained: a training session would find its target in the counts.
 """
 
-import jax
 import jax.numpy as jnp
+
+from tpad_jax.nn.gather import totals
 
 
 def shifts(ids, lift, items, *, strength: float, decay: float):
@@ -38,14 +39,5 @@ def shifts(ids, lift, items, *, strength: float, decay: float):
     own = (near[..., None] == items[:, None, None]).any(axis=-1)
     parts = jnp.where(own | (near == 0), 0, share[..., None] * lift[items])
     near, parts = (x.reshape(len(items), -1) for x in (near, parts))
-    order = jnp.argsort(near, axis=1)  # stable: an item's parts are summed in the prefix's order
-    near, parts = (jnp.take_along_axis(x, order, axis=1) for x in (near, parts))
-    first = jnp.pad(near[:, 1:] != near[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    last = jnp.pad(first[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-
-    def joined(a, b):
-        """Add the sums of two runs; a sum starts over where an item begins."""
-        return a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1])
-
-    _, total = jax.lax.associative_scan(joined, (first, parts), axis=1)
+    near, total, last = totals(near, parts)
     return near, jnp.where(last, strength * jnp.log1p(total), 0)

@@ -1,0 +1,193 @@
+"""Fits the weights of the experts by the likelihood of validation [ours].
+
+A fit has a dozen numbers. They maximise the log-likelihood of the validation rows' targets over the
+whole catalogue plus a normal prior. Its means are values that suit many catalogues and trust the
+rules more than the recommender, so rules decide where validation is small.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+
+from tpad_jax.data import item_graphs
+from tpad_jax.data.sessions import Rows, Sessions
+from tpad_jax.distributed.devices import compiled
+from tpad_jax.models import experts
+
+CELLS = 2**25  # scores of the recommender that a fit reads: of more rows it draws a sample
+ROWS = 256  # rows at a time
+WIDTH = 64  # of an item's content; wider content is projected on its first principal components
+# Weight: its mean and standard deviation under the prior, its lowest value, and the expert or
+# remedy of config.experts that it belongs to, without which it is 0.
+WEIGHTS = {
+    'model': (0.3, 0.5, 0.0, 'model'),
+    'popularity': (0.5, 0.3, 0.0, 'popularity'), 'cold': (-1.0, 2.0, -12.0, 'cold'),
+    'followers': (0.4, 0.3, 0.0, 'followers'), 'companions': (0.4, 0.3, 0.0, 'companions'),
+    'neighbours': (0.4, 0.3, 0.0, 'neighbours'), 'held': (-0.3, 2.0, -12.0, 'held'),
+    'content': (1.0, 2.0, 0.0, 'content'), 'following': (1.0, 2.0, 0.0, 'content'),
+    'cold_content': (0.0, 0.5, -0.95, 'cold'),
+    **{f'floor_{rule}': (-5.0, 1.0, -12.0, rule) for rule in experts.RULES}}
+NAMES = tuple(dict.fromkeys(name for *_, name in WEIGHTS.values()))
+
+
+class Fit(NamedTuple):
+    """Fitted weights.
+
+    Attributes:
+      weights: {name of WEIGHTS: value}.
+      nll: mean negative log-likelihood of the validation rows that were read, in nats.
+      rows: their number.
+    """
+
+    weights: dict[str, float]
+    nll: float
+    rows: int
+
+
+def tables(train: Sessions, num_items: int, content: np.ndarray | None, *, ordered: bool) -> dict:
+    """Count the tables that the experts read.
+
+    Args:
+      train: the training sessions.
+      num_items: V.
+      content: float32 [V+1, C]. Of `projected`; None: the items have none.
+      ordered: whether the sessions are in the order of time.
+
+    Returns:
+      Arrays of `item_graphs.rules`, and 'content' and 'next' float32 [V+1, C].
+    """
+    out = item_graphs.rules(train, num_items, ordered=ordered)
+    if content is None:
+        content = np.zeros((num_items + 1, 1), np.float32)
+    follow = item_graphs.followers(train, num_items, 1)
+    pairs = follow.tocoo()
+    source, wanted, weight = content[pairs.row], content[pairs.col], pairs.data[:, None]
+    # an item with few followers borrows from a linear map of its own content (ridge regression)
+    gram = source.T @ (weight * source) + 10 * np.eye(content.shape[1])
+    guess = content @ np.linalg.solve(gram, source.T @ (weight * wanted))
+    count = follow.sum(axis=1)[:, None]
+    following = (follow @ content + 5 * guess) / (count + 5)
+    return jax.device_put(out | {'content': content, 'next': following.astype(np.float32)})
+
+
+def projected(features: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Project features on their first WIDTH principal components.
+
+    Args:
+      features: float [V+1, ...]. A row of zeros has no content.
+
+    Returns:
+      float32 [V+1, C] of length one or zero, and {'centre' [D], 'axes' [D, C]} of `project`.
+    """
+    flat = np.asarray(features, np.float64).reshape(len(features), -1)
+    there = np.any(flat != 0, axis=1)
+    centre = flat[there].mean(axis=0) if there.any() else flat[0]
+    axes = np.linalg.eigh(np.cov(flat[there], rowvar=False))[1][:, -WIDTH:] if (
+        flat.shape[1] > WIDTH) else np.eye(flat.shape[1])
+    basis = {'centre': centre.astype(np.float32), 'axes': axes.astype(np.float32)}
+    return np.where(there[:, None], project(flat, basis), 0).astype(np.float32), basis
+
+
+def project(flat, basis):
+    """Apply the projection of `projected` to features [n, D]: vectors [n, C] of length one."""
+    out = (flat - basis['centre']) @ basis['axes']
+    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+
+
+def packed(values) -> dict:
+    """Arrange the values of WEIGHTS as models/experts.py reads them."""
+    own = dict(zip(WEIGHTS, values, strict=True))
+    return {**own, 'rules': jnp.stack([own[rule] for rule in experts.RULES]),
+            'floors': jnp.stack([own[f'floor_{rule}'] for rule in experts.RULES])}
+
+
+def mixture(fit: Fit, table: dict) -> tuple[dict, jnp.ndarray]:
+    """Make what a scorer reads, see `scorers.scorer`.
+
+    Args:
+      fit: the weights.
+      table: of `tables`.
+
+    Returns:
+      {'weights', 'tables'} of a session's score, and the columns of the item vectors.
+    """
+    weights = packed([jnp.float32(x) for x in fit.weights.values()])
+    read = {name: x for name, x in table.items() if name not in ('content', 'events')}
+    return {'weights': weights, 'tables': read}, experts.item_columns(weights, table)
+
+
+def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...], *, seed: int = 0
+        ) -> Fit:
+    """Fit the weights on validation.
+
+    Args:
+      model: scorer of a recommender that was not trained on validation; None: rules only.
+      table: of `tables`, counted on the training sessions alone.
+      valid: validation rows.
+      names: of NAMES, those that count.
+      seed: of the sample of rows.
+    """
+    total, most = len(valid.target), max(1, CELLS // len(table['events']) // ROWS) * ROWS
+    rows = np.arange(total) if total <= most else np.sort(
+        np.random.default_rng(seed).choice(total, most, replace=False))
+    filled = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # the last part is filled up
+    counts = np.arange(len(filled)) < len(rows)
+    (said, loss), parts, widest = _programs(), [], 0
+    for part in np.split(np.arange(len(filled)), len(filled) // ROWS):
+        items = valid.items[filled[part]]
+        ids, shares = map(np.asarray, said(table, items))
+        empty = ~shares.any(axis=-1)
+        order = np.argsort(empty, axis=-1, kind='stable')
+        widest = max(widest, (~empty).sum(axis=-1).max())
+        scores = np.zeros((ROWS, 1), np.float32) if model is None else np.asarray(model(items))
+        parts.append([items, valid.target[filled[part]], counts[part],
+                      scores - scores[:, 1:].mean(axis=1, keepdims=True)
+                      if model is not None else scores,
+                      np.take_along_axis(ids, order, axis=1),
+                      np.take_along_axis(shares, order[..., None], axis=1)])
+    widest = -(-widest // 128) * 128  # the same shape for several fits
+    parts = jax.device_put([[*part, ids[:, :widest], shares[:, :widest]]
+                            for *part, ids, shares in parts])
+    mean, spread, low = (np.array([x[i] for x in WEIGHTS.values()]) for i in range(3))
+    off = np.array([x[3] not in names or (x[3] == 'model' and model is None)
+                    for x in WEIGHTS.values()])
+
+    def objective(values):
+        """Return the negative log-likelihood plus the prior's, and the gradient."""
+        value, slope = 0.0, np.zeros(len(values))
+        for part in parts:
+            more = loss(jnp.asarray(values, jnp.float32), table, *part)
+            value, slope = value + float(more[0]), slope + np.asarray(more[1], np.float64)
+        away = np.where(off, 0, (values - mean) / spread)
+        return value + 0.5 * (away ** 2).sum(), slope + away / spread
+
+    found = scipy.optimize.minimize(
+        objective, np.where(off, 0, mean), jac=True, method='L-BFGS-B',
+        bounds=[(0, 0) if out else (least, None) for out, least in zip(off, low, strict=True)],
+        options={'maxiter': 60, 'ftol': 1e-6})
+    away = np.where(off, 0, (found.x - mean) / spread)
+    return Fit(dict(zip(WEIGHTS, found.x.tolist(), strict=True)),
+               float((found.fun - 0.5 * (away ** 2).sum()) / len(rows)), len(rows))
+
+
+@cache
+def _programs():
+    return compiled(experts.said), compiled(jax.value_and_grad(_loss))
+
+
+def _loss(values, table, items, target, counts, scores, ids, shares):
+    """Compute the negative log-likelihood of some rows, summed."""
+    weights, row = packed(values), jnp.arange(len(items))
+    columns = experts.item_columns(weights, table)
+    sides = experts.session_columns({'weights': weights, 'tables': table},
+                                    jnp.zeros((len(items), 0)), columns[items, 1:], items)
+    logits = weights['model'] * scores + sides @ columns.T
+    logits = logits.at[row[:, None], ids].add(experts.shift(weights, shares))
+    logits = logits.at[:, 0].set(-jnp.inf)
+    gain = logits[row, target] - jax.nn.logsumexp(logits, axis=1)
+    return -jnp.where(counts, gain, 0).sum()
