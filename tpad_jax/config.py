@@ -63,6 +63,9 @@ def get_config() -> ConfigDict:
     # baselines of the results, comma-separated, some of these; '': none
     c.baselines = ('pop,repeat_last,markov,sr,ar,item_knn,content_knn,content_rules,'
                    'vsknn,stan,vstan')
+    # what the served scores add up, weighted by the likelihood of validation (models/experts.py);
+    # comma-separated; '': the recommender alone
+    c.experts = 'model,popularity,cold,followers,companions,neighbours,held,content'
     # metrics in addition to hit, mrr and ndcg, {name: 'module:function'}: docs/add_a_metric.md
     c.metrics = ConfigDict()
 

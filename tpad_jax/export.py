@@ -132,6 +132,8 @@ def _write_recommender(served, directory, k, rows):
 
     total = len(served.z)
     weights = {'z': np.pad(served.z, ((0, topk.rounded(total) - total), (0, 0)))}
+    if served.experts is not None:
+        weights |= flatten_dict({'experts': served.experts}, sep='/')
     for i, (params, near) in enumerate(served.weights):
         flat = flatten_dict({**params, 'rows': near}, sep='/')
         # z holds the output of the fusion already
@@ -143,7 +145,7 @@ def _write_recommender(served, directory, k, rows):
         tree = unflatten_dict(weights, sep='/')
         models = tuple(({'recommender': tree[f'{i}']['recommender']}, tree[f'{i}'].get('rows', {}))
                        for i in range(len(served.specs)))
-        return search(models, weights['z'], total, items, k=k)
+        return search((models, tree.get('experts')), weights['z'], total, items, k=k)
 
     shapes = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights),
               jax.ShapeDtypeStruct((rows, served.about['max_length']), np.int32))

@@ -49,54 +49,36 @@ class Fit(NamedTuple):
     rows: int
 
 
-def tables(train: Sessions, num_items: int, content: np.ndarray | None, *, ordered: bool) -> dict:
+def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, ordered: bool) -> dict:
     """Count the tables that the experts read.
 
     Args:
       train: the training sessions.
       num_items: V.
-      content: float32 [V+1, C]. Of `projected`; None: the items have none.
+      features: float [V+1, ...]. The items' content; a row of zeros has none. None: no content.
       ordered: whether the sessions are in the order of time.
 
     Returns:
-      Arrays of `item_graphs.rules`, and 'content' and 'next' float32 [V+1, C].
+      Arrays of `item_graphs.rules`; 'centre' [D] and 'axes' [D, C], the projection of features on
+      their first components; 'content' float32 [V+1, C]; 'next' [V+1, C], the content that follows.
     """
-    out = item_graphs.rules(train, num_items, ordered=ordered)
-    if content is None:
-        content = np.zeros((num_items + 1, 1), np.float32)
+    flat = np.zeros((num_items + 1, 1)) if features is None else np.asarray(features, np.float64)
+    flat = flat.reshape(num_items + 1, -1)
+    there = flat[flat.any(axis=1)]
+    centre, axes = there.mean(axis=0) if len(there) else flat[0], np.eye(flat.shape[1])
+    if flat.shape[1] > WIDTH:
+        axes = np.linalg.eigh(np.cov(there, rowvar=False))[1][:, -WIDTH:]
+    basis = {'centre': centre.astype(np.float32), 'axes': axes.astype(np.float32)}
+    content = np.asarray(experts.projected(flat.astype(np.float32), basis))
     follow = item_graphs.followers(train, num_items, 1)
     pairs = follow.tocoo()
     source, wanted, weight = content[pairs.row], content[pairs.col], pairs.data[:, None]
     # an item with few followers borrows from a linear map of its own content (ridge regression)
     gram = source.T @ (weight * source) + 10 * np.eye(content.shape[1])
     guess = content @ np.linalg.solve(gram, source.T @ (weight * wanted))
-    count = follow.sum(axis=1)[:, None]
-    following = (follow @ content + 5 * guess) / (count + 5)
-    return jax.device_put(out | {'content': content, 'next': following.astype(np.float32)})
-
-
-def projected(features: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Project features on their first WIDTH principal components.
-
-    Args:
-      features: float [V+1, ...]. A row of zeros has no content.
-
-    Returns:
-      float32 [V+1, C] of length one or zero, and {'centre' [D], 'axes' [D, C]} of `project`.
-    """
-    flat = np.asarray(features, np.float64).reshape(len(features), -1)
-    there = np.any(flat != 0, axis=1)
-    centre = flat[there].mean(axis=0) if there.any() else flat[0]
-    axes = np.linalg.eigh(np.cov(flat[there], rowvar=False))[1][:, -WIDTH:] if (
-        flat.shape[1] > WIDTH) else np.eye(flat.shape[1])
-    basis = {'centre': centre.astype(np.float32), 'axes': axes.astype(np.float32)}
-    return np.where(there[:, None], project(flat, basis), 0).astype(np.float32), basis
-
-
-def project(flat, basis):
-    """Apply the projection of `projected` to features [n, D]: vectors [n, C] of length one."""
-    out = (flat - basis['centre']) @ basis['axes']
-    return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-6)
+    following = (follow @ content + 5 * guess) / (follow.sum(axis=1)[:, None] + 5)
+    return jax.device_put(item_graphs.rules(train, num_items, ordered=ordered) | basis | {
+        'content': content, 'next': following.astype(np.float32)})
 
 
 def packed(values) -> dict:
@@ -118,7 +100,8 @@ def mixture(fit: Fit, table: dict) -> tuple[dict, jnp.ndarray]:
     """
     weights = packed([jnp.float32(x) for x in fit.weights.values()])
     read = {name: x for name, x in table.items() if name not in ('content', 'events')}
-    return {'weights': weights, 'tables': read}, experts.item_columns(weights, table)
+    columns = experts.item_columns(weights, table['content'], table['events'])
+    return {'weights': weights, 'tables': read}, columns
 
 
 def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...], *, seed: int = 0
@@ -183,7 +166,7 @@ def _programs():
 def _loss(values, table, items, target, counts, scores, ids, shares):
     """Compute the negative log-likelihood of some rows, summed."""
     weights, row = packed(values), jnp.arange(len(items))
-    columns = experts.item_columns(weights, table)
+    columns = experts.item_columns(weights, table['content'], table['events'])
     sides = experts.session_columns({'weights': weights, 'tables': table},
                                     jnp.zeros((len(items), 0)), columns[items, 1:], items)
     logits = weights['model'] * scores + sides @ columns.T

@@ -42,77 +42,69 @@ class Bound(NamedTuple):
     experts: dict | None = None
 
 
-def session_encoder(specs: tuple[tpad.TPAD, ...], mixed: bool = False) -> Callable:
+def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
     """Make the function that encodes sessions: <h, z> is an item's score. Pure.
 
     The sum of several recommenders' scores is the product of their concatenated vectors.
 
     Args:
       specs: of each recommender.
-      mixed: whether experts add columns to h and z, see models/experts.py.
 
     Returns:
-      (weights, z [V+1, D], items int32 [B, N]) -> h [B, D]. `weights` has for each spec the pair
-      ({'recommender': parameters}, rows of the graphs or {}); with `mixed` it is the pair of that
-      tuple and of the experts {'weights', 'tables'}.
+      (weights, z [V+1, D], items int32 [B, N]) -> h [B, D]. `weights` is a pair: for each spec
+      ({'recommender': parameters}, rows of the graphs or {}), and {'weights', 'tables'} of the
+      experts, which add columns to h and z, or None.
     """
     def encode(weights, z, items):
+        models, rules = weights
         parts, begin, item_vectors = [], 0, z[items]
-        for spec, (params, near) in zip(specs, weights, strict=True):
+        for spec, (params, near) in zip(specs, models, strict=True):
             cut = slice(begin, begin + spec.fusion.width)
             begin = cut.stop
             # only the global graph reads the others' vectors
             rows = z[:, cut] if tpad.GRAPH[0] in near else None
             parts.append(tpad.encode_sessions(spec, params, items, rows, near,
                                               z=item_vectors[..., cut]))
-        return jnp.concatenate(parts, axis=1)
+        h = jnp.concatenate(parts, axis=1)
+        if rules is None:
+            return h
+        return experts.session_columns(rules, h, item_vectors[..., begin + 1:], items)
 
-    def extended(weights, z, items):
-        models, rules = weights
-        h = encode(models, z, items)
-        return experts.session_columns(rules, h, z[items][..., h.shape[1] + 1:], items)
-
-    return extended if mixed else encode
+    return encode
 
 
-def session_shifts(specs: tuple[tpad.TPAD, ...], mixed: bool = False) -> Callable | None:
+def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable:
     """Make the function that shifts scores of items in or near the session.
 
     Args:
       specs: of each recommender.
-      mixed: whether the rules of models/experts.py shift scores, too.
 
     Returns:
-      (weights, items int32 [B, N]) -> items [B, M] and the shifts of their scores [B, M]. A shift
-      is 0 on padding and on all places of an item except one. None: no recommender shifts scores.
+      (weights, items int32 [B, N]) -> items [B, M] and the shifts of their scores [B, M], or None
+      without any. A shift is 0 on padding and on all places of an item except one.
     """
     repeats = [i for i, spec in enumerate(specs) if spec.repeats]
     together = [i for i, spec in enumerate(specs) if spec.together]
 
     def shifts(weights, items):
-        parts = []
+        parts, (models, rules) = [], weights
         if repeats:
-            parts.append((items, sum(tpad.repeat_shift(specs[i], weights[i][0], items)
+            parts.append((items, sum(tpad.repeat_shift(specs[i], models[i][0], items)
                                      for i in repeats)))
         if together:  # all of them read the same rows, so their items have the same places
-            each = [tpad.company_shift(specs[i], weights[i][1], items) for i in together]
+            each = [tpad.company_shift(specs[i], models[i][1], items) for i in together]
             parts.append((each[0][0], sum(shift for _, shift in each)))
-        return tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
-
-    own = shifts if repeats or together else None
-
-    def ruled(weights, items):
-        models, rules = weights
-        moved = own and own(models, items)
+        moved = tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)) or None
+        if rules is None:
+            return moved
         ids, shares = experts.said(rules['tables'], items, moved)
         return ids, experts.shift(rules['weights'], shares)
 
-    return ruled if mixed else own
+    return shifts
 
 
 @lru_cache(maxsize=16)  # one compilation for all validations of a recommender
-def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices, mixed: bool = False
-           ) -> Callable:
+def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callable:
     """Make the function that binds parameters to a scorer.
 
     No MLLM runs: items are read from the catalogue's rows. The scorer is compiled once per chunk
@@ -122,13 +114,11 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices, mixed: bo
       specs: of one recommender, or of several whose scores are added. The returned function then
         takes tuples of nested params and of catalogues.
       devices: that `ranks` counts on.
-      mixed: whether experts join. The returned function then has a third argument, which
-        `experts.mixture` makes.
 
     Returns:
-      (params, catalogue) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1]. The scorer
-      has `ranks`: (items [R, N], target [R], *, rows, name) -> (above, equal) int32 [R], see
-      `ranker`, and `bound`, a `Bound`.
+      (params, catalogue, mixture) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1]. The
+      mixture is of `experts.mixture`, or None. The scorer has `ranks`: (items [R, N], target [R],
+      *, rows, name) -> (above, equal) int32 [R], see `ranker`, and `bound`, a `Bound`.
     """
     several = isinstance(specs, tuple)
     if not several:
@@ -139,13 +129,13 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices, mixed: bo
         return jnp.concatenate([tpad.z_table(spec, *inputs) for spec, *inputs in
                                 zip(specs, params, catalogues, strict=True)], axis=1)
 
-    encode, shifts = session_encoder(specs, mixed), session_shifts(specs, mixed)
+    encode, shifts = session_encoder(specs), session_shifts(specs)
 
     @partial(compiled, precision=devices.precision)
     def score(weights, z, items):
         scores = encode(weights, z, items) @ z.T
-        if shifts is not None:
-            at, shift = shifts(weights, items)
+        if (moved := shifts(weights, items)) is not None:
+            at, shift = moved
             scores = scores.at[jnp.arange(len(items))[:, None], at].add(shift)
         return scores.at[:, 0].set(0)
 
@@ -156,10 +146,11 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices, mixed: bo
         recommenders = tuple({'recommender': tree['recommender']} for tree in every)
         z = table(recommenders, catalogues)
         near = tuple({n: rows[n] for n in tpad.GRAPHS if n in rows} for rows in catalogues)
-        weights, rules = tuple(zip(recommenders, near, strict=True)), None
-        if mixed:
+        rules = None
+        if mixture is not None:
             rules, columns = mixture
-            weights, z = (weights, rules), jnp.concatenate([z, columns], axis=1)
+            z = jnp.concatenate([z, columns], axis=1)
+        weights = tuple(zip(recommenders, near, strict=True)), rules
 
         def scores(items):
             return np.asarray(score(weights, z, jnp.asarray(items)))

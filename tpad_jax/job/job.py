@@ -31,7 +31,6 @@ from tpad_jax.diagnostics import records, snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
-from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases
 from tpad_jax.features.encoder import Encoder
 from tpad_jax.job import fitting, memory_plan, recommenders, results
@@ -338,10 +337,9 @@ def _run_stages(job, stages, until):
     """Run the stages and what is independent of them.
 
     Returns:
-      {name: scorer} of all recommenders, {name: validation metrics} of each at its chosen step, and
-      the task that tunes the baselines.
+      See `Recommenders.finish`, and the task that tunes the baselines.
     """
-    tuning, joint = None, {}
+    tuning, joint = None, None
     company = recommenders.Recommenders(job)
     trains = 'recommend' in stages and until != 'validation'
 
@@ -361,12 +359,9 @@ def _run_stages(job, stages, until):
         if stage == 'recommend':
             company.take_own()
         elif stage == 'joint':
-            bind = scorer(job.spec, job.devices.own)
-            joint = {'tpad_joint': bind(job.nested(), job.catalogue)}
-    scorers, chosen = company.finish() if trains else ({}, {})
+            joint = copy.copy(job)
+    scorers, chosen, facts = company.finish(joint) if trains else ({}, {}, {})
     job.background.results(job.looks)
-    if joint:
-        chosen['tpad_joint'] = job.record['valid']
     if tuning is None:
         tuning = job.background.submit(tune(False))
-    return scorers | joint, chosen, tuning
+    return scorers, chosen, facts, tuning

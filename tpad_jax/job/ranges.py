@@ -14,6 +14,7 @@ from tpad_jax.config import STAGES, flat, names
 from tpad_jax.core.precision import PRECISIONS
 from tpad_jax.data.catalogue import CATALOGUES
 from tpad_jax.errors import InputError
+from tpad_jax.evaluation import experts
 from tpad_jax.losses import tokens
 from tpad_jax.models.hf import layers
 from tpad_jax.models.mllms import POOLING
@@ -129,7 +130,7 @@ RULES = {key: rule for rule, keys in (
     (choices_of(ROWS), 'model.recommend'),
     (choices_of(ROWS), 'rivals.*.recommend'),
     (choices_of(('k', 'r')), 'stage.*.fresh'),
-    (choices_of(tuple(rules.BASELINES)), 'baselines'),
+    (choices_of(tuple(rules.BASELINES)), 'baselines'), (choices_of(experts.NAMES), 'experts'),
     (choice(('auto', 'jit', 'pmap', 'shard_map')), 'parallel'),
     (choice(PRECISIONS), 'precision'),
     (choice(ENCODERS), 'model.encoder'),

@@ -16,9 +16,11 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tpad_jax.config import names, partnered
+from tpad_jax.evaluation import experts
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
 from tpad_jax.job.fitting import fit, validated
@@ -104,12 +106,16 @@ class Recommenders:
         """Take the run's own recommender and the rows it reads, once stage recommend is done."""
         self._own = copy.copy(self._job)  # stage joint changes both
 
-    def finish(self) -> tuple[dict, dict]:
+    def finish(self, joint=None) -> tuple[dict, dict, dict]:
         """Wait for all of them, refit where the config asks for it, and bind the scorers.
 
+        Args:
+          joint: job.Job after stage joint, or None.
+
         Returns:
-          {name: scorer} of all that is tested and {name: validation metrics}, each at its chosen
-          step.
+          {name: scorer} of all that is tested, {name: validation metrics}, each at its chosen
+          step, and {name: what results.json says of it}, the model that is served and the weights
+          of the experts.
         """
         job, c, background = self._job, self._job.config, self._job.background
         own = [self._own]
@@ -128,7 +134,24 @@ class Recommenders:
             self._tasks, background.results(self._tasks.values(), help_others=True), strict=True))
         for name in self._rivals:
             groups[name] = [trained[f'{name}_partner' if i else name] for i in range(len(own))]
+        served = next(iter(groups))
+        if joint is not None:
+            groups['tpad_joint'] = [joint]
         chosen = {name: _valid(members, name) for name, members in groups.items()}
+        if joint is not None:
+            served = max((served, 'tpad_joint'), key=lambda name: chosen[name]['hit@20'])
+        # name of a mixture: its recommender, and the expert that it does without
+        mixtures = {name: (groups[model], [n for n in names(c.experts) if n != without])
+                    for name, model, without in (('tpad', served, ''),
+                                                 ('experts_only', served, 'model'),
+                                                 ('id_only_experts', 'id_only', 'content'))
+                    if c.experts and model in groups}
+        table = _tables(groups[served][0]) if mixtures else None
+        fits = {name: experts.fit(_scorer(members), table, job.valid, used, seed=c.seed)
+                for name, (members, used) in mixtures.items()}
+        if c.refit:
+            chosen |= {name: validated(_scorer(mixtures[name][0], experts.mixture(fit, table)), job,
+                                       name) for name, fit in fits.items()}
         if c.refit:  # after all of them: they validate on what it trains on
             everyone = dict(zip(('recommend', 'partner'), own, strict=False)) | trained
             for member in everyone.values():
@@ -137,7 +160,25 @@ class Recommenders:
                                 for name, member in everyone.items()])
             job.params, job.final = self._own.params, self._own.final
             job.catalogue = self._own.catalogue
-        return {name: _scorer(members) for name, members in groups.items()}, chosen
+            table = _tables(groups[served][0]) if mixtures else None
+        scorers = {name: _scorer(members) for name, members in groups.items()}
+        mixed = {name: _scorer(mixtures[name][0], experts.mixture(fit, table))
+                 for name, fit in fits.items()}
+        if mixed:
+            mixed['tpad_model'], chosen['tpad_model'] = scorers[served], chosen[served]
+        else:
+            chosen['tpad'] = chosen[served]
+        facts = {name: {'experts': fit._asdict()} for name, fit in fits.items()}
+        facts['tpad'] = {'is': served, **facts.get('tpad', {})}
+        return {'tpad': scorers[served], **mixed, **scorers}, chosen, facts
+
+
+def _tables(job):
+    """Count the tables of the experts on the sessions that a job's model was trained on."""
+    rows = next((job.catalogue[name] for name in ('given', 'k') if name in job.catalogue), None)
+    train = job.final.train
+    ordered = len(np.unique(train.start)) > 1 if job.source.timed else job.config.data.ordered
+    return experts.tables(train, job.data.num_items, rows, ordered=ordered)
 
 
 def _partner_job(job):
@@ -208,14 +249,11 @@ def _others(params, *own):
     return {path: x for path, x in params.items() if not path.startswith(('recommender/', *own))}
 
 
-def _scorer(members):
-    """Bind the scorer of one recommender, or of several whose scores are added."""
+def _scorer(members, mixture=None):
+    """Bind the scorer of one recommender, or of several whose scores are added; with experts."""
     models, params, catalogues = zip(*(
         (job.spec, job.nested(), job.catalogue) for job in members), strict=True)
-    devices = members[0].devices.own
-    if len(members) == 1:
-        return scorer(models[0], devices)(params[0], catalogues[0])
-    return scorer(models, devices)(params, catalogues)
+    return scorer(models, members[0].devices.own)(params, catalogues, mixture)
 
 
 def _valid(members, name):

@@ -28,11 +28,10 @@ from tpad_jax.report import gallery, page
 from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
 
-SELECT = 'hit@20'  # the one metric of validation everything is chosen by
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
 
-def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
+def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
     """Score everything on the same rows, write the results and the page, print the table.
 
     Args:
@@ -40,6 +39,7 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
       stages: the finished ones.
       scorers: {model: scorer} of the recommenders, the run's own first.
       chosen: {model: validation metrics}, see `score_models`.
+      facts: {model: more that results.json says of it}.
       tuning: background.Task of `tune_baselines`.
       begun: when the run began, by time.perf_counter.
       console: of the run.
@@ -49,18 +49,14 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
     """
     started = time.perf_counter()
     oracle_task = job.background.submit(partial(oracle_scores, job))
-    own = next(iter(scorers), None)  # of a run without content the sum, if there is one
     tuned, = job.background.results([tuning])
     scorers.update({name: baseline.scorer for name, baseline in tuned.items()})
     chosen |= {name: baseline.valid for name, baseline in tuned.items()}
     models, ranks = score_models(job, scorers, chosen)
     for name, baseline in tuned.items():
         models[name]['search'] = {'params': baseline.params, **baseline.record}
-    ours = [name for name in ('tpad_recommend', 'tpad_joint') if name in models]
-    if ours:
-        best = max(ours, key=lambda name: models[name]['valid'][SELECT])
-        own, models = best, {'tpad': {**models[best], 'is': best}, **models}
-        scorers['tpad'], ranks['tpad'] = scorers[best], ranks[best]
+    for name, more in facts.items():
+        models[name] |= more
     (truth, truth_ranks), = job.background.results([oracle_task])
     job.seconds['report'] = time.perf_counter() - started
     # Stages count all their sittings, the rest this one. Those of earlier sittings may have run at
@@ -77,8 +73,8 @@ def report(job, stages, scorers, chosen, tuning, begun, console) -> dict:
         out['diagnostics'] = diagnostics
         probes = diagnostics.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
         out |= {'probes': {name: x['accuracy'] for name, x in probes.items()}} if probes else {}
-    if own is not None:
-        artifact.write(job, own, scorers[own])
+    if 'tpad' in scorers:
+        artifact.write(job, models['tpad']['is'], scorers['tpad'])
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     file = write_page(job, out, scorers, ranks, console)
     tables.show(out, console)
@@ -143,9 +139,13 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
         add_intervals(test, job.test, warm, rank, values)
         return {'valid': valid, 'test': test}, rank
 
-    tasks = [job.background.submit(partial(score, name)) for name in scorers]
-    scored = list(zip(scorers, job.background.results(tasks), strict=True))
-    return {name: x for name, (x, _) in scored}, {name: x for name, (_, x) in scored}
+    # a scorer with two names is measured once
+    first = {id(scores): name for name, scores in reversed(scorers.items())}
+    tasks = [job.background.submit(partial(score, name)) for name in first.values()]
+    scored = dict(zip(first, job.background.results(tasks), strict=True))
+    scored = {name: scored[id(scores)] for name, scores in scorers.items()}
+    return ({name: dict(x) for name, (x, _) in scored.items()},
+            {name: x for name, (_, x) in scored.items()})
 
 
 def training_counts(job) -> np.ndarray:

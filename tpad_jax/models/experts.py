@@ -10,8 +10,8 @@ the prefix that it gives to item i:
     companions    items that shared training sessions with items of the prefix
     neighbours    items of the training sessions most similar to the prefix (as V-SKNN and STAN do)
 
-The exponential of such a score is a product of experts (Hinton 2002): a rule that knows nothing of a
-prefix changes nothing, and one that is certain decides. bias has the logarithm of an item's
+The exponential of such a score is a product of experts (Hinton 2002): a rule that knows nothing of
+a prefix changes nothing, and one that is certain decides. bias has the logarithm of an item's
 popularity, and an offset of items without training sessions. q looks for the content of the prefix
 and for the content that followed its items, which also reaches items that no rule can.
 
@@ -25,6 +25,7 @@ from jax import lax
 from tpad_jax.nn.gather import totals
 from tpad_jax.nn.linear import unit
 
+BY_ITEM = 'near', 'weight', 'holders', 'next'  # tables with a row per item
 RULES = 'followers', 'companions', 'neighbours'
 LATEST = 10  # items of a prefix that the rules read, as the rules among the baselines
 DECAY = 0.6  # of an item's weight per step from the prefix's end
@@ -104,17 +105,24 @@ def shift(weights, shares):
             + weights['model'] * shares[..., 4])
 
 
-def item_columns(weights, tables):
-    """Compute the columns that item vectors get: bias and scaled content, [V+1, 1 + C].
+def item_columns(weights, content, events):
+    """Compute the columns that item vectors get: bias and scaled content, [n, 1 + C].
 
     Args:
       weights: of the experts.
-      tables: with 'content' [V+1, C], unit vectors or zeros, and 'events' [V+1] of training.
+      content: float32 [n, C]. Vectors of length one, or zeros.
+      events: float32 [n]. Training events of the items.
     """
-    events = tables['events'][:, None]
+    events = events[:, None]
     bias = weights['popularity'] * jnp.log1p(events) + weights['cold'] * (events == 0)
     return jnp.concatenate(
-        [bias, jnp.where(events > 0, 1, 1 + weights['cold_content']) * tables['content']], axis=1)
+        [bias, jnp.where(events > 0, 1, 1 + weights['cold_content']) * content], axis=1)
+
+
+def projected(flat, tables):
+    """Project features [n, D] on the content axes: vectors [n, C] of length one, or zeros."""
+    there = (flat != 0).any(axis=1, keepdims=True)
+    return jnp.where(there, unit((flat - tables['centre']) @ tables['axes']), 0)
 
 
 def session_columns(mixture, h, columns, items):

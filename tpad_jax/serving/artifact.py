@@ -3,7 +3,8 @@
 Files in WORKDIR/served:
 
 - served.json: the model, its modules, the digests of the other files
-- model.safetensors: item vectors, the recommender's parameters, training events of every item
+- model.safetensors: item vectors, the recommender's parameters, the experts' tables and weights,
+  training events of every item
 - items.parquet: item_id and title of the items 1..V
 - reader.safetensors: the adapters and heads that read a new item, without the base
 - tokenizer/: the tokenizer that the run trained on its items, if it did
@@ -31,7 +32,7 @@ from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
 
-FOLDER, ABOUT, VERSION = 'served', 'served.json', 2
+FOLDER, ABOUT, VERSION = 'served', 'served.json', 3
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
                                    'tokenizer')
 # fields of an Amazon item's text, in this order
@@ -50,7 +51,8 @@ class Served:
       about: contents of served.json.
       specs: modules of each recommender whose scores are added (usually one), without MLLMs.
       weights: per recommender its parameters {'recommender': ...} and its rows of the item graphs.
-      z: float32 [V+1, D]. Item vectors.
+      experts: {'weights', 'tables'} of models/experts.py, or None without experts.
+      z: float32 [V+1, D]. Item vectors, with the experts' columns.
       events: int64 [V+1]. Events of every item in the training sessions.
       ids: V+1 item ids; [0] is ''.
       titles: V+1 titles; [0] is ''.
@@ -60,6 +62,7 @@ class Served:
     about: dict
     specs: tuple[tpad.TPAD, ...]
     weights: tuple
+    experts: dict | None
     z: np.ndarray
     events: np.ndarray
     ids: list[str]
@@ -84,6 +87,7 @@ def write(job, name: str, scores) -> None:
         model |= flatten_dict(tree, sep='/')
         if f'{i}/recommender/fusion/id' in model:  # z holds it; a new item has none
             model[f'{i}/recommender/fusion/id'] = np.zeros((1, spec.fusion.width), np.float32)
+    model |= flatten_dict({'experts': bound.experts or {}}, sep='/')
     files.write_tensors(directory / MODEL, model)
     files.write_tensors(directory / READER, _reader(job, bound))
     with files.replacing(directory / ITEMS) as partial:
@@ -161,10 +165,13 @@ def _read(directory, about):
     table = pl.read_parquet(directory / ITEMS)
     specs = tuple(spec_of(about, i) for i in models)
     ids = ['', *table['item_id']]
-    if z.shape != (about['items'] + 1, sum(s.fusion.width for s in specs)) or len(ids) != len(z):
+    rules = nested.get('experts')
+    wide = 1 + rules['tables']['next'].shape[1] if rules else 0
+    width = sum(s.fusion.width for s in specs) + wide
+    if z.shape != (about['items'] + 1, width) or len(ids) != len(z):
         raise ValueError(f'there are {list(z.shape)} item vectors and {len(ids) - 1} ids for '
                          f'{about["items"]} items')
-    return Served(directory, about, specs, weights, z, events, ids, ['', *table['title']])
+    return Served(directory, about, specs, weights, rules, z, events, ids, ['', *table['title']])
 
 
 def _reader(job, bound) -> dict:

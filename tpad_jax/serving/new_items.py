@@ -20,7 +20,7 @@ from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.features import bases
-from tpad_jax.models import readers, tpad
+from tpad_jax.models import experts, readers, tpad
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.serving import artifact
 
@@ -46,9 +46,10 @@ class Reader:
         about, self._served = served.about, served
         refuse_if(about['mllm'] is None, f'{served.directory}: the run has item ids only, so it '
                   'cannot read pictures or texts of a new item')
-        self._rows = sorted({name for spec in served.specs for name in spec.recommend})
-        if not set(self._rows) <= {'k', 'r'}:
-            raise InputError(f'{served.directory}: the recommender reads {", ".join(self._rows)}. '
+        self._rows = {name for spec in served.specs for name in spec.recommend}
+        if not self._rows <= {'k', 'r'}:
+            rows = ', '.join(sorted(self._rows))
+            raise InputError(f'{served.directory}: the recommender reads {rows}. '
                              'Expected k or r, which the MLLM computes for a new item')
         mllm = dict(about['mllm'])
         if base:
@@ -74,7 +75,8 @@ class Reader:
                 knowledge, loaded.image_size)
             params = flatten_dict({'base': loaded.load(shapes)['base']}, sep='/') | params
         self._params = jax.device_put(unflatten_dict(params, sep='/'))
-        self._recommenders = jax.device_put(tuple(params for params, _ in served.weights))
+        recommenders = tuple(params for params, _ in served.weights)
+        self._recommenders = jax.device_put((recommenders, served.experts))
         self._read = compiled(self._vectors)
 
     def __call__(self, items: Sequence[dict]) -> np.ndarray:
@@ -105,9 +107,10 @@ class Reader:
         return z
 
     def _vectors(self, params, recommenders, image, seen, tokens, side):
+        recommenders, rules = recommenders
         rows, reads = {}, {'k': partial(readers.read_items, adapter='knowledge'),
                            'r': readers.distil_items}
-        for name in self._rows:
+        for name in self._rows | ({'k'} if rules else set()):
             rows[name] = reads[name](self._specs[0], params, image=image, has_image=seen,
                                      tokens=tokens).astype(jnp.float32)
         ids = jnp.zeros(len(image), jnp.int32)  # the cold items' shared embedding
@@ -117,6 +120,9 @@ class Reader:
             z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids,
                                   jnp.zeros(len(ids), bool), features, side)
             parts.append(tpad.unit(z) if spec.normalise else z)
+        if rules is not None:  # an item without training events
+            content = experts.projected(rows['k'].reshape(len(ids), -1), rules['tables'])
+            parts.append(experts.item_columns(rules['weights'], content, jnp.zeros(len(ids))))
         return jnp.concatenate(parts, axis=1)
 
     def _content(self, item):

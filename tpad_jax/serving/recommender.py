@@ -20,6 +20,7 @@ from tpad_jax.core import files
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
+from tpad_jax.models.experts import BY_ITEM
 from tpad_jax.serving import artifact, topk
 
 SIZES = 1, 16, 256  # rows of a compiled call; the smallest that is large enough is used
@@ -92,7 +93,8 @@ class Recommender:
         self.ids, self.titles = list(served.ids), list(served.titles)
         number = {name: row for row, name in enumerate(self.ids) if row}
         self.table = Table(len(self.ids), number, popular[:MAX_K])
-        self._z, self._weights = self._padded(served.z, served.weights, len(served.z))
+        self._z, self._weights = self._padded(served.z, (served.weights, served.experts),
+                                              len(served.z))
 
     def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20) -> Recommended:
         """Return the K items most likely to follow each session.
@@ -316,10 +318,16 @@ class Recommender:
         length = topk.rounded(count)
 
         def fill(x):
-            return jnp.pad(x, ((0, length - len(x)), (0, 0)))
+            return jnp.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1)))
 
-        return fill(z), tuple((jax.device_put(params), {name: fill(x) for name, x in near.items()})
-                              for params, near in weights)
+        models, experts = weights
+        models = tuple((jax.device_put(params), {name: fill(x) for name, x in near.items()})
+                       for params, near in models)
+        if experts is not None:
+            tables = {name: fill(x) if name in BY_ITEM else x
+                      for name, x in experts['tables'].items()}
+            experts = jax.device_put({'weights': experts['weights'], 'tables': tables})
+        return fill(z), (models, experts)
 
 
 def load(workdir, *, base: str = '') -> Recommender:

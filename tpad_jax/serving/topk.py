@@ -72,17 +72,16 @@ def top_k(h, z, count, k: int, *, chunk: int = CHUNK, moved=None):
     return jax.lax.fori_loop(0, -(-total // chunk), body, none)
 
 
-def searcher(encode: Callable, shifts: Callable | None = None) -> Callable:
+def searcher(encode: Callable, shifts: Callable) -> Callable:
     """Return a pure function (weights, z, count, items, *, k) -> scores, items [B, k] of `top_k`.
 
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D].
-      shifts: (weights, items) -> (items [B, M], shifts of their scores [B, M]), or None; see
+      shifts: (weights, items) -> (items [B, M], shifts of their scores [B, M]) or None; see
         `scorers.ranker`.
     """
     def search(weights, z, count, items, *, k):
-        moved = None if shifts is None else shifts(weights, items)
-        return top_k(encode(weights, z, items), z, count, k, moved=moved)
+        return top_k(encode(weights, z, items), z, count, k, moved=shifts(weights, items))
 
     return search
 

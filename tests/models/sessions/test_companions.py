@@ -105,7 +105,7 @@ def test_scores_ranks_and_lists_have_it(company):
     for found, counted in zip(score.ranks(items, target, rows=8),
                               metrics.counts(score(items), target), strict=True):
         np.testing.assert_array_equal(found, counted)
-    weights = tuple(zip(score.bound.params, score.bound.near, strict=True))
+    weights = tuple(zip(score.bound.params, score.bound.near, strict=True)), None
     z = np.pad(score.bound.z, ((0, topk.rounded(V + 1) - V - 1), (0, 0)))
     _, best = topk.searcher(session_encoder(specs), session_shifts(specs))(
         weights, z, V + 1, items, k=6)
