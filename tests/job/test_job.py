@@ -24,6 +24,7 @@ from tpad_jax.job import job, mirror
 from tpad_jax.training import loop as loop_lib
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
+MIXED = 'tpad_model', 'experts_only', 'id_only_experts'
 RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
 BASELINES = ('content_knn', 'content_rules', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn',
              'vsknn', 'stan', 'vstan')
@@ -169,7 +170,8 @@ def test_results_hold_what_the_interface_promises(whole, config):
     assert (data['items'], data['items_without_image']) == (40, 0)
     assert data['images'] == {'read': 40, 'kept': 40, 'rejected': {}}
     assert 0 < data['cold_items'] < 40 < len(data['fingerprint']) == 64
-    assert set(results['models']) == {'tpad', 'tpad_recommend', 'tpad_joint', *RIVALS, *BASELINES}
+    assert set(results['models']) == {'tpad', 'tpad_recommend', 'tpad_joint', *RIVALS, *BASELINES,
+                                      *MIXED}
     for scores in [*results['models'].values(), {'test': results['oracle']}]:
         test = scores['test']
         for name in ('hit', 'mrr', 'ndcg', 'expected_hit'):
@@ -189,8 +191,8 @@ def test_results_hold_what_the_interface_promises(whole, config):
 def test_tpad_is_the_better_of_both_on_validation(whole):
     models = whole[1]['models']
     both = {name: models[name]['valid']['hit@20'] for name in ('tpad_recommend', 'tpad_joint')}
-    assert models['tpad']['valid']['hit@20'] == max(both.values())
-    assert models['tpad']['test'] == models[models['tpad']['is']]['test']
+    assert models['tpad_model']['valid']['hit@20'] == max(both.values())
+    assert models['tpad_model']['test'] == models[models['tpad']['is']]['test']
 
 
 @pytest.mark.slow
@@ -201,7 +203,7 @@ def test_it_is_served_as_it_was_ranked(whole, config):
     assert shop.model == results['models']['tpad']['is']
     rows = sessions.rows(amazon_tables.load(workdir / 'data').test, config.data.max_length)
     items, _ = shop.first(rows.items[:, :shop.max_length], 10)
-    above, equal = compare.read(workdir).ranks[shop.model]
+    above, equal = compare.read(workdir).ranks['tpad']
     assert (equal == 1).all()
     found = items == rows.target[:, None]
     np.testing.assert_array_equal(np.where(found.any(1), found.argmax(1), 10),
@@ -430,7 +432,7 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
 def test_raw_files_without_images_are_read_where_they_lie(finished):
     _, workdir, results = finished
     assert 'oracle' not in results
-    assert set(results['models']) == {'tpad', 'tpad_recommend', 'id_only', *BASELINES}
+    assert set(results['models']) == {'tpad', 'tpad_recommend', 'id_only', *BASELINES, *MIXED}
     assert not any('expected_hit@20' in scores['test'] for scores in results['models'].values())
     data = results['data']
     assert not data['planted']

@@ -19,8 +19,8 @@ from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import experts
 
-CELLS = 2**25  # scores of the recommender that a fit reads: of more rows it draws a sample
-ROWS = 256  # rows at a time
+CELLS = 2**22  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
+ROWS, LEAST = 256, 512  # rows at a time
 WIDTH = 64  # of an item's content; wider content is projected on its first principal components
 # Weight: its mean and standard deviation under the prior, its lowest value, and the expert or
 # remedy of config.experts that it belongs to, without which it is 0.
@@ -115,7 +115,7 @@ def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...]
       names: of NAMES, those that count.
       seed: of the sample of rows.
     """
-    total, most = len(valid.target), max(1, CELLS // len(table['events']) // ROWS) * ROWS
+    total, most = len(valid.target), max(LEAST, CELLS // len(table['events']) // ROWS * ROWS)
     rows = np.arange(total) if total <= most else np.sort(
         np.random.default_rng(seed).choice(total, most, replace=False))
     filled = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # the last part is filled up
@@ -152,7 +152,7 @@ def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...]
     found = scipy.optimize.minimize(
         objective, np.where(off, 0, mean), jac=True, method='L-BFGS-B',
         bounds=[(0, 0) if out else (least, None) for out, least in zip(off, low, strict=True)],
-        options={'maxiter': 60, 'ftol': 1e-6})
+        options={'maxiter': 60, 'ftol': 3e-6})
     away = np.where(off, 0, (found.x - mean) / spread)
     return Fit(dict(zip(WEIGHTS, found.x.tolist(), strict=True)),
                float((found.fun - 0.5 * (away ** 2).sum()) / len(rows)), len(rows))
