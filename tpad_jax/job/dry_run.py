@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would read, and about how long it would take. Nothing is trained."""
+"""`--dry-run`: what a run would read, and about how long it would take. No model is trained."""
 
 import tempfile
 import time
