@@ -48,6 +48,6 @@ def test_later_events_do_not_decide(tmp_path):
 
 
 def test_validation_without_ranked_pairs_is_refused(tmp_path):
-    events = [('U5', 'D', row[2]) if row[:2] == ('U5', 'B') else row for row in EVENTS]
+    events = [('U5', 'E', row[2]) if row[:2] == ('U5', 'B') else row for row in EVENTS]
     with pytest.raises(InputError, match=r"config.data.catalogue='sessions': valid: none of its 1"):
         load(tmp_path, events=events, items=ITEMS, catalogue='sessions', valid=1.0)

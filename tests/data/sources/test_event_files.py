@@ -162,6 +162,8 @@ def test_pictures_of_a_column_and_of_a_folder(tmp_path):
         str(tmp_path / 'a.png'), str(tmp_path / 'images/2.jpg'), None, None]
     assert {reason: n for reason, n in read.unused.items() if n} == {
         'image_not_there': 1, 'image_link_outside': 1}
+    assert event_files.read_urls(tmp_path / 'items.csv', 0.0).urls == {
+        '1': (), '2': ('https://x.example/2.jpg',), '3': (), '4': ()}
 
 
 def test_the_page_is_read_as_it_says(tmp_path, monkeypatch):

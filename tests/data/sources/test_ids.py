@@ -152,3 +152,20 @@ def test_sessions_without_items_are_dropped_and_counted(tmp_path):
     for split in ('train', 'valid', 'test'):
         assert whole(getattr(one, split)) == whole(getattr(two, split))
     assert two.lines == {'read': 102, 'kept': 50, 'rejected': {'empty_session': 52}}
+
+
+def test_fields_of_events_stay_with_them(tmp_path):
+    """A seeded draw and a dropped empty session move them with their items."""
+    items = np.arange(1, 13, dtype=np.int32)
+    arrays = {f'{part}_{name}': array for part in ('train', 'test') for name, array in {
+        'items': items, 'offsets': [0, 3, 3, 6, 9, 12], 'time': 1000 * items, 'kind': items % 2,
+        'visitor': [1, 0, 4, 7, 10]}.items()}
+    np.savez(tmp_path / 'x.npz', **arrays)
+    data = ids_lib.load(tmp_path / 'x.npz', ordered=False, valid=1, seed=3)
+    for part in (data.train, data.valid, data.test):
+        assert part.time.tolist() == (1000 * part.items).tolist()
+        assert part.kind.tolist() == (part.items % 2).tolist()
+        assert part.visitor.tolist() == part.items[part.offsets[:-1]].tolist()
+    np.savez(tmp_path / 'x.npz', **{**arrays, 'test_time': items[1:]})
+    with pytest.raises(InputError, match=r'test_time is int32 \[11\]. Expected 12 integers'):
+        ids_lib.load(tmp_path / 'x.npz', ordered=True, valid=1, seed=0)

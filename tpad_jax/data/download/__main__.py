@@ -1,4 +1,4 @@
-"""Download pictures for raw Amazon files: `python -m tpad_jax.data.download RAW_DIR`.
+"""Download pictures for raw files: `python -m tpad_jax.data.download RAW_DIR`, or ITEMS.csv.
 
 Metadata hold addresses only. The command asks for one picture of every item that a review names and
 stores it as RAW_DIR/images/<asin>.jpg or .png, where a run reads it. Pictures that exist are not
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     """Download, print the counts and return the exit status."""
     share = 0.05, 0, 1, 'share of damaged lines that refuses a raw file'
     args = cli.Parser(NAME, 'Downloads the pictures of the items of a raw Amazon category.', {
-        'folder': dict(metavar='RAW_DIR', help='folder of raw files'),
+        'folder': dict(metavar='RAW_DIR', help='folder of raw files, or a file of items'),
         **{f'--{name}': dict(type=cli.number(type(default), *limits) if limits else str,
                              default=default, help=f'{text}, default %(default)s')
            for name, (default, *limits, text) in {**OPTIONS, 'bad_share': share}.items()},
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     reasons = ', '.join(report['reasons'])
     private = ', and --allow_private for a server of your own' * ('address_refused' in reasons)
     refuse_if(report['failed'] and not report['fetched'] + report['there'], 'no picture was '
-              f'fetched ({reasons}); see {args.folder}/images/download.json{private}')
+              f'fetched ({reasons}); see images/download.json{private}')
     return 0
 
 

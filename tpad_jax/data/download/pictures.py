@@ -15,7 +15,7 @@ from tpad_jax.data import images
 from tpad_jax.data.download.fetching import Fetcher
 from tpad_jax.data.download.hosts import FetchError, Guarded, Limits
 from tpad_jax.data.download.journal import Journal
-from tpad_jax.data.sources import amazon
+from tpad_jax.data.sources import amazon, event_files
 
 POLL = 0.2  # seconds between two checks for a signal
 DEFAULT = Limits()
@@ -27,7 +27,8 @@ def download(raw_dir: str | Path, limits: Limits = DEFAULT, *, allow_private: bo
     """Fetch the pictures of a folder of raw files, and write images/download.json.
 
     Args:
-      raw_dir: the folder, see `amazon.find_files`.
+      raw_dir: the folder, see `amazon.find_files`; or a CSV or Parquet file of items, next to which
+        `images/` is.
       limits: of the download.
       allow_private: whether addresses of private networks and of this machine may be asked.
       again: whether final failures of an earlier run are asked again.
@@ -49,8 +50,12 @@ def download(raw_dir: str | Path, limits: Limits = DEFAULT, *, allow_private: bo
       Stopped: while the metadata were read.
       OSError: the disk cannot be written any more; finished pictures are kept.
     """
-    urls = amazon.read_urls(raw_dir, bad_share, stopping)
-    folder = amazon.image_folder(Path(raw_dir))
+    raw_dir = Path(raw_dir)
+    if raw_dir.is_file():
+        urls, raw_dir = event_files.read_urls(raw_dir, bad_share), raw_dir.parent
+    else:
+        urls = amazon.read_urls(raw_dir, bad_share, stopping)
+    folder = amazon.image_folder(raw_dir)
     folder.mkdir(exist_ok=True)
     journal = Journal(folder / 'download.jsonl')
     try:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from tpad_jax.config import data as data_options
 from tpad_jax.config import names
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Data
@@ -129,6 +130,30 @@ def read_items(config) -> Items:
         schema={'asin': pl.String, 'title': pl.String, 'brand': pl.String, 'category': pl.String,
                 'description': pl.String, 'price': pl.Float32, 'image': pl.String}, orient='row')
     return Items(rows, columns, catalogue, unused)
+
+
+def read_urls(file: Path, bad_share: float) -> amazon.PictureUrls:
+    """Read the addresses of the pictures of a file of items; no picture is requested.
+
+    Args:
+      file: the file. Its columns are found by their usual names.
+      bad_share: as in the config.
+
+    Returns:
+      Addresses of items whose id can name a file; every item counts as reviewed.
+
+    Raises:
+      InputError: as `read_items`, or the file has no column of pictures.
+    """
+    unused, urls = Counter(), {}
+    rows, columns = open_file(str(file), data_options(), (ITEM[0], (('id',), ('image',))))
+    for item, (*_, name) in _described(rows, columns, unused).items():
+        fits = amazon_fields.ASIN.fullmatch(item) is not None
+        unused['id_cannot_name_a_file'] += not fits
+        urls |= {item: (name,) if _URL.match(name) else ()} if fits else {}
+    rows.check(bad_share, fields=columns['id'], hints=HINTS)
+    none = Rows(file)  # no events are read
+    return amazon.PictureUrls(urls, set(urls), amazon.counts(rows, none, unused))
 
 
 def read_events(config, items: Items) -> Raw:

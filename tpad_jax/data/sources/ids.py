@@ -2,8 +2,11 @@
 
     train_items, test_items      int, ids 1..V, all sessions one after the other
     train_offsets, test_offsets  int, session k is items[offsets[k]:offsets[k + 1]]
+    train_time, train_kind       optional, int, one per item: milliseconds since 1970 and the number
+                                 of the event's kind; train_visitor: one per session, an opaque
+                                 number; test_... likewise. They are kept, and nothing reads them
 
-The file has no validation part and no times. If the training sessions are in the order of time
+The file has no validation part. If the training sessions are in the order of time
 (`ordered`), validation is the last of them. Otherwise it is a seeded draw, and claims about time
 cannot be made.
 """
@@ -169,7 +172,15 @@ def _sessions(path, name: str, arrays: dict) -> Sessions:
     # checked before they are converted: a large id or offset would wrap around
     sessions = Sessions(items, offsets, np.zeros(max(len(offsets) - 1, 0), np.int64))
     sessions_lib.check(sessions, f'{path}: {name}', 2**31 - 2)
-    return Sessions(items.astype(np.int32), offsets.astype(np.int64), sessions.start)
+    more, lengths = {}, {'time': len(items), 'kind': len(items), 'visitor': len(offsets) - 1}
+    for key, length in lengths.items():
+        array = arrays.get(f'{name}_{key}')
+        if array is not None:
+            refuse_if(array.shape != (length,) or array.dtype.kind not in 'iu', f'{path}: '
+                      f'{name}_{key} is {array.dtype} {list(array.shape)}. Expected {length} '
+                      'integers. Fix: correct the array, or leave it out.')
+            more[key] = array.astype(np.int32 if key == 'kind' else np.int64)
+    return Sessions(items.astype(np.int32), offsets.astype(np.int64), sessions.start, **more)
 
 
 def _check(config) -> None:
