@@ -1,8 +1,6 @@
-"""Item texts and side features: cleaning, tokens, and ids of brand, category and price level."""
+"""Item texts and side features: words, tokens, and ids of brand, category and price level."""
 
-import html
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from tpad_jax.data.cleaning import clean
 from tpad_jax.errors import refuse_if, refusing
 
 PRICE_LEVELS = 10
@@ -17,30 +16,6 @@ PRICE_LEVELS = 10
 PLAIN = {'tokenizer_class', 'backend', 'model_max_length', 'pad_token'}
 TOKENIZER_CHUNK = 8192  # texts per call, so that Python lists of ids stay small
 NESTED = 4  # levels of lists in a field whose words are read
-
-# each alternative consumes what it scans, so the time is linear in the text's length
-_MARKUP = re.compile(r'<(script|style)\b.*?(?:</\1\s*>|\Z)|<!--.*?(?:-->|\Z)|</?[a-z][^<>]*>',
-                     re.IGNORECASE | re.DOTALL)
-# control characters and halves of a surrogate pair, which no UTF-8 file can hold
-_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\ud800-\udfff]+')
-# a character number that Python would refuse to read: it has a limit to a number's digits
-_NO_CHARACTER = re.compile('&#[0-9]{1000,};?')
-
-
-def clean(text: str) -> str:
-    """Turn a fragment of a web page into plain text.
-
-    Entities are resolved first, because the raw files hold escaped tags as well as plain ones. Then
-    tags are removed and white space collapses. A lone `<` or `>` ("size < 5") stays.
-
-    Args:
-      text: the fragment.
-
-    Returns:
-      One line of text.
-    """
-    text = _MARKUP.sub(' ', html.unescape(_NO_CHARACTER.sub('\ufffd', text)))
-    return ' '.join(_UNPRINTABLE.sub(' ', text).split())
 
 
 def words_of(value, levels: int = NESTED) -> str:
@@ -57,6 +32,20 @@ def words_of(value, levels: int = NESTED) -> str:
         parts = (words_of(part, levels - 1) for part in value) if levels else ()
         return ' '.join(filter(None, parts))
     return '' if value is None or isinstance(value, dict) else clean(str(value))
+
+
+def counted_words(record: dict, name: str, unused: Counter) -> str:
+    """Read the words of a field, and count a text without any: page code or punctuation.
+
+    Args:
+      record: fields of an item.
+      name: of the field.
+      unused: increased at '<name>_page_code'.
+    """
+    value = record.get(name)
+    words = words_of(value)
+    unused[f'{name}_page_code'] += isinstance(value, str) and bool(value.strip()) and not words
+    return words
 
 
 def joined(values: Iterable) -> str:

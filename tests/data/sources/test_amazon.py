@@ -75,7 +75,8 @@ def test_2018_quirks(tmp_path):
         'Gifts', 'Gifts', 'Gifts', '', 'Gifts', 'Gifts > Tins']
     assert raw.catalogue['price'].to_list() == pytest.approx([1250.0, 12.34, None, None, 5.0, None])
     assert table['B3']['title'] == ''
-    assert raw.lines == {'read': 9, 'kept': 9, 'rejected': {}, 'unused': {'price': 2, 'title': 1}}
+    assert raw.lines == {'read': 9, 'kept': 9, 'rejected': {},
+                         'unused': {'price': 2, 'title_page_code': 1}}
     assert raw.interactions.rows() == [(0, 2, TIME), (0, 6, TIME), (1, 1, TIME)]
     assert raw.interactions.schema == {'user': pl.Int64, 'item': pl.Int32, 'time': pl.Int64}
     assert raw.catalogue.schema['price'] == pl.Float32

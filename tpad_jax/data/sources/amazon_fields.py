@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import zip_longest
 from types import SimpleNamespace as Fields
 
-from tpad_jax.data.text import clean
+from tpad_jax.data.cleaning import clean
 from tpad_jax.data.untrusted import Reason
 
 MAX_PRICE = 1e7  # dollars
@@ -29,8 +29,6 @@ _NUMBER = (r'(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{
 _SIGN = '(?:[$€£¥]|eur|usd|gbp)?'
 _PRICE = re.compile(rf'(?:from\s)?\s*{_SIGN}\s*({_NUMBER})(?:\s*-\s*{_SIGN}\s*({_NUMBER}))?'
                     rf'\s*{_SIGN}\s*(?:\([^()]*\))?', re.IGNORECASE)
-# a rule of a style sheet ends within 99 characters: else the time would be quadratic
-_PAGE_CODE = re.compile(r'getTime\(|function\s*\(|\bvar\s+\w+\s*=|[.#][\w-]+\s*\{[^}]{0,99}:')
 _BYLINE = re.compile(r'\Aby\s*\n')  # "by\n    Microsoft", scraped with its label
 
 
@@ -111,7 +109,8 @@ def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
     title, price = _words(raw_title), amount(raw_price)
     brand = '' if raw_brand in ABSENT else _words(raw_brand)
     for name, raw, value in (('title', raw_title, title), ('brand', raw_brand, brand)):
-        unused[name] += bool(raw) and raw not in ABSENT and not value
+        unused[f'{name}_page_code' if isinstance(raw, str) else name] += (
+            bool(raw) and raw not in ABSENT and not value)
     unused['price'] += raw_price not in ABSENT and price is None
     category = _category(record.get(fields.category)) or _words(record.get(fields.main_category))
     # many 2023 items have an empty description and put everything into their list of features
@@ -161,9 +160,8 @@ def _is_number(value: object) -> bool:
 
 
 def _words(value: object) -> str:
-    """Plain text of a field, without the parts that are a web page's program or style sheet."""
-    parts = (clean(text) for text in _texts(value) if not _PAGE_CODE.search(text))
-    return ' '.join(part for part in parts if part)
+    """Plain text of a field."""
+    return ' '.join(filter(None, map(clean, _texts(value))))
 
 
 def _category(value: object) -> str:

@@ -104,6 +104,8 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     if place is not None:
         stay_inside(place, directory)
     names, unused = _image_names(place, directory, items)
+    texts = ['. '.join(filter(None, (text.counted_words(item, field, unused) for field in words)))
+             for item in items]
     warm = np.append(loaded.warm, np.zeros(len(items) - len(loaded.warm), bool))
     columns = [column for field in sides
                for column in _columns([item.get(field) for item in items[1:]], warm[1:])]
@@ -114,10 +116,11 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
     return replace(
         loaded, asins=['', *map(str, numbers[1:])],
         titles=[text.words_of(item.get('title')) for item in items],
-        texts=[text.joined(item.get(field) for field in words) for item in items],
+        texts=texts,
         image_bytes=Pictures(place, names), has_image=np.array([bool(name) for name in names]),
         side=side, side_sizes=tuple(size for _, size in columns), warm=warm,
-        lines=dict(read=lines.number, kept=len(items) - 1, rejected=rejected, unused=unused),
+        lines=dict(read=lines.number, kept=len(items) - 1, rejected=rejected,
+                   unused=dict(sorted((+unused).items()))),
         fingerprint=_digest(f'{digest} {words} {sides} {ordered} {valid} {seed}', file, place,
                             names))
 
@@ -182,7 +185,7 @@ def _items(file: Path) -> tuple[dict[int, dict], Lines]:
 
 
 def _image_names(place: Path | None, directory: Path, items: list[dict]
-                 ) -> tuple[list[str], dict[str, int]]:
+                 ) -> tuple[list[str], Counter]:
     """The picture's file of every item, '' where there is none, and {reason: such pictures}.
 
     Folders inside a zip file do not matter.
@@ -202,7 +205,7 @@ def _image_names(place: Path | None, directory: Path, items: list[dict]
     outcomes = [present.get(name, Reason(images.NOT_THERE)) if name else '' for name in wanted]
     unused = Counter(str(name) for name in outcomes if isinstance(name, Reason))
     return (['' if isinstance(name, Reason) else name for name in outcomes],
-            dict(sorted(unused.items())))
+            unused)
 
 
 def _usable(member: zipfile.ZipInfo) -> str | Reason:
