@@ -143,7 +143,8 @@ def data() -> ConfigDict:
         words='title',  # ready: fields of an item that make its text, comma-separated, in order
         sides='',  # ready: fields that are side features, comma-separated
         ordered=True,  # npz, ready: the training sessions are in the order of time
-        # npz: 'ours' scores every prefix of a session; 'published' follows the papers on these data
+        # npz, ready: 'ours' scores every prefix of a session; 'published' follows the papers on
+        # these data
         protocol='ours',
         published_last_only=False,  # 'published': only the last item of a session is scored
         gap_hours=24.0,  # 2023 files: a longer pause (hours) ends a session; 2018 files: a day does

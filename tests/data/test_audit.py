@@ -23,8 +23,9 @@ def drawn(seed, count, items=40, order=None):
     return csr(parts if order is None else [part[np.argsort(order[part])] for part in parts])
 
 
-def report(train, test, *, ties=0.0, form='2023', items=40):
-    return lib.audit(train, test, test, warm_items(train, items), form=form, ties=ties)
+def report(train, test, *, ties=0.0, form='2023', items=40, every_prefix=True):
+    return lib.audit(train, test, test, warm_items(train, items), form=form, ties=ties,
+                     every_prefix=every_prefix)
 
 
 def test_one_way_share_by_hand():
@@ -80,6 +81,28 @@ def test_shares_by_hand():
                      '50.0 % of the test targets are already'):
         assert sentence in text
     assert 'no training session' not in text  # 16.7 % cold is below the threshold
+
+
+def test_only_what_is_scored_is_counted_and_histories_are_warned_of():
+    train = csr([[1, 2, 3, 4], [4, 2, 3, 1], [5, 6]])
+    test = csr([[1, 2, 3, 7], [2, 3, 1, 2], [6, 2, 4, 4], [4, 4], [3]])
+    found = report(train, test, items=7, every_prefix=False)
+    assert found['repeat_share'] == pytest.approx(3 / 4)  # of the targets 7, 2, 4 and 4
+    assert found['cold_target_share'] == pytest.approx(1 / 4)
+    assert found['shuffle']['rows'] == 4
+    assert found['history_share'] == pytest.approx(2 / 3)  # the first two; 6, 2, 4 is new
+    assert '66.7 % of the test prefixes' in ' '.join(found['warnings'])
+    every = report(train, test, items=7)
+    assert every['repeat_share'] == pytest.approx(3 / 10)
+    assert every['shuffle']['rows'] == 10
+
+
+def test_a_shuffled_history_keeps_its_target():
+    sessions = drawn(3, 50)
+    mixed = shuffle_test.shuffled(sessions, np.random.default_rng(0), whole=False)
+    last = sessions.offsets[1:] - 1
+    np.testing.assert_array_equal(mixed.items[last], sessions.items[last])
+    assert (mixed.items != sessions.items).any()
 
 
 def test_equal_keys_need_equal_bounds():

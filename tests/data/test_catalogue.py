@@ -277,6 +277,7 @@ def test_content_is_decoded_once(tmp_path, monkeypatch):
     def read(encoded, size):
         raise AssertionError('decoded again')
     monkeypatch.setattr(catalogue.images, 'read', read)
+    assert content(size=0).image.shape == (5, 0, 0, 3)
     again = content()
     np.testing.assert_array_equal(again.image, first.image)
     np.testing.assert_array_equal(again.has_image, first.has_image)

@@ -1,13 +1,16 @@
 """Options: every number has a declared range, and one out of it is refused before anything runs."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.data.test_hostile_files import directory
 from tpad_jax import config
 from tpad_jax.config import flat
+from tpad_jax.data import sources
 from tpad_jax.errors import InputError
-from tpad_jax.job import job, ranges, validate
+from tpad_jax.job import job, ranges, recommenders, validate
 
 NUMBERS = [key for key, value in flat(config.get_config())
            if (isinstance(value, int | float) and not isinstance(value, bool))
@@ -110,3 +113,24 @@ def test_a_stage_without_an_entry_or_options_is_refused(monkeypatch, request, la
         c.stage.own = config.stage()
     with pytest.raises(InputError, match=r'config\.stages names own, which has no options'):
         validate.check(c)
+
+
+def test_the_published_protocol_is_for_prepared_sessions(tmp_path):
+    c = config.get_config()
+    c.data.update(protocol='published', published_last_only=True)
+    with pytest.raises(InputError, match=r'published.* is for prepared sessions'):
+        validate.check(c)
+    c.data.ready = str(directory(tmp_path))
+    validate.check(c)
+    assert sources.load(c, tmp_path).audit['shuffle']['rows'] == 5  # the sessions have three items
+
+
+def test_trained_baselines_without_rows_are_left_out_by_name():
+    c = config.get_config()
+    c.data.features, c.model.recommend, made = 'file', 'given', {'given': None, 'warm': None}
+    validate.check_inputs(c, ('recommend',), set())
+    job_ = SimpleNamespace(config=c, encoders={}, catalogue=made)
+    assert recommenders.left_out(job_) == ['knowledge_only (reads k)',
+                                           'true_attributes (reads true)']
+    job_.encoders = {'knowledge': None, 'joint': None}
+    assert recommenders.left_out(job_) == ['true_attributes (reads true)']

@@ -136,6 +136,13 @@ def test_k_out_of_bounds(made, k):
         made[-1].recommend([['I1']], k=k)
 
 
+def test_the_default_k_is_at_most_the_catalogue(made, monkeypatch):
+    shop = made[-1]
+    assert len(shop.recommend([['I1']]).items[0]) == 20
+    monkeypatch.setattr(shop, 'table', shop.table._replace(count=6))
+    assert sorted(shop.recommend([['I1']]).items[0]) == [f'I{n}' for n in range(1, 6)]
+
+
 @pytest.mark.parametrize('session', ['I1', [1], None, {'I1': 0}])
 def test_what_is_no_session(made, session):
     with pytest.raises(InputError, match='session 1 is not a list of item ids'):

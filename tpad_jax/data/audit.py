@@ -24,6 +24,11 @@ WARNED_SHARES = {
     'overlap_share': (0.05, 'the test sessions are identical to a training session, so memory '
                             'alone predicts them.'),
     'duplicate_share': (0.2, 'the training sessions repeat another one exactly.'),
+    # 3 to 23 % on public sessions, 67 % on the histories of users
+    'history_share': (0.3, 'the test prefixes of three items or more begin with three neighbours '
+                           'of a training session, as the histories of users do. Only the last '
+                           'item is new then: score it alone by config.data.protocol=published '
+                           'and config.data.published_last_only=True.'),
     'repeat_share': (0.3, 'the test targets are already in their session: compare with '
                           'repeat-last, and read the slice "new".'),
     'cold_target_share': (0.3, 'the test targets occur in no training session; models of item ids '
@@ -33,7 +38,7 @@ SURE = 3  # standard errors that a loss by shuffling has to exceed
 
 
 def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *, form: str,
-          ties: float) -> dict:
+          ties: float, every_prefix: bool = True) -> dict:
     """Examine the three splits.
 
     Args:
@@ -44,6 +49,8 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
       form: of the source, such as '2018' or '2023'.
       ties: share of neighbouring events of one session with equal times (`sessions.time_ties`);
         nan if the data have no times.
+      every_prefix: whether every item of a test session but the first is a target; False: the last
+        one alone. The shares of test targets are of these.
 
     Returns:
       A JSON-able dict of numbers (shares in 0..1, None where nothing could be counted) with
@@ -59,18 +66,19 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         'form': form, 'items': len(warm) - 1, 'warm_items': int(warm.sum()),
         'sessions': {name: len(part.start) for name, part in splits.items()},
         'events': sum(len(part.items) for part in splits.values()),
-        'lengths': length_histogram(train), **order_artefact(train, test),
-        'repeat_share': repeat_share(test),
+        'lengths': length_histogram(train), **order_artefact(train, test, every_prefix),
+        'repeat_share': repeat_share(test, every_prefix),
         'overlap_share': _mean([key in seen for key in _keys(test)]),
         'duplicate_share': 1 - len(seen) / len(train.start) if len(train.start) else None,
-        'cold_target_share': _mean(~warm[_steps(test)[1]]),
+        'history_share': history_share(train, test),
+        'cold_target_share': _mean(~warm[_steps(test, every=every_prefix)[1]]),
         'tie_share': None if np.isnan(ties) else float(ties),
         'day_granular': bool((starts % DAY == 0).all()) if len(np.unique(starts)) > 1 else None,
-        'shuffle': shuffle_test(train, test)}
+        'shuffle': shuffle_test(train, test, every_prefix=every_prefix)}
     return {**report, 'warnings': _warnings(report), 'verdict': verdict(report)}
 
 
-def order_artefact(train: Sessions, test: Sessions) -> dict:
+def order_artefact(train: Sessions, test: Sessions, every_prefix: bool = True) -> dict:
     """Test whether the order inside sessions looks like a list's instead of a customer's.
 
     `one_way_share` is the share of unordered pairs of different items, adjacent at least MIN_SEEN
@@ -82,6 +90,7 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
     Args:
       train: training sessions.
       test: test sessions.
+      every_prefix: as in `audit`.
 
     Returns:
       order_pairs (pairs counted), one_way_share, one_way_by_chance, fixed_order_share.
@@ -96,7 +105,7 @@ def order_artefact(train: Sessions, test: Sessions) -> dict:
 
     position = _fixed_order(first, second, size)
     known = np.isin(np.arange(size), np.concatenate([first, second]))
-    a, b = _steps(test, changes=True)
+    a, b = _steps(test, changes=True, every=every_prefix)
     comparable = known[a] & known[b]
     step = np.sign(position[b[comparable]] - position[a[comparable]])
     return {'order_pairs': int(often.sum()), 'one_way_share': _mean(one_way[often]),
@@ -110,11 +119,30 @@ def length_histogram(sessions: Sessions) -> dict[str, int]:
     return dict(zip(LENGTHS, np.bincount(bins, minlength=len(LENGTHS)).tolist(), strict=True))
 
 
-def repeat_share(sessions: Sessions) -> float | None:
-    """Compute the share of targets (all but a session's first item) that occurred in it before."""
-    different = len(np.unique(np.stack([sessions.owner, sessions.items]), axis=1).T)
-    targets = len(_steps(sessions)[1])
-    return (len(sessions.items) - different) / targets if targets else None
+def repeat_share(sessions: Sessions, every_prefix: bool = True) -> float | None:
+    """Compute the share of targets that occurred in their session before.
+
+    Args:
+      sessions: of the test.
+      every_prefix: as in `audit`.
+    """
+    _, first = np.unique(np.stack([sessions.owner, sessions.items]), axis=1, return_index=True)
+    return _mean(~np.isin(np.flatnonzero(_targets(sessions, every_prefix)), first))
+
+
+def history_share(train: Sessions, test: Sessions) -> float | None:
+    """Compute the share of test prefixes whose first three items are neighbours in training.
+
+    Of prefixes of three items or more. In the order of time a test session is new, and few begin
+    so; where every user has one growing sequence, most do.
+    """
+    def runs(sessions):  # one number per three neighbouring events, of one session or not
+        items = sessions.items.astype(np.int64)
+        return items[:-2] + 2**21 * (items[1:-1] + 2**21 * items[2:])
+
+    owner = train.owner
+    begins = test.offsets[:-1][test.lengths > 3]
+    return _mean(np.isin(runs(test)[begins], runs(train)[owner[2:] == owner[:-2]]))
 
 
 def describe(report: dict) -> list[str]:
@@ -131,7 +159,8 @@ def describe(report: dict) -> list[str]:
         f'Test targets: {share["cold_target_share"]} cold, {share["repeat_share"]} already in '
         'their session.',
         f'Identical to a training session: {share["overlap_share"]} of the test sessions; to an '
-        f'earlier one: {share["duplicate_share"]} of the training sessions.',
+        f'earlier one: {share["duplicate_share"]} of the training sessions. Begin with three '
+        f'neighbours of one: {share["history_share"]} of the test prefixes of three items or more.',
         f'Order: {report["order_pairs"]} item pairs are adjacent {MIN_SEEN} times or more, '
         f'{share["one_way_share"]} of them in one direction only ({share["one_way_by_chance"]} by '
         f'chance); one fixed order of the items predicts {share["fixed_order_share"]} of the test '
@@ -232,10 +261,18 @@ def _fixed_order(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray
     return place
 
 
-def _steps(sessions: Sessions, changes: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring events of one session -> (earlier, later) items, int64; all, or `changes`."""
+def _targets(sessions: Sessions, every: bool) -> np.ndarray:
+    """Which events are targets, bool [E]: all but a session's first, or only its last if longer."""
+    follows, owner = np.ones(len(sessions.items), bool), sessions.owner
+    follows[sessions.offsets[:-1][sessions.lengths > 0]] = False
+    return follows if every else follows & np.append(owner[1:] != owner[:-1], True)
+
+
+def _steps(sessions: Sessions, changes: bool = False, every: bool = True
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and the events before them -> (earlier, later) items, int64; all, or `changes`."""
     earlier, later = sessions.items[:-1].astype(np.int64), sessions.items[1:].astype(np.int64)
-    inside = (np.diff(sessions.owner) == 0) & ((earlier != later) | (not changes))
+    inside = _targets(sessions, every)[1:] & ((earlier != later) | (not changes))
     return earlier[inside], later[inside]
 
 

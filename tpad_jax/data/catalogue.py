@@ -175,8 +175,8 @@ def content(data: Data, data_dir, *, image_size: int, tokenizer_dir, text_length
     """
     tokens = text.tokenize(data.texts, tokenizer_dir, text_length)
     if not image_size:
-        return Content(np.zeros((len(tokens), 0, 0, 3), np.uint8), np.zeros(len(tokens), bool),
-                       tokens, 0, {'read': 0, 'kept': 0, 'rejected': {}})
+        return Content(np.zeros((len(tokens), 0, 0, 3), np.uint8), data.has_image, tokens, 0,
+                       {'read': 0, 'kept': 0, 'rejected': {}})
     Path(data_dir).mkdir(parents=True, exist_ok=True)
     stem = Path(data_dir) / f'pixels-{image_size}-{data.fingerprint[:16]}'
     image_file, outcome_file = stem.with_suffix('.npy'), stem.with_suffix('.outcome.npy')

@@ -23,7 +23,8 @@ RULES = {'markov': (1, 0.0, False), 'sr': (LONGEST, DECAY, False),
          'symmetric': (LONGEST, DECAY, True)}
 
 
-def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
+def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0,
+                 every_prefix: bool = True) -> dict:
     """Measure hit@20 and mrr@20 of three rules before and after shuffling every session.
 
     'markov' follows the last item by one step. 'sr' follows all items of the prefix by up to 10
@@ -34,6 +35,8 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
       train: sessions that the rules are counted on.
       test: every prefix of its sessions is a row; at most SAMPLE of them, drawn by the seed.
       seed: of the sample and of the orders.
+      every_prefix: False: a session is one row. Its target, the last item, stays the target, as
+        the items before it may be known from training.
 
     Returns:
       'rows', and {rule: {metric: {'before', 'after', 'error'}}}: 'error' is the standard error of
@@ -42,11 +45,11 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     size = 1 + max((int(part.items.max()) for part in (train, test) if len(part.items)), default=0)
     places = {name: [] for name in RULES}
-    pairs = (train, test), (shuffled(train, rng), shuffled(test, rng))
-    total = int(np.maximum(test.lengths - 1, 0).sum())
+    pairs = (train, test), (shuffled(train, rng), shuffled(test, rng, every_prefix))
+    total = int(np.maximum(test.lengths - 1, 0).clip(max=None if every_prefix else 1).sum())
     picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
     for counted, tested in pairs:
-        scored = rows(tested, PREFIX)
+        scored = rows(tested, PREFIX, every_prefix)
         for name, (steps, decay, both) in RULES.items():
             table = followers(counted, size - 1, steps, lag_power=1)
             table = sp.csr_array(table + table.T) if both else table
@@ -56,9 +59,12 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0) -> dict:
                for name, pair in places.items()}}
 
 
-def shuffled(sessions: Sessions, rng: np.random.Generator) -> Sessions:
-    """Put the items of every session in a random order."""
-    order = np.lexsort((rng.random(len(sessions.items)), sessions.owner))
+def shuffled(sessions: Sessions, rng: np.random.Generator, whole: bool = True) -> Sessions:
+    """Put the items of every session in a random order; unless `whole`, its last one stays last."""
+    place = rng.random(len(sessions.items))
+    if not whole:
+        place[sessions.offsets[1:][sessions.lengths > 0] - 1] = 1
+    order = np.lexsort((place, sessions.owner))
     return sessions._replace(items=sessions.items[order])
 
 

@@ -253,7 +253,8 @@ class Encoder:
                     part.setdefault(name, np.empty((size, *rest), np.float32))
                     part[name][begin:begin + len(ids)] = x
                 done += len(ids)
-                report(done, f'{(done - before) / (time.perf_counter() - begun):.0f} items/s')
+                rate = (done - before) / (time.perf_counter() - begun)
+                report(done, f'{rate:.0f} items/s' if rate >= 10 else f'{rate:.2g} items/s')
                 if begin + len(ids) == size:
                     yield number, part
                     part = {}

@@ -40,6 +40,7 @@ from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import sessions as encoders
 from tpad_jax.models import tpad
 from tpad_jax.training import handover, step
+from tpad_jax.training.stages import ENTRIES
 from tpad_jax.training.workdir import claim, enter, locked
 
 
@@ -88,8 +89,8 @@ class Job:
             self.data = sources.load(config, workdir)
         self.max_length = min(config.data.max_length, self.source.longest or config.data.max_length)
         self.final = self.data
-        last_only = config.data.protocol == 'published' and config.data.published_last_only
-        split = partial(sessions.rows, max_length=self.max_length, every_prefix=not last_only)
+        split = partial(sessions.rows, max_length=self.max_length,
+                        every_prefix=sources.every_prefix(config))
         self.valid, self.test = split(self.data.valid), split(self.data.test)
         self.modules = partial(step.build_model, items=self.data.num_items,
                                max_length=self.max_length, side_sizes=self.data.side_sizes)
@@ -107,7 +108,8 @@ class Job:
             self.count()
             self.params = self.fresh(self.spec)
             return self._check_patterns(stages)
-        pictures = bool(data.has_image.any())
+        # a run on rows of a file reads no content
+        pictures = bool(data.has_image.any()) and any(ENTRIES[stage].content for stage in stages)
         base = self.base = bases.read(c, pictures)
         where = self.workdir / 'data'
         with hosts.one_first('content'):
@@ -231,10 +233,13 @@ class Job:
         (folder / DONE).touch()
         self.seconds[name] = self.record['seconds']
         if encoder is not None:
+            begun = time.perf_counter()
             self.catalogue = self.catalogue | encoder.leave(
                 self.nested(), self.workdir / 'features' / name, console_lib.progress,
                 self.stopping, rows, stage=stage, seed=self.config.seed, data=self.data.fingerprint,
                 checkpoint=self.base.fingerprint)
+            self.sitting[f'{name}_encode'] = self.seconds[f'{name}_encode'] = (
+                time.perf_counter() - begun)
             bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
         self.look(stage, 'after', spec, encoder)
 

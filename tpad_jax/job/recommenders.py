@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from tpad_jax.config import names, partnered
+from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.evaluation import experts
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
@@ -52,9 +52,17 @@ def check(job) -> None:
 
 
 def _rivals(job):
-    """Names of the trained baselines whose rows exist: only a planted catalogue has 'true'."""
+    """Names of the trained baselines whose rows exist, or are made before stage recommend."""
+    made = {row for stage in STAGES[:STAGES.index('recommend')] if stage in job.encoders
+            for row in MAKES[stage]}
     return [name for name, rival in job.config.rivals.items()
-            if job.planted is not None or 'true' not in names(rival.recommend)]
+            if made.union(job.catalogue).issuperset(names(rival.recommend))]
+
+
+def left_out(job) -> list[str]:
+    """Name the trained baselines that the run cannot train, because nothing makes their rows."""
+    return [f'{name} (reads {rival.recommend})' for name, rival in job.config.rivals.items()
+            if name not in _rivals(job)]
 
 
 class Recommenders:

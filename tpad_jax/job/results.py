@@ -24,6 +24,7 @@ from tpad_jax.diagnostics import records
 from tpad_jax.errors import refusing
 from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate
+from tpad_jax.job import recommenders
 from tpad_jax.report import gallery, page
 from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
@@ -79,6 +80,7 @@ def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
     file = write_page(job, out, scorers, ranks, console)
     tables.show(out, console)
     waited = {name: sum(run[name] for run in job.spent.values()) for name in ('all', *SPENT)}
+    waited['encode'] = sum(x for name, x in job.seconds.items() if name.endswith('_encode'))
     say(console, 'seconds of training: ' + ', '.join(f'{n} {x:.1f}' for n, x in waited.items()))
     say(console, f'results: {job.workdir / "results.json"}  ' + f'report: {file}  ' * bool(file)
         + f'total: {job.seconds["total"]:.0f} s')
@@ -243,6 +245,9 @@ def introduce(job, console):
         'devices': f'{job.devices.shards} {jax.default_backend()} by {job.devices.how}'
                    + f' in {job.devices.processes} processes' * (job.devices.processes > 1),
         'workdir': job.workdir}, console)
+    if left_out := recommenders.left_out(job):
+        say(console, 'Trained baselines that are left out, because nothing makes the rows they '
+            f'read: {", ".join(left_out)}.')
     for line in audit.describe(data.audit):
         say(console, line)
 

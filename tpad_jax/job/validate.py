@@ -67,11 +67,12 @@ def check(config, among=None) -> tuple[str, ...]:
     refuse_if(source.world and config.data.catalogue != 'all', 'config.data.catalogue='
               f"{config.data.catalogue!r}: the planted catalogue's true probabilities are of all "
               "items. Expected 'all'. Fix: leave it out, or name other data")
+    refuse_if(config.data.protocol == 'published' and source.timed, "config.data.protocol="
+              "'published' is for prepared sessions, which have no times. Fix: name them by "
+              'config.data.npz or config.data.ready')
     if not source.content:
         _check_without_content(config, stages)
         return stages
-    refuse_if(config.data.protocol == 'published', "config.data.protocol='published' is for "
-              'sessions of item ids only. Fix: give them with --config.data.npz=FILE')
     refuse_if(config.mllm.tokenizer and config.mllm.checkpoint, 'config.mllm.tokenizer: a '
               'checkpoint reads the tokens that it was trained on. Fix: leave it empty')
     features = config.data.features
@@ -94,7 +95,8 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     """
     recommended = {}  # row -> the option that reads it
     for name, baseline in config.rivals.items():
-        recommended |= dict.fromkeys(names(baseline.recommend), f'config.rivals.{name}')
+        if 'given' in names(baseline.recommend):
+            recommended['given'] = f'config.rivals.{name}'
     if config.partner:
         recommended |= dict.fromkeys(names(partnered(config).model.recommend), 'config.partner')
     recommended |= dict.fromkeys(names(config.model.recommend), '')

@@ -218,8 +218,8 @@ def _items(job, sessions, near):
                      'warm': bool(job.final.warm[item])}
         if neighbours := {name: of[item] for name, of in near.items() if item in of}:
             out[item]['near'] = neighbours
-        if job.content.has_image[item]:
-            uri = _picture(job.data.image_bytes[item])
+        uri = _picture(job.data.image_bytes[item]) if job.content.has_image[item] else ''
+        if uri:
             room -= len(uri)
             out[item]['picture'] = uri if room >= 0 else None
     return out
@@ -228,6 +228,8 @@ def _items(job, sessions, near):
 def _picture(encoded):
     with images.quiet():
         pixels = images.decode(encoded, PICTURE)
+    if pixels is None:  # it is damaged, and no stage has decoded it
+        return ''
     packed = io.BytesIO()
     Image.fromarray(pixels).save(packed, 'WEBP', quality=QUALITY)
     return 'data:image/webp;base64,' + base64.b64encode(packed.getvalue()).decode()

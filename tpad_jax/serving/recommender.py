@@ -96,7 +96,8 @@ class Recommender:
         self._z, self._weights = self._padded(served.z, (served.weights, served.experts),
                                               len(served.z))
 
-    def recommend(self, sessions: Sequence[Sequence[str]], k: int = 20) -> Recommended:
+    def recommend(self, sessions: Sequence[Sequence[str]], k: int | None = None
+                  ) -> Recommended:
         """Return the K items most likely to follow each session.
 
         Items of the session itself are ranked like all others, as in evaluation.
@@ -104,14 +105,15 @@ class Recommender:
         Args:
           sessions: S lists of item ids in the order of time. Unknown ids are dropped and reported.
             Of a longer session the last `max_length` known items count.
-          k: length of a list, from 1 to min(MAX_K, number of items).
+          k: length of a list, from 1 to min(MAX_K, number of items). None: 20, or all items of a
+            smaller catalogue.
 
         Raises:
           InputError: k is out of bounds, or a session is not a list of texts.
         """
         table = self.table
         rows, unknown = self.rows(sessions, table)
-        items, scores = self.first(rows, k, table)
+        items, scores = self.first(rows, min(20, table.count - 1) if k is None else k, table)
         lists = [[self.ids[n] for n in row] for row in items.tolist()]
         return Recommended(lists, scores, unknown, rows[:, 0] == 0)
 

@@ -168,10 +168,15 @@ def load(config, workdir: Path) -> Data:
     _check(data, origin(config))
     if not data.audit:
         report = audit(data.train, data.valid, data.test, data.warm, form=data.form,
-                       ties=float('nan'))
+                       ties=float('nan'), every_prefix=every_prefix(config))
         data = replace(data, audit=report)
     data = data if data.fingerprint else replace(data, fingerprint=_fingerprint(data))
     return restrict(data, config.data.catalogue)
+
+
+def every_prefix(config) -> bool:
+    """Whether validation and test score every item of a session but the first, or the last only."""
+    return config.data.protocol == 'ours' or not config.data.published_last_only
 
 
 def _check(data: Data, name: str) -> None:
