@@ -90,8 +90,12 @@ def _arrays(given):
     return given.tokens.astype(np.int32), given.mask, given.image
 
 
-def run(directory, side: int, *, dtype: str, steps: int, with_gradients: bool):
+def run(directory, side: int, *, dtype: str, steps: int, with_gradients: bool, double=False):
     """All comparisons of one checkpoint, as they are made.
+
+    Args:
+      double: whether torch's own rounding is compared as well, that is, its float64 with `dtype`,
+        padded on the right: a row of padding that attends to nothing is NaN in float64.
 
     Yields:
       (padding, what, {'max_abs_diff', 'max_rel_diff'}), or {'equal', 'of'} for tokens.
@@ -114,17 +118,30 @@ def run(directory, side: int, *, dtype: str, steps: int, with_gradients: bool):
             chosen = theirs.greedy(torch_model, asked, steps)
     del torch_model
     theirs.free()
+    if double:
+        torch_model = theirs.load(directory, 'float64')
+        exact = theirs.run(torch_model, theirs.keywords(torch_model, directory, prompts['right'],
+                                                        spec), spec)
+        del torch_model
+        theirs.free()
 
     params = load.load(directory, spec, dtype=dtype)
     model = vlm.VLM(spec, side, dtype=dtype)
     states = forward(model)
+
+    def compared(kind, i, got, mask):
+        """The differences from torch's, and torch's own from its float64."""
+        there = expected[padding][kind][i][mask]
+        own = {'torch_from_float64': compare(there, exact[kind][i][mask])['max_rel_diff']
+               } if double and padding == 'right' else {}
+        return compare(got[mask], there) | own
+
     for padding, given in prompts.items():
         hidden, logits = map(np.asarray, states(params, *_arrays(given)))
-        hidden_there, logits_there, _ = expected[padding]
         for i in range(len(hidden)):
             what = 'inputs' if i == 0 else 'last' if i == len(hidden) - 1 else f'layer {i}'
-            yield padding, what, compare(hidden[i][given.mask], hidden_there[i][given.mask])
-        yield padding, 'logits', compare(logits[given.mask], logits_there[given.mask])
+            yield padding, what, compared(0, i, hidden[i], given.mask)
+        yield padding, 'logits', compared(1, ..., logits, given.mask)
         if steps:
             written, _ = generate(model, params, _arrays(given), steps=steps, stop=())
             same = np.asarray(written) == chosen
@@ -204,7 +221,8 @@ def main(argv):
         spec = specs.read(FLAGS.checkpoint)
         side = FLAGS.side or spec.unit * (8 if isinstance(spec.vision, specs.Grid) else 1)
         found = judged(FLAGS.checkpoint, side, Path(FLAGS.checkpoint).resolve().name, tiny=False,
-                       with_gradients=bool(FLAGS.gradients), **options)
+                       with_gradients=bool(FLAGS.gradients), double=FLAGS.dtype == 'float32',
+                       **options)
     for name in [] if FLAGS.checkpoint else FLAGS.models:
         with tempfile.TemporaryDirectory() as directory:
             tiny_hf.save(name, directory, seed=FLAGS.seed)
