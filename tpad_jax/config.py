@@ -296,7 +296,9 @@ def stage(**changes) -> ConfigDict:
         # parts in which a device reads its rows, one after the other. Memory holds the activations
         # of one part, everything is read twice, and losses still see the whole batch
         accumulate=1,
-        steps=100,  # at most; 0, in stage knowledge only: the MLLM is not trained
+        # at most. 0, in stage knowledge only: the MLLM is not trained, and k are a checkpoint's
+        # states as they are, with model.features their width and mllm.pooling 'last' or 'mean'
+        steps=100,
         every_prefix=True,  # every prefix of a session is a row; False: only the longest one
         optimiser='adamw',  # 'adam': L2 in place of decay, no clip; 'sgd': plain, constant rate
         learning_rate=1e-3,  # the peak, after the warm-up

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytest.importorskip('torch')
@@ -21,6 +22,7 @@ from tpad_jax.job import validate
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.training import step
 
 # as the files say: the native side of the tower, the nearest to 256 of a grid of 16 pixels
 SIDES = {'llava': 32, 'qwen3_vl': 256}
@@ -206,6 +208,31 @@ def test_another_models_tokenizer_is_refused(copied):
     (directory / 'config.json').write_text(held)
     (directory / 'tokenizer.json').unlink()
     refused(directory, 'no usable tokenizer', 'tokenizer.json', checkpoint=directory)
+
+
+def test_an_untrained_checkpoint_gives_its_states(tmp_path):
+    """k are the mean states over the text, of mean square one, whatever the seed is."""
+    c = config(checkpoint=tiny_hf.save('qwen3', tmp_path), pooling='mean')
+    c.stage.knowledge.steps = 0
+    with pytest.raises(InputError, match=r'steps=0: k are the states .* width 48\. .*=64'):
+        validate.check(c)
+    c.model.features = 48
+    assert validate.check(c)
+    base, tokens = bases.read(c), jnp.array([[5, 6, 7, -1]])
+    spec = step.build_model(base.module, c, items=3, max_length=2, side_sizes=())
+    content = jnp.zeros((1, 0, 0, 3), jnp.uint8), jnp.zeros(1, bool), tokens
+    variables = spec.knowledge.init(jax.random.key(0), *content)['params']
+    assert variables.keys() == {'base', 'norm'}
+    loaded = base.load(None)['base']
+    k = spec.knowledge.apply({'params': {**variables, 'base': loaded}}, *content)
+
+    def read(module):
+        prompt = *module.before, 5, 6, 7, *module.end
+        states = module(module.say(jnp.array([prompt])))
+        return states[:, len(module.before):len(module.before) + 3].mean(1)
+
+    mean = base.module.apply({'params': loaded}, method=read)
+    np.testing.assert_allclose(k[:, 1], mean / jnp.sqrt((mean**2).mean()), atol=1e-5)
 
 
 def test_a_run_refuses_before_it_begins(saved):

@@ -78,7 +78,14 @@ def check(config, among=None) -> tuple[str, ...]:
     features = config.data.features
     refuse_if(features and not Path(features).is_file(), f'config.data.features={features!r} is '
               'not a file. Expected item features as in tpad_jax/data/sources/external_features.py')
-    bases.teacher(config, bases.read(config))
+    base = bases.read(config)
+    bases.teacher(config, base)
+    width, pooling = base.module.width, config.mllm.pooling
+    refuse_if(
+        step.reads_raw(config) and (config.model.features != width or pooling == 'summary'),
+        f'config.stage.knowledge.steps=0: k are the states of the checkpoint, of width {width}. '
+        f'config.model.features={config.model.features} and config.mllm.pooling={pooling!r} need '
+        f"training. Expected {width}, and 'last' or 'mean'. Fix: set them so, or train")
     return stages
 
 

@@ -76,11 +76,14 @@ class KnowledgeMLLM(nn.Module):
       pooling: see POOLING. 'summary': a learned token per modality at the end, plus the mean over
         the modality's tokens; 'last': the last token's state, the same for both; 'mean': the means
         alone.
+      raw: whether a feature is the state itself, for a checkpoint that is not trained. There are no
+        heads.
     """
 
     base: MLLM | VLM
     features: int
     pooling: str = 'summary'
+    raw: bool = False
 
     def setup(self):
         """Build the heads."""
@@ -90,7 +93,8 @@ class KnowledgeMLLM(nn.Module):
         if self.pooling == 'summary':
             self.summary = self.param('summary', small, (len(MODALITIES), self.base.width))
         self.norm = RMSNorm()
-        self.head = [Linear(self.features, use_bias=True) for _ in MODALITIES]
+        if not self.raw:
+            self.head = [Linear(self.features, use_bias=True) for _ in MODALITIES]
         self.writer = Writer()
 
     def __call__(self, image, has_image, tokens, keep=None):
@@ -124,8 +128,10 @@ class KnowledgeMLLM(nn.Module):
                       masked_mean(h[:, split:split + tokens.shape[1]], words.mask)]
         if self.pooling == 'summary':
             states = [h[:, m - len(MODALITIES)] + pooled for m, pooled in enumerate(states)]
-        return jnp.stack([head(self.norm(state))
-                          for head, state in zip(self.head, states, strict=True)], axis=1)
+        states = [self.norm(state) for state in states]
+        if not self.raw:
+            states = [head(state) for head, state in zip(self.head, states, strict=True)]
+        return jnp.stack(states, axis=1)
 
     def _content(self, image, has_image, tokens, mask):
         """Return a prompt's opening, image and text, and where the latter two begin."""

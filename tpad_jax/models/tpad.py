@@ -91,7 +91,7 @@ class TPAD:
 
 def build(base: MLLM | VLM | None, model: Any, *,  # noqa: PLR0913 (the numbers of a whole model)
           recommend: tuple, items: int, max_length: int,
-          side_sizes: tuple, pooling: str = 'summary', chunk: int = 0,
+          side_sizes: tuple, pooling: str = 'summary', raw: bool = False, chunk: int = 0,
           teacher: KnowledgeMLLM | None = None) -> TPAD:
     """Build the modules from the shared MLLM and plain numbers.
 
@@ -103,13 +103,14 @@ def build(base: MLLM | VLM | None, model: Any, *,  # noqa: PLR0913 (the numbers 
       max_length: longest prefix.
       side_sizes: vocabulary size of each side feature.
       pooling: see `KnowledgeMLLM`.
+      raw: see `KnowledgeMLLM`.
       chunk: see `TPAD`.
       teacher: see `TPAD`.
     """
     width = model.features
     wide = len(MODALITIES) * width  # of k over its modalities, and so of t, c, p and r
     return TPAD(
-        knowledge=base and KnowledgeMLLM(base, width, pooling),
+        knowledge=base and KnowledgeMLLM(base, width, pooling, raw),
         transfer=base and TransferMLLM(base, wide, model.clusters),
         disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),

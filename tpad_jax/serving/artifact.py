@@ -103,6 +103,7 @@ def write(job, name: str, scores) -> None:
         'mllm': _located(c.mllm.to_dict()) if content else None,
         'base': job.base.fingerprint if content else None,
         'pictures': content and job.base.image_size > 0,
+        'raw': content and job.spec.knowledge.raw,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
         'digests': {name: files.sha256(directory / name) for name in (MODEL, READER, ITEMS)}}
     files.write_text(directory / ABOUT, json.dumps(about, indent=1, default=str) + '\n')
@@ -152,7 +153,7 @@ def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
     mllm = about['mllm'] or {'pooling': 'summary', 'chunk': 0}
     return tpad.build(base, model, recommend=names(model.recommend), items=0,
                       max_length=about['max_length'], side_sizes=tuple(about['side_sizes']),
-                      pooling=mllm['pooling'], chunk=mllm['chunk'])
+                      pooling=mllm['pooling'], raw=about.get('raw', False), chunk=mllm['chunk'])
 
 
 def _read(directory, about):

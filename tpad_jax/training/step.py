@@ -194,7 +194,12 @@ def build_model(base, config, *, items: int, max_length: int, side_sizes: tuple[
     """
     return tpad.build(base, config.model, recommend=names(config.model.recommend), items=items,
                       max_length=max_length, side_sizes=side_sizes, pooling=config.mllm.pooling,
-                      chunk=config.mllm.chunk, teacher=teacher)
+                      raw=reads_raw(config), chunk=config.mllm.chunk, teacher=teacher)
+
+
+def reads_raw(config) -> bool:
+    """Whether k are a checkpoint's states as they are, as its heads would stay random."""
+    return bool(config.mllm.checkpoint) and not config.stage.knowledge.steps
 
 
 def initialiser(config, model: tpad.TPAD, image_shape: tuple[int, int, int]) -> partial:
