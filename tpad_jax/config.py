@@ -168,7 +168,8 @@ def mllm() -> ConfigDict:
     """Return the options of the multimodal language model that reads items."""
     return ConfigDict(dict(
         base='',  # directory of the small base; empty: the one in this package
-        checkpoint='',  # directory of a Hugging Face checkpoint, in place of the small base
+        # Hugging Face checkpoint in place of the small base: a directory, or a hub id (org/name)
+        checkpoint='',
         # directory of another base or checkpoint with the same tokenizer. It reads items for the
         # losses that read its outputs 'teacher...', and is not trained. Empty: none
         teacher='',

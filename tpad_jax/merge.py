@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tpad_jax.core import cli
+from tpad_jax.features import bases
 from tpad_jax.models.hf import export, load, spec
 
 
@@ -16,7 +17,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """Write a checkpoint with an adapter added to its kernels.
 
     Args:
-      checkpoint: Hugging Face directory.
+      checkpoint: Hugging Face directory, or hub id.
       adapter: directory in PEFT's form.
       out: directory to create.
 
@@ -26,6 +27,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
     Raises:
       InputError: a directory is not of its form, or `out` exists.
     """
+    checkpoint = bases.local('CHECKPOINT', str(checkpoint))
     description = spec.read(checkpoint)
     pairs, scale = export.load_adapter(adapter, description)
     dtypes = {t.dtype for t in load.stored(checkpoint) if t.dtype is not None}
@@ -36,7 +38,7 @@ def merge(checkpoint: str | Path, adapter: str | Path, out: str | Path) -> Path:
 
 
 @cli.command('tpad_jax.merge', 'Merges an adapter into its checkpoint.', {
-    'checkpoint': dict(help='Hugging Face directory'),
+    'checkpoint': dict(help='Hugging Face directory, or hub id'),
     'adapter': dict(help="directory in PEFT's form"),
     'out': dict(help='directory to create'),
 })

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip('torch')
 
+from huggingface_hub import constants
 from transformers import AutoTokenizer
 
 from configs import amazon
@@ -23,6 +24,7 @@ from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.training import step
+from tpad_jax.training.workdir import claim
 
 # as the files say: the native side of the tower, the nearest to 256 of a grid of 16 pixels
 SIDES = {'llava': 32, 'qwen3_vl': 256}
@@ -181,9 +183,24 @@ def test_a_size_of_images_that_does_not_fit_is_refused(saved):
                 else 'Expected 32 pixels', checkpoint=directory, image_size=side)
 
 
+def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    refused("config.mllm.checkpoint='shop/tiny'", 'hf download shop/tiny', checkpoint='shop/tiny')
+    cached = tmp_path / 'models--shop--tiny'
+    (cached / 'refs').mkdir(parents=True)
+    (cached / 'refs/main').write_text('0' * 40)
+    directory = tiny_hf.save('llama', cached / 'snapshots' / ('0' * 40))
+    found = bases.read(config(checkpoint='shop/tiny'))
+    assert found.directory == directory
+    assert found.fingerprint == bases.read(config(checkpoint=directory)).fingerprint
+    claim(tmp_path / 'run', config(checkpoint='shop/tiny').to_dict())
+    claim(tmp_path / 'run', config(checkpoint=directory).to_dict())  # the same files
+
+
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path):
-    for directory in (tmp_path, tmp_path / 'none', 'Qwen/Qwen3-VL-2B-Instruct'):
-        refused(f"config.mllm.checkpoint='{directory}'", 'config.json', 'the local directory',
+    for directory in (tmp_path, tmp_path / 'none'):
+        refused(f"config.mllm.checkpoint='{directory}'", 'config.json', 'the directory or the hub',
                 checkpoint=directory)
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
     refused(tmp_path / 'config.json', "'gpt2'", 'qwen3_vl', checkpoint=tmp_path)

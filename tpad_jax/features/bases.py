@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 
 from tpad_jax.core.digest import files_digest
 from tpad_jax.data import prompts, text
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf import export, load, spec, vlm
@@ -23,6 +24,7 @@ from tpad_jax.models.mllms import KnowledgeMLLM
 SIDE = 256  # default pixels of an image's side for models of any resolution, rounded to fit
 SMALL = dict(param_dtype='float32', dtype='float32', attention='xla', remat='none',
              pooling='summary', before='', between='', end='')  # all that the small base supports
+HUB_ID = re.compile(r'[\w-][\w.-]*/[\w.-]+')  # organisation/name
 FILES = ('.json', '.safetensors', '.txt', '.model')  # of parameters, sizes and tokenizer
 
 
@@ -62,6 +64,29 @@ def read(config, pictures: bool = True) -> Base:
     return _checkpoint(c, pictures) if c.checkpoint else _default(config)
 
 
+def local(option: str, name: str) -> Path:
+    """Return the directory of a checkpoint; one that is named by a hub id is downloaded once.
+
+    huggingface_hub keeps it in its cache and reads HF_HOME, HF_TOKEN and HF_HUB_OFFLINE.
+
+    Args:
+      option: the option that names it.
+      name: a directory, or a hub id as in 'organisation/name'.
+
+    Raises:
+      InputError: the model is in neither the cache nor reach.
+    """
+    if Path(name).exists() or not HUB_ID.fullmatch(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download  # slow to import
+
+    with refusing(Exception, f'{option}={name!r}: neither a directory nor a model that the hub '
+                  'gives', f'Expected a directory or a hub id. Fix: correct it, connect to the '
+                  f'network, or run `hf download {name}` where there is one and copy the cache'):
+        return Path(snapshot_download(name, ignore_patterns='*/*', allow_patterns=[
+            f'*{end}' for end in (*FILES, '.jinja')]))
+
+
 class Teacher(NamedTuple):
     """Another MLLM that reads the same items as the student.
 
@@ -91,7 +116,8 @@ def teacher(config, student: Base) -> Teacher | None:
     """
     if not config.mllm.teacher:
         return None
-    directory, option = Path(config.mllm.teacher), f'config.mllm.teacher={config.mllm.teacher!r}'
+    directory = local('config.mllm.teacher', config.mllm.teacher)
+    option = f'config.mllm.teacher={config.mllm.teacher!r}'
     sizes = _config_file(directory, option, 'the directory of a base or of a Hugging Face model')
     c, dtype = copy.deepcopy(config.mllm), config.mllm.teacher_dtype
     try:
@@ -181,9 +207,9 @@ def _small(directory):
 
 
 def _checkpoint(c, pictures):
-    directory = Path(c.checkpoint)
+    directory = local('config.mllm.checkpoint', c.checkpoint)
     _config_file(directory, f'config.mllm.checkpoint={c.checkpoint!r}',
-                 'the local directory of a Hugging Face model')
+                 'the directory or the hub id of a Hugging Face model')
     sizes = spec.read(directory)
     if not pictures:
         sizes = sizes.without_vision()

@@ -188,6 +188,6 @@ def _reader(job, bound) -> dict:
 
 
 def _located(mllm: dict) -> dict:
-    """Return config.mllm with absolute directories."""
-    return {key: str(Path(x).resolve()) if key in ('base', 'checkpoint') and x else x
-            for key, x in mllm.items()}
+    """Return config.mllm with absolute directories. A hub id stays."""
+    return {key: str(Path(x).resolve()) if x and key in ('base', 'checkpoint') and Path(x).is_dir()
+            else x for key, x in mllm.items()}

@@ -48,7 +48,8 @@ def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
       InputError: config or data differ; the message names every differing key with both values.
     """
     config = json.loads(json.dumps(config, default=str))
-    inputs = {key: bases.fingerprint(path) for key in INPUTS if (path := _flat(config).get(key))}
+    inputs = {key: bases.fingerprint(bases.local(f'config.{key}', path))
+              for key in INPUTS if (path := _flat(config).get(key))}
     record = {'format': FORMAT, 'config': config, 'fingerprint': fingerprint, 'inputs': inputs}
     path = Path(workdir) / 'config.json'
     if path.exists():
