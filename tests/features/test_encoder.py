@@ -29,12 +29,12 @@ SIZES_OF_PARTS = (16, 15, 16, 6)  # two of the short texts, two of the long
 
 @lru_cache
 def content():
-    """Texts of LENGTHS in a random order, a token 0 in many; one image in four absent."""
+    """Texts of LENGTHS in a random order, a token 0 in many; one image in eight absent."""
     rng = np.random.default_rng(0)
     lengths = np.append(0, rng.permutation(LENGTHS))
     tokens = rng.integers(0, SIZES['vocab'], (V + 1, T))
     tokens[np.arange(T) >= lengths[:, None]] = -1
-    has_image = np.arange(V + 1) % 4 > 0
+    has_image = np.arange(V + 1) % 8 > 0
     image = rng.integers(0, 256, (V + 1, SIDE, SIDE, 3)) * has_image[:, None, None, None]
     return Content(image.astype(np.uint8), has_image, tokens.astype(np.int32), broken=2)
 
@@ -102,8 +102,28 @@ def contents(directory):
     ([0, 0], 64, 1, [(16, [1, 2])])])
 def test_buckets(lengths, whole, part, expected):
     tokens = np.where(np.arange(whole) < np.append(0, lengths)[:, None], 0, -1)
-    found = encoder_lib.buckets(tokens, part)
-    assert [(length, ids.tolist()) for length, ids in found] == expected
+    found = encoder_lib.buckets(tokens, part, np.arange(len(tokens)) > 0, 1)
+    assert [(length, ids.tolist()) for length, _, ids in found] == expected
+
+
+def test_items_without_a_picture_have_their_own_buckets():
+    tokens = np.where(np.arange(16) < np.array([0, 8, 16, 8, 16, 8])[:, None], 0, -1)
+    image = np.array([0, 1, 1, 0, 0, 1], bool)
+
+    def found(image, rows):
+        return [(length, pictures, ids.tolist())
+                for length, pictures, ids in encoder_lib.buckets(tokens, 1, image, rows)]
+
+    assert found(image, 2) == [(8, False, [3]), (8, True, [1, 5]), (16, False, [4]),
+                               (16, True, [2])]
+    assert found(image, 3) == [(8, True, [1, 3, 5]), (16, True, [2, 4])]  # too few for a call
+    assert found(image & False, 1) == [(8, False, [1, 3, 5]), (16, False, [2, 4])]
+
+
+def test_a_call_without_pictures_gives_the_rows_of_absent_ones():
+    apart = make(('k',), rows=6)
+    assert [pictures for (_, pictures), _ in apart._parts].count(False) == 1
+    np.testing.assert_allclose(apart(model()[1])['k'], rows()['k'], rtol=0, atol=2e-5)
 
 
 @pytest.mark.slow
@@ -111,7 +131,7 @@ def test_buckets_give_the_rows_of_no_buckets():
     """Against one call that reads every item with all of its padding."""
     spec, params = model()
     c = content()
-    assert len(encoder_lib.buckets(c.tokens, PART)) == 2
+    assert len(encoder_lib.buckets(c.tokens, PART, c.has_image, ROWS)) == 2
     everything = jax.jit(lambda p: (
         readers.read_items(spec, p, 'knowledge', c.image, c.has_image, c.tokens),
         readers.distil_items(spec, p, c.image, c.has_image, c.tokens)))(params)

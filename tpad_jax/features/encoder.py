@@ -1,7 +1,8 @@
 """Read the catalogue with an MLLM: content in, one row per item out.
 
 Items are sorted by the length of their texts into a few buckets, so that short texts are not read
-with the padding of long ones. Every call has the same number of items and one of a few lengths. A
+with the padding of long ones, and items without a picture do not pay for one. Every call has the
+same number of items and one of a few lengths. A
 thread gathers the contents of the next calls and sends them to the device while it computes.
 """
 
@@ -41,19 +42,34 @@ def reads(spec: tpad.TPAD) -> dict[str, tuple[str, ...]]:
             'r': ('base', 'knowledge', 'adapter', distil)}
 
 
-def buckets(tokens: np.ndarray, part: int) -> list[tuple[int, np.ndarray]]:
-    """Group items 1..V by the number of tokens they are read with.
+def buckets(tokens: np.ndarray, part: int, has_image: np.ndarray,
+            rows: int) -> list[tuple[int, bool, np.ndarray]]:
+    """Group items 1..V by what they are read with: the number of tokens, and whether a picture.
 
     The lengths are quarters of T in multiples of 8. A bucket that does not fill a part joins the
-    next longer one, which costs less than another compilation.
+    next longer one, and items without a picture that do not fill a call join those with one. That
+    costs less than another compilation.
 
     Args:
       tokens: int32 [V+1, T]. -1 is padding.
       part: items per file.
+      has_image: bool [V+1].
+      rows: items per call.
 
     Returns:
-      [(length, ids int64 [.])].
+      [(length, whether there are pictures, ids int64 [.])], the longest text in the last.
     """
+    blind = np.flatnonzero(~has_image[1:]) + 1
+    seen = has_image.any()
+    if seen and rows <= len(blind):
+        return sorted(((length, pictures, ids[lengths]) for pictures, ids in (
+            (False, blind), (True, np.flatnonzero(has_image)))
+            for length, lengths in _lengths(tokens[ids], part)), key=lambda group: group[0])
+    return [(length, bool(seen), 1 + ids) for length, ids in _lengths(tokens[1:], part)]
+
+
+def _lengths(tokens, part):
+    """Group texts int32 [n, T] by length: [(length, places int64 [.])]."""
     longest = tokens.shape[1]
     real = tokens >= 0
     need = np.where(real.any(1), longest - real[:, ::-1].argmax(1), 0)
@@ -61,8 +77,8 @@ def buckets(tokens: np.ndarray, part: int) -> list[tuple[int, np.ndarray]]:
     bucket = np.searchsorted(edges, need)
     groups, waiting = [], np.zeros(0, np.int64)
     for i, length in enumerate(edges):
-        waiting = np.union1d(waiting, 1 + np.flatnonzero(bucket[1:] == i))
-        longer = (bucket[1:] > i).any()
+        waiting = np.union1d(waiting, np.flatnonzero(bucket == i))
+        longer = (bucket > i).any()
         if len(waiting) and (len(waiting) >= part or not longer):
             groups.append((length, waiting))
             waiting = np.zeros(0, np.int64)
@@ -91,9 +107,9 @@ class Encoder:
         self._devices = devices or Devices('jit', tuple(jax.local_devices()[:1]))
         shards = self._devices.shards
         self._rows = -(-min(rows, max(1, len(content.tokens) - 1)) // shards) * shards
-        self._parts = [(length, ids[begin:begin + part])
-                       for length, ids in buckets(content.tokens, part)
-                       for begin in range(0, len(ids), part)]
+        self._parts = [(kind, ids[begin:begin + part]) for *kind, ids in buckets(
+            content.tokens, part, content.has_image, self._rows)
+            for begin in range(0, len(ids), part)]
         self._everywhere = self._devices.shardings(0)
         self._read = compiled(self._encode, precision=self._devices.precision)
         self._write = compiled(_write, donate_argnums=0, out_shardings=self._everywhere)
@@ -121,9 +137,10 @@ class Encoder:
           params: nested.
           ids: int [.], at least one. All are read with the length of the longest texts.
         """
-        params, length, parts = self._used(params), self._parts[-1][0], []
+        params, parts = self._used(params), []
+        kind = self._parts[-1][0][0], bool(self._content.has_image[ids].any())
         for begin in range(0, len(ids), self._rows):
-            arrays = self._contents(ids[begin:begin + self._rows], length)
+            arrays = self._contents(ids[begin:begin + self._rows], *kind)
             parts.append(jax.device_get(self._read(params, *arrays)))
         return {name: np.concatenate([rows[name] for rows in parts])[:len(ids)]
                 for name in self.names}
@@ -138,8 +155,8 @@ class Encoder:
         used = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                             used, self._devices.shardings(used))
         params = unflatten_dict(used, sep='/')
-        for length, ids in dict(self._parts).items():
-            self._read.lower(params, *self._contents(ids[:self._rows], length)).compile()
+        for kind, ids in {tuple(kind): ids for kind, ids in self._parts}.items():
+            self._read.lower(params, *self._contents(ids[:self._rows], *kind)).compile()
 
     def made_by(self, params: dict, **more) -> dict[str, dict]:
         """Describe everything that the rows of each name depend on, {name: {key: value}}.
@@ -212,7 +229,7 @@ class Encoder:
                  for begin in range(0, len(self._parts[number][1]), self._rows)]
         with ThreadPoolExecutor(1) as pool:
             def gather(number, _, ids):
-                return pool.submit(self._contents, ids, self._parts[number][0])
+                return pool.submit(self._contents, ids, *self._parts[number][0])
 
             ahead, pending = deque(gather(*call) for call in calls[:AHEAD]), None
             for i, call in enumerate(calls):
@@ -226,11 +243,12 @@ class Encoder:
             if pending is not None:
                 yield pending
 
-    def _contents(self, ids, length):
+    def _contents(self, ids, length, pictures):
         """Return what a call reads of some items, on its way to the devices."""
         at = np.pad(ids, (0, self._rows - len(ids)), mode='edge')
         c = self._content
-        return jax.device_put((c.image[at], c.has_image[at], c.tokens[at, :length]),
+        image = c.image if pictures else c.image[:, :0, :0]  # a reader sees no image of side 0
+        return jax.device_put((image[at], c.has_image[at], c.tokens[at, :length]),
                               self._devices.split())
 
     def _make(self, params, progress, stopping, numbers):
@@ -263,7 +281,7 @@ class Encoder:
 
     def _shapes(self, params):
         """Return the shape of a row per name. The first call reuses this trace."""
-        c, length = self._content, self._parts[0][0]
+        c, (length, _) = self._content, self._parts[0][0]
         shapes = (jax.ShapeDtypeStruct((self._rows, *x.shape[1:]), x.dtype)
                   for x in (c.image, c.has_image, c.tokens[:, :length]))
         return {name: x.shape[1:] for name, x in self._read.eval_shape(params, *shapes).items()}
