@@ -76,6 +76,7 @@ def test_the_page_in_a_browser(run, tmp_path):
 @pytest.mark.parametrize(('argv', 'said'), [
     (['nowhere'], 'does not hold a run'),
     (['--k', '0'], '--k: 0: out of range. Expected 1 or more'),
+    (['--k', '31'], '--k=31: the longest list of this run has 30 items'),
     (['--port', '99999'], '--port: 99999: out of range. Expected from 0 to 65535')])
 def test_refusals(run, monkeypatch, capsys, argv, said):
     monkeypatch.setattr(startup, 'begin', lambda: lambda: False)

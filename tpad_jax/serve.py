@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tpad_jax.core import cli, startup
-from tpad_jax.errors import refusing
+from tpad_jax.errors import refuse_if, refusing
 
 NAME = 'tpad_jax.serve'
 
@@ -26,7 +26,7 @@ NAME = 'tpad_jax.serve'
     'run': dict(type=Path, help='workdir of a finished run'),
     '--host': dict(default='127.0.0.1', help='default 127.0.0.1: only this machine'),
     '--port': dict(type=cli.number(int, 0, 2**16 - 1), default=8000, help='default 8000, 0: any'),
-    '--k': dict(type=cli.number(int, 1), default=20, help='items of the longest list, default 20'),
+    '--k': dict(type=cli.number(int, 1), help='items of the longest list, default 20 or all items'),
     '--waiting': dict(type=cli.number(int, 1), default=4096, help='sessions that may wait, 4096'),
     '--timeout': dict(type=cli.number(float, 0.001, 3600), default=10.0,
                       help='seconds until a request is given up, default 10'),
@@ -66,11 +66,14 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
         from tpad_jax.serving import http, recommender
 
     shop = recommender.load(args.run, base=args.base)
+    most = min(recommender.MAX_K, shop.trained)
+    refuse_if(args.k and args.k > most, f'--k={args.k}: the longest list of this run has {most} '
+              'items. Fix: lower it')
     if args.added and Path(args.added).is_file():
         shop.restore_added(args.added)
     count = http.Count()
     app = http.app(shop, args.run, new_items=not args.no_new_items, added=args.added, count=count,
-                   limits=http.Limits(k=args.k, waiting=args.waiting, seconds=args.timeout))
+                   limits=http.Limits(k=args.k or 20, waiting=args.waiting, seconds=args.timeout))
     with refusing(OSError, f'{args.host}:{args.port} is not available',
                   'Fix: choose another --host or --port'):
         listening = socket.create_server((args.host, args.port), backlog=2048)

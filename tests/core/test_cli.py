@@ -94,6 +94,24 @@ def test_types_that_are_not_computed_with_are_refused(monkeypatch, variable, val
         startup.prepare()
 
 
+@pytest.mark.parametrize(('error', 'status'), [
+    (RuntimeError("Unable to initialize backend 'foo': ... (set JAX_PLATFORMS='')"), 2),
+    (ValueError('Invalid value "abc" for JAX flag jax_num_cpu_devices'), 2),
+    (ValueError("invalid truth value 'maybe' for environment 'JAX_DISABLE_JIT'"), 2),
+    (ValueError('Invalid value of anything else'), None)])
+def test_what_jax_says_of_its_environment_is_one_sentence(capsys, error, status):
+    @cli.command('name')
+    def main(argv):
+        raise error
+
+    if status is None:
+        with pytest.raises(ValueError, match='anything else'):
+            main([])
+    else:
+        assert main([]) == status
+        assert capsys.readouterr().err == f'name: {error}. Fix: correct or unset that variable\n'
+
+
 def test_harmless_values_of_the_environment_are_accepted(monkeypatch):
     for variable, values in startup.REQUIRED.items():
         monkeypatch.setenv(variable, values[-1])

@@ -406,8 +406,8 @@ def test_a_workdir_that_cannot_be_made_is_refused(config, tmp_path):
 
 
 def test_unusable_data_leave_the_workdir_free(config, tmp_path):
-    with pytest.raises(InputError, match=r'config\.data\.valid=0\.0 .* not both positive'):
-        job.run(changed(config, data__planted__valid=0), tmp_path / 'run')
+    with pytest.raises(InputError, match=r'config\.data\.min_length=50: all '):
+        job.run(changed(config, data__min_length=50), tmp_path / 'run')
     assert not (tmp_path / 'run' / 'config.json').exists()
     assert not (tmp_path / 'run' / 'data' / amazon_tables.FINISHED).exists()
 

@@ -52,7 +52,8 @@ def test_no_number_without_meaning_is_accepted():
     ('losses.next_item.smoothing', 2.0), ('losses.next_item.temperature', 0.0), ('seed', 2**32),
     ('model.temperature', 0.0), ('data.planted.items', -5), ('data.valid', 0.0), ('data.core', 2.5),
     ('model.dropout', 1.0), ('stage.transfer.weight_decay', -1.0), ('model.lora_alpha', 0.0),
-    ('seed', True), ('stage.joint.weights.align', -1.0)])
+    ('seed', True), ('stage.joint.weights.align', -1.0), ('data.planted.test', 0),
+    ('data.max_length', 2**21), ('model.layers', 1001), ('model.gnn_steps', 0)])
 def test_the_nearest_values_out_of_range_are_refused(key, value):
     with pytest.raises(InputError, match=rf'config\.{key}={value}'):
         validate.check(changed(key, value))

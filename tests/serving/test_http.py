@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -296,3 +297,18 @@ def test_below_a_prefix_everything_is_the_same(run, mounted):
     assert 'its picture cannot be used' in large.json()['detail']
     assert 'path="/recommend"' in metrics.text
     assert 'path="other"' not in metrics.text
+
+
+def test_a_prefix_is_a_whole_part_of_a_path():
+    class Inner:
+        routes = (SimpleNamespace(path='/items'),)
+
+        async def __call__(self, scope, receive, send):
+            await send({'type': 'http.response.start', 'status': 204, 'headers': []})
+            await send({'type': 'http.response.body'})
+
+    metrics = http.Metrics()
+    guard = http.Guard(Inner(), http.Limits(), metrics, http.Count())
+    asyncio.run(httpx.AsyncClient(transport=httpx.ASGITransport(guard, root_path='/item'),
+                                  base_url='http://host').get('/items'))
+    assert metrics.requests.labels('/items', 204)._value.get() == 1

@@ -13,6 +13,8 @@ from typing import Any
 from tpad_jax.errors import UNWRITABLE, InputError, Stopped
 
 BROKEN, UNUSABLE, STOPPED = 1, 2, 75  # exit statuses
+# how jax begins to complain of its environment variables
+ENVIRONMENT = ('Unable to initialize backend', 'Invalid value', 'invalid truth value')
 # error numbers of a path that the user must change: UNWRITABLE, or another file is in the way
 BLOCKED = (*UNWRITABLE, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
@@ -91,6 +93,10 @@ def command(name: str, description: str = '', arguments: dict[str, dict] | None 
                 return status or 0
             except (InputError, FloatingPointError) as error:
                 return say(name, error, UNUSABLE if isinstance(error, InputError) else BROKEN)
+            except (RuntimeError, ValueError) as error:
+                if not str(error).startswith(ENVIRONMENT) or 'jax' not in str(error).lower():
+                    raise
+                return say(name, f'{error}. Fix: correct or unset that variable', UNUSABLE)
             except Stopped as error:
                 error.add_note('run the same command again to resume')
                 return say(name, error, STOPPED)

@@ -23,6 +23,7 @@ from tpad_jax.mutual_information import critics
 from tpad_jax.training import merge_adapters
 
 LARGE = 1e9  # a larger number is a typing error
+LONG, DEEP = 2**20, 1000  # most numbers of a row, and most layers: beyond, a run would not begin
 INT32 = 2**31 - 1  # counts are int32 on devices
 ROWS = ('k', 'r', 'given', 'true')  # of the catalogue, which a recommender reads
 
@@ -104,13 +105,16 @@ RULES = {key: rule for rule, keys in (
     # one seed more would repeat the stream of seed 0: keys of jax are made from 32 bits
     (number(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
     (COUNT, 'save_every log_every model_shards search.trials data.core data.min_length '
-     'data.max_length mllm.text_length mllm.encode_rows mllm.encode_part model.features '
-     'model.lora_rank model.width model.gnn_steps model.heads model.near model.near_window '
-     'stage.*.batch_size stage.*.accumulate losses.*.samples losses.*.widths'),
-    (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.image_size mllm.chunk model.layers '
-     'model.clusters model.feature_hidden model.together model.blend.rank stage.*.steps '
-     'stage.*.eval_every stage.*.patience stage.*.refresh_every losses.*.chunk '
-     'data.planted.train data.planted.valid data.planted.test'),
+     'mllm.encode_rows mllm.encode_part stage.*.batch_size stage.*.accumulate losses.*.samples '
+     'losses.*.widths data.planted.train data.planted.valid data.planted.test'),
+    (number(1, LONG, whole=True), 'data.max_length mllm.text_length model.features '
+     'model.lora_rank model.width model.heads model.near model.near_window'),
+    (number(0, LONG, whole=True), 'mllm.image_size model.feature_hidden model.together'),
+    (number(0, DEEP, whole=True), 'model.layers'),
+    (number(1, DEEP, whole=True), 'model.gnn_steps'),
+    (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.chunk model.clusters '
+     'model.blend.rank stage.*.steps stage.*.eval_every stage.*.patience stage.*.refresh_every '
+     'losses.*.chunk'),
     (number(2, INT32, whole=True), 'data.planted.items'),
     (number(-1, 1024, whole=True), 'workers'),
     (number(0, 1), 'data.bad_share data.planted.noise stage.*.warmup'),

@@ -280,6 +280,8 @@ class Guard:
         self.count.accepted += 1
         # below a prefix of another app or of a proxy, a path begins with that prefix
         route = scope['path'].removeprefix(scope.get('root_path', '')) or '/'
+        if route[0] != '/':  # the prefix /item is not one of /items
+            route = scope['path']
         most = IMAGE_BYTES if route == '/items' else self._limits.body
         size = 0
 

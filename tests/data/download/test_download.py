@@ -208,12 +208,14 @@ def test_addresses_of_both_forms(tmp_path):
                 'A1': [{'variant': 'PT01', 'large': 'back'},
                        {'variant': 'MAIN', 'thumb': 't', 'large': None, 'hi_res': 'h'}],
                 'A2': [7, None, {'large': ['x']}, []], 'A3': 'x', 'A4': {
-                    'large': [None, 'x'], 'hi_res': ['y'], 'variant': ['PT01', 'MAIN']}}.items():
+                    'large': [None, 'x'], 'hi_res': ['y'], 'variant': ['PT01', 'MAIN']},
+                'A5': [{'url': 'x'}], 'A6': {'link': ['x']}, 'A7': [{'large': {'src': 'x'}}],
+                'A8': {'large': [None], 'thumb': ['None']}, 'A9': []}.items():
             file.write(json.dumps({'parent_asin': asin, 'images': images}) + '\n')
     found = amazon.read_urls(tmp_path / '23')
     assert found.urls == {'B0000': ('http://a/0',), 'A1': ('h', 't', 'back'), 'A2': ('x',),
-                          'A3': (), 'A4': ('x', 'y')}
-    assert found.lines['unused'] == {'images_of_unknown_form': 1}
+                          'A4': ('x', 'y'), **{f'A{k}': () for k in (3, 5, 6, 7, 8, 9)}}
+    assert found.lines['unused'] == {'images_of_unknown_form': 4}  # A3, A5, A6, A7
 
 
 def test_pictures_of_an_unknown_form_are_refused(tmp_path):

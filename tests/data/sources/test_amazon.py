@@ -222,7 +222,8 @@ CASES = [
     ('$12.99 ($0.43 / Ounce)', 12.99), ('1,250', 1250), ('$1,250,000.50', 1250000.5),
     ('1.250,00', 1250), ('12.345.678,9', None), ('$9.00 - $5.00', 5), ('from $12', 12), ('5.', 5),
     ('1,23,456', None), ('12,9999', None), ('$', None), ('5 (', None), ('.', None), (1e3, 1000),
-    ('1.234.567,89', 1234567.89)]
+    ('1.234.567,89', 1234567.89), ('US$5.00 \u2013 7,50 \u20ac', 5), ("1'299.50 USD", 1299.5),
+    ('1\u00a0299,00 \u20ac', 1299), ('1 2 3', None)]
 
 
 def test_prices_in_every_spelling(tmp_path):
@@ -272,7 +273,8 @@ def test_picture_files_may_end_in_any_case(tmp_path):
     ('2023', {'timestamp': TIME * 10**9}, r'look like nanoseconds: convert'),
     ('2018', {'unixReviewTime': str(TIME)}, 'write every time as a number'),
     ('2018', {'reviewerID': 7}, 'user as a text of at most 256 characters, a number in quotes'),
-    ('2023', {'parent_asin': 'B.1'}, r'letters, digits, - and _ \(no dot')])
+    ('2023', {'parent_asin': 'B.1'}, r'letters, digits, - and _ \(no dot'),
+    ('2023', {'user_id': None}, r'\.jsonl file have parent_asin, user_id, timestamp.*or rename')])
 @pytest.mark.parametrize('good', [0, 1])
 def test_a_misread_unit_or_id_is_named(tmp_path, form, changes, message, good):
     """Where no line is usable, and where more than the share is not."""
@@ -291,3 +293,10 @@ def test_the_form_of_2014_is_named(tmp_path):
     (tmp_path / 'Gift_Cards_5.json.gz').rename(tmp_path / 'reviews_Gift_Cards_5.json.gz')
     with pytest.raises(InputError, match=r'reviews_Gift_Cards_5\.json\.gz is a name of the 2014 '):
         amazon.find_files(tmp_path)
+
+
+def test_lines_of_2014_that_were_written_as_json_keep_path_and_picture(tmp_path):
+    item = {'asin': 'B1', 'title': 't', 'categories': [['Shop', 'shoe']], 'imUrl': 'http://a/1'}
+    write18(tmp_path, [item], [review18('U', 'B1')])
+    assert amazon.read(tmp_path).catalogue['category'].to_list() == ['Shop > shoe']
+    assert amazon.read_urls(tmp_path).urls == {'B1': ('http://a/1',)}

@@ -60,7 +60,8 @@ def test_pixels_are_the_image_processors(name, options, nested, tmp_path):
 @pytest.mark.parametrize('files', [
     {LEGACY: {'do_rescale': 'no'}}, {LEGACY: {'image_mean': [0.5] * 4}}, {LEGACY: [1]},
     {LEGACY: {'image_std': [0.5, 0.0, 0.5]}}, {LEGACY: {'image_std': [float('nan')] * 3}},
-    {LEGACY: {'rescale_factor': None}}, {NESTED: {'image_processor': 'clip'}}])
+    {LEGACY: {'rescale_factor': None}}, {LEGACY: {'do_resize': False}},
+    {NESTED: {'image_processor': 'clip'}}])
 def test_an_unusable_image_processor_is_refused(files, tmp_path):
     with pytest.raises(InputError, match=f'{next(iter(files))}: unusable config'):
         specs.read(write(tmp_path, 'llava', **files))

@@ -41,6 +41,8 @@ def table(report: dict) -> Table:
              'unreviewed': 'in no review (--unreviewed gets them)', 'left': 'left'}
     rows = [(str(report[key]), text, '') for key, text in words.items()
             if report[key] or key == 'fetched']
+    if unknown := report['lines']['unused'].get('images_of_unknown_form'):
+        rows.append((str(unknown), 'of these have pictures of an unknown form', ''))
     for reason, count in report['reasons'].items():
         failures = [failure for failure in report['failures'] if failure['reason'] == reason]
         numbers = {'for now': sum(not failure['for_good'] for failure in failures),

@@ -34,6 +34,10 @@ HINTS = {
     'bad_time': 'write every time as a number, in seconds (2018) or milliseconds (2023) since 1970',
     **{f'time_in_{unit}': f'the times look like {unit}: convert them to seconds (2018 form) or '
                           'milliseconds (2023 form)' for unit in amazon_fields.UNITS},
+    **{f'missing_{name}': f'lines of a {ending} file have {", ".join(names)}: add them, or rename '
+       'the file if it is of the other form' for ending, names in (
+           ('.json', ('asin', 'reviewerID', 'unixReviewTime')),
+           ('.jsonl', ('parent_asin', 'user_id', 'timestamp'))) for name in names},
     'bad_user': f'write every user as a text of at most {amazon_fields.USER_LENGTH} characters, a '
                 'number in quotes',
     'bad_asin': 'write every item id as a text of at most 32 letters, digits, - and _ (no dot: the '
@@ -191,8 +195,9 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
     urls, item_lines = _read_items(paths, amazon_fields.urls, unused, bad_share, stopping)
     unknown, fields = unused['images_of_unknown_form'], FIELDS[paths.form]
     refuse_if(unknown and not any(urls.values()),
-              f'{paths.metadata}: `{fields.pictures}` of {unknown} items has an unknown form. '
-              f'Expected objects with {" or ".join(fields.urls)}. Fix: write the addresses so.')
+              f'{paths.metadata}: `{fields.pictures or fields.urls[0]}` of {unknown} items has an '
+              f'unknown form. Expected {"objects with " * bool(fields.pictures)}'
+              f'{" or ".join(fields.urls)}. Fix: write the addresses so.')
     events = Lines(paths.reviews)
     reviewed = {asin for _, asin, _ in _read_events(events, paths.form, urls, bad_share, stopping)}
     return PictureUrls(urls, reviewed, counts(item_lines, events, unused))

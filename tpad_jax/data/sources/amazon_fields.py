@@ -24,11 +24,12 @@ ABSENT = (None, '', 'None')  # `datasets.to_json` writes 'None' where there is n
 
 ASIN = re.compile(r'[A-Za-z0-9_-]{1,32}')
 # thousands in groups of three, then decimals; or at most two decimals after a comma
-_NUMBER = (r'(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2}'
-           r'|\d+\.?\d*|\.\d+)')
-_SIGN = '(?:[$€£¥]|eur|usd|gbp)?'
-_PRICE = re.compile(rf'(?:from\s)?\s*{_SIGN}\s*({_NUMBER})(?:\s*-\s*{_SIGN}\s*({_NUMBER}))?'
-                    rf'\s*{_SIGN}\s*(?:\([^()]*\))?', re.IGNORECASE)
+_GAP = r"[ '\u2019\u00a0\u202f]"  # between thousands, as in 1 250,00 and 1'250.00
+_NUMBER = (rf'(?:\d{{1,3}}(?:{_GAP}\d{{3}})+(?:[.,]\d{{1,2}})?|\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?'
+           r'|\d{1,3}(?:\.\d{3})+,\d{1,2}|\d+,\d{1,2}|\d+\.?\d*|\.\d+)')
+_SIGN = r'\s*(?:us\s?\$|[$€£¥₹]|eur|usd|gbp)?\s*'
+_PRICE = re.compile(rf'(?:from\s)?{_SIGN}({_NUMBER}){_SIGN}(?:[-\u2013\u2014]{_SIGN}({_NUMBER})'
+                    rf'{_SIGN})?(?:\([^()]*\))?', re.IGNORECASE)
 _BYLINE = re.compile(r'\Aby\s*\n')  # "by\n    Microsoft", scraped with its label
 
 
@@ -36,11 +37,11 @@ _BYLINE = re.compile(r'\Aby\s*\n')  # "by\n    Microsoft", scraped with its labe
 # of categories is empty; features: where `description` is. pictures: the list whose members hold
 # the addresses `urls`, the preferred one first; '': the line itself does. 2018's imageURL is a
 # thumbnail of 40 pixels; 2023's large has some 500, more than any tower reads, and hi_res several
-# times that.
+# times that. imUrl is the address of lines that were converted from the form of 2014.
 FIELDS = {
     '2018': Fields(asin='asin', user='reviewerID', time='unixReviewTime', units=1, brand='brand',
                    category='category', main_category='main_cat', features='feature', pictures='',
-                   urls=('imageURLHighRes', 'imageURL')),
+                   urls=('imageURLHighRes', 'imageURL', 'imUrl')),
     '2023': Fields(asin='parent_asin', user='user_id', time='timestamp', units=1000, brand='store',
                    category='categories', main_category='main_category', features='features',
                    pictures='images', urls=('large', 'hi_res', 'thumb')),
@@ -112,7 +113,9 @@ def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
         unused[f'{name}_page_code' if isinstance(raw, str) else name] += (
             bool(raw) and raw not in ABSENT and not value)
     unused['price'] += raw_price not in ABSENT and price is None
-    category = _category(record.get(fields.category)) or _words(record.get(fields.main_category))
+    # 2014's path is called as 2023's
+    category = (_category(record.get(fields.category) or record.get('categories'))
+                or _words(record.get(fields.main_category)))
     # many 2023 items have an empty description and put everything into their list of features
     description = _words(record.get('description')) or _words(record.get(fields.features))
     return title, brand, category, description, price
@@ -135,12 +138,15 @@ def urls(record: dict, fields: Fields, unused: Counter) -> tuple[str, ...]:
         pictures = [dict(zip(pictures, row, strict=True)) for row in zip_longest(*columns)]
     entries = pictures if isinstance(pictures, list) else []
     entries = [entry for entry in entries if isinstance(entry, dict)]
-    unused['images_of_unknown_form'] += bool(pictures) and not entries
     entries.sort(key=lambda entry: entry.get('variant') != 'MAIN')
-    addresses = [url for entry in entries for name in fields.urls
-                 for url in _strings(entry.get(name)) if isinstance(url, str)]
+    values = [value for entry in entries for name in fields.urls if name in entry
+              for value in _strings(entry[name])]
+    addresses = [url for url in values if isinstance(url, str) and url not in ABSENT]
+    # under other names, or not texts
+    other = any(value not in ABSENT for value in values) or (fields.pictures and not values)
+    unused['images_of_unknown_form'] += bool(pictures and other and not addresses)
     unused['url_too_long'] += sum(len(url) > URL_LENGTH for url in addresses)
-    usable = [url for url in dict.fromkeys(addresses) if 0 < len(url) <= URL_LENGTH]
+    usable = [url for url in dict.fromkeys(addresses) if len(url) <= URL_LENGTH]
     return tuple(usable[:URLS])
 
 
@@ -193,6 +199,7 @@ def amount(value: object) -> float | None:
 
 def _dollars(number: str) -> float:
     """'1,250.00', '1.250,00', '12,99' and '.99' as floats."""
+    number = re.sub(_GAP, '', number)
     if re.search(r',\d{1,2}$', number):  # the comma is the decimal point
         number = number.replace('.', '').replace(',', '.')
     return float(number.replace(',', ''))

@@ -334,6 +334,8 @@ def _with_pixels(spec: Spec, directory) -> Spec:
             options = options.get(part) if part else options
             if options:
                 break
+        if options.get('do_resize', True) is not True:
+            raise ValueError('do_resize must be true, as every picture is resized')
         rescale, normalise = (options.get(key, True) for key in ('do_rescale', 'do_normalize'))
         if not (isinstance(rescale, bool) and isinstance(normalise, bool)):
             raise ValueError('do_rescale and do_normalize must be true or false')
