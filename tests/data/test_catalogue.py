@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -200,6 +201,14 @@ def test_item_batches_visit_the_catalogue(data, content):
         assert not batch['next_slots'].any()
         assert not batch['target'].any()
         check_content(batch)
+
+
+def test_pictures_of_side_0_are_none(data, content):
+    """Each part of a step has the items' words, for devices and for parts in turn."""
+    texts = replace(content, image=content.image[:, :0, :0])
+    batch, = take(batches.item_batches(data, batch_size=4, seed=0, content=texts, shards=2), 1)
+    assert batch['image'].shape == (6, 0, 0, 3)
+    np.testing.assert_array_equal(batch['tokens'], content.tokens[batch['ids']])
 
 
 def test_item_batches_without_content_have_the_same_items(data, content):

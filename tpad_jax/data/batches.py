@@ -242,7 +242,7 @@ def content_rows(content: Content, ids: np.ndarray) -> dict:
         used = 1 + np.count_nonzero(shard)  # the filling is never touched, so it costs nothing
         np.take(source, shard[:used], axis=0, out=out[:used], mode='clip')
     ids = ids.ravel()
-    return dict(ids=ids, image=image.reshape(-1, *source.shape[1:]),
+    return dict(ids=ids, image=image.reshape(len(ids), *source.shape[1:]),
                 has_image=content.has_image[ids], tokens=content.tokens[ids])
 
 

@@ -200,7 +200,8 @@ class Devices:
             place = partial(jax.make_array_from_process_local_data, self.split())
             return jax.tree.map(place, batch)
         if self.how == 'pmap':
-            batch = jax.tree.map(lambda x: x.reshape(self.shards, -1, *x.shape[1:]), batch)
+            batch = jax.tree.map(lambda x: x.reshape(
+                self.shards, len(x) // self.shards, *x.shape[1:]), batch)
         return jax.device_put(batch, self.split())
 
 

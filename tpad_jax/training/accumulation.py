@@ -33,7 +33,8 @@ def gradient(outputs, loss, params, batch, parts=1):
     """
     if parts == 1:
         return jax.grad(lambda p: loss(*outputs(p, batch), batch), has_aux=True)(params)
-    cut = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    # no -1: pictures of side 0, which are none, have no elements
+    cut = jax.tree.map(lambda x: x.reshape(parts, len(x) // parts, *x.shape[1:]), batch)
     rows = jax.lax.map(lambda part: outputs(params, part)[0], cut)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
     first = jax.tree.map(lambda x: x[0], cut)
@@ -77,7 +78,7 @@ def joined(cut):
 
     fields = {name: moved(getattr(cut, name), step) for name, step in shift.items()
               if getattr(cut, name) is not None}
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), cut.replace(**fields))
+    return jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), cut.replace(**fields))
 
 
 def _floats(tree):
