@@ -80,6 +80,10 @@ def keywords(model, directory, given: Prompt, spec: Spec) -> dict:
     else:
         mean, std = (torch.tensor(getattr(processor, n)) for n in ('image_mean', 'image_std'))
         pixels = ((torch.from_numpy(np.stack(held)) / 255 - mean) / std).permute(0, 3, 1, 2)
+        if spec.family in ('idefics3', 'smolvlm'):  # [B, n, 3, H, W], zeros where there is none
+            rows = torch.zeros(*given.image.shape[:2], *pixels.shape[1:])
+            rows[torch.arange(rows.shape[1]) < torch.tensor(given.counts)[:, None]] = pixels
+            pixels = rows
         if spec.newline:  # two images or more: one tile each, and a newline
             pixels = pixels[:, None]
             out.update(image_sizes=torch.full((len(held), 2), held[0].shape[0]),

@@ -3,6 +3,7 @@
     tiny        a smoke run of all stages
     qwen3vl_2b  Qwen3-VL-2B or its embedding model; needs --config.mllm.checkpoint=DIR
     llava_7b    LLaVA-1.5-7B; needs --config.mllm.checkpoint=DIR
+    smolvlm     SmolVLM-256M, for a laptop; it is downloaded, or --config.mllm.checkpoint=DIR
 
 Without `--config.data.raw_dir=DIR` a run writes the planted catalogue and reads that.
 """
@@ -68,4 +69,18 @@ def llava_7b(c):
     c.stage.transfer.batch_size = 32
 
 
-VARIANTS = {variant.__name__: variant for variant in (config.tiny, qwen3vl_2b, llava_7b)}
+def smolvlm(c):
+    """Set the options of SmolVLM-256M without an accelerator: k are its states, and r = A(k).
+
+    Items are then read once. Only the Transfer-MLLM's adapter is trained on the base.
+    """
+    c.mllm.update(checkpoint='HuggingFaceTB/SmolVLM-256M-Instruct', text_length=64, pooling='mean',
+                  encode_rows=8, encode_part=256)
+    c.model.update(features=576, reread=False)
+    c.stages = 'knowledge,transfer,recommend'
+    c.stage.knowledge.steps = 0
+    c.stage.transfer.batch_size = 16
+
+
+VARIANTS = {variant.__name__: variant
+            for variant in (config.tiny, qwen3vl_2b, llava_7b, smolvlm)}

@@ -17,6 +17,8 @@ VOCAB, BYTES = 320, 300  # the config's and the trained tokens; special tokens l
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 QWEN = ('<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>',
         '<|image_pad|>', '<|video_pad|>')
+IDEFICS_TOKENS = ('<s>', '</s>', '<pad>', '<image>', '<|im_start|>', '<end_of_utterance>',
+                  '<fake_token_around_image>', '<global-img>')
 LLAVA = ('<s>', '</s>', '<pad>', '<image>', '<|im_start|>', '<|im_end|>', '<video>')
 TEXT = ('The red shoe stands on a wooden shelf, and the blue one lies below it. A customer looked '
         'at the lamp, the small table and the chair; then bought the lamp. What comes next? '
@@ -61,6 +63,9 @@ V3 = dict(**GRID, hidden_size=24, intermediate_size=56, out_hidden_size=48,
           hidden_act='gelu_pytorch_tanh', num_position_embeddings=25,
           deepstack_visual_indexes=[0, 2])
 
+IDEFICS = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+               image_size=32, patch_size=4, hidden_act='gelu_pytorch_tanh', layer_norm_eps=1e-6)
+
 LlavaConfig, OneVision = transformers.LlavaConfig, transformers.LlavaOnevisionConfig
 MODELS = {  # config class and what it is given
     'llava': (LlavaConfig, dict(vision_config=CLIP, text_config=LLAMA, vision_feature_layer=-2,
@@ -84,6 +89,12 @@ MODELS = {  # config class and what it is given
     'qwen3_vl_tied': (transformers.Qwen3VLConfig, dict(vision_config=V3, text_config=QWEN3_VL,
                                                        tie_word_embeddings=True)),
 }
+MODELS |= {
+    'smolvlm': (transformers.SmolVLMConfig, dict(vision_config=IDEFICS, text_config=LLAMA,
+                                                 scale_factor=2)),
+    # nine patches a side: places are rounded
+    'idefics3': (transformers.Idefics3Config, dict(
+        vision_config={**IDEFICS, 'image_size': 36}, text_config=LLAMA, scale_factor=3))}
 MODELS |= {name: (transformers.AutoConfig, text)  # texts alone
            for name, text in (('llama', LLAMA), ('qwen2', QWEN2), ('qwen3', QWEN3))}
 NAMES = tuple(MODELS)
@@ -96,7 +107,8 @@ def reads_texts(name: str) -> bool:
 
 def side(name: str) -> int:
     """Pixels of a side of the images `name` is tried with."""
-    return 0 if reads_texts(name) else 48 if name.startswith('qwen') else 32
+    return 0 if reads_texts(name) else 48 if name.startswith('qwen') else (
+        36 if name == 'idefics3' else 32)
 
 
 def config(name: str):
@@ -112,7 +124,8 @@ def config(name: str):
                     vision_end_token_id=ids['<|vision_end|>'])
     else:
         text.update(eos_token_id=ids['</s>'], bos_token_id=ids['<s>'], pad_token_id=ids['<pad>'])
-        more = dict(image_token_index=ids['<image>'])
+        more = {'image_token_id' if name in ('smolvlm', 'idefics3') else 'image_token_index':
+                ids['<image>']}
         if kind is OneVision:
             more['video_token_index'] = ids['<video>']
     if reads_texts(name):
@@ -159,7 +172,8 @@ def save(name: str, directory, tokenizer: bool = True, *, seed: int = 0, dtype=t
 
 
 def _specials(name):
-    return QWEN if name.startswith('qwen') else LLAVA
+    return QWEN if name.startswith('qwen') else IDEFICS_TOKENS if name in (
+        'smolvlm', 'idefics3') else LLAVA
 
 
 @functools.cache
@@ -202,6 +216,9 @@ def processor(name: str):
     if name == 'llava_onevision':
         return transformers.LlavaOnevisionImageProcessorPil(
             size=square, image_grid_pinpoints=[[32, 32], [32, 64], [64, 32]], **half)
+    if name in ('smolvlm', 'idefics3'):
+        return transformers.Idefics3ImageProcessorPil(
+            size={'longest_edge': 32}, max_image_size={'longest_edge': 32}, **half)
     return transformers.SiglipImageProcessorPil(size=square, **half)
 
 

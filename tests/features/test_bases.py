@@ -97,6 +97,15 @@ def test_a_model_of_texts_alone_has_the_frame_of_its_own_files(tmp_path):
     refused('config.mllm.image_size=32', 'texts alone', checkpoint=directory, image_size=32)
 
 
+def test_what_smolvlm_writes_around_a_picture(tmp_path):
+    directory = tiny_hf.save('smolvlm', tmp_path)
+    module = bases.read(config(checkpoint=directory)).module
+    decode, spec = AutoTokenizer.from_pretrained(directory).decode, module.spec
+    assert [decode(ids) for ids in (spec.start_ids, spec.end_ids, module.before)] == [
+        '<fake_token_around_image><global-img>', '<fake_token_around_image>', '<|im_start|>User:']
+    assert (module.side, spec.image_tokens(32)) == (32, 16)
+
+
 def test_without_pictures_no_vision_transformer_is_loaded(saved):
     name, directory = saved
     found = bases.read(config(checkpoint=directory, image_size=SIDES[name]), pictures=False)

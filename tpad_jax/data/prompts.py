@@ -20,7 +20,12 @@ FRAMES = {  # before, between, end
     'qwen2_vl': QWEN, 'qwen2_5_vl': QWEN, 'qwen3_vl': QWEN,
     'llava': ('USER: ', '\n', ' ASSISTANT:'),
     'llava_onevision': ('<|im_start|>user ', '\n', '<|im_end|><|im_start|>assistant\n'),
+    'smolvlm': ('<|im_start|>User:', '\n', '<end_of_utterance>\nAssistant:'),
+    'idefics3': ('User:', '\n', '<end_of_utterance>\nAssistant:'),
 }
+# before and after an image that is not split, where config.json does not name these tokens
+PICTURE = dict.fromkeys(('smolvlm', 'idefics3'), (
+    '<fake_token_around_image><global-img>', '<fake_token_around_image>'))
 
 
 def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', between: str = '',
@@ -45,7 +50,8 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
     pieces = [tuple(tokenizer(piece or default, add_special_tokens=False)['input_ids'])
               for piece, default in zip((before, between, end), FRAMES.get(family) or _own(
                   tokenizer, directory), strict=True)]
-    if family == 'llava' and tokenizer.bos_token_id is not None:  # Llama's sentences begin with it
+    # Llama's sentences begin with it
+    if family in ('llava', 'idefics3') and tokenizer.bos_token_id is not None:
         pieces[0] = (tokenizer.bos_token_id, *pieces[0])
     # special tokens that no prompt uses may be beyond; tokens of a text may not
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -53,6 +59,21 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
     refuse_if(largest >= vocab, f'{directory}: the tokenizer has ids up to {largest}, the model '
               f'{vocab} embeddings. Expected one for each. Fix: use the checkpoint\'s tokenizer.')
     return tuple(pieces)
+
+
+def picture(directory: str | Path, family: str) -> dict[str, tuple[int, ...]]:
+    """Tokenize what a family of PICTURE writes before and after an image.
+
+    Args:
+      directory: of the tokenizer.
+      family: of the model. {} where its config.json names these tokens.
+
+    Returns:
+      The fields of a Spec.
+    """
+    tokenizer = read_tokenizer(directory)
+    return {name: tuple(tokenizer(text, add_special_tokens=False)['input_ids'])
+            for name, text in zip(('start_ids', 'end_ids'), PICTURE.get(family, ()), strict=False)}
 
 
 def _own(tokenizer, directory):

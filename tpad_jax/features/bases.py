@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -211,8 +212,8 @@ def _checkpoint(c, pictures):
     _config_file(directory, f'config.mllm.checkpoint={c.checkpoint!r}',
                  'the directory or the hub id of a Hugging Face model')
     sizes = spec.read(directory)
-    if not pictures:
-        sizes = sizes.without_vision()
+    sizes = (replace(sizes, **prompts.picture(directory, sizes.family)) if pictures
+             else sizes.without_vision())
     side = (pictures and c.image_size) or _side(sizes)
     sizes.cells(side)  # refuses a side the tower cannot read
     before, between, end = prompts.frame(directory, sizes.family, sizes.decoder.vocab,

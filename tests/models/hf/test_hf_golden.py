@@ -82,8 +82,9 @@ def test_every_family_is_there():
 
 
 @pytest.mark.parametrize('left', [False, True], ids=['right', 'left'])
-@pytest.mark.parametrize('name', [  # others have the decoders of these two
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ('qwen2', 'qwen3'))) for name in NAMES])
+@pytest.mark.parametrize('name', [  # others have the parts of these three
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ('qwen2', 'qwen3', 'idefics3')))
+    for name in NAMES])
 def test_hidden_states_and_logits_are_torchs(name, left):
     spec, params, expected = case(name)
     tokens, mask, image = padded(expected, left)

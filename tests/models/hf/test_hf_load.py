@@ -34,6 +34,7 @@ NAMINGS = {  # {what a name begins with in the model: on disk}, first match coun
     'qwen2_5_vl': [{T: 'model.', 'model.visual.': 'visual.'}, {'model.': ''}],
     'qwen3_vl': [{'model.': ''}],
     'qwen3': [{'model.': ''}],
+    'smolvlm': [{'model.': ''}],
 }
 
 

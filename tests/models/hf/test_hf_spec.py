@@ -80,7 +80,8 @@ def test_an_unusable_image_processor_is_refused(files, tmp_path):
     ('qwen3_vl', 'vision_config.deepstack_visual_indexes', [0, 9]),
     ('qwen2_vl', 'text_config.rope_parameters.mrope_section', [1, 2, 4]),
     ('llava', 'text_config.rope_parameters.rope_type', 'linear'),
-    ('llava', 'model_type', 'blip')])
+    ('smolvlm', 'scale_factor', 3), ('smolvlm', 'text_config.qk_layer_norms', True),
+    ('qwen3', 'attention_bias', True), ('llava', 'model_type', 'blip')])
 def test_what_is_not_implemented_is_refused_by_name(name, key, value, tmp_path):
     more = {'text_config.rope_parameters.factor': 2.0} if value == 'linear' else {}
     with pytest.raises(InputError) as error:

@@ -46,6 +46,10 @@ TOWER = (('vision/layers/', 'model.vision_tower.encoder.layers.{}.', {
              'place': 'embeddings.position_embedding.weight', 'pre_norm': 'pre_layrnorm'}),
          ('projector/', 'model.multi_modal_projector.', {'fc1': 'linear_1', 'fc2': 'linear_2'}))
 
+IDEFICS = (('vision/layers/', 'model.vision_model.encoder.layers.{}.', TOWER[0][2]),
+           ('vision/', 'model.vision_model.', {**TOWER[1][2], 'post_norm': 'post_layernorm'}),
+           ('projector/', 'model.connector.modality_projection.', {'kernel': 'proj.weight'}))
+
 _TOWER = ((r'(?:model\.)?language_model\.(?:model\.)?(?!lm_head\.)', 'model.language_model.'),
           (r'(?:model\.)?(?:language_model\.)?lm_head\.', 'lm_head.'),
           (r'(?:model\.)?vision_tower\.(?:vision_model\.)?', 'model.vision_tower.'),
@@ -54,6 +58,7 @@ _TOWER = ((r'(?:model\.)?language_model\.(?:model\.)?(?!lm_head\.)', 'model.lang
 _GRID = ((r'(?:model\.)?visual\.', 'model.visual.'),
          (r'(?:model\.)?language_model\.', 'model.language_model.'),
          (r'model\.(?=(?:layers|embed_tokens|norm)\.)', 'model.language_model.'))
+_IDEFICS = (r'(?:model\.)?(?=(?:text_model|vision_model|connector)\.)', 'model.'),
 _BARE = (r'(?:model\.)?(?=(?:layers|embed_tokens|norm)\.)', 'model.'),
 NEEDLESS = re.compile(r'(^|\.)(position_ids|rotary_(pos_)?emb\.inv_freq)$'
                       r'|^model\.vision_tower\.(head|post_layernorm)\.')
@@ -143,6 +148,8 @@ def _family(spec):
         return 'model.', (), _BARE
     if spec.family.startswith('llava'):
         return 'model.language_model.', TOWER, _TOWER
+    if spec.family in ('idefics3', 'smolvlm'):
+        return 'model.text_model.', IDEFICS, _IDEFICS
     return 'model.language_model.', _grid(spec.family == 'qwen3_vl'), _GRID
 
 

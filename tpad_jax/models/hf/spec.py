@@ -18,6 +18,7 @@ from tpad_jax.errors import InputError, refuse_if, refusing
 ACTIVATIONS = ('silu', 'gelu', 'gelu_pytorch_tanh', 'quick_gelu')
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # mean and std of SigLIP and Qwen3-VL
+DECODERS = ('llama', 'qwen2', 'qwen3', 'mistral')  # of a model with a Tower
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Tower:
     """A CLIP or SigLIP vision transformer at its native, square resolution.
 
     Attributes:
-      kind: 'clip', which has a class token first and a norm before the blocks, or 'siglip'.
+      kind: 'clip', which has a class token first and a norm before the blocks, 'siglip', or
+        'idefics3', a SigLIP with a norm after the blocks.
       width: of the states.
       layers: blocks that run. One less than `stored` gives the states of the last but one.
       stored: blocks in the checkpoint.
@@ -74,6 +76,7 @@ class Tower:
       activation: of the MLP.
       eps: of the norms.
       keep_class: whether the output includes the class token (CLIP).
+      merge: side of a token of the output in patches (pixel shuffle of Idefics3).
     """
 
     kind: str
@@ -87,6 +90,7 @@ class Tower:
     activation: str
     eps: float
     keep_class: bool
+    merge: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,8 @@ class Spec:
       family: model_type of transformers.
       decoder: its decoder.
       vision: its vision transformer. None: it reads texts alone.
-      projector: activation between tower and decoder (LLaVA). '': there is none; a Grid merges.
+      projector: activation between tower and decoder (LLaVA). '': one layer after a Tower, none
+        after a Grid.
       projector_bias: whether the projector's layers have biases.
       newline: whether a learned token ends every image (OneVision).
       image_id: the placeholder of an image token in a prompt. -1: there is none.
@@ -183,7 +188,8 @@ class Spec:
         refuse_if(side < unit or side % unit or (native and side != unit),
                   f'config.mllm.image_size={side}: not a size that this vision tower reads. '
                   f'Expected {"" if native else "a multiple of "}{unit} pixels. Fix: set it so')
-        return (side // (self.vision.patch if native else unit),) * 2
+        return (side // (self.vision.patch if native else unit) // (
+            self.vision.merge if native else 1),) * 2
 
     def image_tokens(self, side: int) -> int:
         """Return the tokens of an image in a prompt, without start_ids and end_ids.
@@ -233,11 +239,29 @@ def _llava(file, config):
         heads=v.num_attention_heads, hidden=v.intermediate_size, image=v.image_size,
         patch=v.patch_size, activation=only('vision_config.hidden_act', ACTIVATIONS),
         eps=v.layer_norm_eps, keep_class=clip and strategy == 'full')
-    text = only('text_config.model_type', ('llama', 'qwen2', 'qwen3', 'mistral'))
+    text = only('text_config.model_type', DECODERS)
     return Spec(config.model_type, _decoder(file, config, text), tower,
                 only('projector_hidden_act', ACTIVATIONS), config.multimodal_projector_bias,
                 onevision, config.image_token_id, (), (), CLIP_MEAN if clip else HALF,
                 CLIP_STD if clip else HALF)
+
+
+def _idefics(file, config):
+    only = partial(_only, file, config)
+    v, merge, depth = (config.vision_config, config.scale_factor,
+                       config.vision_config.num_hidden_layers)
+    for option in ('qk_layer_norms', 'use_resampler'):
+        only(f'text_config.{option}', (None, False))
+    _require(file, 'scale_factor', merge, v.image_size // v.patch_size % merge == 0,
+             f'a divisor of the {v.image_size // v.patch_size} patches of a side')
+    tower = Tower(
+        kind='idefics3', width=v.hidden_size, layers=depth, stored=depth,
+        heads=v.num_attention_heads, hidden=v.intermediate_size, image=v.image_size,
+        patch=v.patch_size, activation=only('vision_config.hidden_act', ACTIVATIONS),
+        eps=v.layer_norm_eps, keep_class=False, merge=merge)
+    text = only('text_config.model_type', DECODERS)
+    return Spec(config.model_type, _decoder(file, config, text), tower, '', False, False,
+                config.image_token_id, (), (), HALF, HALF)
 
 
 def _qwen(file, config):
@@ -275,7 +299,7 @@ def _text(file, config):
 
 TEXTS = dict.fromkeys(('llama', 'qwen2', 'qwen3'), _text)
 FAMILIES = {'llava': _llava, 'llava_onevision': _llava, 'qwen2_vl': _qwen, 'qwen2_5_vl': _qwen,
-            'qwen3_vl': _qwen, **TEXTS}
+            'qwen3_vl': _qwen, 'idefics3': _idefics, 'smolvlm': _idefics, **TEXTS}
 
 
 def _decoder(file, config, kind, mrope=False):

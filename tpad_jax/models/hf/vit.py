@@ -5,6 +5,7 @@ are gathered only where they are merged, and an attention window is a mask. Angl
 places depend only on the grid, so numpy computes them once per program.
 """
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The first `tower.layers` blocks of a tower, without its final norm and its pooling.
+    """The first `tower.layers` blocks of a tower, without pooling; with Idefics3's final norm.
 
     Attributes:
       tower: sizes.
@@ -137,7 +138,8 @@ class VisionTransformer(nn.Module):
           patches: float [B, P, 3 p p].
 
         Returns:
-          [B, P, W], or [B, 1 + P, W] with the class token first if tower.keep_class.
+          [B, P, W], or [B, 1 + P, W] with the class token first if tower.keep_class. With
+          tower.merge = m neighbours form one token: [B, P / m^2, m m W].
         """
         tower, clip = self.tower, self.tower.kind == 'clip'
         x = Linear(tower.width, use_bias=not clip, name='patch')(patches)
@@ -147,13 +149,30 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([first, x], axis=1)
         # positions of the native size; an image of another size fails to broadcast
         count = (tower.image // tower.patch) ** 2 + clip
-        x += self.param('place', uniform(0.02), (count, tower.width)).astype(x.dtype)
+        place = self.param('place', uniform(0.02), (count, tower.width))
+        x += (place[places(tower)] if tower.kind == 'idefics3' else place).astype(x.dtype)
         if clip:
             x = layers.layer_norm(x, tower.eps, 'pre_norm')
         block = nn.scan(layers.rematerialised(Block, self.remat), length=tower.layers, **STACKED)
         (x, _), _ = block(tower, self.how, name='layers')(
             (x, None), (None, None), (None, None, None))
+        if tower.kind == 'idefics3':
+            x = layers.layer_norm(x, tower.eps, 'post_norm')
+            side, m = tower.image // tower.patch // tower.merge, tower.merge
+            return einops.rearrange(x, 'b (r i c j) w -> b (r c) (i j w)', r=side, i=m, j=m)
         return x[:, 1:] if clip and not tower.keep_class else x
+
+
+def places(tower: spec.Tower) -> np.ndarray:
+    """Return the rows of the table of places that a picture's patches take in Idefics3, int [P].
+
+    They are computed as transformers does, in float32, whose rounding moves some where the patches
+    of a side are not a power of two.
+    """
+    side = tower.image // tower.patch
+    share = np.arange(side, dtype=np.float32) * np.float32(1 / side)
+    at = np.searchsorted(np.arange(1 / side, 1, 1 / side).astype(np.float32), share, side='right')
+    return (at[:, None] * side + at).ravel()
 
 
 def angles(cells, head_dim: int):

@@ -61,7 +61,8 @@ class VLM(nn.Module):
         s = self.spec
         if isinstance(s.vision, specs.Tower):
             self.vision = vit.VisionTransformer(s.vision, self.how, self.remat)
-            self.projector = Projector(s.decoder.width, s.projector, s.projector_bias)
+            self.projector = (Projector(s.decoder.width, s.projector, s.projector_bias)
+                              if s.projector else Linear(s.decoder.width))
             if s.newline:
                 self.newline = self.param('newline', nn.initializers.normal(s.decoder.width**-0.5),
                                           (s.decoder.width,))
