@@ -32,5 +32,6 @@ def get_config():
     c.stage.recommend.update(batch_size=128, every_prefix=False, learning_rate=3e-3, steps=800,
                              eval_every=80, patience=4, weight_decay=0.5)
     c.rivals = dict(id_only=dict(recommend='', use_side=False), knowledge_only=dict(recommend='k'),
-                    side_only=dict(recommend='', use_side=True))
+                    side_only=dict(recommend='', use_side=True),
+                    lexical_only=dict(recommend='lexical'))
     return c

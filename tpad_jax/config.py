@@ -93,6 +93,7 @@ def get_config() -> ConfigDict:
     c.rivals = ConfigDict(dict(
         id_only=dict(recommend='', use_side=False, use_id=True),
         knowledge_only=dict(recommend='k'),
+        lexical_only=dict(recommend='lexical'),  # for real texts only: data/lexical.py
         true_attributes=dict(recommend='true', use_side=False),  # for the planted catalogue only
     ))
     return c
@@ -300,6 +301,10 @@ def stage(**changes) -> ConfigDict:
         # at most. 0, in stage knowledge only: the MLLM is not trained, and k are a checkpoint's
         # states as they are, with model.features their width and mllm.pooling 'last' or 'mean'
         steps=100,
+        # passes over the training rows of sessions, of which small data have fewer than `steps`
+        # steps: training/length.py. eval_every and weight_decay are those of `steps` steps. 0:
+        # exactly `steps` steps
+        epochs=0.0,
         every_prefix=True,  # every prefix of a session is a row; False: only the longest one
         optimiser='adamw',  # 'adam': L2 in place of decay, no clip; 'sgd': plain, constant rate
         learning_rate=1e-3,  # the peak, after the warm-up
@@ -309,7 +314,7 @@ def stage(**changes) -> ConfigDict:
         weight_decay=0.01,  # of matrices, not of biases and norms
         clip=1.0,  # largest global norm of the gradient
         eval_every=0,  # steps between validations; 0: none, and the last step is kept
-        patience=0,  # validations without a better hit@20 until the stage ends; 0: never
+        patience=0,  # validations without a better likelihood until the stage ends; 0: never
         fresh='',  # rows computed from content with gradient, comma-separated: k, r
         refresh_every=0,  # joint: steps between encodings of the catalogue
         copy='',  # 'a->b': parameters below b start as those below a

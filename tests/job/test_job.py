@@ -145,7 +145,8 @@ def finished(config, tmp_path_factory):
     c = changed(config, data__raw_dir=str(root / 'raw'), data__core=1, data__valid=20,
                 data__test=30, data__gap_hours=0.1, data__max_length=7,
                 stages='knowledge,recommend', model__recommend='k', diagnostics=0)
-    c.rivals = {name: config.rivals[name].to_dict() for name in ('id_only', 'true_attributes')}
+    c.rivals = {name: config.rivals[name].to_dict() for name in
+                ('id_only', 'lexical_only', 'true_attributes')}
     results = job.run(c, root / 'run')
     assert times(root / 'raw') == before
     return c, root / 'run', results
@@ -430,7 +431,8 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
 def test_raw_files_without_images_are_read_where_they_lie(finished):
     _, workdir, results = finished
     assert 'oracle' not in results
-    assert set(results['models']) == {'tpad', 'tpad_recommend', 'id_only', *BASELINES, *MIXED}
+    assert set(results['models']) == {'tpad', 'tpad_recommend', 'id_only', 'lexical_only',
+                                      *BASELINES, *MIXED}
     assert not any('expected_hit@20' in scores['test'] for scores in results['models'].values())
     data = results['data']
     assert not data['planted']

@@ -24,7 +24,7 @@ from tpad_jax.config import MAKES, STAGES
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
 from tpad_jax.core.console import say
-from tpad_jax.data import catalogue, item_graphs, sessions, sources, text
+from tpad_jax.data import catalogue, item_graphs, lexical, sessions, sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, wording
 from tpad_jax.diagnostics import records, snapshots
@@ -39,7 +39,7 @@ from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import sessions as encoders
 from tpad_jax.models import tpad
-from tpad_jax.training import handover, step
+from tpad_jax.training import handover, length, step
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.training.workdir import claim, enter, locked
 
@@ -89,6 +89,7 @@ class Job:
             self.data = sources.load(config, workdir)
         self.max_length = min(config.data.max_length, self.source.longest or config.data.max_length)
         self.final = self.data
+        self.config = config = length.of_data(config, self.data.train)
         split = partial(sessions.rows, max_length=self.max_length,
                         every_prefix=sources.every_prefix(config))
         self.valid, self.test = split(self.data.valid), split(self.data.test)
@@ -131,6 +132,8 @@ class Job:
             say(console, f'{c.data.features}: {features.unknown} ids of unknown items '
                 f'{list(features.some)}, {features.repeated} repeated rows')
             self.catalogue['given'] = jnp.asarray(features.rows)
+        if lexical.wanted(c, self.planted is not None):
+            self.catalogue['lexical'] = jnp.asarray(lexical.rows(data.texts, c.seed))
         if self.planted is not None:
             self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)
             ids = planted.planted_ids(self.planted, data.asins)[1:]

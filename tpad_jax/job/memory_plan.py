@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from tpad_jax.config import MAKES, STAGES
-from tpad_jax.data import sources, text
+from tpad_jax.data import lexical, sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import wording
 from tpad_jax.distributed import devices as devices_lib
@@ -311,6 +311,8 @@ def rows(config, items: int, sides: int) -> dict:
             shapes['given'] = external_features.width(config.data.features),
         if source.world:
             shapes['true'] = sum(wording.SIZES),
+        if lexical.wanted(config, bool(source.world)):
+            shapes['lexical'] = lexical.WIDTH,
     dtypes = {'side': jnp.int32, 'warm': bool, 'near': jnp.int32, 'together': jnp.int32}
     return {name: jax.ShapeDtypeStruct((items + 1, *shape), dtypes.get(name, jnp.float32))
             for name, shape in shapes.items()}

@@ -124,7 +124,7 @@ RULES = {key: rule for rule, keys in (
      'model.feature_dropout model.dropout model.item_dropout losses.*.smoothing losses.*.skew '
      'losses.*.decay'),
     (number(0), 'model.together_strength stage.*.learning_rate stage.*.weight_decay '
-     'losses.*.weight losses.*.power losses.*.sharpness losses.*.uniform'),
+     'stage.*.epochs losses.*.weight losses.*.power losses.*.sharpness losses.*.uniform'),
     (number(0, optional=True), 'stage.*.weights.*'),
     (number(0, above=True), 'data.gap_hours model.lora_alpha model.temperature stage.*.clip '
      'losses.*.temperature losses.*.clip'),
@@ -132,7 +132,7 @@ RULES = {key: rule for rule, keys in (
           _is_share_or_count), 'data.valid data.test'),
     (choices_of(STAGES), 'stages losses.*.stages'),
     (choices_of(ROWS), 'model.recommend'),
-    (choices_of(ROWS), 'rivals.*.recommend'),
+    (choices_of((*ROWS, 'lexical')), 'rivals.*.recommend'),
     (choices_of(('k', 'r')), 'stage.*.fresh'),
     (choices_of(tuple(rules.BASELINES)), 'baselines'), (choices_of(experts.NAMES), 'experts'),
     (choice(('auto', 'jit', 'pmap', 'shard_map')), 'parallel'),

@@ -25,7 +25,7 @@ from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
 from tpad_jax.job.fitting import fit, validated
 from tpad_jax.models import tpad
-from tpad_jax.training import handover, optimizer
+from tpad_jax.training import handover, length, optimizer
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
@@ -192,7 +192,7 @@ def _tables(job):
 def _partner_job(job):
     """A job of the second recommender of `config.partner`, with its own config and rows."""
     other = copy.copy(job)
-    other.config = partnered(job.config)
+    other.config = length.of_data(partnered(job.config), job.data.train)
     made = job.modules(None, other.config)
     other.spec = replace(job.spec, **{part: getattr(made, part) for part in PARTS})
     other.count()

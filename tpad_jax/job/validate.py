@@ -109,7 +109,8 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     recommended |= dict.fromkeys(names(config.model.recommend), '')
     refuse_if('given' in recommended and not config.data.features, "the rows 'given' are read from "
               'config.data.features, which is empty. Fix: give a file of item features')
-    available = {'true', 'given'}  # come with the planted catalogue, and with that file
+    # come with the planted catalogue, with that file, and with texts
+    available = {'true', 'given', 'lexical'}
     for stage in STAGES:
         if stage not in stages and stage not in finished:
             continue
