@@ -149,7 +149,7 @@ class Run:
             name=stage, total=STEPS, devices=devices, batches=drawn, checkpoints=checkpoints,
             writer=writer, progress=lambda *_: nullcontext(lambda *_: None), log_every=1,
             stopping=lambda: stopping(len(self.traces) - 1),
-            save_every=5, eval_every=10, validate=lambda *_: {'hit@20': 0.5},
+            save_every=5, eval_every=10, validate=lambda *_: {'nll': 0.5},
             refresh_every=5 if stage == 'joint' else 0, refreshed=('k', 'r'),
             refresh=(lambda state: encoder(unflatten_dict({**params, **state.params}, sep='/')))
             if stage == 'joint' else None)

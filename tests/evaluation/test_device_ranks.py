@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from tpad_jax.distributed import devices
 from tpad_jax.evaluation import metrics, scorers
@@ -42,9 +43,14 @@ def test_counts_of_the_whole_catalogue(chunk, rows):
     """Ties, the last chunk that reaches back, the part that is filled up, padding left out."""
     weights, z, items, target = draw()
     z[0] = 9  # would stand above everything
-    found = scorers.ranker(last, ONE, chunk=chunk)(weights, z, items, target, rows=rows)
+    *found, nll = scorers.ranker(last, ONE, chunk=chunk)(weights, z, items, target, rows=rows,
+                                                         likelihood=True)
     expected = counted(weights, z, items, target)
     assert (expected[1] > 1).mean() > 0.5
+    scores = np.asarray(last(weights, z, items)) @ z.T
+    np.testing.assert_allclose(nll, -log_softmax(scores[:, 1:], axis=1)[np.arange(R), target - 1],
+                               rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(metrics.nll(scores, target), nll, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == np.int32
         np.testing.assert_array_equal(ours, theirs)

@@ -64,11 +64,11 @@ def test_chosen_on_validation_refitted_and_tested_once(runs, file, encoder):
     own = config(file, encoder).model.encoder
     model = results['models'][own]
     history = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    scores = {line['step']: line['valid/hit@20'] for line in history
-              if 'valid/hit@20' in line and line['stage'] == 'recommend'}
+    scores = {line['step']: line['valid/nll'] for line in history
+              if 'valid/nll' in line and line['stage'] == 'recommend'}
     assert sorted(scores) == [4, 8, 12]
     best = model['valid']['step']
-    assert scores[best] == max(scores.values())
+    assert scores[best] == min(scores.values())
     assert max(line['step'] for line in history if line['stage'] == 'refit') == best
     assert results['data']['refit']
     assert results['data']['protocol'] == 'ours'
@@ -87,7 +87,7 @@ def test_until_validation_never_looks_at_test(tmp_path, file, monkeypatch):
     monkeypatch.setattr(results, 'report', None)
     monkeypatch.setattr(recommenders, '_refit', None)
     found = job.run(config(file), tmp_path, until='validation')
-    assert found['valid'].keys() >= {'step', 'hit@20', 'mrr@20'}
+    assert found['valid'].keys() >= {'step', 'hit@20', 'mrr@20', 'nll'}
     assert not (tmp_path / 'results.json').exists()
 
 

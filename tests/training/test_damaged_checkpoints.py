@@ -97,7 +97,7 @@ def test_what_was_moved_aside_is_not_forgotten(two, tmp_path):
         checkpoints.latest(abstract(two[1][1]))
 
 
-def fit(directory, monkeypatch, scores=(0.2, 0.9, 0.1, 0.3), total=8):
+def fit(directory, monkeypatch, scores=(5.2, 4.9, 5.3, 5.0), total=8):
     """A stage of trivial steps, validated every other step with these scores."""
     def step(state, batch, shared):
         params = {'w': state.params['w'] * 0.9 + batch.row.sum() * shared['catalogue']['one']}
@@ -116,21 +116,21 @@ def fit(directory, monkeypatch, scores=(0.2, 0.9, 0.1, 0.3), total=8):
             name='recommend', total=total, devices=devices.choose('jit', 1), writer=writer,
             batches=batches, checkpoints=checkpoints,
             progress=lambda *_: nullcontext(lambda *_: None), log_every=2, save_every=100,
-            eval_every=2, validate=lambda *_: {'hit@20': remaining.pop(0)})
+            eval_every=2, validate=lambda *_: {'nll': remaining.pop(0)})
         return loop_lib.fit(loop, SimpleNamespace(skip=0, losses=()), state,
                             {'one': jnp.float32(1)})
 
 
 def test_a_stage_resumes_from_the_one_before_and_never_takes_a_worse_one(tmp_path, monkeypatch):
     params, _, record = fit(tmp_path / 'stage', monkeypatch)
-    assert (record['chosen'], record['best']) == (4, 0.9)
+    assert (record['chosen'], record['best']) == (4, 4.9)
     assert sorted(f.name for f in (tmp_path / 'stage').iterdir()) == ['4', '6', '8']
     halve(tmp_path / 'stage' / '8' / 'state' / 'manifest.ocdbt')
-    again, _, record = fit(tmp_path / 'stage', monkeypatch, (0.3,))
+    again, _, record = fit(tmp_path / 'stage', monkeypatch, (5.0,))
     assert (record['chosen'], [h['step'] for h in record['history']]) == (4, [2, 4, 6, 8])
     for path, x in params.items():
         np.testing.assert_array_equal(again[path], x)
     os.remove(tmp_path / 'stage' / '4' / 'meta.json')
-    with pytest.raises(InputError, match=r'chose a step of hit@20 0\.9, whose checkpoint is .* '
+    with pytest.raises(InputError, match=r'chose a step of nll 4\.9, whose checkpoint is .* '
                                          r'missing \(the best remaining .* step 8\).*delete that'):
         fit(tmp_path / 'stage', monkeypatch)

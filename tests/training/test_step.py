@@ -309,7 +309,7 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
     loop = loop_lib.Loop(
         name='s', total=4, devices=devices, batches=numbers, writer=writer,
         checkpoints=checkpoints, progress=lambda *_: nullcontext(lambda *_: None), log_every=2,
-        save_every=2, eval_every=4, validate=taking(13, lambda *_: {'hit@20': 0.5}))
+        save_every=2, eval_every=4, validate=taking(13, lambda *_: {'nll': 0.5}))
     monkeypatch.setattr(checkpoints, 'best', lambda expected: (4, checkpoints.held, {}),
                         raising=False)
     spec = step_lib.StepSpec(None, (), frozenset(), None, 0)

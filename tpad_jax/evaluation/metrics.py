@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
+from scipy.special import logsumexp
 
 from tpad_jax.core import ties
 from tpad_jax.errors import refuse_if, refusing
@@ -181,6 +182,19 @@ def counts(scores: Scores, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # a view of bytes sums three times as fast as count_nonzero along an axis
     return tuple(mask.view(np.uint8).sum(axis=1, dtype=np.int32)
                  for mask in (scores[:, 1:] > score, scores[:, 1:] == score))
+
+
+def nll(scores: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Compute the negative log-likelihood of targets in a softmax over the catalogue.
+
+    Args:
+      scores: float [R, V + 1].
+      target: int [R], ids 1..V.
+
+    Returns:
+      float [R], in nats.
+    """
+    return logsumexp(scores[:, 1:], axis=1) - np.take_along_axis(scores, target[:, None], 1)[:, 0]
 
 
 def _sparse_counts(scores, target):

@@ -118,7 +118,8 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
     Returns:
       (params, catalogue, mixture) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1]. The
       mixture is of `experts.mixture`, or None. The scorer has `ranks`: (items [R, N], target [R],
-      *, rows, name) -> (above, equal) int32 [R], see `ranker`, and `bound`, a `Bound`.
+      *, rows, name, likelihood) -> (above, equal) int32 [R] and, if asked for, nll, see `ranker`,
+      and `bound`, a `Bound`.
     """
     several = isinstance(specs, tuple)
     if not several:
@@ -203,8 +204,10 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         1,024; elsewhere the largest number.
 
     Returns:
-      rank(weights, z, items, target, *, rows=512, name='model') -> (above, equal) int32 [R]: the
-      numbers of items that score above the target and that score the same, itself included.
+      rank(weights, z, items, target, *, rows=512, name='model', likelihood=False) -> (above, equal)
+      int32 [R]: the numbers of items that score above the target and that score the same, itself
+      included. With `likelihood` also nll float32 [R], the negative log of the target's share in a
+      softmax of the scores over the whole catalogue.
       `weights` is any tree, z float32 [V+1, D] with padding in row 0, items int32 [R, N] and target
       int32 [R], ids 1..V. `rows` of them are ranked at a time. It raises FloatingPointError, with
       `name`, where a score is not finite.
@@ -221,7 +224,7 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
 
     lifted = devices.lift(part)
 
-    def rank(weights, z, items, target, *, rows=512, name='model'):
+    def rank(weights, z, items, target, *, rows=512, name='model', likelihood=False):
         rows = -(-rows // devices.shards) * devices.shards  # as many on each device
         shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
         calls = []
@@ -231,19 +234,19 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
                          valid=np.ones(rows, bool), row=np.zeros(rows, np.int32))
             # calls are queued; the host waits for results only at the end
             calls.append(lifted({}, devices.place(batch), shared))
-        above, equal, finite = (np.concatenate(parts)[:len(items)]
+        above, equal, nll, finite = (np.concatenate(parts)[:len(items)]
                                 for parts in zip(*jax.device_get(calls), strict=True))
         for row in np.flatnonzero(~finite):
             h = np.asarray(encode(weights, z, items[row:row + 1]))
             with np.errstate(over='ignore', invalid='ignore'):
                 metrics.check_finite(h @ np.asarray(z).T, row, name)
-        return above, equal
+        return (above, equal, nll) if likelihood else (above, equal)
 
     return rank
 
 
 def count(h, z, target, *, chunk: int, moved=None):
-    """Count the items that score above and equal to each row's target, scores being <h, z>. Pure.
+    """Count the items above and equal to each row's target, and its likelihood. Pure.
 
     The target has to be compared by its score in the row, which may differ in the last bit from the
     same product computed alone. So the score is guessed by such a product, all items are counted
@@ -259,6 +262,7 @@ def count(h, z, target, *, chunk: int, moved=None):
 
     Returns:
       above, equal: int32 [B]. A row with a score that is not finite has no meaning.
+      nll: float32 [B]. The log of the sum of exp(score) over the items, less the target's score.
     """
     total = len(z)
     chunk = _even(total, min(max(chunk, len(h)), MOST))
@@ -270,7 +274,7 @@ def count(h, z, target, *, chunk: int, moved=None):
         lift = jnp.where(items == target[:, None], shift, 0).sum(axis=1)
 
     def body(k, carry):
-        score, seen, above, level = carry
+        score, seen, above, level, top, share = carry
         start = jnp.minimum(k * chunk, total - chunk)
         s = h @ jax.lax.dynamic_slice(z, (start, 0), (chunk, z.shape[1])).T
         at = wanted - start
@@ -282,28 +286,34 @@ def count(h, z, target, *, chunk: int, moved=None):
         bar = (score + lift)[:, None]
         code = (s > bar) + (s >= bar) * jnp.int32(2**16)
         code = (code & new).sum(axis=1)
-        return score, seen, above + code % 2**16, level + code // 2**16
+        fresh = jnp.where(new < 0, s, -jnp.inf)
+        peak = jnp.maximum(top, fresh.max(axis=1))
+        share = share * jnp.exp(top - peak) + jnp.exp(fresh - peak[:, None]).sum(axis=1)
+        return score, seen, above + code % 2**16, level + code // 2**16, peak, share
 
     def again(carry):
-        number, score, seen, _, _ = carry
+        number, score, seen, *_ = carry
         return (number < 2) & (score != seen[:, 0]).any()
 
     def once(carry):
-        number, _, seen, _, _ = carry
-        first = seen[:, 0], seen, nothing, nothing
+        number, _, seen, *_ = carry
+        first = seen[:, 0], seen, nothing, nothing, *empty
         return number + 1, *jax.lax.fori_loop(0, -(-total // chunk), body, first)
 
+    empty = jnp.full(len(h), -jnp.inf), jnp.zeros(len(h))
     few = -(-len(h) // LANES) * LANES
     guess = jnp.diagonal(h @ z[jnp.resize(target, few)].T)
     guess = jnp.broadcast_to(jnp.resize(guess, len(h))[:, None], wanted.shape)
-    _, score, seen, above, level = jax.lax.while_loop(
-        again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing))
+    _, score, seen, above, level, top, share = jax.lax.while_loop(
+        again, once, (0, jnp.full(len(h), jnp.nan), guess, nothing, nothing, *empty))
     if moved is not None:  # these items were counted by their scores without the shift
         was, bar = seen[:, 1:], (score + lift)[:, None]
         now = was + shift
         above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)
         level += (now >= bar).sum(axis=1) - (was >= bar).sum(axis=1)
-    return above, level - above
+        share += (jnp.exp(now - top[:, None]) - jnp.exp(was - top[:, None])).sum(axis=1)
+    nll = top + jnp.log(jnp.maximum(share, 1e-12)) - score - lift
+    return above, level - above, nll
 
 
 def _even(total, most):

@@ -16,7 +16,7 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.data import batches as batches_lib
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import refuse_if
-from tpad_jax.evaluation.evaluate import evaluate
+from tpad_jax.evaluation import metrics
 from tpad_jax.job.background import COMPILE
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import profiling
@@ -26,7 +26,6 @@ from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch
 
 DONE = 'finished'  # a file next to a finished stage's checkpoints
-VALIDATED = 'hit@20', 'mrr@20', 'ndcg@20'  # metrics of validation
 
 
 def is_finished(workdir: Path, name: str) -> bool:
@@ -46,9 +45,23 @@ def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[
 
 
 def validated(scorer, job, name: str) -> dict[str, float]:
-    """Measure a scorer on validation: {metric of VALIDATED: value}."""
-    result, _ = evaluate(scorer, job.valid, job.data.warm, ks=(20,), name=name)
-    return {metric: result[metric] for metric in VALIDATED}
+    """Measure a scorer on validation: {'hit@20', 'mrr@20', 'ndcg@20', 'nll': value}.
+
+    'nll' is the mean negative log-likelihood of the targets in a softmax of the scores over the
+    whole catalogue, in nats. A target that is not in the catalogue is a miss, without a likelihood.
+    """
+    rows = job.valid
+    if hasattr(scorer, 'ranks'):
+        above, equal, nll = scorer.ranks(rows.items, rows.target, name=name, likelihood=True)
+    else:
+        scored = metrics.scored(scorer, rows.items, job.data.num_items, name=name)
+        parts = [(*metrics.counts(scores, target), metrics.nll(scores, target))
+                 for part, scores in scored for target in [rows.target[part]]]
+        above, equal, nll = map(np.concatenate, zip(*parts, strict=True))
+    missed = rows.target == 0
+    above, equal = np.where(missed, metrics.MISS, above), np.where(missed, 1, equal)
+    return {**{f'{metric}@20': float(metrics.mean_gain(gain, above, equal, 20).mean())
+               for metric, gain in metrics.GAINS.items()}, 'nll': float(nll[~missed].mean())}
 
 
 def fit(job, name, stage, spec, params=None, steps=None):
