@@ -127,7 +127,7 @@ def test_unknown_variants_are_named(variant):
         with pytest.raises(ValueError, match='has no variant'):
             configs.get_config(variant)
     else:
-        assert configs.get_config().name == 'diginetica_attention'
+        assert configs.get_config().name == 'sessions_attention'
 
 
 # --- two recommenders whose scores are added ----------------------------------------------------

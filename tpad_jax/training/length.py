@@ -40,5 +40,7 @@ def of_data(config, train: Sessions):
         steps = min(max(steps, LEAST), stage.steps)
         share = steps / stage.steps
         stage.update(steps=steps, eval_every=round(stage.eval_every * share) or
-                     min(stage.eval_every, 1), weight_decay=stage.weight_decay / share)
+                     min(stage.eval_every, 1))
+        if stage.optimiser == 'adamw':  # elsewhere the decay is a penalty in the loss
+            stage.weight_decay /= share
     return config
