@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from tpad_jax.core import cli
+from tpad_jax.core import cli, startup
 from tpad_jax.data import images, text
 from tpad_jax.data.synthetic import rendering, wording
 from tpad_jax.models.builtin import files
@@ -110,6 +110,7 @@ def objective(model: KnowledgeMLLM, params: dict, key: jax.Array, image: jax.Arr
 })
 def main(args) -> None:
     """Make the items, train the tokenizer and the model, write the directory."""
+    startup.check_environment()
     attributes, pictures, texts = make_items(args.items)
     rng = np.random.default_rng([STREAM, 1])
     captions = shuffled_captions(attributes, rng)

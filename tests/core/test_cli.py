@@ -87,7 +87,8 @@ def test_an_argument_out_of_range_is_refused(text):
 
 @pytest.mark.parametrize(('variable', 'value'), [
     ('JAX_ENABLE_X64', '1'), ('JAX_ENABLE_X64', 'True'), ('JAX_NUMPY_DTYPE_PROMOTION', 'strict'),
-    ('JAX_NUMPY_RANK_PROMOTION', 'raise')])
+    ('JAX_NUMPY_RANK_PROMOTION', 'raise'), ('JAX_NO_EXECUTION', 'yes'),
+    ('JAX_TRANSFER_GUARD', 'disallow'), ('JAX_ERROR_CHECKING_BEHAVIOR_NAN', 'raise')])
 def test_types_that_are_not_computed_with_are_refused(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(InputError, match=f"{variable}='{value}'.* Fix: unset {variable}"):

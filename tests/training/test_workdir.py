@@ -53,6 +53,17 @@ def test_claim_names_every_difference(tmp_path):
     assert 'widths' not in str(caught.value)
 
 
+def test_a_trained_baseline_may_be_added_but_not_changed(tmp_path):
+    mine = {'mine': {'recommend': 'k'}}
+    claim(tmp_path, CONFIG, 'abc')
+    for fingerprint in (None, 'abc'):
+        claim(tmp_path, CONFIG | {'rivals': mine}, fingerprint)
+    with pytest.raises(InputError, match=r'rivals\.mine\.recommend was "k" and is now "r"'):
+        claim(tmp_path, CONFIG | {'rivals': {'mine': {'recommend': 'r'}}}, 'abc')
+    with pytest.raises(InputError, match=r'rivals\.mine\.recommend was "k" and is now absent'):
+        claim(tmp_path, CONFIG, 'abc')
+
+
 @pytest.mark.parametrize('text', ['', '{"config": {', '[]', '{"config": [], "fingerprint": ""}'])
 def test_claim_refuses_a_file_that_is_not_a_config(tmp_path, text):
     (tmp_path / 'config.json').write_text(text)

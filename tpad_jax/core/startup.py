@@ -17,11 +17,17 @@ from tpad_jax.errors import InputError
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 # the same settings as environment variables, for a process that is not started yet
 ENVIRONMENT = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**63 - 1)}
-# Variables of jax that change the types of results, and their only usable values in lower case.
-# All parameters, features and checkpoints are 32 bits wide; libraries below rely on promotion.
-REQUIRED = {'JAX_ENABLE_X64': ('', '0', 'false', 'f', 'no', 'n', 'off'),
-            'JAX_NUMPY_DTYPE_PROMOTION': ('', 'standard'),
-            'JAX_NUMPY_RANK_PROMOTION': ('', 'allow', 'warn')}
+OFF = ('', '0', 'false', 'f', 'no', 'n', 'off')
+# Variables of jax that change the types of results or forbid what every run does, and their only
+# usable values in lower case. All parameters, features and checkpoints are 32 bits wide; libraries
+# below rely on promotion.
+REQUIRED = {
+    **dict.fromkeys(('JAX_ENABLE_X64', 'JAX_NO_EXECUTION', 'JAX_NO_TRACING'), OFF),
+    'JAX_NUMPY_DTYPE_PROMOTION': ('', 'standard'),
+    'JAX_NUMPY_RANK_PROMOTION': ('', 'allow', 'warn'),
+    **{f'JAX_TRANSFER_GUARD{way}': ('', 'allow', 'log', 'log_explicit')
+       for way in ('', '_HOST_TO_DEVICE', '_DEVICE_TO_HOST', '_DEVICE_TO_DEVICE')},
+    **{f'JAX_ERROR_CHECKING_BEHAVIOR_{what}': ('', 'ignore') for what in ('NAN', 'DIVIDE', 'OOB')}}
 
 CACHE = 'JAX_COMPILATION_CACHE_DIR'
 
@@ -90,7 +96,7 @@ def cache_compilations() -> None:
 
 
 def check_environment(names: Iterable[str] = REQUIRED) -> None:
-    """Refuse environment variables that give jax other types than this package computes with.
+    """Refuse environment variables of jax with which this package cannot compute.
 
     Args:
       names: of the variables to check.
@@ -101,8 +107,9 @@ def check_environment(names: Iterable[str] = REQUIRED) -> None:
     for name in names:
         value, usable = os.environ.get(name, ''), REQUIRED[name]
         if value.lower() not in usable:
-            raise InputError(f'{name}={value!r}: this package computes in 32 bits with the usual '
-                             f'promotion of types. Expected {usable[1]}. Fix: unset {name}')
+            raise InputError(f'{name}={value!r}: this package computes in 32 bits, with the usual '
+                             'promotion of types and without guards. Expected '
+                             f'{usable[1]}. Fix: unset {name}')
 
 
 def keep_memory() -> bool:

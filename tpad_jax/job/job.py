@@ -313,7 +313,9 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
     claim(workdir, config.to_dict(), job.data.fingerprint)
     file = workdir / 'results.json'
     results_before = results.read(file) if file.is_file() else None
-    if results_before and set(stages) <= set(results_before['provenance']['stages']):
+    made = results_before['provenance'] if results_before else {}
+    if made and set(stages) <= set(made['stages']) and not (
+            config.rivals.keys() - made.get('config', config).get('rivals', {}).keys()):
         tables.show(results_before, console)
         say(console, f'{file}: finished {results_before["provenance"]["date"]}, nothing was '
             'trained now; --workdir=DIR starts another run')

@@ -11,7 +11,7 @@ import sys
 
 import jax
 
-from tpad_jax.core import cli
+from tpad_jax.core import cli, startup
 from tpad_jax.errors import InputError
 from tpad_jax.losses import check, contract
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     if len(words) != 2 or words[0] != 'check' or not all(equals for _, equals, _ in flags):
         raise InputError('expected: check pkg.module:function [--KEY=VALUE ...]. Fix: see '
                          'python -m tpad_jax.losses --help')
+    startup.check_environment()
     jax.config.update('jax_platforms', 'cpu')
     keywords = {name: _literal(text) for name, _, text in flags}
     fields = {name.removeprefix('fields.'): keywords.pop(name)

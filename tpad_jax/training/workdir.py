@@ -36,8 +36,8 @@ def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
     """Make `workdir` the run of `config`, or check that it already is.
 
     The first run writes `config.json`. A later run must have the same config and data. Keys that
-    change no result (`FREE_KEYS` and those that begin with `log_`, at any depth) may differ, and
-    inputs may move.
+    change no result (`FREE_KEYS` and those that begin with `log_`, at any depth) may differ,
+    inputs may move, and trained baselines may be added, which are then trained alone.
 
     Args:
       workdir: str or Path. Created if absent.
@@ -57,9 +57,12 @@ def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
         changes = _changes(before, record)
         refuse_if(changes, f'{path} belongs to another run: {"; ".join(changes)}. Fix: set them '
                   'back, or choose another workdir.')
-        if before['fingerprint'] is not None or fingerprint is None:
+        known = before['fingerprint'] is not None and not _added(before, record)
+        if known or fingerprint is None:
             return
-        record = {**before, 'fingerprint': fingerprint}
+        rivals = before['config'].get('rivals', {}) | config.get('rivals', {})
+        record = {**before, 'fingerprint': before['fingerprint'] or fingerprint,
+                  'config': before['config'] | ({'rivals': rivals} if rivals else {})}
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not by files.write_json, which rounds
@@ -152,8 +155,15 @@ def _changes(before, now):
         source = next((key for key in SOURCES if _flat(now['config']).get(key)), 'data')
         for values, record in ((old, before), (new, now)):
             values[f'the content of {source}'] = json.dumps(record['fingerprint'])
+    added = tuple(f'rivals.{name}.' for name in _added(before, now))
     return [f'{key} was {old.get(key, "absent")} and is now {new.get(key, "absent")}'
-            for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not key.startswith(added)]
+
+
+def _added(before, now):
+    """Names of the trained baselines that a record has and an earlier one has not."""
+    return now['config'].get('rivals', {}).keys() - before['config'].get('rivals', {}).keys()
 
 
 def _comparable(record):
