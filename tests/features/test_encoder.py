@@ -124,6 +124,9 @@ def test_a_call_without_pictures_gives_the_rows_of_absent_ones():
     apart = make(('k',), rows=6)
     assert [pictures for (_, pictures), _ in apart._parts].count(False) == 1
     np.testing.assert_allclose(apart(model()[1])['k'], rows()['k'], rtol=0, atol=2e-5)
+    texts = replace(content(), image=content().image[:, :0, :0])  # a reader of texts alone
+    assert not any(pictures for (_, pictures), _ in encoder_lib.Encoder(
+        model()[0], texts, ('k',), rows=6)._parts)
 
 
 @pytest.mark.slow

@@ -118,7 +118,8 @@ def _measured(job, stage, moment, spec, encoder):
     record['features'] = {name: clouds_lib.feature(x) for name, x in clouds.items()}
     # Stage knowledge has warned of k already, and stage joint starts where transfer ended. Before
     # a stage, q is not fitted yet. Without pictures, k of the image is constant.
-    unseen = [] if job.content.has_image[ids].any() else ['k_image']
+    c = job.content
+    unseen = [] if c.image.shape[1] and c.has_image[ids].any() else ['k_image']
     watched = {name: x for name, x in record['features'].items()
                if not (stage == 'transfer' and name.startswith('k_')) and name not in unseen}
     record['warnings'] = [] if (stage, moment) == ('joint', 'before') else clouds_lib.warnings(

@@ -108,7 +108,7 @@ class Encoder:
         shards = self._devices.shards
         self._rows = -(-min(rows, max(1, len(content.tokens) - 1)) // shards) * shards
         self._parts = [(kind, ids[begin:begin + part]) for *kind, ids in buckets(
-            content.tokens, part, content.has_image, self._rows)
+            content.tokens, part, content.has_image & (content.image.shape[1] > 0), self._rows)
             for begin in range(0, len(ids), part)]
         self._everywhere = self._devices.shardings(0)
         self._read = compiled(self._encode, precision=self._devices.precision)
