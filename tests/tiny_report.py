@@ -48,7 +48,7 @@ def fake_job(workdir, *, content=True, seed=0, name='tiny'):
     warm = sessions.warm_items(train, V)
     titles = ['', *(f'{EVIL} {i}' if i % 3 == 0 else f'Thing {i} “é”' for i in range(1, V + 1))]
     data = SimpleNamespace(
-        num_items=V, train=train, valid=valid, test=test, warm=warm, titles=titles,
+        num_items=V, choices={}, train=train, valid=valid, test=test, warm=warm, titles=titles,
         asins=['', *(f'A{i}' for i in range(1, V + 1))], fingerprint='f' * 64, form='2023',
         image_bytes=[b'', *map(picture, range(1, V + 1))], side_sizes=(4,),
         side=np.arange(V + 1)[:, None] % 4, lines={'read': 1300, 'kept': 1200, 'rejected': {}},
@@ -83,7 +83,7 @@ def write(workdir, *, content=True, seed=0, name='tiny', metrics=None, baselines
     names = (*(('tpad_joint', 'id_only', 'knowledge_only') if content else ('mixture', 'gnn')),
              *baselines)
     scorers = {n: scorer_of(i + 10 * seed) for i, n in enumerate(names)}
-    models, ranks = results.score_models(job, scorers, {})
+    models, ranks = results.score_models(job, scorers, {}, {})
     for n in baselines:
         models[n]['search'] = {'params': {'decay': 0.25} if n == 'sr' else {}, 'trials': 1}
     found = {'data': results.data_facts(job), 'audit': job.data.audit, 'models': models,

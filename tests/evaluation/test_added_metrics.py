@@ -43,7 +43,7 @@ def test_a_metric_is_one_line_of_the_config(tmp_path):
     job.config.metrics.precision = f'{HERE}:precision'
     job.config.metrics.late = f'{HERE}:late'
     models, ranks = results.score_models(job, {'a': tiny_report.scorer_of(0),
-                                               'b': tiny_report.scorer_of(1)}, {})
+                                               'b': tiny_report.scorer_of(1)}, {}, {})
     test = models['a']['test']
     for k in (5, 10, 20):
         assert test[f'precision@{k}'] == pytest.approx(test[f'hit@{k}'] / k)
@@ -90,7 +90,7 @@ def test_the_page_shows_it(tmp_path):
 def test_a_metric_of_booleans_is_stored_as_numbers(tmp_path):
     job = tiny_report.fake_job(tmp_path)
     job.config.metrics.first = f'{HERE}:first'
-    models, ranks = results.score_models(job, {'a': tiny_report.scorer_of(0)}, {})
+    models, ranks = results.score_models(job, {'a': tiny_report.scorer_of(0)}, {}, {})
     results.write(job, {'models': models}, ranks)
     gain = compare.read(tmp_path).gains['first']
     assert gain.dtype == np.float64
@@ -117,7 +117,7 @@ def test_what_is_not_a_metric_is_refused_before_a_run(name, path, told):
 
 def test_a_damaged_metric_of_a_run_is_refused(tmp_path):
     job = tiny_report.fake_job(tmp_path)
-    _, ranks = results.score_models(job, {'a': tiny_report.scorer_of(0)}, {})
+    _, ranks = results.score_models(job, {'a': tiny_report.scorer_of(0)}, {}, {})
     results.write(job, {}, ranks)
     with np.load(tmp_path / compare.FILE) as stored:
         arrays = dict(stored)

@@ -142,12 +142,12 @@ def test_a_failed_page_loses_no_results(tmp_path, monkeypatch, capsys):
     tiny_report.write_log(tmp_path / 'log.jsonl', content=True)
     monkeypatch.setattr(results, 'oracle_scores', lambda _: (None, None))
     monkeypatch.setattr(results.artifact, 'write', lambda *_: None)
-    scorers = {'tpad_recommend': tiny_report.scorer_of(0)}
+    scorers = dict.fromkeys(('tpad', 'tpad_recommend'), tiny_report.scorer_of(0))
     job.spent = {'recommend': {n: 0.0 for n in ('all', *results.SPENT)}}
     monkeypatch.setattr(results.page, 'write', lambda workdir: json.loads(
         (workdir / 'results.json').read_text())['no such key'])
     tuning = job.background.submit(dict)
-    given = job, ['recommend'], scorers, {}, tuning, 0.0, Console(width=200)
+    given = job, ['recommend'], scorers, {}, {'tpad': {'is': 'tpad_recommend'}}, tuning, 0.0, Console(width=200)
     assert results.report(*given)['models'].keys() == {'tpad', 'tpad_recommend'}
     told = capsys.readouterr().out
     assert "could not be made (KeyError: 'no such key')" in told
@@ -161,7 +161,7 @@ def test_a_run_without_models_has_no_page_and_prints_why(tmp_path, monkeypatch, 
     monkeypatch.setattr(results, 'oracle_scores', lambda _: (None, None))
     job.spent = {'transfer': {n: 0.0 for n in ('all', *results.SPENT)}}
     tuning = job.background.submit(dict)
-    results.report(job, ['transfer'], {}, {}, tuning, 0.0, Console(width=200))
+    results.report(job, ['transfer'], {}, {}, {}, tuning, 0.0, Console(width=200))
     printed = capsys.readouterr().out
     assert 'report: none, because neither a recommender nor a baseline was trained' in printed
     assert 'could not be made' not in printed

@@ -23,7 +23,7 @@ from tpad_jax.baselines.tune import search
 from tpad_jax.data.item_graphs import decayed, followers, membership
 from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import refuse_if
-from tpad_jax.evaluation import metrics
+from tpad_jax.evaluation import likelihood, metrics
 
 LONGEST_RULE = 10  # steps between the two items of a rule
 LONGEST_SESSION = 1000  # latest events of a session that item_knn pairs: n items make n^2 pairs
@@ -213,12 +213,14 @@ class Tuned(NamedTuple):
       scorer: fitted with the chosen parameters.
       params: the chosen parameters.
       valid: their {'hit@20', 'mrr@20'} on the validation rows that were read.
+      calibration: of a scorer fitted on the training sessions alone.
       record: of `tune.search`, with 'rows', the number of those rows.
     """
 
     scorer: metrics.Scorer
     params: dict
     valid: dict
+    calibration: likelihood.Calibration
     record: dict
 
 
@@ -267,8 +269,11 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
 
     defaults = {key: keywords[key].default for key in space}
     params, record = search(measured, space, defaults, seed=seed, name=name, **budget)
-    scorer = fit(train if final is None else final, num_items, **fixed, **params)
-    return Tuned(scorer, params, record['tried'][record['best']]['values'],
+    scorer = fit(train, num_items, **fixed, **params)
+    calibration = likelihood.calibrate(scorer, valid, num_items, rule=True, seed=seed)
+    if final is not None:
+        scorer = fit(final, num_items, **fixed, **params)
+    return Tuned(scorer, params, record['tried'][record['best']]['values'], calibration,
                  {**record, 'rows': len(valid.target)})
 
 

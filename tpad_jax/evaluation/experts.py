@@ -17,6 +17,7 @@ import scipy.optimize
 from tpad_jax.data import item_graphs
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.distributed.devices import compiled
+from tpad_jax.evaluation.scorers import session_encoder
 from tpad_jax.models import experts
 
 CELLS = 2**22  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
@@ -156,6 +157,35 @@ def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...]
     away = np.where(off, 0, (found.x - mean) / spread)
     return Fit(dict(zip(WEIGHTS, found.x.tolist(), strict=True)),
                float((found.fun - 0.5 * (away ** 2).sum()) / len(rows)), len(rows))
+
+
+def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Divide the scores of some items into what each expert adds to them.
+
+    Args:
+      bound: scorers.Bound with experts.
+      items: int32 [R, N]. Prefixes.
+      chosen: int [R, k]. Items of each row.
+
+    Returns:
+      {name of NAMES: float32 [R, k]}, relative to the mean over the catalogue.
+    """
+    rules = bound.experts
+    weights, tables = rules['weights'], rules['tables']
+    models = tuple(({'recommender': params['recommender']}, near)
+                   for params, near in zip(bound.params, bound.near, strict=True))
+    h = np.asarray(session_encoder(bound.specs)((models, rules), bound.z, items))
+    z = np.asarray(bound.z)
+    parts = h[:, None] * (z[chosen] - z[1:].mean(axis=0))
+    bias = h.shape[1] - 1 - tables['next'].shape[1]
+    out = {'model': parts[..., :bias].sum(axis=-1), 'popularity': parts[..., bias],
+           'content': parts[..., bias + 1:].sum(axis=-1)}
+    ids, shares = map(np.asarray, experts.said(tables, items))
+    mine = (ids[:, None] == chosen[..., None]).astype(np.float32) @ shares
+    for place, rule in enumerate(experts.RULES):
+        floor = np.exp(-np.asarray(weights['floors'][place]))
+        out[rule] = weights[rule] * np.log1p(mine[..., place] * floor)
+    return out | {'held': weights['held'] * mine[..., 3]}
 
 
 @cache

@@ -20,7 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tpad_jax.config import MAKES, STAGES, names, partnered
-from tpad_jax.evaluation import experts
+from tpad_jax.evaluation import experts, likelihood
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job.background import TRAIN
 from tpad_jax.job.fitting import fit, validated
@@ -157,6 +157,12 @@ class Recommenders:
         table = _tables(groups[served][0]) if mixtures else None
         fits = {name: experts.fit(_scorer(members), table, job.valid, used, seed=c.seed)
                 for name, (members, used) in mixtures.items()}
+        facts = {name: {'calibration': likelihood.calibrate(
+            _scorer(members), job.valid, job.data.num_items, rule=False, seed=c.seed)._asdict()}
+            for name, members in groups.items()}
+        facts |= {name: {'experts': fit._asdict(),
+                         'calibration': likelihood.Calibration()._asdict()}
+                  for name, fit in fits.items()}
         if c.refit:
             chosen |= {name: validated(_scorer(mixtures[name][0], experts.mixture(fit, table)), job,
                                        name) for name, fit in fits.items()}
@@ -172,13 +178,10 @@ class Recommenders:
         scorers = {name: _scorer(members) for name, members in groups.items()}
         mixed = {name: _scorer(mixtures[name][0], experts.mixture(fit, table))
                  for name, fit in fits.items()}
-        if mixed:
-            mixed['tpad_model'], chosen['tpad_model'] = scorers[served], chosen[served]
-        else:
-            chosen['tpad'] = chosen[served]
-        facts = {name: {'experts': fit._asdict()} for name, fit in fits.items()}
-        facts['tpad'] = {'is': served, **facts.get('tpad', {})}
-        return {'tpad': scorers[served], **mixed, **scorers}, chosen, facts
+        alias = 'tpad_model' if mixed else 'tpad'
+        mixed[alias], chosen[alias], facts[alias] = scorers[served], chosen[served], facts[served]
+        facts['tpad'] = {'is': served, **facts['tpad']}
+        return {'tpad': mixed['tpad'], **mixed, **scorers}, chosen, facts
 
 
 def _tables(job):

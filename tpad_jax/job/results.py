@@ -22,7 +22,7 @@ from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import records
 from tpad_jax.errors import refusing
-from tpad_jax.evaluation import compare, metrics, slices, statistics, tables
+from tpad_jax.evaluation import compare, likelihood, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.job import recommenders
 from tpad_jax.report import gallery, page
@@ -53,11 +53,10 @@ def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
     tuned, = job.background.results([tuning])
     scorers.update({name: baseline.scorer for name, baseline in tuned.items()})
     chosen |= {name: baseline.valid for name, baseline in tuned.items()}
-    models, ranks = score_models(job, scorers, chosen)
-    for name, baseline in tuned.items():
-        models[name]['search'] = {'params': baseline.params, **baseline.record}
-    for name, more in facts.items():
-        models[name] |= more
+    facts |= {name: {'search': {'params': baseline.params, **baseline.record},
+                     'calibration': baseline.calibration._asdict()}
+              for name, baseline in tuned.items()}
+    models, ranks = score_models(job, scorers, chosen, facts)
     (truth, truth_ranks), = job.background.results([oracle_task])
     job.seconds['report'] = time.perf_counter() - started
     # Stages count all their sittings, the rest this one. Those of earlier sittings may have run at
@@ -114,7 +113,7 @@ def write_page(job, results: dict, scorers: dict, ranks: dict, console) -> Path 
         return None
 
 
-def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
+def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, dict]:
     """Measure every scorer on validation and test.
 
     Args:
@@ -122,10 +121,11 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
       scorers: {model: scorer}.
       chosen: {model: validation metrics} of the moment when it was chosen. After a refit, which
         trains on these rows, they are the only ones.
+      facts: {model: more that results.json says of it}, its calibration among it.
 
     Returns:
-      {model: {'valid': {...}, 'test': {...}}} and {model: {'above', 'equal'}} of the test rows. The
-      test metrics have intervals, see `add_intervals`.
+      {model: {'valid': {...}, 'test': {...}, **facts}} and {model: {'above', 'equal'}} of the test
+      rows. The test metrics have intervals, see `add_intervals`.
     """
     seen, warm, gains = training_counts(job), job.final.warm, metrics.registry(job.config.metrics)
     values = {metric: metrics.gain_table(gain, compare.AT) for metric, gain in gains.items()}
@@ -139,6 +139,10 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
         test, rank = evaluate(scorers[name], job.test, warm, counts=seen, name=name, gains=gains,
                               probabilities=job.probabilities)
         add_intervals(test, job.test, warm, rank, values)
+        if (calibration := facts.get(name, {}).get('calibration')) is not None:
+            known = likelihood.Calibration(**calibration)
+            test['nll'] = likelihood.nll(scorers[name], job.test, len(warm) - 1, known,
+                                         seed=job.config.seed)
         return {'valid': valid, 'test': test}, rank
 
     # a scorer with two names is measured once
@@ -146,7 +150,7 @@ def score_models(job, scorers: dict, chosen: dict) -> tuple[dict, dict]:
     tasks = [job.background.submit(partial(score, name)) for name in first.values()]
     scored = dict(zip(first, job.background.results(tasks), strict=True))
     scored = {name: scored[id(scores)] for name, scores in scorers.items()}
-    return ({name: dict(x) for name, (x, _) in scored.items()},
+    return ({name: x | facts.get(name, {}) for name, (x, _) in scored.items()},
             {name: x for name, (_, x) in scored.items()})
 
 

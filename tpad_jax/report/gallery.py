@@ -5,8 +5,9 @@ for an item (below), and every item once, with its title and its picture as a We
 is made again from this file without a model. A contact sheet draws its first sessions as a picture.
 
 The reasons for a recommended item [ours] are its likeness to the prefix's items in k and in r, its
-nearest items there, how often training went from the last item to it and, where the catalogue is
-planted, its true probability. Likeness is the cosine of rows without the catalogue's mean.
+nearest items there, the expert that adds most to its score, how often training went from the last
+item to it and, where the catalogue is planted, its true probability. Likeness is the cosine of rows
+without the catalogue's mean.
 """
 
 import base64
@@ -25,7 +26,7 @@ from tpad_jax.data import images, item_graphs
 from tpad_jax.diagnostics import probes, records
 from tpad_jax.diagnostics.clouds import unit
 from tpad_jax.errors import refusing
-from tpad_jax.evaluation import metrics
+from tpad_jax.evaluation import experts, metrics
 from tpad_jax.features import store
 
 FILE = Path('report') / 'gallery.json'
@@ -71,18 +72,20 @@ def write(job, scorers: dict, ranks: dict, best: str) -> Path | None:
     clouds = {name: unit(x - x.mean(0)) for name, x in _rows(job, best).items()}
     truth = None if job.probabilities is None else job.probabilities(rows.items[drawn])
     followers = item_graphs.followers(job.final.train, job.data.num_items, 1)
+    explained = [np.unique(np.append(rows.target[row], [first[number] for first in lists.values()]))
+                 for number, row in enumerate(drawn)]
+    decided = _decided(scorers.get('tpad'), rows.items[drawn], explained)
     sessions = []
     for number, row in enumerate(drawn):
         prefix = rows.items[row][rows.items[row] > 0]
         first = {name: items[number] for name, items in lists.items()}
-        explained = np.unique(np.concatenate([rows.target[row:row + 1], *first.values()]))
         sessions.append({
             'row': row, 'session': rows.session[row], 'prefix': prefix, 'target': rows.target[row],
             'models': {name: {'first': first[name], 'above': ranks[name]['above'][row],
                               'equal': ranks[name]['equal'][row]} for name in shown},
-            'why': {int(item): _why(item, prefix, clouds, followers,
-                                    None if truth is None else truth[number])
-                    for item in explained}})
+            'why': {int(item): {**_why(item, prefix, clouds, followers,
+                                       None if truth is None else truth[number]), **expert}
+                    for item, expert in zip(explained[number], decided[number], strict=True)}})
     recommended = np.unique(np.concatenate([items.ravel() for items in lists.values()]))
     near = {name: _nearest(x, recommended) for name, x in clouds.items()}
     files.write_json(file, {
@@ -192,6 +195,18 @@ def _why(item, prefix, clouds, followers, truth):
     out = {} if truth is None else {'true': truth[item]}
     return {'followed': int(followers[prefix[-1], item]), **out,
             **{name: np.round(x[prefix - 1] @ x[item - 1], 3) for name, x in clouds.items()}}
+
+
+def _decided(scores, items, explained):
+    """[{item's {'expert': the one that adds most to its score}}] of each row; {} without any."""
+    bound = getattr(scores, 'bound', None)
+    if bound is None or bound.experts is None:
+        return [[{}] * len(row) for row in explained]
+    widest = max(map(len, explained))
+    terms = experts.terms(bound, items, np.stack([np.resize(row, widest) for row in explained]))
+    most = np.argmax(list(terms.values()), axis=0)
+    return [[{'expert': list(terms)[n]} for n in line[:len(row)]]
+            for line, row in zip(most, explained, strict=True)]
 
 
 def _nearest(x, items):

@@ -75,6 +75,7 @@ if (data) {
       : `Training never went from “${last}” to it.`];
     if (!items[id].warm) sentences.push('It is cold: it is in no training session.');
     if (reasons.true !== undefined) sentences.push(`Its true probability here is ${(100 * reasons.true).toFixed(1)} %.`);
+    if (reasons.expert) sentences.push(`In the served score, “${reasons.expert}” adds most to it.`);
     make('p', sentences.join(' '), panel);
     const columns = make('div', null, panel, 'sides');
     sides.forEach((side, place) => {

@@ -1,0 +1,96 @@
+"""The likelihood of the next item under any scorer, by two numbers fitted on validation [ours].
+
+Scores of a recommender are logits up to a temperature. Scores of a rule are shares of what it
+counted, so they are raised to a power after a floor, without which an item it never saw would have
+no probability.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.optimize
+
+from tpad_jax.data.sessions import Rows
+from tpad_jax.evaluation import metrics
+
+CELLS = 2**25  # scores that a likelihood is computed from: of more rows it draws a sample
+FEW = 2**18  # scores that a calibration reads, or those of 64 rows
+
+
+class Calibration(NamedTuple):
+    """How scores become logits.
+
+    Attributes:
+      power: factor of the logits.
+      floor: added to a rule's shares; None: scores are logits already.
+    """
+
+    power: float = 1.0
+    floor: float | None = None
+
+
+def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool, seed: int = 0
+              ) -> Calibration:
+    """Fit a calibration on validation rows, which the scorer was not fitted on.
+
+    Args:
+      scorer: of a recommender or a rule.
+      valid: validation rows.
+      num_items: V.
+      rule: whether the scores are shares instead of logits.
+      seed: of the sample of rows.
+    """
+    rows = _drawn(valid, max(64, FEW // num_items), seed)
+    scores = np.concatenate([_shares(metrics.dense(part), rule) for _, part in
+                             metrics.scored(scorer, rows.items, num_items)])
+
+    def loss(x):
+        power, floor = np.exp(x)
+        return _nll(scores, rows.target, Calibration(power, floor if rule else None)).mean()
+
+    found = scipy.optimize.minimize(loss, np.log([1.0, 0.1 / num_items]), method='Nelder-Mead',
+                                    options={'maxfev': 60})
+    power, floor = np.exp(found.x)
+    return Calibration(float(power), float(floor) if rule else None)
+
+
+def nll(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibration, *,
+        seed: int = 0) -> float:
+    """Compute the mean negative log-likelihood of targets over the whole catalogue, in nats.
+
+    Args:
+      scorer: of a recommender or a rule.
+      rows: rows to score.
+      num_items: V.
+      calibration: of `calibrate`.
+      seed: of the sample of rows.
+    """
+    rows = _drawn(rows, max(64, CELLS // num_items), seed)
+    return float(np.concatenate([
+        _nll(_shares(metrics.dense(scores), calibration.floor is not None), rows.target[part],
+             calibration)
+        for part, scores in metrics.scored(scorer, rows.items, num_items)]).mean())
+
+
+def _drawn(rows, most, seed):
+    if len(rows.target) <= most:
+        return rows
+    drawn = np.random.default_rng(seed).choice(len(rows.target), most, replace=False)
+    return Rows(*(array[np.sort(drawn)] for array in rows))
+
+
+def _shares(scores, rule):
+    """Scores of the items 1..V; those of a rule as shares."""
+    scores = np.asarray(scores, np.float64)[:, 1:]
+    if not rule:
+        return scores
+    scores = np.maximum(scores, 0)
+    return scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-30)
+
+
+def _nll(scores, target, calibration):
+    power, floor = calibration
+    logits = power * (scores if floor is None else np.log(scores + floor))
+    highest = logits.max(axis=1)
+    total = np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest
+    return total - logits[np.arange(len(target)), target - 1]
