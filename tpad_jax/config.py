@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
                    'vsknn,stan,vstan')
     # what the served scores add up, weighted by the likelihood of validation (models/experts.py);
     # comma-separated; '': the recommender alone
-    c.experts = 'model,popularity,cold,followers,companions,neighbours,held,content'
+    c.experts = 'model,popularity,cold,transitions,followers,companions,neighbours,held,content'
     # metrics in addition to hit, mrr and ndcg, {name: 'module:function'}: docs/add_a_metric.md
     c.metrics = ConfigDict()
 

@@ -34,21 +34,22 @@ def prefixes(sessions):
 
 
 def shares_of(train, prefix):
-    """What the three rules say about a prefix, and whether it holds an item: [V + 1, 4]."""
+    """What the rules say about a prefix, and whether it holds an item: [V + 1, 5]."""
     sessions = np.split(train.items, train.offsets[1:-1])
     last = prefix[prefix > 0][::-1][:experts.LATEST]
     weight = experts.DECAY ** np.arange(len(last))
-    out = np.zeros((V + 1, 4))
+    out = np.zeros((V + 1, 5))
     holds = np.array([np.bincount(np.unique(x), minlength=V + 1) for x in sessions])
     together = holds.T @ holds
     size = np.sqrt(np.diag(together) + 20)
     for item, w in zip(last, weight, strict=True):
         for session in sessions:
             for i, j in itertools.combinations(range(len(session)), 2):
-                out[session[j], 0] += w * (session[i] == item) / (j - i)
+                out[session[j], 0] += (session[i] == last[0] == item) * (j == i + 1)
+                out[session[j], 1] += w * (session[i] == item) / (j - i)
         beside = together[item] / size[item] / size
         beside[item] = 0
-        out[:, 1] += w * beside
+        out[:, 2] += w * beside
     similar = np.array([sum(w * (item in x) for item, w in zip(last, weight, strict=True))
                         / np.sqrt(len(np.unique(x))) for x in sessions])
     for n in np.lexsort((-np.arange(S), -similar))[:experts.NEAREST]:
@@ -57,9 +58,9 @@ def shares_of(train, prefix):
             newest = next(item for item in last if item in session)
             anchor = np.flatnonzero(session == newest)[-1]
             for place, item in enumerate(session):
-                out[item, 2] += similar[n] * np.exp(-abs(place - anchor) / experts.REACH)
-    out[:, :3] /= np.maximum(out[:, :3].sum(axis=0), 1e-30)
-    out[prefix[prefix > 0], 3] = 1
+                out[item, 3] += similar[n] * np.exp(-abs(place - anchor) / experts.REACH)
+    out[:, :4] /= np.maximum(out[:, :4].sum(axis=0), 1e-30)
+    out[prefix[prefix > 0], 4] = 1
     return out
 
 
@@ -69,11 +70,11 @@ def test_rules_say_what_brute_force_says():
     moved = rows.items[:, :2], np.full((12, 2), 0.5, np.float32)
     ids, shares = experts.said(table, rows.items, moved)
     for row in range(12):
-        cells = np.zeros((V + 1, 5))
+        cells = np.zeros((V + 1, 6))
         np.add.at(cells, ids[row], np.asarray(shares[row]))
-        np.testing.assert_allclose(cells[:, :4], shares_of(train, rows.items[row]), atol=1e-6)
+        np.testing.assert_allclose(cells[:, :5], shares_of(train, rows.items[row]), atol=1e-6)
         assert cells[0].sum() == 0
-        assert cells[:, 4].sum() == pytest.approx(0.5 * (moved[0][row] > 0).sum())
+        assert cells[:, 5].sum() == pytest.approx(0.5 * (moved[0][row] > 0).sum())
         some = np.asarray(ids[row])[np.asarray(shares[row]).any(axis=1)]
         assert len(set(some.tolist())) == len(some)  # one place per item
 
@@ -100,7 +101,7 @@ def mixed(fit, table, items, model=None):
     for e, rule in enumerate(experts.RULES):
         shift = w[rule] * np.log1p(shares[..., e] * np.exp(-w[f'floor_{rule}']))
         np.add.at(scores, (np.arange(len(items))[:, None], ids), shift)
-    np.add.at(scores, (np.arange(len(items))[:, None], ids), w['held'] * shares[..., 3])
+    np.add.at(scores, (np.arange(len(items))[:, None], ids), w['held'] * shares[..., 4])
     scores[:, 0] = -np.inf
     return scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
 

@@ -147,7 +147,8 @@ def test_a_failed_page_loses_no_results(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results.page, 'write', lambda workdir: json.loads(
         (workdir / 'results.json').read_text())['no such key'])
     tuning = job.background.submit(dict)
-    given = job, ['recommend'], scorers, {}, {'tpad': {'is': 'tpad_recommend'}}, tuning, 0.0, Console(width=200)
+    facts = {'tpad': {'is': 'tpad_recommend'}}
+    given = job, ['recommend'], scorers, {}, facts, tuning, 0.0, Console(width=200)
     assert results.report(*given)['models'].keys() == {'tpad', 'tpad_recommend'}
     told = capsys.readouterr().out
     assert "could not be made (KeyError: 'no such key')" in told

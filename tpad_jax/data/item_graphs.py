@@ -148,22 +148,22 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
       longest: latest items kept of a session.
 
     Returns:
-      near int32 [V + 1, most], 0 where there are fewer, and weight float32 [V + 1, most, 2] as a
-      follower (weights 1 / steps) and as a companion (a cosine); holders int32 [V + 1, holders],
+      near int32 [V + 1, most], 0 where there are fewer, and weight float32 [V + 1, most, 3] as the
+      next item, as a later one (1 / steps) and as a companion (a cosine); holders int32 [V + 1, holders],
       sessions by number from 1, the most recent first; sessions int32 [S' + 1, longest], those that
       are kept for any item, and scale float32 [S' + 1], one over the square root of their different
       items; events float32 [V + 1].
     """
-    after = followers(train, num_items, 10, 1.0)
+    after = [followers(train, num_items, longest_step, 1.0) for longest_step in (1, 10)]
     held = membership(train, num_items, 1000)
     size = 1 / np.sqrt(held.sum(axis=0) + 20)  # as in item-kNN
     cosine = sp.diags_array(size) @ (held.T @ held) @ sp.diags_array(size)
-    tables = [sp.csr_array(after / np.maximum(after.sum(axis=1), 1)[:, None]),
-              sp.csr_array(_without_loops(cosine))]
-    near, _ = _heaviest(sp.coo_array(tables[0] + tables[1]), most)
+    tables = [*after, sp.csr_array(_without_loops(cosine))]
+    scaled = [sp.diags_array(1 / np.maximum(x.sum(axis=1), 1e-9)) @ x for x in tables]
+    near, _ = _heaviest(sp.coo_array(sum(scaled)), most)
     row = np.repeat(np.arange(num_items + 1), most)
     weight = np.stack([sp.csr_array(x)[row, near.reshape(-1)].reshape(near.shape)
-                       for x in (after, tables[1])], axis=-1)
+                       for x in tables], axis=-1)
     weight[near == 0] = 0
     count = len(train.lengths)
     # session 1 is the most recent one

@@ -28,8 +28,7 @@ WIDTH = 64  # of an item's content; wider content is projected on its first prin
 WEIGHTS = {
     'model': (0.3, 0.5, 0.0, 'model'),
     'popularity': (0.5, 0.3, 0.0, 'popularity'), 'cold': (-1.0, 2.0, -12.0, 'cold'),
-    'followers': (0.4, 0.3, 0.0, 'followers'), 'companions': (0.4, 0.3, 0.0, 'companions'),
-    'neighbours': (0.4, 0.3, 0.0, 'neighbours'), 'held': (-0.3, 2.0, -12.0, 'held'),
+    **{rule: (0.3, 0.3, 0.0, rule) for rule in experts.RULES}, 'held': (-0.3, 2.0, -12.0, 'held'),
     'content': (1.0, 2.0, 0.0, 'content'), 'following': (1.0, 2.0, 0.0, 'content'),
     'cold_content': (0.0, 0.5, -0.95, 'cold'),
     **{f'floor_{rule}': (-5.0, 1.0, -12.0, rule) for rule in experts.RULES}}
@@ -185,7 +184,7 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]
     for place, rule in enumerate(experts.RULES):
         floor = np.exp(-np.asarray(weights['floors'][place]))
         out[rule] = weights[rule] * np.log1p(mine[..., place] * floor)
-    return out | {'held': weights['held'] * mine[..., 3]}
+    return out | {'held': weights['held'] * mine[..., 4]}
 
 
 @cache

@@ -6,7 +6,8 @@
 m is the recommender's score, u an item's content, and p_rule the share of what a rule says about
 the prefix that it gives to item i:
 
-    followers     items that came after items of the prefix in training sessions
+    transitions   items that came right after the prefix's last item in training sessions
+    followers     items that came later in training sessions than items of the prefix
     companions    items that shared training sessions with items of the prefix
     neighbours    items of the training sessions most similar to the prefix (as V-SKNN and STAN do)
 
@@ -26,7 +27,8 @@ from tpad_jax.nn.gather import totals
 from tpad_jax.nn.linear import unit
 
 BY_ITEM = 'near', 'weight', 'holders', 'next'  # tables with a row per item
-RULES = 'followers', 'companions', 'neighbours'
+RULES = 'transitions', 'followers', 'companions', 'neighbours'
+PAIRS = 3  # of these rules read the table of item pairs
 LATEST = 10  # items of a prefix that the rules read, as the rules among the baselines
 DECAY = 0.6  # of an item's weight per step from the prefix's end
 NEAREST = 50  # similar sessions that count
@@ -50,22 +52,25 @@ def said(tables, items, moved=None):
       moved: (items int32 [B, K], float32 [B, K]), further shifts, which are only carried along.
 
     Returns:
-      ids int32 [B, M] and float32 [B, M, 5]: the share of each rule, 1 for an item of the prefix,
+      ids int32 [B, M] and float32 [B, M, 6]: the share of each rule, 1 for an item of the prefix,
       and its further shift. All are 0 on padding and on all but one place of an item.
     """
     rows, (item, share) = len(items), recent(items)
-    pairs = share[..., None, None] * tables['weight'][item]  # [B, n, K, 2]
+    last = share * (jnp.arange(item.shape[1]) == 0)  # all that a transition reads
+    shares = jnp.stack([last, share, share], axis=-1)
+    pairs = shares[:, :, None] * tables['weight'][item]  # [B, n, K, PAIRS]
     similar, weights = neighbours(tables, item, share)
-    parts = [(tables['near'][item].reshape(rows, -1), pairs.reshape(rows, -1, 2), (0, 3)),
-             (similar, weights[..., None], (2, 2)), (items, jnp.ones((*items.shape, 1)), (3, 1))]
+    parts = [(tables['near'][item].reshape(rows, -1), pairs.reshape(rows, -1, PAIRS), (0, 3)),
+             (similar, weights[..., None], (3, 2)), (items, jnp.ones((*items.shape, 1)), (4, 1))]
     if moved is not None:
-        parts.append((moved[0], moved[1][..., None], (4, 0)))
+        parts.append((moved[0], moved[1][..., None], (5, 0)))
     ids, sums, last = totals(
         jnp.concatenate([ids for ids, _, _ in parts], axis=1),
         jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), pad)) for _, x, pad in parts], axis=1))
     sums = jnp.where((last & (ids > 0))[..., None], sums, 0)
-    shares = sums[..., :3] / jnp.maximum(sums[..., :3].sum(axis=1, keepdims=True), 1e-30)
-    return ids, jnp.concatenate([shares, jnp.minimum(sums[..., 3:4], 1), sums[..., 4:]], axis=-1)
+    said, held, more = jnp.split(sums, (4, 5), axis=-1)
+    shares = said / jnp.maximum(said.sum(axis=1, keepdims=True), 1e-30)
+    return ids, jnp.concatenate([shares, jnp.minimum(held, 1), more], axis=-1)
 
 
 def neighbours(tables, item, share):
@@ -99,10 +104,10 @@ def neighbours(tables, item, share):
 
 
 def shift(weights, shares):
-    """Compute the shift of scores from what `said` returns: [..., 5] -> [...]."""
-    rules = weights['rules'] * jnp.log1p(shares[..., :3] * jnp.exp(-weights['floors']))
-    return (rules.sum(axis=-1) + weights['held'] * shares[..., 3]
-            + weights['model'] * shares[..., 4])
+    """Compute the shift of scores from what `said` returns: [..., 6] -> [...]."""
+    rules = weights['rules'] * jnp.log1p(shares[..., :4] * jnp.exp(-weights['floors']))
+    return (rules.sum(axis=-1) + weights['held'] * shares[..., 4]
+            + weights['model'] * shares[..., 5])
 
 
 def item_columns(weights, content, events):

@@ -26,7 +26,7 @@ from tpad_jax.data import images, item_graphs
 from tpad_jax.diagnostics import probes, records
 from tpad_jax.diagnostics.clouds import unit
 from tpad_jax.errors import refusing
-from tpad_jax.evaluation import experts, metrics
+from tpad_jax.evaluation import metrics
 from tpad_jax.features import store
 
 FILE = Path('report') / 'gallery.json'
@@ -202,6 +202,8 @@ def _decided(scores, items, explained):
     bound = getattr(scores, 'bound', None)
     if bound is None or bound.experts is None:
         return [[{}] * len(row) for row in explained]
+    from tpad_jax.evaluation import experts  # a page that is made again does not import jax
+
     widest = max(map(len, explained))
     terms = experts.terms(bound, items, np.stack([np.resize(row, widest) for row in explained]))
     most = np.argmax(list(terms.values()), axis=0)
