@@ -1,10 +1,11 @@
 """The default configs on real and planted data: `python -m benchmarks.real --gift=DIR ...`.
 
-Nothing is tuned per data set, and all items are ranked (config.data.catalogue=all). Each cell is one
-run of launch.py in a workdir of its own, so a stopped benchmark resumes where it was; sets without
-a directory are skipped. Prints hit@20, mrr@20 and nll of every model on the test rows, means over
-the seeds, and the paired difference of TPAD and each other model with its interval and the p-value
-over sessions, corrected over the whole table (Holm). Writes them to benchmarks/real.json.
+Nothing is tuned per data set, and all items are ranked (config.data.catalogue=all). Each cell is
+one run of launch.py in a workdir of its own, so a stopped benchmark resumes where it was; sets
+without a directory are skipped. Prints hit@20, mrr@20 and nll of every model on the test rows,
+means over the seeds, and the paired difference of TPAD and each other model with its interval and
+the p-value over sessions, corrected over the whole table (Holm). Writes them to
+benchmarks/real.json.
 
     --gift=DIR      raw Amazon files        --office=DIR    sessions.npz and items.jsonl.gz
     --films=DIR     the same, with images   --sessions=DIR  diginetica.npz and others

