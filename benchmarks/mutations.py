@@ -131,7 +131,7 @@ FAULTS = (
           'tests/features/test_store.py::test_other_features_are_refused_by_the_keys_that_differ'),
     # data
     Fault('target_in_the_prefix', 'tpad_jax/data/sessions.py',
-          'valid = where < end[:, None]', 'valid = where <= end[:, None]',
+          'valid = where < stop[:, None]', 'valid = where <= stop[:, None]',
           'tests/test_traps.py::test_a_prefix_keeps_its_last_items_and_never_its_target'),
     Fault('split_not_by_time', 'tpad_jax/data/sessions.py',
           'np.split(np.arange(total), [middle, last])',
