@@ -1,4 +1,4 @@
-"""Our vision-language models beside torch's, layer by layer: `python -m benchmarks.parity`.
+"""Our vision-language models and text encoders beside torch's: `python -m benchmarks.parity`.
 
 Builds the tiny random models of tests/tiny_hf.py, or takes `--checkpoint=DIR` of any family that is
 implemented, gives both sides the same rows with no, one and two images, padded on the left and on
@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,11 +27,16 @@ from absl import app, flags
 from flax.traverse_util import flatten_dict
 
 from benchmarks import parity_torch as theirs
-from tests import tiny_hf
+from configs import amazon
+from tests import tiny_bert, tiny_hf
+from tpad_jax.data import text
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.models.hf import keys, load, vlm
+from tpad_jax.features import bases
+from tpad_jax.models.hf import keys, load, sentence, vlm
 from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.generate import generate
+from tpad_jax.models.mllms import TextReader
 
 FLAGS = flags.FLAGS
 GOLDEN = Path(__file__).parent.parent / 'tests' / 'models' / 'hf' / 'golden'
@@ -101,6 +107,9 @@ def run(directory, side: int, *, dtype: str, steps: int, with_gradients: bool, d
       (padding, what, {'max_abs_diff', 'max_rel_diff'}), or {'equal', 'of'} for tokens.
     """
     spec = specs.read(directory)
+    if isinstance(spec, sentence.TextEncoder):
+        yield from encoded(directory, spec, dtype)
+        return
     images, words = tiny_hf.images(3, side), theirs.words(directory, spec)
     prompts = {padding: theirs.prompt(spec, side, left=padding == 'left', words=words,
                                       images=images) for padding in ('left', 'right')}
@@ -152,6 +161,26 @@ def run(directory, side: int, *, dtype: str, steps: int, with_gradients: bool, d
             gap = np.linalg.norm(ours - torchs) / (np.linalg.norm(torchs) + 1e-30)
             yield ('left', f'gradient of {path}',
                    {'norm_rel_diff': float(gap), **compare(ours, torchs)})
+
+
+def encoded(directory, spec, dtype):
+    """The comparisons of a text encoder: states of torch's tokens, and vectors of texts."""
+    read = sentence.pooling(directory)
+    kind, longest = read.kind or 'mean', min(read.longest or spec.longest, spec.longest, 64)
+    there, hidden_there, tokens, mask = tiny_bert.vectors(
+        directory, pooling=kind, normalise=read.normalise, longest=longest, dtype=dtype)
+    params = load.load(directory, spec, dtype=dtype)
+    _, inner = compiled(partial(Bert(spec, dtype=dtype).apply, mutable=['intermediates']))(
+        {'params': params}, tokens.astype(np.int32), mask)
+    for i, states in enumerate(np.asarray(inner['intermediates']['layers']['state'][0]), start=1):
+        yield 'right', f'layer {i}', compare(states[mask], hidden_there[i][mask])
+    c = amazon.get_config('text_encoder')
+    c.mllm.update(checkpoint=str(directory), pooling=kind, dtype=dtype, text_length=longest - 2)
+    base = bases.read(c)
+    given = text.tokenize(list(tiny_bert.TEXTS), base.directory, c.mllm.text_length)
+    found = compiled(TextReader(base.module).apply)(
+        {'params': {'base': params}}, None, None, given)[:, 0]
+    yield 'right', 'vectors', compare(np.asarray(found), there)
 
 
 def judged(directory, side, name, *, bar=None, tiny=True, **options) -> list[dict]:
@@ -219,13 +248,17 @@ def main(argv):
     options, found = dict(dtype=FLAGS.dtype, steps=FLAGS.steps, bar=FLAGS.bar), []
     if FLAGS.checkpoint:
         spec = specs.read(FLAGS.checkpoint)
-        side = FLAGS.side or spec.unit * (8 if isinstance(spec.vision, specs.Grid) else 1)
+        side = FLAGS.side or 0 if isinstance(spec, sentence.TextEncoder) else spec.unit * (
+            8 if isinstance(spec.vision, specs.Grid) else 1)
         found = judged(FLAGS.checkpoint, side, Path(FLAGS.checkpoint).resolve().name, tiny=False,
                        with_gradients=bool(FLAGS.gradients), double=FLAGS.dtype == 'float32',
                        **options)
     for name in [] if FLAGS.checkpoint else FLAGS.models:
         with tempfile.TemporaryDirectory() as directory:
-            tiny_hf.save(name, directory, seed=FLAGS.seed)
+            if name in tiny_bert.FAMILIES:
+                tiny_bert.save(name, directory)
+            else:
+                tiny_hf.save(name, directory, seed=FLAGS.seed)
             found += judged(directory, FLAGS.side or tiny_hf.side(name), name,
                             with_gradients=FLAGS.gradients is not False, **options)
     wrong = sum(not f['good'] for f in found)
@@ -241,7 +274,7 @@ def main(argv):
 
 if __name__ == '__main__':
     flags.DEFINE_string('checkpoint', None, 'directory of a checkpoint instead of tiny models')
-    flags.DEFINE_list('models', list(tiny_hf.NAMES), 'tiny models')
+    flags.DEFINE_list('models', [*tiny_hf.NAMES, *tiny_bert.FAMILIES], 'tiny models')
     flags.DEFINE_integer('seed', 0, 'of the tiny models')
     flags.DEFINE_integer('side', None, 'pixels of an image side')
     flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'of both sides')

@@ -1,9 +1,10 @@
 """Raw Amazon files: `--config=configs/amazon.py`, or `--config=configs/amazon.py:VARIANT`.
 
-    tiny        a smoke run of all stages
-    qwen3vl_2b  Qwen3-VL-2B or its embedding model; needs --config.mllm.checkpoint=DIR
-    llava_7b    LLaVA-1.5-7B; needs --config.mllm.checkpoint=DIR
-    smolvlm     SmolVLM-256M, for a laptop; it is downloaded, or --config.mllm.checkpoint=DIR
+    tiny          a smoke run of all stages
+    qwen3vl_2b    Qwen3-VL-2B or its embedding model; needs --config.mllm.checkpoint=DIR
+    llava_7b      LLaVA-1.5-7B; needs --config.mllm.checkpoint=DIR
+    smolvlm       SmolVLM-256M, for a laptop; it is downloaded, or --config.mllm.checkpoint=DIR
+    text_encoder  MiniLM, which is downloaded, or another BERT: --config.mllm.checkpoint=DIR
 
 Without `--config.data.raw_dir=DIR` a run writes the planted catalogue and reads that.
 """
@@ -82,5 +83,14 @@ def smolvlm(c):
     c.stage.transfer.batch_size = 16
 
 
+def text_encoder(c):
+    """Set the options of a frozen text encoder: it reads every item once."""
+    c.mllm.update(checkpoint='sentence-transformers/all-MiniLM-L6-v2',
+                  text_length=126)  # 128 tokens with the first and the last
+    c.model.reread = False
+    c.stages = 'knowledge,transfer,recommend'  # stage joint would read items in every step
+    c.stage.knowledge.steps = 0
+
+
 VARIANTS = {variant.__name__: variant
-            for variant in (config.tiny, qwen3vl_2b, llava_7b, smolvlm)}
+            for variant in (config.tiny, qwen3vl_2b, llava_7b, smolvlm, text_encoder)}

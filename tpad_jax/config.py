@@ -169,7 +169,8 @@ def mllm() -> ConfigDict:
     """Return the options of the multimodal language model that reads items."""
     return ConfigDict(dict(
         base='',  # directory of the small base; empty: the one in this package
-        # Hugging Face checkpoint in place of the small base: a directory, or a hub id (org/name)
+        # Hugging Face checkpoint in place of the small base: a directory, or a hub id (org/name). A
+        # text encoder reads items, and a separate small base reads sessions
         checkpoint='',
         # directory of another base or checkpoint with the same tokenizer. It reads items for the
         # losses that read its outputs 'teacher...', and is not trained. Empty: none
@@ -184,7 +185,9 @@ def mllm() -> ConfigDict:
         attention='xla',  # 'cudnn': fused, on NVIDIA GPUs in bfloat16
         remat='none',  # what the backward pass computes again: 'none', 'dots' or 'full' layers
         chunk=0,  # items that a step reads at a time, each twice, to save memory; 0: all
-        pooling='summary',  # how features are read off: 'summary' token, 'last' token or 'mean'
+        # how features are read off: 'summary' token, 'last' token or 'mean'. Text encoders: 'mean',
+        # 'cls', or as their files say ('summary')
+        pooling='summary',
         encode_rows=120,  # items per compiled call when the whole catalogue is read
         encode_part=1920,  # items per file of an unfinished feature store; a kill costs one file
         before='', between='', end='',  # texts around image and text; empty: the family's
@@ -194,10 +197,11 @@ def mllm() -> ConfigDict:
 def model() -> ConfigDict:
     """Return the options of everything above the base."""
     return ConfigDict(dict(
-        features=64,  # width D of k per modality; t, c, p and r have M D
+        # width D of k per modality; t, c, p and r have M D. A text encoder's k have its own width
+        features=64,
         lora_rank=8, lora_alpha=16.0,  # an adapter is scaled by lora_alpha / lora_rank
         # kernels of the base that get an adapter, a regular expression over their paths
-        lora_targets=r'^decoder/.*(attention/[qkvo]|gate|up|down)$',
+        lora_targets=r'^(decoder/.*|layers/)(attention/[qkvo]|gate|up|down|fc[12])$',
         form='compressed',  # how the Transfer-MLLM reads an item: 'compressed' (k) or 'full'
         withhold=0.3,  # share of an item's words hidden from the reader in training
         # share of words hidden from the writer in training: with all of them it would not need the

@@ -207,8 +207,13 @@ def reader(saved):
     there = ~np.isin(np.arange(7), (0, 2, 6))
     content = tiny_hf.images(7, SIDE), there, tokens
     model = TransferMLLM(module, 8)
+
+    def everything(model, k, mask, *content):
+        model.unfold(*content)
+        return model.everything(k, mask, content[-1])
+
     shapes = jax.eval_shape(
-        partial(model.init, method='everything'), jax.random.key(0), jnp.ones((1, 1, 2, 8)),
+        partial(model.init, method=everything), jax.random.key(0), jnp.ones((1, 1, 2, 8)),
         jnp.ones((1, 1), bool), *(jnp.asarray(x[:1]) for x in content))
     return model, randomly(shapes), content
 

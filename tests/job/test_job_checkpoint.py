@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import tiny_base, tiny_hf
+from tests import tiny_base, tiny_bert, tiny_hf
 from tests.job import test_job
 from tpad_jax import merge
+from tpad_jax.data import sources
 from tpad_jax.job import job
 from tpad_jax.models.hf import export, load, spec
 
@@ -81,6 +82,20 @@ def test_all_stages(tmp_path):
     c.stage.joint.weights.update(gen_knowledge=0.0, gen_transfer=0.0)
     found = job.run(c, tmp_path / 'run')
     assert np.isfinite(found['models']['tpad']['test']['mrr@20'])
+
+
+@pytest.mark.slow
+def test_a_text_encoder_reads_items_and_a_small_base_sessions(tmp_path):
+    """Its vectors are the rows k, which the other stages read; joint trains its adapter."""
+    directory = tiny_bert.save('bert', tmp_path / 'checkpoint')
+    c = config(directory, 0, 'knowledge,transfer,recommend,joint',
+               ('gen_transfer', 'align', 'distil', 'next_item'))
+    c.mllm.text_length, c.model.reread, c.stage.knowledge.steps = 22, False, 0
+    found = job.run(c, tmp_path / 'run')
+    assert np.isfinite(found['models']['tpad_joint']['test']['mrr@20'])
+    k = np.load(tmp_path / 'run/features/knowledge/k.npy')
+    expected, *_ = tiny_bert.vectors(directory, sources.load(c, tmp_path / 'run').texts[1:])
+    np.testing.assert_allclose(k[1:, 0], expected, rtol=0, atol=3e-5)
 
 
 @pytest.mark.slow

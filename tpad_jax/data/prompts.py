@@ -15,6 +15,7 @@ from tpad_jax.data.text import read_tokenizer
 from tpad_jax.errors import refuse_if, refusing
 
 MARK = 'qqq'  # in place of the content, where a template is asked for what surrounds it
+ENCODER = ('', '', '')  # inside the two special tokens of a text encoder
 QWEN = ('<|im_start|>user\n', '\n', '<|im_end|>\n<|im_start|>assistant\n')
 FRAMES = {  # before, between, end
     'qwen2_vl': QWEN, 'qwen2_5_vl': QWEN, 'qwen3_vl': QWEN,
@@ -22,6 +23,7 @@ FRAMES = {  # before, between, end
     'llava_onevision': ('<|im_start|>user ', '\n', '<|im_end|><|im_start|>assistant\n'),
     'smolvlm': ('<|im_start|>User:', '\n', '<end_of_utterance>\nAssistant:'),
     'idefics3': ('User:', '\n', '<end_of_utterance>\nAssistant:'),
+    **dict.fromkeys(('bert', 'roberta', 'xlm-roberta'), ENCODER),
 }
 # before and after an image that is not split, where config.json does not name these tokens
 PICTURE = dict.fromkeys(('smolvlm', 'idefics3'), (
@@ -34,7 +36,7 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
 
     Args:
       directory: of the tokenizer.
-      family: see FRAMES.
+      family: see FRAMES. A text encoder has only its class token and its separator.
       vocab: rows of the model's embedding.
       before: text in place of the family's own, where not empty.
       between: text in place of the family's own, where not empty.
@@ -50,6 +52,9 @@ def frame(directory: str | Path, family: str, vocab: int, *, before: str = '', b
     pieces = [tuple(tokenizer(piece or default, add_special_tokens=False)['input_ids'])
               for piece, default in zip((before, between, end), FRAMES.get(family) or _own(
                   tokenizer, directory), strict=True)]
+    if FRAMES.get(family) is ENCODER:
+        pieces[0] = (tokenizer.cls_token_id, *pieces[0])
+        pieces[2] = (*pieces[2], tokenizer.sep_token_id)
     # Llama's sentences begin with it
     if family in ('llava', 'idefics3') and tokenizer.bos_token_id is not None:
         pieces[0] = (tokenizer.bos_token_id, *pieces[0])

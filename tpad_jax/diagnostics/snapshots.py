@@ -86,7 +86,8 @@ def _measured(job, stage, moment, spec, encoder):
     rows = _sessions(job)
     ids = np.union1d(rows.items, rows.next)  # the padding item is one of them
     k = np.asarray(job.catalogue['k'])[ids].astype(np.float32)
-    clouds = {f'k_{name}': k[1:, i] for i, name in enumerate(MODALITIES)}
+    # a text encoder's rows have the last modality alone
+    clouds = {f'k_{name}': k[1:, i] for i, name in enumerate(MODALITIES[-k.shape[1]:])}
     record = {'sessions': len(rows.target), 'pairs': {}, 'held_out': {}, 'probes': {}}
     item_ids, after = {'items': ids[1:]}, moment == 'after'
     if stage != 'knowledge':

@@ -1,4 +1,4 @@
-"""The MLLM that a run builds on: the small default base, or a Hugging Face checkpoint."""
+"""The base of a run: the small default one, or a Hugging Face checkpoint."""
 
 import copy
 import json
@@ -18,7 +18,8 @@ from tpad_jax.data import prompts, text
 from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.models.builtin import files
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.hf import export, load, spec, vlm
+from tpad_jax.models.hf import export, load, sentence, spec, vlm
+from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllms import KnowledgeMLLM
 
@@ -33,7 +34,7 @@ class Base(NamedTuple):
     """The properties of a base that the rest of a run uses.
 
     Attributes:
-      module: MLLM or VLM.
+      module: MLLM, VLM or Bert.
       directory: of the tokenizer.
       image_size: pixels of an image's side. 0: it reads texts alone.
       given: top-level parameters in the directory: 'base', and 'knowledge' with the small base.
@@ -41,7 +42,7 @@ class Base(NamedTuple):
       fingerprint: of the files that hold the parameters.
     """
 
-    module: MLLM | VLM
+    module: MLLM | VLM | Bert
     directory: Path
     image_size: int
     given: tuple[str, ...]
@@ -62,7 +63,7 @@ def read(config, pictures: bool = True) -> Base:
     c = config.mllm
     refuse_if(c.checkpoint and c.base, f'config.mllm.checkpoint={c.checkpoint!r}: config.mllm.base='
               f'{c.base!r} names a base as well. Expected one of them. Fix: give one')
-    return _checkpoint(c, pictures) if c.checkpoint else _default(config)
+    return _checkpoint(c, config.model, pictures) if c.checkpoint else _default(config)
 
 
 def local(option: str, name: str) -> Path:
@@ -84,6 +85,7 @@ def local(option: str, name: str) -> Path:
     with refusing(Exception, f'{option}={name!r}: neither a directory nor a model that the hub '
                   'gives', f'Expected a directory or a hub id. Fix: correct it, connect to the '
                   f'network, or run `hf download {name}` where there is one and copy the cache'):
+        snapshot_download(name, allow_patterns='*_Pooling/config.json')  # of a text encoder
         return Path(snapshot_download(name, ignore_patterns='*/*', allow_patterns=[
             f'*{end}' for end in (*FILES, '.jinja')]))
 
@@ -126,7 +128,9 @@ def teacher(config, student: Base) -> Teacher | None:
             # the family's frame; no backward pass needs rematerialisation
             c.update(checkpoint=str(directory), image_size=student.image_size, dtype=dtype,
                      param_dtype=dtype, remat='none', before='', between='', end='')
-            base = _checkpoint(c, bool(student.image_size))
+            base = _checkpoint(c, config.model, bool(student.image_size))
+            refuse_if(isinstance(base.module, Bert), 'is a text encoder, which writes no text. '
+                      'Expected an MLLM. Fix: choose another')
             reader = KnowledgeMLLM(base.module, config.model.features, 'mean')
             shapes = {'base': vlm.shapes(base.module.spec)}
         else:
@@ -146,7 +150,7 @@ def teacher(config, student: Base) -> Teacher | None:
     return Teacher(reader, shapes, partial(base.load, shapes))
 
 
-def shapes_of(reader: KnowledgeMLLM, side: int) -> dict:
+def shapes_of(reader, side: int) -> dict:
     """Return the shapes of a small reader's parameters, nested: 'base' and 'knowledge'.
 
     Args:
@@ -207,11 +211,15 @@ def _small(directory):
                 lambda shapes, _=None: files.load_params(directory, shapes), digest), features
 
 
-def _checkpoint(c, pictures):
+def _checkpoint(c, model, pictures):
     directory = local('config.mllm.checkpoint', c.checkpoint)
     _config_file(directory, f'config.mllm.checkpoint={c.checkpoint!r}',
                  'the directory or the hub id of a Hugging Face model')
     sizes = spec.read(directory)
+    if isinstance(sizes, sentence.TextEncoder):
+        return _text_encoder(c, model, directory, sizes)
+    refuse_if(c.pooling == 'cls', "config.mllm.pooling='cls': an MLLM has no class token. Expected "
+              "'summary', 'last' or 'mean'. Fix: choose one")
     sizes = (replace(sizes, **prompts.picture(directory, sizes.family)) if pictures
              else sizes.without_vision())
     side = (pictures and c.image_size) or _side(sizes)
@@ -219,10 +227,37 @@ def _checkpoint(c, pictures):
     before, between, end = prompts.frame(directory, sizes.family, sizes.decoder.vocab,
                                          before=c.before, between=c.between, end=c.end)
     module = VLM(sizes, side, c.attention, c.remat, c.dtype, before, between, end)
+    return _loadable(c, directory, module, side)
 
+
+def _text_encoder(c, model, directory, sizes):
+    option, read = f'config.mllm.checkpoint={c.checkpoint!r} is a text encoder', sentence.pooling(
+        directory)
+    kind = read.kind if c.pooling == 'summary' else c.pooling
+    expected = ' or '.join(map(repr, sentence.POOLING))
+    refuse_if(kind not in sentence.POOLING, f'{option}, and config.mllm.pooling={c.pooling!r}. '
+              f"Expected {expected}, or 'summary' and the files of sentence-transformers. Fix: set "
+              'it, or copy modules.json and the folders it names')
+    for broken, what, fix in (
+            (c.image_size, f'config.mllm.image_size={c.image_size}: it reads no images', '0'),
+            (model.form != 'compressed', f'config.model.form={model.form!r}: its items have no '
+             'tokens that the Transfer-MLLM could read', "'compressed'"),
+            (model.blend.kind, f'config.model.blend.kind={model.blend.kind!r}: the Transfer-MLLM '
+             'has a separate base, so their adapters cannot be blended', "''")):
+        refuse_if(broken, f'{option}, and {what}. Expected {fix}. Fix: set it so')
+    before, _, end = prompts.frame(directory, sizes.family, sizes.vocab, before=c.before, end=c.end)
+    longest = min(read.longest or sizes.longest, sizes.longest) - len(before) - len(end)
+    refuse_if(c.text_length > longest, f'config.mllm.text_length={c.text_length}: {c.checkpoint} '
+              f'reads fewer tokens. Expected at most {longest}. Fix: set it so')
+    module = Bert(sizes, c.attention, c.remat, c.dtype, before, end, kind, read.normalise)
+    return _loadable(c, directory, module, 0)
+
+
+def _loadable(c, directory, module, side):
+    """Return the Base of a checkpoint's module."""
     def parameters(shapes, shardings=None):
         del shapes  # the spec has them
-        return {'base': load.load(directory, sizes, dtype=c.param_dtype,
+        return {'base': load.load(directory, module.spec, dtype=c.param_dtype,
                                   sharding=shardings and shardings['base'])}
 
     return Base(module, directory, side, ('base',), parameters, fingerprint(directory))

@@ -37,8 +37,8 @@ from tpad_jax.job import fitting, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
 from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
+from tpad_jax.models import readers, tpad
 from tpad_jax.models import sessions as encoders
-from tpad_jax.models import tpad
 from tpad_jax.training import handover, length, step
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.training.workdir import claim, enter, locked
@@ -141,7 +141,7 @@ class Job:
             hot = [jax.nn.one_hot(values, size)
                    for size, values in zip(wording.SIZES, self.attributes.T, strict=True)]
             self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
-        rows = memory_plan.rows(c, data.num_items, len(data.side_sizes))
+        rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)
         self.blank = {name: rows[name] for name in ('k', 'r')}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
         make = jax.jit(partial(  # followed once, though both its shapes and its values are asked
@@ -235,6 +235,10 @@ class Job:
             trained = {p: x for p, x in trained.items() if not p.startswith('lora/distil/')}
         (folder / DONE).touch()
         self.seconds[name] = self.record['seconds']
+        if stage == 'transfer' and not self.spec.reread and not rows:  # K does not read again
+            r = devices.compiled(partial(readers.adapt_items, self.spec))(
+                self.nested(), self.catalogue['k'])
+            rows = {'r': r.at[0].set(0)}
         if encoder is not None:
             begun = time.perf_counter()
             self.catalogue = self.catalogue | encoder.leave(

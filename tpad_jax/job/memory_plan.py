@@ -10,6 +10,7 @@ module, and the program itself. Each device is taken to hold its temporary array
 """
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable
@@ -290,13 +291,14 @@ def facts(config, workdir: Path, items: int | None) -> tuple[int, tuple[int, ...
     return total, side, min(longest, source.longest or longest), sources.origin(config)
 
 
-def rows(config, items: int, sides: int) -> dict:
+def rows(config, items: int, sides: int, k: tuple[int, int] | None = None) -> dict:
     """The catalogue's rows that stages read, {name: shape and dtype} of [V+1, ...].
 
     Args:
       config: the run's.
       items: V.
       sides: how many side features.
+      k: (M, D) of an item's k. None: that of a Knowledge-MLLM.
     """
     c, source = config.model, sources.chosen(config)
     shapes = {'side': (sides,), 'warm': (), 'popularity': ()}
@@ -305,8 +307,8 @@ def rows(config, items: int, sides: int) -> dict:
     if c.together:
         shapes |= {'together': (c.together,), 'together_lift': (c.together,)}
     if source.content:
-        shapes['k'] = (2, c.features)
-        shapes['r'] = shapes['k'] if c.blend.kind else (2 * c.features,)
+        shapes['k'] = k = k or (2, c.features)
+        shapes['r'] = k if c.blend.kind else (math.prod(k),)
         if config.data.features:
             shapes['given'] = external_features.width(config.data.features),
         if source.world:
@@ -355,17 +357,19 @@ def subject_of(config, total: int, sizes: tuple[int, ...], positions: int, among
     """
     devices = devices_lib.choose(config.parallel, config.devices, config.model_shards, among,
                                  config.precision)
-    catalogue, key = rows(config, total, len(sizes)), jax.random.key(0)
+    key = jax.random.key(0)
     build = partial(step_lib.build_model, items=total, max_length=positions, side_sizes=sizes)
     if not sources.chosen(config).content:
-        module, side = None, 0
+        module, side, catalogue = None, 0, rows(config, total, len(sizes))
         make = partial(tpad.recommender_init, spec=build(None, config))
         shapes = {'recommender': jax.eval_shape(make, key, catalogue=catalogue)}
     else:
         base = bases.read(config)
         module, side, teacher = base.module, base.image_size, bases.teacher(config, base)
         build = partial(build, teacher=teacher and teacher.reader)
-        make = step_lib.initialiser(config, build(module, config), (side, side, 3))
+        model = build(module, config)
+        catalogue = rows(config, total, len(sizes), model.knowledge.shape)
+        make = step_lib.initialiser(config, model, (side, side, 3))
         shapes = jax.eval_shape(make, key, catalogue=catalogue)
         shapes |= {'teacher': teacher.shapes} if teacher else {}
     return Subject(config, build, module, parameter_shapes(config, shapes), catalogue, devices,

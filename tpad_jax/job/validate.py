@@ -11,9 +11,11 @@ from tpad_jax.evaluation import metrics
 from tpad_jax.features import bases
 from tpad_jax.job import ranges
 from tpad_jax.losses import check as loss_check
+from tpad_jax.models.hf.bert import Bert
 from tpad_jax.training import handover, step
 from tpad_jax.training.stages import ENTRIES
 
+WRITTEN = {'describe', '_k.states', '_r.states'}  # outputs of a K that writes texts
 IDENTITY = ('recommend', 'use_id', 'use_side')  # options by which a recommender tells items apart
 
 
@@ -80,6 +82,9 @@ def check(config, among=None) -> tuple[str, ...]:
               'not a file. Expected item features as in tpad_jax/data/sources/external_features.py')
     base = bases.read(config)
     bases.teacher(config, base)
+    if isinstance(base.module, Bert):
+        _check_text_encoder(config, stages)
+        return stages
     width, pooling = base.module.width, config.mllm.pooling
     refuse_if(
         step.reads_raw(config) and (config.model.features != width or pooling == 'summary'),
@@ -165,6 +170,17 @@ def _check_stage(config, stage, shards):
               'usable. Expected a->b, two parameter paths')
     refuse_if(config.mllm.teacher and re.search(c.train, 'teacher/base/'), f'{key}train='
               f'{c.train!r} matches config.mllm.teacher, which no stage trains. Fix: begin with ^')
+
+
+def _check_text_encoder(config, stages):
+    """Refuse losses of what a text encoder does not compute."""
+    for stage in stages:
+        for spec in step.stage_losses(config, stage) if config.stage[stage].steps else ():
+            absent = step.required(config, stage, spec.needs) & WRITTEN
+            refuse_if(absent, f'config.losses.{spec.name}: it reads outputs ({", ".join(absent)}) '
+                      'that the text encoder of config.mllm.checkpoint does not compute, as it '
+                      'writes no text. Expected losses of its vectors. Fix: set config.stage.'
+                      f'{stage}.weights.{spec.name}=0, or config.stage.{stage}.steps=0')
 
 
 def _check_evaluated(config, stage, stages):

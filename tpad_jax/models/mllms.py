@@ -1,4 +1,4 @@
-"""The two readers: a Knowledge-MLLM of items and a Transfer-MLLM of sessions, on one frozen base.
+"""The readers: a Knowledge-MLLM of items and a Transfer-MLLM of sessions, on one frozen base.
 
 [paper] A Knowledge-MLLM reads items by image and text and learns by a generation task; a
 Transfer-MLLM reads sessions. [ours] The two differ in their adapters.
@@ -12,6 +12,9 @@ the prompt's last token, or by the mean over its tokens.
 Transfer-MLLM [ours]: an item is fed as a few tokens made from its knowledge features
 ('compressed') or as its image and text tokens ('full'). A summary token after each item has seen
 i_1..i_j only. The next item's text is written from that token alone.
+
+A text encoder may read the items instead [ours]. It writes no text, so the Transfer-MLLM has a
+separate small base, and reads the encoder's vectors.
 """
 
 import einops
@@ -20,13 +23,15 @@ import jax.numpy as jnp
 
 from tpad_jax.models import stream as streams
 from tpad_jax.models.builtin.mllm import MLLM
+from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.attention import RMSNorm
 from tpad_jax.nn.linear import Linear, uniform
 
 MODALITIES = ('image', 'text')
-POOLING = ('summary', 'last', 'mean')  # how an item's features are read off its states
+# how an item's features are read off its states; 'cls' is for text encoders
+POOLING = ('summary', 'last', 'mean', 'cls')
 
 
 def masked_mean(x, mask):
@@ -84,6 +89,11 @@ class KnowledgeMLLM(nn.Module):
     features: int
     pooling: str = 'summary'
     raw: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, D) of k."""
+        return len(MODALITIES), self.features
 
     def setup(self):
         """Build the heads."""
@@ -169,18 +179,61 @@ class KnowledgeMLLM(nn.Module):
         return self.describe(k, tokens, tokens >= 0)
 
 
+class TextReader(nn.Module):
+    """Item -> the vector that a text encoder makes of its text, unchanged. It has no parameters.
+
+    Attributes:
+      base: the encoder; its parameters are stored under 'base'.
+    """
+
+    base: Bert
+    raw = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, D) of k: the text is the only modality."""
+        return 1, self.base.width
+
+    @property
+    def pooling(self) -> str:
+        """How the vector is read off the states."""
+        return self.base.pooling + ', normalised' * self.base.normalise
+
+    def __call__(self, image, has_image, tokens, keep=None):
+        """Read the texts of items; arguments as of `KnowledgeMLLM`, pictures are not read.
+
+        Returns:
+          k float32 [U, 1, D].
+        """
+        del image, has_image
+        seen = tokens >= 0 if keep is None else (tokens >= 0) & keep
+        before, end = (jnp.broadcast_to(jnp.array(ids, jnp.int32), (len(tokens), len(ids)))
+                       for ids in (self.base.before, self.base.end))
+        mask = jnp.pad(seen, ((0, 0), (before.shape[1], end.shape[1])), constant_values=True)
+        h = self.base(jnp.concatenate([before, jnp.maximum(tokens, 0), end], axis=1), mask)
+        h = h.astype(jnp.float32)
+        x = h[:, 0] if self.base.pooling == 'cls' else masked_mean(h, mask)
+        if self.base.normalise:
+            x /= jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        return x[:, None]
+
+    everything = __call__
+
+
 class TransferMLLM(nn.Module):
     """Session -> t, and t -> the next item's text.
 
     Attributes:
-      base: the shared MLLM; its parameters are stored under 'base'.
+      base: the MLLM; its parameters are stored under 'base'.
       features: width D of t.
       clusters: C of the head that predicts a session's clusters (the loss `clusters`), 0: none.
+      modalities: M of k.
     """
 
     base: MLLM | VLM
     features: int
     clusters: int = 0
+    modalities: int = len(MODALITIES)
 
     def setup(self):
         """Build the heads."""
@@ -188,7 +241,7 @@ class TransferMLLM(nn.Module):
         if not isinstance(self.base, VLM):
             self.prompt = self.param('prompt', small, (1, self.base.width))
         self.summary = self.param('summary', small, (1, self.base.width))
-        self.into = [Linear(self.base.width, use_bias=True) for _ in MODALITIES]
+        self.into = [Linear(self.base.width, use_bias=True) for _ in range(self.modalities)]
         self.norm = RMSNorm()
         self.head = Linear(self.features, use_bias=True)
         self.writer = Writer()
@@ -235,9 +288,8 @@ class TransferMLLM(nn.Module):
         """Compute logits [..., C] of a session's distribution over clusters, from t [..., D]."""
         return self.to_clusters(t)
 
-    def everything(self, k, mask, image, has_image, tokens):
+    def everything(self, k, mask, tokens):
         """Use every parameter once, for initialisation."""
-        self.unfold(image, has_image, tokens)
         t = self(self.compress(k), mask)
         if self.clusters:
             self.interest(t)

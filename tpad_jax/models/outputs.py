@@ -69,7 +69,7 @@ def _r_pair(at, keep=None):
         return flat(rows[b.slots]), flat(rows[b.next_slots])
     if 'r' not in at.fresh:
         return flat(at.stored('r')[b.items]), flat(at.stored('r')[b.next])
-    adapt = partial(at.spec.adapter.apply, {'params': at.params['adapter']})
+    adapt = partial(readers.adapt_items, at.spec, at.params)
     return adapt(at.stored('k')[b.items]), adapt(at.stored('k')[b.next])
 
 

@@ -13,13 +13,14 @@ ADAPTERS = {'k': 'knowledge', 'r': 'distil'}  # under which K reads an item for 
 
 def variables(spec, params, adapter, reader='knowledge'):
     """Return the variables of a reader ('knowledge', 'transfer') under the LoRA tree `adapter`."""
-    return {'params': {**params[reader], 'base': params['base']},
-            'lora': {'base': linear.scaled(params['lora'][adapter], spec.lora_scale)}}
+    lora = params['lora'].get(adapter, {})  # a separate base has none
+    return {'params': {'base': params['base'], **params.get(reader, {})},
+            'lora': {'base': linear.scaled(lora, spec.lora_scale)}}
 
 
 def vocabulary(params):
     """Return the rows of the words that a base's states are compared with, [W, width]."""
-    base = params['base']
+    base = params.get('transfer', {}).get('base', params['base'])
     return base['head']['kernel'].T if 'head' in base else base['embed']['embedding']
 
 
@@ -38,7 +39,12 @@ def distil_items(spec, params, image, has_image, tokens, keep=None):
     """
     k = read_items(spec, params, 'distil' if spec.reread else 'knowledge', image, has_image, tokens,
                    keep)
-    return k if spec.blended else spec.adapter.apply({'params': params['adapter']}, k)
+    return k if spec.blended else adapt_items(spec, params, k)
+
+
+def adapt_items(spec, params, k):
+    """Compute r = A(k) [..., M D] of k [..., M, D]."""
+    return spec.adapter.apply({'params': params['adapter']}, k)
 
 
 def item_states(spec, params, who, image, has_image, tokens):

@@ -9,6 +9,7 @@
 `outputs.py` computes these from a batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ from tpad_jax.models import sessions
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.fusion import Fusion, blank
 from tpad_jax.models.heads import Adapter, Disentangle
+from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.mllms import MODALITIES, KnowledgeMLLM, TransferMLLM
+from tpad_jax.models.mllms import KnowledgeMLLM, TextReader, TransferMLLM
 from tpad_jax.models.sessions import companions
 from tpad_jax.models.sessions.repeats import last, shifts
 from tpad_jax.mutual_information.critics import Critic, GaussianQ
@@ -31,6 +33,8 @@ from tpad_jax.nn.linear import unit
 # Catalogue rows of the two graphs over items, see data/item_graphs.py
 GRAPH, COMPANY = ('near', 'near_weight'), ('together', 'together_lift')
 GRAPHS = GRAPH + COMPANY
+# The base that reads sessions where a text encoder reads items: the small one's, without a tower
+SESSIONS = dict(width=128, layers=2, heads=4, hidden=256, channels=(), vision_layers=0)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class TPAD:
       reread: whether r = A(K_d(i)), K under a separate adapter; False: r = A(k), an ablation.
     """
 
-    knowledge: KnowledgeMLLM | None
+    knowledge: KnowledgeMLLM | TextReader | None
     transfer: TransferMLLM | None
     disentangle: Disentangle
     adapter: Adapter
@@ -89,14 +93,15 @@ class TPAD:
     reread: bool = True
 
 
-def build(base: MLLM | VLM | None, model: Any, *,  # noqa: PLR0913 (the numbers of a whole model)
+def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a whole model)
           recommend: tuple, items: int, max_length: int,
           side_sizes: tuple, pooling: str = 'summary', raw: bool = False, chunk: int = 0,
           teacher: KnowledgeMLLM | None = None) -> TPAD:
     """Build the modules from the shared MLLM and plain numbers.
 
     Args:
-      base: the shared MLLM; None: there are no MLLMs, and only the recommender exists.
+      base: the shared MLLM, or the text encoder that reads items; None: there are no MLLMs, and
+        only the recommender exists.
       model: config.model.
       recommend: see `TPAD`.
       items: V.
@@ -107,13 +112,18 @@ def build(base: MLLM | VLM | None, model: Any, *,  # noqa: PLR0913 (the numbers 
       chunk: see `TPAD`.
       teacher: see `TPAD`.
     """
-    width = model.features
-    wide = len(MODALITIES) * width  # of k over its modalities, and so of t, c, p and r
+    knowledge = base and KnowledgeMLLM(base, model.features, pooling, raw)
+    sessions_base = base
+    if isinstance(base, Bert):
+        knowledge, sessions_base = TextReader(base), MLLM(base.spec.vocab, **SESSIONS)
+    shape = knowledge.shape if knowledge else (1, model.features)
+    wide = math.prod(shape)  # of k over its modalities, and so of t, c, p and r
     return TPAD(
-        knowledge=base and KnowledgeMLLM(base, width, pooling, raw),
-        transfer=base and TransferMLLM(base, wide, model.clusters),
+        knowledge=knowledge,
+        transfer=sessions_base and TransferMLLM(sessions_base, wide, model.clusters, shape[0]),
         disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
-        critics=tuple((name, Critic(kind, width)) for name, kind in sorted(model.critics.items())),
+        critics=tuple((name, Critic(kind, model.features))
+                      for name, kind in sorted(model.critics.items())),
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),
                       model.id_dropout, model.feature_dropout, model.feature_hidden),
         encoder=sessions.build(model, max_length),
@@ -128,6 +138,8 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
          text_length: int) -> dict:
     """Draw all parameters, nested: base, lora/{knowledge,transfer,distil}, and one entry per head.
 
+    A separate base of the Transfer-MLLM is transfer/base. It trains as a whole, without an adapter.
+
     Args:
       key: of every draw.
       spec: the modules.
@@ -140,20 +152,24 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
     keys = iter(jax.random.split(key, 16))
     content = (jnp.zeros((1, *image_shape), jnp.uint8), jnp.ones((1,), bool),
                jnp.ones((1, text_length), jnp.int32))
-    k = jnp.ones((1, 1, len(MODALITIES), spec.knowledge.features))
+    k = jnp.ones((1, 1, *spec.knowledge.shape))
     one = k.reshape(1, -1)
 
     def heads(module, *args, method=None):
         return module.init(next(keys), *args, method=method)['params']
 
     knowledge = heads(spec.knowledge, *content, method='everything')
-    transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), *content, method='everything')
-    base = knowledge.pop('base')
-    del transfer['base']  # both MLLMs share one base
+    transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), content[-1], method='everything')
+    base, shared = knowledge.pop('base'), not isinstance(spec.knowledge, TextReader)
+    lora = {n: linear.init(next(keys), base, rank=rank, targets=targets)
+            for n in ('knowledge', 'transfer', 'distil')}
+    if shared:
+        del transfer['base']
+    else:
+        del lora['transfer']
     return {
         'base': base, 'knowledge': knowledge, 'transfer': transfer,
-        'lora': {n: linear.init(next(keys), base, rank=rank, targets=targets)
-                 for n in ('knowledge', 'transfer', 'distil')},
+        'lora': lora,
         'disentangle': heads(spec.disentangle, one), 'adapter': heads(spec.adapter, k[0]),
         'club': heads(spec.club, one, one),
         'critic': {name: heads(critic, one, one) for name, critic in spec.critics},

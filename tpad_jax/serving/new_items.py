@@ -21,7 +21,7 @@ from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.features import bases
 from tpad_jax.models import experts, readers, tpad
-from tpad_jax.models.hf.vlm import VLM
+from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.serving import artifact
 
 ROWS = 8  # items of a compiled call
@@ -70,9 +70,8 @@ class Reader:
         params = load_file(served.directory / artifact.READER)
         if not any(path.startswith('base/') for path in params):
             knowledge = self._specs[0].knowledge
-            assert knowledge is not None  # the run has an MLLM
-            shapes = {} if isinstance(loaded.module, VLM) else bases.shapes_of(
-                knowledge, loaded.image_size)
+            shapes = bases.shapes_of(knowledge, loaded.image_size) if isinstance(
+                loaded.module, MLLM) else {}
             params = flatten_dict({'base': loaded.load(shapes)['base']}, sep='/') | params
         self._params = jax.device_put(unflatten_dict(params, sep='/'))
         recommenders = tuple(params for params, _ in served.weights)

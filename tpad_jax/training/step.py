@@ -138,9 +138,13 @@ def stored_rows(config, stage: str) -> tuple[str, ...]:
       InputError: see `stage_losses`.
     """
     needs = frozenset().union(*(spec.needs for spec in stage_losses(config, stage)))
-    plan = _plan(config, stage)
-    needed = outputs.required(needs, plan)
-    return tuple(row for row in ('k', 'r') if f'_{row}' in needed and row not in plan.fresh)
+    needed, fresh = required(config, stage, needs), names(config.stage[stage].fresh)
+    return tuple(row for row in ('k', 'r') if f'_{row}' in needed and row not in fresh)
+
+
+def required(config, stage: str, needs) -> set[str]:
+    """Collect all that the outputs `needs` need in a stage, see `outputs.required`."""
+    return outputs.required(needs, _plan(config, stage))
 
 
 def _weights(config, stage):

@@ -66,7 +66,7 @@ def export(params, source_directory, out_directory) -> Path:
     writes = [(tensors[name], entry, i if entry.layers else None)
               for entry in table if entry.path in flat for i, name in enumerate(entry.names)]
     head = tensors.get('lm_head.weight')
-    if spec.decoder.tied and head is not None:
+    if head is not None and spec.decoder.tied:
         # the tied output embedding stays a copy of the input embedding
         writes.append((head, next(e for e in table if e.path == 'embed/embedding'), None))
     part = out.with_name(f'{out.name}.part-{os.getpid()}')
@@ -126,7 +126,7 @@ def _merged(kernel, a, b, scale):
     return add((kernel, a, b)) if kernel.ndim == 2 else jax.lax.map(add, (kernel, a, b))
 
 
-def save_adapter(directory, lora_tree, spec: specs.Spec, rank: int, alpha: float, base_name: str):
+def save_adapter(directory, lora_tree, spec, rank: int, alpha: float, base_name: str):
     """Write an adapter that `peft` loads onto a transformers model.
 
     Args:
@@ -168,7 +168,7 @@ def save_adapter(directory, lora_tree, spec: specs.Spec, rank: int, alpha: float
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + '\n')
 
 
-def load_adapter(directory, spec: specs.Spec) -> tuple[dict, float]:
+def load_adapter(directory, spec) -> tuple[dict, float]:
     """Read an adapter that `peft` wrote.
 
     Args:

@@ -13,7 +13,8 @@ import numpy as np
 from einops import rearrange
 from flax.traverse_util import flatten_dict
 
-from tpad_jax.models.hf import vlm
+from tpad_jax.models.hf import bert, vlm
+from tpad_jax.models.hf.sentence import TextEncoder
 from tpad_jax.models.hf.spec import TEXTS, Spec, Tower
 
 # Axes of one layer's tensor on disk and of the parameter, which are the same for 'plain'. In these
@@ -45,6 +46,13 @@ TOWER = (('vision/layers/', 'model.vision_tower.encoder.layers.{}.', {
              'patch': 'embeddings.patch_embedding', 'class': 'embeddings.class_embedding',
              'place': 'embeddings.position_embedding.weight', 'pre_norm': 'pre_layrnorm'}),
          ('projector/', 'model.multi_modal_projector.', {'fc1': 'linear_1', 'fc2': 'linear_2'}))
+ENCODER = (('layers/', 'encoder.layer.{}.', {
+               'attention/q': 'attention.self.query', 'attention/k': 'attention.self.key',
+               'attention/v': 'attention.self.value', 'attention/o': 'attention.output.dense',
+               'norm1': 'attention.output.LayerNorm', 'fc1': 'intermediate.dense',
+               'fc2': 'output.dense', 'norm2': 'output.LayerNorm'}),
+           ('', 'embeddings.', {'embed': 'word_embeddings', 'place': 'position_embeddings.weight',
+                                'kind': 'token_type_embeddings.weight', 'norm': 'LayerNorm'}))
 
 IDEFICS = (('vision/layers/', 'model.vision_model.encoder.layers.{}.', TOWER[0][2]),
            ('vision/', 'model.vision_model.', {**TOWER[1][2], 'post_norm': 'post_layernorm'}),
@@ -62,6 +70,8 @@ _IDEFICS = (r'(?:model\.)?(?=(?:text_model|vision_model|connector)\.)', 'model.'
 _BARE = (r'(?:model\.)?(?=(?:layers|embed_tokens|norm)\.)', 'model.'),
 NEEDLESS = re.compile(r'(^|\.)(position_ids|rotary_(pos_)?emb\.inv_freq)$'
                       r'|^model\.vision_tower\.(head|post_layernorm)\.')
+# heads of a text encoder, and buffers
+UNREAD = re.compile(r'(pooler|cls|lm_head)\.|embeddings\.(position|token_type)_ids$')
 
 
 @dataclass(frozen=True)
@@ -105,14 +115,18 @@ class Entry:
         return rearrange(layer, ' -> '.join(FORMS[self.form][::-1]), **sizes)
 
 
-def canonical(name: str, spec: Spec) -> str:
+def canonical(name: str, spec: Spec | TextEncoder) -> str:
     """Convert a tensor's name in a checkpoint to its name in the model of transformers 5.
 
     LLaVA has four namings. The prefix `model.` may be absent; the decoder's `model.` then follows
     `language_model.`. The tower may have `vision_model.` or not. Qwen2-VL and 2.5 have two namings,
-    the older one with `visual.` and `model.layers.`. A bare model omits `model.`. Unknown names are
-    returned unchanged.
+    the older one with `visual.` and `model.layers.`. A bare model omits `model.`. A text encoder
+    may have its family's prefix, and old norms have gamma and beta. Unknown names are returned
+    unchanged.
     """
+    if isinstance(spec, TextEncoder):
+        name = re.sub(r'^(?:bert|roberta)\.', '', name)
+        return name.replace('Norm.gamma', 'Norm.weight').replace('Norm.beta', 'Norm.bias')
     for pattern, prefix in _family(spec)[2]:
         match = re.match(pattern, name)
         if match:
@@ -120,13 +134,15 @@ def canonical(name: str, spec: Spec) -> str:
     return name
 
 
-def needless(name: str, spec: Spec) -> bool:
+def needless(name: str, spec: Spec | TextEncoder) -> bool:
     """Whether a tensor of this canonical name may exist but is not read. Export copies it.
 
     These are buffers, pooling heads, a tower's final norm, layers after the one whose states are
     used, an output embedding that the config ties to the input embedding, and the vision
     transformer of a model that reads texts alone.
     """
+    if isinstance(spec, TextEncoder):
+        return bool(UNREAD.match(name))
     v, (root, vision, _) = spec.vision, _family(spec)
     if v is None and vision and not name.startswith((root, 'lm_head.')):
         return True
@@ -168,11 +184,15 @@ def _grid(third):
 
 
 @cache
-def table(spec: Spec) -> tuple[Entry, ...]:
+def table(spec: Spec | TextEncoder) -> tuple[Entry, ...]:
     """List every parameter of the model with its tensors."""
-    root, vision, _ = _family(spec)
-    parts, entries = (*vision, *_text(root)), []
-    for path, x in flatten_dict(vlm.shapes(spec), sep='/').items():
+    if isinstance(spec, TextEncoder):
+        parts, shapes = ENCODER, bert.shapes(spec)
+    else:
+        (root, vision, _), shapes = _family(spec), vlm.shapes(spec)
+        parts = (*vision, *_text(root))
+    entries = []
+    for path, x in flatten_dict(shapes, sep='/').items():
         prefix, root, names = next(part for part in parts if path.startswith(part[0]))
         rest, leaf = path.removeprefix(prefix), path.rpartition('/')[2]
         name = root + (names.get(rest) or names[rest.removesuffix(f'/{leaf}')] + (

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.models.hf import keys
+from tpad_jax.models.hf.sentence import TextEncoder
 from tpad_jax.models.hf.spec import Spec
 
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -52,7 +53,7 @@ class Tensor:
     start: int
 
 
-def load(directory, spec: Spec, *, dtype, sharding=None) -> dict:
+def load(directory, spec: Spec | TextEncoder, *, dtype, sharding=None) -> dict:
     """Read the parameters of a checkpoint.
 
     A checkpoint of a bare model has no output embedding. The result then has no 'head', even if the
@@ -149,7 +150,7 @@ def _empty(shape, dtype):
     return room[start:start + size].view(dtype).reshape(shape)
 
 
-def bind(directory, spec: Spec) -> dict[str, Tensor]:
+def bind(directory, spec: Spec | TextEncoder) -> dict[str, Tensor]:
     """Return a checkpoint's tensors by canonical name, including needless ones.
 
     Raises:
@@ -178,6 +179,8 @@ def bind(directory, spec: Spec) -> dict[str, Tensor]:
                        for kind, names in faults.items() if names)
     refuse_if(listed, f'{directory}: its tensors do not fit its config.json: {listed}. Expected '
               'the config.json they were saved with. Fix: download both again')
+    if isinstance(spec, TextEncoder):
+        return bound
     embed = bound[keys.embed(spec)]
     head = bound.get('lm_head.weight', embed)
     refuse_if(spec.decoder.tied and head is not embed and not _equal(head, embed),

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tpad_jax.errors import InputError, refuse_if, refusing
+from tpad_jax.models.hf import sentence
 
 ACTIVATIONS = ('silu', 'gelu', 'gelu_pytorch_tanh', 'quick_gelu')
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -201,23 +202,24 @@ class Spec:
         return math.prod(self.cells(side)) + int(self.newline) + int(class_token)
 
 
-def read(directory) -> Spec:
-    """Read the Spec of a checkpoint directory.
+def read(directory) -> Spec | sentence.TextEncoder:
+    """Read the sizes of a checkpoint directory.
 
     Raises:
       InputError: config.json is missing, or it names an architecture, rope type, activation or
         option that is not implemented.
     """
-    file = Path(directory) / 'config.json'
+    file, families = Path(directory) / 'config.json', FAMILIES | ENCODERS
     from transformers import AutoConfig  # slow to import
 
     with refusing((OSError, ValueError, TypeError, KeyError, AttributeError),
                   f'{file}: cannot be read', 'Expected the config.json of a Hugging Face model. '
                   'Fix: correct the path, or download the file again'):
         family = json.loads(file.read_text()).get('model_type')
-        _require(file, 'model_type', family, family in FAMILIES, ' or '.join(FAMILIES))
+        _require(file, 'model_type', family, family in families, ' or '.join(families))
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    return _with_pixels(FAMILIES[family](file, config), directory)
+    sizes = families[family](file, config)
+    return _with_pixels(sizes, directory) if isinstance(sizes, Spec) else sizes
 
 
 def _llava(file, config):
@@ -297,9 +299,14 @@ def _text(file, config):
                 False, -1, (), (), HALF, HALF)
 
 
+def _text_encoder(file, config):
+    return sentence.sizes(config, partial(_only, file, config), ACTIVATIONS)
+
+
 TEXTS = dict.fromkeys(('llama', 'qwen2', 'qwen3'), _text)
 FAMILIES = {'llava': _llava, 'llava_onevision': _llava, 'qwen2_vl': _qwen, 'qwen2_5_vl': _qwen,
             'qwen3_vl': _qwen, 'idefics3': _idefics, 'smolvlm': _idefics, **TEXTS}
+ENCODERS = dict.fromkeys(sentence.FAMILIES, _text_encoder)
 
 
 def _decoder(file, config, kind, mrope=False):
