@@ -1,4 +1,4 @@
-"""Experts: what the rules say, by brute force; the weights, by the likelihood they reach."""
+"""Experts: the evidence of rules, by brute force; the weights, by the likelihood they reach."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def prefixes(sessions):
 
 
 def shares_of(train, prefix):
-    """What the rules say about a prefix, and whether it holds an item: [V + 1, 5]."""
+    """The evidence of the rules about a prefix, and whether it holds an item: [V + 1, 5]."""
     sessions = np.split(train.items, train.offsets[1:-1])
     last = prefix[prefix > 0][::-1][:experts.LATEST]
     weight = experts.DECAY ** np.arange(len(last))
@@ -64,11 +64,11 @@ def shares_of(train, prefix):
     return out
 
 
-def test_rules_say_what_brute_force_says():
+def test_evidence_equals_brute_force():
     train, rows = drawn(), prefixes(drawn(1, 12))
     table = item_graphs.rules(train, V, holders=S)
     moved = rows.items[:, :2], np.full((12, 2), 0.5, np.float32)
-    ids, shares = experts.said(table, rows.items, moved)
+    ids, shares = experts.evidence(table, rows.items, moved)
     for row in range(12):
         cells = np.zeros((V + 1, 6))
         np.add.at(cells, ids[row], np.asarray(shares[row]))
@@ -92,7 +92,7 @@ def test_only_the_most_recent_holders_are_kept():
 def mixed(fit, table, items, model=None):
     """The log-probabilities that a fit gives, with numpy: [R, V + 1]."""
     w = fit.weights
-    ids, shares = map(np.asarray, experts.said(table, items))
+    ids, shares = map(np.asarray, experts.evidence(table, items))
     events = np.asarray(table['events'])
     scores = w['popularity'] * np.log1p(events) + w['cold'] * (events == 0)
     scores = np.tile(scores, (len(items), 1))

@@ -73,7 +73,7 @@ def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, orde
     follow = item_graphs.followers(train, num_items, 1)
     pairs = follow.tocoo()
     source, wanted, weight = content[pairs.row], content[pairs.col], pairs.data[:, None]
-    # an item with few followers borrows from a linear map of its own content (ridge regression)
+    # an item with few followers borrows from a linear map of its content (ridge regression)
     gram = source.T @ (weight * source) + 10 * np.eye(content.shape[1])
     guess = content @ np.linalg.solve(gram, source.T @ (weight * wanted))
     following = (follow @ content + 5 * guess) / (follow.sum(axis=1)[:, None] + 5)
@@ -120,10 +120,10 @@ def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...]
         np.random.default_rng(seed).choice(total, most, replace=False))
     filled = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # the last part is filled up
     counts = np.arange(len(filled)) < len(rows)
-    (said, loss), parts, widest = _programs(), [], 0
+    (evidence, loss), parts, widest = _programs(), [], 0
     for part in np.split(np.arange(len(filled)), len(filled) // ROWS):
         items = valid.items[filled[part]]
-        ids, shares = map(np.asarray, said(table, items))
+        ids, shares = map(np.asarray, evidence(table, items))
         empty = ~shares.any(axis=-1)
         order = np.argsort(empty, axis=-1, kind='stable')
         widest = max(widest, (~empty).sum(axis=-1).max())
@@ -179,7 +179,7 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]
     bias = h.shape[1] - 1 - tables['next'].shape[1]
     out = {'model': parts[..., :bias].sum(axis=-1), 'popularity': parts[..., bias],
            'content': parts[..., bias + 1:].sum(axis=-1)}
-    ids, shares = map(np.asarray, experts.said(tables, items))
+    ids, shares = map(np.asarray, experts.evidence(tables, items))
     mine = (ids[:, None] == chosen[..., None]).astype(np.float32) @ shares
     for place, rule in enumerate(experts.RULES):
         floor = np.exp(-np.asarray(weights['floors'][place]))
@@ -189,7 +189,7 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]
 
 @cache
 def _programs():
-    return compiled(experts.said), compiled(jax.value_and_grad(_loss))
+    return compiled(experts.evidence), compiled(jax.value_and_grad(_loss))
 
 
 def _loss(values, table, items, target, counts, scores, ids, shares):

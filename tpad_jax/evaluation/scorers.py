@@ -97,7 +97,7 @@ def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable:
         moved = tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)) or None
         if rules is None:
             return moved
-        ids, shares = experts.said(rules['tables'], items, moved)
+        ids, shares = experts.evidence(rules['tables'], items, moved)
         return ids, experts.shift(rules['weights'], shares)
 
     return shifts

@@ -122,8 +122,8 @@ class Recommenders:
 
         Returns:
           {name: scorer} of all that is tested, {name: validation metrics}, each at its chosen
-          step, and {name: what results.json says of it}, the model that is served and the weights
-          of the experts.
+          step, and {name: more that results.json holds of it}: the served model, weights of experts
+          and calibrations.
         """
         job, c, background = self._job, self._job.config, self._job.background
         own = [self._own]

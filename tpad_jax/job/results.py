@@ -40,7 +40,7 @@ def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
       stages: the finished ones.
       scorers: {model: scorer} of the recommenders, the run's own first.
       chosen: {model: validation metrics}, see `score_models`.
-      facts: {model: more that results.json says of it}.
+      facts: {model: more that results.json holds of it}.
       tuning: background.Task of `tune_baselines`.
       begun: when the run began, by time.perf_counter.
       console: of the run.
@@ -121,7 +121,7 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
       scorers: {model: scorer}.
       chosen: {model: validation metrics} of the moment when it was chosen. After a refit, which
         trains on these rows, they are the only ones.
-      facts: {model: more that results.json says of it}, its calibration among it.
+      facts: {model: more that results.json holds of it}, its calibration among it.
 
     Returns:
       {model: {'valid': {...}, 'test': {...}, **facts}} and {model: {'above', 'equal'}} of the test

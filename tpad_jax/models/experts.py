@@ -3,8 +3,8 @@
     score(i | prefix) = w_model m(i) + bias(i) + <q, scale(i) u(i)> + w_held held(i)
                         + sum over rules of w_rule log(1 + p_rule(i) / floor_rule)
 
-m is the recommender's score, u an item's content, and p_rule the share of what a rule says about
-the prefix that it gives to item i:
+m is the recommender's score, u an item's content, and p_rule the share of a rule's
+evidence about the prefix that speaks for item i:
 
     transitions   items that came right after the prefix's last item in training sessions
     followers     items that came later in training sessions than items of the prefix
@@ -43,8 +43,8 @@ def recent(items):
     return item, jnp.where(item > 0, DECAY ** jnp.arange(n), 0)
 
 
-def said(tables, items, moved=None):
-    """Compute what the rules say about prefixes.
+def evidence(tables, items, moved=None):
+    """Compute the evidence of the rules about prefixes.
 
     Args:
       tables: of `item_graphs.rules`.
@@ -68,8 +68,8 @@ def said(tables, items, moved=None):
         jnp.concatenate([ids for ids, _, _ in parts], axis=1),
         jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), pad)) for _, x, pad in parts], axis=1))
     sums = jnp.where((last & (ids > 0))[..., None], sums, 0)
-    said, held, more = jnp.split(sums, (4, 5), axis=-1)
-    shares = said / jnp.maximum(said.sum(axis=1, keepdims=True), 1e-30)
+    counted, held, more = jnp.split(sums, (4, 5), axis=-1)
+    shares = counted / jnp.maximum(counted.sum(axis=1, keepdims=True), 1e-30)
     return ids, jnp.concatenate([shares, jnp.minimum(held, 1), more], axis=-1)
 
 
@@ -104,7 +104,7 @@ def neighbours(tables, item, share):
 
 
 def shift(weights, shares):
-    """Compute the shift of scores from what `said` returns: [..., 6] -> [...]."""
+    """Compute the shift of scores from what `evidence` returns: [..., 6] -> [...]."""
     rules = weights['rules'] * jnp.log1p(shares[..., :4] * jnp.exp(-weights['floors']))
     return (rules.sum(axis=-1) + weights['held'] * shares[..., 4]
             + weights['model'] * shares[..., 5])
