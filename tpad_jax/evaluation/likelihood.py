@@ -60,12 +60,13 @@ def nll(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibra
 
     Args:
       scorer: of a recommender or a rule.
-      rows: rows to score.
+      rows: rows to score. Those with the target 0, which is not ranked, have no likelihood.
       num_items: V.
       calibration: of `calibrate`.
       seed: of the sample of rows.
     """
-    rows = _drawn(rows, max(64, CELLS // num_items), seed)
+    ranked = Rows(*(array[rows.target > 0] for array in rows))
+    rows = _drawn(ranked, max(64, CELLS // num_items), seed)
     return float(np.concatenate([
         _nll(_shares(metrics.dense(scores), calibration.floor is not None), rows.target[part],
              calibration)
