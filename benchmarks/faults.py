@@ -44,6 +44,7 @@ FLAGS = flags.FLAGS
 ROOT, KEPT = Path(__file__).parents[1], Path(__file__).with_suffix('.json')
 KINDS = 'training', 'save', 'training', 'save', 'between'  # of every five runs
 POLL = 0.003  # seconds between two looks at a run
+SAVE_EVERY = 5  # steps: the stages of :tiny are short
 ENTRIES = 10  # of the dozen files and folders of a save, how many may be there when it is killed
 PROPERTIES = 'resumed', 'again', 'log', 'params', 'results'
 
@@ -57,7 +58,7 @@ def start(workdir: Path) -> subprocess.Popen:
     with open(f'{workdir}.out', 'a') as out:
         return subprocess.Popen(
             [sys.executable, 'launch.py', '--config=configs/amazon.py:tiny',
-             f'--workdir={workdir.absolute()}'], cwd=ROOT, env=env, stdout=out, stderr=out)
+             f'--config.save_every={SAVE_EVERY}', f'--workdir={workdir.absolute()}'], cwd=ROOT, env=env, stdout=out, stderr=out)
 
 
 def follow(process, workdir: Path):
@@ -320,10 +321,6 @@ def show(runs: list[dict], console: Console) -> bool:
 def main(argv):
     """Kill and resume what is missing, run by run; print all that is there."""
     del argv
-    global SAVE_EVERY
-    from configs import amazon
-
-    SAVE_EVERY = amazon.get_config('tiny').save_every
     wanted = [(FLAGS.seed, number) for number in range(FLAGS.runs)]
     missing = [] if FLAGS.show else [key for key in wanted if key not in read()]
     if missing:
