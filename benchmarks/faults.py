@@ -58,7 +58,8 @@ def start(workdir: Path) -> subprocess.Popen:
     with open(f'{workdir}.out', 'a') as out:
         return subprocess.Popen(
             [sys.executable, 'launch.py', '--config=configs/amazon.py:tiny',
-             f'--config.save_every={SAVE_EVERY}', f'--workdir={workdir.absolute()}'], cwd=ROOT, env=env, stdout=out, stderr=out)
+             f'--config.save_every={SAVE_EVERY}', f'--workdir={workdir.absolute()}'],
+            cwd=ROOT, env=env, stdout=out, stderr=out)
 
 
 def follow(process, workdir: Path):

@@ -24,16 +24,10 @@ from tpad_jax.job import job, mirror
 from tpad_jax.training import loop as loop_lib
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
-<<<<<<< HEAD
 MIXED = 'tpad_model', 'experts_only', 'id_only_experts'
 RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
 BASELINES = ('content_knn', 'content_rules', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn',
              'vsknn', 'stan', 'vstan')
-=======
-RIVALS = ('knowledge_only', 'true_attributes')  # `finished` trains id_only
-BASELINES = ('content_knn', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn', 'vsknn', 'stan',
-             'vstan')
->>>>>>> 2c4ee08 (Behaviour: the tiny job compiles with fewer passes, trains one baseline and saves at its validations: 97 -> 69 CPU seconds)
 
 
 @pytest.fixture(scope='module')
@@ -152,13 +146,8 @@ def finished(config, tmp_path_factory):
     c = changed(config, data__raw_dir=str(root / 'raw'), data__core=1, data__valid=20,
                 data__test=30, data__gap_hours=0.1, data__max_length=7,
                 stages='knowledge,recommend', model__recommend='k', diagnostics=0)
-<<<<<<< HEAD
     c.rivals = {name: config.rivals[name].to_dict() for name in
                 ('id_only', 'lexical_only', 'true_attributes')}
-=======
-    c.rivals = {name: amazon.get_config().rivals[name].to_dict()
-                for name in ('id_only', 'true_attributes')}
->>>>>>> 2c4ee08 (Behaviour: the tiny job compiles with fewer passes, trains one baseline and saves at its validations: 97 -> 69 CPU seconds)
     results = job.run(c, root / 'run')
     assert times(root / 'raw') == before
     return c, root / 'run', results

@@ -8,10 +8,6 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from tests import tiny_base, tiny_served
 from tests.tiny_served import V
@@ -252,6 +248,11 @@ def test_pictures_stay_in_their_folder(tmp_path):
 
 
 def test_nothing_that_its_description_allows_or_forbids_ends_in_a_defect(run):
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
     shop = recommender.load(run)
     app = http.app(shop, run)._inner
     schema = schemathesis.openapi.from_asgi('/openapi.json', app)

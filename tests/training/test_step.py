@@ -42,7 +42,7 @@ from tpad_jax.types import Batch, State
 QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('recommend', 'shard_map')}
 # `python -m benchmarks.replicas` runs these, too
 LONGEST = {('knowledge', '4x2'), ('knowledge', 'shard_map'), ('recommend', '2x4'),
-           *(('transfer', way) for way in ('shard_map', '4x2', '2x4', 'parts')),
+           *(('transfer', way) for way in ('shard_map', 'pmap', '4x2', '2x4', 'parts')),
            *(('joint', way) for way in ('shard_map', 'pmap', '2x4', 'parts'))}
 CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.mark.slow)
          for stage in STAGES for way in WAYS if way != 'processes'  # see test_processes.py
@@ -359,8 +359,9 @@ def test_metrics_that_are_not_finite_end_the_run(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('loss', ['next_item', 'sampled_next_item'])
-def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
+@pytest.mark.parametrize(('loss', 'way'), [
+    ('next_item', 'pmap'), ('sampled_next_item', 'shard_map')], ids=['next_item', 'sampled'])
+def test_predictions_after_every_position_are_the_same_on_eight_devices(loss, way):
     """Attention's h_each, read at the batch's places: what fills up has no part in it."""
     config = make_config().copy_and_resolve_references()
     config.model.update(encoder='attention', normalise=True, layers=1, heads=2, recommend='',
@@ -377,17 +378,16 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss):
     params = flatten_dict({'recommender': params}, sep='/')
     step = step_lib.make_spec(config, 'recommend', spec, seed=5)
     found = {}
-    for way, shards in (('jit', 1), ('pmap', 8), ('shard_map', 8)):
-        devices = devices_lib.choose(way, shards)
+    for how, shards in (('jit', 1), (way, 8)):
+        devices = devices_lib.choose(how, shards)
         batch = next(with_fillers(batches.session_batches(
             DATA, max_length=N, every_prefix=False, batch_size=ROWS, seed=3, shards=shards)))
         assert (batch['places'] < 0).any()  # there is something to fill up
         lifted = devices.lift(partial(step_lib.train_step, spec=step))
         state, logged = lifted(devices.share(step_lib.start(step, params, '')),
                                devices.place(batch), devices.share(catalogue))
-        found[way] = jax.device_get((state.params, logged))
-    for way in ('pmap', 'shard_map'):
-        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found['jit'],
-                     found[way])
+        found[how] = jax.device_get((state.params, logged))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found['jit'],
+                 found[way])
     after, _ = found['jit']
     assert max(np.abs(after[path] - params[path]).max() for path in params) > 1e-3

@@ -24,6 +24,7 @@ from tpad_jax.config import MAKES, STAGES
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
 from tpad_jax.core.console import say
+from tpad_jax.core.precision import exact_products
 from tpad_jax.data import catalogue, item_graphs, lexical, sessions, sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, wording
@@ -144,10 +145,11 @@ class Job:
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)
         self.blank = {name: rows[name] for name in ('k', 'r')}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
-        make = jax.jit(partial(  # followed once, though both its shapes and its values are asked
+        # followed once, since its shapes and its values are asked at one precision
+        make = jax.jit(partial(
             step.initialiser(c, self.spec, (base.image_size, base.image_size, 3)),
             catalogue={**self.catalogue, **blank}))
-        shapes = jax.eval_shape(make, jax.random.key(c.seed))
+        shapes = jax.eval_shape(exact_products(make), jax.random.key(c.seed))
         every = memory_plan.parameter_shapes(
             c, shapes | ({'teacher': teacher.shapes} if teacher else {}))
         self.params = every  # shapes, until the values are read
