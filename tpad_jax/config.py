@@ -118,7 +118,7 @@ def tiny(c: ConfigDict) -> None:
         'stage.joint.steps': 3, 'stage.recommend.eval_every': 20, 'stage.joint.eval_every': 3,
         'stage.joint.refresh_every': 3, 'diagnostics': 32} | {
             key: 16 for key, _ in flat(c) if key.endswith('.batch_size')})
-    # each compiles a step of its own
+    # each baseline has a step to compile
     c.rivals = {name: entry for name, entry in c.rivals.items() if name == 'id_only'}
 
 

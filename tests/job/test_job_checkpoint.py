@@ -74,11 +74,12 @@ job.run(small({str(directory)!r}), {str(workdir)!r})
 
 @pytest.mark.slow
 def test_all_stages(tmp_path):
-    """Stage joint trains r and the Transfer-MLLM, which the test of LLaVA does in transfer."""
+    """Knowledge is trained below. Stage joint trains r, as the test of LLaVA does in transfer."""
     directory = tiny_hf.save('qwen3_vl', tmp_path / 'checkpoint')
-    c = config(directory, 64, 'knowledge,transfer,joint')
-    c.stage.transfer.steps = 0
-    c.stage.joint.weights.gen_knowledge = 0.0
+    c = config(directory, 64, 'knowledge,transfer,joint', ('gen_transfer', 'distil', 'next_item'))
+    c.stage.knowledge.steps = 0
+    c.stage.transfer.weights.distil = 0.0
+    c.stage.joint.weights.gen_transfer = 0.0
     found = job.run(c, tmp_path / 'run')
     assert np.isfinite(found['models']['tpad']['test']['mrr@20'])
 
