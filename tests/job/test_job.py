@@ -241,6 +241,7 @@ def test_files_of_a_run(whole):
         assert np.unique(rows[1:].reshape(40, -1), axis=0).shape[0] == 40
 
 
+@pytest.mark.slow
 def test_a_finished_run_returns_at_once(finished, monkeypatch):
     config, workdir, results = finished
     monkeypatch.setattr(job.Job, 'build', lambda self: pytest.fail('built a model'))
@@ -251,6 +252,7 @@ def test_a_finished_run_returns_at_once(finished, monkeypatch):
     assert (workdir / 'results.json').read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('key', 'value'), [
     ('seed', 1), ('data__planted__seed', 1), ('stage__joint__steps', 6),
     ('losses__align__stages', 'joint'), ('losses__align__weight', 0.2)])
@@ -263,6 +265,7 @@ def test_another_config_is_refused_by_the_keys_that_differ(finished, key, value)
     assert times(workdir) == before
 
 
+@pytest.mark.slow
 def test_other_data_are_refused(finished, tmp_path):
     config, workdir, _ = finished
     shutil.copytree(workdir, tmp_path / 'run')
@@ -356,6 +359,7 @@ def test_trainings_that_run_at_once_stop_and_resume_together(whole, config, tmp_
     assert found['seconds'].keys() == whole[1]['seconds'].keys()
 
 
+@pytest.mark.slow
 def test_results_without_a_provenance_are_refused(finished, tmp_path):
     config, workdir, _ = finished
     shutil.copytree(workdir, tmp_path / 'run')
@@ -429,6 +433,7 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
     assert len({file.read_bytes() for file in raw}) == 1
 
 
+@pytest.mark.slow
 def test_raw_files_without_images_are_read_where_they_lie(finished):
     _, workdir, results = finished
     assert 'oracle' not in results

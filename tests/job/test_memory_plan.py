@@ -301,6 +301,7 @@ def ids(tmp_path):
     return str(tmp_path / 'ids.npz')
 
 
+@pytest.mark.slow
 def test_a_catalogue_that_is_too_large_names_remedies(ids):
     changes = {'data.npz': ids, 'stages': 'recommend', 'model.recommend': '', 'rivals': {},
                'stage.recommend.batch_size': 512}

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax.traverse_util import flatten_dict
 
 from tpad_jax import config as base
@@ -40,6 +41,7 @@ def randomly(shapes, seed=0):
     return jax.tree.map(lambda x: jnp.asarray(fill(x), jnp.float32), shapes)
 
 
+@pytest.mark.slow
 def test_items_read_in_chunks_are_the_same_items():
     knowledge = KnowledgeMLLM(MLLM(**SIZES), 8)
     model = SimpleNamespace(knowledge=knowledge, lora_scale=2.0)

@@ -223,7 +223,8 @@ def test_transfer_features_do_not_see_later_items(params):
     same(read(garbage, there, mask), read(x, there, mask))
 
 
-@pytest.mark.parametrize(('form', 'stage'), [('compressed', 'joint'), ('full', 'transfer')])
+@pytest.mark.parametrize(('form', 'stage'), [
+    pytest.param('compressed', 'joint', marks=pytest.mark.slow), ('full', 'transfer')])
 def test_session_features_from_ids_to_t(params, form, stage):
     """Through `forward`: items after position j, padding and rows that only fill change nothing."""
     needs, fresh = (frozenset(x) for x in STAGES[stage])

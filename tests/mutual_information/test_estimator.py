@@ -32,7 +32,8 @@ def by_numpy(bound, table, shift):
             'vclub': lambda: own.mean() - off.mean()}[bound]()
 
 
-@pytest.mark.parametrize('kind', ['bilinear', 'concatenated'])
+@pytest.mark.parametrize('kind', [
+    'bilinear', pytest.param('concatenated', marks=pytest.mark.slow)])
 def test_figures_and_errors_against_numpy(kind):
     """Values over all off-diagonals, errors by leaving out one pair after the other."""
     critic = Critic(kind, 4)

@@ -39,7 +39,7 @@ from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.types import Batch, State
 
 # each compiles for a quarter of a minute or more
-QUICK = {*((stage, 'jit') for stage in STAGES if stage != 'joint'), ('recommend', 'shard_map')}
+QUICK = {('knowledge', 'jit'), ('recommend', 'jit')}
 # `python -m benchmarks.replicas` runs these, too
 LONGEST = {('knowledge', '4x2'), ('knowledge', 'shard_map'), ('recommend', '2x4'),
            *(('transfer', way) for way in ('shard_map', 'pmap', '4x2', '2x4', 'parts')),
@@ -91,7 +91,8 @@ def test_nothing_retraces_after_the_first_step(runs, stage, way):
 
 
 @pytest.mark.parametrize('stage', [
-    pytest.param(stage, marks=pytest.mark.slow) if stage == 'joint' else stage for stage in STAGES])
+    pytest.param(stage, marks=pytest.mark.slow) if stage in ('transfer', 'joint') else stage
+    for stage in STAGES])
 def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
     run = runs(stage, 'jit')
     asked = {name for name, entry in make_config().losses.items()

@@ -200,6 +200,7 @@ def one_of_each_look():
     return np.stack([column.ravel() for column in columns], 1).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_images_show_category_style_and_colour_through_halving_and_noise():
     """A nearest-class reading of 32 x 32 noisy images beats chance by far on all three."""
     looks = one_of_each_look()
