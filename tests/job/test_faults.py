@@ -297,8 +297,7 @@ def test_a_second_run_is_refused_before_it_reads_data(config, tmp_path):
     ({'stage__transfer__copy': 'lora/k->lora/distil'}, r"config\.stage\.transfer\.copy='lora/k->"),
     ({'stage__joint__rates': (('^lora/knowledges', 2.0),)}, r"rates: .*'\^lora/knowledges'"),
     # the run's own recommender has this table, its trained baseline on features has none
-    ({'stage__recommend__rates': (('^recommender/fusion/feature_0', 2.0),),
-      'rivals': {'id_only': {'recommend': '', 'use_side': False}}},
+    ({'stage__recommend__rates': (('^recommender/fusion/feature_0', 2.0),)},
      r"config\.stage\.recommend: rates: .*feature_0"),
     ({'model__clusters': 1000, 'losses__clusters__weight': 0.1}, r'config\.model\.clusters=1000: '),
 ], ids=['train', 'copy', 'rates', 'rates of a trained baseline', 'clusters'])

@@ -25,7 +25,7 @@ from tpad_jax.training import loop as loop_lib
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
 MIXED = 'tpad_model', 'experts_only', 'id_only_experts'
-RIVALS = ('id_only', 'knowledge_only', 'true_attributes')
+RIVALS = ('id_only', 'true_attributes')  # `finished` itself recommends by the features k
 BASELINES = ('content_knn', 'content_rules', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn',
              'vsknn', 'stan', 'vstan')
 
@@ -40,7 +40,8 @@ def make_config(base_dir):
     c = amazon.get_config('tiny')
     c.parallel, c.save_every, c.log_every = 'jit', 2, 1
     c.workers = 2
-    c.rivals = {name: amazon.get_config().rivals[name].to_dict() for name in RIVALS}
+    c.rivals = {name: amazon.get_config().rivals[name].to_dict()
+                for name in (*RIVALS, 'lexical_only')}
     c.mllm.update(base=str(base_dir), image_size=SIDE, text_length=8)
     c.model.update(features=WIDTH, width=WIDTH, lora_rank=2)
     c.data.planted.update(items=40, train=120, valid=20, test=30)
@@ -318,12 +319,12 @@ def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
     assert 10 < steps <= 10 + 2 * config.save_every
     found = json.loads((workdir / 'results.json').read_text())
     assert set(found['models']) == set(BASELINES)
-    when = dict(recommend=(5, 'kill'), knowledge_only=(1, 'stop'), joint=(3, 'stop'))
+    when = dict(recommend=(5, 'kill'), true_attributes=(1, 'stop'), joint=(3, 'stop'))
     rest, workdir = changed(config, stages='recommend,joint'), tmp_path / 'elsewhere'
     with mirror.kept(workdir, where):
         params, stopped, steps = run_through(rest, workdir, when)
     assert (stopped, when) == (3, {})
-    assert 4 * 8 + 5 < steps <= 4 * 8 + 5 + 2 * config.save_every
+    assert 3 * 8 + 5 < steps <= 3 * 8 + 5 + 2 * config.save_every
 
     assert params.keys() == whole[2].keys()
     for run, final in whole[2].items():
@@ -346,7 +347,7 @@ def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
 def test_trainings_that_run_at_once_stop_and_resume_together(whole, config, tmp_path):
     workdir = tmp_path / 'run'
     with pytest.raises(Stopped):
-        job.run(config, workdir, (workdir / 'stages' / 'knowledge_only' / '2').is_dir)
+        job.run(config, workdir, (workdir / 'stages' / 'id_only' / '2').is_dir)
     assert not (workdir / 'stages' / 'joint').exists()
     with Recorded() as params:
         found = job.run(config, workdir)
