@@ -257,9 +257,11 @@ def main(argv):
         with tempfile.TemporaryDirectory() as directory:
             if name in tiny_bert.FAMILIES:
                 tiny_bert.save(name, directory)
+                side = 0
             else:
                 tiny_hf.save(name, directory, seed=FLAGS.seed)
-            found += judged(directory, FLAGS.side or tiny_hf.side(name), name,
+                side = FLAGS.side or tiny_hf.side(name)
+            found += judged(directory, side, name,
                             with_gradients=FLAGS.gradients is not False, **options)
     wrong = sum(not f['good'] for f in found)
     print(f'{len(found)} comparisons, {wrong} above the bar')
