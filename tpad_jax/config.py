@@ -182,7 +182,12 @@ def mllm() -> ConfigDict:
         teacher='',
         teacher_dtype='float32',  # of its parameters and computation
         image_size=0,  # pixels of both sides; 0: the base's size, or about 256 if it reads any
-        tokenizer='',  # empty: the base's; 'own': of the same size, trained on the items' texts
+        # '': the base's; 'own': trained on the items' texts, with a base drawn at random; 'auto':
+        # 'own' where the small base's tokenizer takes more than 2.5 tokens a word
+        tokenizer='auto',
+        # with an own tokenizer: its size; and, for those options that still have their default,
+        # the most tokens of a text, and steps and learning rate of stage knowledge
+        own=dict(vocab=4096, text_length=64, steps=400, learning_rate=1e-3),
         text_length=32,  # tokens of an item's text; a longer text is cut
         # the options below are for checkpoints
         param_dtype='float32',  # of parameters in memory; 'bfloat16' halves a frozen base

@@ -126,6 +126,7 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     (tmp_path / 'base').mkdir()
     c.mllm.update(base=str(tiny_base.write(tmp_path / 'base')), image_size=tiny_base.SIDE,
                   text_length=8)
+    c.mllm.own.vocab = 400
     c.model.features = tiny_base.WIDTH
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
     c.stages, c.model.recommend = 'knowledge,recommend', 'k'

@@ -11,7 +11,7 @@ ENOUGH = 5  # words before a piece of code that are worth keeping, however long 
 
 _ELEMENTS = (
     'abbr address area article aside audio base big blockquote body br button canvas caption '
-    'center cite code col colgroup dd del dfn div dl dt em embed fieldset figure font footer form '
+    'center cite code col colgroup dd del dfn div dl dt em embed fieldset font footer form '
     'frame frameset h[1-6] head header hr html iframe img input ins kbd label legend li link main '
     'map mark meta nav noscript object ol optgroup option param picture pre samp section select '
     'small source span strike strong sub sup svg table tbody td textarea tfoot th thead time title '
@@ -26,7 +26,7 @@ _MARKUP = re.compile(
     rf'|<(?:{_ELEMENTS})(?=[\s/]|\Z)|</[a-z][\w:.-]*(?:>|\s*\Z)'
     rf'|(?<![\w-])(?:class|id|style|href|src|rel|on[a-z]+|(?:data|aria)-[\w-]+)\s*=\s*{_VALUE})(?:/?>)?'
     r'|"(?: ?/)?>| ?/>', re.IGNORECASE | re.DOTALL)
-_SIGNS = re.compile(r'[{}();=$&|]')  # a line without any of them is no code
+_SIGNS = re.compile(r'[{}();=$&|]')  # every piece of code has some of them
 _CODE = re.compile('|'.join((
     # declarations, functions, control flow
     r'\b(?:var|let|const) [\w$]+ ?=(?!=)', r'\bvar [\w$]+ ?;',

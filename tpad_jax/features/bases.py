@@ -196,6 +196,9 @@ def _default(config):
             ('model.features', config.model.features, features)):
         refuse_if(value != expected, f'config.{key}={value!r}: the small base does not support '
                   f'this. Expected {expected!r}. Fix: set it or config.mllm.checkpoint=DIR')
+    if c.tokenizer == 'own':  # another vocabulary: nothing of the directory is read but sizes
+        return base._replace(module=base.module.clone(vocab=c.own.vocab), given=(),
+                             load=lambda *_: {})
     return base
 
 

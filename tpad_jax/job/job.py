@@ -25,14 +25,14 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
 from tpad_jax.core.console import say
 from tpad_jax.core.precision import exact_products
-from tpad_jax.data import catalogue, item_graphs, lexical, sessions, sources, text
+from tpad_jax.data import catalogue, item_graphs, lexical, sessions, sources
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, wording
-from tpad_jax.diagnostics import records, snapshots
+from tpad_jax.diagnostics import clouds, records, snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
-from tpad_jax.features import bases
+from tpad_jax.features import bases, tokenizers
 from tpad_jax.features.encoder import Encoder
 from tpad_jax.job import fitting, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
@@ -112,27 +112,34 @@ class Job:
             return self._check_patterns(stages)
         # a run on rows of a file reads no content
         pictures = bool(data.has_image.any()) and any(ENTRIES[stage].content for stage in stages)
-        base = self.base = bases.read(c, pictures)
         where = self.workdir / 'data'
         with hosts.one_first('content'):
-            if c.mllm.tokenizer == 'own':
-                text.train_tokenizer(data.texts[1:], where / 'tokenizer', base.module.vocab)
+            c, words, self.texts = tokenizers.fitted(
+                c, data.texts, bases.read(c, pictures).directory, where / 'tokenizer',
+                reads=bool(MAKES.keys() & set(stages)))
+            self.config, base = c, bases.read(c, pictures)
+            self.base = base
             self.content = catalogue.content(
                 data, where, image_size=base.image_size if pictures else 0,
                 text_length=c.mllm.text_length, bad_share=c.data.bad_share,
-                tokenizer_dir=where / 'tokenizer' if c.mllm.tokenizer else base.directory)
+                tokenizer_dir=words)
         teacher = bases.teacher(c, base)
         build = partial(self.modules, teacher=teacher and teacher.reader)
         self.spec = build(base.module, c)
         self.encoders = {stage: Encoder(self.spec, self.content, MAKES[stage], c.mllm.encode_rows,
                                         c.mllm.encode_part, self.devices.own)
                          for stage in stages if stage in MAKES}
+        if self.encoders:
+            tokenizers.check_different(data.texts, self.content.tokens, self.content.has_image,
+                                       words)
         self.count()
         if c.data.features:
             features = external_features.read(c.data.features, data.asins)
             say(console, f'{c.data.features}: {features.unknown} ids of unknown items '
                 f'{list(features.some)}, {features.repeated} repeated rows')
             self.catalogue['given'] = jnp.asarray(features.rows)
+            tokenizers.check_rows('given', self.catalogue['given'], f'{c.data.features}. Fix: '
+                                  'compute the features again.')
         if lexical.wanted(c, self.planted is not None):
             self.catalogue['lexical'] = jnp.asarray(lexical.rows(data.texts, c.seed))
         if self.planted is not None:
@@ -249,8 +256,16 @@ class Job:
                 checkpoint=self.base.fingerprint)
             self.sitting[f'{name}_encode'] = self.seconds[f'{name}_encode'] = (
                 time.perf_counter() - begun)
+            for name in encoder.names:
+                tokenizers.check_rows(name, self.catalogue[name], self._lost(name))
             bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
         self.look(stage, 'after', spec, encoder)
+
+    def _lost(self, name: str) -> str:
+        facts = self.texts
+        return (f'of {facts["different"]} different texts, read as {facts["text_length"]} tokens '
+                f'of the {facts["tokenizer"]} tokenizer, training kept nothing. Fix: '
+                f'{clouds.REMEDIES[name]}.')
 
     def look(self, stage: str, moment: str, spec, encoder) -> None:
         """Look at a stage's features while the next one runs, see `snapshots.take`."""

@@ -105,10 +105,10 @@ RULES = {key: rule for rule, keys in (
     # one seed more would repeat the stream of seed 0: keys of jax are made from 32 bits
     (number(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
     (COUNT, 'save_every log_every model_shards search.trials data.core data.min_length '
-     'mllm.encode_rows mllm.encode_part stage.*.batch_size stage.*.accumulate losses.*.samples '
-     'losses.*.widths data.planted.train data.planted.valid data.planted.test'),
-    (number(1, LONG, whole=True), 'data.max_length mllm.text_length model.features '
-     'model.lora_rank model.width model.heads model.near model.near_window'),
+     'mllm.own.steps mllm.encode_rows mllm.encode_part stage.*.batch_size stage.*.accumulate '
+     'losses.*.samples losses.*.widths data.planted.train data.planted.valid data.planted.test'),
+    (number(1, LONG, whole=True), 'data.max_length mllm.text_length mllm.own.text_length '
+     'model.features model.lora_rank model.width model.heads model.near model.near_window'),
     (number(0, LONG, whole=True), 'mllm.image_size model.feature_hidden model.together'),
     (number(0, DEEP, whole=True), 'model.layers'),
     (number(1, DEEP, whole=True), 'model.gnn_steps'),
@@ -123,8 +123,9 @@ RULES = {key: rule for rule, keys in (
     (number(0, 1, below=True), 'model.withhold model.word_dropout model.id_dropout '
      'model.feature_dropout model.dropout model.item_dropout losses.*.smoothing losses.*.skew '
      'losses.*.decay'),
-    (number(0), 'model.together_strength stage.*.learning_rate stage.*.weight_decay '
-     'stage.*.epochs losses.*.weight losses.*.power losses.*.sharpness losses.*.uniform'),
+    (number(0), 'model.together_strength mllm.own.learning_rate stage.*.learning_rate '
+     'stage.*.weight_decay stage.*.epochs losses.*.weight losses.*.power losses.*.sharpness '
+     'losses.*.uniform'),
     (number(0, optional=True), 'stage.*.weights.*'),
     (number(0, above=True), 'data.gap_hours model.lora_alpha model.temperature stage.*.clip '
      'losses.*.temperature losses.*.clip'),
@@ -144,7 +145,8 @@ RULES = {key: rule for rule, keys in (
     (choice(('ours', 'published')), 'data.protocol'),
     (choice(CATALOGUES), 'data.catalogue'),
     (choice(('utf-8', 'latin-1', 'cp1252')), 'data.encoding'),
-    (choice(('', 'own')), 'mllm.tokenizer'),
+    (choice(('auto', '', 'own')), 'mllm.tokenizer'),
+    (number(300, INT32, whole=True), 'mllm.own.vocab'),
     (choice(layers.ATTENTION), 'mllm.attention'),
     (choice(layers.REMAT), 'mllm.remat'),
     (choice(POOLING), 'mllm.pooling'),

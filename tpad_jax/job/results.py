@@ -217,7 +217,7 @@ def data_facts(job) -> dict:
     data, content = job.data, {}
     if job.content is not None:
         content = {'items_without_image': int((~job.content.has_image[1:]).sum()),
-                   'images': job.content.pictures}
+                   'images': job.content.pictures, 'texts': job.texts}
     lengths = {split: len(getattr(data, split).start) for split in ('train', 'valid', 'test')}
     return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
             'cold_items': int((~data.warm[1:]).sum()), 'sessions': lengths,
@@ -241,6 +241,7 @@ def introduce(job, console):
         'data': sources.origin(job.config),
         **({'sessions read': _line_counts(facts['lines'])} if job.content is None else
            {'raw lines': _line_counts(facts['lines']), 'images': _line_counts(facts['images'])}),
+        **({} if job.content is None else {'texts': _texts(facts['texts'])}),
         'items': f'{facts["items"]}, {facts["cold_items"]} cold, {pictures}',
         'catalogue': choices_of(job.config.data.catalogue, data.choices) + (
             f'; the next item of {missed} of {len(job.test.target)} test rows is not ranked: a miss'
@@ -265,6 +266,11 @@ def choices_of(choice: str, counts: dict) -> str:
     """
     others = ', '.join(f'{name}: {n}' for name, n in counts.items() if name != choice)
     return f'{choice}: {counts[choice]} items ({others})'
+
+
+def _texts(facts):
+    return (f'{facts["tokenizer"]} tokenizer, {facts["tokens_per_word"]:.1f} tokens a word, '
+            f'{facts["share_that_fit"]:.0%} fit in {facts["text_length"]} tokens')
 
 
 def _line_counts(counts):

@@ -75,7 +75,7 @@ def check(config, among=None) -> tuple[str, ...]:
     if not source.content:
         _check_without_content(config, stages)
         return stages
-    refuse_if(config.mllm.tokenizer and config.mllm.checkpoint, 'config.mllm.tokenizer: a '
+    refuse_if(config.mllm.tokenizer == 'own' and config.mllm.checkpoint, 'config.mllm.tokenizer: a '
               'checkpoint reads the tokens that it was trained on. Fix: leave it empty')
     features = config.data.features
     refuse_if(features and not Path(features).is_file(), f'config.data.features={features!r} is '

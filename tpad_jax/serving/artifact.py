@@ -184,7 +184,8 @@ def _reader(job, bound) -> dict:
     flat = flatten_dict(bound.params[0], sep='/')
     return {path: x for path, x in flat.items()
             if any(path.startswith(f'{root}/') for root in roots)
-            and (not path.startswith('base/') or any(re.search(r, path) for r in train if r))}
+            and (not path.startswith('base/') or 'base' not in job.base.given
+                 or any(re.search(r, path) for r in train if r))}
 
 
 def _located(mllm: dict) -> dict:
