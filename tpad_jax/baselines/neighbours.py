@@ -284,7 +284,8 @@ def _scorer(index: _Index, adds: sp.csr_array, by_event: bool, *, k: int, sample
         if not repeats:
             cell = np.repeat(np.arange(len(items)), np.diff(scores.indptr)) * (num_items + 1)
             scores.data[np.isin(cell + scores.indices, row * (num_items + 1) + item)] = 0
-        return metrics.Sparse(scores.astype(np.float32), np.zeros(num_items + 1, np.float32))
+        scores.data = scores.data.astype(np.float32)  # scores.astype would sort every row first
+        return metrics.Sparse(scores, np.zeros(num_items + 1, np.float32))
 
     return scorer
 

@@ -42,6 +42,7 @@ Scorer = Callable[[np.ndarray], Scores]
 MISS = np.int32(2**31 - 2)  # items above a target that is not ranked
 CHUNK = 512  # rows that are scored at a time
 FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
+FILLED = 0.2  # share of cells in sparse scores from which a dense table is counted faster
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
 # (places float64 [k], 1 being the first; k) -> [k], the value of a target at each place
 Gain = Callable[[np.ndarray, int], np.ndarray]
@@ -177,7 +178,9 @@ def counts(scores: Scores, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       above int32 [R], 0..V - 1, and equal int32 [R], 1..V.
     """
     if isinstance(scores, Sparse):
-        return _sparse_counts(scores, target)
+        if scores.found.nnz < FILLED * scores.found.shape[0] * scores.found.shape[1]:
+            return _sparse_counts(scores, target)
+        scores = dense(scores)
     score = np.take_along_axis(scores, target[:, None], axis=1)
     # a view of bytes sums three times as fast as count_nonzero along an axis
     return tuple(mask.view(np.uint8).sum(axis=1, dtype=np.int32)
