@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     # and the scores of the two are added: tpad_jax/job/recommenders.py. Empty: there is none
     c.partner = ConfigDict()
     c.search = ConfigDict(dict(
-        trials=8,  # budget of the search of every model and baseline; 1: no search
+        trials=30,  # of the search of every baseline; 1: no search
         # what `python -m tpad_jax.search` varies: nested keys with axes as in baselines/tune.py
         space={},
     ))

@@ -30,7 +30,7 @@ LONGEST_SESSION = 1000  # latest events of a session that item_knn pairs: n item
 CELLS = 2**20  # float64 cosines of item features that are held at a time: 8 MB
 ALIKE = 20  # items of similar content, the item itself among them, that content_rules smooths over
 TUNED_AT = 20  # K of the hit@K that `tune` maximises, as the selection of every model does
-TUNED_ROWS = 10_000  # validation rows that `tune` reads; of more rows it draws a sample
+TUNED_ROWS = 4_000  # validation rows that `tune` reads; of more rows it draws a sample
 
 
 def fit_pop(train: Sessions, num_items: int) -> metrics.Scorer:
