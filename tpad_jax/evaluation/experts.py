@@ -179,7 +179,7 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]
     bias = h.shape[1] - 1 - tables['next'].shape[1]
     out = {'model': parts[..., :bias].sum(axis=-1), 'popularity': parts[..., bias],
            'content': parts[..., bias + 1:].sum(axis=-1)}
-    ids, shares = map(np.asarray, experts.evidence(tables, items))
+    ids, shares = map(np.asarray, _programs()[0](tables, items))
     mine = (ids[:, None] == chosen[..., None]).astype(np.float32) @ shares
     for place, rule in enumerate(experts.RULES):
         floor = np.exp(-np.asarray(weights['floors'][place]))
