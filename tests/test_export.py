@@ -60,9 +60,9 @@ def written(run, tmp_path, monkeypatch, *argv):
 
 
 @pytest.mark.parametrize('model', [
-    None, dict(encoder='gce_gnn', together=3, partner=dict(model=dict(
+    None, dict(encoder='gce_gnn', together=3, mixed=True, partner=dict(model=dict(
         encoder='attention', width=24, repeats=True)))],
-    ids=['default', 'graph, companions, partner, repeats'])
+    ids=['default', 'graph, companions, partner, repeats, experts'])
 def test_the_readme_alone_gives_the_same_lists(base, run, tmp_path, monkeypatch, model):
     """Its code, where nothing but jax can be imported."""
     if model:
@@ -113,7 +113,8 @@ def test_a_scalar_parameter_stays_a_scalar(base, tmp_path, monkeypatch):
     np.testing.assert_array_equal(program.call(weights, rows)[1], shop.first(rows, 7)[0])
 
 
-def test_approximate_lists(run, tmp_path, monkeypatch, capsys):
+def test_approximate_lists(base, tmp_path, monkeypatch, capsys):
+    tiny_served.write(run := tmp_path / 'run', base, mixed=True)
     faiss = pytest.importorskip('faiss')
     file = tmp_path / 'sessions.jsonl'
     asked = sessions_of(tiny_served.prefixes(40))
@@ -121,8 +122,9 @@ def test_approximate_lists(run, tmp_path, monkeypatch, capsys):
     shop, out = written(run, tmp_path, monkeypatch, '--sessions', file, '--ann')
     assert 'recall@7 of items.faiss on 40 sessions: 1.0000' in capsys.readouterr().out
     assert json.loads((out / 'export.json').read_text())['ann']['recall'] == 1
-    found, _ = ann.search(faiss.read_index(str(out / 'items.faiss')), shop.embed_sessions(asked), 7)
     rows, _ = shop.rows(asked)
+    found, _ = ann.search(faiss.read_index(str(out / 'items.faiss')), shop.embed_sessions(asked), 7,
+                          shop.shifts(rows))
     np.testing.assert_array_equal(found, shop.first(rows, 7)[0])
 
 

@@ -20,6 +20,7 @@ from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.item_graphs import companions, neighbours
 from tpad_jax.data.sessions import Sessions, counts
 from tpad_jax.distributed.devices import Devices
+from tpad_jax.evaluation import experts
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.features import bases, encoder
 from tpad_jax.models import tpad
@@ -27,6 +28,8 @@ from tpad_jax.models.fusion import blank
 from tpad_jax.serving import artifact
 
 V, N, T = 30, 6, 8  # the last five items are in no session
+# of experts: every one counts
+WEIGHTS = {name: mean + 0.1 for name, (mean, *_) in experts.WEIGHTS.items()}
 
 
 class Decay(nn.Module):
@@ -59,12 +62,12 @@ def fields(item):
             'image': b'' if item % 5 == 0 else picture(item)}
 
 
-def write(workdir, base, *, mllm=True, reads=False, partner=None, **model):
+def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, **model):
     """Leave a run's `served` folder in workdir, and files that say it is finished.
 
     Args:
       base: of tiny_base.write. mllm: False: of item ids alone. partner: config.partner.
-      reads: the catalogue's rows are read by the MLLM, and not random.
+      reads: the catalogue's rows are read by the MLLM, and not random. mixed: with experts.
       model: changes of config.model.
 
     Returns:
@@ -97,8 +100,10 @@ def write(workdir, base, *, mllm=True, reads=False, partner=None, **model):
         rows |= encoder.Encoder(made[0][0], content, ('k', 'r'))(made[0][1])
     specs, params = zip(*made, strict=True)
     several = len(specs) > 1
+    mixture = experts.mixture(experts.Fit(WEIGHTS, 0.0, 1), experts.tables(
+        data.train, V, rows['k'] if mllm else None, ordered=True)) if mixed else None
     scores = scorer(specs if several else specs[0], devices)(
-        params if several else params[0], (rows,) * len(specs) if several else rows)
+        params if several else params[0], (rows,) * len(specs) if several else rows, mixture)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / 'config.json').write_text('{}')
     artifact.write(job, 'tpad_recommend', scores)

@@ -79,6 +79,7 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
     options = {'the items it holds itself': 'repeats', 'their companions': 'together'}
     shifts = [items for items, option in options.items()
               if any(getattr(spec, option) for spec in served.specs)]
+    shifts += ['items that the rules of experts know'] * (served.experts is not None)
     but = f', but for the shift of {" and ".join(shifts)}' if shifts else ''
     readme = string.Template(README.read_text())
     files.write_text(directory / 'README.md',
@@ -191,7 +192,7 @@ def _write_ann(shop, vectors, prefixes, k, directory):
               'item of the run. Fix: give sessions of its items')
     index = ann.build(shop.embed_items())
     ann.write(index, directory / 'items.faiss')
-    lists, _ = ann.search(index, vectors[known], k)
+    lists, _ = ann.search(index, vectors[known], k, shop.shifts(prefixes[known]))
     recall = ann.recall(lists, shop.first(prefixes[known], k)[0])
     return {'sessions': int(known.sum()), 'recall': recall, 'neighbours': ann.NEIGHBOURS,
             'looked at': ann.SEARCH}

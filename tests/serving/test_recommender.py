@@ -41,8 +41,8 @@ def copy(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', [
-    dict(mllm=False, recommend='', normalise=False, repeats=True),
-    dict(encoder='gce_gnn', id_dropout=0.0, use_side=False),
+    dict(mllm=False, recommend='', normalise=False, repeats=True, mixed=True),
+    dict(encoder='gce_gnn', id_dropout=0.0, use_side=False, mixed=True),
     dict(partner=dict(model=dict(encoder='attention', width=24, repeats=True)))],
     ids=['ids', 'graph', 'partner'])
 def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
@@ -155,7 +155,7 @@ def test_what_is_no_session(made, session):
 @pytest.mark.slow
 @pytest.mark.parametrize('model', [
     dict(reread=False, partner=dict(model=dict(encoder='attention', width=24))),
-    dict(recommend='k,r', id_dropout=0.0)], ids=['adapter, partner', 'k and r'])
+    dict(recommend='k,r', id_dropout=0.0, mixed=True)], ids=['adapter, partner', 'k and r'])
 def test_a_new_item_is_read_as_the_catalogue_was(base, tmp_path, model):
     """The cold items once more under other names: with pictures and without."""
     tiny_served.write(tmp_path / 'run', base, reads=True, **model)

@@ -45,12 +45,12 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
                              metrics.scored(scorer, rows.items, num_items)])
 
     def loss(x):
-        power, floor = np.exp(x)
+        power, floor = _exp(x)
         return _nll(scores, rows.target, Calibration(power, floor if rule else None)).mean()
 
     found = scipy.optimize.minimize(loss, np.log([1.0, 0.1 / num_items]), method='Nelder-Mead',
                                     options={'maxfev': 60})
-    power, floor = np.exp(found.x)
+    power, floor = _exp(found.x)
     return Calibration(float(power), float(floor) if rule else None)
 
 
@@ -71,6 +71,10 @@ def nll(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibra
         _nll(_shares(metrics.dense(scores), calibration.floor is not None), rows.target[part],
              calibration)
         for part, scores in metrics.scored(scorer, rows.items, num_items)]).mean())
+
+
+def _exp(x):
+    return np.exp(np.clip(x, -25, 25))
 
 
 def _drawn(rows, most, seed):

@@ -32,16 +32,29 @@ def build(z: np.ndarray, *, threads: int = 0):
     return index
 
 
-def search(index, h: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def search(index, h: np.ndarray, k: int, moved=None) -> tuple[np.ndarray, np.ndarray]:
     """Return items int32 [S, k], 0 where there are too few, and their scores.
 
     Args:
       index: from `build`.
       h: float32 [S, D]. Session vectors.
       k: length of a list.
+      moved: (items int [S, M], float32 [S, M] shifts of their scores, 0 on padding and on all but
+        one place of an item), or None. These items are candidates, too.
     """
-    scores, rows = index.search(np.ascontiguousarray(h, np.float32), k)
-    return rows.astype(np.int32) + 1, scores
+    h = np.ascontiguousarray(h, np.float32)
+    if moved is None:
+        scores, rows = index.search(h, k)
+        return rows.astype(np.int32) + 1, scores
+    lists, values = np.zeros((len(h), k), np.int32), np.full((len(h), k), -np.inf, np.float32)
+    _, rows = index.search(h, min(2 * k, index.ntotal))
+    for row, (near, items, shift) in enumerate(zip(rows + 1, *map(np.asarray, moved), strict=True)):
+        some = np.union1d(near[near > 0], items[shift != 0])
+        scores = index.reconstruct_batch(some - 1) @ h[row]
+        scores[np.searchsorted(some, items[shift != 0])] += shift[shift != 0]
+        best = np.argsort(-scores, kind='stable')[:k]
+        lists[row, :len(best)], values[row, :len(best)] = some[best], scores[best]
+    return lists, values
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:

@@ -103,7 +103,7 @@ def write(job, name: str, scores) -> None:
         'mllm': _located(c.mllm.to_dict()) if content else None,
         'base': job.base.fingerprint if content else None,
         'pictures': content and job.base.image_size > 0,
-        'raw': content and job.spec.knowledge.raw,
+        'raw': content and bound.specs[0].knowledge.raw,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
         'digests': {name: files.sha256(directory / name) for name in (MODEL, READER, ITEMS)}}
     files.write_text(directory / ABOUT, json.dumps(about, indent=1, default=str) + '\n')

@@ -84,7 +84,9 @@ class Recommender:
         self.trained = len(served.ids) - 1
         encode = session_encoder(served.specs)
         self._encode = compiled(encode)
-        self._search = compiled(topk.searcher(encode, session_shifts(served.specs)),
+        shifts = session_shifts(served.specs)
+        self._shifts = compiled(shifts)
+        self._search = compiled(topk.searcher(encode, shifts),
                                 static_argnames='k')
         self._write = compiled(lambda z, rows, vectors: z.at[rows].set(vectors, mode='drop'),
                                donate_argnums=0)
@@ -222,6 +224,20 @@ class Recommender:
         vectors = np.concatenate(parts)
         vectors[rows[:, 0] == 0] = np.nan
         return vectors
+
+    def shifts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return the shifts of scores that no product of vectors has, or None without any.
+
+        Args:
+          rows: int32 [S, N]. Prefixes as `rows` returns them.
+
+        Returns:
+          Items int32 [S, M] and float32 [S, M], see `scorers.session_shifts`.
+        """
+        parts = [self._shifts(self._weights, _filled(part)) for part in _calls(rows)]
+        if parts[0] is None:
+            return None
+        return tuple(np.concatenate(x)[:len(rows)] for x in zip(*parts, strict=True))
 
     def add_items(self, items: Sequence[dict]) -> np.ndarray:
         """Add new items to the catalogue without training; they are recommended from then on.
