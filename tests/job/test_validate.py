@@ -131,7 +131,8 @@ def test_trained_baselines_without_rows_are_left_out_by_name():
     c.data.features, c.model.recommend, made = 'file', 'given', {'given': None, 'warm': None}
     validate.check_inputs(c, ('recommend',), set())
     job_ = SimpleNamespace(config=c, encoders={}, catalogue=made)
-    assert recommenders.left_out(job_) == ['knowledge_only (reads k)',
-                                           'true_attributes (reads true)']
+    assert recommenders.left_out(job_) == [
+        'knowledge_only (reads k)', 'lexical_only (reads lexical)', 'true_attributes (reads true)']
     job_.encoders = {'knowledge': None, 'joint': None}
-    assert recommenders.left_out(job_) == ['true_attributes (reads true)']
+    assert recommenders.left_out(job_) == ['lexical_only (reads lexical)',
+                                           'true_attributes (reads true)']
