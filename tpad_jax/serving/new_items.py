@@ -65,7 +65,7 @@ class Reader:
         self._specs = tuple(artifact.spec_of(about, i, loaded.module)
                             for i in range(len(served.specs)))
         self._side, self._length = loaded.image_size, mllm['text_length']
-        self._tokenizer = (served.directory / artifact.TOKENIZER if mllm['tokenizer']
+        self._tokenizer = (served.directory / artifact.TOKENIZER if mllm['tokenizer'] == 'own'
                            else loaded.directory)
         params = load_file(served.directory / artifact.READER)
         if not any(path.startswith('base/') for path in params):
