@@ -27,6 +27,8 @@ from tpad_jax.features import store
 from tpad_jax.models import readers, tpad
 
 ROWS = 120  # items per compiled call; the last call of a part is padded
+BLIND = 120  # so many items without a picture are read by themselves, whatever `rows` is: a store
+# is resumed with the same parts
 PART = 16 * ROWS  # items per file of an unfinished store
 AHEAD = 2  # calls whose contents are gathered while another computes
 LARGE = 1 << 24  # bytes from which the digest of an array is computed on its device
@@ -42,26 +44,25 @@ def reads(spec: tpad.TPAD) -> dict[str, tuple[str, ...]]:
             'r': ('base', 'knowledge', 'adapter', distil)}
 
 
-def buckets(tokens: np.ndarray, part: int, has_image: np.ndarray,
-            rows: int) -> list[tuple[int, bool, np.ndarray]]:
+def buckets(tokens: np.ndarray, part: int, has_image: np.ndarray
+            ) -> list[tuple[int, bool, np.ndarray]]:
     """Group items 1..V by what they are read with: the number of tokens, and whether a picture.
 
     The lengths are quarters of T in multiples of 8. A bucket that does not fill a part joins the
-    next longer one, and items without a picture that do not fill a call join those with one. That
-    costs less than another compilation.
+    next longer one, and fewer than BLIND items without a picture join those with one. That costs
+    less than another compilation.
 
     Args:
       tokens: int32 [V+1, T]. -1 is padding.
       part: items per file.
       has_image: bool [V+1].
-      rows: items per call.
 
     Returns:
       [(length, whether there are pictures, ids int64 [.])], the longest text in the last.
     """
     blind = np.flatnonzero(~has_image[1:]) + 1
     seen = has_image.any()
-    if seen and rows <= len(blind):
+    if seen and len(blind) >= BLIND:
         return sorted(((length, pictures, ids[lengths]) for pictures, ids in (
             (False, blind), (True, np.flatnonzero(has_image)))
             for length, lengths in _lengths(tokens[ids], part)), key=lambda group: group[0])
@@ -108,7 +109,7 @@ class Encoder:
         shards = self._devices.shards
         self._rows = -(-min(rows, max(1, len(content.tokens) - 1)) // shards) * shards
         self._parts = [(kind, ids[begin:begin + part]) for *kind, ids in buckets(
-            content.tokens, part, content.has_image & (content.image.shape[1] > 0), self._rows)
+            content.tokens, part, content.has_image & (content.image.shape[1] > 0))
             for begin in range(0, len(ids), part)]
         self._everywhere = self._devices.shardings(0)
         self._read = compiled(self._encode, precision=self._devices.precision)
