@@ -130,7 +130,7 @@ def read(path: str | Path) -> Run:
 
     rows = np.size(arrays['target']),
     items = int(check('items', (), 1))
-    session, target = check('session', rows, 0), check('target', rows, 1, items)
+    session, target = check('session', rows, 0), check('target', rows, 0, items)
     features, gains, ranks = part(ROW), part(METRIC), {}
     for name in features:
         check(ROW + name, rows, 0)
@@ -139,7 +139,8 @@ def read(path: str | Path) -> Run:
                   f'{file}: {METRIC}{name} is not {AT} finite numbers. {_AGAIN}')
     for name in (n.removesuffix('/above') for n in arrays if n.endswith('/above')):
         above = check(f'{name}/above', rows, 0)
-        ranks[name] = above, check(f'{name}/equal', rows, 1, items - above)
+        most = np.where(target > 0, items - above, 1)  # a target that is not ranked is below all
+        ranks[name] = above, check(f'{name}/equal', rows, 1, most)
     return Run(file.parent, session, target, str(arrays['fingerprint']), items, features, ranks,
                {**BUILT_IN, **gains})
 
