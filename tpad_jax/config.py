@@ -119,7 +119,7 @@ def tiny(c: ConfigDict) -> None:
         'stage.joint.refresh_every': 3, 'diagnostics': 32} | {
             key: 16 for key, _ in flat(c) if key.endswith('.batch_size')})
     # each baseline has a step to compile
-    c.rivals = {name: entry for name, entry in c.rivals.items()
+    c.rivals = {name: entry for name, entry in c.to_dict()['rivals'].items()
                 if name not in ('knowledge_only', 'true_attributes')}
 
 

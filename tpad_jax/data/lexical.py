@@ -19,7 +19,7 @@ def wanted(config, planted: bool) -> bool:
     Args:
       config: of the run.
       planted: whether the catalogue is the planted one. Its texts are made from attributes, which
-        the trained baseline true_attributes reads itself; so words are no control there.
+        the trained baseline true_attributes reads directly.
     """
     return not planted and any('lexical' in names(x.recommend) for x in config.rivals.values())
 

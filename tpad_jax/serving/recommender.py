@@ -237,7 +237,8 @@ class Recommender:
         parts = [self._shifts(self._weights, _filled(part)) for part in _calls(rows)]
         if parts[0] is None:
             return None
-        return tuple(np.concatenate(x)[:len(rows)] for x in zip(*parts, strict=True))
+        items, shifts = (np.concatenate(x)[:len(rows)] for x in zip(*parts, strict=True))
+        return items, shifts
 
     def add_items(self, items: Sequence[dict]) -> np.ndarray:
         """Add new items to the catalogue without training; they are recommended from then on.
