@@ -27,8 +27,8 @@ from tpad_jax.features import store
 from tpad_jax.models import readers, tpad
 
 ROWS = 120  # items per compiled call; the last call of a part is padded
-BLIND = 120  # so many items without a picture have calls to themselves; independent of `rows`, so a store
-# resumes with the same parts
+BLIND = 120  # items without a picture from which on they have calls to themselves. It does not
+# depend on `rows`, so a store resumes with the same parts
 PART = 16 * ROWS  # items per file of an unfinished store
 AHEAD = 2  # calls whose contents are gathered while another computes
 LARGE = 1 << 24  # bytes from which the digest of an array is computed on its device
