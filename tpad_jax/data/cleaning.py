@@ -49,7 +49,7 @@ _CODE = re.compile('|'.join((
     r'\{ ?[a-z]+-[a-z-]+ ?: ?[^{};:]{1,60}[;}]',
     r'\b(?:margin|padding) ?: ?(?:0|auto|[\d.]+px)[\w %.]{0,40};',
     r'\b(?:h[1-6]|body|html|p|a|ul|li|div|span|table|td|img) ?\{ ?[a-z-]+ ?:',
-    r'\b[a-z]+ ?: ?-?[\d.]+(?:px|em|rem|pt|%)?(?: ?!important)? ?[;}]'
+    r'\b[a-z]+ ?: ?-?[\d.]+(?:(?:px|em|rem|pt)(?: ?!important)?| ?!important) ?[;}]'
     r' ?(?:[a-z-]+ ?: ?[^;]{1,60};|\})',
     # data and templates
     r'\{ ?"[\w@$-]+" ?:', r'\{\{[^{}]{0,99}\}\}', r'\$\{[\w.$]+\}',
@@ -87,5 +87,6 @@ def clean(text: str) -> str:
     debris = (
         (kept != lines and len(names) < ENOUGH and 2 * len(words) < sum(map(len, lines)))
         or words in _PLACEHOLDERS or _REST.fullmatch(words) or not any(map(str.isalnum, words))
-        or (all(map(_CLASS_NAME.fullmatch, names)) and (len(names) > 1 or words[:2] == 'a-')))
+        or (all(map(_CLASS_NAME.fullmatch, names)) and words.count('-') > 1
+            and any(name.startswith('a-') for name in names)))
     return '' if debris else words

@@ -41,6 +41,7 @@ def rows(texts: Sequence[str], seed: int) -> np.ndarray:
     words = TfidfVectorizer(sublinear_tf=True, max_features=MAX_WORDS, dtype=np.float32)
     if any(map(words.build_analyzer(), texts)):
         table = words.fit_transform(texts)
-        found = TruncatedSVD(min(WIDTH, *table.shape), random_state=seed).fit_transform(table)
+        found = table.toarray() if table.shape[1] < 2 else TruncatedSVD(
+            min(WIDTH, *table.shape), random_state=seed).fit_transform(table)
         out[:, :found.shape[1]] = found
     return out

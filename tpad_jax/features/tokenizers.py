@@ -57,7 +57,8 @@ def fitted(config, texts: list[str], shipped: Path, own: Path, reads: bool = Tru
     where, (tokens, words) = shipped, counts(some, shipped)
     if c.tokenizer == 'own' or (auto and tokens.sum() > MANY * words.sum()):
         where = own
-        text.train_tokenizer(texts[1:], own, c.own.vocab)
+        if not (own / 'tokenizer.json').is_file():  # that of an earlier sitting stays
+            text.train_tokenizer(texts[1:], own, c.own.vocab)
         tokens, words = counts(some, own)
         length = 8 * int(np.ceil(np.quantile(tokens, FITTING) / 8))
         changes = {'mllm.text_length': min(max(c.text_length, length), c.own.text_length),
@@ -87,19 +88,18 @@ def check_different(texts: list[str], tokens: np.ndarray, has_image: np.ndarray,
     Args:
       texts: V + 1 texts; [0] is ''.
       tokens: int32 [V + 1, T].
-      has_image: bool [V + 1]. A catalogue of pictures may have no texts at all.
+      has_image: bool [V + 1]. With pictures, items may differ although their texts do not.
       where: directory of the tokenizer.
 
     Raises:
       InputError: all items have the same tokens.
     """
     equal = len(tokens) > 2 and (tokens[1:] == tokens[1]).all()
-    if equal and not ((tokens < 0).all() and has_image.any()):
-        refuse_if(True, f'all {len(texts) - 1} items have the same text for the tokenizer in '
-                  f'{where}, cut at {tokens.shape[1]} tokens: {texts[1][:80]!r} (there are '
-                  f'{len(set(texts[1:]))} different texts). Expected texts that differ, because '
-                  'features are read from them. Fix: name other fields (config.data.words), raise '
-                  'config.mllm.text_length, or leave out the stages that read texts.')
+    refuse_if(equal and not has_image.any(), f'all {len(texts) - 1} items have the same text for '
+              f'the tokenizer in {where}, cut at {tokens.shape[1]} tokens: {texts[1][:80]!r} '
+              f'(there are {len(set(texts[1:]))} different texts). Expected texts that differ, because '
+              'features are read from them. Fix: name other fields (config.data.words), raise '
+              'config.mllm.text_length, or leave out the stages that read texts.')
 
 
 def check_rows(name: str, rows, source: str) -> None:

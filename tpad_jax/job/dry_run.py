@@ -12,9 +12,11 @@ from tpad_jax.config import MAKES
 from tpad_jax.data import audit, sources
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.untrusted import reasons
+from tpad_jax.features import bases, tokenizers
 from tpad_jax.job import memory_plan
 from tpad_jax.job.results import choices_of
 from tpad_jax.job.validate import check, check_inputs
+from tpad_jax.training import length
 
 EXAMPLES = 3  # items and sessions that are printed
 WIDTH = 90  # characters of a printed value
@@ -40,7 +42,11 @@ def lines(config) -> list[str]:
     check_inputs(config, stages, set())
     with tempfile.TemporaryDirectory() as folder:
         data = sources.load(config, Path(folder))
-        examples = _examples(data)
+        examples, config = _examples(data), length.of_data(config, data.train)
+        if source.content:  # a trained tokenizer changes the steps
+            config, *_ = tokenizers.fitted(
+                config, data.texts, bases.read(config, bool(data.has_image.any())).directory,
+                Path(folder) / 'tokenizer', reads=bool(MAKES.keys() & set(stages)))
     out = [f'data: {sources.origin(config)} ({data.form})']
     out += [f'column: {line}' for line in source.columns(config)]
     counts = {'rejected': {}, 'unused': {}, **data.lines}

@@ -140,7 +140,7 @@ class Job:
             self.catalogue['given'] = jnp.asarray(features.rows)
             tokenizers.check_rows('given', self.catalogue['given'], f'{c.data.features}. Fix: '
                                   'compute the features again.')
-        if lexical.wanted(c, self.planted is not None):
+        if 'recommend' in stages and lexical.wanted(c, self.planted is not None):
             self.catalogue['lexical'] = jnp.asarray(lexical.rows(data.texts, c.seed))
         if self.planted is not None:
             self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)

@@ -102,7 +102,7 @@ def write(job, name: str, scores) -> None:
         'words': list(names(c.data.words)) if c.data.ready else list(WORDS),
         'mllm': _located(c.mllm.to_dict()) if content else None,
         'base': job.base.fingerprint if content else None,
-        'pictures': content and job.base.image_size > 0,
+        'pictures': content and job.content.image.shape[1] > 0,
         'raw': content and bound.specs[0].knowledge.raw,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
         'digests': {name: files.sha256(directory / name) for name in (MODEL, READER, ITEMS)}}

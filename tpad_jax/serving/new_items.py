@@ -64,7 +64,8 @@ class Reader:
                   'run. Fix: give its directory, base=DIR')
         self._specs = tuple(artifact.spec_of(about, i, loaded.module)
                             for i in range(len(served.specs)))
-        self._side, self._length = loaded.image_size, mllm['text_length']
+        self._side = loaded.image_size if about.get('pictures', True) else 0
+        self._length = mllm['text_length']
         self._tokenizer = (served.directory / artifact.TOKENIZER if mllm['tokenizer'] == 'own'
                            else loaded.directory)
         params = load_file(served.directory / artifact.READER)

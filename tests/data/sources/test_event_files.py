@@ -70,7 +70,7 @@ def floats(column):
 
 @pytest.mark.parametrize('form', [
     dict(separator=';', encoding='utf-8-sig', end='\r\n'), dict(separator='\t', pack=gzip.compress),
-    dict(separator='|', encoding='cp1252')], ids=str)
+    dict(separator='|', encoding='cp1252')], ids=['semicolon, BOM', 'tab, gz', 'bar, cp1252'])
 def test_one_content_in_every_form(tmp_path, form):
     expected = load(tmp_path)
     assert expected.train.items.reshape(-1, 3).tolist() == [

@@ -95,7 +95,11 @@ def selected(config) -> str:
     options = ' and '.join(f'config.data.{option}={value!r}' for option, value in values.items())
     refuse_if(len(names) > 1, f'{options} name two sources of sessions. Expected one. Fix: leave '
               'the others empty.')
-    return next(iter(names), DEFAULT)
+    name = next(iter(names), DEFAULT)
+    refuse_if(config.data.get('item_file') and name != 'event_file', f'config.data.item_file='
+              f'{config.data.get("item_file")!r}: there is no file of events. Expected both. Fix: '
+              'set config.data.event_file.')
+    return name
 
 
 def chosen(config) -> Source:

@@ -226,9 +226,9 @@ def _pictures(file: Path, items: dict[str, tuple], unused: Counter) -> dict[str,
     pictures = {}
     for item, (*_, name) in items.items():
         if name and not _URL.match(name):
-            path = file.parent / name
-            why = (images.unusable(path, file.parent) if path.exists()
-                   else Reason(images.NOT_THERE))
+            path, why = file.parent / name, Reason(images.NOT_THERE)
+            with contextlib.suppress(OSError):  # a name may be too long for the file system
+                why = images.unusable(path, file.parent) if path.exists() else why
             unused[why] += why is not None
             if why is None:
                 pictures[item] = str(path)
@@ -258,13 +258,13 @@ def _events(rows: Rows, columns: dict[str, str], asins: pl.Series, kinds: tuple[
     exact = {asin: place for place, asin in enumerate(asins, start=1)}
     times_used = Counter(map(_number, exact))
     by_number = {_number(asin): place for asin, place in exact.items()
-                 if times_used[_number(asin)] == 1}
-    groups, known_kinds, unit = {}, {}, ''
+                 if _number(asin) and times_used[_number(asin)] == 1}
+    groups, known_kinds, unit, users = {}, {}, '', {}
     user, item, time, kind = array('q'), array('i'), array('q'), array('i')
     for row in rows:
         event = _event(row, columns, kinds)
         if not isinstance(event, Reason):
-            who, name, when, its_unit, its_kind = event
+            who, its_user, name, when, its_unit, its_kind = event
             unit = unit or its_unit
             place = exact.get(name) or by_number.get(_number(name))
             if its_unit != unit:  # a file has one unit, that of its first usable row
@@ -276,14 +276,15 @@ def _events(rows: Rows, columns: dict[str, str], asins: pl.Series, kinds: tuple[
             continue
         unused['id_matched_as_a_number'] += name not in exact
         user.append(groups.setdefault(who, len(groups)))
+        users[who] = users.get(who) or its_user  # the first name: a guest may sign in
         item.append(place)
         time.append(when)
         kind.append(known_kinds.setdefault(its_kind, len(known_kinds)))
     # numbered by sorted names, so that no number depends on the order of lines
     number, kind_number = (np.argsort(np.array([seen[name] for name in sorted(seen)], int))
                            for seen in (groups, known_kinds))
-    visitors = {name: place for place, name in enumerate(sorted({who[1] for who in groups} - {''}))}
-    visitor = np.array([visitors.get(name, -1) for _, name in sorted(groups)], int)
+    visitors = {name: place for place, name in enumerate(sorted({*users.values()} - {''}))}
+    visitor = np.array([visitors.get(users[who], -1) for who in sorted(groups)], int)
     table = pl.DataFrame({'user': number[user], 'item': np.asarray(item), 'time': np.asarray(time),
                           'kind': kind_number[kind], 'visitor': visitor[number[user]]})
     every = ['user', 'time', 'item', 'kind']
@@ -294,7 +295,10 @@ def _events(rows: Rows, columns: dict[str, str], asins: pl.Series, kinds: tuple[
 
 
 def _event(row: dict, columns: dict[str, str], kinds: tuple[str, ...]) -> tuple | Reason:
-    """-> session and user, item, milliseconds, unit and kind, or why the row cannot be used."""
+    """-> session, user, item, milliseconds, unit and kind, or why the row cannot be used.
+
+    Without a session column the user is the session, which is cut by time.
+    """
     ids = {key: id_of(row[columns[key]]) for key in ('item', 'session', 'user') if key in columns}
     cell = text_of(row[columns['time']])
     needed = {'item': ids['item'], 'time': cell,
@@ -311,7 +315,8 @@ def _event(row: dict, columns: dict[str, str], kinds: tuple[str, ...]) -> tuple 
     when, unit = time_of(cell)
     if when is None:
         return Reason('bad_time')
-    return (ids.get('session', ''), ids.get('user', '')), ids['item'], when, unit, kind
+    user = ids.get('user', '')
+    return ids.get('session', user), user, ids['item'], when, unit, kind
 
 
 def _number(name: str) -> str:

@@ -165,6 +165,8 @@ def _plain(column: pa.Array) -> list:
 
 def text_of(value) -> str:
     """Read a cell as text: numbers without a fraction have no point, and no value is ''."""
+    if isinstance(value, list):
+        return ', '.join(filter(None, map(text_of, value)))
     if isinstance(value, bytes):
         value = value.decode(errors='replace')
     if isinstance(value, float) and value.is_integer():
