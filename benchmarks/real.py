@@ -2,10 +2,10 @@
 
 Nothing is tuned per data set, and all items are ranked (config.data.catalogue=all). Each cell is
 one run of launch.py in a workdir of its own, so a stopped benchmark resumes where it was; sets
-without a directory are skipped. Prints hit@20, mrr@20 and nll of every model on the test rows,
-means over the seeds, and the paired difference of TPAD and each other model with its interval and
-the p-value over sessions, corrected over the whole table (Holm). Writes them to
-benchmarks/real.json.
+without a directory are skipped, and --planted= skips the planted ones. Prints hit@20, mrr@20 and
+nll of every model on the test rows, means over the seeds, and the paired difference of TPAD and
+each other model with its interval and the p-value over sessions, corrected over the whole table
+(Holm). Writes them to benchmarks/real.json.
 
     --gift=DIR      raw Amazon files        --office=DIR    sessions.npz and items.jsonl.gz
     --films=DIR     the same, with images   --sessions=DIR  diginetica.npz and others
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
@@ -95,7 +96,7 @@ def show(name: str, cell: dict) -> Table:
         table.add_column(head, justify='left' if head == 'model' else 'right', no_wrap=True)
     for model, values in cell['models'].items():
         row = [f'{100 * sum(values[m]) / len(values[m]):.2f}' for m in METRICS]
-        row.append(f'{sum(values["nll"]) / len(values["nll"]):.3f}')
+        row.append('-' if None in values['nll'] else f'{np.mean(values["nll"]):.3f}')
         for gap in values.get('tpad_minus_it', {}).values():
             low, high = (100 * edge for edge in gap['difference_interval'])
             row.append(f'{100 * gap["difference"]:+.2f} [{low:+.2f}, {high:+.2f}] '

@@ -22,6 +22,7 @@ from tpad_jax.models import experts
 
 CELLS = 2**22  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
 ROWS, LEAST = 256, 512  # rows at a time
+PART = 2**14  # items at a time
 WIDTH = 64  # of an item's content; wider content is projected on its first principal components
 # Weight: its mean and standard deviation under the prior, its lowest value, and the expert or
 # remedy of config.experts that it belongs to, without which it is 0.
@@ -62,21 +63,22 @@ def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, orde
       Arrays of `item_graphs.rules`; 'centre' [D] and 'axes' [D, C], the projection of features on
       their first components; 'content' float32 [V+1, C]; 'next' [V+1, C], the content that follows.
     """
-    flat = np.zeros((num_items + 1, 1)) if features is None else np.asarray(features, np.float64)
+    flat = np.zeros((num_items + 1, 1)) if features is None else np.asarray(features, np.float32)
     flat = flat.reshape(num_items + 1, -1)
-    there = flat[flat.any(axis=1)]
-    centre, axes = there.mean(axis=0) if len(there) else flat[0], np.eye(flat.shape[1])
+    there = flat.any(axis=1)
+    centre, axes = flat.sum(axis=0) / max(there.sum(), 1), np.eye(flat.shape[1])
     if flat.shape[1] > WIDTH:
-        axes = np.linalg.eigh(np.cov(there, rowvar=False))[1][:, -WIDTH:]
+        parts = (flat[begin:begin + PART][there[begin:begin + PART]] - centre
+                 for begin in range(0, len(flat), PART))
+        axes = np.linalg.eigh(sum(part.T @ part for part in parts).astype(float))[1][:, -WIDTH:]
     basis = {'centre': centre.astype(np.float32), 'axes': axes.astype(np.float32)}
-    content = np.asarray(experts.projected(flat.astype(np.float32), basis))
+    content = np.asarray(experts.projected(flat, basis))
     follow = item_graphs.followers(train, num_items, 1)
-    pairs = follow.tocoo()
-    source, wanted, weight = content[pairs.row], content[pairs.col], pairs.data[:, None]
+    count, flow = follow.sum(axis=1)[:, None], follow @ content
     # an item with few followers borrows from a linear map of its content (ridge regression)
-    gram = source.T @ (weight * source) + 10 * np.eye(content.shape[1])
-    guess = content @ np.linalg.solve(gram, source.T @ (weight * wanted))
-    following = (follow @ content + 5 * guess) / (follow.sum(axis=1)[:, None] + 5)
+    gram = content.T @ (count * content) + 10 * np.eye(content.shape[1])
+    guess = content @ np.linalg.solve(gram, content.T @ flow)
+    following = (flow + 5 * guess) / (count + 5)
     return jax.device_put(item_graphs.rules(train, num_items, ordered=ordered) | basis | {
         'content': content, 'next': following.astype(np.float32)})
 

@@ -44,18 +44,19 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
     scores = np.concatenate([_shares(metrics.dense(part), rule) for _, part in
                              metrics.scored(scorer, rows.items, num_items)])
 
-    def loss(x):
-        power, floor = _exp(x)
-        return _nll(scores, rows.target, Calibration(power, floor if rule else None)).mean()
+    def known(x):
+        return Calibration(*map(float, np.exp(np.clip(x, -25, 25))))
 
-    found = scipy.optimize.minimize(loss, np.log([1.0, 0.1 / num_items]), method='Nelder-Mead',
-                                    options={'maxfev': 60})
-    power, floor = _exp(found.x)
-    return Calibration(float(power), float(floor) if rule else None)
+    begin = np.log([1.0, 0.1 / num_items][:1 + rule])  # the floor is searched for a rule alone
+    corners = begin + np.diag([-1.0, -3.0][:1 + rule])
+    found = scipy.optimize.minimize(
+        lambda x: _nll(scores, rows.target, known(x)).mean(), begin, method='Nelder-Mead',
+        options={'maxfev': 60 * (1 + rule), 'initial_simplex': np.vstack([begin, corners])})
+    return known(found.x)
 
 
 def nll(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibration, *,
-        seed: int = 0) -> float:
+        seed: int = 0) -> float | None:
     """Compute the mean negative log-likelihood of targets over the whole catalogue, in nats.
 
     Args:
@@ -64,17 +65,18 @@ def nll(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibra
       num_items: V.
       calibration: of `calibrate`.
       seed: of the sample of rows.
+
+    Returns:
+      The mean; None without a ranked target.
     """
     ranked = Rows(*(array[rows.target > 0] for array in rows))
+    if not len(ranked.target):
+        return None
     rows = _drawn(ranked, max(64, CELLS // num_items), seed)
     return float(np.concatenate([
         _nll(_shares(metrics.dense(scores), calibration.floor is not None), rows.target[part],
              calibration)
         for part, scores in metrics.scored(scorer, rows.items, num_items)]).mean())
-
-
-def _exp(x):
-    return np.exp(np.clip(x, -25, 25))
 
 
 def _drawn(rows, most, seed):

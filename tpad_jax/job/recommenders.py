@@ -186,7 +186,7 @@ class Recommenders:
 
 def _tables(job):
     """Count the tables of the experts on the sessions that a job's model was trained on."""
-    rows = next((job.catalogue[name] for name in ('given', 'k') if name in job.catalogue), None)
+    rows = job.catalogue.get('given' if 'given' in job.spec.recommend else 'k')
     train = job.final.train
     ordered = len(np.unique(train.start)) > 1 if job.source.timed else job.config.data.ordered
     return experts.tables(train, job.data.num_items, rows, ordered=ordered)
@@ -269,6 +269,6 @@ def _scorer(members, mixture=None):
 
 def _valid(members, name):
     """Return the validation metrics of one recommender, or measure those of a sum."""
-    if len(members) == 1:
+    if len(members) == 1 and members[0].record['valid'] is not None:
         return members[0].record['valid']
     return validated(_scorer(members), members[0], name)

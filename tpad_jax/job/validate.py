@@ -40,6 +40,8 @@ def check(config, among=None) -> tuple[str, ...]:
         refuse_if(missing, f'config.losses.{name} has no {" and no ".join(missing)}. Expected fn, '
                   'weight and stages')
     for name, baseline in config.rivals.items():
+        refuse_if(name.startswith('tpad') or name in ('experts_only', 'id_only_experts'),
+                  f'config.rivals.{name}: another model of the run has this name. Fix: rename it.')
         refuse_if(not {'recommend'} <= set(baseline) <= set(IDENTITY), f'config.rivals.{name} sets '
                   f'{", ".join(baseline)}. Expected recommend, and of use_id, use_side any')
     ranges.check(config)

@@ -110,7 +110,8 @@ class Reader:
         recommenders, rules = recommenders
         rows, reads = {}, {'k': partial(readers.read_items, adapter='knowledge'),
                            'r': readers.distil_items}
-        for name in self._rows | ({'k'} if rules else set()):
+        mixed = rules is not None and len(rules['tables']['axes']) > 1  # else without content
+        for name in self._rows | ({'k'} if mixed else set()):
             rows[name] = reads[name](self._specs[0], params, image=image, has_image=seen,
                                      tokens=tokens).astype(jnp.float32)
         ids = jnp.zeros(len(image), jnp.int32)  # the cold items' shared embedding
@@ -121,7 +122,8 @@ class Reader:
                                   jnp.zeros(len(ids), bool), features, side)
             parts.append(tpad.unit(z) if spec.normalise else z)
         if rules is not None:  # an item without training events
-            content = experts.projected(rows['k'].reshape(len(ids), -1), rules['tables'])
+            content = experts.projected(rows['k'].reshape(len(ids), -1) if mixed else
+                                        jnp.zeros((len(ids), 1)), rules['tables'])
             parts.append(experts.item_columns(rules['weights'], content, jnp.zeros(len(ids))))
         return jnp.concatenate(parts, axis=1)
 

@@ -206,8 +206,8 @@ class Recommender:
     def embed_sessions(self, sessions: Sequence[Sequence[str]]) -> np.ndarray:
         """Return session vectors h float32 [S, D], temperature included; NaN for an empty session.
 
-        With config.model.repeats or .together the scores of some items also get a shift, which no
-        product of vectors contains.
+        The rules of experts, config.model.repeats and .together also shift the scores of some
+        items, which no product of vectors contains; see `shifts`.
 
         Args:
           sessions: S lists of item ids.
