@@ -97,7 +97,7 @@ def check_different(texts: list[str], tokens: np.ndarray, has_image: np.ndarray,
     equal = len(tokens) > 2 and (tokens[1:] == tokens[1]).all()
     refuse_if(equal and not has_image.any(), f'all {len(texts) - 1} items have the same text for '
               f'the tokenizer in {where}, cut at {tokens.shape[1]} tokens: {texts[1][:80]!r} '
-              f'(there are {len(set(texts[1:]))} different texts). Expected texts that differ. Fix: '
+              f'(there are {len(set(texts[1:]))} different ones). Expected texts that differ. Fix: '
               'name other fields (config.data.words), raise config.mllm.text_length, or leave out '
               'the stages that read texts.')
 
