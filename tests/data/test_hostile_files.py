@@ -89,8 +89,8 @@ def test_absurd_fields_of_an_item_are_words_or_nothing(tmp_path):
         b'{"item": 4, "title": "&#%s; \\ud800", "image": "4.png"}' % (b'9' * 5000)])
     (folder / 'images').mkdir()
     data = load(folder)
-    assert data.titles == ['', '', '', 'inf -1 True x', '\ufffd']
-    assert data.lines['unused'] == {'image_not_there': 4}
+    assert data.titles == ['', '', '', 'inf -1 True x', '']
+    assert data.lines['unused'] == {'image_not_there': 4, 'title_page_code': 1}
 
 
 def test_pictures_of_a_folder_are_read_inside_it_alone(tmp_path):

@@ -77,7 +77,7 @@ def test_all_stages(tmp_path):
     """Knowledge is trained below. Stage joint trains r, as the test of LLaVA does in transfer."""
     directory = tiny_hf.save('qwen3_vl', tmp_path / 'checkpoint')
     c = config(directory, 64, 'knowledge,transfer,joint', ('gen_transfer', 'distil', 'next_item'))
-    c.stage.knowledge.steps = 0
+    c.stage.knowledge.steps, c.model.features, c.mllm.pooling = 0, 48, 'last'  # its states are k
     c.stage.transfer.weights.distil = 0.0
     c.stage.joint.weights.gen_transfer = 0.0
     found = job.run(c, tmp_path / 'run')

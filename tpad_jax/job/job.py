@@ -391,7 +391,7 @@ def _run_stages(job, stages, until):
             company.take_own()
         elif stage == 'joint':
             joint = copy.copy(job)
-    scorers, chosen, facts = company.finish(joint) if trains else ({}, {}, {})
+    scorers, chosen, facts = company.finish(joint) if trains or joint else ({}, {}, {})
     job.background.results(job.looks)
     if tuning is None:
         tuning = job.background.submit(tune(False))

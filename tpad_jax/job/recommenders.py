@@ -126,25 +126,24 @@ class Recommenders:
           and calibrations.
         """
         job, c, background = self._job, self._job.config, self._job.background
-        own = [self._own]
+        own = [] if self._own is None else [self._own]  # none without stage recommend
         if self._partner is not None:
             own += background.results([self._partner])
-        if job.content is not None:
-            groups = {OWN: own}
-        else:
-            groups = {NAME: own} if c.partner else {}
-        if c.partner or job.content is None:
+        groups = {}
+        if own and (job.content is not None or c.partner):
+            groups = {NAME if job.content is None else OWN: own}
+        if own and (c.partner or job.content is None):
             encoders = [member.config.model.encoder for member in own]
             if encoders[1:] == encoders[:1]:
                 encoders[1] += '_partner'
             groups |= {name: [member] for name, member in zip(encoders, own, strict=True)}
         trained = dict(zip(
             self._tasks, background.results(self._tasks.values(), help_others=True), strict=True))
-        for name in self._rivals:
+        for name in self._rivals if own else ():
             groups[name] = [trained[f'{name}_partner' if i else name] for i in range(len(own))]
-        served = next(iter(groups))
         if joint is not None:
             groups['tpad_joint'] = [joint]
+        served = next(iter(groups))
         chosen = {name: _valid(members, name) for name, members in groups.items()}
         if joint is not None:
             served = max((served, 'tpad_joint'), key=lambda name: chosen[name]['hit@20'])
