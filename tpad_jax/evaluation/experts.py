@@ -1,11 +1,11 @@
 """Fits the weights of the experts by the likelihood of validation [ours].
 
-A fit has a dozen numbers. They maximise the log-likelihood of the validation rows' targets over the
-whole catalogue plus a normal prior. Its means are values that suit many catalogues and trust the
-rules more than the recommender, so rules decide where validation is small.
+A fit has the few numbers of WEIGHTS. They maximise the log-likelihood of the validation rows'
+targets over the whole catalogue plus a normal prior. Its means are values that suit many catalogues
+and trust the rules more than the recommender, so rules decide where validation is small.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from typing import NamedTuple
 
@@ -75,7 +75,8 @@ def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, orde
     content = np.asarray(experts.projected(flat, basis))
     follow = item_graphs.followers(train, num_items, 1)
     count, flow = follow.sum(axis=1)[:, None], follow @ content
-    # an item with few followers borrows from a linear map of its content (ridge regression)
+    # An item with few followers borrows from a linear map of its content, a ridge regression. The
+    # map weighs as much as five transitions of the item, its penalty as ten transitions.
     gram = content.T @ (count * content) + 10 * np.eye(content.shape[1])
     guess = content @ np.linalg.solve(gram, content.T @ flow)
     following = (flow + 5 * guess) / (count + 5)
@@ -106,12 +107,12 @@ def mixture(fit: Fit, table: dict) -> tuple[dict, jnp.ndarray]:
     return {'weights': weights, 'tables': read}, columns
 
 
-def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...], *, seed: int = 0
+def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, seed: int = 0
         ) -> Fit:
     """Fit the weights on validation.
 
     Args:
-      model: scorer of a recommender that was not trained on validation; None: rules only.
+      model: scorer of a recommender that was not trained on validation.
       table: of `tables`, counted on the training sessions alone.
       valid: validation rows.
       names: of NAMES, those that count.
@@ -129,18 +130,16 @@ def fit(model: Callable | None, table: dict, valid: Rows, names: tuple[str, ...]
         empty = ~shares.any(axis=-1)
         order = np.argsort(empty, axis=-1, kind='stable')
         widest = max(widest, (~empty).sum(axis=-1).max())
-        scores = np.zeros((ROWS, 1), np.float32) if model is None else np.asarray(model(items))
+        scores = np.asarray(model(items))
         parts.append([items, valid.target[filled[part]], counts[part],
-                      scores - scores[:, 1:].mean(axis=1, keepdims=True)
-                      if model is not None else scores,
+                      scores - scores[:, 1:].mean(axis=1, keepdims=True),
                       np.take_along_axis(ids, order, axis=1),
                       np.take_along_axis(shares, order[..., None], axis=1)])
     widest = -(-widest // 128) * 128  # the same shape for several fits
     parts = jax.device_put([[*part, ids[:, :widest], shares[:, :widest]]
                             for *part, ids, shares in parts])
     mean, spread, low = (np.array([x[i] for x in WEIGHTS.values()]) for i in range(3))
-    off = np.array([x[3] not in names or (x[3] == 'model' and model is None)
-                    for x in WEIGHTS.values()])
+    off = np.array([x[3] not in names for x in WEIGHTS.values()])
 
     def objective(values):
         """Return the negative log-likelihood plus the prior's, and the gradient."""

@@ -165,7 +165,7 @@ class Recommenders:
         if c.refit:
             chosen |= {name: validated(_scorer(mixtures[name][0], experts.mixture(fit, table)), job,
                                        name) for name, fit in fits.items()}
-        if c.refit:  # after all of them: they validate on what it trains on
+            # after all of them: they validate on what it trains on
             everyone = dict(zip(('recommend', 'partner'), own, strict=False)) | trained
             for member in everyone.values():
                 member.count_both()
