@@ -165,8 +165,11 @@ def data() -> ConfigDict:
         # another format or half a download
         bad_share=0.05,
         # the planted catalogue (data/synthetic/planted.py): items, sessions of each part, and the
-        # standard deviation of pixel noise in 0..1. `core`, `valid` and `test` do not apply to it
-        planted=dict(seed=0, items=600, train=6000, valid=400, test=1200, noise=0.12),
+        # standard deviation of pixel noise in 0..1. `core`, `valid` and `test` do not apply to it.
+        # law_seed: of what follows what; None: seed. Two seeds with one law_seed are two catalogues
+        # in which the same attributes follow each other
+        planted=dict(seed=0, law_seed=placeholder(int), items=600, train=6000, valid=400, test=1200,
+                     noise=0.12),
     ))
 
 

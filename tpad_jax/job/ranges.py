@@ -104,6 +104,7 @@ COUNT, COUNT_OR_NONE = number(1, INT32, whole=True), number(0, INT32, whole=True
 RULES = {key: rule for rule, keys in (
     # one seed more would repeat the stream of seed 0: keys of jax are made from 32 bits
     (number(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
+    (number(0, 2**32 - 1, whole=True, optional=True), 'data.planted.law_seed'),
     (COUNT, 'save_every log_every model_shards search.trials data.core data.min_length '
      'mllm.own.steps mllm.encode_rows mllm.encode_part stage.*.batch_size stage.*.accumulate '
      'losses.*.samples losses.*.widths data.planted.train data.planted.valid data.planted.test'),

@@ -58,6 +58,26 @@ def test_draw_keeps_the_definition():
     assert not np.array_equal(planted.attributes, planted_lib.draw(5, items=5000).attributes)
 
 
+def test_two_catalogues_of_one_law_have_other_items(tmp_path):
+    first, second = planted_lib.draw(4, 300), planted_lib.draw(5, 300, law_seed=4)
+    law = 'category_weights', 'next_style', 'next_colour'
+    for name in planted_lib.Planted._fields:
+        same = (getattr(first, name) == getattr(second, name)).all()
+        assert same == (name in law), name
+    oracles = [planted_lib.probabilities(planted_lib.draw(4, 300, law_seed), np.array([[1, 2, 0]]))
+               for law_seed in (None, 4, 5)]  # the oracle follows the law
+    assert (oracles[0] == oracles[1]).all()
+    assert abs(oracles[0] - oracles[2]).max() > 0.01
+    files = []
+    for law_seed in None, 4, 5:
+        directory = tmp_path / str(law_seed)
+        planted_lib.write(directory, seed=4, law_seed=law_seed, items=20, train=30, valid=2, test=2)
+        files.append({file.name: file.read_bytes() for file in directory.glob('*.json*')})
+    assert files[0] == files[1]
+    assert 'law_seed' not in json.loads(files[0].pop('planted.json'))
+    assert [name for name in files[0] if files[0][name] != files[2][name]] == ['Planted.jsonl']
+
+
 @pytest.mark.parametrize('warm_only', [False, True])
 def test_probabilities_are_the_definition(warm_only):
     planted = planted_lib.draw(0, items=90)

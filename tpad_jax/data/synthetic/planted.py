@@ -3,7 +3,8 @@
 `write` writes raw Amazon files in the 2023 form, which the ordinary pipeline reads. Everything is a
 pure function of the seed. The catalogue, its texts, its images and each split's sessions have
 separate random streams. So the same seed with fewer training sessions or more noise is the same
-world, tested on the same sessions.
+world, tested on the same sessions. Two seeds with one `law_seed` are two catalogues with other
+items, texts, pictures, popularity and sessions, in which the same attributes follow each other.
 """
 
 import json
@@ -26,7 +27,8 @@ COLD_SHARE, UNIFORM_SHARE, POPULARITY_SHARE = 0.15, 0.05, 0.05
 CATEGORY_WEIGHTS, OTHER_CATEGORY = (0.6, 0.3, 0.1), 1e-4
 BRAND_WEIGHT, SUCCESSOR_WEIGHT = 20.0, 5.0
 LENGTHS = (2, 8)  # both included
-SMALLEST = {'seed': 0, 'items': 2, 'train': 0, 'valid': 0, 'test': 0, 'noise': 0}  # of options
+SMALLEST = {'seed': 0, 'law_seed': 0, 'items': 2, 'train': 0, 'valid': 0, 'test': 0,
+            'noise': 0}  # of options
 
 _TRANSITIONS, _ITEMS, _TEXTS, _IMAGES = range(1, 5)
 _SPLITS = {'train': 5, 'valid': 6, 'test': 7}  # random stream of each
@@ -67,7 +69,7 @@ def _cycle(rng, size):
     return successor
 
 
-def draw(seed, items=600):
+def draw(seed, items=600, law_seed=None):
     """Draw the world of a seed.
 
     Attributes are independent and uniform, popularity is log-normal (sigma 0.5), and exactly
@@ -79,6 +81,7 @@ def draw(seed, items=600):
     Args:
       seed: of the world.
       items: V.
+      law_seed: of what follows what, the last three fields of the world. None: `seed`.
 
     Returns:
       The world.
@@ -86,8 +89,9 @@ def draw(seed, items=600):
     Raises:
       InputError: a negative seed or fewer than 2 items.
     """
-    _check(seed=seed, items=items)
-    rng = _stream(seed, _TRANSITIONS)
+    law_seed = seed if law_seed is None else law_seed
+    _check(seed=seed, law_seed=law_seed, items=items)
+    rng = _stream(law_seed, _TRANSITIONS)
     categories = len(wording.CATEGORIES)
     weights = np.full((categories, categories), OTHER_CATEGORY)
     for row in range(categories):
@@ -256,7 +260,8 @@ def _write_lines(path, records):
         file.writelines(json.dumps(record) + '\n' for record in records)
 
 
-def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=rendering.NOISE):
+def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=rendering.NOISE,
+          law_seed=None):
     """Write the planted catalogue as raw Amazon files of the 2023 form.
 
     - `Planted.jsonl`: events, 60 s apart, each session by another user; all training sessions, then
@@ -276,6 +281,7 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
       valid: number of validation sessions.
       test: number of test sessions.
       noise: standard deviation of the pixel noise in the range 0..1.
+      law_seed: see `draw`.
 
     Raises:
       InputError: the directory holds anything else, or an option is unusable.
@@ -283,10 +289,12 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
     raw_dir = Path(raw_dir)
     options = dict(seed=int(seed), items=int(items), train=int(train), valid=int(valid),
                    test=int(test), noise=float(noise))
+    if law_seed not in (None, seed):  # absent from the files of the usual catalogue
+        options['law_seed'] = int(law_seed)
     _check(**options)
     if _already_written(raw_dir, options):
         return
-    planted = draw(seed, items)
+    planted = draw(seed, items, law_seed)
     words = wording.texts(planted.attributes, _stream(seed, _TEXTS))
     images = rendering.render(planted.attributes, _stream(seed, _IMAGES), noise)
     sessions = np.concatenate([
@@ -341,4 +349,5 @@ def _sizes(config, _workdir):
 
 
 SOURCE = Source(load=_load, sizes=_sizes, longest=LENGTHS[1] - 1,
-                world=lambda config: draw(config.data.planted.seed, config.data.planted['items']))
+                world=lambda config: draw(config.data.planted.seed, config.data.planted['items'],
+                                        config.data.planted.law_seed))
