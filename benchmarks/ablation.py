@@ -226,18 +226,11 @@ def differences(cells: dict, name: str, reference: str) -> dict | None:
     return {**out, 'seeds': each}
 
 
-def holm(values: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979)."""
-    order, out, worst = sorted(range(len(values)), key=values.__getitem__), list(values), 0.0
-    for place, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(values) - place) * values[i]))
-        out[i] = worst
-    return out
-
-
 def show(study: str, size: int, console: Console) -> None:
     """The table of one size of a study."""
     from scipy.stats import ttest_1samp
+
+    from tpad_jax.evaluation.statistics import holm
 
     cells, names = read(study, size), STUDIES[study]['names']
     found = {name: differences(cells, name, names[0]) for name in names}

@@ -35,6 +35,7 @@ from scipy import stats
 
 from benchmarks.checkout import commit
 from tpad_jax.core import files
+from tpad_jax.evaluation import statistics
 from tpad_jax.mutual_information import estimator as mi
 
 FLAGS = flags.FLAGS
@@ -145,15 +146,6 @@ def plan():
             yield objective, data, width, nats, batch
 
 
-def holm(p, level):
-    """Which of the p-values are significant together (Holm 1979). bool, like p."""
-    order = np.argsort(p)
-    passed = np.asarray(p)[order] <= level / (len(p) - np.arange(len(p)))
-    out = np.zeros(len(p), bool)
-    out[order] = np.logical_and.accumulate(passed)
-    return out
-
-
 def judge(found):
     """Sentences on what has to hold, of the cells that are there."""
     split = {key: (*key.split()[:2], *(int(part.split('=')[1]) for part in key.split()[2:]))
@@ -161,7 +153,7 @@ def judge(found):
     lower = [key for key, (bound, *_) in split.items() if bound in mi.LOWER]
     z = [(found[k]['value'] - found[k]['truth']) / found[k]['error'] for k in lower]
     p = [stats.t.sf(x, found[k]['degrees']) for x, k in zip(z, lower, strict=True)]
-    above = [k for k, bad in zip(lower, holm(p, LEVEL), strict=True) if bad]
+    above = [k for k, q in zip(lower, statistics.holm(p), strict=True) if q <= LEVEL]
     highest = max(zip(z, lower, strict=True), default=(0, 'none'))
     yield (f'{len(lower)} cells of lower bounds: {len(above)} significantly above the truth '
            f'{above or ""}; the highest lies {highest[0]:+.1f} standard errors off '
