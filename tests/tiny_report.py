@@ -69,7 +69,7 @@ def fake_job(workdir, *, content=True, seed=0, name='tiny'):
                'text_length': 32, 'different': V},
         probabilities=truth if content else None, seconds={'recommend': 3.25, 'total': 7.5},
         spent={}, sitting={}, background=Background(0), pause=lambda: None,
-        devices=SimpleNamespace(shards=1))
+        devices=SimpleNamespace(shards=1), catalogue={})
 
 
 def scorer_of(salt):
@@ -117,7 +117,10 @@ def write_diagnostics(workdir, rng):
         np.savez(workdir / 'diagnostics' / f'transfer-{moment}.npz', **clouds, **ids)
         files.write_json(workdir / 'diagnostics' / f'transfer-{moment}.json', found)
     del found['warnings']
-    return {'transfer': {'before': found, 'after': found}, 'warnings': ['A feature is flat.']}
+    probe = {name: {'r2': r2, 'interval': [r2 - 0.05, r2 + 0.0625], 'rows': 90}
+             for name, r2 in (('k', 0.375), ('r', 0.8125))}
+    return {'transfer': {'before': found, 'after': found}, 'warnings': ['A feature is flat.'],
+            'transition_probe': probe, 'cka_k_r': 0.9375}
 
 
 def write_log(file, content):

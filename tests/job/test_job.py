@@ -229,6 +229,7 @@ def test_files_of_a_run(whole):
     found = results['diagnostics']['joint']['after']
     assert found['features'].keys() == {'k_image', 'k_text', 't', 'c', 'p', 'r'}
     assert found['held_out'].keys() >= {'mi_align', 'mi_distil', 'mi_disentangle'}
+    assert 0 < results['diagnostics']['cka_k_r'] <= 1
     assert tiny_report.check(workdir) > 200  # every number of the page, against these files
     with np.load(workdir / 'ranks.npz') as ranks:
         rows = results['models']['tpad']['test']['rows']

@@ -119,7 +119,7 @@ class World(NamedTuple):
     Attributes:
       total: float [R, S]. Sums over the rows of S sessions under R seeds of training, as a rule of
         a difference.
-      weight: float [S]. What the sums are divided by.
+      weight: float [S]. The sums are divided by its sum.
     """
 
     total: np.ndarray

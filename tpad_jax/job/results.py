@@ -20,7 +20,7 @@ from tpad_jax.core import files
 from tpad_jax.core import log as log_lib
 from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
-from tpad_jax.diagnostics import records
+from tpad_jax.diagnostics import records, transitions
 from tpad_jax.errors import refusing
 from tpad_jax.evaluation import compare, likelihood, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate
@@ -69,7 +69,8 @@ def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
            'seconds': job.seconds, 'spent': job.spent}
     if truth is not None:
         out['oracle'] = truth
-    if diagnostics := records.collect(job.workdir):
+    compared = transitions.measured(job)
+    if diagnostics := records.collect(job.workdir) | compared:
         out['diagnostics'] = diagnostics
         probes = diagnostics.get('knowledge', {}).get('after', {}).get('probes', {}).get('k')
         out |= {'probes': {name: x['accuracy'] for name, x in probes.items()}} if probes else {}
@@ -78,6 +79,8 @@ def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
     write(job, out, ranks if truth is None else {**ranks, 'oracle': truth_ranks})
     file = write_page(job, out, scorers, ranks, console)
     tables.show(out, console)
+    if compared:
+        say(console, transitions.line(compared))
     waited = {name: sum(run[name] for run in job.spent.values()) for name in ('all', *SPENT)}
     waited['encode'] = sum(x for name, x in job.seconds.items() if name.endswith('_encode'))
     say(console, 'seconds of training: ' + ', '.join(f'{n} {x:.1f}' for n, x in waited.items()))

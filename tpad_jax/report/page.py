@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from tpad_jax.config import STAGES
 from tpad_jax.core import files
 from tpad_jax.data import audit
 from tpad_jax.errors import InputError, refuse_if
@@ -143,8 +144,8 @@ def context(run: Run) -> dict:
     known = [main, *others, *(n for n in trained if n not in (main, *others)), *best]
     colour = curves.colours(known)
     drawn = {n: colour[n] for n in [main, *others, *best]} | ({'oracle': 0} if oracle else {})
-    diagnostics = {stage: moments for stage, moments in
-                   run.results.get('diagnostics', {}).items() if stage != 'warnings'}
+    measured = run.results.get('diagnostics', {})
+    diagnostics = {stage: measured[stage] for stage in STAGES if stage in measured}
     probed = {(stage, side): probes for stage, moments in diagnostics.items()
               for side, probes in moments.get('after', {}).get('probes', {}).items() if probes}
     parts = [models[name]['test'] for name in drawn if name in models] + oracle
@@ -165,6 +166,7 @@ def context(run: Run) -> dict:
         'slices_most': most([part for of in parts for part in of['slices'].values()]),
         'training': training, 'information': curves.information(run), 'clouds': clouds,
         'features': features, 'probed': list(probed),
+        'transitions': list(measured.get('transition_probe', {})),
         'attributes': list(dict.fromkeys(name for x in probed.values() for name in x)),
         'searched': searched, 'config': sorted(stored.flat_config(run).items()),
         **_gallery(run.gallery)}
