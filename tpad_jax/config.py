@@ -17,7 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from tpad_jax.errors import refuse_if, refusing
 
-STAGES = ['knowledge', 'transfer', 'recommend', 'joint']  # in the order of a run
+STAGES = ['knowledge', 'teach', 'transfer', 'recommend', 'joint']  # in the order of a run
 # rows of the catalogue that a stage writes
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}
 # options of config.model that config.partner may change
@@ -76,6 +76,10 @@ def get_config() -> ConfigDict:
     c.stage = ConfigDict(dict(
         knowledge=stage(batch_size=64, steps=48, learning_rate=5e-4, eval_every=0, fresh='k',
                         train=r'^(lora/knowledge|knowledge)/'),
+        # the Transfer-MLLM learns on stored k what follows what; r = A(k) are the items it ranks
+        teach=stage(batch_size=64, steps=600, epochs=6.0, learning_rate=4e-3, eval_every=100,
+                    patience=3, fresh='r', every_prefix=False, weight_decay=1.0,
+                    train=r'^(lora/transfer|transfer|disentangle|adapter|critic/distil)/'),
         # eval_every > 0 would validate the lists of the Transfer-MLLM itself
         transfer=stage(batch_size=64, steps=48, learning_rate=2e-3, eval_every=0, fresh='r',
                        every_prefix=False, copy='lora/knowledge->lora/distil',
@@ -215,12 +219,15 @@ def model() -> ConfigDict:
         lora_rank=8, lora_alpha=16.0,  # an adapter is scaled by lora_alpha / lora_rank
         # kernels of the base that get an adapter, a regular expression over their paths
         lora_targets=r'^(decoder/.*|layers/)(attention/[qkvo]|gate|up|down|fc[12])$',
-        form='compressed',  # how the Transfer-MLLM reads an item: 'compressed' (k) or 'full'
+        # how the Transfer-MLLM reads an item: by k as one token ('item'), by k as one per modality
+        # and a summary token ('compressed'), or by its image and text ('full')
+        form='compressed',
         withhold=0.3,  # share of an item's words hidden from the reader in training
         # share of words hidden from the writer in training: with all of them it would not need the
         # features
         word_dropout=0.6,
-        critics=dict(align='separable', distil='separable'),  # or dot, bilinear, concatenated
+        # dot, cosine, bilinear, separable or concatenated
+        critics=dict(align='separable', distil='separable'),
         # a merged adapter in place of distillation, made at the end of stage transfer; r are then
         # features of K under it, one per modality (training/merge_adapters.py)
         blend=dict(
@@ -294,6 +301,12 @@ def losses() -> ConfigDict:
         teach_relations=dict(fn='rdist', weight=0.0, stages='knowledge', x='k.image',
                              teacher='teacher.image'),
         clusters=dict(fn='clusters', weight=0.0, stages=sessions),  # needs model.clusters
+        # the Transfer-MLLM ranks the whole catalogue, by critic 'distil' and popularity
+        teach=dict(fn='next_item', weight=1.0, stages='teach', h='teach.h', z='teach.z',
+                   repeat=None, chunk=0, dtype='float32'),
+        # the recommender is held to the Transfer-MLLM's distribution over the catalogue, cold items
+        # included
+        soft=dict(fn='soft_next_item', weight=0.0, stages='recommend', temperature=1.0),
         next_item=dict(fn='next_item', weight=1.0, stages='recommend,joint', h='h', temperature=1.0,
                        smoothing=0.0, chunk=0, dtype='float32'),
         sampled_next_item=dict(fn='sampled_next_item', weight=0.0, stages='recommend,joint', h='h',

@@ -212,7 +212,7 @@ class Tuned(NamedTuple):
     Attributes:
       scorer: fitted with the chosen parameters.
       params: the chosen parameters.
-      valid: their {'hit@20', 'mrr@20'} on the validation rows that were read.
+      valid: their {'hit@20', 'mrr@20', 'nll'} on the validation rows that were read.
       calibration: of a scorer fitted on the training sessions alone.
       record: of `tune.search`, with 'rows', the number of those rows.
     """
@@ -271,10 +271,11 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
     params, record = search(measured, space, defaults, seed=seed, name=name, **budget)
     scorer = fit(train, num_items, **fixed, **params)
     calibration = likelihood.calibrate(scorer, valid, num_items, rule=True, seed=seed)
+    nll = likelihood.nll(scorer, valid, num_items, calibration, seed=seed)
     if final is not None:
         scorer = fit(final, num_items, **fixed, **params)
-    return Tuned(scorer, params, record['tried'][record['best']]['values'], calibration,
-                 {**record, 'rows': len(valid.target)})
+    return Tuned(scorer, params, {**record['tried'][record['best']]['values'], 'nll': nll},
+                 calibration, {**record, 'rows': len(valid.target)})
 
 
 def _rule_scorer(rules, train, num_items, decay, backoff, smooth=None):

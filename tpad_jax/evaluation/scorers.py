@@ -164,29 +164,47 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
 
 
 @lru_cache(maxsize=4)
-def transfer_scorer(spec: tpad.TPAD) -> Callable:
+def transfer_scorer(spec: tpad.TPAD, devices: Devices, fresh: frozenset = frozenset()) -> Callable:
     """Make the function that binds parameters to a scorer of the Transfer-MLLM alone [ours].
 
-    An item's score is critic `distil` of p at the prefix's last position and the item's r. It
-    measures the Transfer-MLLM before any recommender. The catalogue's k and r are read; T reads the
-    whole prefix.
+    It measures the Transfer-MLLM without a recommender; T reads the whole prefix. See `_ranked` of
+    outputs.py for an item's score.
+
+    Args:
+      spec: of the model.
+      devices: that `ranks` counts on.
+      fresh: {'r'}: r are A of the catalogue's k. Empty: the catalogue's r are read.
 
     Returns:
-      (params, catalogue) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1].
+      (params, catalogue) -> scorer as of `scorer`, without `bound`.
     """
-    needs = frozenset({'p', 'critic.distil'})
-
-    @compiled
-    def score(params, catalogue, items):
+    def forward(name, weights, items):
+        params, catalogue = weights
         here, rows = items > 0, jnp.arange(len(items))
         batch = Batch(items=items, next=items, target=items[:, 0], valid=here[:, 0], row=rows)
-        out = outputs.forward(spec, params, batch, catalogue, needs, frozenset())
-        r = tpad.flat(catalogue['r'][None])[0]
-        return out['critic.distil'](r, out['p'][rows, batch.last]).T.at[:, 0].set(0)
+        return outputs.forward(spec, params, batch, catalogue, frozenset({name}), fresh)[name]
+
+    def encode(weights, z, items):
+        del z
+        return forward('teach.last', weights, items)
+
+    table = compiled(partial(forward, 'teach.z'), precision=devices.precision)
+    rank = ranker(encode, devices)
+
+    @partial(compiled, precision=devices.precision)
+    def score(weights, z, items):
+        return (encode(weights, z, items) @ z.T).at[:, 0].set(0)
 
     def bind(params, catalogue):
-        read = {n: catalogue[n] for n in ('k', 'r', 'warm')}
-        return lambda items: np.asarray(score(params, read, jnp.asarray(items)))
+        weights = ({n: x for n, x in params.items() if n != 'recommender'}, {
+            n: catalogue[n] for n in ('k', 'r', 'warm', 'popularity') if n not in fresh})
+        z = table(weights, jnp.zeros((1, 1), jnp.int32))
+
+        def scores(items):
+            return np.asarray(score(weights, z, jnp.asarray(items)))
+
+        scores.ranks = partial(rank, weights, z)
+        return scores
 
     return bind
 

@@ -34,7 +34,7 @@ from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
 from tpad_jax.features import bases, tokenizers
 from tpad_jax.features.encoder import Encoder
-from tpad_jax.job import fitting, memory_plan, recommenders, results
+from tpad_jax.job import fitting, gate, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
 from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
@@ -244,7 +244,8 @@ class Job:
             trained = {p: x for p, x in trained.items() if not p.startswith('lora/distil/')}
         (folder / DONE).touch()
         self.seconds[name] = self.record['seconds']
-        if stage == 'transfer' and not self.spec.reread and not rows:  # K does not read again
+        # K does not read again, or nothing was distilled
+        if stage == 'transfer' and not rows and not (self.spec.reread and spec):
             r = devices.compiled(partial(readers.adapt_items, self.spec))(
                 self.nested(), self.catalogue['k'])
             rows = {'r': r.at[0].set(0)}
@@ -350,7 +351,7 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
         job.background = Background(0 if profile else workers(config.workers, job.devices))
         job.build(stages, console)
         results.introduce(job, console)
-        recorded = _run_stages(job, stages, until)
+        recorded = _run_stages(job, stages, until, console)
         if until == 'validation':
             return {'valid': job.record['valid']}
         with hosts.one_first('report'):  # the others find it finished
@@ -364,13 +365,13 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
         job.writer.close()
 
 
-def _run_stages(job, stages, until):
+def _run_stages(job, stages, until, console):
     """Run the stages and what is independent of them.
 
     Returns:
       See `Recommenders.finish`, and the task that tunes the baselines.
     """
-    tuning, joint = None, None
+    tuning, joint, taught = None, None, None
     company = recommenders.Recommenders(job)
     trains = 'recommend' in stages and until != 'validation'
 
@@ -382,9 +383,16 @@ def _run_stages(job, stages, until):
         job.pause()
         if trains and 'recommend' in stages[stages.index(stage):]:
             company.begin(stage)
-        if tuning is None and stage != 'knowledge' and not until:
+        # the gate of stage teach reads the tuned rules, whatever `until`
+        if tuning is None and stage != 'knowledge' and (not until or stage == 'teach'):
             tuning = job.background.submit(tune(trains and job.config.refit), TUNE)
+        before = job.params
         job.run_stage(stage)
+        if stage == 'teach':
+            taught = gate.judge(job, *job.background.results([tuning], help_others=True))
+            say(console, taught.facts['gate']['text'])
+            if not taught.facts['gate']['open']:
+                job.params, job.config = before, gate.without_distillation(job.config)
         if stage == 'recommend' and not trains:
             return None
         if stage == 'recommend':
@@ -392,6 +400,8 @@ def _run_stages(job, stages, until):
         elif stage == 'joint':
             joint = copy.copy(job)
     scorers, chosen, facts = company.finish(joint) if trains or joint else ({}, {}, {})
+    if taught:
+        scorers['teacher'], chosen['teacher'], facts['teacher'] = taught
     job.background.results(job.looks)
     if tuning is None:
         tuning = job.background.submit(tune(False))

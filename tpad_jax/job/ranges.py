@@ -140,7 +140,7 @@ RULES = {key: rule for rule, keys in (
     (choice(('auto', 'jit', 'pmap', 'shard_map')), 'parallel'),
     (choice(PRECISIONS), 'precision'),
     (choice(ENCODERS), 'model.encoder'),
-    (choice(('compressed', 'full')), 'model.form'),
+    (choice(('item', 'compressed', 'full')), 'model.form'),
     (choice(critics.KINDS), 'model.critics.*'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),

@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict
 from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.evaluation import experts, likelihood
 from tpad_jax.evaluation.scorers import scorer
+from tpad_jax.job import gate
 from tpad_jax.job.background import TRAIN
 from tpad_jax.job.fitting import fit, validated
 from tpad_jax.models import tpad
@@ -213,6 +214,8 @@ def _train_partner(job):
 def _rival_job(job, name):
     """A job of a trained baseline: its modules are the run's, with what config.rivals changes."""
     other, c, changes = copy.copy(job), job.config.model, job.config.rivals[name].to_dict()
+    if 'teach.z' in job.stage_spec('recommend').needs:  # trained baselines have no teacher
+        other.config = gate.without_distillation(job.config)
     fusion = job.spec.fusion.clone(
         use_id=changes.get('use_id', c.use_id),
         side_sizes=job.data.side_sizes if changes.get('use_side', c.use_side) else ())

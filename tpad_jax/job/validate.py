@@ -164,8 +164,8 @@ def _check_stage(config, stage, shards):
               f'{parts}: {shards} device(s) times {c.accumulate} part(s) ({key}accumulate)')
     refuse_if(c.refresh_every and stage != 'joint', f'{key}refresh_every={c.refresh_every}: only '
               'stage joint reads rows that it changes. Fix: set it to 0')
-    if stage == 'transfer' and c.eval_every:
-        _check_transfer_validation(config, chosen)
+    if stage == 'teach' or (stage == 'transfer' and c.eval_every):
+        _check_ranking(config, stage, chosen)
     refuse_if(stage == 'joint' and c.eval_every and not c.refresh_every, f'{key}refresh_every=0 '
               'would validate on rows from before the stage. Fix: set it to 1 or more')
     refuse_if(c.copy and not re.fullmatch(r'[^>]+->[^>]+', c.copy), f'{key}copy={c.copy!r} is not '
@@ -195,16 +195,20 @@ def _check_evaluated(config, stage, stages):
               'recommend in config.STAGES, or before joint and add joint to config.stages.')
 
 
-def _check_transfer_validation(config, chosen):
-    """Refuse to validate stage transfer where the lists of the Transfer-MLLM mean nothing."""
-    model, trained = config.model, any('critic.distil' in spec.needs for spec in chosen)
+def _check_ranking(config, stage, chosen):
+    """Refuse to read the lists of the Transfer-MLLM where they mean nothing."""
+    model = config.model
+    trained = any({'critic.distil', 'teach.z'} & spec.needs for spec in chosen)
     rules = ((model.blend.kind, 'config.model.blend makes r, which T is not trained to score'),
-             (model.form != 'compressed',
+             (model.form == 'full',
               f'T scores stored rows k, and config.model.form is {model.form!r}'),
+             (model.critics.distil == 'concatenated', 'config.model.critics.distil is '
+              "'concatenated', by which a whole catalogue is not scored"),
              (not trained, 'no loss of the stage trains critic.distil, by which T scores items'))
     for broken, reason in rules:
-        refuse_if(broken, f'config.stage.transfer.eval_every={config.stage.transfer.eval_every} '
-                  f'chooses a step by what T predicts, but {reason}. Fix: set it to 0')
+        refuse_if(broken, f'config.stage.{stage}.eval_every={config.stage[stage].eval_every} '
+                  f'chooses a step by what T predicts, but {reason}. Fix: '
+                  + ('set it to 0' if stage == 'transfer' else 'leave teach out of config.stages'))
 
 
 def _check_model(config, source):

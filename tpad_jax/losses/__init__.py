@@ -12,10 +12,15 @@ from tpad_jax.losses.combine import bound, combine, first_parameters, first_stat
 from tpad_jax.losses.contract import LossSpec, Out, from_entry, resolve
 from tpad_jax.losses.discrepancy import alignment_uniformity, mmd
 from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
-from tpad_jax.losses.recommendation import clusters, next_item, sampled_next_item
+from tpad_jax.losses.recommendation import (
+    clusters,
+    next_item,
+    sampled_next_item,
+    soft_next_item,
+)
 from tpad_jax.losses.tokens import generation, mdist, rdist
 
 __all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bound', 'club_fit', 'clusters', 'combine',
            'first_parameters', 'first_states', 'from_entry', 'generation', 'infonce', 'jsd',
            'l1out', 'mdist', 'mine', 'mmd', 'next_item', 'nwj', 'rdist', 'resolve',
-           'sampled_next_item', 'smile', 'vclub']
+           'sampled_next_item', 'smile', 'soft_next_item', 'vclub']

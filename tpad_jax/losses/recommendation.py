@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.losses.contract import Out
+from tpad_jax.losses.tokens import divergence
 from tpad_jax.models.sessions import repeats
 from tpad_jax.nn import softmax
 from tpad_jax.nn.gather import take
@@ -28,7 +29,8 @@ def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
         position predicts the item that follows.
       z: float32 [V+1, D]. Output with the items.
       warm: bool [V+1]. Output with the items that training sessions contain.
-      repeat: float32 [B, N, N]. Output added to the logits of the prefix's items, or None.
+      repeat: float32 [B, N, N]. Output added to the logits of the prefix's items. None, or an
+        output that is None: nothing is added.
       temperature: divides the logits.
       smoothing: share of the target's mass spread evenly over the warm catalogue (Szegedy et al.
         2016).
@@ -38,7 +40,7 @@ def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
     Returns:
       [B], or Loss [B, N].
     """
-    z, warm, repeat, every = out[z], out[warm], out[repeat], out[h] / temperature
+    z, warm, repeat, every = out[z], out[warm], out.get(repeat), out[h] / temperature
     h, target, pick, back = _predictions(every, batch)
     z, theirs = take(z, target)
     h, own = _own(h, theirs, dtype)
@@ -101,6 +103,34 @@ def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('
     # a cold target is not in the partition
     exact = jnp.where(warm[target], own, -jnp.inf)[:, None]
     return back(jax.nn.logsumexp(jnp.concatenate([exact, logits], axis=1), axis=1) - own)
+
+
+def soft_next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
+                   teacher: Out = Out('teach.last'), teacher_items: Out = Out('teach.z'),
+                   temperature=1.0):
+    """Return KL(teacher || student) of the next item over the whole catalogue.
+
+    Hinton et al. 2015. Cold items are part of both distributions, so that their scores are trained,
+    too [ours]. The teacher gets no gradient.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      h: float32 [B, D]. Output with the student's sessions.
+      z: float32 [V+1, D]. Output with the student's items.
+      teacher: float32 [B, E]. Output with the teacher's sessions.
+      teacher_items: float32 [V+1, E]. Output with the teacher's items.
+      temperature: divides both models' logits; its square multiplies the value, so that the
+        gradient keeps its scale.
+
+    Returns:
+      [B].
+    """
+    def log_share(h, z):
+        return jax.nn.log_softmax(out[h] @ out[z][1:].T / temperature)
+
+    known = jax.lax.stop_gradient(log_share(teacher, teacher_items))
+    return temperature**2 * divergence(known, log_share(h, z), 'forward')
 
 
 def clusters(out, batch, *, x: Out = Out('interest'), cluster: Out = Out('cluster')):

@@ -228,12 +228,14 @@ class TransferMLLM(nn.Module):
       features: width D of t.
       clusters: C of the head that predicts a session's clusters (the loss `clusters`), 0: none.
       modalities: M of k.
+      whole: whether an item is one token, in which its summary token is added.
     """
 
     base: MLLM | VLM
     features: int
     clusters: int = 0
     modalities: int = len(MODALITIES)
+    whole: bool = False
 
     def setup(self):
         """Build the heads."""
@@ -249,9 +251,9 @@ class TransferMLLM(nn.Module):
             self.to_clusters = Linear(self.clusters, use_bias=True)
 
     def compress(self, k) -> Stream:
-        """Turn knowledge features k [..., M, D] into item tokens [..., M, width]."""
+        """Turn knowledge features k [..., M, D] into item tokens, [..., M or 1, width]."""
         x = jnp.stack([into(k[..., m, :]) for m, into in enumerate(self.into)], axis=-2)
-        return streams.plain(x)
+        return streams.plain(x.sum(-2, keepdims=True) + self.summary if self.whole else x)
 
     def unfold(self, image, has_image, tokens) -> Stream:
         """Turn content into an item's image and text tokens, [U, P + T, width]."""
@@ -271,13 +273,15 @@ class TransferMLLM(nn.Module):
           t float32 [B, N, D]; t[:, j] depends on positions up to j alone.
         """
         rows, positions = mask.shape
-        summary = jnp.broadcast_to(self.summary, (rows, positions, 1, self.base.width))
-        x = streams.join(items, streams.plain(summary))
+        x = items
+        if not self.whole:
+            summary = jnp.broadcast_to(self.summary, (rows, positions, 1, self.base.width))
+            x = streams.join(items, streams.plain(summary))
         x = x.replace(mask=x.mask & mask[:, :, None])
         start = opening(self, rows)
         h = self.base(streams.join(start, streams.flatten(x)))[:, start.x.shape[1]:]
         h = einops.rearrange(h.astype(jnp.float32), 'b (n l) d -> b n l d', n=positions)
-        skip = masked_mean(h[:, :, :-1], x.mask[:, :, :-1])
+        skip = masked_mean(h[:, :, :-1], x.mask[:, :, :-1])  # zero where an item is one token
         return self.head(self.norm(h[:, :, -1] + skip))
 
     def foretell(self, t, tokens, keep):

@@ -161,8 +161,8 @@ def _transfer(at):
     return partial(at.spec.transfer.apply, variables)
 
 
-@output('t', 'B, N, D', lambda plan: ('_transfer', '_k') if plan.form == 'compressed'
-        else ('_transfer', 'content'))
+@output('t', 'B, N, D', lambda plan: ('_transfer', 'content') if plan.form == 'full'
+        else ('_transfer', '_k'))
 def _t(at, read, k=None):
     """The session up to each position."""
     items = (read(k, method='compress') if k is not None else
@@ -178,6 +178,34 @@ def _parts(at, t):
 
 split('_parts', 'B, N, D', c='The part of `t` that agrees with item knowledge.',
       p='The part of `t` about the transition.')
+
+
+@output('_ranked', needs=('_parts',))
+def _ranked(at, parts):
+    """Factors of the Transfer-MLLM's scores of all items after every position.
+
+    A score is critic `distil` of an item's r and p, plus the item's log popularity: a critic learns
+    how much likelier an item is after a session than elsewhere [ours]. An item that no training
+    session holds counts as popular as the geometric mean. A fresh r is A of the stored k.
+    """
+    r = (readers.adapt_items(at.spec, at.params, at.stored('k')) if 'r' in at.fresh
+         else flat(at.stored('r')[None])[0])
+    warm, p = at.stored('warm'), parts[1]
+    seen = jnp.where(warm, jnp.log(jnp.maximum(at.stored('popularity'), 1)), 0)
+    seen = jnp.where(warm, seen, seen.sum() / jnp.maximum(warm.sum(), 1))
+    critic = Score(dict(at.spec.critics)['distil'], at.params['critic']['distil'])
+    z, h = critic.factors(r, p.reshape(-1, p.shape[-1]))
+    h = jnp.pad(h, ((0, 0), (0, 1)), constant_values=1)
+    return jnp.append(z, seen[:, None], axis=1), h.reshape(*p.shape[:2], -1)
+
+
+output('teach.z', 'V+1, D', ('_ranked',), is_table=True,
+       doc="The Transfer-MLLM's items; products with `teach.h` are logits.")(
+           lambda at, pair: pair[0])
+output('teach.h', 'B, N, D', ('_ranked',), doc="The Transfer-MLLM's session at every position.")(
+    lambda at, pair: pair[1])
+output('teach.last', 'B, D', ('_ranked',), doc='`teach.h` at the last position.')(
+    lambda at, pair: pair[1][at.rows, at.batch.last])
 
 
 @output('interest', 'B, C', ('_transfer', 't', 'clusters'))

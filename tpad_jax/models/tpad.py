@@ -52,7 +52,7 @@ class TPAD:
       encoder: of sessions.
       recommend: which features enter z next to id and side: names of catalogue rows ('r', 'k',
         'true').
-      form: 'compressed' or 'full', how the Transfer-MLLM is fed an item.
+      form: 'item', 'compressed' or 'full', how the Transfer-MLLM is fed an item.
       withhold: share of an item's words withheld from a reader of k or r that is trained [ours].
       word_dropout: share of the words withheld from the writer, which then uses the features.
       lora_scale: alpha / rank.
@@ -120,7 +120,8 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
     wide = math.prod(shape)  # of k over its modalities, and so of t, c, p and r
     return TPAD(
         knowledge=knowledge,
-        transfer=sessions_base and TransferMLLM(sessions_base, wide, model.clusters, shape[0]),
+        transfer=sessions_base and TransferMLLM(
+            sessions_base, wide, model.clusters, shape[0], model.form == 'item'),
         disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, model.features))
                       for name, kind in sorted(model.critics.items())),

@@ -7,17 +7,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.linen.initializers import constant
 
 from tpad_jax.nn.linear import MLP, Linear, unit
 
-KINDS = ('dot', 'bilinear', 'separable', 'concatenated')  # of critics
+KINDS = ('dot', 'cosine', 'bilinear', 'separable', 'concatenated')  # of critics
 
 
 class Critic(nn.Module):
     """Score function f(x, y). x [A, I], y [G, J] -> [A, G].
 
     Attributes:
-      kind: 'dot' (cosine, I = J), 'bilinear', 'separable' (an MLP each, then the scaled dot
+      kind: 'dot' (of vectors of length one, I = J), 'cosine' (the same times a learned scale),
+        'bilinear', 'separable' (an MLP each, then the scaled dot
         product) or 'concatenated' (one MLP for each of the A G pairs).
       width: of the MLPs' outputs.
       hidden: of the MLPs' hidden layer. 0: width.
@@ -53,6 +55,8 @@ class Critic(nn.Module):
         match self.kind:
             case 'dot':
                 a, b = unit(x), unit(y)
+            case 'cosine':
+                a, b = unit(x) * jnp.exp(self.param('log_scale', constant(2.66), ())), unit(y)
             case 'bilinear':
                 a, b = Linear(y.shape[-1], name='w')(x) / y.shape[-1] ** 0.5, y
             case 'separable':
@@ -60,7 +64,7 @@ class Critic(nn.Module):
                 if not self.normalise:
                     a = a / self.width**0.5
                 else:
-                    scale = self.param('log_scale', nn.initializers.constant(2.3), ())
+                    scale = self.param('log_scale', constant(2.3), ())
                     a, b = unit(a) * jnp.exp(scale), unit(b)
             case 'concatenated' if not factors:
                 shape = (x.shape[0], y.shape[0])

@@ -21,10 +21,11 @@ from tpad_jax.report.stored import Run
 
 KS = np.arange(1, 51)
 AT = 20
-ORDER = 'knowledge', 'transfer', 'recommend', 'joint'  # stages that continue each other
-ALONE = 'knowledge', 'transfer', 'joint'  # stages whose loss has a chart to itself
-COLOURS = {'tpad': 0, 'tpad_recommend': 0, 'recommend': 0, 'knowledge': 5, 'transfer': 7,
-           'knowledge_only': 1, 'id_only': 2, 'true_attributes': 3, 'joint': 4, 'tpad_joint': 4}
+ORDER = 'knowledge', 'teach', 'transfer', 'recommend', 'joint'  # stages that continue each other
+ALONE = 'knowledge', 'teach', 'transfer', 'joint'  # stages whose loss has a chart to itself
+COLOURS = {'tpad': 0, 'tpad_recommend': 0, 'recommend': 0, 'knowledge': 5, 'teach': 6,
+           'transfer': 7, 'knowledge_only': 1, 'id_only': 2, 'true_attributes': 3, 'joint': 4,
+           'tpad_joint': 4}
 MOST = 8  # curves in a chart
 # The features of a snapshot, and the item ids that colour their rows: a position's item, or the
 # item that follows it.

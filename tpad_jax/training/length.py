@@ -19,10 +19,10 @@ LEAST = 50_000
 def of_data(config, train: Sessions):
     """Derive the steps of every stage that has epochs.
 
-    Steps become epochs * rows / batch_size, of at least LEAST rows and at most `steps`, and the
-    validations keep their number. A step's decay grows as the steps shrink, which keeps the decay
-    of a whole training: the average over which AdamW weighs gradients then spans the same number of
-    epochs (Wang and Aitchison 2024, arXiv 2405.13698).
+    Steps become epochs * rows / batch_size, for a recommender of at least LEAST rows, and at most
+    `steps`. The validations keep their number. A step's decay grows as the steps shrink, which
+    keeps the decay of a whole training: the average over which AdamW weighs gradients then spans
+    the same number of epochs (Wang and Aitchison 2024, arXiv 2405.13698).
 
     Args:
       config: of the run, or one that this function returned, which it returns unchanged.
@@ -37,7 +37,8 @@ def of_data(config, train: Sessions):
             continue
         follow = np.maximum(train.lengths - 1, 0)  # items that follow another
         rows = int(follow.sum() if stage.every_prefix else (follow > 0).sum())
-        steps = min(round(max(stage.epochs * rows, LEAST) / stage.batch_size), stage.steps)
+        least = LEAST if ENTRIES[name].recommends else stage.batch_size  # T reads no embeddings
+        steps = min(round(max(stage.epochs * rows, least) / stage.batch_size), stage.steps)
         share = steps / stage.steps
         stage.update(steps=steps, eval_every=round(stage.eval_every * share) or
                      min(stage.eval_every, 1))

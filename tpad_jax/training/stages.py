@@ -5,6 +5,7 @@ config.STAGES gives the order of the stages, and config.MAKES the rows that each
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tpad_jax.evaluation.scorers import scorer, transfer_scorer
 
@@ -32,9 +33,9 @@ class Entry:
 
 ENTRIES = {
     'knowledge': Entry(batches='items'),
-    # one device scores the few rows of validation
-    'transfer': Entry(reads=('k',), scorer=lambda model, devices: transfer_scorer(model),
-                      validates_rows=True),
+    'teach': Entry(reads=('k',), content=False,
+                   scorer=partial(transfer_scorer, fresh=frozenset({'r'}))),
+    'transfer': Entry(reads=('k',), scorer=transfer_scorer, validates_rows=True),
     'recommend': Entry(recommends=True, content=False),
     'joint': Entry(reads=('k', 'r')),
 }
