@@ -194,7 +194,7 @@ def mllm() -> ConfigDict:
         tokenizer='auto',
         # with an own tokenizer: its size; and, for those options that still have their default,
         # the most tokens of a text, and steps and learning rate of stage knowledge
-        own=dict(vocab=4096, text_length=64, steps=400, learning_rate=1e-3),
+        own=dict(vocab=4096, text_length=64, steps=200, learning_rate=3e-3),
         text_length=32,  # tokens of an item's text; a longer text is cut
         # the options below are for checkpoints
         param_dtype='float32',  # of parameters in memory; 'bfloat16' halves a frozen base
@@ -278,6 +278,8 @@ def losses() -> ConfigDict:
     out = dict(
         gen_knowledge=dict(fn='generation', weight=1.0, stages='knowledge,joint',
                            x='describe', tokens='describe.tokens', by_row=False),
+        # on with an own tokenizer, in place of gen_knowledge
+        words=dict(fn='bag_of_words', weight=0.0, stages='knowledge,joint'),
         gen_transfer=dict(fn='generation', weight=0.3, stages=sessions,
                           x='foretell', tokens='foretell.tokens', by_row=False),
         align=dict(align, fn='infonce', weight=0.1, chunk=0),

@@ -204,9 +204,19 @@ def np_generation(out, batch):
     return np.mean(value)
 
 
+def np_bag_of_words(out, batch):
+    value = []
+    for b, t in zip(*np.nonzero(np.asarray(out['describe.tokens']) >= 0), strict=True):
+        if batch.valid[b]:
+            logits = np.asarray(out['vocabulary'] @ out['mention'][b], np.float64)
+            value.append(np.log(np.exp(logits).sum()) - logits[out['describe.tokens'][b, t]])
+    return np.mean(value)
+
+
 @pytest.mark.parametrize('reference', [
     np_infonce, np_mine, np_nwj, np_jsd, np_smile, np_vclub, np_l1out, np_club_fit, np_mmd,
-    np_alignment_uniformity, np_next_item, np_generation])
+    np_alignment_uniformity, np_next_item, np_generation,
+    np_bag_of_words])
 def test_value_against_numpy(reference):
     value = jit(partial(mean_loss, getattr(losses, reference.__name__[3:])))
     outputs = jit(named)

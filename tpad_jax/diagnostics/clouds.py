@@ -17,7 +17,7 @@ FULL = 0.3  # nats below log N: a closer InfoNCE estimate is only a lower bound
 
 # The options that fix a collapsed feature, by the first part of its name.
 REMEDIES = {
-    'k': 'raise config.stage.knowledge.steps or config.losses.gen_knowledge.weight, or lower '
+    'k': 'raise config.stage.knowledge.steps or the weight of its loss, or lower '
          'config.stage.knowledge.learning_rate; every later stage reads k',
     't': 'raise config.losses.gen_transfer.weight, or lower config.losses.disentangle.weight and '
          'config.losses.discrepancy.weight',

@@ -15,7 +15,7 @@ from tpad_jax.models.hf.bert import Bert
 from tpad_jax.training import handover, step
 from tpad_jax.training.stages import ENTRIES
 
-WRITTEN = {'describe', '_k.states', '_r.states'}  # outputs of a K that writes texts
+WRITTEN = {'describe', 'mention', '_k.states', '_r.states'}  # outputs of a K that writes texts
 IDENTITY = ('recommend', 'use_id', 'use_side')  # options by which a recommender tells items apart
 
 

@@ -18,9 +18,9 @@ from tpad_jax.losses.recommendation import (
     sampled_next_item,
     soft_next_item,
 )
-from tpad_jax.losses.tokens import generation, mdist, rdist
+from tpad_jax.losses.tokens import bag_of_words, generation, mdist, rdist
 
-__all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bound', 'club_fit', 'clusters', 'combine',
-           'first_parameters', 'first_states', 'from_entry', 'generation', 'infonce', 'jsd',
-           'l1out', 'mdist', 'mine', 'mmd', 'next_item', 'nwj', 'rdist', 'resolve',
-           'sampled_next_item', 'smile', 'soft_next_item', 'vclub']
+__all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bag_of_words', 'bound', 'club_fit',
+           'clusters', 'combine', 'first_parameters', 'first_states', 'from_entry', 'generation',
+           'infonce', 'jsd', 'l1out', 'mdist', 'mine', 'mmd', 'next_item', 'nwj', 'rdist',
+           'resolve', 'sampled_next_item', 'smile', 'soft_next_item', 'vclub']

@@ -54,6 +54,28 @@ def generation(out, batch, *, x: Out = Out('describe'),
     return Loss(value, weight)
 
 
+def bag_of_words(out, batch, *, x: Out = Out('mention'), tokens: Out = Out('describe.tokens'),
+                 table: Out = Out('vocabulary')):
+    """Return the cross entropy of a text's words without their order, per token.
+
+    One softmax an item instead of one a token (Le and Mikolov 2014, arXiv 1405.4053, PV-DBOW).
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      x: float32 [B, width]. Output with the states.
+      tokens: int32 [B, T]. Output with the text, -1 pads.
+      table: float32 [W, width]. Output with the rows of the words.
+
+    Returns:
+      Loss [B, T].
+    """
+    hidden, tokens = out[x], out[tokens]
+    scores = jax.nn.log_softmax(hidden @ out[table].T, axis=-1)
+    value = -jnp.take_along_axis(scores, jnp.maximum(tokens, 0), axis=-1)
+    return Loss(value, ((tokens >= 0) & batch.valid[:, None]).astype(jnp.float32))
+
+
 def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
           there: Out = Out('text.there'), table: Out = Out('vocabulary'),
           teacher_table: Out = Out('vocabulary'), kind='forward', temperature=1.0, skew=0.1,

@@ -27,7 +27,7 @@ from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.attention import RMSNorm
-from tpad_jax.nn.linear import Linear, uniform
+from tpad_jax.nn.linear import Linear, uniform, unit
 
 MODALITIES = ('image', 'text')
 # how an item's features are read off its states; 'cls' is for text encoders
@@ -47,7 +47,13 @@ class Writer(nn.Module):
     words.
     """
 
-    @nn.compact
+    width: int
+
+    def setup(self):
+        """Build the map of the features and the blank."""
+        self.prefix = Linear(self.width, use_bias=True)
+        self.blank = self.param('blank', nn.initializers.normal(0.02), (self.width,))
+
     def __call__(self, base, features, tokens, keep):
         """Write a text.
 
@@ -57,9 +63,8 @@ class Writer(nn.Module):
           tokens: int32 [B, T], -1 pads.
           keep: bool [B, T]. Words that it may see.
         """
-        prefix = Linear(base.width, use_bias=True, name='prefix')(features)
-        blank = self.param('blank', nn.initializers.normal(0.02), (base.width,))
-        words = jnp.where(keep[..., None], base.words(jnp.maximum(tokens, 0)), blank)[:, :-1]
+        prefix = self.prefix(features)
+        words = jnp.where(keep[..., None], base.words(jnp.maximum(tokens, 0)), self.blank)[:, :-1]
         written = streams.plain(words, tokens[:, :-1] >= 0)
         return base(streams.join(streams.plain(prefix), written))[:, prefix.shape[1] - 1:]
 
@@ -105,7 +110,7 @@ class KnowledgeMLLM(nn.Module):
         self.norm = RMSNorm()
         if not self.raw:
             self.head = [Linear(self.features, use_bias=True) for _ in MODALITIES]
-        self.writer = Writer()
+        self.writer = Writer(self.base.width)
 
     def __call__(self, image, has_image, tokens, keep=None):
         """Read items.
@@ -172,6 +177,11 @@ class KnowledgeMLLM(nn.Module):
     def describe(self, k, tokens, keep):
         """Compute the states [B, T, width] that predict tokens [B, T] from k [B, M, D] alone."""
         return self.writer(self.base, k, tokens, keep)
+
+    def mention(self, k):
+        """Compute the state [B, width] that predicts the words of an item from k [B, M, D]."""
+        state = self.writer.prefix(k).mean(1)
+        return unit(state) * jnp.sqrt(state.shape[-1])
 
     def everything(self, image, has_image, tokens):
         """Use every parameter once, for initialisation."""
@@ -246,7 +256,7 @@ class TransferMLLM(nn.Module):
         self.into = [Linear(self.base.width, use_bias=True) for _ in range(self.modalities)]
         self.norm = RMSNorm()
         self.head = Linear(self.features, use_bias=True)
-        self.writer = Writer()
+        self.writer = Writer(self.base.width)
         if self.clusters:
             self.to_clusters = Linear(self.clusters, use_bias=True)
 

@@ -98,6 +98,13 @@ def _describe_tokens(at):
     return at.batch.tokens[at.batch.slots[at.rows, at.batch.last]]
 
 
+@output('mention', 'B, width', ('_k',))
+def _mention(at, k):
+    """The state that predicts the words of the prefix's last item."""
+    variables = readers.variables(at.spec, at.params, 'knowledge')
+    return at.spec.knowledge.apply(variables, k[at.rows, at.batch.last], method='mention')
+
+
 output('vocabulary', 'W, width', is_table=True,
        doc='Rows of the words that hidden states are compared with.')(
            lambda at: readers.vocabulary(at.params))
