@@ -59,6 +59,6 @@ def get_config(variant: str = 'full'):
     c.rivals = {}
     # longer than the default run: the settings of the cells in benchmarks/ablation
     c.stage.knowledge.steps, c.stage.transfer.steps, c.model.item_dropout = 60, 72, 0.2
-    c.stage.recommend.update(batch_size=512, eval_every=50, patience=5)
+    c.stage.recommend.update(batch_size=512, epochs=0.0, eval_every=50, patience=5)
     c.update_from_flattened_dict(ABLATIONS[variant])
     return c

@@ -47,7 +47,7 @@ def get_config(variant: str = ''):
                    together=50, recommend='r', use_side=True, id_dropout=0.2, feature_dropout=0.1,
                    feature_hidden=0, item_dropout=0.2)
     c.stage.recommend.update(batch_size=128, every_prefix=False, learning_rate=3e-3, steps=800,
-                             eval_every=80, patience=4, weight_decay=0.5)
+                             epochs=0.0, eval_every=80, patience=4, weight_decay=0.5)
     c.rivals = dict(id_only=dict(recommend='', use_side=False), knowledge_only=dict(recommend='k'),
                     side_only=dict(recommend='', use_side=True),
                     lexical_only=dict(recommend='lexical'))
