@@ -6,6 +6,7 @@ while the recommender trains. `joint` adds the stage that trains everything at o
 
 from tpad_jax import config
 
+TAUGHT = config.TAUGHT | {'stages': 'knowledge,teach,transfer,recommend'}
 # {name: {config key: value}}
 ABLATIONS = {
     'full': {},
@@ -26,6 +27,16 @@ ABLATIONS = {
                        'model.feature_hidden': 256},
     'merging': {'model.blend.kind': 'mean', 'stage.transfer.fresh': '',
                 'losses.distil.weight': 0.0, 'losses.discrepancy.weight': 0.0},
+    # the Transfer-MLLM learns first and is then frozen, as in configs/amazon.py, and one part of
+    # that changed: the recommender learns from its distribution, too; r are its items as they are;
+    # it reads three tokens per item; and the distillation of `full`, by a head and in slow steps
+    'taught': TAUGHT,
+    'taught_soft': TAUGHT | {'losses.soft.weight': 0.5},
+    'taught_adapter_only': TAUGHT | {'model.reread': False},
+    'taught_compressed': TAUGHT | {'model.form': 'compressed'},
+    'taught_through_head': TAUGHT | {
+        'model.critics.distil': 'separable',
+        'stage.transfer.rates': (('^lora/distil/', 0.1), ('^adapter/', 0.2))},
     # so much disentanglement that p keeps little to predict from
     'strong_disentanglement': {'losses.disentangle.weight': 0.02},
     # five times the distillation steps, stopped where T predicts validation items best

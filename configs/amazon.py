@@ -23,6 +23,8 @@ def get_config(variant: str = ''):
     """
     c = config.get_config()
     c.name = 'amazon'
+    if variant in ('', 'tiny'):
+        c.update_from_flattened_dict(config.TAUGHT)
     if variant:
         if variant not in VARIANTS:
             raise ValueError(f'configs/amazon.py has no variant {variant!r}: leave it out or name '

@@ -27,6 +27,18 @@ PARTNER_CHANGES = (
     'recommend', 'normalise', 'temperature', 'repeats')
 
 
+# The Transfer-MLLM learns what follows what before anything is distilled from it, and is then
+# frozen: {option: value}
+TAUGHT = {
+    'stages': 'knowledge,teach,transfer,recommend,joint',
+    'model.form': 'item', 'model.session_dropout': 0.3,
+    'model.critics.distil': 'cosine',  # no head between r and what is learnt of it
+    'stage.transfer.steps': 24, 'stage.transfer.rates': (),
+    'stage.transfer.train': r'^(lora/distil|adapter)/',
+} | {f'stage.{stage}.weights.{loss}': 0.0 for stage in ('transfer', 'joint') for loss in (
+    'gen_transfer', 'align', 'disentangle', 'club_fit', 'discrepancy')}
+
+
 def get_config() -> ConfigDict:
     """Return the default config, unlocked."""
     c = ConfigDict()
@@ -118,7 +130,8 @@ def tiny(c: ConfigDict) -> None:
         'search.trials': 1,
         'data.planted.items': 80, 'data.planted.train': 300, 'data.planted.valid': 60,
         'data.planted.test': 80,
-        'stage.knowledge.steps': 8, 'stage.transfer.steps': 8, 'stage.recommend.steps': 40,
+        'stage.knowledge.steps': 8, 'stage.teach.steps': 30, 'stage.teach.eval_every': 15,
+        'stage.transfer.steps': 8, 'stage.recommend.steps': 40,
         'stage.joint.steps': 3, 'stage.recommend.eval_every': 20, 'stage.joint.eval_every': 3,
         'stage.joint.refresh_every': 3, 'diagnostics': 32} | {
             key: 16 for key, _ in flat(c) if key.endswith('.batch_size')})
@@ -256,6 +269,7 @@ def model() -> ConfigDict:
         layers=1, heads=2,  # attention: layers and heads
         near=12, near_window=3,  # gce_gnn: global neighbours per item, and their largest distance
         dropout=0.2,  # in the encoder
+        session_dropout=0.0,  # on the k that the Transfer-MLLM reads in training
         item_dropout=0.1,  # on item vectors that the encoder reads
     ))
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
+from tpad_jax import config as base
 from tpad_jax import load
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import log as log_lib
@@ -36,8 +37,9 @@ def base_dir(tmp_path_factory):
 
 
 def make_config(base_dir):
-    """`amazon.py:tiny`, made smaller still."""
-    c = amazon.get_config('tiny')
+    """The default config in the paper's form, made smaller than `tiny`."""
+    c = base.get_config()
+    base.tiny(c)
     c.parallel, c.save_every, c.log_every = 'jit', 2, 1
     c.workers = 2
     c.rivals = {name: amazon.get_config().rivals[name].to_dict()

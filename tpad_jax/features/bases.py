@@ -243,8 +243,8 @@ def _text_encoder(c, model, directory, sizes):
               'it, or copy modules.json and the folders it names')
     for broken, what, fix in (
             (c.image_size, f'config.mllm.image_size={c.image_size}: it reads no images', '0'),
-            (model.form != 'compressed', f'config.model.form={model.form!r}: its items have no '
-             'tokens that the Transfer-MLLM could read', "'compressed'"),
+            (model.form == 'full', f'config.model.form={model.form!r}: its items have no '
+             'tokens that the Transfer-MLLM could read', "'item' or 'compressed'"),
             (model.blend.kind, f'config.model.blend.kind={model.blend.kind!r}: the Transfer-MLLM '
              'has a separate base, so their adapters cannot be blended', "''")):
         refuse_if(broken, f'{option}, and {what}. Expected {fix}. Fix: set it so')

@@ -19,7 +19,7 @@ OF_TEACHER, OF_PUPIL = {'t', 'p', 'teach.h', 'teach.last'}, {'r', 'r_next', 'h',
 
 
 class Taught(NamedTuple):
-    """The Transfer-MLLM after stage teach, as a model of its own.
+    """The Transfer-MLLM after stage teach, as one more model.
 
     Attributes:
       scorer: of its scores.
@@ -47,8 +47,8 @@ def judge(job, tuned: dict) -> Taught:
     rule = min(tuned, key=lambda name: tuned[name].valid['nll'], default=None)
     best = None if rule is None else tuned[rule].valid['nll']
     is_open = best is None or nll <= best
-    beside = f'the best rule ({rule}) {best:.3f}' if tuned else 'without a rule beside it'
-    text = (f'Teacher: {nll:.3f} nats on validation, {beside}; it is '
+    rival = f'the best rule ({rule}) {best:.3f}' if tuned else 'config.baselines names no rule'
+    text = (f'Teacher: {nll:.3f} nats on validation, {rival}; it is '
             + ('distilled from.' if is_open else 'not distilled from, and r are k.'))
     gate = {'open': is_open, 'nll': nll, 'rule': rule, 'rule_nll': best, 'text': text}
     return Taught(scorer, job.record['valid'] or validated(scorer, job, 'teacher'),

@@ -383,7 +383,7 @@ def _run_stages(job, stages, until, console):
         job.pause()
         if trains and 'recommend' in stages[stages.index(stage):]:
             company.begin(stage)
-        # the gate of stage teach reads the tuned rules, whatever `until`
+        # stage teach compares T with the tuned rules
         if tuning is None and stage != 'knowledge' and (not until or stage == 'teach'):
             tuning = job.background.submit(tune(trains and job.config.refit), TUNE)
         before = job.params

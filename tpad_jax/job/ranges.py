@@ -122,8 +122,8 @@ RULES = {key: rule for rule, keys in (
     (number(0, 1, above=True), 'model.blend.keep model.together_decay'),
     # a share of 1 would leave nothing to learn from
     (number(0, 1, below=True), 'model.withhold model.word_dropout model.id_dropout '
-     'model.feature_dropout model.dropout model.item_dropout losses.*.smoothing losses.*.skew '
-     'losses.*.decay'),
+     'model.feature_dropout model.dropout model.item_dropout model.session_dropout '
+     'losses.*.smoothing losses.*.skew losses.*.decay'),
     (number(0), 'model.together_strength mllm.own.learning_rate stage.*.learning_rate '
      'stage.*.weight_decay stage.*.epochs losses.*.weight losses.*.power losses.*.sharpness '
      'losses.*.uniform'),

@@ -16,7 +16,7 @@ from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Pla
 from tpad_jax.models.sessions.repeats import shifts
 from tpad_jax.models.tpad import TPAD, encode_sessions, flat, item_vectors, z_table
 from tpad_jax.mutual_information.critics import Score
-from tpad_jax.nn.attention import row_keys
+from tpad_jax.nn.attention import dropout, row_keys
 from tpad_jax.nn.gather import take
 
 # --- the batch and the catalogue ------------------------------------------------------------------
@@ -172,9 +172,12 @@ def _transfer(at):
         else ('_transfer', '_k'))
 def _t(at, read, k=None):
     """The session up to each position."""
-    items = (read(k, method='compress') if k is not None else
-             streams.rows(read(*at.content, method='unfold'), at.batch.slots))
-    return read(items, at.batch.mask)
+    if k is None:
+        items = streams.rows(read(*at.content, method='unfold'), at.batch.slots)
+        return read(items, at.batch.mask)
+    key = at.keys['pick']  # folded, as another output draws by it
+    keys = None if key is None else row_keys(jax.random.fold_in(key, 1), at.batch.row)
+    return read(read(dropout(k, at.spec.session_dropout, keys), method='compress'), at.batch.mask)
 
 
 @output('_parts', needs=('t',))
