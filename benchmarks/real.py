@@ -9,6 +9,9 @@ each other model with its interval and the p-value over sessions, corrected over
 
     --gift=DIR      raw Amazon files        --office=DIR    sessions.npz and items.jsonl.gz
     --films=DIR     the same, with images   --sessions=DIR  diginetica.npz and others
+    --features=DIR  rows of a text encoder, office_minilm.npy and films_minilm.npy, which are read in
+                    place of content: by --office, and by --films_cold=DIR, where no session that is
+                    trained on holds the newest films
 """
 
 import json
@@ -26,6 +29,7 @@ from tpad_jax.evaluation import compare
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
+FILMS = ['--config.data.words=genres,year,title,tags,overview', '--config.data.sides=year,genres']
 METRICS = 'hit@20', 'mrr@20'
 FILE = HERE / 'real.json'
 
@@ -41,9 +45,16 @@ def sets() -> dict[str, list[str]]:
         out['office'] = [amazon, f'--config.data.ready={FLAGS.office}', *published,
                          '--config.data.words=title,brand,description', '--config.data.sides=brand']
     if FLAGS.films:
-        out['films'] = [amazon, f'--config.data.ready={FLAGS.films}',
-                        '--config.data.words=genres,year,title,tags,overview',
-                        '--config.data.sides=year,genres']
+        out['films'] = [amazon, f'--config.data.ready={FLAGS.films}', *FILMS]
+    if FLAGS.features:
+        given = ['--config.stages=recommend', '--config.model.recommend=given',
+                 f'--config.data.features={FLAGS.features}/']
+        if FLAGS.office:
+            out['office_minilm'] = [*out['office'], *given[:2], f'{given[2]}office_minilm.npy']
+        if FLAGS.films_cold:
+            out['films_cold'] = [amazon, f'--config.data.ready={FLAGS.films_cold}', *FILMS,
+                                 '--config.data.valid=575', *given[:2],
+                                 f'{given[2]}films_minilm.npy']
     for seed in FLAGS.planted:
         out[f'planted_{seed}'] = [amazon, f'--config.data.planted.seed={seed}']
     if FLAGS.sessions:
@@ -125,7 +136,7 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    for flag in ('gift', 'office', 'films', 'sessions'):
+    for flag in ('gift', 'office', 'films', 'sessions', 'features', 'films_cold'):
         flags.DEFINE_string(flag, '', 'directory of the data, see the head of this file')
     flags.DEFINE_list('planted', '0,1,2', 'planted seeds')
     flags.DEFINE_list('seeds', '0,1,2', 'seeds of parameters, draws and batch order')
