@@ -9,9 +9,9 @@ each other model with its interval and the p-value over sessions, corrected over
 
     --gift=DIR      raw Amazon files        --office=DIR    sessions.npz and items.jsonl.gz
     --films=DIR     the same, with images   --sessions=DIR  diginetica.npz and others
-    --features=DIR  rows of a text encoder, office_minilm.npy and films_minilm.npy, which are read in
-                    place of content: by --office, and by --films_cold=DIR, where no session that is
-                    trained on holds the newest films
+    --features=DIR  rows of a text encoder, office_minilm.npy and films_minilm.npy, read in place of
+                    content: by --office, and by --films_cold=DIR, where no training session holds
+                    the newest films
 """
 
 import json
