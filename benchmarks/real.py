@@ -12,6 +12,7 @@ each other model with its interval and the p-value over sessions, corrected over
     --features=DIR  rows of a text encoder, office_minilm.npy and films_minilm.npy, read in place of
                     content: by --office, and by --films_cold=DIR, where no training session holds
                     the newest films
+    --checkpoint=DIR  a text-only decoder, frozen, that reads the items of --office and --films
 """
 
 import json
@@ -55,6 +56,14 @@ def sets() -> dict[str, list[str]]:
             out['films_cold'] = [amazon, f'--config.data.ready={FLAGS.films_cold}', *FILMS,
                                  '--config.data.valid=575', *given[:2],
                                  f'{given[2]}films_minilm.npy']
+    if FLAGS.checkpoint:  # its states as they are, the mean over the text
+        width = json.loads((Path(FLAGS.checkpoint) / 'config.json').read_text())['hidden_size']
+        reads = [f'--config.mllm.checkpoint={FLAGS.checkpoint}', '--config.mllm.text_length=64',
+                 '--config.mllm.pooling=mean', f'--config.model.features={width}',
+                 '--config.stage.knowledge.steps=0', '--config.stages=knowledge,recommend',
+                 '--config.model.recommend=k']
+        out |= {f'{name}_checkpoint': [*out[name], *reads] for name in ('office', 'films')
+                if name in out}
     for seed in FLAGS.planted:
         out[f'planted_{seed}'] = [amazon, f'--config.data.planted.seed={seed}']
     if FLAGS.sessions:
@@ -136,7 +145,8 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    for flag in ('gift', 'office', 'films', 'sessions', 'features', 'films_cold'):
+    for flag in ('gift', 'office', 'films', 'sessions', 'features', 'films_cold',
+                 'checkpoint'):
         flags.DEFINE_string(flag, '', 'directory of the data, see the head of this file')
     flags.DEFINE_list('planted', '0,1,2', 'planted seeds')
     flags.DEFINE_list('seeds', '0,1,2', 'seeds of parameters, draws and batch order')

@@ -3,8 +3,8 @@
 The small base knows the words of the planted catalogue. Texts of another kind take several of its
 tokens a word, so that few words are read. Such a catalogue gets a tokenizer trained on it. The
 base's weights mean nothing under another vocabulary: it is drawn at random and trained in stage
-knowledge on the catalogue's items, whose words k predicts without their order. To write the texts
-takes longer to learn, and three times as long a step [ours].
+knowledge on the catalogue's items, whose words k predicts without their order. To write texts takes
+longer to learn, and three times as long a step, so neither MLLM does [ours].
 """
 
 import copy
@@ -65,7 +65,8 @@ def fitted(config, texts: list[str], shipped: Path, own: Path, reads: bool = Tru
         changes = {'mllm.text_length': min(max(c.text_length, length), c.own.text_length),
                    'stage.knowledge.steps': c.own.steps, 'stage.knowledge.train': TRAIN,
                    'stage.knowledge.learning_rate': c.own.learning_rate,
-                   'losses.words.weight': 1.0, 'losses.gen_knowledge.weight': 0.0}
+                   'losses.words.weight': 1.0, 'losses.gen_knowledge.weight': 0.0,
+                   'losses.gen_transfer.weight': 0.0}
         config.update_from_flattened_dict({
             key: value for key, value in changes.items()
             if _value(config, key) == _value(defaults, key)})
