@@ -135,8 +135,8 @@ def scores(job) -> dict:
     cold[0] = False
     scored = {'own': scorer(job.spec, job.devices)(job.nested(), job.catalogue),
               'oracle': job.probabilities}
-    if 'transfer' in c.stages and c.losses.distil.weight and c.model.form == 'compressed':
-        scored['transfer'] = transfer_scorer(job.spec)(job.nested(), job.catalogue)
+    if 'transfer' in c.stages and c.losses.distil.weight and c.model.form != 'full':
+        scored['transfer'] = transfer_scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
     earned = {}
     for who, score in scored.items():
         kept = []

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tpad_jax.distributed import devices
 from tpad_jax.evaluation import scorers
 from tpad_jax.models import outputs, readers, stream, tpad
 from tpad_jax.models.builtin.mllm import MLLM, VisionTower
@@ -24,8 +25,8 @@ MODEL = SimpleNamespace(
     use_side=True, id_dropout=0.3, feature_dropout=0.2, gnn_steps=1, positions=True, dropout=0.3,
     item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
     repeats=True, together=0, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
-    lora_alpha=4.0, lora_rank=2, clusters=0, blend=SimpleNamespace(kind=''), reread=True,
-    feature_hidden=0)
+    session_dropout=0.0, lora_alpha=4.0, lora_rank=2, clusters=0, reread=True,
+    blend=SimpleNamespace(kind=''), feature_hidden=0)
 TARGETS = r'^decoder/.*(attention/[qkvo]|down)$'
 SPEC = tpad.build(MLLM(**BASE), MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))
 
@@ -102,8 +103,9 @@ def differs(a, b):
 
 def test_t_foretells_by_its_critic_of_p_and_every_item(params):
     """Prefix by prefix, item by item."""
-    catalogue, batch = make_catalogue(), make_batch()
-    found = scorers.transfer_scorer(SPEC)(params, catalogue)(batch.items)
+    catalogue, batch = make_catalogue() | {'popularity': jnp.ones(V + 1)}, make_batch()
+    one = devices.choose('jit', 1, 1).own
+    found = scorers.transfer_scorer(SPEC, one)(params, catalogue)(batch.items)
     assert found.shape == (B, V + 1)
     assert (found[:, 0] == 0).all()
     out = forward(SPEC, params, batch.replace(valid=np.ones(B, bool)), catalogue,
