@@ -6,7 +6,7 @@ One word per concept, in code and pages:
     catalogue   all items; a row is one item's entry in a table of the catalogue
     session     one visitor's items in order; prefix: its first items; target: the item after them
     cold item   an item of no training session; warm: every other
-    stage       part of a run: knowledge, transfer, recommend, joint
+    stage       part of a run: knowledge, teach, transfer, recommend, joint
     source      where items and sessions come from: raw files, prepared sessions, planted catalogue
     baseline    a rule that is tuned; trained baseline: a recommender of config.rivals
     adapter     LoRA factors that are added to the kernels of a frozen base

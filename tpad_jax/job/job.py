@@ -2,7 +2,8 @@
 
 * prepare: raw files (or the planted catalogue) become tables, batches and content; or sessions of
   ids are read.
-* stages: knowledge makes the rows k, transfer the rows r, then recommend, joint and a refit.
+* stages: knowledge makes the rows k, teach the Transfer-MLLM, transfer the rows r, then recommend,
+  joint and a refit.
   Trained baselines, diagnostics, compilation and tuning run next to them, see background.py.
 * report: test metrics of all models, results.json, the page.
 """
