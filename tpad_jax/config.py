@@ -45,6 +45,10 @@ def get_config() -> ConfigDict:
     c.name = 'tpad'  # of the run: the default workdir is runs/<name>
     c.seed = 0  # of parameters, random draws and batch order; data.planted.seed is separate
     c.stages = 'knowledge,transfer,recommend,joint'  # to run, comma-separated, in this order
+    # workdir of a finished run, on other data, with the same base and widths. Its Transfer-MLLM,
+    # adapters, heads and critics are what the stages start from, and a stage with 0 steps takes
+    # them as they are. Nothing of its recommender is read. '': all parameters are drawn
+    c.begin_from = ''
     c.save_every = 50  # steps between checkpoints; a killed run repeats at most this many
     c.log_every = 4  # steps between log lines
     c.diagnostics = 192  # validation sessions whose features are measured; 0: none

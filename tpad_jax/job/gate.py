@@ -51,7 +51,7 @@ def judge(job, tuned: dict) -> Taught:
     text = (f'Teacher: {nll:.3f} nats on validation, {rival}; it is '
             + ('distilled from.' if is_open else 'not distilled from, and r are k.'))
     gate = {'open': is_open, 'nll': nll, 'rule': rule, 'rule_nll': best, 'text': text}
-    return Taught(scorer, job.record['valid'] or validated(scorer, job, 'teacher'),
+    return Taught(scorer, job.record.get('valid') or validated(scorer, job, 'teacher'),
                   {'calibration': known._asdict(), 'gate': gate})
 
 

@@ -41,7 +41,7 @@ from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import readers, tpad
 from tpad_jax.models import sessions as encoders
-from tpad_jax.training import handover, length, step
+from tpad_jax.training import begin_from, handover, length, step
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.training.workdir import claim, enter, locked
 
@@ -58,6 +58,7 @@ class Job:
       params: all parameters {path: array} after the stages so far. Never changed in place.
       catalogue: rows per item on the device. Never changed in place.
       blank: {row: shape and dtype} of the rows that stages make.
+      taken: {path: array} of the parameters of another run, see begin_from.py.
       writer: log.Writer of the run, once it begins.
       encoders: {stage: encoder of the rows that it makes}.
       background: the threads next to the main one.
@@ -84,7 +85,7 @@ class Job:
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, {}, {}
         self.background, self.compiling, self.encoders, self.looks = Background(0), {}, {}, []
         self.writer = self.content = self.probabilities = None
-        self.blank = {}
+        self.blank, self.taken = {}, {}
         self.source = sources.chosen(config)
         self.planted = self.source.world(config) if self.source.world else None
         with hosts.one_first('data'):
@@ -160,6 +161,7 @@ class Job:
         shapes = jax.eval_shape(exact_products(make), jax.random.key(c.seed))
         every = memory_plan.parameter_shapes(
             c, shapes | ({'teacher': teacher.shapes} if teacher else {}))
+        self.taken = begin_from.parameters(c, every, base.fingerprint)
         self.params = every  # shapes, until the values are read
         self._check_patterns(stages)
         if c.mllm.checkpoint:  # printed before gigabytes are read
@@ -179,7 +181,7 @@ class Job:
         draw = devices.compiled(
             lambda key: {n: p for n, p in make(key).items() if n not in base.given})
         params = draw(jax.random.key(c.seed))
-        self.params = flatten_dict({**params, **loaded}, sep='/')
+        self.params = flatten_dict({**params, **loaded}, sep='/') | self.taken
 
     def _check_patterns(self, stages):
         """Refuse settings that fit no parameter before anything is compiled or trained."""
@@ -227,7 +229,7 @@ class Job:
         """
         name, c, spec = name or stage, self.config.stage[stage], self.stage_spec(stage)
         encoder = self.encoders.get(stage)
-        self.params = handover.copied(self.params, stage, c.copy)
+        self.params = handover.copied(self.params, stage, c.copy, self.taken)
         if spec and 'cluster' in spec.needs:
             self.catalogue = {**self.catalogue, 'cluster': handover.clustered(
                 self.catalogue['k'], self.config.model.clusters, self.config.seed)}
@@ -246,7 +248,7 @@ class Job:
         (folder / DONE).touch()
         self.seconds[name] = self.record['seconds']
         # K does not read again, or nothing was distilled
-        if stage == 'transfer' and not rows and not (self.spec.reread and spec):
+        if stage == 'transfer' and not rows and not (self.spec.reread and (spec or self.taken)):
             r = devices.compiled(partial(readers.adapt_items, self.spec))(
                 self.nested(), self.catalogue['k'])
             rows = {'r': r.at[0].set(0)}

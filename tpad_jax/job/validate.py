@@ -12,7 +12,7 @@ from tpad_jax.features import bases
 from tpad_jax.job import ranges
 from tpad_jax.losses import check as loss_check
 from tpad_jax.models.hf.bert import Bert
-from tpad_jax.training import handover, step
+from tpad_jax.training import begin_from, handover, step
 from tpad_jax.training.stages import ENTRIES
 
 WRITTEN = {'describe', 'mention', '_k.states', '_r.states'}  # outputs of a K that writes texts
@@ -45,6 +45,7 @@ def check(config, among=None) -> tuple[str, ...]:
         refuse_if(not {'recommend'} <= set(baseline) <= set(IDENTITY), f'config.rivals.{name} sets '
                   f'{", ".join(baseline)}. Expected recommend, and of use_id, use_side any')
     ranges.check(config)
+    begin_from.check(config)
     metrics.registry(config.metrics)
     stages = names(config.stages)
     refuse_if(not stages or list(stages) != sorted(set(stages), key=STAGES.index),
@@ -153,8 +154,10 @@ def check_workdir(workdir: Path) -> None:
 def _check_stage(config, stage, shards):
     """Refuse settings of a stage that contradict each other."""
     c, key = config.stage[stage], f'config.stage.{stage}.'
-    refuse_if(not c.steps and stage != 'knowledge', f'{key}steps=0: only stage knowledge may keep '
-              f'its model as it is. Fix: leave {stage} out of config.stages')
+    kept = begin_from.TRAINED if config.begin_from else ('knowledge',)
+    refuse_if(not c.steps and stage not in kept, f'{key}steps=0: only stages that begin from '
+              f'another run (config.begin_from), and stage knowledge, may keep their model as it '
+              f'is. Fix: leave {stage} out of config.stages')
     chosen = step.stage_losses(config, stage) if c.steps else ()
     for spec in chosen:
         if ':' in config.losses[spec.name].fn:  # the built-in ones are tested
@@ -164,7 +167,7 @@ def _check_stage(config, stage, shards):
               f'{parts}: {shards} device(s) times {c.accumulate} part(s) ({key}accumulate)')
     refuse_if(c.refresh_every and stage != 'joint', f'{key}refresh_every={c.refresh_every}: only '
               'stage joint reads rows that it changes. Fix: set it to 0')
-    if stage == 'teach' or (stage == 'transfer' and c.eval_every):
+    if c.steps and (stage == 'teach' or (stage == 'transfer' and c.eval_every)):
         _check_ranking(config, stage, chosen)
     refuse_if(stage == 'joint' and c.eval_every and not c.refresh_every, f'{key}refresh_every=0 '
               'would validate on rows from before the stage. Fix: set it to 1 or more')

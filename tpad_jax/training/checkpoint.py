@@ -27,9 +27,10 @@ from orbax.checkpoint import v1 as ocp
 
 from tpad_jax.core.files import PARTIAL, sha256
 from tpad_jax.distributed import hosts
-from tpad_jax.errors import UNWRITABLE, InputError
+from tpad_jax.errors import UNWRITABLE, InputError, refuse_if
 
 META, CHECKSUMS, STATE = 'meta.json', 'checksums.json', 'state'
+PARAMS = 'state.params.'  # of the paths in a state, that of the trained parameters
 DAMAGED = 'damaged-'  # and the step: a damaged checkpoint, kept for inspection and never read again
 LATEST = 2  # how many of the newest checkpoints are kept, next to the best one
 
@@ -212,6 +213,36 @@ class Checkpoints:
 
     def _steps(self):
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+
+def chosen_parameters(directory) -> dict:
+    """Read what a finished stage of another run trained, at the step that validation chose.
+
+    Args:
+      directory: of the stage's checkpoints, which is not changed.
+
+    Returns:
+      {path: array}; empty where the stage trained nothing.
+
+    Raises:
+      InputError: the checkpoint is damaged.
+    """
+    folders = {int(path.name): path for path in Path(directory).absolute().iterdir()
+               if path.name.isdigit()}
+    if not folders:
+        return {}
+    damage = {step: _damage(folder) for step, folder in folders.items()}
+    refuse_if(any(damage.values()), f'{directory}: a checkpoint is damaged ('
+              f'{next(filter(None, damage.values()), "")}). Fix: restore it from a copy')
+    records = {step: json.loads((folder / META).read_text()) for step, folder in folders.items()}
+    step = _best(records)
+    folder = folders[max(folders) if step is None else step]
+    saved = _with_options(ocp.checkpointables_metadata, folder).metadata[STATE]
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            for path, leaf in saved.items()}
+    arrays = _with_options(ocp.load_checkpointables, folder, {STATE: like})[STATE]
+    return {path.removeprefix(PARAMS): x for path, x in arrays.items() if path.startswith(PARAMS)}
 
 
 def abstract(state):

@@ -43,13 +43,14 @@ def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
               f'{config.model.clusters}: there are {items} items. Fix: choose at most that many.')
 
 
-def copied(params: dict, stage: str, copy: str) -> dict:
+def copied(params: dict, stage: str, copy: str, taken=()) -> dict:
     """Copy the parameters below one path to another.
 
     Args:
       params: {path: array}.
       stage: of config.STAGES, for the message.
       copy: 'a->b', or '' to copy nothing.
+      taken: paths with values of another run (begin_from.py), which stay.
 
     Returns:
       `params`, where those below b have the values of those below a.
@@ -64,7 +65,7 @@ def copied(params: dict, stage: str, copy: str) -> dict:
               if path.startswith(source + '/')}
     refuse_if(not copies or not copies.keys() <= params.keys(), f'config.stage.{stage}.copy='
               f'{copy!r}: expected two prefixes a->b of parameter paths such as {min(params)!r}')
-    return {**params, **copies}
+    return {**params, **{path: x for path, x in copies.items() if path not in taken}}
 
 
 def clustered(k, count: int, seed: int):

@@ -18,6 +18,7 @@ from tpad_jax.core import files
 from tpad_jax.distributed import hosts
 from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.features import bases
+from tpad_jax.training import begin_from
 
 # Version of a workdir's files. Version 1 had no such key; its checkpoints joined all arrays.
 FORMAT = 2
@@ -50,6 +51,8 @@ def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
     config = json.loads(json.dumps(config, default=str))
     inputs = {key: bases.fingerprint(bases.local(f'config.{key}', path))
               for key in INPUTS if (path := _flat(config).get(key))}
+    if config.get('begin_from'):
+        inputs['begin_from'] = begin_from.fingerprint(config['begin_from'])
     record = {'format': FORMAT, 'config': config, 'fingerprint': fingerprint, 'inputs': inputs}
     path = Path(workdir) / 'config.json'
     if path.exists():
