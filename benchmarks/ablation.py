@@ -81,6 +81,18 @@ def knowledge(config, workdir: Path, stopping) -> Path:
 
 def train(config, workdir: Path, stopping, stages):
     """The job of `config` with its stages done."""
+    made = opened(config, workdir, stopping, stages)
+    try:
+        for stage in stages:
+            made.pause()
+            made.run_stage(stage)
+    finally:
+        made.writer.close()
+    return made
+
+
+def opened(config, workdir: Path, stopping, stages):
+    """The job of `config`, built for these stages, with an open log."""
     from tpad_jax.core import log
     from tpad_jax.job import job, validate
     from tpad_jax.training import workdir as workdir_lib
@@ -90,12 +102,6 @@ def train(config, workdir: Path, stopping, stages):
     workdir_lib.claim(workdir, config.to_dict(), made.data.fingerprint)
     made.build(stages, Console(quiet=True))
     made.writer = log.Writer(workdir)
-    try:
-        for stage in stages:
-            made.pause()
-            made.run_stage(stage)
-    finally:
-        made.writer.close()
     return made
 
 
@@ -126,31 +132,17 @@ def scores(job) -> dict:
 
     With it the share of the Transfer-MLLM's own lists, where a critic was taught to make them.
     """
-    import numpy as np
-
-    from tpad_jax.evaluation import metrics
     from tpad_jax.evaluation.scorers import scorer, transfer_scorer
 
-    rows, cold, c = job.test, ~job.data.warm, job.config
-    cold[0] = False
+    rows, c = job.test, job.config
     scored = {'own': scorer(job.spec, job.devices)(job.nested(), job.catalogue),
               'oracle': job.probabilities}
     if 'transfer' in c.stages and c.losses.distil.weight and c.model.form != 'full':
-        scored['transfer'] = transfer_scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
-    earned = {}
-    for who, score in scored.items():
-        kept = []
-        for part, found in metrics.scored(score, rows.items, job.data.num_items):
-            truth = job.probabilities(rows.items[part])
-            placed = metrics.places(found, [truth, truth * cold], 20)
-            above, equal = metrics.counts(found, rows.target[part])
-            kept.append([metrics.mean_gain('hit', above, equal, 20),
-                         metrics.mean_gain('mrr', above, equal, 20),
-                         *metrics.expected('hit', placed, 20)])
-        earned[who] = np.concatenate(kept, axis=1)
-    session = np.unique(rows.session, return_inverse=True)[1]
-    sums = np.stack([np.bincount(session, column) for column in earned['own']])
-    whole = {who: found.sum(axis=1) for who, found in earned.items()}
+        bind = transfer_scorer(job.spec, job.devices.own)
+        scored['transfer'] = bind(job.nested(), job.catalogue)
+    earned = {who: earnings(job, score) for who, score in scored.items()}
+    sums = by_session(rows, earned['own'])
+    whole = {who: found.sum(axis=0) for who, found in earned.items()}
     own, best, total = whole.pop('own'), whole.pop('oracle'), len(rows.target)
 
     def share(found):
@@ -162,20 +154,47 @@ def scores(job) -> dict:
             'oracle': {'all': best[2], 'cold': best[3]}, 'rows': total, 'sums': pack(sums)}
 
 
+def earnings(job, score):
+    """What a scorer earns on every test row: float64 [R, len(SUMS)]."""
+    import numpy as np
+
+    from tpad_jax.evaluation import metrics
+
+    rows, cold, kept = job.test, ~job.data.warm, []
+    cold[0] = False
+    hit, mrr = metrics.GAINS['hit'], metrics.GAINS['mrr']
+    for part, found in metrics.scored(score, rows.items, job.data.num_items):
+        truth = job.probabilities(rows.items[part])
+        placed = metrics.places(found, [truth, truth * cold], 20)
+        above, equal = metrics.counts(found, rows.target[part])
+        kept.append([metrics.mean_gain(hit, above, equal, 20),
+                     metrics.mean_gain(mrr, above, equal, 20),
+                     *metrics.expected(hit, placed, 20)])
+    return np.concatenate(kept, axis=1).T
+
+
+def by_session(rows, earned):
+    """Sums of earnings [R, n] over the sessions of rows: float64 [n, S]."""
+    import numpy as np
+
+    session = np.unique(rows.session, return_inverse=True)[1]
+    return np.stack([np.bincount(session, column) for column in earned.T])
+
+
 def pack(sums) -> str:
-    """float [len(SUMS), S] as text."""
+    """float [len(SUMS), S], or other rows of S, as text."""
     import numpy as np
 
     whole = np.round(sums * DIGITS).astype('<u2')
     return base64.b64encode(zlib.compress(whole.tobytes(), 9)).decode()
 
 
-def unpack(text: str):
-    """What `pack` was given: float64 [len(SUMS), S]."""
+def unpack(text: str, rows: int = len(SUMS)):
+    """What `pack` was given: float64 [rows, S]."""
     import numpy as np
 
     whole = np.frombuffer(zlib.decompress(base64.b64decode(text)), '<u2')
-    return whole.reshape(len(SUMS), -1) / DIGITS
+    return whole.reshape(rows, -1) / DIGITS
 
 
 def read(study: str, size: int) -> dict:

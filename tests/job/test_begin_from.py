@@ -50,7 +50,7 @@ def test_a_catalogue_is_read_by_the_other_run_as_it_is(first, tmp_path):
 def test_stages_start_from_the_other_run_and_resume(first, tmp_path):
     config, origin, trained = first
     config = changed(config, begin_from=str(origin), stages='knowledge,transfer,recommend',
-                     stage__knowledge__steps=0, stage__transfer__steps=4, rivals={},
+                     stage__knowledge__steps=0, stage__transfer__steps=4, rivals={}, diagnostics=0,
                      stage__transfer__learning_rate=0.0)
     config.data.planted.update(seed=1, law_seed=0)
     with Recorded() as whole:

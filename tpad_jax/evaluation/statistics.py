@@ -163,8 +163,7 @@ def hierarchical(worlds: Sequence[World], *, draws: int = DRAWS, seed: int = 0) 
     chosen = rng.integers(len(worlds), size=(draws, len(worlds)))
     for number, (total, weight) in enumerate(worlds):
         samples = np.nonzero(chosen == number)[0]
-        seeds, sessions = (rng.multinomial(n, np.full(n, 1 / n), len(samples))
-                           for n in np.shape(total))
+        seeds, sessions = (_counts(rng, n, len(samples)) for n in np.shape(total))
         ratios = ((seeds / len(total) @ total) * sessions).sum(axis=1) / (sessions @ weight)
         np.add.at(out, samples, ratios / len(worlds))
     return out
@@ -227,8 +226,13 @@ def _drawn(count: int, draws: int, seed: int) -> Iterator[np.ndarray]:
     """How often each of `count` sessions is drawn: float64 [at most _BLOCK, count] each."""
     rng = np.random.default_rng(seed)
     for begin in range(0, draws, _BLOCK):
-        yield np.stack([np.bincount(rng.integers(count, size=count), minlength=count)
-                        for _ in range(min(_BLOCK, draws - begin))]).astype(np.float64)
+        yield _counts(rng, count, min(_BLOCK, draws - begin)).astype(np.float64)
+
+
+def _counts(rng, count, draws):
+    """How often each of `count` is drawn when `count` are drawn: int [draws, count]."""
+    chosen = rng.integers(count, size=(draws, count)) + count * np.arange(draws)[:, None]
+    return np.bincount(chosen.ravel(), minlength=draws * count).reshape(draws, count)
 
 
 def _signs(count: int, flips: int, seed: int) -> Iterator[np.ndarray]:
