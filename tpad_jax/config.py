@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     c.stages = 'knowledge,transfer,recommend,joint'  # to run, comma-separated, in this order
     # workdir of a finished run, on other data, with the same base and widths. Its Transfer-MLLM,
     # adapters, heads and critics are what the stages start from, and a stage with 0 steps takes
-    # them as they are. Nothing of its recommender is read. '': all parameters are drawn
+    # them as they are. Its recommender is not read. '': all parameters are drawn
     c.begin_from = ''
     c.save_every = 50  # steps between checkpoints; a killed run repeats at most this many
     c.log_every = 4  # steps between log lines
