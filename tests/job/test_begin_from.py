@@ -11,7 +11,7 @@ from tpad_jax.errors import InputError
 from tpad_jax.features import store
 from tpad_jax.job import job
 
-AS_IT_IS = {'stage.knowledge.steps': 0, 'stage.transfer.steps': 0}
+AS_IT_IS = {f'stage.{stage}.steps': 0 for stage in ('knowledge', 'teach', 'transfer')}
 
 
 @pytest.fixture(scope='module')
@@ -23,7 +23,7 @@ def base(tmp_path_factory):
 def first(base, tmp_path_factory):
     """A finished run without a recommender, and what its stages trained."""
     workdir = tmp_path_factory.mktemp('first') / 'run'
-    config = changed(base, stages='knowledge,transfer', baselines='', diagnostics=0)
+    config = changed(base, stages='knowledge,teach,transfer', baselines='', diagnostics=0)
     with Recorded() as params:
         job.run(config, workdir)
     return config, workdir, params
@@ -39,7 +39,8 @@ def test_a_catalogue_is_read_by_the_other_run_as_it_is(first, tmp_path):
     for seed in 0, 1:
         config = changed(config, begin_from=str(origin), **AS_IT_IS)
         config.data.planted.update(train=1, seed=seed, law_seed=0)
-        job.run(config, tmp_path / str(seed))
+        results = job.run(config, tmp_path / str(seed))
+        assert list(results['models']) == ['teacher']  # T of the other run alone
         for stage, row in ('knowledge', 'k'), ('transfer', 'r'):
             ours, theirs = (store.read(run / 'features' / stage, row)
                             for run in (tmp_path / str(seed), origin))
