@@ -518,7 +518,7 @@ def test_the_command_refuses_in_words(capsys):
 
 @pytest.mark.slow
 def test_own_parameters_are_resumed_bit_by_bit_and_go_on_in_the_next_stage(small, tmp_path):
-    c = test_job.changed(small, rivals={}, diagnostics=0, baselines='pop', save_every=3,
+    c = test_job.changed(small, rivals={}, diagnostics=0, baselines='pop', experts='', save_every=3,
                          stage__knowledge__steps=6, stage__recommend__steps=6,
                          model__recommend='k', losses__gen_knowledge__weight=0.0)
     c.unlock()

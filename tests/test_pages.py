@@ -28,7 +28,8 @@ from tpad_jax import config
 def tiny(c, tiny=config.tiny):
     tiny(c)
     c.data.planted.update(items=48, train=160, valid=24, test=24)
-    c.diagnostics, c.baselines, c.mllm.text_length = 0, 'pop', 8
+    c.diagnostics, c.baselines, c.experts, c.mllm.text_length = 0, 'pop', '', 8
+    c.rivals = {}
     c.stage.recommend.eval_every = c.stage.joint.eval_every = 0
     for stage in c.stage.values():
         stage.update(steps=2, batch_size=16)

@@ -110,7 +110,7 @@ def test_a_run_that_blends_adapters(config, tmp_path):
         'distil', 'discrepancy', 'align', 'disentangle', 'club_fit')}
     c = changed(config, stages='knowledge,transfer,recommend', model__blend__kind='ties',
                 stage__transfer__eval_every=0, diagnostics=0, baselines='pop', **off)
-    c.rivals = {}
+    c.rivals, c.experts = {}, ''
     ranks = []
     leave = encoder.Encoder.leave
 

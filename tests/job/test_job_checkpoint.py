@@ -28,7 +28,7 @@ def config(directory, side, stages, losses=('gen_knowledge', 'distil', 'next_ite
                          mllm__checkpoint=str(directory), mllm__image_size=side, baselines='pop',
                          diagnostics=0, stage__transfer__eval_every=0, **PARTS)
     c.unlock()
-    c.rivals = {}
+    c.rivals, c.experts = {}, ''
     for name, steps in STEPS.items():
         c.stage[name].update(steps=steps, batch_size=8)
     c.stage.joint.update(eval_every=2, refresh_every=2)

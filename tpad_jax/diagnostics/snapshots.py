@@ -185,7 +185,7 @@ def _reader(model: tpad.TPAD):
         out = outputs.forward(model, params, batch, catalogue, frozenset(READ), frozenset())
         return {name: out[name] for name in READ}
 
-    return compiled(read)
+    return compiled(read, seldom=True)
 
 
 @lru_cache(maxsize=4)
@@ -201,7 +201,7 @@ def _meter(model: tpad.TPAD, chosen: tuple):
             for name, _ in model.critics if name in PAIRS}
         return logged, {name: pair for name, pair in factors.items() if pair is not None}
 
-    return compiled(measure)
+    return compiled(measure, seldom=True)
 
 
 def _batch(rows, ids, part: slice, size: int, content=None) -> Batch:

@@ -35,8 +35,13 @@ RULES = (
 )
 
 
+# of the compiler on CPU, for a program that runs a few times; configs set the same by `xla_flags`
+QUICK = {'xla_backend_optimization_level': 0, 'xla_cpu_use_fusion_emitters': False,
+         'xla_llvm_disable_expensive_passes': True, 'xla_cpu_parallel_codegen_split_count': 1}
+
+
 def compiled(fn: Callable, platform: str | None = None, precision: str = 'float32',
-             **options) -> Callable:
+             seldom: bool = False, **options) -> Callable:
     """Compile a function with jax.jit at a precision of float32 products.
 
     On CPU, LLVM stops at its first optimisation level: half the compile time, the same speed. A
@@ -46,14 +51,16 @@ def compiled(fn: Callable, platform: str | None = None, precision: str = 'float3
       fn: the function.
       platform: the platform to compile for. None: the default backend.
       precision: of products outside the MLLM, one of PRECISIONS.
+      seldom: whether it is called a few times only. On CPU it is then compiled in a quarter of the
+        time and takes about twice as long.
       **options: more arguments of jax.jit.
 
     Returns:
       The jitted function.
     """
-    level, flags = 'xla_backend_optimization_level', os.environ.get('XLA_FLAGS', '')
+    level, flags = next(iter(QUICK)), os.environ.get('XLA_FLAGS', '')
     if (platform or jax.default_backend()) == 'cpu' and level not in flags:
-        options['compiler_options'] = {level: 1}
+        options['compiler_options'] = QUICK if seldom else {level: 1}
     return jax.jit(at_precision(fn, precision), **options)
 
 
@@ -106,19 +113,20 @@ class Devices:
             return Mesh(np.array(self.devices), (AXIS,))
         return Mesh(np.array(self.devices).reshape(-1, self.model), (AXIS, MODEL))
 
-    def lift(self, step: Callable) -> Callable:
+    def lift(self, step: Callable, seldom: bool = False) -> Callable:
         """Compile a step for these devices. The state is donated.
 
         State and catalogue never have a device axis, so a checkpoint fits jit, pmap and shard_map.
 
         Args:
           step: (state, batch, catalogue, *, axis) -> new state.
+          seldom: see `compiled`.
 
         Returns:
           (state, batch, catalogue) -> new state.
         """
         lifted = partial(compiled, platform=self.devices[0].platform, donate_argnums=0,
-                         precision=self.precision)
+                         precision=self.precision, seldom=seldom)
         if self.how == 'jit':
             return lifted(partial(step, axis=None))
         if self.how == 'pmap':

@@ -17,6 +17,7 @@ import scipy.optimize
 from tpad_jax.data import item_graphs
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.distributed.devices import compiled
+from tpad_jax.evaluation import metrics
 from tpad_jax.evaluation.scorers import session_encoder
 from tpad_jax.models import experts
 
@@ -124,13 +125,16 @@ def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, se
     filled = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # the last part is filled up
     counts = np.arange(len(filled)) < len(rows)
     (evidence, loss), parts, widest = _programs(), [], 0
+    # in the parts that the scorer is compiled for
+    every = np.concatenate([scores for _, scores in metrics.scored(
+        model, valid.items[filled], len(table['events']) - 1)])
     for part in np.split(np.arange(len(filled)), len(filled) // ROWS):
         items = valid.items[filled[part]]
         ids, shares = map(np.asarray, evidence(table, items))
         empty = ~shares.any(axis=-1)
         order = np.argsort(empty, axis=-1, kind='stable')
         widest = max(widest, (~empty).sum(axis=-1).max())
-        scores = np.asarray(model(items))
+        scores = every[part]
         parts.append([items, valid.target[filled[part]], counts[part],
                       scores - scores[:, 1:].mean(axis=1, keepdims=True),
                       np.take_along_axis(ids, order, axis=1),
@@ -164,7 +168,7 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]
 
     Args:
       bound: scorers.Bound with experts.
-      items: int32 [R, N]. Prefixes.
+      items: int32 [R, N]. Prefixes, at most ROWS.
       chosen: int [R, k]. Items of each row.
 
     Returns:
@@ -174,13 +178,15 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]
     weights, tables = rules['weights'], rules['tables']
     models = tuple(({'recommender': params['recommender']}, near)
                    for params, near in zip(bound.params, bound.near, strict=True))
-    h = np.asarray(session_encoder(bound.specs)((models, rules), bound.z, items))
+    h = np.asarray(compiled(session_encoder(bound.specs), seldom=True)(
+        (models, rules), bound.z, items))
     z = np.asarray(bound.z)
     parts = h[:, None] * (z[chosen] - z[1:].mean(axis=0))
     bias = h.shape[1] - 1 - tables['next'].shape[1]
     out = {'model': parts[..., :bias].sum(axis=-1), 'popularity': parts[..., bias],
            'content': parts[..., bias + 1:].sum(axis=-1)}
-    ids, shares = map(np.asarray, _programs()[0](tables, items))
+    filled = np.resize(items, (ROWS, items.shape[1]))  # as a fit has compiled it
+    ids, shares = (np.asarray(x)[:len(items)] for x in _programs()[0](tables, filled))
     mine = (ids[:, None] == chosen[..., None]).astype(np.float32) @ shares
     for place, rule in enumerate(experts.RULES):
         floor = np.exp(-np.asarray(weights['floors'][place]))

@@ -29,6 +29,7 @@ from tpad_jax.report import gallery, page
 from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
 
+KEPT = 2**23  # scores of all test rows that are kept: 32 MB per model
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
 
@@ -135,16 +136,19 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
 
     def score(name):
         job.pause()
+        scorer = scorers[name]
+        if len(job.test.target) * len(warm) <= KEPT:
+            scorer = remembering(scorer)
         if job.final is job.data:
-            valid, _ = evaluate(scorers[name], job.valid, warm, counts=seen, gains=gains, name=name)
+            valid, _ = evaluate(scorer, job.valid, warm, counts=seen, gains=gains, name=name)
         else:
             valid = chosen[name]
-        test, rank = evaluate(scorers[name], job.test, warm, counts=seen, name=name, gains=gains,
+        test, rank = evaluate(scorer, job.test, warm, counts=seen, name=name, gains=gains,
                               probabilities=job.probabilities)
         add_intervals(test, job.test, warm, rank, values)
         if (calibration := facts.get(name, {}).get('calibration')) is not None:
             known = likelihood.Calibration(**calibration)
-            test['nll'] = likelihood.nll(scorers[name], job.test, len(warm) - 1, known,
+            test['nll'] = likelihood.nll(scorer, job.test, len(warm) - 1, known,
                                          seed=job.config.seed)
         return {'valid': valid, 'test': test}, rank
 
@@ -155,6 +159,22 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
     scored = {name: scored[id(scores)] for name, scores in scorers.items()}
     return ({name: x | facts.get(name, {}) for name, (x, _) in scored.items()},
             {name: x for name, (_, x) in scored.items()})
+
+
+def remembering(scorer: metrics.Scorer) -> metrics.Scorer:
+    """Keep the scores of all rows, which ranks and likelihoods both read.
+
+    It has no `ranks`: few scores are ranked on the host, which compiles nothing more.
+    """
+    kept = {}
+
+    def scores(items):
+        key = items.tobytes()
+        if key not in kept:
+            kept[key] = scorer(items)
+        return kept[key]
+
+    return scores
 
 
 def training_counts(job) -> np.ndarray:

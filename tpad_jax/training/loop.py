@@ -53,7 +53,7 @@ def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | 
 @lru_cache(maxsize=16)  # every recommender of a run and every stage
 def lifted(devices: Devices, spec: StepSpec) -> Callable:
     """The step on the devices: a stage that is resumed, or a refit, finds it compiled."""
-    return devices.lift(partial(lean_step, spec=spec))
+    return devices.lift(partial(lean_step, spec=spec), spec.seldom)
 
 
 def compile_step(devices: Devices, spec: StepSpec, state: State, batch: Batch,

@@ -13,11 +13,14 @@ from ml_collections import FrozenConfigDict
 from tpad_jax import losses
 from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.distributed import collectives
+from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import refuse_if
 from tpad_jax.models import outputs, sessions, tpad
 from tpad_jax.training import accumulation, optimizer
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch, State
+
+FEW = 10  # steps up to which the compilation of a step takes longer than the steps
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class StepSpec:
       seed: of all draws.
       skip: how many updates in a row may be skipped because a number was not finite.
       parts: of a replica's rows, whose activations exist one after the other.
+      seldom: whether so few steps are computed that a good program is not worth its compilation.
     """
 
     model: tpad.TPAD
@@ -41,6 +45,7 @@ class StepSpec:
     seed: int
     skip: int = 0
     parts: int = 1
+    seldom: bool = False
 
     @property
     def needs(self) -> frozenset:
@@ -217,7 +222,8 @@ def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
     """Make the static part of a stage's step."""
     c, skip = config.stage[stage], config.skip_not_finite
     return StepSpec(model, stage_losses(config, stage), frozenset(names(c.fresh)),
-                    _transformation(FrozenConfigDict(c), skip), seed, skip, c.accumulate)
+                    _transformation(FrozenConfigDict(c), skip), seed, skip, c.accumulate,
+                    c.steps <= FEW)
 
 
 @lru_cache  # a spec of the same options has the same object, so that it is equal
@@ -263,6 +269,6 @@ def start(spec: StepSpec, params: dict, pattern: str) -> State:
     trained, frozen = optimizer.split(params, pattern, own)
     # A copy: what trains is donated, and the caller keeps its parameters. One program, since an
     # operation outside of jit compiles once per shape.
-    copied, opt_state = jax.jit(lambda tree: (jax.tree.map(jnp.copy, tree), spec.tx.init(tree)))(
-        trained)
+    copied, opt_state = compiled(
+        lambda tree: (jax.tree.map(jnp.copy, tree), spec.tx.init(tree)), seldom=True)(trained)
     return State(jnp.int32(0), copied, frozen, opt_state, losses.first_states(spec.losses))
