@@ -43,6 +43,8 @@ MISS = np.int32(2**31 - 2)  # items above a target that is not ranked
 CHUNK = 512  # rows that are scored at a time
 FEW_CELLS = 2**22  # scores of a call that cost nothing: 16 MB in float32
 FILLED = 0.2  # share of cells in sparse scores from which a dense table is counted faster
+# scores of a split that the host holds and ranks: 32 MB. More are ranked where they are computed
+HELD = 2**23
 MOST_CELLS = 2**26  # scores of a call at most: 256 MB in float32
 # (places float64 [k], 1 being the first; k) -> [k], the value of a target at each place
 Gain = Callable[[np.ndarray, int], np.ndarray]

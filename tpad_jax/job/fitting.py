@@ -51,7 +51,7 @@ def validated(scorer, job, name: str) -> dict[str, float]:
     whole catalogue, in nats. A target that is not in the catalogue is a miss, without a likelihood.
     """
     rows = job.valid
-    if hasattr(scorer, 'ranks'):
+    if hasattr(scorer, 'ranks') and len(rows.target) * job.data.num_items > metrics.HELD:
         above, equal, nll = scorer.ranks(rows.items, rows.target, name=name, likelihood=True)
     else:
         scored = metrics.scored(scorer, rows.items, job.data.num_items, name=name)

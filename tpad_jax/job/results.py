@@ -29,7 +29,6 @@ from tpad_jax.report import gallery, page
 from tpad_jax.serving import artifact
 from tpad_jax.training.loop import SPENT
 
-KEPT = 2**23  # scores of all test rows that are kept: 32 MB per model
 PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'tensorflow-datasets', 'grain', 'numpy')
 
 
@@ -137,7 +136,7 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
     def score(name):
         job.pause()
         scorer = scorers[name]
-        if len(job.test.target) * len(warm) <= KEPT:
+        if len(job.test.target) * len(warm) <= metrics.HELD:
             scorer = remembering(scorer)
         if job.final is job.data:
             valid, _ = evaluate(scorer, job.valid, warm, counts=seen, gains=gains, name=name)
