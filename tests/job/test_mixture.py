@@ -1,5 +1,7 @@
 """Scores of several recommenders added: the sum and its ranks. Whole runs: test_ready_made.py."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from tpad_jax import config as base
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.evaluation import metrics
 from tpad_jax.evaluation.scorers import scorer
+from tpad_jax.job import recommenders
 from tpad_jax.models import tpad
 
 V, N = 30, 5
@@ -46,3 +49,23 @@ def test_scores_and_ranks_are_those_of_the_sum(kinds):
     found = both.ranks(items, target, rows=8)
     np.testing.assert_array_equal(found[0], above)
     np.testing.assert_array_equal(found[1], equal)
+
+
+def test_a_trained_baseline_on_rows_as_wide_as_the_runs_own_takes_their_place():
+    """One compilation serves both; what it learns from are its own rows."""
+    c = base.get_config()
+    spec = tpad.build(None, c.model, recommend=('r',), items=V, max_length=N, side_sizes=())
+    rows = {'k': jnp.arange(V * 6.).reshape(V, 2, 3), 'r': jnp.zeros((V, 6)),
+            'true': jnp.zeros((V, 5))}
+    made = SimpleNamespace(config=c, spec=spec, catalogue=rows, blank={},
+                           data=SimpleNamespace(side_sizes=()),
+                           stage_spec=lambda stage: SimpleNamespace(needs=frozenset({'h', 'z'})))
+    other = recommenders._rival_job(made, 'knowledge_only')
+    assert other.spec == spec
+    np.testing.assert_array_equal(other.catalogue['r'], rows['k'].reshape(V, 6))
+    assert made.catalogue is rows
+    assert not rows['r'].any()
+    other = recommenders._rival_job(made, 'true_attributes')
+    assert (other.spec.recommend, other.catalogue) == (('true',), rows)
+    made.stage_spec = lambda stage: SimpleNamespace(needs=frozenset({'h', 'r'}))
+    assert recommenders._rival_job(made, 'knowledge_only').spec.recommend == ('k',)

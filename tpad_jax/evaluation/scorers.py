@@ -132,7 +132,7 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
 
     encode, shifts = session_encoder(specs), session_shifts(specs)
 
-    @partial(compiled, precision=devices.precision, seldom=True)  # for few rows, see metrics.HELD
+    @partial(compiled, precision=devices.precision, seldom=True)  # see metrics.HELD
     def score(weights, z, items):
         scores = encode(weights, z, items) @ z.T
         if (moved := shifts(weights, items)) is not None:
@@ -191,7 +191,7 @@ def transfer_scorer(spec: tpad.TPAD, devices: Devices, fresh: frozenset = frozen
     table = compiled(partial(forward, 'teach.z'), precision=devices.precision)
     rank = ranker(encode, devices)
 
-    @partial(compiled, precision=devices.precision)
+    @partial(compiled, precision=devices.precision, seldom=True)  # see metrics.HELD
     def score(weights, z, items):
         return (encode(weights, z, items) @ z.T).at[:, 0].set(0)
 

@@ -12,6 +12,7 @@ as soon as the rows it reads exist.
 """
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -214,12 +215,22 @@ def _train_partner(job):
 def _rival_job(job, name):
     """A job of a trained baseline: its modules are the run's, with what config.rivals changes."""
     other, c, changes = copy.copy(job), job.config.model, job.config.rivals[name].to_dict()
-    if 'teach.z' in job.stage_spec('recommend').needs:  # trained baselines have no teacher
+    needs, reads, own = (job.stage_spec('recommend').needs, names(changes['recommend']),
+                         job.spec.recommend)
+    if 'teach.z' in needs:  # trained baselines have no teacher
         other.config = gate.without_distillation(job.config)
     fusion = job.spec.fusion.clone(
         use_id=changes.get('use_id', c.use_id),
         side_sizes=job.data.side_sizes if changes.get('use_side', c.use_side) else ())
-    other.spec = replace(job.spec, fusion=fusion, recommend=names(changes['recommend']))
+    rows = job.blank | job.catalogue
+    widths = [[math.prod(rows[n].shape[1:]) if n in rows else 0 for n in x] for x in (reads, own)]
+    if needs <= ALONE and set(reads) <= job.catalogue.keys() and widths[0] == widths[1]:
+        # in the place of the run's own rows, which are as wide: one compilation serves both
+        other.catalogue = job.catalogue | {
+            place: job.catalogue[name].reshape(len(job.catalogue[name]), -1)
+            for place, name in zip(own, reads, strict=True) if place != name}
+        reads = own
+    other.spec = replace(job.spec, fusion=fusion, recommend=reads)
     return other
 
 
