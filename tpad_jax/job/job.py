@@ -39,7 +39,7 @@ from tpad_jax.job import fitting, gate, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
 from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
-from tpad_jax.models import readers, tpad
+from tpad_jax.models import readers
 from tpad_jax.models import sessions as encoders
 from tpad_jax.training import begin_from, handover, length, step
 from tpad_jax.training.stages import ENTRIES
@@ -154,11 +154,9 @@ class Job:
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)
         self.blank = {name: rows[name] for name in ('k', 'r')}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
-        # followed once, since its shapes and its values are asked at one precision
-        make = jax.jit(partial(
-            step.initialiser(c, self.spec, (base.image_size, base.image_size, 3)),
-            catalogue={**self.catalogue, **blank}))
-        shapes = jax.eval_shape(exact_products(make), jax.random.key(c.seed))
+        make = step.initialiser(c, self.spec, (base.image_size, base.image_size, 3))
+        given = dict(key=jax.random.key(c.seed), catalogue={**self.catalogue, **blank})
+        shapes = jax.eval_shape(exact_products(make), **given)
         every = memory_plan.parameter_shapes(
             c, shapes | ({'teacher': teacher.shapes} if teacher else {}))
         self.taken = begin_from.parameters(c, every, base.fingerprint)
@@ -178,9 +176,7 @@ class Job:
         loaded = base.load(held, placed(held))
         if teacher:
             loaded = loaded | {'teacher': teacher.load(placed(teacher.shapes))}
-        draw = devices.compiled(
-            lambda key: {n: p for n, p in make(key).items() if n not in base.given})
-        params = draw(jax.random.key(c.seed))
+        params = step.without(make, base.given)(**given)
         self.params = flatten_dict({**params, **loaded}, sep='/') | self.taken
 
     def _check_patterns(self, stages):
@@ -206,7 +202,7 @@ class Job:
 
     def fresh(self, spec) -> dict:
         """Draw a recommender's first parameters {path: array}, for the catalogue as counted."""
-        make = devices.compiled(partial(tpad.recommender_init, spec=spec))
+        make = step.recommender_initialiser(spec)
         params = make(jax.random.key(self.config.seed), catalogue=self.catalogue)
         return flatten_dict({'recommender': params}, sep='/')
 

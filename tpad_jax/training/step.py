@@ -211,11 +211,29 @@ def reads_raw(config) -> bool:
     return bool(config.mllm.checkpoint) and not config.stage.knowledge.steps
 
 
-def initialiser(config, model: tpad.TPAD, image_shape: tuple[int, int, int]) -> partial:
+def initialiser(config, model: tpad.TPAD, image_shape: tuple[int, int, int]):
     """Return (key, catalogue=rows) -> the first parameters of a model with content, nested."""
-    return partial(tpad.init, spec=model, rank=config.model.lora_rank,
-                   targets=config.model.lora_targets, image_shape=image_shape,
-                   text_length=config.mllm.text_length)
+    return _initialiser(model, config.model.lora_rank, config.model.lora_targets, image_shape,
+                        config.mllm.text_length)
+
+
+@lru_cache(maxsize=16)  # what is traced serves shapes and values, and all jobs of a process
+def _initialiser(model, rank, targets, image_shape, text_length):
+    return jax.jit(partial(tpad.init, spec=model, rank=rank, targets=targets,
+                           image_shape=image_shape, text_length=text_length))
+
+
+@lru_cache(maxsize=16)
+def without(make, given: tuple[str, ...]):
+    """Compile an initialiser without the top-level parameters that are given."""
+    return compiled(lambda key, catalogue: {
+        n: p for n, p in make(key, catalogue=catalogue).items() if n not in given})
+
+
+@lru_cache(maxsize=16)  # a refit, and other jobs of a process, find it compiled
+def recommender_initialiser(model: tpad.TPAD):
+    """Compile (key, catalogue=rows) -> the first parameters of a recommender alone."""
+    return compiled(partial(tpad.recommender_init, spec=model))
 
 
 def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:
