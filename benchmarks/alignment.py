@@ -4,8 +4,8 @@ The losses as the step calls them (InfoNCE, InfoNCE, vCLUB, with their estimates
 backward, by themselves: 1,024 positions, width 256, separable critics of two layers. Beside them,
 in turns in the same run, the matrix products that these losses cannot do without, in both passes,
 and nothing else. The median of the turns' ratios counts; bar: at most 3. Then the share of the
-joint step of the default model (configs/amazon.py, planted catalogue): the same losses on features
-of the joint stage's shapes against the whole step; bar: at most 10 %.
+joint step in the paper's form (configs/ablations.py:joint): the same losses on features of the
+joint stage's shapes against the whole step; bar: at most 10 %.
 
 Peak memory of InfoNCE on 32,768 pairs, forward and backward, is what the compiler plans, whole and
 in blocks of rows. All of it goes to `benchmarks/alignment.json`.
@@ -27,7 +27,7 @@ from flax.traverse_util import unflatten_dict
 from rich.console import Console
 
 from benchmarks.mi import commit
-from configs import amazon
+from tpad_jax import config as base
 from tpad_jax import losses
 from tpad_jax.core import files
 from tpad_jax.data import batches
@@ -122,7 +122,7 @@ def seconds(*calls, turns=15, least=0.2):
 def against_products(count=1024, width=256):
     """The losses of fixed shapes beside their products."""
     modules, params, features, batch = case((count, 1), width)
-    chosen = step_lib.stage_losses(amazon.get_config(), 'transfer')
+    chosen = step_lib.stage_losses(base.get_config(), 'transfer')
     picked = tuple(one for one in chosen if one.name in LOSSES)
     run, operands, shapes = products(count, width)
     singles = [partial(alone((one,), modules), features, params, batch) for one in picked]
@@ -138,7 +138,7 @@ def against_products(count=1024, width=256):
 
 def of_joint_step():
     """The losses on features of the joint stage's shapes beside its whole step."""
-    config = amazon.get_config()
+    config = base.get_config()
     with tempfile.TemporaryDirectory() as folder:
         job = Job(config, Path(folder), lambda: False)
         job.build(('joint',), Console(quiet=True))

@@ -31,7 +31,7 @@ from absl import app, logging
 from rich.console import Console
 
 from benchmarks.checkout import commit
-from configs import amazon
+from tpad_jax import config as base
 from tpad_jax.core import files
 from tpad_jax.data import batches
 from tpad_jax.distributed import devices as devices_lib
@@ -71,8 +71,8 @@ def needed(stage: str, state: State, model, rows: int, positions: int) -> dict[s
 
 
 def prepare(folder) -> Job:
-    """The default model, not trained, and its data."""
-    job = Job(amazon.get_config(), Path(folder), lambda: False)
+    """The model in the paper's form, not trained, and its data."""
+    job = Job(base.get_config(), Path(folder), lambda: False)
     job.build(STAGES, Console(quiet=True))
     rng = np.random.default_rng(0)
     for name, shape in (('k', (2, 64)), ('r', (128,))):
