@@ -273,6 +273,8 @@ def model() -> ConfigDict:
         layers=1, heads=2,  # attention: layers and heads
         near=12, near_window=3,  # gce_gnn: global neighbours per item, and their largest distance
         dropout=0.2,  # in the encoder
+        # layers of a small decoder that reads sessions of k in place of the base; 0: the base does
+        session_layers=0,
         session_dropout=0.0,  # on the k that the Transfer-MLLM reads in training
         item_dropout=0.1,  # on item vectors that the encoder reads
     ))

@@ -25,7 +25,7 @@ MODEL = SimpleNamespace(
     use_side=True, id_dropout=0.3, feature_dropout=0.2, gnn_steps=1, positions=True, dropout=0.3,
     item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
     repeats=True, together=0, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
-    session_dropout=0.0, lora_alpha=4.0, lora_rank=2, clusters=0, reread=True,
+    session_dropout=0.0, session_layers=0, lora_alpha=4.0, lora_rank=2, clusters=0, reread=True,
     blend=SimpleNamespace(kind=''), feature_hidden=0)
 TARGETS = r'^decoder/.*(attention/[qkvo]|down)$'
 SPEC = tpad.build(MLLM(**BASE), MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))

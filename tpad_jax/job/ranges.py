@@ -111,7 +111,7 @@ RULES = {key: rule for rule, keys in (
     (number(1, LONG, whole=True), 'data.max_length mllm.text_length mllm.own.text_length '
      'model.features model.lora_rank model.width model.heads model.near model.near_window'),
     (number(0, LONG, whole=True), 'mllm.image_size model.feature_hidden model.together'),
-    (number(0, DEEP, whole=True), 'model.layers'),
+    (number(0, DEEP, whole=True), 'model.layers model.session_layers'),
     (number(1, DEEP, whole=True), 'model.gnn_steps'),
     (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.chunk model.clusters '
      'model.blend.rank stage.*.steps stage.*.eval_every stage.*.patience stage.*.refresh_every '

@@ -221,6 +221,9 @@ def _check_model(config, source):
               f'{model.width} must be a multiple of config.model.heads={model.heads}')
     refuse_if(model.blend.kind and not model.reread, 'config.model.blend makes an adapter for '
               'reading again, which config.model.reread=False switches off. Fix: leave one out')
+    refuse_if(model.session_layers and model.form == 'full', f'config.model.session_layers='
+              f'{model.session_layers} reads rows k, and config.model.form is full. Expected 0 or '
+              'another form. Fix: choose one')
     if model.blend.kind:
         handover.parts(model.blend)
     refuse_if('true' in names(model.recommend) and not source.world, "config.model.recommend names "

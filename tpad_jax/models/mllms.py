@@ -26,10 +26,11 @@ from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.stream import Stream
-from tpad_jax.nn.attention import RMSNorm
+from tpad_jax.nn.attention import RMSNorm, Transformer
 from tpad_jax.nn.linear import Linear, uniform, unit
 
 MODALITIES = ('image', 'text')
+OWN_WIDTH = 128  # of a decoder of sessions alone
 # how an item's features are read off its states; 'cls' is for text encoders
 POOLING = ('summary', 'last', 'mean', 'cls')
 
@@ -239,6 +240,8 @@ class TransferMLLM(nn.Module):
       clusters: C of the head that predicts a session's clusters (the loss `clusters`), 0: none.
       modalities: M of k.
       whole: whether an item is one token, in which its summary token is added.
+      layers: of a small decoder that reads sessions in place of the base, from random parameters;
+        0: the base reads them.
     """
 
     base: MLLM | VLM
@@ -246,14 +249,17 @@ class TransferMLLM(nn.Module):
     clusters: int = 0
     modalities: int = len(MODALITIES)
     whole: bool = False
+    layers: int = 0
 
     def setup(self):
         """Build the heads."""
-        small = uniform(0.03)
-        if not isinstance(self.base, VLM):
-            self.prompt = self.param('prompt', small, (1, self.base.width))
-        self.summary = self.param('summary', small, (1, self.base.width))
-        self.into = [Linear(self.base.width, use_bias=True) for _ in range(self.modalities)]
+        small, width = uniform(0.03), OWN_WIDTH if self.layers else self.base.width
+        if self.layers:
+            self.own = Transformer(self.layers, heads=4, hidden=2 * width)
+        elif not isinstance(self.base, VLM):
+            self.prompt = self.param('prompt', small, (1, width))
+        self.summary = self.param('summary', small, (1, width))
+        self.into = [Linear(width, use_bias=True) for _ in range(self.modalities)]
         self.norm = RMSNorm()
         self.head = Linear(self.features, use_bias=True)
         self.writer = Writer(self.base.width)
@@ -285,11 +291,15 @@ class TransferMLLM(nn.Module):
         rows, positions = mask.shape
         x = items
         if not self.whole:
-            summary = jnp.broadcast_to(self.summary, (rows, positions, 1, self.base.width))
+            summary = jnp.broadcast_to(self.summary, (rows, positions, *self.summary.shape))
             x = streams.join(items, streams.plain(summary))
         x = x.replace(mask=x.mask & mask[:, :, None])
-        start = opening(self, rows)
-        h = self.base(streams.join(start, streams.flatten(x)))[:, start.x.shape[1]:]
+        flat = streams.flatten(x)
+        if self.layers:
+            h = self.own(flat.x, flat.mask)
+        else:
+            start = opening(self, rows)
+            h = self.base(streams.join(start, flat))[:, start.x.shape[1]:]
         h = einops.rearrange(h.astype(jnp.float32), 'b (n l) d -> b n l d', n=positions)
         skip = masked_mean(h[:, :, :-1], x.mask[:, :, :-1])  # zero where an item is one token
         return self.head(self.norm(h[:, :, -1] + skip))

@@ -196,10 +196,11 @@ def _ranked(at, parts):
 
     A score is critic `distil` of an item's r and p, plus the item's log popularity: a critic learns
     how much likelier an item is after a session than elsewhere [ours]. An item that no training
-    session holds counts as popular as the geometric mean. A fresh r is A of the stored k.
+    session holds counts as popular as the geometric mean. Where no r are stored, or r is fresh, r
+    is A of the stored k.
     """
-    r = (readers.adapt_items(at.spec, at.params, at.stored('k')) if 'r' in at.fresh
-         else flat(at.stored('r')[None])[0])
+    r = (flat(at.stored('r')[None])[0] if 'r' in at.catalogue.keys() - at.fresh
+         else readers.adapt_items(at.spec, at.params, at.stored('k')))
     warm, p = at.stored('warm'), parts[1]
     seen = jnp.where(warm, jnp.log(jnp.maximum(at.stored('popularity'), 1)), 0)
     seen = jnp.where(warm, seen, seen.sum() / jnp.maximum(warm.sum(), 1))

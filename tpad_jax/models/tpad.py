@@ -123,7 +123,8 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
     return TPAD(
         knowledge=knowledge,
         transfer=sessions_base and TransferMLLM(
-            sessions_base, wide, model.clusters, shape[0], model.form == 'item'),
+            sessions_base, wide, model.clusters, shape[0], model.form == 'item',
+            model.session_layers),
         disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, model.features))
                       for name, kind in sorted(model.critics.items())),

@@ -25,6 +25,7 @@ def model(encoder, **changes):
         dropout=0.3, item_dropout=0.3, normalise=True, temperature=0.1, repeats=False,
         together=0, lora_alpha=1.0, lora_rank=1,
         form='compressed', withhold=0.0, word_dropout=0.0, session_dropout=0.0,
+        session_layers=0,
         clusters=0, reread=True, feature_hidden=0, blend=SimpleNamespace(kind='')), **changes})
 
 
