@@ -28,12 +28,15 @@ ABLATIONS = {
     'merging': {'model.blend.kind': 'mean', 'stage.transfer.fresh': '',
                 'losses.distil.weight': 0.0, 'losses.discrepancy.weight': 0.0},
     # the Transfer-MLLM learns first and is then frozen, as in configs/amazon.py, and one part of
-    # that changed: the recommender learns from its distribution, too; r are its items as they are;
-    # it reads three tokens per item; and the distillation of `full`, by a head and in slow steps
+    # that changed: the recommender learns from its distribution, too; the recommender reads r
+    # alone, or inputs as wide without r; r are T's items as they are; the base reads sessions, an
+    # item as three tokens; and the distillation of `full`, by a head and in slow steps
     'taught': TAUGHT,
     'taught_soft': TAUGHT | {'losses.soft.weight': 0.5},
+    'taught_r_alone': TAUGHT | {'model.recommend': 'r'},
+    'taught_k_twice': TAUGHT | {'model.recommend': 'k,k'},
     'taught_adapter_only': TAUGHT | {'model.reread': False},
-    'taught_compressed': TAUGHT | {'model.form': 'compressed'},
+    'taught_by_base': TAUGHT | {'model.session_layers': 0, 'model.form': 'compressed'},
     'taught_through_head': TAUGHT | {
         'model.critics.distil': 'separable',
         'stage.transfer.rates': (('^lora/distil/', 0.1), ('^adapter/', 0.2))},
