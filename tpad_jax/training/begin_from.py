@@ -83,6 +83,9 @@ def parameters(config, shapes: dict, base: str) -> dict:
         if (run / 'stages' / stage).is_dir():
             out |= checkpoint.chosen_parameters(run / 'stages' / stage)
     out = {path: x for path, x in out.items() if not path.startswith(('recommender/', 'loss/'))}
+    refuse_if(any(path.startswith('base/') for path in out), f'{option}: it trained its base '
+              '(config.stage.*.train). Expected a base as its files hold it. Fix: choose another '
+              'run')
     refuse_if(not out, f'{option}: none of its stages trained the Transfer-MLLM or an adapter. '
               f'Expected one of {", ".join(TRAINED)}. Fix: choose another run')
     faults = linear.misfits(out, {path: shapes[path].shape for path in out if path in shapes})

@@ -33,7 +33,7 @@ def of_data(config, train: Sessions):
     """
     config = copy.deepcopy(config)
     for name, stage in config.stage.items():
-        if not stage.epochs or ENTRIES[name].batches != 'sessions':
+        if not (stage.epochs and stage.steps) or ENTRIES[name].batches != 'sessions':
             continue
         follow = np.maximum(train.lengths - 1, 0)  # items that follow another
         rows = int(follow.sum() if stage.every_prefix else (follow > 0).sum())
