@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ class Encoder:
             content.tokens, part, content.has_image & (content.image.shape[1] > 0))
             for begin in range(0, len(ids), part)]
         self._everywhere = self._devices.shardings(0)
-        self._read = compiled(self._encode, precision=self._devices.precision)
+        self._read = _reader(spec, names, self._devices.precision)
         self._write = compiled(_write, donate_argnums=0, out_shardings=self._everywhere)
 
     def __call__(self, params: dict) -> dict:
@@ -217,12 +217,6 @@ class Encoder:
                    meet=hosts.joined)
         return {name: jnp.array(store.read(directory, name)) for name in self.names}
 
-    def _encode(self, params, image, has_image, tokens):
-        makers = {'k': partial(readers.read_items, self._spec, params, 'knowledge'),
-                  'r': partial(readers.distil_items, self._spec, params)}
-        return {name: makers[name](image, has_image, tokens).astype(jnp.float32)
-                for name in self.names}
-
     def _calls(self, params, numbers) -> Iterator[tuple]:
         """Yield (part, begin, ids, {name: rows on the device}) while the next call computes."""
         calls = [(number, begin, self._parts[number][1][begin:begin + self._rows])
@@ -295,6 +289,17 @@ class Encoder:
         """Return the parameters that are read, {path: array}."""
         roots = set().union(*self._reads.values())
         return {path: x for path, x in flatten_dict(params, sep='/').items() if _under(path, roots)}
+
+
+@lru_cache(maxsize=16)  # jobs of one process with equal modules compile it once
+def _reader(spec, names, precision):
+    def read(params, image, has_image, tokens):
+        makers = {'k': partial(readers.read_items, spec, params, 'knowledge'),
+                  'r': partial(readers.distil_items, spec, params)}
+        return {name: makers[name](image, has_image, tokens).astype(jnp.float32)
+                for name in names}
+
+    return compiled(read, precision=precision)
 
 
 def _write(tables, rows, at):
