@@ -395,6 +395,7 @@ def test_a_stop_between_stages_is_heeded(config, tmp_path):
     (dict(stage__joint__batch_size=12, parallel='pmap'), 'must be a multiple of 8'),
     (dict(stage__joint__accumulate=5), 'must be a multiple of .* times 5 part'),
     (dict(stage__transfer__rates=(('^club/', 0),)), 'rates=.* Expected pairs'),
+    (dict(stage__transfer__train='^adapter/'), 'no stage trains the Transfer-MLLM'),
     (dict(losses__distil__weight=0.0), 'no loss of the stage trains critic.distil'),
     (dict(model__form='full'), "config.model.form is 'full'. Fix: set it to 0"),
     (dict(parallel='threads'), "config.parallel='threads' is not usable"),

@@ -106,7 +106,7 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
       finished: the stages that an earlier run of the workdir finished.
 
     Raises:
-      InputError: naming the rows and the stage that makes them.
+      InputError: naming the rows and the stage that makes them, or the stage that trains T.
     """
     recommended = {}  # row -> the option that reads it
     for name, baseline in config.rivals.items():
@@ -117,6 +117,11 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     recommended |= dict.fromkeys(names(config.model.recommend), '')
     refuse_if('given' in recommended and not config.data.features, "the rows 'given' are read from "
               'config.data.features, which is empty. Fix: give a file of item features')
+    c = config.stage.transfer
+    taught = 'teach' in finished.union(stages) or config.begin_from
+    refuse_if('transfer' in stages and c.steps and not (taught or re.search(c.train, 'transfer/')),
+              f'config.stage.transfer.train={c.train!r}: no stage trains the Transfer-MLLM, from '
+              'which stage transfer distils. Fix: add teach to config.stages')
     # come with the planted catalogue, with that file, and with texts
     available = {'true', 'given', 'lexical'}
     for stage in STAGES:
