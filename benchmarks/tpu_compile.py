@@ -1,12 +1,13 @@
 """The joint step at full size, compiled for TPUs that are not there.
 
-    python -m benchmarks.tpu_compile [--cells=v5e-8,v6e-8,export] [--again]
+    python -m benchmarks.tpu_compile [--cells=v5e-8,v6e-8,export,smolvlm,...] [--again]
 
 Qwen3-VL-2B's sizes in bfloat16 under three adapters, a catalogue of 100,000 items, all losses of
 stage joint: the step a run takes, lifted by `parallel.Devices` over the devices of a topology, and
 compiled by the TPU's own compiler on this CPU, of shapes alone: no parameter is ever held. Beside
 the compiler's memory stands `tpad_jax.job.memory_plan`'s. `export` lowers the step for 'cuda' and
-'tpu' by `jax.export`, which compiles nothing.
+'tpu' by `jax.export`, which compiles nothing. The smaller families have a cell each, at the sizes of
+SmolVLM-256M, SmolLM2-135M and MiniLM-L6.
 
 It needs the libtpu that goes with this jax (`pip install "jax[tpu]"`), no accelerator, some 10 GB
 and a quarter of an hour of a CPU core for a compile. Every cell has a process of its own; what
@@ -41,10 +42,16 @@ SIDES = (500, 200, 11)  # brands, categories and price levels
 # libtpu asks a machine that is no TPU's what kind of one it is, unless told
 AWAY = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-CELLS = {  # topology, and what the config of configs/amazon.py:qwen3vl_2b is changed to
-    'v5e-8': ('v5e:2x4', {'model_shards': 2, 'mllm.chunk': 32, 'stage.joint.batch_size': 64}),
-    'v6e-8': ('v6e:2x4', {'model_shards': 1, 'mllm.chunk': 32, 'stage.joint.batch_size': 64}),
-    'export': ('v5e:2x4', {'model_shards': 2, 'mllm.chunk': 32, 'stage.joint.batch_size': 64}),
+SMALLER = {'model_shards': 1, 'mllm.chunk': 32, 'stage.joint.batch_size': 64}
+CELLS = {  # topology, what its config is changed to, and the config's variant of configs/amazon.py
+    'v5e-8': ('v5e:2x4', SMALLER | {'model_shards': 2}, 'qwen3vl_2b'),
+    'v6e-8': ('v6e:2x4', SMALLER, 'qwen3vl_2b'),
+    'export': ('v5e:2x4', SMALLER | {'model_shards': 2}, 'qwen3vl_2b'),
+    'smolvlm': ('v5e:2x4', SMALLER, 'smolvlm'),
+    'text_decoder': ('v5e:2x4', SMALLER, 'smolvlm'),
+    # it writes no text
+    'text_encoder': ('v5e:2x4', SMALLER | {'stage.joint.weights.gen_knowledge': 0.0},
+                     'text_encoder'),
 }
 PACKAGES = 'jax', 'jaxlib', 'libtpu', 'flax', 'optax'
 
@@ -66,11 +73,34 @@ def sizes(small: bool):
                       (decoder.vocab - 2,), (decoder.vocab - 3,), HALF, HALF)
 
 
-def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map'):
+def smaller(name: str, small: bool):
+    """Return the base of a smaller family as its config.json has it, and the side of its images."""
+    from tpad_jax.models.hf import sentence
+    from tpad_jax.models.hf import spec as specs
+    from tpad_jax.models.hf.bert import Bert
+    from tpad_jax.models.hf.vlm import VLM
+    layers = 2 if small else 30
+    if name == 'text_encoder':
+        return Bert(sentence.TextEncoder('bert', 30522, 384, 2 if small else 6, 12, 1536, 'gelu',
+                                         1e-12, 512, 0, 2), before=(101,), end=(102,)), 0
+    decoder = specs.Decoder(49280, 576, layers, 9, 3, 64, 1536, 1e-5, 1e5, False, False, (), False,
+                            True)
+    tower = specs.Tower('idefics3', 768, 12, 12, 12, 3072, 512, 16, 'gelu_pytorch_tanh', 1e-6,
+                        False, 4)
+    spec = specs.Spec('idefics3', decoder, tower, '', False, False, 49190, (49189,), (49189,), HALF,
+                      HALF)
+    if name == 'text_decoder':
+        spec = specs.Spec('llama', decoder, None, '', False, False, -1, (), (), HALF, HALF)
+    side = 512 if spec.vision else 0
+    return VLM(spec, side, before=(1, 2, 3), between=(4,), end=(5, 6, 7)), side
+
+
+def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map',  # noqa: PLR0913
+          name: str = 'v5e-8'):
     """The lifted step, its arguments as shapes that know their devices, and what is planned.
 
     Args:
-      there: the devices. changes: of the config. how: see `parallel.choose`.
+      there: the devices. changes: of the config. how: see `parallel.choose`. name: of CELLS.
     """
     import jax
     import jax.numpy as jnp
@@ -85,16 +115,19 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map')
     from tpad_jax.training import step as step_lib
     from tpad_jax.types import Batch
 
-    c = amazon.get_config('qwen3vl_2b')
+    variant = CELLS[name][2]
+    c = amazon.get_config(variant)
     c.update_from_flattened_dict(changes)
     c.data.raw_dir = 'X'  # a real catalogue has no true attributes
     devices = devices_lib.choose(how, c.devices, c.model_shards, there)
     side, text, n = c.mllm.image_size, c.mllm.text_length, c.data.max_length
     base = VLM(sizes(small), side, c.mllm.attention, c.mllm.remat, c.mllm.dtype, (1, 2, 3), (4,),
                (5, 6, 7))
+    if variant != 'qwen3vl_2b':
+        base, side = smaller(name, small)
     model = tpad.build(base, c.model, recommend=('r',), items=items, max_length=n,
                        side_sizes=SIDES, pooling=c.mllm.pooling, chunk=c.mllm.chunk)
-    catalogue = memory_plan.rows(c, items, len(SIDES))
+    catalogue = memory_plan.rows(c, items, len(SIDES), model.knowledge.shape)
     shapes = jax.eval_shape(
         partial(tpad.init, spec=model, rank=c.model.lora_rank, targets=c.model.lora_targets,
                 image_shape=(side, side, 3), text_length=text),
@@ -131,9 +164,9 @@ def cell(name: str, items: int, small: bool) -> dict:
     from jax import export
     from jax.experimental import topologies
 
-    topology, changes = CELLS[name]
+    topology, changes, _ = CELLS[name]
     there = topologies.get_topology_desc(topology, 'tpu').devices
-    step, arguments, planned, _ = parts(there, changes, items, small)
+    step, arguments, planned, _ = parts(there, changes, items, small, name=name)
     begun = time.process_time()
     found = {'cell': name, 'topology': topology, 'config': changes, 'items': items, 'small': small}
     if name == 'export':
@@ -169,7 +202,7 @@ def apart(name: str) -> dict:
 def show(cells: list[dict]) -> Table:
     """The cells as a table, GiB per device."""
     from tpad_jax.job.memory_plan import KINDS
-    table = Table(title='stage joint, Qwen3-VL-2B, GiB per device', title_justify='left', box=None)
+    table = Table(title='stage joint, GiB per device', title_justify='left', box=None)
     for column in ('devices', 'data x model', 'of', 'held', 'planned', 'temporary', 'planned',
                    'program', 'plan / compiler', 'CPU s'):
         table.add_column(column, justify='left' if column == 'devices' else 'right')
@@ -181,7 +214,7 @@ def show(cells: list[dict]) -> Table:
         held = sum(p[part] for part in ('frozen', 'trained', 'optimiser', 'catalogue'))
         held, beside = held + p['batches'] // 2, p['temporary']
         temp = own['temp'] + own['output'] - own['alias']
-        table.add_row(c['cell'], f'{8 // shards} x {shards}', f'{KINDS[c["cell"][:3]]}', *(
+        table.add_row(c['cell'], f'{8 // shards} x {shards}', f'{KINDS[c["topology"][:3]]}', *(
             f'{x / 2**30:.2f}' for x in (c['held'], held, temp, beside, own['generated_code'])),
             f'{(held + beside) / (c["held"] + temp):.2f}', f'{c["cpu_seconds"]:.0f}')
     return table
