@@ -20,6 +20,7 @@ from rich.table import Table
 
 from tpad_jax import config as config_lib
 from tpad_jax.core import files
+from tpad_jax.data.sources import external_features
 from tpad_jax.distributed import devices
 from tpad_jax.evaluation import experts, metrics, statistics
 from tpad_jax.evaluation.scorers import ranker, session_encoder, session_shifts
@@ -38,13 +39,15 @@ class Finished:
         config = config_lib.get_config()
         config.update(about['config'])
         self.job, served = Job(config, workdir, lambda: False), artifact.read(workdir)
-        specs, self.models = served.specs, served.weights
+        specs, self.models = served.specs, jax.device_put(served.weights)
         self.commit = json.loads((workdir / 'results.json').read_text())['provenance']['commit']
         self.z = jnp.asarray(served.z)[:, :sum(spec.fusion.width for spec in specs)]
         encode, shifts = session_encoder(specs), session_shifts(specs)
         self.rank = ranker(encode, devices.choose('jit', 1, 1), shifts=shifts)
         rows = None
-        if (workdir / 'features' / 'knowledge').is_dir():
+        if config.data.features:
+            rows = external_features.read(config.data.features, self.job.data.asins).rows
+        elif (workdir / 'features' / 'knowledge').is_dir():
             rows = store.read(workdir / 'features' / 'knowledge', 'k')
         self.table = experts.tables(self.job.data.train, self.job.data.num_items, rows,
                                     ordered=config.data.ordered)

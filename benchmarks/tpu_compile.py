@@ -6,7 +6,7 @@ Qwen3-VL-2B's sizes in bfloat16 under three adapters, a catalogue of 100,000 ite
 stage joint: the step a run takes, lifted by `parallel.Devices` over the devices of a topology, and
 compiled by the TPU's own compiler on this CPU, of shapes alone: no parameter is ever held. Beside
 the compiler's memory stands `tpad_jax.job.memory_plan`'s. `export` lowers the step for 'cuda' and
-'tpu' by `jax.export`, which compiles nothing. The smaller families have a cell each, at the sizes of
+'tpu' by `jax.export`, which compiles nothing. Each smaller family has a cell, at the sizes of
 SmolVLM-256M, SmolLM2-135M and MiniLM-L6.
 
 It needs the libtpu that goes with this jax (`pip install "jax[tpu]"`), no accelerator, some 10 GB
@@ -41,7 +41,9 @@ HALF = (0.5,) * 3
 SIDES = (500, 200, 11)  # brands, categories and price levels
 # libtpu asks a machine that is no TPU's what kind of one it is, unless told
 AWAY = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
-        'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+        # named here, so that no program asks for its own: a followed program may not
+        'XLA_FLAGS': '--xla_backend_optimization_level=1'}
 SMALLER = {'model_shards': 1, 'mllm.chunk': 32, 'stage.joint.batch_size': 64}
 CELLS = {  # topology, what its config is changed to, and the config's variant of configs/amazon.py
     'v5e-8': ('v5e:2x4', SMALLER | {'model_shards': 2}, 'qwen3vl_2b'),
@@ -95,7 +97,7 @@ def smaller(name: str, small: bool):
     return VLM(spec, side, before=(1, 2, 3), between=(4,), end=(5, 6, 7)), side
 
 
-def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map',  # noqa: PLR0913
+def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map',
           name: str = 'v5e-8'):
     """The lifted step, its arguments as shapes that know their devices, and what is planned.
 

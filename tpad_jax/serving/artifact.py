@@ -32,7 +32,7 @@ from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
 
-FOLDER, ABOUT, VERSION = 'served', 'served.json', 3
+FOLDER, ABOUT, VERSION = 'served', 'served.json', 4
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
                                    'tokenizer')
 # fields of an Amazon item's text, in this order
