@@ -25,6 +25,7 @@ def get_config(variant: str = ''):
     c.name = 'amazon'
     if variant in ('', 'tiny'):
         c.update_from_flattened_dict(config.TAUGHT)
+        c.rivals.knowledge_only.recommend = 'k,k'  # as wide as k and r
     if variant:
         if variant not in VARIANTS:
             raise ValueError(f'configs/amazon.py has no variant {variant!r}: leave it out or name '

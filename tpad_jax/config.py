@@ -32,7 +32,7 @@ PARTNER_CHANGES = (
 TAUGHT = {
     'stages': 'knowledge,teach,transfer,recommend,joint',
     'model.form': 'item', 'model.session_layers': 2, 'model.session_dropout': 0.3,
-    'model.recommend': 'k,r',  # r alone lost content that few sessions do not teach again
+    'model.recommend': 'k,r',  # r alone loses content; compare with 'k,k', which is as wide
     'model.critics.distil': 'cosine',  # no head between r and what is learnt of it
     'stage.transfer.steps': 24, 'stage.transfer.rates': (),
     'stage.transfer.train': r'^(lora/distil|adapter)/',
