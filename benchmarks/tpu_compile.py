@@ -41,9 +41,7 @@ HALF = (0.5,) * 3
 SIDES = (500, 200, 11)  # brands, categories and price levels
 # libtpu asks a machine that is no TPU's what kind of one it is, unless told
 AWAY = {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TPU_WORKER_HOSTNAMES': 'localhost',
-        'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-        # named here, so that no program asks for its own: a followed program may not
-        'XLA_FLAGS': '--xla_backend_optimization_level=1'}
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 SMALLER = {'model_shards': 1, 'mllm.chunk': 32, 'stage.joint.batch_size': 64}
 CELLS = {  # topology, what its config is changed to, and the config's variant of configs/amazon.py
     'v5e-8': ('v5e:2x4', SMALLER | {'model_shards': 2}, 'qwen3vl_2b'),
@@ -138,7 +136,8 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map',
     flat = {path: x.update(dtype=held) if path.startswith('base/') else x
             for path, x in flatten_dict(shapes, sep='/').items()}
     spec = step_lib.make_spec(c, 'joint', model, c.seed)
-    state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.stage.joint.train), flat)
+    state = jax.eval_shape(
+        partial(step_lib.start, spec, pattern=c.stage.joint.train, shapes=True), flat)
     rows = c.stage.joint.batch_size
     seen = devices.shards * (1 + rows // devices.shards * (n + 1))
     ints = dict(items=(rows, n), next=(rows, n), target=(rows,), row=(rows,), slots=(rows, n),

@@ -148,7 +148,7 @@ def _compile(job, stage, shapes, rows):
         rows = {**rows, **{name: job.blank[name] for name in MAKES[stage]}}
     with closing(batches(job, stage, spec)(start_step=0)) as drawn:
         batch = Batch.of(next(drawn))
-    state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train), shapes)
+    state = jax.eval_shape(partial(step_lib.start, spec, pattern=c.train, shapes=True), shapes)
     loop_lib.compile_step(job.devices, spec, state, batch, rows)
     if stage in MAKES and not job.background.closing:
         job.encoders[stage].compile(unflatten_dict(shapes, sep='/'))

@@ -131,7 +131,8 @@ def _inputs(subject, stage, rows):
     """The static part of a stage's step, and the shapes of its state, batch and rows."""
     model = subject.build(subject.base, subject.config)
     spec = step_lib.make_spec(subject.config, stage, model, 0)
-    state = jax.eval_shape(partial(step_lib.start, spec, pattern=subject.config.stage[stage].train),
+    pattern = subject.config.stage[stage].train
+    state = jax.eval_shape(partial(step_lib.start, spec, pattern=pattern, shapes=True),
                            subject.params)
     if 'cluster' in spec.needs:
         rows = {**rows, 'cluster': jax.ShapeDtypeStruct(rows['warm'].shape, jnp.int32)}

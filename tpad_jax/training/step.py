@@ -274,7 +274,7 @@ def with_own(spec: StepSpec, params: dict, batches, catalogue: dict) -> dict:
     return params | losses.first_parameters(new, read, given, spec.seed)
 
 
-def start(spec: StepSpec, params: dict, pattern: str) -> State:
+def start(spec: StepSpec, params: dict, pattern: str, *, shapes: bool = False) -> State:
     """Make a stage's first state.
 
     Args:
@@ -282,11 +282,13 @@ def start(spec: StepSpec, params: dict, pattern: str) -> State:
       params: {path: array}, all parameters.
       pattern: regular expression over the paths that train; the parameters of the stage's losses
         always do.
+      shapes: whether it is only followed for shapes. Such a program may have no compiler options.
     """
     own = tuple(f'loss/{loss.name}/' for loss in spec.losses if loss.module)
     trained, frozen = optimizer.split(params, pattern, own)
     # A copy: what trains is donated, and the caller keeps its parameters. One program, since an
     # operation outside of jit compiles once per shape.
-    copied, opt_state = compiled(
-        lambda tree: (jax.tree.map(jnp.copy, tree), spec.tx.init(tree)), seldom=True)(trained)
+    jit = jax.jit if shapes else partial(compiled, seldom=True)
+    copied, opt_state = jit(
+        lambda tree: (jax.tree.map(jnp.copy, tree), spec.tx.init(tree)))(trained)
     return State(jnp.int32(0), copied, frozen, opt_state, losses.first_states(spec.losses))
