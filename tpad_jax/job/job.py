@@ -3,8 +3,8 @@
 * prepare: raw files (or the planted catalogue) become tables, batches and content; or sessions of
   ids are read.
 * stages: knowledge makes the rows k, teach the Transfer-MLLM, transfer the rows r, then recommend,
-  joint and a refit.
-  Trained baselines, diagnostics, compilation and tuning run next to them, see background.py.
+  joint and a refit. Trained baselines, diagnostics, compilation and tuning run next to them, see
+  background.py.
 * report: test metrics of all models, results.json, the page.
 """
 
@@ -28,7 +28,7 @@ from tpad_jax.core.console import say
 from tpad_jax.core.precision import exact_products
 from tpad_jax.data import catalogue, item_graphs, lexical, sessions, sources
 from tpad_jax.data.sources import external_features
-from tpad_jax.data.synthetic import planted, wording
+from tpad_jax.data.synthetic import planted
 from tpad_jax.diagnostics import clouds, records, snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import Stopped
@@ -146,11 +146,8 @@ class Job:
             self.catalogue['lexical'] = jnp.asarray(lexical.rows(data.texts, c.seed))
         if self.planted is not None:
             self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)
-            ids = planted.planted_ids(self.planted, data.asins)[1:]
-            self.attributes = self.planted.attributes[ids - 1]
-            hot = [jax.nn.one_hot(values, size)
-                   for size, values in zip(wording.SIZES, self.attributes.T, strict=True)]
-            self.catalogue['true'] = jnp.pad(jnp.concatenate(hot, axis=1), ((1, 0), (0, 0)))
+            self.attributes, true = planted.true_rows(self.planted, data.asins)
+            self.catalogue['true'] = jnp.asarray(true)
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)
         self.blank = {name: rows[name] for name in ('k', 'r')}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
@@ -169,11 +166,8 @@ class Job:
             for line in memory_plan.of_run(subject, stages):
                 say(console, line)
         fitting.compile_ahead(self, stages, every)
-        def placed(shapes):
-            return self.devices.own.shardings(shapes) if self.devices.own.model > 1 else None
-
-        held = {n: shapes[n] for n in base.given}
-        loaded = base.load(held, placed(held))
+        placed = self.devices.own.shardings if self.devices.own.model > 1 else lambda shapes: None
+        loaded = base.load(held := {n: shapes[n] for n in base.given}, placed(held))
         if teacher:
             loaded = loaded | {'teacher': teacher.load(placed(teacher.shapes))}
         params = step.without(make, base.given)(**given)
@@ -262,10 +256,9 @@ class Job:
         self.look(stage, 'after', spec, encoder)
 
     def _lost(self, name: str) -> str:
-        facts = self.texts
-        return (f'of {facts["different"]} different texts, read as {facts["text_length"]} tokens '
-                f'of the {facts["tokenizer"]} tokenizer, training kept nothing. Fix: '
-                f'{clouds.REMEDIES[name]}.')
+        return ('of {different} different texts, read as {text_length} tokens of the {tokenizer} '
+                'tokenizer, training kept nothing. Fix: {fix}.').format(
+                    fix=clouds.REMEDIES[name], **self.texts)
 
     def look(self, stage: str, moment: str, spec, encoder) -> None:
         """Look at a stage's features while the next one runs, see `snapshots.take`."""

@@ -177,6 +177,22 @@ def catalogue_probabilities(planted, asins):
     return follow
 
 
+def true_rows(planted, asins):
+    """Look up the attributes of a catalogue's items.
+
+    Args:
+      planted: the world.
+      asins: list of V + 1 str, the catalogue's, [0] being padding.
+
+    Returns:
+      int [V, attributes], and one-hot float32 [V + 1, sum of their sizes] with a row for padding.
+    """
+    attributes = planted.attributes[planted_ids(planted, asins)[1:] - 1]
+    hot = [np.eye(size, dtype=np.float32)[values]
+           for size, values in zip(wording.SIZES, attributes.T, strict=True)]
+    return attributes, np.pad(np.concatenate(hot, axis=1), ((1, 0), (0, 0)))
+
+
 def _sample(probability, uniforms):
     """Ids 1..V by inverting each row's running sum. float64 [R, V], [R] in [0, 1) -> int32 [R]."""
     running = np.cumsum(probability, axis=1)
