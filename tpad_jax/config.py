@@ -103,7 +103,7 @@ def get_config() -> ConfigDict:
                        # q must follow p, which moves; r starts as k and must move slowly
                        rates=(('^club/', 5.0), ('^lora/distil/', 0.1), ('^adapter/', 0.2)),
                        train=r'^(lora/(transfer|distil)|transfer|disentangle|adapter|club|critic)/'),
-        recommend=stage(batch_size=256, steps=600, epochs=10.0, learning_rate=4e-3, eval_every=100,
+        recommend=stage(batch_size=256, steps=600, epochs=6.0, learning_rate=4e-3, eval_every=100,
                         patience=3, train=r'^recommender/', weight_decay=1.0),
         joint=stage(batch_size=64, steps=8, learning_rate=2e-4, eval_every=8, patience=5,
                     fresh='k,r', refresh_every=8, weight_decay=0.1,
