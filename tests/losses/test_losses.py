@@ -328,7 +328,10 @@ def test_next_item_is_the_same_in_chunks():
         expected = gradients(fn, out, batch)
         for chunk in (3, V, 100):
             close(gradients(partial(fn, chunk=chunk), out, batch), expected, 1e-5)
-        close(gradients(partial(fn, chunk=3, dtype='bfloat16'), out, batch), expected, 0.1)
+        # scores of a size that bfloat16 tells apart
+        small = {**out, 'h': out['h'] / 4}
+        close(gradients(partial(fn, chunk=3, dtype='bfloat16'), small, batch),
+              gradients(fn, small, batch), 0.1)
 
 
 def test_label_smoothing_is_a_soft_target():
@@ -352,6 +355,7 @@ def test_many_samples_are_the_whole_softmax(power, counts):
     batch, raw = make(1)
     batch = batch.replace(target=np.where(np.arange(B) == 0, V, batch.target))
     out = {**jit(named)(make_params(1), raw, batch), 'popularity': counts, 'repeat': None}
+    out['h'] = out['h'] / 4  # or few items have all of the probability
     out['z'] = out['z'].at[V].set(out['h'][0])  # a cold target that scores high
     sampled = partial(losses.sampled_next_item, power=power, samples=300_000,
                       key=jax.random.key(1), temperature=1.5)

@@ -95,7 +95,7 @@ def test_it_warns_where_a_bound_cannot_reach():
 
 
 @pytest.mark.parametrize(('changes', 'says'), [
-    (dict(bound='club'), "bound='club': unknown"), (dict(critic='cosine'), "critic='cosine'"),
+    (dict(bound='club'), "bound='club': unknown"), (dict(critic='euclid'), "critic='euclid'"),
     (dict(batch=600), '1000 pairs are too few'), (dict(y=np.ones((7, 2))), 'not pairs in rows'),
     (dict(y=np.full((1000, 2), np.nan)), 'not finite')])
 def test_refusals(changes, says):

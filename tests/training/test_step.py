@@ -213,7 +213,7 @@ class RecordingDevices:
     def __init__(self, events):
         self.events, self.number = events, 0
 
-    def lift(self, step):
+    def lift(self, step, seldom=False):
         def dispatch(state, batch, catalogue):
             self.number += 1
             self.events.append(('dispatched', self.number))
@@ -303,7 +303,8 @@ def test_the_loop_says_what_its_seconds_went_to(monkeypatch, ready):
     monkeypatch.setattr(loop_lib, 'abstract', lambda tree: tree)
     monkeypatch.setattr(OnDevice, 'is_ready', lambda self: ready)
     devices, checkpoints = RecordingDevices(events), NoCheckpoints(events)
-    monkeypatch.setattr(devices, 'lift', lambda step, lift=devices.lift: taking(11, lift(step)))
+    monkeypatch.setattr(devices, 'lift',
+                        lambda step, seldom, lift=devices.lift: taking(11, lift(step)))
     monkeypatch.setattr(devices, 'place', taking(7, devices.place))
     monkeypatch.setattr(checkpoints, 'save', taking(500, checkpoints.save))
     writer = SimpleNamespace(rewind=lambda *_: None, scalars=taking(3, lambda *_: None))
@@ -334,7 +335,7 @@ def test_a_resumed_stage_has_the_loss_state_it_was_stopped_with(monkeypatch, tmp
         for asked in stops:
             checkpoints = Checkpoints(workdir)
             devices = RecordingDevices([])
-            monkeypatch.setattr(devices, 'lift', lambda _: step)
+            monkeypatch.setattr(devices, 'lift', lambda *_: step)
             loop = loop_lib.Loop(
                 name='s', total=5, devices=devices, batches=numbers, checkpoints=checkpoints,
                 writer=SimpleNamespace(rewind=lambda *_: None, scalars=lambda *_: None),
