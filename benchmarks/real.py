@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpad_jax.core import files
-from tpad_jax.evaluation import compare
+from tpad_jax.evaluation import compare, statistics
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
@@ -102,10 +102,8 @@ def corrected(content: dict) -> None:
     """Add Holm's p-values over all differences of the table, in place."""
     cells = [gap for cell in content.values() for model in cell['models'].values()
              for gap in model.get('tpad_minus_it', {}).values() if gap['p'] is not None]
-    largest = 0.0
-    for place, gap in enumerate(sorted(cells, key=lambda gap: gap['p'])):
-        largest = max(largest, min(1.0, gap['p'] * (len(cells) - place)))
-        gap['p_holm'] = largest
+    for gap, p in zip(cells, statistics.holm([gap['p'] for gap in cells]), strict=True):
+        gap['p_holm'] = p
 
 
 def show(name: str, cell: dict) -> Table:

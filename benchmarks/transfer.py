@@ -19,7 +19,7 @@ same validation sessions of B, which choose its step.
 A cell is an arm of a world at a size, under several seeds of the recommender; its JSON in --cells
 holds every test session's sum of expected hits. Cells that exist are not run again, and trainings
 resume. The table has intervals by the hierarchical bootstrap over worlds, seeds and sessions, and
-the power of this design by the variance components of its own cells.
+the power of the design, computed from the variance components of these cells.
 """
 
 import copy
@@ -94,7 +94,7 @@ def first(job, arm: str, size: int):
 
 
 def taught(job, params: dict, stages) -> None:
-    """Train T and r of a job from `params`, in folders of its own, and give it the rows r."""
+    """Train T and r of a job from `params` in separate folders, and add the rows r to the job."""
     from tpad_jax.models import readers
     from tpad_jax.training.stages import ENTRIES
 

@@ -1,4 +1,4 @@
-"""Stage teach: what it trains and by which loss, the gate behind it, and runs of both outcomes."""
+"""Stage teach: its parameters and loss, the gate, and runs with an open and a closed gate."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def taught():
 
 
 def test_teach_is_a_softmax_over_the_warm_catalogue_and_trains_no_base(taught):
-    """Against numpy, from p and r alone; a step moves T and A, and nothing else is in its state."""
+    """The loss equals numpy's from p and r. A step trains T and A alone."""
     spec, params, catalogue, config, batch = taught
     stage = step_lib.make_spec(config, 'teach', spec, seed=5)
     state = step_lib.start(stage, params, config.stage.teach.train)
@@ -102,8 +102,11 @@ def test_soft_targets_against_torch():
     rng = np.random.default_rng(0)
     names = dict(h=(4, 6), z=(9, 6), taught=(4, 3), table=(9, 3))
     out = {name: rng.normal(size=shape).astype(np.float32) for name, shape in names.items()}
-    fn = lambda out: losses.soft_next_item(  # noqa: E731
-        out, None, teacher='taught', teacher_items='table', temperature=2.0)
+
+    def fn(out):
+        return losses.soft_next_item(out, None, teacher='taught', teacher_items='table',
+                                     temperature=2.0)
+
     slopes = jax.grad(lambda out: fn(out).sum())(out)
     there = {name: torch.tensor(x, requires_grad=True) for name, x in out.items()}
     own, known = (torch.log_softmax(there[h] @ there[z][1:].T / 2, 1)
@@ -150,7 +153,7 @@ def test_nothing_learns_from_a_teacher_behind_a_closed_gate():
 
 @pytest.mark.slow
 def test_runs_behind_an_open_and_a_closed_gate(base_dir, tmp_path, monkeypatch):
-    """T is a model of the results; killed in its stage, a run goes on bit by bit; else r are k."""
+    """Open: T is in the results, and a killed run resumes bit by bit. Closed: r are k."""
     c = test_job.changed(test_job.make_config(base_dir), **base.TAUGHT)
     c = test_job.changed(
         c, baselines='markov', experts='', diagnostics=0, losses__soft__weight=0.5,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
@@ -151,6 +152,16 @@ def test_what_is_made_of_the_same_is_the_same_step():
               spec(stage__recommend__learning_rate=0.5), replace(one, losses=())]
     assert one not in others
     assert len({loop_lib.lifted(devices, other) for other in [one, *others]}) == 6
+
+
+def test_a_first_state_is_followed_for_its_shapes(monkeypatch):
+    """As compiling ahead and --plan do, where no XLA flag names a level of optimisation."""
+    monkeypatch.delenv('XLA_FLAGS', raising=False)
+    spec = step_lib.StepSpec(None, (), frozenset(), optax.adam(1e-3), 0)
+    params = {'a': jnp.ones(3), 'b': jnp.ones(2)}
+    shapes = jax.eval_shape(partial(step_lib.start, spec, pattern='a', shapes=True), params)
+    found = step_lib.start(spec, params, 'a')
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(lambda x: x.shape, shapes)
 
 
 def test_frozen_parameters_are_neither_copied_nor_given_away():
