@@ -13,7 +13,7 @@ import tpad_jax
 from tests import tiny_base, tiny_served
 from tpad_jax import recommend
 from tpad_jax.core import startup
-from tpad_jax.serving import recommender
+from tpad_jax.serving import calls
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +34,7 @@ def command(run, monkeypatch, capfd):
     return call
 
 
-SESSIONS = [[f'I{n}' for n in row if n] for row in tiny_served.prefixes(recommender.SIZES[-1] + 9)]
+SESSIONS = [[f'I{n}' for n in row if n] for row in tiny_served.prefixes(calls.SIZES[-1] + 9)]
 
 
 def write(file, sessions=SESSIONS, broken=()):
@@ -61,6 +61,30 @@ def test_answers_are_those_of_the_object(command, run, tmp_path, name):
     assert [one.get('id', one.get('line')) for one in found] == [
         f's{n}' if n % 2 else n + 1 for n in range(len(SESSIONS))]
     assert f'{len(SESSIONS)} sessions answered, 0 of them empty, 0 unknown item ids' in told
+
+
+def test_conditions_of_a_file_and_seen_items_of_a_line(command, run, tmp_path):
+    shop, file = tpad_jax.load(run), tmp_path / 'sessions.jsonl'
+    conditions = {'price': [1, 4], 'most_per_brand': 2, 'unseen': True}
+    (tmp_path / 'conditions.json').write_text(json.dumps(conditions))
+    sessions, seen = [['I1', 'I2'], [], ['I3']], [['I8', 'other'], [], ['I9']]
+    file.write_text('\n'.join(json.dumps({'session': s, 'seen': x})
+                              for s, x in zip(sessions, seen, strict=True)))
+    argv = '--sessions', file, '--k', 9, '--explain', '--scores'
+    status, out, _ = command(*argv, '--conditions', tmp_path / 'conditions.json')
+    found = [json.loads(line) for line in out.splitlines()]
+    like = shop.recommend(sessions, 9, conditions, seen=seen, explain=True)
+    assert status == 0
+    assert [x['items'] for x in found] == like.items
+    assert [x['why'] for x in found] == like.why
+    assert len(found[0]['scores']) == len(found[0]['items']) < 9
+    assert found[1]['empty']
+    assert len(found[1]['items']) == 6
+    for text, said in (('{', 'it cannot be read'), ('{"price": 3}', r'conditions\.price=3: it')):
+        (tmp_path / 'conditions.json').write_text(text)
+        status, _, told = command(*argv, '--conditions', tmp_path / 'conditions.json')
+        assert status == 2
+        assert re.search(said, told)
 
 
 def test_added_items_are_known(command, run, tmp_path):
@@ -149,8 +173,8 @@ def test_a_signal_keeps_what_was_answered(command, tmp_path):
     status, _, told = command('--sessions', write(tmp_path / 'sessions.jsonl'), '--out', out,
                               stopping=lambda: True)
     assert status == 75
-    assert f'stopped after line {recommender.SIZES[-1]}; the answers so far are in {out}.' in told
-    assert len((tmp_path / 'out.jsonl.partial').read_text().splitlines()) == recommender.SIZES[-1]
+    assert f'stopped after line {calls.SIZES[-1]}; the answers so far are in {out}.' in told
+    assert len((tmp_path / 'out.jsonl.partial').read_text().splitlines()) == calls.SIZES[-1]
 
 
 @pytest.mark.parametrize(('argv', 'said'), [

@@ -139,7 +139,8 @@ def _data():
                 titles=['', *table['title']], texts=texts, image_bytes=[], has_image=seen,
                 side=side, side_sizes=sizes, train=train, valid=train, test=train, warm=warm,
                 lines={}, audit={}, fingerprint='f', form='2018',
-                vocabulary=text.side_vocabulary(table, warm))
+                vocabulary=text.side_vocabulary(table, warm),
+                attributes={name: [None, *table[name]] for name in artifact.ATTRIBUTES})
     tokens = text.tokenize(texts, tiny_base.files.DEFAULT, T)
     return data, Content(image=pixels, has_image=seen, tokens=tokens, broken=0)
 

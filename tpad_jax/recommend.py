@@ -8,12 +8,14 @@ Exit status: 0 done, 1 a number was not finite or a defect, 2 unusable input in 
 stopped by SIGINT or SIGTERM. More skipped lines than --bad_share are status 2; the answers stay.
 """
 
+import json
 import sys
 import time
 from collections import Counter, deque
+from pathlib import Path
 
 from tpad_jax.core import cli, startup
-from tpad_jax.errors import Stopped
+from tpad_jax.errors import Stopped, refusing
 
 NAME = 'tpad_jax.recommend'
 K = 20  # items per list, or all items of a smaller catalogue
@@ -29,6 +31,8 @@ QUIET_SECONDS = 30  # between two lines of progress
     '--out': dict(default='-', metavar='FILE',
                   help='.jsonl or .parquet; default: JSONL on standard output'),
     '--scores': dict(action='store_true', help='JSONL with the scores'),
+    '--conditions': dict(default='', metavar='FILE', help='JSON: what the lists may hold'),
+    '--explain': dict(action='store_true', help='JSONL with the reasons'),
     '--added': dict(default='', metavar='FILE', help='items that save_added or serve wrote'),
     '--bad_share': dict(type=cli.number(float, 0, 1), default=0.05,
                         help='share of the lines that may be skipped, default 0.05'),
@@ -49,7 +53,9 @@ def run(args, stopping=lambda: False) -> None:
       InputError: the run, the file or k is unusable, or too many lines are not sessions.
       Stopped: `stopping` returned True; the answers so far are written.
     """
-    from tpad_jax.serving import recommender, session_files  # here: --help does not wait for jax
+    # here: --help does not wait for jax
+    from tpad_jax.serving import calls, conditions, recommender, session_files
+    from tpad_jax.serving.explain import explain
 
     count, pending = Counter(), deque()
 
@@ -59,8 +65,10 @@ def run(args, stopping=lambda: False) -> None:
             cli.say(NAME, f'{args.sessions}: line {line} is skipped: {reason}')
 
     def write():
-        sessions, unknown, rows, finish = pending.popleft()
-        sink.write(sessions, unknown, *finish())
+        sessions, unknown, rows, asked, finish = pending.popleft()
+        items, scores = finish()
+        why = explain(shop, rows, items, shop.table, asked) if args.explain else None
+        sink.write(sessions, unknown, items, scores, why)
         count.update(sessions=len(sessions), empty=int((rows[:, 0] == 0).sum()),
                      unknown=sum(map(len, unknown)))
 
@@ -69,12 +77,20 @@ def run(args, stopping=lambda: False) -> None:
     if args.added:
         shop.restore_added(args.added)
     k = min(K, len(shop.ids) - 1) if args.k is None else args.k
+    limits = {}
+    if args.conditions:
+        with refusing((OSError, ValueError), f'--conditions={args.conditions}: it cannot be read',
+                      'Expected a file with a JSON object. Fix: correct it'):
+            limits = json.loads(Path(args.conditions).read_text())
     started = printed = time.monotonic()
     with session_files.Sink(args.out, shop.ids, args.scores) as sink:
         stopped = False
-        for sessions in source.in_batches(recommender.SIZES[-1]):
+        for sessions in source.in_batches(calls.SIZES[-1]):
             rows, unknown = shop.rows([session.session for session in sessions])
-            pending.extend((sessions, unknown, rows, finish) for finish in shop.begin(rows, k))
+            seen = [session.seen for session in sessions]
+            asked = conditions.wanted(shop, rows, shop.table, limits, seen if any(seen) else None)
+            pending.extend((sessions, unknown, rows, asked, finish)
+                           for finish in shop.begin(rows, k, shop.table, asked))
             if len(pending) > 1:  # the device has the next batch before this one is written
                 write()
             if time.monotonic() - printed > QUIET_SECONDS:

@@ -11,7 +11,7 @@ import pytest
 
 from tests import tiny_base, tiny_served
 from tests.tiny_served import V
-from tpad_jax.serving import batching, http, recommender
+from tpad_jax.serving import batching, calls, http, recommender
 from tpad_jax.serving.pictures import Pictures
 
 pytestmark = pytest.mark.slow  # what it answers with is in test_serving.py, in every run
@@ -63,6 +63,33 @@ def test_it_answers_as_the_object(run):
     for html in page.text, docs.text:
         assert '//' not in html.replace('// ', ''), 'something is fetched from elsewhere'
     assert app.count.accepted == app.count.answered == len(sessions) + 5
+
+
+def test_conditions_are_those_of_the_object(run):
+    shop = recommender.load(run)
+    app = http.app(shop, run)
+    sessions, seen = [['I3', 'I4'], []], [['I9'], ['I8']]
+    conditions = [None, {'price': [1, 4]}, {'most_per_brand': 2, 'unseen': True},
+                  {'boost': {'I5': 9.0}, 'diversity': 0.5}]
+    bodies = [{'sessions': sessions, 'k': 7, 'conditions': x, 'seen': seen, 'explain': n == 2}
+              for n, x in enumerate(conditions)]
+
+    async def work(client):
+        asked = [client.post('/recommend', json=body) for body in bodies]
+        plain = client.post('/recommend', json={'sessions': sessions, 'k': 7})
+        wrong = client.post('/recommend', json={'sessions': sessions, 'conditions': {'items': [
+            '\u0142']}})
+        return await asyncio.gather(*asked, plain, wrong)
+
+    *answers, plain, wrong = driven(app, work)
+    for x, body, answer in zip(conditions, bodies, answers, strict=True):
+        like = shop.recommend(sessions, 7, x, seen=seen, explain=body['explain'])
+        found = answer.json()['answers']
+        assert [one['items'] for one in found] == like.items
+        assert [one.get('why') for one in found] == (like.why or [None, None])
+    assert [x['items'] for x in plain.json()['answers']] == shop.recommend(sessions, 7).items
+    assert wrong.status_code == 400
+    assert 'conditions.items: 1 of 1 ids are not in the catalogue' in wrong.json()['detail']
 
 
 def test_a_new_item(run, tmp_path):
@@ -154,7 +181,7 @@ class Slow:
         self.calls, self.held, self.broken = [], threading.Event(), False
         self.held.set()
 
-    def first(self, rows, k):
+    def first(self, rows, k, table=None, asked=None):
         self.held.wait()
         self.calls.append(len(rows))
         if self.broken:
@@ -190,7 +217,7 @@ def test_requests_share_calls_and_the_queue_is_bounded():
                 assert (await answer)[0].tolist() == [[n] * (1 + len(rows[n]))] * len(rows[n])
         await closing
         assert len(shop.calls) == 3
-        assert max(shop.calls) <= recommender.SIZES[-1]
+        assert max(shop.calls) <= calls.SIZES[-1]
 
     asyncio.run(go())
 
@@ -215,7 +242,7 @@ def test_overload_and_a_request_that_takes_too_long(run):
     app = http.app(shop, run, limits=http.Limits(waiting=1, seconds=0.3))
     held, first = threading.Event(), shop.first
 
-    def slow(rows, k):
+    def slow(rows, k, *_):
         held.wait()
         return first(rows, k)
 

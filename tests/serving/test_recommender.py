@@ -14,7 +14,7 @@ from tests.tiny_served import N, V
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.metrics import top
 from tpad_jax.models.sessions import ENCODERS
-from tpad_jax.serving import recommender, topk
+from tpad_jax.serving import calls, recommender, topk
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def copy(made, tmp_path):
 def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
     _, scores = tiny_served.write(tmp_path / 'run', base, **model)
     shop = tpad_jax.load(tmp_path / 'run')
-    rows = tiny_served.prefixes(recommender.SIZES[1] + 5)
+    rows = tiny_served.prefixes(calls.SIZES[1] + 5)
     items, found = shop.first(rows, 7)
     whole = scores(rows)
     np.testing.assert_array_equal(items, top(whole, 7))
@@ -108,13 +108,13 @@ def test_sessions_of_ids(made):
 
 def test_more_sessions_than_a_call_holds_and_one_compilation_per_size(made):
     shop = recommender.load(made[0])
-    rows = tiny_served.prefixes(recommender.SIZES[-1] + 3)
+    rows = tiny_served.prefixes(calls.SIZES[-1] + 3)
     items, _ = shop.first(rows, 5)
     for begin in range(0, len(rows), 50):
         np.testing.assert_array_equal(shop.first(rows[begin:begin + 50], 4)[0],
                                       items[begin:begin + 50, :4])
     shop.first(rows[:2], 6), shop.first(rows[:1], 7)
-    assert shop._search._cache_size() == len(recommender.SIZES)
+    assert shop._search._cache_size() == len(calls.SIZES)
 
 
 def test_vectors_score(made):

@@ -51,6 +51,8 @@ class Data:
       kinds: names of the kinds of events, if there are any.
       reviewed: bool [V + 1]. The item has an event before validation; None: as `warm`.
       choices: {value of config.data.catalogue: number of its items}; {} is filled in by `restrict`.
+      attributes: {'brand' | 'category' | 'price': V + 1 values}, '' or None where an item has none;
+        the fields that the source has. Lists under conditions read them.
     """
 
     asins: list[str]
@@ -72,6 +74,7 @@ class Data:
     kinds: tuple[str, ...] = ()
     reviewed: np.ndarray | None = None
     choices: dict[str, int] = field(default_factory=dict)
+    attributes: dict[str, list] = field(default_factory=dict)
 
     @property
     def num_items(self) -> int:
@@ -125,10 +128,12 @@ def restrict(data: Data, choice: str) -> Data:
     lists = {name: [getattr(data, name)[item] for item in index]
              for name in ('asins', 'titles', 'texts')}
     arrays = {name: getattr(data, name)[index] for name in ('has_image', 'side', 'warm')}
+    chosen = {name: [values[item] for item in index] for name, values in data.attributes.items()}
     pictures = data.image_bytes and _Chosen(data.image_bytes, index)
     identity = hashlib.sha256(f'{data.fingerprint} {choice}'.encode()).hexdigest()
     return replace(data, **lists, **arrays, image_bytes=pictures, train=train, valid=valid,
-                   test=test, fingerprint=identity, reviewed=reviewed[index])
+                   test=test, fingerprint=identity, reviewed=reviewed[index],
+                   attributes=chosen)
 
 
 @dataclass(frozen=True, eq=False)

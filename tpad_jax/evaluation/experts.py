@@ -163,23 +163,26 @@ def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, se
                float((found.fun - 0.5 * (away ** 2).sum()) / len(rows)), len(rows))
 
 
-def terms(bound, items: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
+def terms(bound, items: np.ndarray, chosen: np.ndarray, h: np.ndarray | None = None
+          ) -> dict[str, np.ndarray]:
     """Divide the scores of some items into what each expert adds to them.
 
     Args:
       bound: scorers.Bound with experts.
       items: int32 [R, N]. Prefixes, at most ROWS.
       chosen: int [R, k]. Items of each row.
+      h: float32 [R, D]. Vectors of the sessions; None: they are computed.
 
     Returns:
       {name of NAMES: float32 [R, k]}, relative to the mean over the catalogue.
     """
     rules = bound.experts
     weights, tables = rules['weights'], rules['tables']
-    models = tuple(({'recommender': params['recommender']}, near)
-                   for params, near in zip(bound.params, bound.near, strict=True))
-    h = np.asarray(compiled(session_encoder(bound.specs), seldom=True)(
-        (models, rules), bound.z, items))
+    if h is None:
+        models = tuple(({'recommender': params['recommender']}, near)
+                       for params, near in zip(bound.params, bound.near, strict=True))
+        h = np.asarray(compiled(session_encoder(bound.specs), seldom=True)(
+            (models, rules), bound.z, items))
     z = np.asarray(bound.z)
     parts = h[:, None] * (z[chosen] - z[1:].mean(axis=0))
     bias = h.shape[1] - 1 - tables['next'].shape[1]

@@ -32,7 +32,8 @@ def build(z: np.ndarray, *, threads: int = 0):
     return index
 
 
-def search(index, h: np.ndarray, k: int, moved=None) -> tuple[np.ndarray, np.ndarray]:
+def search(index, h: np.ndarray, k: int, moved=None, allowed: np.ndarray | None = None
+           ) -> tuple[np.ndarray, np.ndarray]:
     """Return items int32 [S, k], 0 where there are too few, and their scores.
 
     Args:
@@ -41,17 +42,24 @@ def search(index, h: np.ndarray, k: int, moved=None) -> tuple[np.ndarray, np.nda
       k: length of a list.
       moved: (items int [S, M], float32 [S, M] shifts of their scores, 0 on padding and on all but
         one place of an item), or None. These items are candidates, too.
+      allowed: bool [V + 1], [0] being False: the items that the lists may hold. All of them are
+        scored, exactly, as a search of the graph would miss some. None: all items.
     """
     h = np.ascontiguousarray(h, np.float32)
-    if moved is None:
+    if moved is None and allowed is None:
         scores, rows = index.search(h, k)
         return rows.astype(np.int32) + 1, scores
+    moved = np.zeros((2, len(h), 0), int) if moved is None else moved
     lists, values = np.zeros((len(h), k), np.int32), np.full((len(h), k), -np.inf, np.float32)
-    _, rows = index.search(h, min(2 * k, index.ntotal))
-    for row, (near, items, shift) in enumerate(zip(rows + 1, *map(np.asarray, moved), strict=True)):
-        some = np.union1d(near[near > 0], items[shift != 0])
+    if allowed is None:
+        near = index.search(h, min(2 * k, index.ntotal))[1] + 1
+    else:
+        near = np.broadcast_to(np.flatnonzero(allowed), (len(h), allowed.sum()))
+    for row, (some, items, shift) in enumerate(zip(near, *map(np.asarray, moved), strict=True)):
+        use = (shift != 0) & (True if allowed is None else allowed[items])
+        some = np.union1d(some[some > 0], items[use])
         scores = index.reconstruct_batch(some - 1) @ h[row]
-        scores[np.searchsorted(some, items[shift != 0])] += shift[shift != 0]
+        scores[np.searchsorted(some, items[use])] += shift[use]
         best = np.argsort(-scores, kind='stable')[:k]
         lists[row, :len(best)], values[row, :len(best)] = some[best], scores[best]
     return lists, values

@@ -5,7 +5,8 @@ Files in WORKDIR/served:
 - served.json: the model, its modules, the digests of the other files
 - model.safetensors: item vectors, the recommender's parameters, the experts' tables and weights,
   training events of every item
-- items.parquet: item_id and title of the items 1..V
+- items.parquet: item_id, title and, where the data have them, brand, category and price of the
+  items 1..V
 - reader.safetensors: the adapters and heads that read a new item, without the base
 - tokenizer/: the tokenizer that the run trained on its items, if it did
 
@@ -17,6 +18,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -37,6 +39,7 @@ MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'i
                                    'tokenizer')
 # fields of an Amazon item's text, in this order
 WORDS = 'title', 'brand', 'category', 'description'
+ATTRIBUTES = {'brand': pl.String, 'category': pl.String, 'price': pl.Float32}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError,
               pl.exceptions.PolarsError, pl.exceptions.PanicException)
 _AGAIN = 'Fix: delete results.json of the run and repeat its command'
@@ -56,6 +59,8 @@ class Served:
       events: int64 [V+1]. Events of every item in the training sessions.
       ids: V+1 item ids; [0] is ''.
       titles: V+1 titles; [0] is ''.
+      attributes: V rows; brand, category (str) and price (f32), those that the data have. Null or
+        '' where an item has none.
     """
 
     directory: Path
@@ -67,6 +72,24 @@ class Served:
     events: np.ndarray
     ids: list[str]
     titles: list[str]
+    attributes: pl.DataFrame
+
+
+class Table(NamedTuple):
+    """The catalogue at one moment.
+
+    Its index is shared with later tables and only grows, so an older table stays valid: rows from
+    `count` on are not its own.
+
+    Attributes:
+      count: rows in use; row 0 is not an item.
+      number: {id: row}.
+      attributes: count - 1 rows: brand, category and price of the items, those that are stored.
+    """
+
+    count: int
+    number: dict[str, int]
+    attributes: pl.DataFrame
 
 
 def write(job, name: str, scores) -> None:
@@ -91,8 +114,9 @@ def write(job, name: str, scores) -> None:
     files.write_tensors(directory / MODEL, model)
     files.write_tensors(directory / READER, _reader(job, bound))
     with files.replacing(directory / ITEMS) as partial:
-        pl.DataFrame({'item_id': job.data.asins[1:],
-                      'title': job.data.titles[1:]}).write_parquet(partial)
+        columns = {name: values[1:] for name, values in job.data.attributes.items()}
+        pl.DataFrame({'item_id': job.data.asins[1:], 'title': job.data.titles[1:], **columns},
+                     schema_overrides=ATTRIBUTES).write_parquet(partial)
     if c.mllm.tokenizer == 'own' and content:
         shutil.copytree(job.workdir / 'data' / TOKENIZER, directory / TOKENIZER, dirs_exist_ok=True)
     about = {
@@ -172,7 +196,9 @@ def _read(directory, about):
     if z.shape != (about['items'] + 1, width) or len(ids) != len(z):
         raise ValueError(f'there are {list(z.shape)} item vectors and {len(ids) - 1} ids for '
                          f'{about["items"]} items')
-    return Served(directory, about, specs, weights, rules, z, events, ids, ['', *table['title']])
+    attributes = table.select(name for name in ATTRIBUTES if name in table.columns)
+    return Served(directory, about, specs, weights, rules, z, events, ids, ['', *table['title']],
+                  attributes)
 
 
 def _reader(job, bound) -> dict:

@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from fastapi import HTTPException
 
-from tpad_jax.serving.recommender import SIZES, Recommender
+from tpad_jax.serving.calls import SIZES
+from tpad_jax.serving.conditions import Wanted
+from tpad_jax.serving.recommender import Recommender
 
 RETRY = {'Retry-After': '1'}  # seconds
 
@@ -52,12 +54,14 @@ class Batcher:
                 await loop.run_in_executor(self._pool, self._shop.first, rows, self._most_k)
             self._task = self._task or loop.create_task(self._answer())
 
-    async def ask(self, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    async def ask(self, rows: np.ndarray, k: int, asked: list[Wanted] | None = None
+                  ) -> tuple[np.ndarray, np.ndarray]:
         """Return items int32 and scores float32 [S, k], see `Recommender.first`.
 
         Args:
           rows: int32 [S, N]. Prefixes.
           k: length of a list, at most `most_k`.
+          asked: S conditions, or None.
 
         Raises:
           OverloadedError: too many rows wait.
@@ -67,7 +71,7 @@ class Batcher:
         if self.waiting + len(rows) > self._room or self._closed:
             raise OverloadedError
         answer = asyncio.get_running_loop().create_future()
-        self._queue.append((rows, k, answer))
+        self._queue.append((rows, k, answer, asked))
         self.waiting += len(rows)
         self._came.set()
         return await answer
@@ -95,18 +99,21 @@ class Batcher:
             part = [request for request in part if not request[2].done()]  # clients may disconnect
             if not part:
                 continue
-            rows = [rows for rows, _, _ in part]
+            rows = [rows for rows, *_ in part]
             self._on_call(sum(map(len, rows)))
+            asked = None
+            if any(x for *_, x in part):  # one call for requests with and without conditions
+                asked = [x for own, *_, more in part for x in more or [Wanted()] * len(own)]
             try:
-                answers = await loop.run_in_executor(self._pool, self._shop.first,
-                                                     np.concatenate(rows), self._most_k)
+                answers = await loop.run_in_executor(
+                    self._pool, self._shop.first, np.concatenate(rows), self._most_k, None, asked)
             except Exception as error:  # each request reports it; the next call may succeed
-                for _, _, answer in part:
+                for _, _, answer, _ in part:
                     if not answer.done():
                         answer.set_exception(error)
                 continue
             cuts = np.cumsum([len(x) for x in rows])[:-1]
-            for (_, k, answer), items, scores in zip(part, *(np.split(x, cuts) for x in answers),
+            for (_, k, answer, _), items, scores in zip(part, *(np.split(x, cuts) for x in answers),
                                                      strict=True):
                 if not answer.done():
                     answer.set_result((items[:, :k], scores[:, :k]))

@@ -1,6 +1,7 @@
 """The HTTP service of a finished run: an ASGI app for `python -m tpad_jax.serve` or any server.
 
-- POST /recommend: {"sessions": [[item ids], ...], "k": 20} -> one list per session
+- POST /recommend: {"sessions": [[item ids], ...], "k": 20} -> one list per session, optionally
+  under conditions
 - POST /items: multipart, a new item that is recommended from then on
 - GET /items, /items/image: the catalogue; a picture
 - GET /health, /ready: alive; ready to answer
@@ -14,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import prometheus_client as prometheus
 from fastapi import File, Form, HTTPException, Query, UploadFile
@@ -25,8 +26,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from tpad_jax.errors import InputError
 from tpad_jax.serving.batching import RETRY, Batcher
+from tpad_jax.serving.calls import MAX_K, SIZES
+from tpad_jax.serving.conditions import wanted
+from tpad_jax.serving.explain import explain
 from tpad_jax.serving.pictures import Pictures
-from tpad_jax.serving.recommender import MAX_K, SIZES, Recommender
+from tpad_jax.serving.recommender import Recommender
 
 PAGE = Path(__file__).with_name('demo.html')
 IMAGE_BYTES = 2**23  # of a request that adds an item, picture and words
@@ -101,23 +105,36 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         sessions: Annotated[list[Annotated[list[Id], Field(max_length=limits.length)]],
                             Field(min_length=1, max_length=limits.sessions)]
         k: Annotated[int, Field(ge=1, le=most_k)] = min(20, most_k)
+        conditions: dict[str, Any] | None = None
+        seen: list[Annotated[list[Id], Field(max_length=limits.length)]] | None = None
+        explain: bool = False
 
     @made.post('/recommend', response_model=Answers, responses=REFUSED)
     async def recommend(ask: Ask):
         """Return the K items most likely to follow each session.
 
         Unknown ids are dropped and listed. A session without a known item (`empty`) gets the items
-        with most events and no scores.
+        with most events and no scores. `conditions` are those of docs/serving.md; a list that they
+        leave fewer items is shorter. `seen` has a list of ids for each session.
         """
-        rows, unknown = shop.rows(ask.sessions)
+        table = shop.table
+        rows, unknown = shop.rows(ask.sessions, table)
+        try:
+            asked = await asyncio.to_thread(
+                wanted, shop, rows, table, ask.conditions, ask.seen) if (
+                    ask.conditions or ask.seen is not None) else None
+        except InputError as error:
+            raise HTTPException(400, str(error)) from error
         metrics.sessions.inc(len(rows))
-        items, scores = await batcher.ask(rows, ask.k)
-        ids = shop.ids  # includes items added since
-        answers = zip(items.tolist(), scores.tolist(), unknown, (rows[:, 0] == 0).tolist(),
+        items, scores = await batcher.ask(rows, ask.k, asked)
+        why = [{}] * len(rows) if not ask.explain else [
+            {'why': x} for x in await asyncio.to_thread(explain, shop, rows, items, table, asked)]
+        # names include items added since
+        answers = zip(shop.names(items), scores.tolist(), unknown, (rows[:, 0] == 0).tolist(), why,
                       strict=True)
         return JSONResponse({'answers': [
-            {'items': [ids[n] for n in best], 'scores': None if empty else values, 'unknown': names,
-             'empty': empty} for best, values, names, empty in answers]})
+            {'items': best, 'scores': None if empty else values[:len(best)], 'unknown': names,
+             'empty': empty, **more} for best, values, names, empty, more in answers]})
 
     if new_items:
         @made.post('/items', status_code=201, response_model=Item, responses={
@@ -212,6 +229,7 @@ class Answer(BaseModel):
     scores: list[float] | None
     unknown: list[str]
     empty: bool
+    why: dict[str, Any] | None = None
 
 
 class Answers(BaseModel):
@@ -237,7 +255,8 @@ class Items(BaseModel):
 
 Words = Annotated[str, Form(max_length=2**14)]
 REFUSED = {status: {'model': Refusal, 'description': reason} for status, reason in {
-    422: 'Invalid request.', 400: 'The body cannot be read.', 413: 'The body is too large.',
+    422: 'Invalid request.', 400: 'The body cannot be read, or a condition is unusable.',
+    413: 'The body is too large.',
     503: 'Overloaded; see Retry-After.'}.items()}
 
 

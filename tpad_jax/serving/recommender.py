@@ -9,23 +9,22 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 from safetensors import safe_open
 
 from tpad_jax.core import files
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
-from tpad_jax.models.experts import BY_ITEM
-from tpad_jax.serving import artifact, topk
-
-SIZES = 1, 16, 256  # rows of a compiled call; the smallest that is large enough is used
-MAX_K = 1000  # items of a list at most
-LENGTHS = 20, 50, 100, 200, 500, MAX_K  # of a compiled list; the smallest that is large enough
+from tpad_jax.serving import artifact, calls, topk
+from tpad_jax.serving.artifact import Table
+from tpad_jax.serving.calls import LENGTHS, MAX_K
+from tpad_jax.serving.conditions import Wanted, begin, wanted
+from tpad_jax.serving.explain import explain as reasons
+from tpad_jax.serving.rerank import Reranker
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,29 +37,16 @@ class Recommended:
       unknown: S lists of ids that are not in the catalogue and were dropped.
       empty: bool [S]. The session has no known item; its list holds the items with most events in
         the training sessions.
+      why: S reasons, see `explain.explain`, or None.
+
+    Under conditions a list may be shorter than K; `scores` are then NaN after its last item.
     """
 
     items: list[list[str]]
     scores: np.ndarray
     unknown: list[list[str]]
     empty: np.ndarray
-
-
-class Table(NamedTuple):
-    """The catalogue at one moment.
-
-    Its index is shared with later tables and only grows, so an older table stays valid: rows from
-    `count` on are not its own.
-
-    Attributes:
-      count: rows in use; row 0 is not an item.
-      number: {id: row}.
-      popular: int32 [at most MAX_K], rows by training events, most first.
-    """
-
-    count: int
-    number: dict[str, int]
-    popular: np.ndarray
+    why: list[dict] | None = None
 
 
 class Recommender:
@@ -73,10 +59,13 @@ class Recommender:
       table: the catalogue at this moment.
       ids: item ids by row; [0] is ''. The list only grows.
       titles: titles by row; [0] is ''. The list only grows.
+      experts: see `artifact.Served`.
+      kept_masks: masks of conditions that may be repeated, see conditions.py.
     """
 
     def __init__(self, served: artifact.Served, base: str = ''):
         self._served, self._base, self._reader = served, base, None
+        self.experts = served.experts
         self._adding = threading.Lock()
         # An added item is written into z in place, so a call must not be dispatched meanwhile.
         self._dispatching = threading.Lock()
@@ -91,15 +80,18 @@ class Recommender:
         self._write = compiled(lambda z, rows, vectors: z.at[rows].set(vectors, mode='drop'),
                                donate_argnums=0)
         self._vectors = []  # of added items, on the host
-        popular = 1 + np.argsort(-served.events[1:], kind='stable').astype(np.int32)
+        self._popular = 1 + np.argsort(-served.events[1:], kind='stable').astype(np.int32)
+        self._rows = compiled(lambda z, rows: z[rows], seldom=True)
+        self.kept_masks = {}  # of conditions that may be repeated
         self.ids, self.titles = list(served.ids), list(served.titles)
         number = {name: row for row, name in enumerate(self.ids) if row}
-        self.table = Table(len(self.ids), number, popular[:MAX_K])
-        self._z, self._weights = self._padded(served.z, (served.weights, served.experts),
+        self.table = Table(len(self.ids), number, served.attributes)
+        self._z, self._weights = calls.padded(served.z, (served.weights, served.experts),
                                               len(served.z))
 
-    def recommend(self, sessions: Sequence[Sequence[str]], k: int | None = None
-                  ) -> Recommended:
+    def recommend(self, sessions: Sequence[Sequence[str]], k: int | None = None,
+                  conditions: dict | None = None, *, seen: Sequence[Sequence[str]] | None = None,
+                  rerank: Reranker | None = None, explain: bool = False) -> Recommended:
         """Return the K items most likely to follow each session.
 
         Items of the session itself are ranked like all others, as in evaluation.
@@ -109,15 +101,25 @@ class Recommender:
             Of a longer session the last `max_length` known items count.
           k: length of a list, from 1 to min(MAX_K, number of items). None: 20, or all items of a
             smaller catalogue.
+          conditions: what the lists may hold; see `conditions.Conditions`.
+          seen: S lists of ids that the lists must not hold; unknown ids are ignored.
+          rerank: changes the order of the first items; see rerank.py.
+          explain: whether to return the reasons.
 
         Raises:
-          InputError: k is out of bounds, or a session is not a list of texts.
+          InputError: k is out of bounds, a session is not a list of texts, or a condition is
+            unusable.
         """
         table = self.table
         rows, unknown = self.rows(sessions, table)
-        items, scores = self.first(rows, min(20, table.count - 1) if k is None else k, table)
-        lists = [[self.ids[n] for n in row] for row in items.tolist()]
-        return Recommended(lists, scores, unknown, rows[:, 0] == 0)
+        asked = wanted(self, rows, table, conditions, seen, rerank)
+        items, scores = self.first(rows, min(20, table.count - 1) if k is None else k, table, asked)
+        why = reasons(self, rows, items, table, asked) if explain else None
+        return Recommended(self.names(items), scores, unknown, rows[:, 0] == 0, why)
+
+    def names(self, items: np.ndarray) -> list[list[str]]:
+        """Return the ids of lists int32 [S, k]; places that hold 0 are empty."""
+        return [[self.ids[n] for n in row if n] for row in items.tolist()]
 
     def rows(self, sessions: Iterable[Sequence[str]], table=None) -> tuple[np.ndarray, list]:
         """Return item rows int32 [S, N] of sessions, left aligned and padded by 0, and unknown ids.
@@ -142,22 +144,25 @@ class Recommender:
                             if number >= table.count])
         return np.array(rows, np.int32).reshape(-1, self.max_length), unknown
 
-    def first(self, rows: np.ndarray, k: int, table=None) -> tuple[np.ndarray, np.ndarray]:
+    def first(self, rows: np.ndarray, k: int, table=None, asked: Sequence[Wanted] | None = None
+              ) -> tuple[np.ndarray, np.ndarray]:
         """Recommend by rows: int32 [S, N] -> items int32 [S, k] and scores float32 [S, k].
 
         Args:
           rows: int32 [S, N]. Prefixes as `rows` returns them.
           k: length of a list.
           table: the catalogue to read; the current one by default.
+          asked: S conditions of `conditions.wanted`; None: there are none.
 
         Raises:
           InputError: k is out of bounds.
         """
-        parts = [finish() for finish in list(self.begin(rows, k, table))]
+        parts = [finish() for finish in list(self.begin(rows, k, table, asked))]
         items, scores = (np.concatenate(x) for x in zip(*parts, strict=True))
         return items, scores
 
-    def begin(self, rows: np.ndarray, k: int, table=None) -> Iterable:
+    def begin(self, rows: np.ndarray, k: int, table=None, asked: Sequence[Wanted] | None = None
+              ) -> Iterable:
         """Dispatch rows int32 [S, N] to the device and yield, per call, a function that waits.
 
         Each function returns (items int32, scores float32) [s, k] of the next s rows. The next call
@@ -167,6 +172,7 @@ class Recommender:
           rows: int32 [S, N]. Prefixes as `rows` returns them.
           k: length of a list.
           table: the catalogue to read; the current one by default.
+          asked: as for `first`.
 
         Raises:
           InputError: k is out of bounds.
@@ -176,12 +182,45 @@ class Recommender:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
             raise InputError(f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}, '
                              f'{MAX_K} or the {table.count - 1} items of the catalogue')
+        for part in calls.parts(np.arange(len(rows))):
+            if asked:
+                yield begin(self, rows[part], k, table, [asked[row] for row in part])
+            else:
+                scores, items = self.search(rows[part], k, table)
+                yield partial(calls.finish, rows[part], items, scores, self.by_events(table)[:k])
+
+    def search(self, rows: np.ndarray, k: int, table: Table, allowed: np.ndarray | None = None,
+               boosts: Sequence[np.ndarray] | None = None) -> tuple:
+        """Dispatch one call of the compiled search.
+
+        Args:
+          rows: int32 [s, N]. Prefixes, at most SIZES[-1].
+          k: items of a list that are needed.
+          table: the catalogue.
+          allowed: uint8 [s, R / 8] of `topk.packed`, or None.
+          boosts: items int32 [s, M] and shifts of their scores float32 [s, M], or None.
+
+        Returns:
+          Scores and items of the device, [S, K] with S in SIZES and K in LENGTHS.
+        """
         compiled_k = next(length for length in LENGTHS if length >= k)
-        for part in _calls(rows):
-            with self._dispatching:
-                scores, items = self._search(self._weights, self._z, np.int32(table.count),
-                                             _filled(part), k=compiled_k)
-            yield partial(_finish, part, items, scores, table.popular[:k])
+        with self._dispatching:
+            if allowed is not None:  # rows of the table that were added since
+                more = len(self._z) // 8 - allowed.shape[1]
+                allowed = calls.filled(np.pad(allowed, ((0, 0), (0, more))))
+            return self._search(self._weights, self._z, np.int32(table.count), calls.filled(rows),
+                                allowed, boosts and tuple(map(calls.filled, boosts)), k=compiled_k)
+
+    def by_events(self, table: Table) -> np.ndarray:
+        """Return all rows int32 [V] by training events, most first; added items come last."""
+        added = np.arange(self.trained + 1, table.count, dtype=np.int32)
+        return np.concatenate([self._popular, added]) if len(added) else self._popular
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return z float32 [..., D] of rows int32 [...], without the experts' columns."""
+        with self._dispatching:
+            z = self._rows(self._z, rows)
+        return np.asarray(z)[..., :sum(spec.fusion.width for spec in self._served.specs)]
 
     def embed_items(self, ids: Sequence[str] | None = None) -> np.ndarray:
         """Return item vectors z float32 [n, D]; their product with a session's vector is the score.
@@ -215,11 +254,14 @@ class Recommender:
         Raises:
           InputError: a session is not a list of texts.
         """
-        rows, _ = self.rows(sessions)
+        return self.encode(self.rows(sessions)[0])
+
+    def encode(self, rows: np.ndarray) -> np.ndarray:
+        """Return h float32 [S, D] of rows int32 [S, N], see `embed_sessions`."""
         parts = []
-        for part in _calls(rows):
+        for part in calls.parts(rows):
             with self._dispatching:
-                h = self._encode(self._weights, self._z, _filled(part))
+                h = self._encode(self._weights, self._z, calls.filled(part))
             parts.append(np.asarray(h)[:len(part)])
         vectors = np.concatenate(parts)
         vectors[rows[:, 0] == 0] = np.nan
@@ -234,7 +276,7 @@ class Recommender:
         Returns:
           Items int32 [S, M] and float32 [S, M], see `scorers.session_shifts`.
         """
-        parts = [self._shifts(self._weights, _filled(part)) for part in _calls(rows)]
+        parts = [self._shifts(self._weights, calls.filled(part)) for part in calls.parts(rows)]
         if parts[0] is None:
             return None
         items, shifts = (np.concatenate(x)[:len(rows)] for x in zip(*parts, strict=True))
@@ -274,26 +316,28 @@ class Recommender:
             if self._reader is None:
                 self._reader = new_items.Reader(self._served, self._base)
             vectors = self._reader(items)
-            self._append(vectors, names, titles)
+            self._append(vectors, names, titles, pl.DataFrame(
+                {name: [item.get(name) for item in items] for name in artifact.ATTRIBUTES},
+                artifact.ATTRIBUTES))
             return vectors
 
-    def _append(self, vectors, names, titles):
+    def _append(self, vectors, names, titles, attributes):
         """Write vectors into the free rows of z, in place, and publish a table that has them."""
         table = self.table
         rows = np.arange(table.count, table.count + len(names), dtype=np.int32)
         with self._dispatching:
             if rows[-1] >= len(self._z):
-                self._z, self._weights = self._padded(self._z, self._weights, rows[-1] + 1)
-            for part, values in zip(_calls(rows), _calls(vectors), strict=True):
+                self._z, self._weights = calls.padded(self._z, self._weights, rows[-1] + 1)
+            for part, values in zip(calls.parts(rows), calls.parts(vectors), strict=True):
                 # rows that only fill a call are out of range and dropped
-                self._z = self._write(self._z, _filled(part, np.iinfo(np.int32).max),
-                                      _filled(values))
+                self._z = self._write(self._z, calls.filled(part, np.iinfo(np.int32).max),
+                                      calls.filled(values))
         self._vectors.append(vectors)
         self.ids.extend(names)
         self.titles.extend(titles)
         table.number.update(zip(names, rows.tolist(), strict=True))
-        popular = np.concatenate([table.popular, rows])[:MAX_K]
-        self.table = table._replace(count=table.count + len(names), popular=popular)
+        self.table = table._replace(count=table.count + len(names), attributes=pl.concat(
+            [table.attributes, attributes.select(table.attributes.columns)]))
 
     def save_added(self, file) -> None:
         """Write the added items to a .safetensors file for `restore_added` of a later process.
@@ -304,6 +348,7 @@ class Recommender:
         first = self.trained + 1
         about = {'ids': self.ids[first:], 'titles': self.titles[first:],
                  'model': self._served.about['digests'][artifact.MODEL]}
+        about['attributes'] = self.table.attributes[self.trained:].to_dict(as_series=False)
         vectors = np.concatenate([np.zeros((0, self._z.shape[1]), np.float32), *self._vectors])
         files.write_tensors(file, {'vectors': vectors}, about)
 
@@ -321,7 +366,12 @@ class Recommender:
               safe_open(file, framework='np') as tensors):
             about = {key: json.loads(x) for key, x in tensors.metadata().items()}
             vectors, ids, titles = tensors.get_tensor('vectors'), about['ids'], about['titles']
-            if vectors.shape != (len(ids), self._z.shape[1]) or len(titles) != len(ids):
+            # a file of an earlier version has none
+            columns = {name: about.get('attributes', {}).get(name, [None] * len(ids))
+                       for name in artifact.ATTRIBUTES}
+            attributes = pl.DataFrame(columns, artifact.ATTRIBUTES)
+            if vectors.shape != (len(ids), self._z.shape[1]) or not (
+                    len(titles) == len(attributes) == len(ids)):
                 raise ValueError(f'{list(vectors.shape)} vectors for {len(ids)} ids')
         if about['model'] != self._served.about['digests'][artifact.MODEL]:
             raise InputError(f'{file} holds items of another run. Fix: name a file of this run')
@@ -329,24 +379,7 @@ class Recommender:
             if not self.table.number.keys().isdisjoint(ids):
                 raise InputError(f'{file} names items that exist. Fix: restore it only once')
             if ids:
-                self._append(vectors, ids, titles)
-
-    @staticmethod
-    def _padded(z, weights, count):
-        """Arrays with room up to a whole chunk, so that most new items compile nothing."""
-        length = topk.rounded(count)
-
-        def fill(x):
-            return jnp.pad(x, ((0, length - len(x)), *((0, 0),) * (x.ndim - 1)))
-
-        models, experts = weights
-        models = tuple((jax.device_put(params), {name: fill(x) for name, x in near.items()})
-                       for params, near in models)
-        if experts is not None:
-            tables = {name: fill(x) if name in BY_ITEM else x
-                      for name, x in experts['tables'].items()}
-            experts = jax.device_put({'weights': experts['weights'], 'tables': tables})
-        return fill(z), (models, experts)
+                self._append(vectors, ids, titles, attributes)
 
 
 def load(workdir, *, base: str = '') -> Recommender:
@@ -361,27 +394,3 @@ def load(workdir, *, base: str = '') -> Recommender:
         damaged.
     """
     return Recommender(artifact.read(workdir), base)
-
-
-def _calls(x):
-    """Split rows into the parts of compiled calls; no rows are one part."""
-    return np.split(x, range(SIZES[-1], len(x), SIZES[-1]))
-
-
-def _filled(x, value=0):
-    """Rows padded to one of SIZES, so that few shapes are compiled."""
-    size = next(size for size in SIZES if size >= len(x))
-    return np.pad(x, ((0, size - len(x)), *((0, 0),) * (x.ndim - 1)), constant_values=value)
-
-
-def _finish(rows, items, scores, popular):
-    """Return the wanted rows on the host; an empty session gets the popular items."""
-    items, scores = (np.array(x)[:len(rows), :len(popular)] for x in (items, scores))
-    empty = rows[:, 0] == 0
-    items[empty], scores[empty] = popular, np.nan
-    broken = np.flatnonzero(~(np.isfinite(scores).all(axis=1) | empty))
-    if len(broken):
-        raise FloatingPointError(f'the scores of session {broken[0]} of this call are not finite')
-    return items, scores
-
-

@@ -2,8 +2,9 @@
 
 Input:
 
-- .jsonl, .jsonl.gz or '-' (standard input): {"session": [item ids]} per line, optionally "id"
-- .parquet: column session (a list of texts or whole numbers), optionally id
+- .jsonl, .jsonl.gz or '-' (standard input): {"session": [item ids]} per line, optionally "id", and
+  "seen", item ids that the list must not hold
+- .parquet: column session (a list of texts or whole numbers), optionally id and seen (such a list)
 
 Output:
 
@@ -15,7 +16,6 @@ Rejected lines have no answer.
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -38,11 +38,12 @@ ANSWER = pa.schema({
 
 
 class Asked(NamedTuple):
-    """A session to answer: its line or row from 1 on, its id or None, its item ids."""
+    """A session to answer: its line or row from 1 on, its id or None, its and the seen item ids."""
 
     line: int
     id: object
     session: list[str]
+    seen: list[str]
 
 
 class Source(Lines):
@@ -65,13 +66,15 @@ class Source(Lines):
     def __iter__(self) -> Iterator[Asked]:
         packed = self.path.suffix == '.parquet'
         for record in self._rows() if packed else super().__iter__():
-            session = record.get('session')
+            session, seen = record.get('session'), record.get('seen') or []
             if not isinstance(session, list):
                 self.reject(Reason('no_session'))
-            elif not all(type(name) in (str, int) for name in session):
+            elif not isinstance(seen, list) or not all(
+                    type(name) in (str, int) for name in (*session, *seen)):
                 self.reject(Reason('session_of_no_item_ids'))
             else:
-                yield Asked(self.number, record.get('id'), [str(name) for name in session])
+                yield Asked(self.number, record.get('id'), [str(name) for name in session],
+                            [str(name) for name in seen])
 
     def in_batches(self, size: int) -> Iterator[list[Asked]]:
         """Yield lists of `size` sessions, the last one shorter."""
@@ -85,7 +88,7 @@ class Source(Lines):
             names = file.schema_arrow.names
             refuse_if('session' not in names, f'{self.path} has the columns {", ".join(names)}. '
                       'Expected a column session, lists of item ids')
-            wanted = [name for name in ('session', 'id') if name in names]
+            wanted = [name for name in ('session', 'id', 'seen') if name in names]
             for part in file.iter_batches(FLUSH, columns=wanted):
                 for record in part.to_pylist():
                     self.number += 1
@@ -110,19 +113,22 @@ class Sink:
         self._table = pq.ParquetWriter(self._file, ANSWER) if path.endswith('.parquet') else None
 
     def write(self, asked: list[Asked], unknown: list[list[str]], items: np.ndarray,
-              scores: np.ndarray) -> None:
+              scores: np.ndarray, why: list[dict] | None = None) -> None:
         """Write the answers of S sessions.
 
         Args:
           asked: the S sessions.
           unknown: S lists of unknown ids.
-          items: int32 [S, K]. Lists, best first.
-          scores: float32 [S, K]. NaN in the row of an empty session.
+          items: int32 [S, K]. Lists, best first, 0 after the last item.
+          scores: float32 [S, K]. NaN there and in the row of an empty session.
+          why: S reasons for lines, or None.
         """
         rows = []
-        for session, names, row, values in zip(asked, unknown, items.tolist(), scores.tolist(),
-                                               strict=True):
-            best, empty = [self._ids[n] for n in row], math.isnan(values[0])
+        for session, names, row, values, more in zip(asked, unknown, items.tolist(),
+                                                     scores.tolist(), why or [None] * len(asked),
+                                                     strict=True):
+            best = [self._ids[n] for n in row if n]
+            values, empty = values[:len(best)], len(names) == len(session.session)
             if self._table is not None:
                 rows.append(dict(line=session.line, id=column_id(session.id), items=best,
                                  scores=values, unknown=names, empty=empty))
@@ -132,6 +138,7 @@ class Sink:
             if self._scores:
                 answer['scores'] = None if empty else [float(f'{x:.6g}') for x in values]
             answer |= ({'unknown': names} if names else {}) | ({'empty': True} if empty else {})
+            answer |= {'why': more} if more else {}
             self._file.write(json.dumps(answer).encode() + b'\n')
         if rows:  # columns take less memory than rows until they are written
             self._waiting.append(pa.RecordBatch.from_pylist(rows, ANSWER))

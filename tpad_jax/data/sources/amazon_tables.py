@@ -179,6 +179,7 @@ def load(data_dir) -> Data:
                 has_image=np.append(False, items['has_image'].to_numpy()), **splits, warm=warm,
                 reviewed=np.append(False, items['reviewed'].to_numpy()),
                 vocabulary=text.side_vocabulary(items, warm), kinds=tuple(finished['kinds']),
+                attributes={name: [None, *items[name]] for name in ('brand', 'category', 'price')},
                 **{key: finished[key] for key in ('lines', 'audit', 'fingerprint', 'form')})
 
 

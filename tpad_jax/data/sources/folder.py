@@ -24,7 +24,7 @@ import numpy as np
 from tpad_jax.config import names as names_in
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Data
-from tpad_jax.data.sources import Source
+from tpad_jax.data.sources import Source, amazon_fields
 from tpad_jax.data.sources import ids as ids_lib
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS, Lines, Reason, stay_inside
 from tpad_jax.errors import InputError, refuse_if, refusing
@@ -118,11 +118,21 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
         titles=[text.words_of(item.get('title')) for item in items],
         texts=texts,
         image_bytes=Pictures(place, names), has_image=np.array([bool(name) for name in names]),
+        attributes=_attributes(items),
         side=side, side_sizes=tuple(size for _, size in columns), warm=warm,
         lines=dict(read=lines.number, kept=len(items) - 1, rejected=rejected,
                    unused=dict(sorted((+unused).items()))),
         fingerprint=_digest(f'{digest} {words} {sides} {ordered} {valid} {seed}', file, place,
                             names))
+
+
+def _attributes(items: list[dict]) -> dict[str, list]:
+    """The fields brand, category and price of the items, of those that any item has."""
+    columns = {name: [text.words_of(item.get(name)) for item in items]
+               for name in ('brand', 'category')}
+    columns['price'] = [amazon_fields.amount(item.get('price')) for item in items]
+    return {name: values for name, values in columns.items()
+            if any(value not in ('', None) for value in values)}
 
 
 def _digest(options: str, file: Path, place: Path | None, names: list[str]) -> str:
