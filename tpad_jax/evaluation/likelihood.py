@@ -69,14 +69,26 @@ def nll(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibra
     Returns:
       The mean; None without a ranked target.
     """
+    known = predicted(scorer, rows, num_items, calibration, seed=seed)
+    return None if known is None else float(known[0].mean())
+
+
+def predicted(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibration, *,
+              seed: int = 0) -> list[np.ndarray] | None:
+    """Compute what a model predicts of the rows that `nll` reads; its arguments.
+
+    Returns:
+      Float [R] each: the negative log-likelihood of the target, the probability of the first item,
+      and whether that is the target, with ties its share of them. Or None, if no target is ranked.
+    """
     ranked = Rows(*(array[rows.target > 0] for array in rows))
     if not len(ranked.target):
         return None
     rows = _drawn(ranked, max(64, CELLS // num_items), seed)
-    return float(np.concatenate([
-        _nll(_shares(metrics.dense(scores), calibration.floor is not None), rows.target[part],
-             calibration)
-        for part, scores in metrics.scored(scorer, rows.items, num_items)]).mean())
+    parts = [_predicted(_shares(metrics.dense(scores), calibration.floor is not None),
+                        rows.target[part], calibration)
+             for part, scores in metrics.scored(scorer, rows.items, num_items)]
+    return [np.concatenate(x) for x in zip(*parts, strict=True)]
 
 
 def _drawn(rows, most, seed):
@@ -96,8 +108,14 @@ def _shares(scores, rule):
 
 
 def _nll(scores, target, calibration):
+    return _predicted(scores, target, calibration)[0]
+
+
+def _predicted(scores, target, calibration):
     power, floor = calibration
     logits = power * (scores if floor is None else np.log(scores + floor))
     highest = logits.max(axis=1)
     total = np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest
-    return total - logits[np.arange(len(target)), target - 1]
+    own = logits[np.arange(len(target)), target - 1]
+    right = (own == highest) / (logits == highest[:, None]).sum(axis=1)
+    return total - own, np.exp(highest - total), right

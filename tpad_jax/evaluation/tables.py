@@ -82,8 +82,30 @@ def table(results: dict) -> Table:
     return out
 
 
+# key of a model's test metrics -> head of a column
+LISTS = {**{('lists', name): name for name in (
+    'coverage', 'gini', 'novelty', 'diversity', 'popularity', 'cold')},
+    ('reliability', 'error'): 'calibration error'}
+
+
+def beyond(results: dict) -> Table:
+    """Format what the first 20 items of the test rows show beyond accuracy, see lists.py.
+
+    Args:
+      results: as in results.json.
+    """
+    out = Table(title='First 20 items of the test rows', title_justify='left',
+                header_style='bold', box=None)
+    out.add_column('model', no_wrap=True)
+    for head in LISTS.values():
+        out.add_column(head, justify='right', no_wrap=True)
+    for name, model in results['models'].items():
+        out.add_row(escape(name), *(_cell(_at(model.get('test', {}), path)) for path in LISTS))
+    return out
+
+
 def show(results: dict, console: Console) -> None:
-    """Print `table` with all its columns, also where the console is narrower; none without models.
+    """Print the tables with all columns, also where the console is narrower; none without models.
 
     Args:
       results: as in results.json.
@@ -91,10 +113,10 @@ def show(results: dict, console: Console) -> None:
     """
     if not results['models']:
         return
-    out = table(results)
-    out.width = Measurement.get(console, console.options.update(width=WIDEST), out).maximum
-    # rich would shorten the cells to `console.width`, which is 80 in a pipe
-    console.print(out, crop=False)
+    for out in (table(results), beyond(results)):
+        out.width = Measurement.get(console, console.options.update(width=WIDEST), out).maximum
+        # rich would shorten the cells to `console.width`, which is 80 in a pipe
+        console.print(out, crop=False)
 
 
 def _at(scores, path):

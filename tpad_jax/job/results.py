@@ -22,7 +22,15 @@ from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import records, transitions
 from tpad_jax.errors import refusing
-from tpad_jax.evaluation import compare, likelihood, metrics, slices, statistics, tables
+from tpad_jax.evaluation import (
+    compare,
+    likelihood,
+    lists,
+    metrics,
+    slices,
+    statistics,
+    tables,
+)
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.job import recommenders
 from tpad_jax.report import gallery, page
@@ -147,8 +155,14 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
         add_intervals(test, job.test, warm, rank, values)
         if (calibration := facts.get(name, {}).get('calibration')) is not None:
             known = likelihood.Calibration(**calibration)
-            test['nll'] = likelihood.nll(scorer, job.test, len(warm) - 1, known,
-                                         seed=job.config.seed)
+            predicted = likelihood.predicted(scorer, job.test, len(warm) - 1, known,
+                                             seed=job.config.seed)
+            test['nll'] = None if predicted is None else float(predicted[0].mean())
+            if predicted is not None:
+                test['reliability'] = lists.reliability(*predicted[1:])
+        test['lists'] = lists.measured(
+            lists.first(scorer, job.test.items, len(warm) - 1, name=name), job.test.target, seen,
+            warm, job.catalogue.get('given', job.catalogue.get('k')))
         return {'valid': valid, 'test': test}, rank
 
     # a scorer with two names is measured once

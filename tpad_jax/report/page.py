@@ -160,6 +160,8 @@ def context(run: Run) -> dict:
         'differences': [{'other': other, **in_points(run.ranks, run.ranks, (main, other))[SELECT]}
                         for other in [*others, *best] if run.ranks is not None],
         **_table(v, trained, searched, colour),
+        'lists': {path: x for path, x in tables.LISTS.items()
+                  if any(v.get(*v.test(name, *path)) is not None for name in models)},
         'audit': [line for line in findings if not line.startswith(('Warning: ', 'Verdict: '))],
         'hits': curves.hits(run, [n for n in known if n not in ('tpad_recommend', 'tpad_joint')]),
         'sliced': drawn, 'slices': _slices(models[main]['test']['slices']),
