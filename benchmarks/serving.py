@@ -34,6 +34,7 @@ def enlarged(run, directory, items):
     import polars as pl
     from safetensors.numpy import load_file, save_file
 
+    from tpad_jax.core import files
     from tpad_jax.serving import artifact
 
     shutil.copytree(run / artifact.FOLDER, directory / artifact.FOLDER)
@@ -51,10 +52,11 @@ def enlarged(run, directory, items):
     arrays['events'] = np.pad(arrays['events'], (0, len(drawn)))
     save_file(arrays, folder / artifact.MODEL)
     more = [f'N{n:09d}' for n in range(len(drawn))]
-    pl.concat([table, pl.DataFrame({'item_id': more, 'title': more})]).write_parquet(
-        folder / artifact.ITEMS)
+    # brand, category and price are those of the items that they are drawn from
+    pl.concat([table, table[drawn - 1].with_columns(item_id=pl.Series(more), title=pl.Series(more))
+               ]).write_parquet(folder / artifact.ITEMS)
     about['items'] = items
-    about['digests'] = {name: artifact._digest(folder / name) for name in about['digests']}
+    about['digests'] = {name: files.sha256(folder / name) for name in about['digests']}
     (folder / artifact.ABOUT).write_text(json.dumps(about))
 
 

@@ -51,8 +51,8 @@ class Data:
       kinds: names of the kinds of events, if there are any.
       reviewed: bool [V + 1]. The item has an event before validation; None: as `warm`.
       choices: {value of config.data.catalogue: number of its items}; {} is filled in by `restrict`.
-      attributes: {'brand' | 'category' | 'price': V + 1 values}, '' or None where an item has none;
-        the fields that the source has. Lists under conditions read them.
+      attributes: {'brand' | 'category' | 'price': V + 1 values}, '' or None where an item has none.
+        Lists under conditions read them.
     """
 
     asins: list[str]

@@ -114,7 +114,8 @@ def write(job, name: str, scores) -> None:
     files.write_tensors(directory / MODEL, model)
     files.write_tensors(directory / READER, _reader(job, bound))
     with files.replacing(directory / ITEMS) as partial:
-        columns = {name: values[1:] for name, values in job.data.attributes.items()}
+        columns = {name: values[1:] for name, values in job.data.attributes.items()
+                   if any(value not in (None, '') for value in values)}
         pl.DataFrame({'item_id': job.data.asins[1:], 'title': job.data.titles[1:], **columns},
                      schema_overrides=ATTRIBUTES).write_parquet(partial)
     if c.mllm.tokenizer == 'own' and content:

@@ -117,11 +117,13 @@ class Wanted(NamedTuple):
       conditions: what its list may hold.
       hidden: int [n]. Rows that its list must not hold, items that were seen.
       rerank: changes the order of the first items, or None.
+      bits: uint8 [R / 8] of what the conditions allow, see `topk.packed`; None: every item.
     """
 
     conditions: Conditions = Conditions()
     hidden: np.ndarray = np.zeros(0, np.int64)
     rerank: Reranker | None = None
+    bits: np.ndarray | None = None
 
 
 def wanted(shop, rows: np.ndarray, table, conditions: dict | None,
@@ -148,7 +150,7 @@ def wanted(shop, rows: np.ndarray, table, conditions: dict | None,
               'reranker, too. Expected one of them. Fix: leave one out')
     refuse_if(seen is not None and len(seen) != len(rows), f'seen has {len(seen or ())} lists for '
               f'{len(rows)} sessions. Expected a list for each. Fix: correct it')
-    _bits(shop, table, asked)
+    bits = _bits(shop, table, asked)
     _boosts(table, [Wanted(asked)])
     for field, column in CAPS.items():
         if getattr(asked, field):
@@ -161,7 +163,7 @@ def wanted(shop, rows: np.ndarray, table, conditions: dict | None,
             '(texts). Expected one for each session. Fix: correct it')
         known = [n for name in names if (n := table.number.get(name, table.count)) < table.count]
         known += row[row > 0].tolist() * asked.unseen
-        out.append(Wanted(asked, np.array(known, int), order))
+        out.append(Wanted(asked, np.array(known, int), order, bits))
     return out
 
 
@@ -211,8 +213,11 @@ def begin(shop, rows: np.ndarray, k: int, table, asked: Sequence[Wanted]):
       A function that waits and returns items int32 [s, k], 0 after the last item that the
       conditions allow, and scores float32 [s, k], NaN there and in rows of empty sessions.
     """
-    bits = np.stack([_bits(shop, table, x.conditions) for x in asked])
+    every = _bits(shop, table, Conditions())
+    bits = np.zeros((len(asked), len(every)), np.uint8)
     for row, x in zip(bits, asked, strict=True):
+        own = every if x.bits is None else x.bits  # of a time with fewer items, perhaps
+        row[:len(own)] = own
         topk.clear(row, x.hidden)
     boosts = _boosts(table, asked)
     depth = max([k, *(FIRST for x in asked if x.rerank)])
@@ -298,7 +303,7 @@ def _reordered(shop, rows, items, scores, asked):
 
 
 def _bits(shop, table, conditions):
-    """Return a copy of the bits uint8 of what conditions allow; those of repeated ones are kept."""
+    """Return the bits uint8 of what conditions allow; those of repeated ones are kept."""
     limits = replace(conditions, unseen=False, boost=(), most_per_brand=0, most_per_category=0,
                      diversity=0.0)
 
@@ -309,7 +314,7 @@ def _bits(shop, table, conditions):
             mask[:table.count] &= part
         return topk.packed(mask)
 
-    return _kept(shop, (limits, table.count), make).copy()
+    return _kept(shop, (limits, table.count), make)
 
 
 def _codes(shop, table, field):

@@ -127,12 +127,10 @@ def load(directory, *, words: Iterable[str], sides: Iterable[str], ordered: bool
 
 
 def _attributes(items: list[dict]) -> dict[str, list]:
-    """The fields brand, category and price of the items, of those that any item has."""
-    columns = {name: [text.words_of(item.get(name)) for item in items]
-               for name in ('brand', 'category')}
-    columns['price'] = [amazon_fields.amount(item.get('price')) for item in items]
-    return {name: values for name, values in columns.items()
-            if any(value not in ('', None) for value in values)}
+    """The fields brand, category and price of the items."""
+    words = {name: [text.words_of(item.get(name)) for item in items]
+             for name in ('brand', 'category')}
+    return words | {'price': [amazon_fields.amount(item.get('price')) for item in items]}
 
 
 def _digest(options: str, file: Path, place: Path | None, names: list[str]) -> str:

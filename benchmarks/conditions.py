@@ -1,0 +1,183 @@
+"""Lists under conditions: equal to brute force in numpy, and their throughput.
+
+    python -m benchmarks.conditions --run=runs/amazon
+    python -m benchmarks.conditions --run=runs/amazon --requests=10000 --items=100000 --json=FILE
+
+Brands, categories and prices are drawn. Each request has its own random conditions, session and
+seen items. Its list is compared with one that numpy sorts and filters from the complete,
+unconditioned list of the same session. Then a catalogue of `--items` items answers batches of
+sessions in turn with and without conditions, all but "at most n per brand". Times are of the
+process's CPU and of the wall; read those of a quiet machine.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.checkout import commit
+from benchmarks.serving import enlarged
+
+K, CLOSE = 20, 1e-5
+CAPS = {'most_per_brand': 'brand', 'most_per_category': 'category'}
+
+
+def drawn(rng, ids, table, caps=True):
+    """Random conditions of a request; every name and id occurs in the catalogue."""
+    some = rng.choice(ids, 20, replace=False).tolist()
+    price = table['price'].drop_nulls()
+    ends = sorted(price[rng.integers(0, len(price), 2).tolist()].to_list())
+    half = rng.choice(ids, len(ids) // 2, replace=False).tolist()[:2000]
+
+    def names(column):
+        values = [x for x in table[column].unique(maintain_order=True) if x]
+        return rng.choice(values, min(3, len(values)), replace=False).tolist()
+
+    every = {'items': half, 'not_items': some, 'in_stock': half, 'brands': names('brand'),
+             'not_brands': names('brand'), 'categories': names('category'),
+             'not_categories': names('category'), 'price': ends, 'unseen': True,
+             'boost': dict(zip(some, rng.normal(size=20).tolist(), strict=True)),
+             'most_per_brand': int(rng.integers(1, 4)),
+             'most_per_category': int(rng.integers(1, 4))}
+    chosen = rng.choice(list(every), rng.integers(1, 5), replace=False)
+    return {name: every[name] for name in chosen if caps or name not in CAPS}
+
+
+def brute(items, scores, facts, conditions, hidden):
+    """The first K of complete lists: sort, then look at one item after the other."""
+    total, right = scores.copy(), ~np.isin(items, hidden)
+    for name, more in conditions.get('boost', {}).items():
+        total[items == facts['number'][name]] += np.float32(more)
+    for name in ('items', 'not_items', 'in_stock'):
+        if name in conditions:
+            known = np.isin(items, [facts['number'][x] for x in conditions[name]])
+            right &= known != name.startswith('not')
+    for name, column in (('brands', 'brand'), ('not_brands', 'brand'), ('categories', 'category'),
+                         ('not_categories', 'category')):
+        if name in conditions:
+            known = np.array([value is not None and any(
+                value == x or value.startswith(x + ' > ') for x in conditions[name])
+                for value in facts[column]])[items]
+            right &= known != name.startswith('not')
+    if 'price' in conditions:
+        low, high = np.float32(conditions['price'])
+        right &= (facts['price'][items] >= low) & (facts['price'][items] <= high)
+    out, counts = [], Counter()
+    for place in np.lexsort((items, -total)):
+        groups = [(field, facts[column][items[place]]) for field, column in CAPS.items()
+                  if field in conditions and facts[column][items[place]]]
+        if right[place] and all(counts[group] < conditions[group[0]] for group in groups):
+            counts.update(groups)
+            out.append(place)
+            if len(out) == K:
+                break
+    return items[out], total[out]
+
+
+def attributed(shop):
+    """Give the items random brands, categories of two levels and prices; a twentieth has none."""
+    import polars as pl
+
+    rng, total = np.random.default_rng(2), shop.trained
+    columns = {'brand': [f'brand {n}' for n in rng.zipf(1.5, total) % 300],
+               'category': [f'{n % 5} > {n}' for n in rng.integers(0, 40, total)],
+               'price': np.round(rng.lognormal(3, 1, total), 2)}
+    table = pl.DataFrame(columns).with_columns(pl.col('price').cast(pl.Float32))
+    table = table.with_columns(pl.when(pl.Series(rng.random(total) > 0.05)).then(pl.col(name))
+                               .alias(name) for name in columns)
+    shop.table = shop.table._replace(attributes=table)
+    return shop
+
+
+def asked_of(shop, rng, rows, conditions):
+    """Resolve conditions and three random seen items for every row, as a service does."""
+    from tpad_jax.serving.conditions import wanted
+
+    ids = shop.ids
+    return [wanted(shop, row[None], shop.table, x, [[ids[n] for n in rng.integers(1, len(ids), 3)]]
+                   )[0] for row, x in zip(rows, conditions, strict=True)]
+
+
+def prefixes(shop, rng, count):
+    """Random prefixes of every length."""
+    rows = rng.integers(1, shop.trained + 1, (count, shop.max_length)).astype(np.int32)
+    rows[np.arange(shop.max_length) >= rng.integers(1, shop.max_length + 1, (count, 1))] = 0
+    return rows
+
+
+def exact(shop, requests):
+    """How many lists differ from brute force; those within CLOSE of its scores apart."""
+    rng, table = np.random.default_rng(0), shop.table.attributes
+    facts = {'number': shop.table.number, **{name: [None, *table[name]] for name in (
+        'brand', 'category')}, 'price': np.append(np.nan, table['price'].cast(float).to_numpy())}
+    result = Counter(requests=requests)
+    for begin in range(0, requests, 256):
+        rows = prefixes(shop, rng, min(256, requests - begin))
+        conditions = [drawn(rng, shop.ids[1:], table) for _ in rows]
+        asked = asked_of(shop, rng, rows, conditions)
+        lists, values = shop.first(rows, K, None, asked)
+        for n, (items, scores) in enumerate(zip(*shop.first(rows, shop.trained), strict=True)):
+            like, best = brute(items, scores, facts, conditions[n], asked[n].hidden)
+            found = lists[n][lists[n] > 0]
+            result['complete'] += len(like) == K
+            if not np.array_equal(found, like):
+                near = len(found) == len(like) and np.allclose(values[n][:len(like)], best,
+                                                               rtol=0, atol=CLOSE)
+                result['close' if near else 'wrong'] += 1
+    return dict(result)
+
+
+def throughput(shop, calls):
+    """Sessions per second with and without conditions, by turns: medians of wall and CPU."""
+    rng = np.random.default_rng(1)
+    pool = [drawn(rng, shop.ids[1:], shop.table.attributes, caps=False) for _ in range(100)]
+    seconds = {'without': [], 'with': []}
+    for number in range(calls + 1):
+        rows = prefixes(shop, rng, 256)
+        conditions = [pool[n] for n in rng.integers(0, len(pool), len(rows))]
+        for name in seconds:
+            wall, cpu = time.perf_counter(), time.process_time()
+            asked = asked_of(shop, rng, rows, conditions) if name == 'with' else None
+            shop.first(rows, K, None, asked)
+            if number:  # the first call compiles
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    wall, cpu = ({name: float(np.median([x[kind] for x in times]))
+                  for name, times in seconds.items()} for kind in (0, 1))
+    return {'sessions per second': {name: round(256 / x, 1) for name, x in wall.items()},
+            'with / without, wall': round(wall['without'] / wall['with'], 3),
+            'with / without, CPU': round(cpu['without'] / cpu['with'], 3)}
+
+
+def main():
+    """Measure, print a table and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--run', type=Path, required=True, help='workdir of a finished run')
+    parser.add_argument('--requests', type=int, default=10_000)
+    parser.add_argument('--items', type=int, default=100_000)
+    parser.add_argument('--calls', type=int, default=20)
+    parser.add_argument('--json', type=Path)
+    given = parser.parse_args()
+    import tpad_jax
+
+    out = {'commit': commit('tpad_jax'), 'date': datetime.date.today().isoformat(),
+           'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+           'load average': round(os.getloadavg()[0], 1),
+           'exact': exact(attributed(tpad_jax.load(given.run)), given.requests)}
+    with tempfile.TemporaryDirectory() as scratch:
+        enlarged(given.run, Path(scratch), given.items)
+        out |= {'items': given.items, **throughput(attributed(tpad_jax.load(scratch)), given.calls)}
+    for name, value in out.items():
+        print(f'{name:<26} {value}')
+    if given.json is not None:
+        given.json.write_text(json.dumps(out, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
