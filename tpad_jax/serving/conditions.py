@@ -102,7 +102,7 @@ def read(given) -> Conditions:
             rule, right = 'a number from 0 to 1', _number(value, 0, 1)
         else:
             rule = 'a list of texts'
-            right = isinstance(value, list | tuple) and all(isinstance(x, str) for x in value)
+            right = isinstance(value, list | tuple) and set(map(type, value)) <= {str}
             value = tuple(value) if right else value
         refuse_if(not right, f'conditions.{name}={given[name]!r:.60}: it cannot be used. Expected '
                   f'{rule}. Fix: correct it')
