@@ -104,8 +104,9 @@ def read(given) -> Conditions:
             rule = 'a list of texts'
             right = isinstance(value, list | tuple) and set(map(type, value)) <= {str}
             value = tuple(value) if right else value
-        refuse_if(not right, f'conditions.{name}={given[name]!r:.60}: it cannot be used. Expected '
-                  f'{rule}. Fix: correct it')
+        if not right:  # the text of a long list is not made for nothing
+            raise InputError(f'conditions.{name}={given[name]!r:.60}: it cannot be used. Expected '
+                             f'{rule}. Fix: correct it')
         out[name] = value
     return Conditions(**out)
 
