@@ -26,6 +26,8 @@ def get_config(variant: str = ''):
     if variant in ('', 'tiny'):
         c.update_from_flattened_dict(config.TAUGHT)
         c.rivals.knowledge_only.recommend = 'k,k'  # as wide as k and r
+    if not variant:  # the epochs decide, on any data; steps below 600 have the decay they had
+        c.stage.recommend.update(steps=6000, eval_every=1000, weight_decay=0.1)
     if variant:
         if variant not in VARIANTS:
             raise ValueError(f'configs/amazon.py has no variant {variant!r}: leave it out or name '

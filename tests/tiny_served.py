@@ -100,7 +100,7 @@ def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, *
         rows |= encoder.Encoder(made[0][0], content, ('k', 'r'))(made[0][1])
     specs, params = zip(*made, strict=True)
     several = len(specs) > 1
-    mixture = experts.mixture(experts.Fit(WEIGHTS, 0.0, 1), experts.tables(
+    mixture = experts.mixture(experts.Fit(WEIGHTS, 0.0, 1, 0.85), experts.tables(
         data.train, V, rows['k'] if mllm else None, ordered=True)) if mixed else None
     scores = scorer(specs if several else specs[0], devices)(
         params if several else params[0], (rows,) * len(specs) if several else rows, mixture)

@@ -33,11 +33,11 @@ def prefixes(sessions):
     return Rows(items, items, target, np.arange(len(items)))
 
 
-def shares_of(train, prefix):
+def shares_of(train, prefix, decay):
     """The evidence of the rules about a prefix, and whether it holds an item: [V + 1, 5]."""
     sessions = np.split(train.items, train.offsets[1:-1])
     last = prefix[prefix > 0][::-1][:experts.LATEST]
-    weight = experts.DECAY ** np.arange(len(last))
+    weight = decay ** np.arange(len(last))
     out = np.zeros((V + 1, 5))
     holds = np.array([np.bincount(np.unique(x), minlength=V + 1) for x in sessions])
     together = holds.T @ holds
@@ -65,14 +65,15 @@ def shares_of(train, prefix):
 
 
 def test_evidence_equals_brute_force():
-    train, rows = drawn(), prefixes(drawn(1, 12))
-    table = item_graphs.rules(train, V, holders=S)
+    train, rows, decay = drawn(), prefixes(drawn(1, 12)), experts.DECAYS[1]
+    table = item_graphs.rules(train, V, holders=S) | {'decay': np.float32(decay)}
     moved = rows.items[:, :2], np.full((12, 2), 0.5, np.float32)
     ids, shares = experts.evidence(table, rows.items, moved)
     for row in range(12):
         cells = np.zeros((V + 1, 6))
         np.add.at(cells, ids[row], np.asarray(shares[row]))
-        np.testing.assert_allclose(cells[:, :5], shares_of(train, rows.items[row]), atol=1e-6)
+        expected = shares_of(train, rows.items[row], decay)
+        np.testing.assert_allclose(cells[:, :5], expected, atol=1e-6)
         assert cells[0].sum() == 0
         assert cells[:, 5].sum() == pytest.approx(0.5 * (moved[0][row] > 0).sum())
         some = np.asarray(ids[row])[np.asarray(shares[row]).any(axis=1)]
@@ -91,11 +92,12 @@ def test_only_the_most_recent_holders_are_kept():
 
 def mixed(fit, table, items, model=None):
     """The log-probabilities that a fit gives, with numpy: [R, V + 1]."""
-    w = fit.weights
-    ids, shares = map(np.asarray, experts.evidence(table, items))
-    events = np.asarray(table['events'])
-    scores = w['popularity'] * np.log1p(events) + w['cold'] * (events == 0)
-    scores = np.tile(scores, (len(items), 1))
+    w, cold = fit.weights, np.asarray(table['events']) == 0
+    ids, shares = map(np.asarray, experts.evidence(
+        table | {'decay': np.float32(fit.decay)}, items))
+    scores = w['popularity'] * np.log1p(np.asarray(table['events'])) + w['cold'] * cold
+    new = (cold[items] & (items > 0)).sum(axis=1) / (items > 0).sum(axis=1)
+    scores = scores + w['cold_prefix'] * new[:, None] * cold
     if model is not None:
         scores = scores + w['model'] * model
     for e, rule in enumerate(experts.RULES):
@@ -150,9 +152,31 @@ def test_content_that_follows_reaches_items_without_sessions():
     features[21:] = features[1:11]
     table = fitting.tables(train, V, features, ordered=True)
     weights = {name: 0.0 for name in fitting.WEIGHTS} | {'following': 5.0}
-    rules, columns = fitting.mixture(fitting.Fit(weights, 0.0, 1), table)
+    rules, columns = fitting.mixture(fitting.Fit(weights, 0.0, 1, 0.6), table)
     items = np.array([[3, 4, 0]], np.int32)
     h = experts.session_columns(rules, np.zeros((1, 0), np.float32), columns[items, 1:], items)
     scores = np.asarray(h @ columns.T)[0]
     assert 25 in np.argsort(-scores)[:2]  # item 5 follows item 4, and 25 is its twin
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), table))
+
+
+def test_validation_chooses_how_fast_a_prefix_is_forgotten_and_knows_who_looks_at_new_items():
+    """Items that follow are those of the first item, or of the last; new items follow new items."""
+    rng = np.random.default_rng(0)
+    train = Sessions(np.stack([1 + np.arange(200) % 10, 11 + np.arange(200) % 10], 1).reshape(-1)
+                     .astype(np.int32), np.arange(0, 401, 2), np.arange(200))
+    table = fitting.tables(train, V, None, ordered=True)
+
+    def chosen(place):
+        items = np.zeros((200, N), np.int32)
+        items[:, :3] = 1 + rng.permuted(np.tile(np.arange(10), (200, 1)), axis=1)[:, :3]
+        return fitting.fit(lambda x: np.zeros((len(x), V + 1), np.float32), table, Rows(
+            items, items, items[:, place] + 10, np.arange(200)), ['companions'])
+
+    assert (chosen(2).decay, chosen(0).decay) == experts.DECAYS
+    items = np.zeros((200, N), np.int32)
+    items[:, 0] = rng.integers(1, V + 1, 200)
+    target = np.where(items[:, 0] > 20, rng.integers(21, V + 1, 200), rng.integers(1, 21, 200))
+    fit = fitting.fit(lambda x: np.zeros((len(x), V + 1), np.float32), table, Rows(
+        items, items, target.astype(np.int32), np.arange(200)), fitting.NAMES)
+    assert fit.weights['cold_prefix'] > 2

@@ -7,6 +7,7 @@ and trust the rules more than the recommender, so rules decide where validation 
 
 from collections.abc import Callable, Collection
 from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,7 @@ WEIGHTS = {
     'popularity': (0.5, 0.3, 0.0, 'popularity'), 'cold': (-1.0, 2.0, -12.0, 'cold'),
     **{rule: (0.3, 0.3, 0.0, rule) for rule in experts.RULES}, 'held': (-0.3, 2.0, -12.0, 'held'),
     'content': (1.0, 2.0, 0.0, 'content'), 'following': (1.0, 2.0, 0.0, 'content'),
-    'cold_content': (0.0, 0.5, -0.95, 'cold'),
+    'cold_prefix': (0.0, 2.0, -12.0, 'cold'), 'cold_content': (0.0, 0.5, -0.95, 'cold'),
     **{f'floor_{rule}': (-5.0, 1.0, -12.0, rule) for rule in experts.RULES}}
 NAMES = tuple(dict.fromkeys(name for *_, name in WEIGHTS.values()))
 
@@ -44,11 +45,13 @@ class Fit(NamedTuple):
       weights: {name of WEIGHTS: value}.
       nll: mean negative log-likelihood of the validation rows that were read, in nats.
       rows: their number.
+      decay: of models.experts.DECAYS.
     """
 
     weights: dict[str, float]
     nll: float
     rows: int
+    decay: float
 
 
 def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, ordered: bool) -> dict:
@@ -62,7 +65,8 @@ def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, orde
 
     Returns:
       Arrays of `item_graphs.rules`; 'centre' [D] and 'axes' [D, C], the projection of features on
-      their first components; 'content' float32 [V+1, C]; 'next' [V+1, C], the content that follows.
+      their first components; 'content' float32 [V+1, C]; 'next' [V+1, C], the content that
+      follows; 'decay', the first of models.experts.DECAYS.
     """
     flat = np.zeros((num_items + 1, 1)) if features is None else np.asarray(features, np.float32)
     flat = flat.reshape(num_items + 1, -1)
@@ -82,7 +86,8 @@ def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, orde
     guess = content @ np.linalg.solve(gram, content.T @ flow)
     following = (flow + 5 * guess) / (count + 5)
     return jax.device_put(item_graphs.rules(train, num_items, ordered=ordered) | basis | {
-        'content': content, 'next': following.astype(np.float32)})
+        'content': content, 'next': following.astype(np.float32),
+        'decay': np.float32(experts.DECAYS[0])})
 
 
 def packed(values) -> dict:
@@ -105,7 +110,7 @@ def mixture(fit: Fit, table: dict) -> tuple[dict, jnp.ndarray]:
     weights = packed([jnp.float32(x) for x in fit.weights.values()])
     read = {name: x for name, x in table.items() if name not in ('content', 'events')}
     columns = experts.item_columns(weights, table['content'], table['events'])
-    return {'weights': weights, 'tables': read}, columns
+    return {'weights': weights, 'tables': read | {'decay': jnp.float32(fit.decay)}}, columns
 
 
 def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, seed: int = 0
@@ -124,43 +129,47 @@ def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, se
         np.random.default_rng(seed).choice(total, most, replace=False))
     filled = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # the last part is filled up
     counts = np.arange(len(filled)) < len(rows)
-    (evidence, loss), parts, widest = _programs(), [], 0
+    (evidence, loss), found, widest = _programs(), [], 0
     # in the parts that the scorer is compiled for
     every = np.concatenate([scores for _, scores in metrics.scored(
         model, valid.items[filled], len(table['events']) - 1)])
-    for part in np.split(np.arange(len(filled)), len(filled) // ROWS):
-        items = valid.items[filled[part]]
-        ids, shares = map(np.asarray, evidence(table, items))
+    each = np.split(np.arange(len(filled)), len(filled) // ROWS)
+    tables = [table | {'decay': jnp.float32(decay)} for decay in experts.DECAYS]
+    known = []  # the evidence of every part under every decay
+    for place, part in product(range(len(tables)), each):
+        ids, shares = map(np.asarray, evidence(tables[place], valid.items[filled[part]]))
         empty = ~shares.any(axis=-1)
         order = np.argsort(empty, axis=-1, kind='stable')
         widest = max(widest, (~empty).sum(axis=-1).max())
-        scores = every[part]
-        parts.append([items, valid.target[filled[part]], counts[part],
-                      scores - scores[:, 1:].mean(axis=1, keepdims=True),
-                      np.take_along_axis(ids, order, axis=1),
+        known.append([np.take_along_axis(ids, order, axis=1),
                       np.take_along_axis(shares, order[..., None], axis=1)])
     widest = -(-widest // 128) * 128  # the same shape for several fits
-    parts = jax.device_put([[*part, ids[:, :widest], shares[:, :widest]]
-                            for *part, ids, shares in parts])
+    known = jax.device_put([[x[:, :widest] for x in pair] for pair in known])
+    parts = jax.device_put([[valid.items[filled[part]], valid.target[filled[part]], counts[part],
+                             every[part] - every[part][:, 1:].mean(axis=1, keepdims=True)]
+                            for part in each])
     mean, spread, low = (np.array([x[i] for x in WEIGHTS.values()]) for i in range(3))
     off = np.array([x[3] not in names for x in WEIGHTS.values()])
 
-    def objective(values):
+    def objective(values, place):
         """Return the negative log-likelihood plus the prior's, and the gradient."""
         value, slope = 0.0, np.zeros(len(values))
-        for part in parts:
-            more = loss(jnp.asarray(values, jnp.float32), table, *part)
+        for part, pair in zip(parts, known[place * len(parts):], strict=False):
+            more = loss(jnp.asarray(values, jnp.float32), tables[place], *part, *pair)
             value, slope = value + float(more[0]), slope + np.asarray(more[1], np.float64)
         away = np.where(off, 0, (values - mean) / spread)
         return value + 0.5 * (away ** 2).sum(), slope + away / spread
 
-    found = scipy.optimize.minimize(
-        objective, np.where(off, 0, mean), jac=True, method='L-BFGS-B',
-        bounds=[(0, 0) if out else (least, None) for out, least in zip(off, low, strict=True)],
-        options={'maxiter': 60, 'ftol': 3e-6})
-    away = np.where(off, 0, (found.x - mean) / spread)
-    return Fit(dict(zip(WEIGHTS, found.x.tolist(), strict=True)),
-               float((found.fun - 0.5 * (away ** 2).sum()) / len(rows)), len(rows))
+    for place in range(len(tables)):  # each begins where the one before ended
+        found.append(scipy.optimize.minimize(
+            objective, found[-1].x if found else np.where(off, 0, mean), (place,), jac=True,
+            method='L-BFGS-B', options={'maxiter': 60, 'ftol': 3e-6},
+            bounds=[(0, 0) if out else (least, None) for out, least in zip(off, low, strict=True)]))
+    best = min(range(len(tables)), key=lambda place: found[place].fun)
+    away = np.where(off, 0, (found[best].x - mean) / spread)
+    return Fit(dict(zip(WEIGHTS, found[best].x.tolist(), strict=True)),
+               float((found[best].fun - 0.5 * (away ** 2).sum()) / len(rows)), len(rows),
+               experts.DECAYS[best])
 
 
 def terms(bound, items: np.ndarray, chosen: np.ndarray, h: np.ndarray | None = None
@@ -185,9 +194,10 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray, h: np.ndarray | None = N
             (models, rules), bound.z, items))
     z = np.asarray(bound.z)
     parts = h[:, None] * (z[chosen] - z[1:].mean(axis=0))
-    bias = h.shape[1] - 1 - tables['next'].shape[1]
-    out = {'model': parts[..., :bias].sum(axis=-1), 'popularity': parts[..., bias],
-           'content': parts[..., bias + 1:].sum(axis=-1)}
+    bias = h.shape[1] - 2 - tables['next'].shape[1]
+    out = {'model': parts[..., :bias].sum(axis=-1),
+           'popularity': parts[..., bias:bias + 2].sum(axis=-1),
+           'content': parts[..., bias + 2:].sum(axis=-1)}
     filled = np.resize(items, (ROWS, items.shape[1]))  # as a fit has compiled it
     ids, shares = (np.asarray(x)[:len(items)] for x in _programs()[0](tables, filled))
     mine = (ids[:, None] == chosen[..., None]).astype(np.float32) @ shares

@@ -13,7 +13,8 @@ evidence about the prefix that speaks for item i:
 
 The exponential of such a score is a product of experts (Hinton 2002): a rule that knows nothing of
 a prefix changes nothing, and one that is certain decides. bias has the logarithm of an item's
-popularity, and an offset of items without training sessions. q looks for the content of the prefix
+popularity, and an offset of items without training sessions, which grows with their share of the
+prefix: who looks at new items looks at more of them. q looks for the content of the prefix
 and for the content that followed its items, which also reaches items that no rule can.
 
 evaluation/experts.py fits the few weights. Everything is computed on the device that ranks: bias
@@ -30,17 +31,17 @@ BY_ITEM = 'near', 'weight', 'holders', 'next'  # tables with a row per item
 RULES = 'transitions', 'followers', 'companions', 'neighbours'
 PAIRS = 3  # of these rules read the table of item pairs
 LATEST = 10  # items of a prefix that the rules read, as the rules among the baselines
-DECAY = 0.6  # of an item's weight per step from the prefix's end
+DECAYS = 0.6, 0.85  # of an item's weight per step from the prefix's end; validation chooses
 NEAREST = 50  # similar sessions that count
 REACH = 4.0  # places from the shared item over which an item of a similar session falls to 1/e
 
 
-def recent(items):
+def recent(items, decay):
     """Select the latest items of prefixes int32 [B, N], newest first, and their weights [B, n]."""
     n = min(LATEST, items.shape[1])
     at = (items > 0).sum(axis=1, keepdims=True) - 1 - jnp.arange(n)
     item = jnp.where(at >= 0, jnp.take_along_axis(items, jnp.maximum(at, 0), axis=1), 0)
-    return item, jnp.where(item > 0, DECAY ** jnp.arange(n), 0)
+    return item, jnp.where(item > 0, decay ** jnp.arange(n), 0)
 
 
 def evidence(tables, items, moved=None):
@@ -55,7 +56,7 @@ def evidence(tables, items, moved=None):
       ids int32 [B, M] and float32 [B, M, 6]: the share of each rule, 1 for an item of the prefix,
       and its further shift. All are 0 on padding and on all but one place of an item.
     """
-    rows, (item, share) = len(items), recent(items)
+    rows, (item, share) = len(items), recent(items, tables['decay'])
     last = share * (jnp.arange(item.shape[1]) == 0)  # all that a transition reads
     shares = jnp.stack([last, share, share], axis=-1)
     pairs = shares[:, :, None] * tables['weight'][item]  # [B, n, K, PAIRS]
@@ -111,7 +112,7 @@ def shift(weights, shares):
 
 
 def item_columns(weights, content, events):
-    """Compute the columns that item vectors get: bias and scaled content, [n, 1 + C].
+    """Compute the columns that item vectors get: bias, coldness and scaled content, [n, 2 + C].
 
     Args:
       weights: of the experts.
@@ -119,9 +120,9 @@ def item_columns(weights, content, events):
       events: float32 [n]. Training events of the items.
     """
     events = events[:, None]
-    bias = weights['popularity'] * jnp.log1p(events) + weights['cold'] * (events == 0)
-    return jnp.concatenate(
-        [bias, jnp.where(events > 0, 1, 1 + weights['cold_content']) * content], axis=1)
+    cold = jnp.where(events > 0, 0.0, 1.0)
+    bias = weights['popularity'] * jnp.log1p(events) + weights['cold'] * cold
+    return jnp.concatenate([bias, cold, (1 + weights['cold_content'] * cold) * content], axis=1)
 
 
 def projected(flat, tables):
@@ -134,16 +135,20 @@ def session_columns(mixture, h, columns, items):
     """Extend session vectors so that their products with item vectors have all dense parts.
 
     Args:
-      mixture: {'weights', 'tables'}, the latter with 'next' [V+1, C], the content that followed.
+      mixture: {'weights', 'tables'}, the latter with 'next' [V+1, C], the content that followed,
+        and 'decay'.
       h: float32 [B, D]. The recommender's.
-      columns: float32 [B, N, C]. The scaled content of the prefix's items.
+      columns: float32 [B, N, 1 + C]. Coldness and scaled content of the prefix's items.
       items: int32 [B, N]. Prefixes.
     """
-    weights = mixture['weights']
-    steps = (items > 0).sum(axis=1, keepdims=True) - 1 - jnp.arange(items.shape[1])
-    share = jnp.where(items > 0, DECAY ** jnp.maximum(steps, 0), 0)[..., None]
+    weights, tables = mixture['weights'], mixture['tables']
+    length = (items > 0).sum(axis=1, keepdims=True)
+    steps = length - 1 - jnp.arange(items.shape[1])
+    share = jnp.where(items > 0, tables['decay'] ** jnp.maximum(steps, 0), 0)[..., None]
     own, following = (unit((share * x).sum(axis=1))
-                      for x in (unit(columns), mixture['tables']['next'][items]))
+                      for x in (unit(columns[..., 1:]), tables['next'][items]))
+    cold = jnp.where(items > 0, columns[..., 0], 0).sum(axis=1, keepdims=True)
     return jnp.concatenate([
         weights['model'] * h, jnp.ones((len(h), 1)),
+        weights['cold_prefix'] * cold / jnp.maximum(length, 1),
         weights['content'] * own + weights['following'] * following], axis=1)

@@ -34,7 +34,7 @@ from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
 
-FOLDER, ABOUT, VERSION = 'served', 'served.json', 4
+FOLDER, ABOUT, VERSION = 'served', 'served.json', 5
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
                                    'tokenizer')
 # fields of an Amazon item's text, in this order
@@ -192,7 +192,7 @@ def _read(directory, about):
     specs = tuple(spec_of(about, i) for i in models)
     ids = ['', *table['item_id']]
     rules = nested.get('experts')
-    wide = 1 + rules['tables']['next'].shape[1] if rules else 0
+    wide = 2 + rules['tables']['next'].shape[1] if rules else 0
     width = sum(s.fusion.width for s in specs) + wide
     if z.shape != (about['items'] + 1, width) or len(ids) != len(z):
         raise ValueError(f'there are {list(z.shape)} item vectors and {len(ids) - 1} ids for '
