@@ -46,7 +46,7 @@ LONGEST = {('knowledge', '4x2'), ('knowledge', 'shard_map'), ('recommend', '2x4'
            *(('transfer', way) for way in ('shard_map', 'pmap', '4x2', '2x4', 'parts')),
            *(('joint', way) for way in ('shard_map', 'pmap', '2x4', 'parts'))}
 CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.mark.slow)
-         for stage in STAGES for way in WAYS if way != 'processes'  # see test_processes.py
+         for stage in STAGES for way in WAYS if way != 'processes'  # see test_hosts.py
          and (stage, way) not in LONGEST]
 
 
