@@ -30,7 +30,7 @@ IDS = 'items', 'not_items', 'in_stock'
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of a list. None, 0 and False: there is no such condition.
+    """Conditions of a list; None, 0 or False where one is not set.
 
     Attributes:
       items: only these item ids.
