@@ -22,8 +22,9 @@ def on_config(config):
     named = set(_pages(config.nav))
     more = [name for name in sorted(path.name for path in Path(config.docs_dir).glob('*.md'))
             if name not in named]
-    config.nav = [*config.nav, *more, {'Measured': 'benchmarks.md'}, 'changelog.md',
-                  {'API reference': ['api/index.md', *_tree(_modules())]}]
+    systems = sorted(f'systems/{path.name}' for path in Path(config.docs_dir, 'systems').iterdir())
+    config.nav = [*config.nav, *more, {'Systems': systems}, {'Measured': 'benchmarks.md'},
+                  'changelog.md', {'API reference': ['api/index.md', *_tree(_modules())]}]
     return config
 
 

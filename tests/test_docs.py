@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (
-    *ROOT.glob('*.md'), *ROOT.glob('docs/*.md'), ROOT / 'benchmarks' / 'RESULTS.md'))
+    *ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), ROOT / 'benchmarks' / 'RESULTS.md'))
 FENCE = re.compile(r'^( *)```.*?^\1```', re.DOTALL | re.MULTILINE)
 
 

@@ -22,7 +22,7 @@ ALLOWED = re.compile(r"""(?x)
     config\.rivals[\w.]*|\brivals\.[\w*]+|c\.rivals|figures/|/figures|leaves\ of\ a\ pytree
     |pytree\ leaves|tree\.leaves|tree_leaves|figures\.py|`[^`]*`|\]\([^)]*\)""")
 PAGES = ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', *(
-    str(path.relative_to(ROOT)) for path in sorted((ROOT / 'docs').glob('*.md'))))
+    str(path.relative_to(ROOT)) for path in sorted((ROOT / 'docs').rglob('*.md'))))
 CODE = ('launch.py', *(str(path.relative_to(ROOT)) for place in ('tpad_jax', 'configs')
                        for path in sorted((ROOT / place).rglob('*.py'))))
 

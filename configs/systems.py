@@ -1,0 +1,35 @@
+"""A system of the literature as an option: `--config=configs/systems.py:NAME`.
+
+Each name of SYSTEMS changes a few options of the default job, in which the Transfer-MLLM is taught
+before anything is distilled. docs/systems/index.md has what each gave and when to use it.
+"""
+
+from tpad_jax import config
+
+# {name: {config key: value}}
+SYSTEMS = {
+    # the Transfer-MLLM also learns how a session is distributed over clusters of items
+    'p2rec': {'model.clusters': 32, 'losses.clusters.weight': 0.3,
+              'losses.clusters.stages': 'teach'},
+}
+# names that have no implementation yet
+PLANNED = ('llava_kd', 'damc', 'intents', 'mllm_msr', 'tamp', 'ra_blip', 'fedmllm', 'llm_lasso')
+
+
+def get_config(name: str = ''):
+    """Return the config of a system.
+
+    Args:
+      name: one of SYSTEMS.
+
+    Raises:
+      ValueError: the name is unknown, or has no implementation yet.
+    """
+    if name not in SYSTEMS:
+        what = 'is not implemented yet' if name in PLANNED else 'is unknown'
+        raise ValueError(f'configs/systems.py:{name}: this system {what}. Expected one of '
+                         f'{", ".join(SYSTEMS)}. Fix: name one of them after the colon.')
+    c = config.get_config()
+    c.name = name
+    c.update_from_flattened_dict(config.TAUGHT | SYSTEMS[name])
+    return c

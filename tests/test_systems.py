@@ -1,0 +1,55 @@
+"""The configs of related systems, and the frame of their benchmarks on cells made by hand."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks import systems
+from configs import systems as configs
+from tpad_jax.job import validate
+
+
+def test_every_config_is_usable_and_a_planned_one_is_refused():
+    for name in configs.SYSTEMS:
+        validate.check(configs.get_config(name))
+    assert not set(configs.SYSTEMS) & set(configs.PLANNED)
+    for name in (*configs.PLANNED, 'other'):
+        with pytest.raises(ValueError, match=rf'{name}: this system is .*Expected one of .*p2rec'):
+            configs.get_config(name)
+
+
+def test_cells_run_once_and_are_compared_by_session(tmp_path, monkeypatch):
+    ran, rng = [], np.random.default_rng(0)
+    cells = [systems.Cell(arm, 'set', world, seed) for arm in ('a', 'b') for world in (0, 1)
+             for seed in (0, 1)]
+    sums = {cell: rng.random(7).astype(np.float32) for cell in cells}
+    weight = np.arange(1.0, 8)
+
+    def run(cell, place):
+        assert place.data == {'set': 'here'}
+        ran.append(cell)
+        return {'gain': (sums[cell], weight), 'bytes': 3}
+
+    claim = systems.Test('b', 'a', 'gain', 'set')
+    fake = SimpleNamespace(
+        MEASURES={'gain': (100, 1), 'bytes': (1, 0)}, TESTS=[claim], DATA=('set',), run=run,
+        cells=lambda: cells)
+    monkeypatch.setattr(systems, 'FOLDER', tmp_path)
+    monkeypatch.setattr(systems, 'module', {'fake': fake}.__getitem__)
+    systems.run('fake', tmp_path, lambda: False, {})
+    assert not ran  # its data set has no directory
+    (tmp_path / 'fake').mkdir()
+    for _ in range(2):
+        systems.run('fake', tmp_path, lambda: False, {'set': 'here'})
+        assert ran == cells
+    (test, worlds, mean, low, high, _), = systems.judged(systems.read('fake'), [claim])
+    expected = np.mean([sums[b].sum() - sums[a].sum() for a, b in zip(
+        cells[:4], cells[4:], strict=True)]) / weight.sum()
+    assert (test, worlds, mean) == (claim, 2, pytest.approx(expected))
+    assert low < mean < high
+    with Path(tmp_path, 'out').open('w') as file:
+        systems.show('fake', Console(file=file, width=120))
+    assert f'{100 * expected:+.1f} [' in Path(tmp_path, 'out').read_text()
