@@ -60,6 +60,11 @@ class Rows(NamedTuple):
     session: np.ndarray
 
 
+def ranked(rows: Rows) -> Rows:
+    """Keep the rows whose target is ranked: the others have no likelihood."""
+    return Rows(*(array[rows.target > 0] for array in rows))
+
+
 def check(sessions: Sessions, name: str, num_items: int) -> None:
     """Refuse sessions that nothing can be trained or tested on.
 

@@ -16,13 +16,13 @@ import numpy as np
 import scipy.optimize
 
 from tpad_jax.data import item_graphs
-from tpad_jax.data.sessions import Rows, Sessions
+from tpad_jax.data.sessions import Rows, Sessions, ranked
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.evaluation import metrics
 from tpad_jax.evaluation.scorers import session_encoder
 from tpad_jax.models import experts
 
-CELLS = 2**22  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
+CELLS = 2**27  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
 ROWS, LEAST = 256, 512  # rows at a time
 PART = 2**14  # items at a time
 WIDTH = 64  # of an item's content; wider content is projected on its first principal components
@@ -124,6 +124,7 @@ def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, se
       names: of NAMES, those that count.
       seed: of the sample of rows.
     """
+    valid = ranked(valid)
     total, most = len(valid.target), max(LEAST, CELLS // len(table['events']) // ROWS * ROWS)
     rows = np.arange(total) if total <= most else np.sort(
         np.random.default_rng(seed).choice(total, most, replace=False))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-from tpad_jax.data.sessions import Rows
+from tpad_jax.data.sessions import Rows, ranked
 from tpad_jax.evaluation import metrics
 
 CELLS = 2**25  # scores that a likelihood is computed from: of more rows it draws a sample
@@ -40,19 +40,25 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
       rule: whether the scores are shares instead of logits.
       seed: of the sample of rows.
     """
-    rows = _drawn(valid, max(64, FEW // num_items), seed)
+    rows = _drawn(ranked(valid), max(64, FEW // num_items), seed)
+    if not len(rows.target):
+        return Calibration(floor=0.1 / num_items if rule else None)
     scores = np.concatenate([_shares(metrics.dense(part), rule) for _, part in
                              metrics.scored(scorer, rows.items, num_items)])
 
     def known(x):
-        return Calibration(*map(float, np.exp(np.clip(x, -25, 25))))
+        return Calibration(*map(float, np.exp(np.clip(np.atleast_1d(x), -25, 25))))
 
-    begin = np.log([1.0, 0.1 / num_items][:1 + rule])  # the floor is searched for a rule alone
-    corners = begin + np.diag([-1.0, -3.0][:1 + rule])
-    found = scipy.optimize.minimize(
-        lambda x: _nll(scores, rows.target, known(x)).mean(), begin, method='Nelder-Mead',
-        options={'maxfev': 60 * (1 + rule), 'initial_simplex': np.vstack([begin, corners])})
-    return known(found.x)
+    def objective(x):
+        return _nll(scores, rows.target, known(x)).mean()
+
+    if not rule:  # convex in the power
+        return known(scipy.optimize.minimize_scalar(
+            objective, bounds=(-7, 7), method='bounded', options={'xatol': 1e-2}).x)
+    begin = np.log([1.0, 0.1 / num_items])
+    return known(scipy.optimize.minimize(
+        objective, begin, method='Nelder-Mead', options={
+            'maxfev': 120, 'initial_simplex': np.vstack([begin, begin + np.diag([-1.0, -3.0])])}).x)
 
 
 def nll(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: Calibration, *,
@@ -81,10 +87,9 @@ def predicted(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: C
       Float [R] each: the negative log-likelihood of the target, the probability of the first item,
       and whether that is the target, with ties its share of them. Or None, if no target is ranked.
     """
-    ranked = Rows(*(array[rows.target > 0] for array in rows))
-    if not len(ranked.target):
+    rows = _drawn(ranked(rows), max(64, CELLS // num_items), seed)
+    if not len(rows.target):
         return None
-    rows = _drawn(ranked, max(64, CELLS // num_items), seed)
     parts = [_predicted(_shares(metrics.dense(scores), calibration.floor is not None),
                         rows.target[part], calibration)
              for part, scores in metrics.scored(scorer, rows.items, num_items)]

@@ -118,7 +118,7 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
     Returns:
       (params, catalogue, mixture) -> scorer: prefixes int32 [B, N] -> scores float32 [B, V+1]. The
       mixture is of `experts.mixture`, or None. The scorer has `ranks`: (items [R, N], target [R],
-      *, rows, name, likelihood) -> (above, equal) int32 [R] and, if asked for, nll, see `ranker`,
+      *, rows, name, power) -> (above, equal) int32 [R] and, with a power, nll, see `ranker`,
       and `bound`, a `Bound`.
     """
     several = isinstance(specs, tuple)
@@ -222,10 +222,10 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         1,024; elsewhere the largest number.
 
     Returns:
-      rank(weights, z, items, target, *, rows=512, name='model', likelihood=False) -> (above, equal)
-      int32 [R]: the numbers of items that score above the target and that score the same, itself
-      included. With `likelihood` also nll float32 [R], the negative log of the target's share in a
-      softmax of the scores over the whole catalogue.
+      rank(weights, z, items, target, *, rows=512, name='model', power=None) -> (above, equal) int32
+      [R]: the numbers of items that score above the target and that score the same, itself
+      included. With a `power` also nll float32 [R], the negative log of the target's share in a
+      softmax of power * score over the whole catalogue.
       `weights` is any tree, z float32 [V+1, D] with padding in row 0, items int32 [R, N] and target
       int32 [R], ids 1..V. `rows` of them are ranked at a time. It raises FloatingPointError, with
       `name`, where a score is not finite.
@@ -235,16 +235,18 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
         h = encode(shared['weights'], shared['z'], batch.items)
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
         moved = shifts(shared['weights'], batch.items) if shifts else None
-        counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved)
+        counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved,
+                        power=shared['power'])
         # the score of a row is certainly finite where the product of the norms is
         out = *counted, jnp.isfinite(jnp.sqrt((h ** 2).sum(axis=1)) * shared['largest'])
         return tuple(collectives.gather(x, axis) for x in out)
 
     lifted = devices.lift(part)
 
-    def rank(weights, z, items, target, *, rows=512, name='model', likelihood=False):
+    def rank(weights, z, items, target, *, rows=512, name='model', power=None):
         rows = -(-rows // devices.shards) * devices.shards  # as many on each device
-        shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z)})
+        shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z),
+                                'power': jnp.float32(1.0 if power is None else power)})
         calls = []
         for begin in range(0, len(items), rows):
             part = np.minimum(np.arange(begin, begin + rows), len(items) - 1)  # the last row fills
@@ -258,12 +260,12 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
             h = np.asarray(encode(weights, z, items[row:row + 1]))
             with np.errstate(over='ignore', invalid='ignore'):
                 metrics.check_finite(h @ np.asarray(z).T, row, name)
-        return (above, equal, nll) if likelihood else (above, equal)
+        return (above, equal) if power is None else (above, equal, nll)
 
     return rank
 
 
-def count(h, z, target, *, chunk: int, moved=None):
+def count(h, z, target, *, chunk: int, moved=None, power=1.0):
     """Count the items above and equal to each row's target, and its likelihood. Pure.
 
     The target has to be compared by its score in the row, which may differ in the last bit from the
@@ -277,10 +279,12 @@ def count(h, z, target, *, chunk: int, moved=None):
       target: int32 [B].
       chunk: items at a time, at most MOST.
       moved: (items int32 [B, M], shifts of their scores [B, M]), or None.
+      power: float32 []. Factor of the scores in the likelihood.
 
     Returns:
       above, equal: int32 [B]. A row with a score that is not finite has no meaning.
-      nll: float32 [B]. The log of the sum of exp(score) over the items, less the target's score.
+      nll: float32 [B]. The log of the sum of exp(power * score) over the items, less that of the
+        target.
     """
     total = len(z)
     chunk = _even(total, min(max(chunk, len(h)), MOST))
@@ -304,7 +308,7 @@ def count(h, z, target, *, chunk: int, moved=None):
         bar = (score + lift)[:, None]
         code = (s > bar) + (s >= bar) * jnp.int32(2**16)
         code = (code & new).sum(axis=1)
-        fresh = jnp.where(new < 0, s, -jnp.inf)
+        fresh = jnp.where(new < 0, power * s, -jnp.inf)
         peak = jnp.maximum(top, fresh.max(axis=1))
         share = share * jnp.exp(top - peak) + jnp.exp(fresh - peak[:, None]).sum(axis=1)
         return score, seen, above + code % 2**16, level + code // 2**16, peak, share
@@ -329,8 +333,9 @@ def count(h, z, target, *, chunk: int, moved=None):
         now = was + shift
         above += (now > bar).sum(axis=1) - (was > bar).sum(axis=1)
         level += (now >= bar).sum(axis=1) - (was >= bar).sum(axis=1)
-        share += (jnp.exp(now - top[:, None]) - jnp.exp(was - top[:, None])).sum(axis=1)
-    nll = top + jnp.log(jnp.maximum(share, 1e-12)) - score - lift
+        logits = power * jnp.stack([now, was]) - top[:, None]
+        share += jnp.subtract(*jnp.exp(logits)).sum(axis=1)
+    nll = top + jnp.log(jnp.maximum(share, 1e-12)) - power * (score + lift)
     return above, level - above, nll
 
 

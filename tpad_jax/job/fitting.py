@@ -16,7 +16,7 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.data import batches as batches_lib
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import refuse_if
-from tpad_jax.evaluation import metrics
+from tpad_jax.evaluation import likelihood, metrics
 from tpad_jax.job.background import COMPILE
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import profiling
@@ -47,15 +47,19 @@ def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[
 def validated(scorer, job, name: str) -> dict[str, float]:
     """Measure a scorer on validation: {'hit@20', 'mrr@20', 'ndcg@20', 'nll': value}.
 
-    'nll' is the mean negative log-likelihood of the targets in a softmax of the scores over the
-    whole catalogue, in nats. A target that is not in the catalogue is a miss, without a likelihood.
+    'nll' is the mean negative log-likelihood of the targets over the whole catalogue, in nats, at
+    the temperature that fits them best: a recommender that has grown too sure of itself still ranks
+    well, and what is served has a fitted temperature. A target that is not in the catalogue is a
+    miss, without a likelihood.
     """
     rows = job.valid
+    power = likelihood.calibrate(scorer, rows, job.data.num_items, rule=False,
+                                 seed=job.config.seed).power
     if hasattr(scorer, 'ranks') and len(rows.target) * job.data.num_items > metrics.HELD:
-        above, equal, nll = scorer.ranks(rows.items, rows.target, name=name, likelihood=True)
+        above, equal, nll = scorer.ranks(rows.items, rows.target, name=name, power=power)
     else:
         scored = metrics.scored(scorer, rows.items, job.data.num_items, name=name)
-        parts = [(*metrics.counts(scores, target), metrics.nll(scores, target))
+        parts = [(*metrics.counts(scores, target), metrics.nll(power * scores, target))
                  for part, scores in scored for target in [rows.target[part]]]
         above, equal, nll = map(np.concatenate, zip(*parts, strict=True))
     missed = rows.target == 0

@@ -257,9 +257,12 @@ def _train_rival(job, folder):
 def _refit(job, folder):
     """Train again on training and validation sessions, for as many steps as were chosen.
 
-    The draws are the same, and there are rows for items new to training.
+    The draws are the same, the schedule ends with these steps, and there are rows for items new to
+    training.
     """
     job.pause()
+    job.config = copy.deepcopy(job.config)
+    job.config.stage.recommend.steps = job.record['chosen']
     name = 'refit' if folder == 'recommend' else f'{folder}_refit'
     params = job.first | job.fresh(job.spec)
     trained, _, record = fit(job, name, 'recommend', job.stage_spec('recommend'), params,
