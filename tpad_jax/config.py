@@ -168,6 +168,9 @@ def data() -> ConfigDict:
         # an event before validation; 'sessions': those of the training sessions. A test row whose
         # next item is not among them is a miss
         catalogue='all',
+        # shares of the items with a picture that lose it, or their text, and which items those
+        # are: 'all', 'warm' or 'cold' ones (data/missing.py)
+        missing=dict(image=0.0, text=0.0, of='all'),
         words='title',  # ready: fields of an item that make its text, comma-separated, in order
         sides='',  # ready: fields that are side features, comma-separated
         ordered=True,  # npz, ready: the training sessions are in the order of time
@@ -244,6 +247,9 @@ def model() -> ConfigDict:
         # share of words hidden from the writer in training: with all of them it would not need the
         # features
         word_dropout=0.6,
+        # share of the items of a step whose picture or whose text is hidden from the reader, for
+        # items that may lack one (FedMLLM's condition)
+        modality_dropout=0.0,
         # dot, cosine, bilinear, separable or concatenated
         critics=dict(align='separable', distil='separable'),
         # a merged adapter in place of distillation, made at the end of stage transfer; r are then

@@ -26,7 +26,7 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
 from tpad_jax.core.console import say
 from tpad_jax.core.precision import exact_products
-from tpad_jax.data import catalogue, item_graphs, lexical, sessions, sources
+from tpad_jax.data import catalogue, item_graphs, lexical, missing, sessions, sources
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted
 from tpad_jax.diagnostics import clouds, records, snapshots
@@ -113,6 +113,7 @@ class Job:
             self.params = self.fresh(self.spec)
             return self._check_patterns(stages)
         # a run on rows of a file reads no content
+        data, self.missing = missing.hide(data, c.data.missing, c.data.seed)
         pictures = bool(data.has_image.any()) and any(ENTRIES[stage].content for stage in stages)
         where = self.workdir / 'data'
         with hosts.one_first('content'):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tpad_jax.baselines import rules
 from tpad_jax.config import STAGES, flat, names
 from tpad_jax.core.precision import PRECISIONS
+from tpad_jax.data import missing
 from tpad_jax.data.catalogue import CATALOGUES
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import experts
@@ -118,12 +119,13 @@ RULES = {key: rule for rule, keys in (
      'losses.*.chunk'),
     (number(2, INT32, whole=True), 'data.planted.items'),
     (number(-1, 1024, whole=True), 'workers'),
-    (number(0, 1), 'data.bad_share data.planted.noise stage.*.warmup'),
+    (number(0, 1), 'data.missing.image data.missing.text data.bad_share data.planted.noise '
+     'stage.*.warmup'),
     (number(0, 1, above=True), 'model.blend.keep model.together_decay'),
     # a share of 1 would leave nothing to learn from
-    (number(0, 1, below=True), 'model.withhold model.word_dropout model.id_dropout '
-     'model.feature_dropout model.dropout model.item_dropout model.session_dropout '
-     'losses.*.smoothing losses.*.skew losses.*.decay'),
+    (number(0, 1, below=True), 'model.withhold model.word_dropout model.modality_dropout '
+     'model.id_dropout model.feature_dropout model.dropout model.item_dropout '
+     'model.session_dropout losses.*.smoothing losses.*.skew losses.*.decay'),
     (number(0), 'model.together_strength mllm.own.learning_rate stage.*.learning_rate '
      'stage.*.weight_decay stage.*.epochs losses.*.weight losses.*.power losses.*.sharpness '
      'losses.*.uniform'),
@@ -144,7 +146,7 @@ RULES = {key: rule for rule, keys in (
     (choice(critics.KINDS), 'model.critics.*'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),
-    (choice(CATALOGUES), 'data.catalogue'),
+    (choice(CATALOGUES), 'data.catalogue'), (choice(missing.PARTS), 'data.missing.of'),
     (choice(('utf-8', 'latin-1', 'cp1252')), 'data.encoding'),
     (choice(('auto', '', 'own')), 'mllm.tokenizer'),
     (number(300, INT32, whole=True), 'mllm.own.vocab'),

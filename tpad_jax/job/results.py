@@ -253,7 +253,8 @@ def data_facts(job) -> dict:
     data, content = job.data, {}
     if job.content is not None:
         content = {'items_without_image': int((~job.content.has_image[1:]).sum()),
-                   'images': job.content.pictures, 'texts': job.texts}
+                   'images': job.content.pictures, 'texts': job.texts,
+                   'missing': job.missing}
     lengths = {split: len(getattr(data, split).start) for split in ('train', 'valid', 'test')}
     return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
             'cold_items': int((~data.warm[1:]).sum()), 'sessions': lengths,

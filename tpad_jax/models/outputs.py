@@ -45,27 +45,40 @@ def split(name, shape, needs=(), **docs):
         output(part, shape, (name, *needs), doc=doc)(lambda at, values, i=i: values[i])
 
 
-@output('_keep', needs=('content',))
-def _keep(at):
-    """Words of the items that are not withheld from a reader, bool [U, T]."""
-    return _kept(at.keys['withhold'], at.batch.ids, at.batch.tokens, at.spec.withhold)
+@output('_seen', needs=('content',))
+def _seen(at):
+    """The content that a reader in training sees, (image, has_image, tokens), and `keep`.
+
+    `keep` are the words that are not withheld, bool [U, T].
+    """
+    image, has_image, tokens = at.content
+    key, ids = at.keys['withhold'], at.batch.ids
+    keep = _kept(key, ids, tokens, at.spec.withhold)
+    if key is not None and at.spec.modality_dropout:  # of one modality, where the other is there
+        keys = row_keys(jax.random.fold_in(key, 1), ids)
+        drawn = jax.vmap(lambda k: jax.random.uniform(k))(keys)
+        half = at.spec.modality_dropout / 2
+        both = has_image & (tokens >= 0).any(axis=1)
+        has_image &= ~both | (drawn >= half)
+        keep &= (~both | (drawn < 1 - half))[:, None]
+    return image, has_image, tokens, keep
 
 
-@output('_k', needs=lambda plan: ('content', '_keep') if 'k' in plan.fresh else ())
-def _k_by_modality(at, keep=None):
+@output('_k', needs=lambda plan: ('_seen',) if 'k' in plan.fresh else ())
+def _k_by_modality(at, seen=None):
     """Knowledge of the items, [B, N, M, D of a modality]."""
-    if keep is None:
+    if seen is None:
         return at.stored('k')[at.batch.items]
-    k = readers.read_items(at.spec, at.params, 'knowledge', *at.content, keep)
+    k = readers.read_items(at.spec, at.params, 'knowledge', *seen)
     return k[at.batch.slots]
 
 
-@output('_r', needs=lambda plan: ('content', '_keep') if 'r' in plan.fresh and plan.reread else ())
-def _r_pair(at, keep=None):
+@output('_r', needs=lambda plan: ('_seen',) if 'r' in plan.fresh and plan.reread else ())
+def _r_pair(at, seen=None):
     """Distilled representations of `items` and of `next`."""
     b = at.batch
-    if keep is not None:
-        rows = readers.distil_items(at.spec, at.params, *at.content, keep)
+    if seen is not None:
+        rows = readers.distil_items(at.spec, at.params, *seen)
         return flat(rows[b.slots]), flat(rows[b.next_slots])
     if 'r' not in at.fresh:
         return flat(at.stored('r')[b.items]), flat(at.stored('r')[b.next])

@@ -55,6 +55,8 @@ class TPAD:
       form: 'item', 'compressed' or 'full', how the Transfer-MLLM is fed an item.
       withhold: share of an item's words withheld from a reader of k or r that is trained [ours].
       word_dropout: share of the words withheld from the writer, which then uses the features.
+      modality_dropout: share of the items whose picture or text is hidden from a reader of k or r
+        that is trained (FedMLLM, arXiv 2411.14717, trains on items that lack one) [ours].
       session_dropout: on the k that T reads in training [ours].
       lora_scale: alpha / rank.
       normalise: whether z and h have length one, and their products are divided by a learned
@@ -83,6 +85,7 @@ class TPAD:
     form: str = 'compressed'
     withhold: float = 0.3
     word_dropout: float = 0.6
+    modality_dropout: float = 0.0
     session_dropout: float = 0.0
     lora_scale: float = 1.0
     normalise: bool = False
@@ -135,8 +138,8 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         together=(model.together_strength, model.together_decay) if model.together else (),
         chunk=chunk, teacher=teacher, blended=bool(model.blend.kind),
         **{name: getattr(model, name) for name in (
-            'form', 'withhold', 'word_dropout', 'session_dropout', 'normalise', 'temperature',
-            'repeats', 'reread')})
+            'form', 'withhold', 'word_dropout', 'modality_dropout', 'session_dropout', 'normalise',
+            'temperature', 'repeats', 'reread')})
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,
