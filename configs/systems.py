@@ -11,9 +11,15 @@ SYSTEMS = {
     # the Transfer-MLLM also learns how a session is distributed over clusters of items
     'p2rec': {'model.clusters': 32, 'losses.clusters.weight': 0.3,
               'losses.clusters.stages': 'teach'},
+    # eight clients teach the Transfer-MLLM without showing their sessions; a reader that has learnt
+    # to do without a picture or a text
+    'fedmllm': {'federated.stages': 'teach', 'federated.clients': 8, 'federated.local': 12,
+                'federated.proximal': 0.01, 'stage.teach.steps': 20, 'stage.teach.epochs': 0.0,
+                'stage.teach.eval_every': 5, 'stage.teach.patience': 0,
+                'model.modality_dropout': 0.3},
 }
 # names that have no implementation yet
-PLANNED = ('llava_kd', 'damc', 'intents', 'mllm_msr', 'tamp', 'ra_blip', 'fedmllm', 'llm_lasso')
+PLANNED = ('llava_kd', 'damc', 'intents', 'mllm_msr', 'tamp', 'ra_blip', 'llm_lasso')
 
 
 def get_config(name: str = ''):

@@ -86,6 +86,16 @@ def get_config() -> ConfigDict:
     # metrics in addition to hit, mrr and ndcg, {name: 'module:function'}: docs/add_a_metric.md
     c.metrics = ConfigDict()
 
+    # stages that are trained by federated rounds (training/federated.py), comma-separated; their
+    # steps are rounds, in which every client makes `local` steps of batch_size rows
+    c.federated = ConfigDict(dict(
+        stages='', clients=8, local=10,
+        concentration=0.5,  # of the Dirichlet distribution of a label over the clients
+        only='',  # numbers of the clients that take part, comma-separated; '': all
+        rule='avg',  # of the server: 'avg', 'avgm', 'adam', 'yogi' or 'scaffold'
+        server_rate=1.0, momentum=0.9,
+        proximal=0.0))  # FedProx: a client's pull towards the parameters it began from
+
     c.data = data()
     c.mllm = mllm()
     c.model = model()

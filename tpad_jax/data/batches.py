@@ -30,6 +30,8 @@ class Cut:
       processes: number of processes that share a step.
       process: this one's number, from 0.
       shards: local devices, one part each.
+      groups: of row numbers, each of which fills the same number of shards in every step, in
+        their order. Empty: all rows are drawn together.
     """
 
     batch_size: int
@@ -37,6 +39,7 @@ class Cut:
     processes: int = 1
     process: int = 0
     shards: int = 1
+    groups: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self):
         """Refuse sizes that do not divide."""
@@ -52,18 +55,26 @@ class Cut:
 
     def own_rows(self, step: int, total: int) -> np.ndarray:
         """Number the rows of this process in a step, int32 [size]; see `positions`."""
-        row = positions(self.seed, step, self.batch_size, total)
-        return row[self.process::self.processes]
+        return self._rows(step, total)[self.process::self.processes]
 
     def parts(self, total: int, steps: int) -> Iterator[np.ndarray]:
         """Yield the rows of `steps` steps, int32 [processes * shards, rows of a shard] each."""
         for step in range(steps + 1):  # one more: the loop fetches a batch ahead
-            row = positions(self.seed, step, self.batch_size, total)
+            row = self._rows(step, total)
             yield row.reshape(-1, self.processes).T.reshape(self.processes * self.shards, -1)
+
+    def _rows(self, step, total):
+        size = self.batch_size // max(len(self.groups), 1)
+        if not self.groups:
+            return positions(self.seed, step, size, total)
+        return np.concatenate([  # seeds are below 2**32, so every group has draws of its own
+            group[positions(self.seed + number * 2**32, step, size, len(group))]
+            for number, group in enumerate(self.groups, 1)]).astype(np.int32)
 
 
 def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_prefix: bool = True,
-                    content: Content | None = None, steps: int = 0, **cut) -> Iterator[dict]:
+                    content: Content | None = None, steps: int = 0,
+                    owner: np.ndarray | None = None, **cut) -> Iterator[dict]:
     """Iterate over training rows, reshuffled every epoch; a batch may reach over an epoch's end.
 
     Each batch is this process's part, B = batch_size / processes rows, in `shards` equal
@@ -85,6 +96,7 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
       every_prefix: False trains on each session's last item only, see `sessions.rows`.
       content: pixels and tokens to add.
       steps: how many will be read, for U and P; 0: unknown.
+      owner: int [S]. The group of every session, -1: of none; see `Cut`. None: no groups.
       **cut: of `Cut`.
 
     Returns:
@@ -93,8 +105,8 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
     Raises:
       InputError: batch_size cannot be divided evenly, or there is no training row.
     """
-    cut = Cut(**cut)
     rows = sessions_lib.rows(data.train, max_length, every_prefix)
+    cut = Cut(**cut, groups=_groups(None if owner is None else owner[rows.session]))
     refuse_if(not len(rows.target), 'no training session has two items. Expected rows to train on. '
               'Fix: give longer sessions.')
     width = 0 if content is None else content_width(rows, data.num_items, cut, steps)
@@ -113,7 +125,7 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
 
 
 def item_batches(data: Data, *, content: Content | None, start_step: int = 0,
-                 **cut) -> Iterator[dict]:
+                 owner: np.ndarray | None = None, **cut) -> Iterator[dict]:
     """Iterate over single catalogue items, cold ones included; keys as of `session_batches`.
 
     items int32 [B, 1] is the item, next [B, 1] and target [B] are 0 and row is the item id. The
@@ -123,6 +135,7 @@ def item_batches(data: Data, *, content: Content | None, start_step: int = 0,
       data: its items are read.
       content: their pixels and tokens; None: the batches have none, see `session_batches`.
       start_step: the step whose batch comes first.
+      owner: int [V]. The group of the items 1..V, see `session_batches`.
       **cut: of `Cut`.
 
     Returns:
@@ -131,7 +144,7 @@ def item_batches(data: Data, *, content: Content | None, start_step: int = 0,
     Raises:
       InputError: batch_size cannot be divided evenly.
     """
-    cut = Cut(**cut)
+    cut = Cut(**cut, groups=_groups(owner))
     slots = np.tile(np.arange(1, cut.size // cut.shards + 1, dtype=np.int32), cut.shards)[:, None]
 
     def batch(step: int) -> dict:
@@ -145,6 +158,12 @@ def item_batches(data: Data, *, content: Content | None, start_step: int = 0,
         return out | dict(slots=slots, next_slots=none, **content_rows(content, ids))
 
     return _iterate(batch, start_step)
+
+
+def _groups(owner):
+    """Row numbers by owner, int [R] -> a tuple; rows of owner -1 are in none."""
+    known = [] if owner is None else np.unique(owner[owner >= 0])
+    return tuple(np.flatnonzero(owner == one) for one in known)
 
 
 def positions(seed: int, step: int, batch_size: int, total: int) -> np.ndarray:

@@ -18,8 +18,8 @@ from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation import likelihood, metrics
 from tpad_jax.job.background import COMPILE
+from tpad_jax.training import federated, profiling
 from tpad_jax.training import loop as loop_lib
-from tpad_jax.training import profiling
 from tpad_jax.training import step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 from tpad_jax.training.stages import ENTRIES
@@ -38,7 +38,12 @@ def batches(job, stage: str, spec: step_lib.StepSpec) -> Callable[..., Iterator[
     c = job.config.stage[stage]
     shared = dict(batch_size=c.batch_size, seed=job.config.seed, content=job.content if
                   spec.reads_content else None, **job.devices.drawn_here(c.accumulate))
-    if ENTRIES[stage].batches == 'items':
+    items = ENTRIES[stage].batches == 'items'
+    if spec.rounds is not None:  # every client's every step is a part of the batch
+        parts = len(spec.rounds.weights) * spec.rounds.local
+        shared |= dict(batch_size=c.batch_size * parts, shards=parts,
+                       owner=federated.owners(job.final, job.config, items=items))
+    if items:
         return partial(batches_lib.item_batches, job.data, **shared)
     return partial(batches_lib.session_batches, job.final, every_prefix=c.every_prefix,
                    max_length=job.max_length, steps=c.steps, **shared)

@@ -41,7 +41,7 @@ from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import readers
 from tpad_jax.models import sessions as encoders
-from tpad_jax.training import begin_from, handover, length, step
+from tpad_jax.training import begin_from, federated, handover, length, step
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.training.workdir import claim, enter, locked
 
@@ -209,7 +209,8 @@ class Job:
         """Make the static part of a stage's step; None: the stage takes its model as it is."""
         if not self.config.stage[stage].steps:
             return None
-        return step.make_spec(self.config, stage, self.spec, self.config.seed)
+        spec = step.make_spec(self.config, stage, self.spec, self.config.seed)
+        return federated.with_rounds(spec, self.config, stage, self.final)
 
     def run_stage(self, stage: str, name: str = '') -> None:
         """Train a stage, or read its finished checkpoint, and add the rows that it makes.

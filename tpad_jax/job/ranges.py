@@ -21,7 +21,7 @@ from tpad_jax.models.hf import layers
 from tpad_jax.models.mllms import POOLING
 from tpad_jax.models.sessions import ENCODERS
 from tpad_jax.mutual_information import critics
-from tpad_jax.training import merge_adapters
+from tpad_jax.training import federated, merge_adapters
 
 LARGE = 1e9  # a larger number is a typing error
 LONG, DEEP = 2**20, 1000  # most numbers of a row, and most layers: beyond, a run would not begin
@@ -106,9 +106,10 @@ RULES = {key: rule for rule, keys in (
     # one seed more would repeat the stream of seed 0: keys of jax are made from 32 bits
     (number(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
     (number(0, 2**32 - 1, whole=True, optional=True), 'data.planted.law_seed'),
-    (COUNT, 'save_every log_every model_shards search.trials data.core data.min_length '
-     'mllm.own.steps mllm.encode_rows mllm.encode_part stage.*.batch_size stage.*.accumulate '
-     'losses.*.samples losses.*.widths data.planted.train data.planted.valid data.planted.test'),
+    (COUNT, 'federated.local save_every log_every model_shards search.trials data.core '
+     'data.min_length mllm.own.steps mllm.encode_rows mllm.encode_part stage.*.batch_size '
+     'stage.*.accumulate losses.*.samples losses.*.widths data.planted.train '
+     'data.planted.valid data.planted.test'),
     (number(1, LONG, whole=True), 'data.max_length mllm.text_length mllm.own.text_length '
      'model.features model.lora_rank model.width model.heads model.near model.near_window'),
     (number(0, LONG, whole=True), 'mllm.image_size model.feature_hidden model.together'),
@@ -117,24 +118,25 @@ RULES = {key: rule for rule, keys in (
     (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.chunk model.clusters '
      'model.blend.rank stage.*.steps stage.*.eval_every stage.*.patience stage.*.refresh_every '
      'losses.*.chunk'),
-    (number(2, INT32, whole=True), 'data.planted.items'),
+    (number(2, INT32, whole=True), 'data.planted.items federated.clients'),
     (number(-1, 1024, whole=True), 'workers'),
     (number(0, 1), 'data.missing.image data.missing.text data.bad_share data.planted.noise '
      'stage.*.warmup'),
-    (number(0, 1, above=True), 'model.blend.keep model.together_decay'),
+    (number(0, 1, above=True), 'federated.server_rate model.blend.keep model.together_decay'),
     # a share of 1 would leave nothing to learn from
-    (number(0, 1, below=True), 'model.withhold model.word_dropout model.modality_dropout '
-     'model.id_dropout model.feature_dropout model.dropout model.item_dropout '
-     'model.session_dropout losses.*.smoothing losses.*.skew losses.*.decay'),
-    (number(0), 'model.together_strength mllm.own.learning_rate stage.*.learning_rate '
-     'stage.*.weight_decay stage.*.epochs losses.*.weight losses.*.power losses.*.sharpness '
-     'losses.*.uniform'),
+    (number(0, 1, below=True), 'federated.momentum model.withhold model.word_dropout '
+     'model.modality_dropout model.id_dropout model.feature_dropout model.dropout '
+     'model.item_dropout model.session_dropout losses.*.smoothing losses.*.skew losses.*.decay'),
+    (number(0), 'federated.proximal model.together_strength mllm.own.learning_rate '
+     'stage.*.learning_rate stage.*.weight_decay stage.*.epochs losses.*.weight '
+     'losses.*.power losses.*.sharpness losses.*.uniform'),
     (number(0, optional=True), 'stage.*.weights.*'),
-    (number(0, above=True), 'data.gap_hours model.lora_alpha model.temperature stage.*.clip '
-     'losses.*.temperature losses.*.clip'),
+    (number(0, above=True), 'federated.concentration data.gap_hours model.lora_alpha '
+     'model.temperature stage.*.clip losses.*.temperature losses.*.clip'),
     (Rule('a share of the sessions above 0 and below 1, or a whole number of sessions',
           _is_share_or_count), 'data.valid data.test'),
-    (choices_of(STAGES), 'stages losses.*.stages'),
+    (choices_of(STAGES), 'stages federated.stages losses.*.stages'),
+    (choice(federated.RULES), 'federated.rule'),
     (choices_of(ROWS), 'model.recommend'),
     (choices_of((*ROWS, 'lexical')), 'rivals.*.recommend'),
     (choices_of(('k', 'r')), 'stage.*.fresh'),

@@ -12,7 +12,7 @@ from tpad_jax.features import bases
 from tpad_jax.job import ranges
 from tpad_jax.losses import check as loss_check
 from tpad_jax.models.hf.bert import Bert
-from tpad_jax.training import begin_from, handover, step
+from tpad_jax.training import begin_from, federated, handover, step
 from tpad_jax.training.stages import ENTRIES
 
 WRITTEN = {'describe', 'mention', '_k.states', '_r.states'}  # outputs of a K that writes texts
@@ -62,6 +62,7 @@ def check(config, among=None) -> tuple[str, ...]:
     for stage in stages:
         _check_stage(config, stage, shards)
         _check_evaluated(config, stage, stages)
+    federated.check(config, shards)
     refuse_if('joint' in stages and config.refit, 'config.refit=True trains the recommender again, '
               'but stage joint also changes its inputs. Fix: leave one of the two out')
     refuse_if('joint' in stages and config.partner, 'config.partner adds the scores of a second '

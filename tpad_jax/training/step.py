@@ -1,7 +1,7 @@
 """The step of a stage: its losses, the update itself, and its first state."""
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import jax
@@ -16,7 +16,7 @@ from tpad_jax.distributed import collectives
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import refuse_if
 from tpad_jax.models import outputs, sessions, tpad
-from tpad_jax.training import accumulation, optimizer
+from tpad_jax.training import accumulation, federated, optimizer
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch, State
 
@@ -36,6 +36,7 @@ class StepSpec:
       skip: how many updates in a row may be skipped because a number was not finite.
       parts: of a replica's rows, whose activations exist one after the other.
       seldom: whether so few steps are computed that a good program is not worth its compilation.
+      rounds: a step is a round of these clients, see federated.py; None: there are none.
     """
 
     model: tpad.TPAD
@@ -46,6 +47,7 @@ class StepSpec:
     skip: int = 0
     parts: int = 1
     seldom: bool = False
+    rounds: federated.Rounds | None = None
 
     @property
     def needs(self) -> frozenset:
@@ -72,6 +74,17 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     Returns:
       The new state and {name: scalar}, equal on all replicas; and 'not_finite', see `combine`.
     """
+    if spec.rounds is not None:
+        own = replace(spec, tx=spec.rounds.tx, rounds=None)
+
+        def one(state, batch):
+            state, logged = train_step(state.replace(frozen=frozen), batch, catalogue, spec=own,
+                                       axis=axis)
+            return state.replace(frozen={}), logged
+
+        frozen = state.frozen
+        state, logged = federated.run(spec.rounds, spec.tx, one, state.replace(frozen={}), batch)
+        return state.replace(frozen=frozen), logged
     key = jax.random.fold_in(jax.random.key(spec.seed), state.step)
 
     def read(params, batch):
