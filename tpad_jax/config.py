@@ -248,6 +248,8 @@ def model() -> ConfigDict:
         # width D of k per modality; t, c, p and r have M D. A text encoder's k have its own width
         features=64,
         lora_rank=8, lora_alpha=16.0,  # an adapter is scaled by lora_alpha / lora_rank
+        # True: words, parts of a picture and learned vectors have adapters of their own (DAMC)
+        lora_by_kind=False,
         # kernels of the base that get an adapter, a regular expression over their paths
         lora_targets=r'^(decoder/.*|layers/)(attention/[qkvo]|gate|up|down|fc[12])$',
         # how the Transfer-MLLM reads an item: by k as one token ('item'), by k as one per modality
@@ -265,7 +267,7 @@ def model() -> ConfigDict:
         # a merged adapter in place of distillation, made at the end of stage transfer; r are then
         # features of K under it, one per modality (training/merge_adapters.py)
         blend=dict(
-            kind='',  # 'sum', 'mean' or 'ties'; '': r is distilled
+            kind='',  # 'sum', 'mean', 'ties' or 'damc' (needs lora_by_kind); '': r is distilled
             of='knowledge,transfer', weights='1,1',  # adapters, and the weight of each
             keep=0.2,  # ties: share of an adapter's entries that count
             rank=0),  # of the result, by truncation; 0: exact

@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.distributed import devices
+from tpad_jax.errors import InputError
 from tpad_jax.evaluation import scorers
 from tpad_jax.models import outputs, readers, stream, tpad
 from tpad_jax.models.builtin.mllm import MLLM, VisionTower
@@ -26,7 +27,7 @@ MODEL = SimpleNamespace(
     item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
     repeats=True, together=0, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
     session_dropout=0.0, session_layers=0, lora_alpha=4.0, lora_rank=2, clusters=0, reread=True,
-    blend=SimpleNamespace(kind=''), feature_hidden=0)
+    blend=SimpleNamespace(kind=''), feature_hidden=0, lora_by_kind=False, modality_dropout=0.0)
 TARGETS = r'^decoder/.*(attention/[qkvo]|down)$'
 SPEC = tpad.build(MLLM(**BASE), MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))
 
@@ -296,6 +297,37 @@ def test_a_fresh_adapter_is_nothing_and_a_trained_one_is_a_change_of_the_kernels
         kernels[f'{path}/kernel'] = (kernels[f'{path}/kernel'] + MODEL.lora_alpha / MODEL.lora_rank
                                      * pairs[f'{path}/a'] @ pairs[f'{path}/b'])
     same(reading({**params, 'base': unflatten_dict(kernels, sep='/')}, {}), adapted)
+
+
+def test_an_adapter_by_kind_changes_tokens_of_its_kind(params):
+    """Equal pairs for all kinds are the shared adapter; that of pictures needs a picture."""
+    shared, rng = params['lora']['knowledge'], np.random.default_rng(0)
+    pairs = flatten_dict(shared)
+    kinds = {path: np.stack([x] * len(linear.KINDS), axis=-3) for path, x in pairs.items()}
+    same(reading(params, unflatten_dict(kinds)), reading(params, shared))
+    seen = {path: x.copy() for path, x in kinds.items()}
+    for path, x in seen.items():
+        x[..., linear.IMAGE, :, :] = rng.normal(size=pairs[path].shape)
+    has_image = make_content(np.random.default_rng(0), 8)['has_image']
+    before, after = (reading(params, unflatten_dict(tree)) for tree in (kinds, seen))
+    assert 0 < has_image.sum() < 8
+    same(after[~has_image], before[~has_image])
+    assert differs(after[has_image], before[has_image])
+
+
+def test_a_layer_by_kind_against_numpy():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 5, 6)), rng.normal(size=(6, 4))
+    a, b = rng.normal(size=(3, 6, 2)), rng.normal(size=(3, 2, 4))
+    kind = rng.integers(0, 3, (2, 5))
+    expected = np.array([[v @ (kernel + a[k] @ b[k]) for v, k in zip(*row, strict=True)]
+                         for row in zip(x, kind, strict=True)])
+    variables = {'params': {'kernel': kernel}, 'lora': {'a': a, 'b': b}}
+    with linear.routed(jnp.zeros((2, 3), int), jnp.asarray(kind)):
+        found = linear.Linear(4).apply(variables, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match='lora_by_kind'):
+        linear.Linear(4).apply(variables, jnp.asarray(x, jnp.float32))
 
 
 def test_a_reader_trains_its_own_adapter_only(params):

@@ -6,6 +6,7 @@ import pytest
 from tpad_jax import config as base
 from tpad_jax.errors import InputError
 from tpad_jax.job import validate
+from tpad_jax.nn import linear
 from tpad_jax.training import handover, merge_adapters
 
 SHAPES = {('layers', 'q'): (3, 6, 4), ('layers', 'down'): (3, 4, 7), ('head',): (5, 5)}
@@ -36,6 +37,20 @@ def test_sums_and_means_are_exact(kind, first, second):
         assert found[*path, 'a'].shape[-1] == found[*path, 'b'].shape[-2] == 2 * RANK
         np.testing.assert_allclose(delta(found, path),
                                    first * delta(ONE, path) + second * delta(TWO, path), atol=1e-6)
+
+
+def test_pictures_keep_the_adapter_that_sees_and_words_are_merged():
+    trees = [{path: np.stack([adapter(3 * seed + kind)[path] for kind in range(3)], axis=-3)
+              for path in ONE} for seed in (0, 1)]
+    found = merge_adapters.blend(trees, kind='damc', weights=(1.0, 3.0))
+    for path in SHAPES:
+        one, two = (delta(tree, path) for tree in trees)
+        expected = 0.25 * one + 0.75 * two
+        expected[..., linear.IMAGE, :, :] = two[..., linear.IMAGE, :, :]
+        np.testing.assert_allclose(delta(found, path), expected, atol=1e-6)
+    alone = merge_adapters.blend(trees[:1], kind='damc', weights=(1.0,))
+    for path, x in alone.items():
+        np.testing.assert_array_equal(x, trees[0][path])
 
 
 def numpy_ties(trees, weights, keep):

@@ -173,13 +173,15 @@ def _words(directory):
 def save_adapters(directory, config, base: Base, params: dict) -> None:
     """Write a checkpoint's trained adapters as directories that `peft` loads.
 
+    PEFT has no form for adapters by kind of token, which the run's own checkpoints hold alone.
+
     Args:
       directory: gets one directory per adapter.
       config: of the run.
       base: of the run.
       params: {path: array} that a stage trained.
     """
-    if not config.mllm.checkpoint or jax.process_index() != 0:
+    if not config.mllm.checkpoint or config.model.lora_by_kind or jax.process_index() != 0:
         return  # other libraries do not load the small base
     trees = unflatten_dict(params, sep='/').get('lora', {})
     for name, tree in trees.items():

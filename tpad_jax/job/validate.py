@@ -230,6 +230,9 @@ def _check_model(config, source):
     refuse_if(model.session_layers and model.form == 'full', f'config.model.session_layers='
               f'{model.session_layers} reads rows k, and config.model.form is full. Expected 0 or '
               'another form. Fix: choose one')
+    refuse_if(model.blend.kind == 'damc' and not model.lora_by_kind, 'config.model.blend.kind='
+              "'damc' keeps the adapter of pictures. Expected adapters by kind of token. Fix: set "
+              'config.model.lora_by_kind=True')
     if model.blend.kind:
         handover.parts(model.blend)
     refuse_if('true' in names(model.recommend) and not source.world, "config.model.recommend names "

@@ -27,7 +27,7 @@ from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.attention import RMSNorm, Transformer
-from tpad_jax.nn.linear import Linear, uniform, unit
+from tpad_jax.nn.linear import TEXT, Linear, uniform, unit
 
 MODALITIES = ('image', 'text')
 OWN_WIDTH = 128  # of a decoder of sessions alone
@@ -66,7 +66,7 @@ class Writer(nn.Module):
         """
         prefix = self.prefix(features)
         words = jnp.where(keep[..., None], base.words(jnp.maximum(tokens, 0)), self.blank)[:, :-1]
-        written = streams.plain(words, tokens[:, :-1] >= 0)
+        written = streams.plain(words, tokens[:, :-1] >= 0, TEXT)
         return base(streams.join(streams.plain(prefix), written))[:, prefix.shape[1] - 1:]
 
 

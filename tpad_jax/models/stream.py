@@ -10,6 +10,8 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.nn.linear import IMAGE, OTHER
+
 
 @flax.struct.dataclass
 class Stream:
@@ -23,13 +25,15 @@ class Stream:
     mask: jax.Array  # bool [..., L], False: there is no token
     advance: jax.Array  # int32 [..., L], how far the position moves after the token
     offset: jax.Array  # int32 [..., L, 3], of the token's position from where its image begins
+    kind: jax.Array  # int32 [..., L] of linear.KINDS, which adapters by kind read
     deep: jax.Array | None = None  # [..., L, n, D] added after the first n layers (DeepStack)
 
 
-def plain(x, mask=True):
+def plain(x, mask=True, kind=OTHER):
     """Make a stream of x [..., L, D] that each take one position; mask bool [..., L]."""
     mask = jnp.broadcast_to(mask, x.shape[:-1])
-    return Stream(x, mask, jnp.ones(mask.shape, jnp.int32), jnp.zeros((*mask.shape, 3), jnp.int32))
+    return Stream(x, mask, jnp.ones(mask.shape, jnp.int32), jnp.zeros((*mask.shape, 3), jnp.int32),
+                  jnp.full(mask.shape, kind, jnp.int32))
 
 
 def fixed(base, ids, *lead: int, mask=None):
@@ -54,7 +58,8 @@ def grid(x, mask, rows: int, columns: int, deep=None):
     advance = jnp.where(place == rows * columns - 1, max(rows, columns), 0)
     offset = jnp.stack([place * 0, place // columns, place % columns], axis=-1)
     return Stream(x, mask, jnp.broadcast_to(advance, mask.shape),
-                  jnp.broadcast_to(offset, (*mask.shape, 3)), deep)
+                  jnp.broadcast_to(offset, (*mask.shape, 3)),
+                  jnp.full(mask.shape, IMAGE, jnp.int32), deep)
 
 
 def join(*parts: Stream) -> Stream:

@@ -70,6 +70,7 @@ class TPAD:
       teacher: another MLLM, which reads items for a distillation, or None.
       blended: whether K reads r under a blend of adapters (merge_adapters.py), one feature per
         modality.
+      lora_by_kind: whether every kind of token has an adapter of its own, see nn/linear.py.
       reread: whether r = A(K_d(i)), K under a separate adapter; False: r = A(k), an ablation.
     """
 
@@ -95,6 +96,7 @@ class TPAD:
     chunk: int = 0
     teacher: KnowledgeMLLM | None = None
     blended: bool = False
+    lora_by_kind: bool = False
     reread: bool = True
 
 
@@ -139,7 +141,7 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         chunk=chunk, teacher=teacher, blended=bool(model.blend.kind),
         **{name: getattr(model, name) for name in (
             'form', 'withhold', 'word_dropout', 'modality_dropout', 'session_dropout', 'normalise',
-            'temperature', 'repeats', 'reread')})
+            'temperature', 'repeats', 'lora_by_kind', 'reread')})
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,
@@ -169,7 +171,8 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
     knowledge = heads(spec.knowledge, *content, method='everything')
     transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), content[-1], method='everything')
     base, shared = knowledge.pop('base'), not isinstance(spec.knowledge, TextReader)
-    lora = {n: linear.init(next(keys), base, rank=rank, targets=targets)
+    lora = {n: linear.init(next(keys), base, rank=rank, targets=targets,
+                           by_kind=spec.lora_by_kind)
             for n in ('knowledge', 'transfer', 'distil')}
     if shared:
         del transfer['base']

@@ -5,6 +5,8 @@ has a pair (a, b) for a layer, the layer adds x a b to its output. The variables
 therefore choose the adapter, and several adapters share one frozen base.
 """
 
+import contextlib
+import contextvars
 import re
 from collections.abc import Callable
 
@@ -15,6 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.errors import refuse_if
 
+KINDS = TEXT, IMAGE, OTHER = range(3)  # of a token: a word, a part of a picture, a learned vector
+_ROUTES = contextvars.ContextVar('routes', default=())
 # Arguments of nn.scan and nn.vmap for modules whose parameters are stacked on axis 0.
 STACKED = dict(variable_axes={'params': 0, 'lora': 0, 'intermediates': 0},
                split_rngs={'params': True})
@@ -27,7 +31,11 @@ def uniform(bound):
 
 
 class Linear(nn.Module):
-    """y = x W (+ bias) (+ x a b where an adapter is given). [..., I] -> [..., features]."""
+    """y = x W (+ bias) (+ x a b where an adapter is given). [..., I] -> [..., features].
+
+    An adapter a [KINDS, I, r], b [KINDS, r, O] has one pair per kind of token (DAMC, arXiv
+    2402.12750), see `routed`.
+    """
 
     features: int
     use_bias: bool = False
@@ -45,9 +53,33 @@ class Linear(nn.Module):
         if self.use_bias:
             y += self.param('bias', nn.initializers.zeros, (self.features,)).astype(dtype)
         if self.has_variable('lora', 'a'):
-            a, b = self.get_variable('lora', 'a'), self.get_variable('lora', 'b')
-            y += (x @ a.astype(dtype)) @ b.astype(dtype)
+            a, b = (self.get_variable('lora', name).astype(dtype) for name in 'ab')
+            y += (x @ a) @ b if a.ndim == 2 else _by_kind(x, a, b, lead)
         return y.reshape(*lead, self.features)
+
+
+@contextlib.contextmanager
+def routed(*kinds):
+    """Tell the layers that are called inside which kind each token is.
+
+    Args:
+      *kinds: int32 [B, L] each, of KINDS. A layer takes the one that is as long as its input.
+    """
+    token = _ROUTES.set(kinds)
+    try:
+        yield
+    finally:
+        _ROUTES.reset(token)
+
+
+def _by_kind(x, a, b, lead):
+    """The effect of an adapter by kind on tokens x [R, I], whose leading axes are `lead`."""
+    kind = next((kind for kind in _ROUTES.get() if kind.shape == lead), None)
+    refuse_if(kind is None, 'config.model.lora_by_kind: an adapter of a layer whose input has no '
+              'kinds of tokens. Expected layers of the decoder. Fix: narrow '
+              'config.model.lora_targets.')
+    chosen = jax.nn.one_hot(kind.reshape(-1), len(KINDS), dtype=x.dtype)
+    return jnp.einsum('nkr,kro->no', jnp.einsum('ni,kir->nkr', x, a) * chosen[..., None], b)
 
 
 class MLP(nn.Module):
@@ -76,7 +108,7 @@ def unit(x):
     return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-6)
 
 
-def init(key, base, *, rank, targets):
+def init(key, base, *, rank, targets, by_kind=False):
     """Make an adapter for every kernel of `base` whose path matches a regular expression.
 
     a is uniform with variance 1 / I and b is zero, so a new adapter changes nothing. Kernels that
@@ -87,6 +119,7 @@ def init(key, base, *, rank, targets):
       base: parameters, nested.
       rank: width of the adapters.
       targets: the regular expression.
+      by_kind: whether every kind of token has an adapter of its own, see `Linear`.
 
     Raises:
       InputError: the expression matches no kernel.
@@ -98,6 +131,7 @@ def init(key, base, *, rank, targets):
     out = {}
     for i, (path, w) in enumerate(sorted(flat.items())):
         *stack, fan_in, fan_out = w.shape
+        stack += [len(KINDS)] * by_kind
         a = uniform((3 / fan_in) ** 0.5)(jax.random.fold_in(key, i), (*stack, fan_in, rank))
         out[*path, 'a'], out[*path, 'b'] = a, jnp.zeros((*stack, rank, fan_out))
     return unflatten_dict(out)

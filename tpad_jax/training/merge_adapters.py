@@ -1,15 +1,18 @@
 """Blend several adapters of one base into one, as a training-free alternative to distillation.
 
 An adapter changes a kernel by its delta a b. 'sum' and 'mean' weigh and merge models that were
-tuned from one base (NaiveMC and DAMC, Chen et al. 2024, arXiv 2402.12750). 'ties' trims each delta
-to its largest entries, elects a sign per entry, and averages the entries that agree (TIES-merging,
-Yadav et al. 2023, arXiv 2306.01708). [ours] the choice of adapters, those of K and T, and the use
-of the result.
+tuned from one base (NaiveMC, Chen et al. 2024, arXiv 2402.12750). 'damc', of the same paper, merges
+so where adapters are by kind of token, but tokens of pictures keep the adapter of one model, which
+learnt to see. 'ties' trims each delta to its largest entries, elects a sign per entry, and averages
+the entries that agree (TIES-merging, Yadav et al. 2023, arXiv 2306.01708). [ours] the choice of
+adapters, those of K and T, and the use of the result.
 """
 
 import numpy as np
 
-KINDS = ('sum', 'mean', 'ties')
+from tpad_jax.nn import linear
+
+KINDS = ('sum', 'mean', 'ties', 'damc')
 
 
 def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), keep: float = 0.2,
@@ -23,8 +26,9 @@ def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), k
     Args:
       adapters: list of {path: array}. A path is a tuple that ends with 'a' [.., I, r] or
         'b' [.., r, O], see nn/linear.py.
-      kind: of KINDS. 'mean' divides by the sum of the weights.
-      weights: one for each adapter's delta; (): 1 each. Equal weights are the scale lambda of TIES.
+      kind: of KINDS. 'mean' and 'damc' divide by the sum of the weights.
+      weights: one for each adapter's delta; (): 1 each. Of 'damc', the first adapter with the
+        largest weight is the one that pictures keep. Equal weights are the scale lambda of TIES.
       keep: share of an adapter's entries that remain after TIES trims it, over all its kernels.
       rank: 0 for an exact blend; otherwise the nearest adapter of this rank (SVD of each kernel).
 
@@ -40,7 +44,7 @@ def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), k
     if any(tree.keys() != flat[0].keys() for tree in flat):
         raise ValueError('the adapters to blend are of different kernels')
     weights = np.asarray(weights or (1.0,) * len(flat))
-    if kind == 'mean':
+    if kind in ('mean', 'damc'):
         weights = weights / weights.sum()
     kernels = sorted({path[:-1] for path in flat[0]})
     if kind == 'ties':
@@ -48,9 +52,11 @@ def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), k
                   for tree, w in zip(flat, weights, strict=True)]
         pairs = {k: _exact(delta) for k, delta in ties(deltas, keep).items()}
     else:
+        sees = int(np.argmax(weights))
+        factors = [_factors(kind, w, number == sees) for number, w in enumerate(weights)]
         pairs = {k: (np.concatenate([tree[*k, 'a'] for tree in flat], axis=-1),
                      np.concatenate([w * tree[*k, 'b'] for tree, w in
-                                     zip(flat, weights, strict=True)], axis=-2)) for k in kernels}
+                                     zip(flat, factors, strict=True)], axis=-2)) for k in kernels}
     if rank:
         pairs = {k: _nearest(a @ b, rank) for k, (a, b) in pairs.items()}
     return {(*k, name): x.astype(np.float32) for k, pair in pairs.items()
@@ -80,6 +86,14 @@ def ties(deltas: list[dict], keep: float) -> dict:
         agree = (np.sign(stack) == np.sign(stack.sum(axis=0))) & (stack != 0)
         out[k] = np.where(agree, stack, 0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
     return out
+
+
+def _factors(kind, weight, sees):
+    """Factor of an adapter's b, or [KINDS, 1, 1] of them."""
+    if kind != 'damc':
+        return weight
+    pictures = np.arange(len(linear.KINDS)) == linear.IMAGE
+    return np.where(pictures, float(sees), weight)[:, None, None]
 
 
 def _exact(delta):

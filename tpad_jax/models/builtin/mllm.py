@@ -12,7 +12,7 @@ from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
 from tpad_jax.models.stream import Stream
 from tpad_jax.nn.attention import Transformer
-from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.linear import IMAGE, TEXT, Linear, routed
 
 
 class VisionTower(nn.Module):
@@ -89,7 +89,7 @@ class MLLM(nn.Module):
         if not image.shape[1]:
             return streams.plain(jnp.zeros((len(there), 0, self.width)))
         x = self.projector[1](nn.gelu(self.projector[0](self.vision(image))))
-        return streams.plain(x, there[:, None])
+        return streams.plain(x, there[:, None], IMAGE)
 
     def grid(self, side: int) -> tuple[int, int, int]:
         """Return the index of an image's first cell in `frame`, and the rows and columns."""
@@ -103,7 +103,7 @@ class MLLM(nn.Module):
     def say(self, tokens, mask=None) -> Stream:
         """Make a part of a stream from token ids int32 [..., T] and mask bool; None: ids >= 0."""
         return streams.plain(self.words(jnp.maximum(tokens, 0)),
-                             tokens >= 0 if mask is None else mask)
+                             tokens >= 0 if mask is None else mask, TEXT)
 
     @mllm_precision
     def __call__(self, stream: Stream, at=None):
@@ -116,5 +116,6 @@ class MLLM(nn.Module):
         Returns:
           States [B, L or n, D] after the final norm.
         """
-        h = self.decoder(stream.x, stream.mask)
+        with routed(stream.kind):
+            h = self.decoder(stream.x, stream.mask)
         return h if at is None else jnp.take_along_axis(h, at[:, :, None], axis=1)

@@ -17,7 +17,7 @@ from tpad_jax.models.hf import vit
 from tpad_jax.models.hf.decoder import Decoder
 from tpad_jax.models.hf.layers import perceptron
 from tpad_jax.models.stream import Stream
-from tpad_jax.nn.linear import Linear
+from tpad_jax.nn.linear import IMAGE, TEXT, Linear, routed
 
 
 class Projector(nn.Module):
@@ -96,7 +96,7 @@ class VLM(nn.Module):
             x = self.projector(self.vision(x))
             if s.newline:
                 x = jnp.pad(x, ((0, 0), (0, 1), (0, 0))).at[:, -1].set(self.newline.astype(x.dtype))
-            return streams.plain(x.reshape(*lead, *x.shape[1:]), mask)
+            return streams.plain(x.reshape(*lead, *x.shape[1:]), mask, IMAGE)
         x, deep = self.vision(x)
         deep = None if deep is None else deep.reshape(*lead, *deep.shape[1:])
         return streams.grid(x.reshape(*lead, *x.shape[1:]), mask, *s.cells(self.side), deep)
@@ -108,7 +108,7 @@ class VLM(nn.Module):
     def say(self, tokens, mask=None) -> Stream:
         """Make a part of a stream from token ids int32 [..., T] and mask bool; None: ids >= 0."""
         return streams.plain(self.words(jnp.maximum(tokens, 0)),
-                             tokens >= 0 if mask is None else mask)
+                             tokens >= 0 if mask is None else mask, TEXT)
 
     def frame(self, image, there) -> Stream:
         """Call `see`, and add the tokens that the family puts before and after an image.
@@ -160,9 +160,13 @@ class VLM(nn.Module):
         Returns:
           States [B, L or n, D] after the final norm.
         """
-        return self.decoder(stream.x.astype(self.dtype), streams.positions(stream),
-                            _allowed(stream.mask, jnp.arange(stream.mask.shape[1])), stream.deep,
-                            at=at)[0]
+        kinds = [stream.kind]
+        if at is not None:  # the last layer reads these tokens alone
+            kinds.append(jnp.take_along_axis(stream.kind, at, axis=1))
+        with routed(*kinds):
+            return self.decoder(stream.x.astype(self.dtype), streams.positions(stream),
+                                _allowed(stream.mask, jnp.arange(stream.mask.shape[1])),
+                                stream.deep, at=at)[0]
 
     @mllm_precision
     def decode(self, stream: Stream, cache: dict, index):
@@ -179,8 +183,9 @@ class VLM(nn.Module):
         mask = jax.lax.dynamic_update_slice_in_dim(cache['mask'], stream.mask, index, axis=1)
         allowed = _allowed(mask, index + jnp.arange(stream.mask.shape[1]))
         positions = streams.positions(stream) + cache['position'][:, None, None]
-        h, (k, v) = self.decoder(stream.x.astype(self.dtype), positions, allowed, stream.deep,
-                                 (cache['k'], cache['v']), index)
+        with routed(stream.kind):
+            h, (k, v) = self.decoder(stream.x.astype(self.dtype), positions, allowed, stream.deep,
+                                     (cache['k'], cache['v']), index)
         moved = (stream.advance * stream.mask).sum(-1)
         return h, dict(k=k, v=v, mask=mask, position=cache['position'] + moved)
 
