@@ -248,7 +248,7 @@ def model() -> ConfigDict:
         # width D of k per modality; t, c, p and r have M D. A text encoder's k have its own width
         features=64,
         lora_rank=8, lora_alpha=16.0,  # an adapter is scaled by lora_alpha / lora_rank
-        # True: words, parts of a picture and learned vectors have adapters of their own (DAMC)
+        # True: words, parts of a picture and learned vectors have separate adapters (DAMC)
         lora_by_kind=False,
         # kernels of the base that get an adapter, a regular expression over their paths
         lora_targets=r'^(decoder/.*|layers/)(attention/[qkvo]|gate|up|down|fc[12])$',

@@ -67,7 +67,7 @@ class Cut:
         size = self.batch_size // max(len(self.groups), 1)
         if not self.groups:
             return positions(self.seed, step, size, total)
-        return np.concatenate([  # seeds are below 2**32, so every group has draws of its own
+        return np.concatenate([  # seeds are below 2**32, so the draws of groups differ
             group[positions(self.seed + number * 2**32, step, size, len(group))]
             for number, group in enumerate(self.groups, 1)]).astype(np.int32)
 

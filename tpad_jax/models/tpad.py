@@ -70,7 +70,7 @@ class TPAD:
       teacher: another MLLM, which reads items for a distillation, or None.
       blended: whether K reads r under a blend of adapters (merge_adapters.py), one feature per
         modality.
-      lora_by_kind: whether every kind of token has an adapter of its own, see nn/linear.py.
+      lora_by_kind: whether every kind of token has a separate adapter, see nn/linear.py.
       reread: whether r = A(K_d(i)), K under a separate adapter; False: r = A(k), an ablation.
     """
 

@@ -119,7 +119,7 @@ def init(key, base, *, rank, targets, by_kind=False):
       base: parameters, nested.
       rank: width of the adapters.
       targets: the regular expression.
-      by_kind: whether every kind of token has an adapter of its own, see `Linear`.
+      by_kind: whether every kind of token has a separate adapter, see `Linear`.
 
     Raises:
       InputError: the expression matches no kernel.

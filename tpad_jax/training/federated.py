@@ -64,7 +64,7 @@ class Server(NamedTuple):
 
 
 class Client(NamedTuple):
-    """What a client adds to its gradients.
+    """The terms that a client adds to its gradients.
 
     Attributes:
       anchor: the parameters at the start of its round.
@@ -95,11 +95,11 @@ def check(config, devices: int) -> None:
         c = config.stage[stage]
         for wrong, option, rule in (
                 (devices > 1, f'devices: {devices} of them', 'one, as a round is one computation'),
-                (config.skip_not_finite, 'skip_not_finite', '0 beside federated rounds'),
-                (c.accumulate > 1, f'stage.{stage}.accumulate', '1 beside federated rounds'),
+                (config.skip_not_finite, 'skip_not_finite', '0 with federated rounds'),
+                (c.accumulate > 1, f'stage.{stage}.accumulate', '1 with federated rounds'),
                 (c.epochs, f'stage.{stage}.epochs', '0, as its steps are rounds'),
                 (f.rule == 'scaffold' and c.optimiser != 'sgd', f'stage.{stage}.optimiser',
-                 "'sgd' beside federated.rule='scaffold'")):
+                 "'sgd' with federated.rule='scaffold'")):
             refuse_if(wrong, f'config.{option}: not with config.federated.stages={f.stages!r}. '
                       f'Expected {rule}. Fix: set it, or leave the stage out.')
     refuse_if(any(int(n) >= f.clients for n in names(f.only)), f'config.federated.only={f.only!r}: '
