@@ -253,8 +253,9 @@ def model() -> ConfigDict:
         # kernels of the base that get an adapter, a regular expression over their paths
         lora_targets=r'^(decoder/.*|layers/)(attention/[qkvo]|gate|up|down|fc[12])$',
         # how the Transfer-MLLM reads an item: by k as one token ('item'), by k as one per modality
-        # and a summary token ('compressed'), or by its image and text ('full')
-        form='compressed',
+        # and a summary token ('compressed'), or by its image and text ('full'). 'recurrent' reads
+        # as 'compressed' does, but `block` items at a time, after a memory of those before
+        form='compressed', block=3,
         withhold=0.3,  # share of an item's words hidden from the reader in training
         # share of words hidden from the writer in training: with all of them it would not need the
         # features

@@ -27,7 +27,8 @@ MODEL = SimpleNamespace(
     item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
     repeats=True, together=0, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
     session_dropout=0.0, session_layers=0, lora_alpha=4.0, lora_rank=2, clusters=0, reread=True,
-    blend=SimpleNamespace(kind=''), feature_hidden=0, lora_by_kind=False, modality_dropout=0.0)
+    blend=SimpleNamespace(kind=''), feature_hidden=0, block=3, lora_by_kind=False,
+    modality_dropout=0.0)
 TARGETS = r'^decoder/.*(attention/[qkvo]|down)$'
 SPEC = tpad.build(MLLM(**BASE), MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))
 
@@ -224,6 +225,33 @@ def test_transfer_features_do_not_see_later_items(params):
     garbage = x.copy()
     garbage[:, 1, 0] = 30
     same(read(garbage, there, mask), read(x, there, mask))
+
+
+def test_sessions_read_by_blocks():
+    """One block is the full reading; later ones know the first item by the memory alone."""
+    rng, there = np.random.default_rng(0), np.ones((4, 7, 2), bool)
+    x = rng.normal(size=(4, 7, 2, BASE['width'])).astype(np.float32)
+    mask = np.arange(7) < np.array([7, 5, 2, 1])[:, None]
+    params = SPEC.transfer.clone(block=3).init(
+        jax.random.key(0), jnp.ones((1, 7, 2, D)), jnp.ones((1, 7), bool),
+        jnp.ones((1, T), jnp.int32), method='everything')['params']
+
+    def read(block, x):
+        module = SPEC.transfer.clone(block=block)
+        return np.asarray(jit(lambda x: module.apply(
+            {'params': params}, stream.plain(x, there), mask))(x))
+
+    full, blocks = read(0, x), read(3, x)
+    for block in (7, 9):
+        same(read(block, x)[mask], full[mask])
+    same(blocks[:, :3][mask[:, :3]], full[:, :3][mask[:, :3]])
+    assert differs(blocks[0, 3:], full[0, 3:])
+    for place in (0, 6):
+        other = x.copy()
+        other[:, place] += 1
+        moved = np.abs(read(3, other) - blocks)[0].max(axis=-1) > 1e-4
+        assert moved[place:].all()
+        assert not moved[:place].any()
 
 
 @pytest.mark.parametrize(('form', 'stage'), [

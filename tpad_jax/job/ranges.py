@@ -114,7 +114,7 @@ RULES = {key: rule for rule, keys in (
      'model.features model.lora_rank model.width model.heads model.near model.near_window'),
     (number(0, LONG, whole=True), 'mllm.image_size model.feature_hidden model.together'),
     (number(0, DEEP, whole=True), 'model.layers model.session_layers'),
-    (number(1, DEEP, whole=True), 'model.gnn_steps'),
+    (number(1, DEEP, whole=True), 'model.block model.gnn_steps'),
     (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.chunk model.clusters '
      'model.blend.rank stage.*.steps stage.*.eval_every stage.*.patience stage.*.refresh_every '
      'losses.*.chunk'),
@@ -144,7 +144,7 @@ RULES = {key: rule for rule, keys in (
     (choice(('auto', 'jit', 'pmap', 'shard_map')), 'parallel'),
     (choice(PRECISIONS), 'precision'),
     (choice(ENCODERS), 'model.encoder'),
-    (choice(('item', 'compressed', 'full')), 'model.form'),
+    (choice(('item', 'compressed', 'recurrent', 'full')), 'model.form'),
     (choice(critics.KINDS), 'model.critics.*'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),

@@ -19,6 +19,7 @@ separate small base, and reads the encoder's vectors.
 
 import einops
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from tpad_jax.models import stream as streams
@@ -31,6 +32,7 @@ from tpad_jax.nn.linear import TEXT, Linear, uniform, unit
 
 MODALITIES = ('image', 'text')
 OWN_WIDTH = 128  # of a decoder of sessions alone
+MEMORY = 4  # tokens that a block of items leaves to the next
 # how an item's features are read off its states; 'cls' is for text encoders
 POOLING = ('summary', 'last', 'mean', 'cls')
 
@@ -242,6 +244,7 @@ class TransferMLLM(nn.Module):
       whole: whether an item is one token, in which its summary token is added.
       layers: of a small decoder that reads sessions in place of the base, from random parameters;
         0: the base reads them.
+      block: items that are read at a time, after a memory of what came before; 0: all at once.
     """
 
     base: MLLM | VLM
@@ -250,6 +253,7 @@ class TransferMLLM(nn.Module):
     modalities: int = len(MODALITIES)
     whole: bool = False
     layers: int = 0
+    block: int = 0
 
     def setup(self):
         """Build the heads."""
@@ -259,6 +263,8 @@ class TransferMLLM(nn.Module):
         elif not isinstance(self.base, VLM):
             self.prompt = self.param('prompt', small, (1, width))
         self.summary = self.param('summary', small, (1, width))
+        if self.block:
+            self.memory = self.param('memory', small, (MEMORY, width))
         self.into = [Linear(width, use_bias=True) for _ in range(self.modalities)]
         self.norm = RMSNorm()
         self.head = Linear(self.features, use_bias=True)
@@ -294,15 +300,52 @@ class TransferMLLM(nn.Module):
             summary = jnp.broadcast_to(self.summary, (rows, positions, *self.summary.shape))
             x = streams.join(items, streams.plain(summary))
         x = x.replace(mask=x.mask & mask[:, :, None])
-        flat = streams.flatten(x)
-        if self.layers:
-            h = self.own(flat.x, flat.mask)
-        else:
-            start = opening(self, rows)
-            h = self.base(streams.join(start, flat))[:, start.x.shape[1]:]
+        h = self._by_blocks(x) if self.block else self._read(streams.flatten(x))
         h = einops.rearrange(h.astype(jnp.float32), 'b (n l) d -> b n l d', n=positions)
         skip = masked_mean(h[:, :, :-1], x.mask[:, :, :-1])  # zero where an item is one token
         return self.head(self.norm(h[:, :, -1] + skip))
+
+    def _read(self, flat):
+        """Read a stream [B, L] -> its states [B, L, width]."""
+        if self.layers:
+            return self.own(flat.x, flat.mask)
+        start = opening(self, len(flat.mask))
+        return self.base(streams.join(start, flat))[:, start.x.shape[1]:]
+
+    def _by_blocks(self, x):
+        """Read blocks of items one after the other, each after the memory of those before.
+
+        The memory are the states of MEMORY learned tokens at the end of a block; the first block
+        has none. So memory use does not grow with the session but by these (MLLM-MSR, arXiv
+        2408.09698, section 3.2, where the memory is a text).
+
+        Args:
+          x: stream [B, N, L].
+
+        Returns:
+          States [B, N L, width].
+        """
+        rows, positions, tokens = x.mask.shape
+        blocks = -(-positions // self.block)
+        fill = blocks * self.block - positions
+        cut = jax.tree.map(lambda a: jnp.moveaxis(jnp.pad(
+            a, ((0, 0), (0, fill), *[(0, 0)] * (a.ndim - 2))).reshape(
+                rows, blocks, self.block * tokens, *a.shape[3:]), 1, 0), x)
+        ask = streams.plain(jnp.broadcast_to(self.memory, (rows, *self.memory.shape)))
+
+        def read(module, carry, part):
+            memory, there = carry
+            before = streams.plain(memory, there[:, None])
+            h = module._read(streams.join(before, part, ask))
+            used = part.mask.any(axis=1)
+            memory = jnp.where(used[:, None, None], h[:, -MEMORY:].astype(memory.dtype), memory)
+            return (memory, there | used), h[:, MEMORY:-MEMORY]
+
+        scan = nn.scan(nn.remat(read), variable_broadcast=('params', 'lora'),
+                       split_rngs={'params': False})
+        nothing = jnp.zeros(ask.x.shape, ask.x.dtype), jnp.zeros(rows, bool)
+        _, h = scan(self, nothing, cut)
+        return jnp.moveaxis(h, 0, 1).reshape(rows, -1, h.shape[-1])[:, :positions * tokens]
 
     def foretell(self, t, tokens, keep):
         """Compute states [B, T, width] that predict the next item's tokens [B, T] from t [B, D]."""

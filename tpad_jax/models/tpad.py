@@ -52,7 +52,7 @@ class TPAD:
       encoder: of sessions.
       recommend: which features enter z next to id and side: names of catalogue rows ('r', 'k',
         'true').
-      form: 'item', 'compressed' or 'full', how the Transfer-MLLM is fed an item.
+      form: 'item', 'compressed', 'recurrent' or 'full', how the Transfer-MLLM is fed items.
       withhold: share of an item's words withheld from a reader of k or r that is trained [ours].
       word_dropout: share of the words withheld from the writer, which then uses the features.
       modality_dropout: share of the items whose picture or text is hidden from a reader of k or r
@@ -129,7 +129,7 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         knowledge=knowledge,
         transfer=sessions_base and TransferMLLM(
             sessions_base, wide, model.clusters, shape[0], model.form == 'item',
-            model.session_layers),
+            model.session_layers, model.block if model.form == 'recurrent' else 0),
         disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, model.features))
                       for name, kind in sorted(model.critics.items())),
