@@ -32,7 +32,7 @@ from tpad_jax.nn.linear import TEXT, Linear, uniform, unit
 
 MODALITIES = ('image', 'text')
 OWN_WIDTH = 128  # of a decoder of sessions alone
-MEMORY = 4  # tokens that a block of items leaves to the next
+MEMORY = 4  # tokens by which a block of items is remembered
 # how an item's features are read off its states; 'cls' is for text encoders
 POOLING = ('summary', 'last', 'mean', 'cls')
 
