@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import eight_devices
+from tests import eight_devices, tiny_base
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,15 +20,17 @@ def blocks(page):
     return re.findall(r'^```(\w+)\n(.*?)^```$', page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-# What the pages call tiny is a minute of work; here it is less: few steps, and in every stage one
-# of the built-in losses. Python imports this at its start.
+# What the pages call tiny is a minute of work; here it is less: a base of one layer, few steps, and
+# in every stage one of the built-in losses. Python imports this at its start.
 TINIER = '''
+import os
 from tpad_jax import config
 
 def tiny(c, tiny=config.tiny):
     tiny(c)
     c.data.planted.update(items=48, train=160, valid=24, test=24)
     c.diagnostics, c.baselines, c.experts, c.mllm.text_length = 0, 'pop', '', 8
+    c.mllm.base, c.model.features = os.environ['TINY_BASE'], 16
     c.rivals = {}
     c.stage.recommend.eval_every = c.stage.joint.eval_every = 0
     for stage in c.stage.values():
@@ -40,16 +42,22 @@ config.tiny = tiny
 '''
 
 
+@pytest.fixture(scope='module')
+def tiny_base_dir(tmp_path_factory):
+    return tiny_base.write(tmp_path_factory.mktemp('base'))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('page', ['a_loss', 'an_output', 'an_encoder', 'a_dataset', 'a_metric',
                                   'a_stage'])
-def test_a_page_followed_to_the_letter(page, tmp_path):
+def test_a_page_followed_to_the_letter(page, tmp_path, tiny_base_dir):
     """A block that begins with '# name.py' is that file; bash is run, sh has its config checked."""
     file = ROOT / 'docs' / f'add_{page}.md'
     (tmp_path / 'start').mkdir()
     (tmp_path / 'start' / 'sitecustomize.py').write_text(TINIER)
     env = {'PATH': f'{Path(sys.executable).parent}:/usr/bin:/bin', 'HOME': str(tmp_path),
            'PYTHONPATH': f'{ROOT}:{tmp_path / "start"}', 'XLA_FLAGS': ' '.join(eight_devices.QUICK),
+           'TINY_BASE': str(tiny_base_dir),
            **{n: x for n, x in os.environ.items() if 'CACHE' in n}}
 
     def run(text):

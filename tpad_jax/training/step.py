@@ -240,7 +240,7 @@ def _initialiser(model, rank, targets, image_shape, text_length):
 def without(make, given: tuple[str, ...]):
     """Compile an initialiser without the top-level parameters that are given."""
     return compiled(lambda key, catalogue: {
-        n: p for n, p in make(key, catalogue=catalogue).items() if n not in given})
+        n: p for n, p in make(key=key, catalogue=catalogue).items() if n not in given})
 
 
 @lru_cache(maxsize=16)  # a refit, and other jobs of a process, find it compiled
