@@ -252,15 +252,12 @@ class Job:
                 checkpoint=self.base.fingerprint)
             self.sitting[f'{name}_encode'] = self.seconds[f'{name}_encode'] = (
                 time.perf_counter() - begun)
+            lost = ('of {different} different texts, read as {text_length} tokens of the '
+                    '{tokenizer} tokenizer, training kept nothing. Fix: ').format(**self.texts)
             for name in encoder.names:
-                tokenizers.check_rows(name, self.catalogue[name], self._lost(name))
+                tokenizers.check_rows(name, self.catalogue[name], f'{lost}{clouds.REMEDIES[name]}.')
             bases.save_adapters(self.workdir / 'adapters', self.config, self.base, trained)
         self.look(stage, 'after', spec, encoder)
-
-    def _lost(self, name: str) -> str:
-        return ('of {different} different texts, read as {text_length} tokens of the {tokenizer} '
-                'tokenizer, training kept nothing. Fix: {fix}.').format(
-                    fix=clouds.REMEDIES[name], **self.texts)
 
     def look(self, stage: str, moment: str, spec, encoder) -> None:
         """Look at a stage's features while the next one runs, see `snapshots.take`."""
@@ -268,8 +265,7 @@ class Job:
             return
         take = partial(snapshots.take, copy.copy(self), stage, moment, spec, encoder)
         if not self.background:
-            take()
-            return
+            return take()
         earlier = self.looks[-1:]  # whose file this one reads, and whose lines come first
 
         def in_turn():
@@ -387,9 +383,9 @@ def _run_stages(job, stages, until, console):
             say(console, taught.facts['gate']['text'])
             if not taught.facts['gate']['open']:
                 job.params, job.config = before, gate.without_distillation(job.config)
-        if stage == 'recommend' and not trains:
-            return None
         if stage == 'recommend':
+            if not trains:
+                return None
             company.take_own()
         elif stage == 'joint':
             joint = copy.copy(job)
