@@ -55,7 +55,7 @@ class Finished:
         @jax.jit
         def score(items):
             scores = encode((self.models, None), self.z, items) @ self.z.T
-            if (moved := shifts((self.models, None), items)) is not None:
+            if (moved := shifts((self.models, None), self.z, items)) is not None:
                 scores = scores.at[jnp.arange(len(items))[:, None], moved[0]].add(moved[1])
             return scores
 

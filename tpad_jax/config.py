@@ -290,6 +290,9 @@ def model() -> ConfigDict:
         # companions: for each item, so many items that shared most sessions with it score higher
         # (models/sessions/companions.py); 0: none. Their strength, and its decay per position
         together=0, together_strength=0.7, together_decay=0.5,
+        # entries that a session retrieves from a gated memory of the training sessions, whose next
+        # items score higher (models/memory.py); 0: none
+        memory=0,
         gnn_steps=1,  # sr_gnn: rounds of message passing
         positions=True,  # sr_gnn: the readout reads positions; the published one does not
         layers=1, heads=2,  # attention: layers and heads

@@ -76,7 +76,8 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
              'max_length': shop.max_length, 'data': served.about['data']}
     _write_items(served, Path(run), directory)
     _write_recommender(served, directory, k, rows)
-    options = {'the items it holds itself': 'repeats', 'their companions': 'together'}
+    options = {'the items it holds itself': 'repeats', 'their companions': 'together',
+               'what its memory retrieves': 'memory'}
     shifts = [items for items, option in options.items()
               if any(getattr(spec, option) for spec in served.specs)]
     shifts += ['items that the rules of experts know'] * (served.experts is not None)

@@ -17,6 +17,7 @@ from tpad_jax.distributed import collectives
 from tpad_jax.distributed.devices import Devices, compiled
 from tpad_jax.evaluation import metrics
 from tpad_jax.models import experts, outputs, tpad
+from tpad_jax.nn.gather import totals
 from tpad_jax.types import Batch
 
 MOST = 2**15 - 1  # items of a chunk: two counts share one int32
@@ -57,20 +58,25 @@ def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
     """
     def encode(weights, z, items):
         models, rules = weights
-        parts, begin, item_vectors = [], 0, z[items]
-        for spec, (params, near) in zip(specs, models, strict=True):
-            cut = slice(begin, begin + spec.fusion.width)
-            begin = cut.stop
-            # only the global graph reads the others' vectors
-            rows = z[:, cut] if tpad.GRAPH[0] in near else None
-            parts.append(tpad.encode_sessions(spec, params, items, rows, near,
-                                              z=item_vectors[..., cut]))
-        h = jnp.concatenate(parts, axis=1)
+        h = jnp.concatenate(_vectors(specs, models, z, items), axis=1)
         if rules is None:
             return h
-        return experts.session_columns(rules, h, item_vectors[..., begin + 1:], items)
+        return experts.session_columns(rules, h, z[items][..., h.shape[1] + 1:], items)
 
     return encode
+
+
+def _vectors(specs, models, z, items):
+    """Return the vectors h [B, D] of sessions by each recommender."""
+    parts, begin, item_vectors = [], 0, z[items]
+    for spec, (params, near) in zip(specs, models, strict=True):
+        cut = slice(begin, begin + spec.fusion.width)
+        begin = cut.stop
+        # only the global graph reads the others' vectors
+        rows = z[:, cut] if tpad.GRAPH[0] in near else None
+        parts.append(tpad.encode_sessions(spec, params, items, rows, near,
+                                          z=item_vectors[..., cut]))
+    return parts
 
 
 def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable:
@@ -80,13 +86,14 @@ def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable:
       specs: of each recommender.
 
     Returns:
-      (weights, items int32 [B, N]) -> items [B, M] and the shifts of their scores [B, M], or None
-      without any. A shift is 0 on padding and on all places of an item except one.
+      (weights, z [V+1, D], items int32 [B, N]) -> items [B, M] and the shifts of their scores
+      [B, M], or None without any; arguments as of `session_encoder`. A shift is 0 on padding and
+      on all places of an item except one.
     """
     repeats = [i for i, spec in enumerate(specs) if spec.repeats]
     together = [i for i, spec in enumerate(specs) if spec.together]
 
-    def shifts(weights, items):
+    def shifts(weights, z, items):
         parts, (models, rules) = [], weights
         if repeats:
             parts.append((items, sum(tpad.repeat_shift(specs[i], models[i][0], items)
@@ -94,7 +101,17 @@ def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable:
         if together:  # all of them read the same rows, so their items have the same places
             each = [tpad.company_shift(specs[i], models[i][1], items) for i in together]
             parts.append((each[0][0], sum(shift for _, shift in each)))
+        if remembering := [i for i, (params, _) in enumerate(models)
+                           if 'memory' in params['recommender']]:
+            from tpad_jax.models import memory  # only where there is one
+
+            h = _vectors(specs, models, z, items)  # compiled once with those of the encoder
+            parts += [memory.shifts(models[i][0]['recommender']['memory'], h[i], specs[i].memory)
+                      for i in remembering]
         moved = tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)) or None
+        if remembering:  # it may retrieve an item that another shift moves, too
+            ids, sums, last = totals(*moved)
+            moved = ids, jnp.where(last, sums, 0)
         if rules is None:
             return moved
         ids, shares = experts.evidence(rules['tables'], items, moved)
@@ -135,7 +152,7 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
     @partial(compiled, precision=devices.precision, seldom=True)  # see metrics.HELD
     def score(weights, z, items):
         scores = encode(weights, z, items) @ z.T
-        if (moved := shifts(weights, items)) is not None:
+        if (moved := shifts(weights, z, items)) is not None:
             at, shift = moved
             scores = scores.at[jnp.arange(len(items))[:, None], at].add(shift)
         return scores.at[:, 0].set(0)
@@ -216,8 +233,8 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D]; an item's score is <h, z_v>.
       devices: rows are distributed over them; encode is compiled once per size of a part.
-      shifts: (weights, items) -> items int32 [B, M] and float32 [B, M], added to their scores. The
-        shift is 0 on padding and on all places of an item except one. None: no shifts.
+      shifts: (weights, z, items) -> items int32 [B, M] and float32 [B, M], added to their scores.
+        The shift is 0 on padding and on all places of an item except one. None: no shifts.
       chunk: items at a time, at most 32,767. 0: on a CPU 2**18 divided by a part's rows, at least
         1,024; elsewhere the largest number.
 
@@ -234,7 +251,7 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
     def part(_, batch, shared, *, axis):
         h = encode(shared['weights'], shared['z'], batch.items)
         fits = max(1024, 2**18 // len(h)) if jax.default_backend() == 'cpu' else MOST
-        moved = shifts(shared['weights'], batch.items) if shifts else None
+        moved = shifts(shared['weights'], shared['z'], batch.items) if shifts else None
         counted = count(h, shared['z'], batch.target, chunk=chunk or fits, moved=moved,
                         power=shared['power'])
         # the score of a row is certainly finite where the product of the norms is

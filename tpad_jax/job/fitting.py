@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.config import MAKES
 from tpad_jax.core import console as console_lib
@@ -126,6 +126,20 @@ def fit(job, name, stage, spec, params=None, steps=None):
         out = loop_lib.fit(loop, spec, step_lib.start(spec, params, c.train), catalogue)
     job.sitting[name] = time.perf_counter() - begun
     job.spent[name] = {'all': out[-1]['seconds'], **out[-1]['spent']}
+    if stage == 'recommend' and spec.model.memory:
+        from tpad_jax.evaluation import memory  # only where it is on
+
+        # a refit has no validation: strength and floor stay
+        before = unflatten_dict(job.params, sep='/').get('recommender', {}) if steps else {}
+        tree, (trained, rows, record) = unflatten_dict({**params, **out[0]}, sep='/'), out
+        made = memory.remembered(spec.model, tree, catalogue, job.final.train, job.valid,
+                                 bind(tree, catalogue), fitted=before.get('memory'),
+                                 seed=job.config.seed)
+        tree['recommender']['memory'] = made
+        trained = trained | flatten_dict({'recommender': {'memory': made}}, sep='/')
+        if record['valid'] is not None:
+            record = record | {'valid': validated(bind(tree, catalogue), job, name)}
+        out = trained, rows, record
     return out
 
 

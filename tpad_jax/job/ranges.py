@@ -112,7 +112,8 @@ RULES = {key: rule for rule, keys in (
      'data.planted.valid data.planted.test'),
     (number(1, LONG, whole=True), 'data.max_length mllm.text_length mllm.own.text_length '
      'model.features model.lora_rank model.width model.heads model.near model.near_window'),
-    (number(0, LONG, whole=True), 'mllm.image_size model.feature_hidden model.together'),
+    (number(0, LONG, whole=True), 'mllm.image_size model.feature_hidden model.together '
+     'model.memory'),
     (number(0, DEEP, whole=True), 'model.layers model.session_layers'),
     (number(1, DEEP, whole=True), 'model.block model.gnn_steps'),
     (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.chunk model.clusters '

@@ -69,6 +69,9 @@ def check(config, among=None) -> tuple[str, ...]:
               'recommender, which stage joint does not train. Fix: leave one of the two out')
     if config.partner:
         check(partnered(config), among)
+    refuse_if('joint' in stages and config.model.memory, f'config.model.memory='
+              f'{config.model.memory}: stage joint changes the vectors that a memory holds. Fix: '
+              'leave joint out of config.stages, or set it to 0')
     source.check(config)
     refuse_if(source.world and config.data.catalogue != 'all', 'config.data.catalogue='
               f"{config.data.catalogue!r}: the planted catalogue's true probabilities are of all "

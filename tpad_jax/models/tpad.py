@@ -65,6 +65,8 @@ class TPAD:
       repeats: whether the items of a prefix get a learned shift of their scores, see repeats.py.
       together: (strength, decay) of the shift that companions of a prefix's items get, see
         companions.py, or () for none.
+      memory: entries that a session retrieves from the memory, if the recommender has one (see
+        memory.py).
       chunk: items an MLLM reads at a time in a step, 0: all; a backward pass then reads them
         again, chunk by chunk, and stores the activations of one chunk.
       teacher: another MLLM, which reads items for a distillation, or None.
@@ -93,6 +95,7 @@ class TPAD:
     temperature: float = 0.07
     repeats: bool = False
     together: tuple[float, ...] = ()
+    memory: int = 0
     chunk: int = 0
     teacher: KnowledgeMLLM | None = None
     blended: bool = False
@@ -141,7 +144,7 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         chunk=chunk, teacher=teacher, blended=bool(model.blend.kind),
         **{name: getattr(model, name) for name in (
             'form', 'withhold', 'word_dropout', 'modality_dropout', 'session_dropout', 'normalise',
-            'temperature', 'repeats', 'lora_by_kind', 'reread')})
+            'temperature', 'repeats', 'memory', 'lora_by_kind', 'reread')})
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,

@@ -276,7 +276,9 @@ class Recommender:
         Returns:
           Items int32 [S, M] and float32 [S, M], see `scorers.session_shifts`.
         """
-        parts = [self._shifts(self._weights, calls.filled(part)) for part in calls.parts(rows)]
+        with self._dispatching:
+            parts = [self._shifts(self._weights, self._z, calls.filled(part))
+                     for part in calls.parts(rows)]
         if parts[0] is None:
             return None
         items, shifts = (np.concatenate(x)[:len(rows)] for x in zip(*parts, strict=True))

@@ -123,11 +123,11 @@ def searcher(encode: Callable, shifts: Callable) -> Callable:
 
     Args:
       encode: (weights, z, items int32 [B, N]) -> h float32 [B, D].
-      shifts: (weights, items) -> (items [B, M], shifts of their scores [B, M]) or None; see
+      shifts: (weights, z, items) -> (items [B, M], shifts of their scores [B, M]) or None; see
         `scorers.ranker`.
     """
     def search(weights, z, count, items, allowed=None, boosts=None, *, k):
-        moved = [pair for pair in (shifts(weights, items), boosts) if pair is not None]
+        moved = [pair for pair in (shifts(weights, z, items), boosts) if pair is not None]
         moved = tuple(jnp.concatenate(x, axis=1) for x in zip(*moved, strict=True)) or None
         return top_k(encode(weights, z, items), z, count, k, moved=moved, allowed=allowed)
 

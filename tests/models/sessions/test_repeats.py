@@ -47,7 +47,7 @@ def shifted(scores, items, shift):
     return scores
 
 
-def shift_of(weights, items):
+def shift_of(weights, z, items):
     """Items and shifts in whole numbers, so that ties are many."""
     return items, jnp.round(4 * repeats.last(repeats.shifts(jnp.asarray(TABLE), items), items))
 
@@ -61,7 +61,7 @@ def test_ranks_of_shifted_scores(way, chunk, rows):
     devices = ONE if way == 'jit' else devices_lib.choose(way, 8)
     *found, nll = scorers.ranker(last, devices, shifts=shift_of, chunk=chunk)(
         weights, z, items, target, rows=rows, power=0.5)
-    scores = shifted(np.asarray(last(weights, z, items)) @ z.T, *shift_of(None, items))
+    scores = shifted(np.asarray(last(weights, z, items)) @ z.T, *shift_of(None, z, items))
     plain = scorers.ranker(last, ONE)(weights, z, items, target)
     assert (found[0] != plain[0]).any()
     np.testing.assert_allclose(nll, metrics.nll(0.5 * scores, target), rtol=1e-5, atol=1e-5)
