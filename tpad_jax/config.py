@@ -229,6 +229,9 @@ def mllm() -> ConfigDict:
         # the most tokens of a text, and steps and learning rate of stage knowledge
         own=dict(vocab=4096, text_length=64, steps=200, learning_rate=3e-3),
         text_length=32,  # tokens of an item's text; a longer text is cut
+        # share of the weights of the decoder's layers that are set to zero before any stage
+        # (features/prune.py), by 'tamp', 'wanda' or 'magnitude'. 0: none
+        prune=0.0, prune_by='tamp',
         # the options below are for checkpoints
         param_dtype='float32',  # of parameters in memory; 'bfloat16' halves a frozen base
         dtype='float32',  # of the computation; norms, softmax and losses stay float32

@@ -13,11 +13,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.config import MAKES
 from tpad_jax.core import console as console_lib
+from tpad_jax.core.files import write_json
 from tpad_jax.data import batches as batches_lib
-from tpad_jax.diagnostics import snapshots
+from tpad_jax.diagnostics import clouds, snapshots
+from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation import likelihood, metrics
 from tpad_jax.job.background import COMPILE
+from tpad_jax.models import readers
 from tpad_jax.training import federated, profiling
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
@@ -141,6 +144,40 @@ def fit(job, name, stage, spec, params=None, steps=None):
             record = record | {'valid': validated(bind(tree, catalogue), job, name)}
         out = trained, rows, record
     return out
+
+
+def pruned(job, console) -> dict:
+    """Prune the base as config.mllm.prune says; print and write what that changed.
+
+    WORKDIR/prune.json has the record of `prune.pruned`, and how much k of the calibration items
+    moved: their linear CKA and mean cosine.
+
+    Returns:
+      All parameters {path: array}.
+
+    Raises:
+      InputError: the base is not read from files.
+    """
+    from tpad_jax.features import prune  # only where it is on
+
+    c, before = job.config.mllm, job.nested()
+    refuse_if('base' not in job.base.given, f'config.mllm.prune={c.prune}: the base is drawn '
+              "at random for a tokenizer of its own. Fix: set it to 0, or config.mllm.tokenizer=''")
+    after, record = prune.pruned(job.spec, before, job.content, share=c.prune, by=c.prune_by,
+                                 seed=job.config.seed)
+    read = compiled(partial(readers.read_items, job.spec, adapter='knowledge'), seldom=True)
+    items = dict(zip(('image', 'has_image', 'tokens'), prune.sample(job.content, job.config.seed),
+                     strict=True))
+    x, y = (np.asarray(read(params, **items)).reshape(len(items['tokens']), -1)
+            for params in (before, after))
+    cosine = (x * y).sum(axis=1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
+    record = {'by': c.prune_by, **record, 'k': {'cka': clouds.linear_cka(x, y),
+                                                'cosine': float(cosine.mean())}}
+    write_json(job.workdir / 'prune.json', record)
+    console_lib.say(console, f'pruned by {c.prune_by}: zeros per layer '
+                    f'{" ".join(f"{100 * x:.0f}" for x in record["zeros"])} %; k before and after: '
+                    f'CKA {record["k"]["cka"]:.3f}, cosine {record["k"]["cosine"]:.3f}')
+    return flatten_dict(after, sep='/')
 
 
 def compile_ahead(job, stages, shapes: dict) -> None:

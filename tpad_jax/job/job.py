@@ -120,8 +120,7 @@ class Job:
             c, words, self.texts = tokenizers.fitted(
                 c, data.texts, bases.read(c, pictures).directory, where / 'tokenizer',
                 reads=bool(MAKES.keys() & set(stages)))
-            self.config, base = c, bases.read(c, pictures)
-            self.base = base
+            self.config, self.base = c, (base := bases.read(c, pictures))
             self.content = catalogue.content(
                 data, where, image_size=base.image_size if pictures else 0,
                 text_length=c.mllm.text_length, bad_share=c.data.bad_share,
@@ -169,10 +168,11 @@ class Job:
         fitting.compile_ahead(self, stages, every)
         placed = self.devices.own.shardings if self.devices.own.model > 1 else lambda shapes: None
         loaded = base.load(held := {n: shapes[n] for n in base.given}, placed(held))
-        if teacher:
-            loaded = loaded | {'teacher': teacher.load(placed(teacher.shapes))}
+        loaded = loaded | ({'teacher': teacher.load(placed(teacher.shapes))} if teacher else {})
         params = step.without(make, base.given)(**given)
         self.params = flatten_dict({**params, **loaded}, sep='/') | self.taken
+        if c.mllm.prune:
+            self.params = fitting.pruned(self, console)
 
     def _check_patterns(self, stages):
         """Refuse settings that fit no parameter before anything is compiled or trained."""

@@ -147,6 +147,7 @@ RULES = {key: rule for rule, keys in (
     (choice(ENCODERS), 'model.encoder'),
     (choice(('item', 'compressed', 'recurrent', 'full')), 'model.form'),
     (choice(critics.KINDS), 'model.critics.*'),
+    (number(0, 0.8), 'mllm.prune'), (choice(('tamp', 'wanda', 'magnitude')), 'mllm.prune_by'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),
     (choice(CATALOGUES), 'data.catalogue'), (choice(missing.PARTS), 'data.missing.of'),

@@ -89,6 +89,11 @@ def check(config, among=None) -> tuple[str, ...]:
               'not a file. Expected item features as in tpad_jax/data/sources/external_features.py')
     base = bases.read(config)
     bases.teacher(config, base)
+    trained = any(re.search(config.stage[stage].train, 'base/decoder/layers/') for stage in stages)
+    refuse_if(config.mllm.prune and (trained or isinstance(base.module, Bert)
+                                     or not MAKES.keys() & set(stages)), 'config.mllm.prune='
+              f'{config.mllm.prune}: it prunes the frozen decoder of an MLLM that reads items. '
+              'Fix: set it to 0, or name such an MLLM and a stage that reads items')
     if isinstance(base.module, Bert):
         _check_text_encoder(config, stages)
         return stages

@@ -26,6 +26,20 @@ def rotate(x, cos, sin):
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
+def received(q, k, allowed):
+    """Compute the attention that each token receives, the mean over heads and queries: [B, L].
+
+    Args:
+      q: float [B, L, H, hd].
+      k: float [B, L, KV, hd].
+      allowed: bool [B, 1, L, L]. The tokens that each token sees.
+    """
+    k = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    scores = jnp.einsum('blhd,bshd->bhls', q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(allowed, scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(scores).mean(axis=(1, 2))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale, in float32. [..., D] -> [..., D]."""
 
@@ -71,6 +85,8 @@ class Attention(nn.Module):
             allowed = allowed & jnp.tril(jnp.ones((x.shape[1],) * 2, bool))[None, None]
         # A padded first position would see no key, and its softmax would be NaN. It sees itself.
         allowed = allowed | jnp.eye(x.shape[1], dtype=bool)[None, None]
+        if self.is_mutable_collection('intermediates'):  # only where somebody looks
+            self.sow('intermediates', 'received', received(q, k, allowed))
         y = jax.nn.dot_product_attention(q, k, v, mask=allowed)
         return Linear(width, name='o')(einops.rearrange(y, '... h d -> ... (h d)'))
 

@@ -212,6 +212,7 @@ def _reader(job, bound) -> dict:
     return {path: x for path, x in flat.items()
             if any(path.startswith(f'{root}/') for root in roots)
             and (not path.startswith('base/') or 'base' not in job.base.given
+                 or job.config.mllm.prune
                  or any(re.search(r, path) for r in train if r))}
 
 

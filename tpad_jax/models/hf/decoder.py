@@ -13,7 +13,7 @@ import numpy as np
 
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.layers import attend, rematerialised
-from tpad_jax.nn.attention import RMSNorm, rotate
+from tpad_jax.nn.attention import RMSNorm, received, rotate
 from tpad_jax.nn.linear import STACKED, Linear, gated
 
 
@@ -94,6 +94,8 @@ class Attention(nn.Module):
                                              (number, 0, index, 0, 0))
                 for old, new in zip(cache, (k, v), strict=True))
             k, v = (jax.lax.dynamic_index_in_dim(c, number, keepdims=False) for c in cache)
+        if self.is_mutable_collection('intermediates') and cache is None and at is None:
+            self.sow('intermediates', 'received', received(q, k, allowed))
         y = attend(q, k.astype(q.dtype), v.astype(q.dtype), allowed, self.how)
         return Linear(s.width, name='o')(einops.rearrange(y, 'b l h d -> b l (h d)')), cache
 
