@@ -26,7 +26,7 @@ def unit(x):
 def drawn(count=40, seed=0):
     """A memory of two entries a session, and prefixes that come later."""
     rng = np.random.default_rng(seed)
-    gate = lookup.GATE.init(jax.random.key(seed), jnp.zeros((1, 2 * D + 2)))['params']
+    gate = lookup.GATE.init(jax.random.key(seed), jnp.zeros((1, D + 2)))['params']
     memory = {'h': unit(rng.normal(size=(count, D))).astype(np.float32), 'gate': gate,
               'next': rng.integers(1, V + 1, count).astype(np.int32),
               'session': np.repeat(np.arange(count // 2), 2).astype(np.int32),
@@ -42,7 +42,7 @@ def expected(memory, h):
         cosine = m['h'] @ x
         for entry in np.argsort(-cosine)[:MOST]:
             age = (count - m['session'][entry]) / count
-            read = np.concatenate([x, m['h'][entry], [cosine[entry], age]])
+            read = np.concatenate([D * x * m['h'][entry], [cosine[entry], age]])
             inner = read @ m['gate']['in']['kernel'] + m['gate']['in']['bias']
             inner = np.asarray(jax.nn.gelu(inner))
             logit = inner @ m['gate']['out']['kernel'] + m['gate']['out']['bias']

@@ -97,9 +97,9 @@ def gate(memory: dict, most: int, *, seed: int = 0) -> dict:
     find = compiled(partial(lookup.nearest, most=most))
     parts = [(part, *find(memory, memory['h'][part], session=memory['session'][part]))
              for part in np.split(drawn, len(drawn) // ROWS)]
-    width = 2 * memory['h'].shape[1] + 2
+    width = memory['h'].shape[1] + 2
     params = lookup.GATE.init(jax.random.key(seed), jnp.zeros((1, width)))['params']
-    tx = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+    tx = optax.adamw(optax.cosine_decay_schedule(RATE, STEPS), weight_decay=0.01)
 
     def loss(gate, memory, part, entry, cosine, age):
         right = memory['next'][entry] == memory['next'][part][:, None]
@@ -110,7 +110,7 @@ def gate(memory: dict, most: int, *, seed: int = 0) -> dict:
 
     @compiled
     def step(params, state, *inputs):
-        updates, state = tx.update(jax.grad(loss)(params, *inputs), state)
+        updates, state = tx.update(jax.grad(loss)(params, *inputs), state, params)
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)

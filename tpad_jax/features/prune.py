@@ -24,7 +24,7 @@ WAYS = 'tamp', 'wanda', 'magnitude'
 ITEMS, ROWS = 64, 8  # calibration items, and those of a call
 MOST = 0.8  # of a layer's weights that are pruned
 NEAR = 3  # neighbours of a token
-LIMIT = 0.1  # MMD^2 of all tokens and the chosen ones at which no more are chosen
+LIMIT = 0.05  # MMD^2 of all tokens and the chosen ones at which no more are chosen
 
 
 def record(call, args, kwargs, context):

@@ -4,12 +4,13 @@ The memory holds the vector h_m of every training prefix and the item that came 
 the vector h retrieves the nearest entries by cosine, and the score of item i is shifted by
 
     strength * log(1 + sum over entries m of g_m [next_m = i] / floor),
-    g_m = sigmoid(MLP(h, h_m, cosine, age))
+    g_m = sigmoid(MLP(h * h_m, cosine, age))
 
 g is the probability that an entry's next item is the right one ("adaptive selection"), so entries
 that do not fit count little however near they are. Source: RA-BLIP (arXiv 2410.14154), sections 3.3
 and 3.4 [paper], where the entries are texts and images and a language model reads them. The shift
-is [ours]; strength and floor are two numbers, since g reads h already.
+is [ours]. A gate that reads h and h_m side by side learns no more than how frequent an item is;
+their product tells on which axes they agree [ours].
 
 evaluation/memory.py makes a memory. It is a part of a recommender's parameters, {'h': float32
 [n, D] of length one, 'next' and 'session': int32 [n], rising; 'strength', 'floor', 'gate'}.
@@ -51,9 +52,8 @@ def logits(memory, h, entry, cosine, age):
     if 'gate' not in memory:
         return jnp.where(jnp.isfinite(cosine), jnp.inf, -jnp.inf)
     there = jnp.isfinite(cosine)
-    h = jnp.broadcast_to(unit(h)[:, None], (*entry.shape, h.shape[1]))
-    x = jnp.concatenate([h, memory['h'][entry], jnp.where(there, cosine, 0)[..., None],
-                         age[..., None]], axis=-1)
+    both = unit(h)[:, None] * memory['h'][entry] * h.shape[1]  # about 1 per axis where they agree
+    x = jnp.concatenate([both, jnp.where(there, cosine, 0)[..., None], age[..., None]], axis=-1)
     return jnp.where(there, GATE.apply({'params': memory['gate']}, x)[..., 0], -jnp.inf)
 
 
