@@ -21,12 +21,19 @@ SYSTEMS = {
     'damc': {'model.lora_by_kind': True, 'model.blend.kind': 'damc', 'model.blend.weights': '2,1',
              'stages': 'knowledge,transfer,recommend', 'stage.transfer.fresh': '',
              'losses.distil.weight': 0.0, 'losses.discrepancy.weight': 0.0},
+    # a larger MLLM, config.mllm.teacher, teaches the heads alone; then the texts teach heads and
+    # adapters; then both do
+    'llava_kd': {'stage.knowledge.steps': 90, 'stage.knowledge.later': (('^lora/', 1 / 3),),
+                 'losses.gen_knowledge.schedule': ((0, 0.0), (29, 0.0), (30, 1.0))}
+    | {f'losses.{name}.{key}': value for name in ('teach_text', 'teach_image', 'teach_relations')
+       for key, value in (('weight', 1.0), ('schedule', (
+           (0, 1.0), (29, 1.0), (30, 0.0), (59, 0.0), (60, 1.0))))},
     # sessions are summarised block by block; the other parts are docs/systems/mllm_msr.md
     'mllm_msr': {'model.form': 'recurrent', 'model.block': 3},
 }
 UNTAUGHT = ('damc',)  # the Transfer-MLLM learns in stage transfer, as in configs/ablations.py:full
 # names that have no implementation yet
-PLANNED = ('llava_kd', 'intents', 'tamp', 'ra_blip', 'llm_lasso')
+PLANNED = ('intents', 'tamp', 'ra_blip', 'llm_lasso')
 
 
 def get_config(name: str = ''):

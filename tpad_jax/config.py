@@ -332,6 +332,7 @@ def stage(**changes) -> ConfigDict:
         schedule='cosine',  # to zero at the last step, or 'constant'
         warmup=0.05,  # share of the steps
         rates=(),  # ((regex over parameter paths, factor), ...): factors of the learning rate
+        later=(),  # ((regex, share of the steps), ...): parameters that learn only from then on
         weight_decay=0.01,  # of matrices, not of biases and norms
         clip=1.0,  # largest global norm of the gradient
         eval_every=0,  # steps between validations; 0: none, and the last step is kept

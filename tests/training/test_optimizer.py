@@ -49,6 +49,16 @@ def test_a_rate_is_a_learning_rate_of_its_own(optimiser):
         np.testing.assert_allclose(found[path], expected, rtol=1e-5)
 
 
+def test_parameters_that_learn_later_stand_still_until_then():
+    tx = optimizer.optimizer(stage(optimiser='sgd', learning_rate=1.0, later=(('^critic/', 0.2),)))
+    plain = steps(optimizer.optimizer(stage(optimiser='sgd', learning_rate=1.0)), 1)
+    for count, moved in ((2, 0), (3, 1), (5, 3)):  # a fifth of ten steps
+        found = steps(tx, count)
+        np.testing.assert_allclose(found['club/w'], 1 - 0.3 * count, rtol=1e-5)
+        np.testing.assert_allclose(found['critic/align/w'], 2 + 0.1 * moved, rtol=1e-5)
+    np.testing.assert_allclose(plain['critic/align/w'], 2.1)
+
+
 def test_rates_of_several_patterns_multiply():
     tx = optimizer.rated(optax.sgd(1.0), (('^c', 2.0), ('align', 0.25)))
     updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)

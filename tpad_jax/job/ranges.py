@@ -165,6 +165,7 @@ RULES = {key: rule for rule, keys in (
     (PATTERN, 'model.lora_targets stage.*.train'),
     # regular expressions over parameter paths, and factors of the learning rate
     (pairs(PATTERN, number(0, above=True)), 'stage.*.rates'),
+    (pairs(PATTERN, number(0, 1)), 'stage.*.later'),
     # steps, and factors of the weight
     (pairs(COUNT_OR_NONE, number(0)), 'losses.*.schedule'),
 ) for key in keys.split()}

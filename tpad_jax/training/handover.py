@@ -37,6 +37,7 @@ def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
         trained, _ = optimizer.split({**params, **dict.fromkeys(modules)}, c.train, modules)
         rates = [rate for rate in c.rates if not (modules and 'loss' in rate[0])]
         optimizer.check_rates(rates, trained)
+        optimizer.check_rates(c.later, trained, 'later')
     except InputError as error:
         raise InputError(f'config.stage.{stage}: {error}') from error
     refuse_if('cluster' in spec.needs and config.model.clusters > items, 'config.model.clusters='

@@ -3,6 +3,7 @@
 import math
 import re
 
+import jax.numpy as jnp
 import optax
 
 from tpad_jax.errors import refuse_if
@@ -53,20 +54,21 @@ def schedule(stage):
                                               max(stage.steps, warmup + 1))
 
 
-def check_rates(rates, paths) -> None:
+def check_rates(rates, paths, option: str = 'rates') -> None:
     """Refuse a pattern of `rates` that matches no trained parameter.
 
     Args:
       rates: ((regex over parameter paths, factor), ...).
       paths: of the trained parameters.
+      option: of the stage, whose patterns these are.
 
     Raises:
       InputError: a pattern matches none of them.
     """
     for pattern, _ in rates:
         refuse_if(not any(re.search(pattern, path) for path in paths),
-                  f'rates: the pattern {pattern!r} matches no trained parameter. Expected a regex '
-                  f'over paths such as {min(paths)!r}')
+                  f'{option}: the pattern {pattern!r} matches no trained parameter. Expected a '
+                  f'regex over paths such as {min(paths)!r}')
 
 
 def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformation:
@@ -90,6 +92,32 @@ def rated(tx: optax.GradientTransformation, rates) -> optax.GradientTransformati
     return optax.chain(tx, optax.stateless(scale)) if rates else tx
 
 
+def postponed(tx: optax.GradientTransformation, later, steps: int) -> optax.GradientTransformation:
+    """Keep some parameters as they are until later in a stage.
+
+    Args:
+      tx: the optimizer.
+      later: ((regex over parameter paths, share of the steps), ...). The last match counts.
+      steps: of the stage.
+
+    Returns:
+      `tx` followed by zeros for these parameters until then.
+
+    Raises:
+      InputError: at the first use, a regex matches no trained parameter.
+    """
+    def update(updates, count, params=None):
+        del params
+        check_rates(later, updates, 'later')
+        begin = {path: share * steps for pattern, share in later for path in updates
+                 if re.search(pattern, path)}
+        return {path: jnp.where(count < begin.get(path, 0), 0, x) for path, x in updates.items()
+                }, count + 1
+
+    return optax.chain(tx, optax.GradientTransformation(
+        lambda params: jnp.int32(0), update)) if later else tx
+
+
 def optimizer(stage) -> optax.GradientTransformation:
     """Make the optimizer that config.stage.*.optimiser names.
 
@@ -111,4 +139,4 @@ def optimizer(stage) -> optax.GradientTransformation:
     else:
         tx = optax.chain(optax.clip_by_global_norm(stage.clip),
                          optax.adamw(schedule(stage), weight_decay=decay, mask=decays))
-    return rated(tx, stage.rates)
+    return postponed(rated(tx, stage.rates), stage.later, stage.steps)
