@@ -64,7 +64,7 @@ def representative(x, attention, there):
 
     Args:
       x: float [L, D]. A layer's input.
-      attention: float [L]. What each token receives.
+      attention: float [L]. Received by each token.
       there: bool [L]. False is padding.
 
     Returns:

@@ -147,7 +147,7 @@ def fit(job, name, stage, spec, params=None, steps=None):
 
 
 def pruned(job, console) -> dict:
-    """Prune the base as config.mllm.prune says; print and write what that changed.
+    """Prune the base by config.mllm.prune; print and write the changes.
 
     WORKDIR/prune.json has the record of `prune.pruned`, and how much k of the calibration items
     moved: their linear CKA and mean cosine.
@@ -162,7 +162,7 @@ def pruned(job, console) -> dict:
 
     c, before = job.config.mllm, job.nested()
     refuse_if('base' not in job.base.given, f'config.mllm.prune={c.prune}: the base is drawn '
-              "at random for a tokenizer of its own. Fix: set it to 0, or config.mllm.tokenizer=''")
+              "at random for a new tokenizer. Fix: set it to 0, or config.mllm.tokenizer=''")
     after, record = prune.pruned(job.spec, before, job.content, share=c.prune, by=c.prune_by,
                                  seed=job.config.seed)
     read = compiled(partial(readers.read_items, job.spec, adapter='knowledge'), seldom=True)
