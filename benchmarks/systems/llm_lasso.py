@@ -1,14 +1,14 @@
 """LLM-Lasso: what a prior over pairs of attributes is worth to the rule `content_lasso`.
 
 Planted worlds with few training sessions. Arms: no prior; the pairs of the planted law, whose
-weights a text LLM could guess ('right'); the same importances at random pairs ('permuted').
+weights a text LLM could guess ('right'); the same importances at random pairs ('permuted'); and
+the sizes of the weights that 1,500 sessions of another catalogue of the same law gave ('learnt').
 Strength and gamma are chosen on validation sessions in every arm.
 """
 
 from benchmarks.systems import Cell, Test, planted
 
-ARMS, SIZES, WORLDS = ('none', 'right', 'permuted'), (100, 250, 500, 1500), range(5)
-STRENGTHS, GAMMAS = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2), (0.0, 0.5, 1.0, 2.0)
+ARMS, SIZES, WORLDS = ('none', 'right', 'permuted', 'learnt'), (500, 100, 250, 50), range(5)
 MEASURES = {'share': (100, 1), 'share, cold': (100, 1), 'nll': (1, 3), 'gamma': (1, 2),
             'strength': (1, 4)}
 TESTS = [test for size in SIZES for test in (
@@ -16,7 +16,7 @@ TESTS = [test for size in SIZES for test in (
 
 
 def cells():
-    """The smallest trainings first."""
+    """Size by size, that of the claim first."""
     return [Cell(arm, f'{size}', world) for size in SIZES for world in WORLDS for arm in ARMS]
 
 
@@ -47,34 +47,43 @@ def law(world, names):
     return out
 
 
-def run(cell, place):
-    """Fit every strength and gamma, and test the one with the best likelihood on validation."""
-    import numpy as np
-
+def job_of(place, seed, size, law_seed=None):
+    """The data of a planted catalogue, without a model."""
     from configs import amazon
-    from tpad_jax.baselines import content_lasso
     from tpad_jax.data.synthetic import planted as planted_lib
     from tpad_jax.job.job import Job
 
-    c = amazon.get_config()
-    c.data.planted.update(seed=cell.world, train=int(cell.on))
-    place.workdir.mkdir(parents=True, exist_ok=True)
-    job = Job(c, place.workdir, place.stopping)
+    c, workdir = amazon.get_config(), place.workdir.parent / f'data{seed}_{size}'
+    c.data.planted.update(seed=seed, train=size, law_seed=law_seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    job = Job(c, workdir, place.stopping)
     job.probabilities = planted_lib.catalogue_probabilities(job.planted, job.data.asins)
-    known, gammas = content_lasso.attributes(job.data), (0.0,)
-    if cell.arm != 'none':
+    return job
+
+
+def run(cell, place):
+    """Fit with the strength and gamma that validation chooses, and test."""
+    import numpy as np
+
+    from tpad_jax.baselines import content_lasso
+
+    job = job_of(place, cell.world, int(cell.on))
+    known = content_lasso.attributes(job.data)
+    prior = place.workdir.parent / f'{cell.arm}{cell.world}.csv'
+    if cell.arm == 'learnt' and not prior.is_file():
+        other = job_of(place, 1000 + cell.world, 1500, law_seed=cell.world)
+        theirs = content_lasso.attributes(other.data)
+        content_lasso.write_prior(prior, theirs, content_lasso.choose(
+            other.data.train, other.valid, other.data.num_items, theirs)['weights'])
+    elif cell.arm in ('right', 'permuted'):
         importance = law(job.planted, known.names)
         if cell.arm == 'permuted':
             importance = np.random.default_rng(cell.world).permutation(
                 importance.ravel()).reshape(importance.shape)
-        content_lasso.write_prior(place.workdir / 'prior.csv', known, importance)
-        known, gammas = content_lasso.attributes(job.data, place.workdir / 'prior.csv'), GAMMAS
-    rows, best = job.valid, (np.inf,)
-    for strength in STRENGTHS:
-        for gamma in gammas:
-            score = content_lasso.fit_content_lasso(job.data.train, job.data.num_items, known,
-                                                    strength, gamma)
-            own = score(rows.items)[np.arange(len(rows.target)), rows.target]
-            best = min(best, (-np.log(own).mean(), gamma, strength, score), key=lambda x: x[0])
-    nll, gamma, strength, score = best
-    return {**planted(job, score), 'nll': nll, 'gamma': gamma, 'strength': strength}
+        content_lasso.write_prior(prior, known, importance)
+    if cell.arm != 'none':
+        known = content_lasso.attributes(job.data, prior)
+    chosen = content_lasso.choose(job.data.train, job.valid, job.data.num_items, known)
+    score = content_lasso.scorer(known, chosen.pop('weights'), content_lasso.log_popularity(
+        job.data.train, job.data.num_items))
+    return {**planted(job, score), **chosen}

@@ -9,7 +9,10 @@ transitions of sessions is a choice of this project [ours].
 """
 
 import csv
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +22,7 @@ import scipy.sparse as sp
 
 from tpad_jax.core import files
 from tpad_jax.data.catalogue import Data
-from tpad_jax.data.sessions import Sessions, counts
+from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import InputError, refuse_if, refusing
 
 MOST = 256  # attributes that are read, the most frequent ones
@@ -28,6 +31,7 @@ CELLS = 2**22  # scores that a fit reads: of more rows it draws a sample
 LEAST = 0.03  # importance of a pair that the prior does not name, relative to the largest one
 PLACES = 'first', 'last'  # of the item of the prefix that has the earlier attribute
 FIELDS = 'place', 'before', 'after', 'importance'  # columns of a prior's file
+STRENGTHS, GAMMAS = (2e-2, 1e-2, 5e-3, 2.5e-3, 1e-3), (0.0, 1.0, 2.0)  # that `choose` tries
 
 
 class Attributes(NamedTuple):
@@ -47,37 +51,63 @@ class Attributes(NamedTuple):
     record: dict = {}  # noqa: RUF012, it is never changed
 
 
+def named(texts: Iterable[str], side: np.ndarray, vocabulary: dict) -> Iterator[set[str]]:
+    """Yield the names of each item's attributes, such as 'word=red' and 'brand=acme'.
+
+    Args:
+      texts: of n items.
+      side: int [n, S]. Ids of side features, 0 for none.
+      vocabulary: of the side features, or {}: their names are 'side1=3' and so on.
+    """
+    fields = list(vocabulary.items()) or [(f'side{j + 1}', ()) for j in range(side.shape[1])]
+    labels = [(field, values if values and isinstance(values[0], str) else None)
+              for field, values in fields]
+    for text, ids in zip(texts, side.tolist(), strict=True):
+        yield {f'word={word}' for word in re.findall(r'\w+', text.lower())} | {
+            f'{field}={values[id_ - 1] if values else id_}'
+            for (field, values), id_ in zip(labels, ids, strict=True) if id_}
+
+
+def held(items: Iterable[set[str]], names: list[str]) -> sp.csr_array:
+    """Look up which attributes n items have: csr float [n, A] of 0 and 1."""
+    number = {name: j for j, name in enumerate(names)}
+    cells = [sorted(number[name] for name in item & number.keys()) for item in items]
+    ends = np.cumsum([0, *map(len, cells)])
+    columns = np.array([j for row in cells for j in row], int)
+    return sp.csr_array((np.ones(len(columns)), columns, ends), shape=(len(cells), len(names)))
+
+
+def wanted(config, data: Data) -> Attributes | None:
+    """Read the attributes if a baseline or an expert of the config reads them.
+
+    Raises:
+      InputError: as of `attributes`; or there is a prior that neither reads.
+    """
+    reads = 'content_lasso' in config.baselines.split(',') or 'lasso' in config.experts.split(',')
+    refuse_if(config.data.prior and not reads, f'config.data.prior={config.data.prior!r}: nothing '
+              'reads it. Expected content_lasso in config.baselines, or lasso in config.experts. '
+              'Fix: add one, or leave the prior out.')
+    return attributes(data, config.data.prior) if reads else None
+
+
 def attributes(data: Data, prior: str | Path = '') -> Attributes:
-    """Read the attributes of a catalogue, and the prior of a file.
+    """Read the most frequent attributes of a catalogue, and the prior of a file.
 
     Args:
       data: the catalogue.
       prior: CSV file with the columns FIELDS: 'last,word=phone,word=case,0.9'; '': none.
 
     Raises:
-      InputError: no two items share a word, or the prior is unusable.
+      InputError: no two items share an attribute, or the prior is unusable.
     """
-    from sklearn.feature_extraction.text import CountVectorizer  # slow to import
-
-    vectorizer = CountVectorizer(binary=True, min_df=2, max_features=MOST,
-                                 token_pattern=r'(?u)\b\w+\b')
-    with refusing(ValueError, 'content_lasso: no two texts of items share a word',
-                  'Expected item texts. Fix: leave it out of config.baselines'):
-        parts = [sp.csr_array(vectorizer.fit_transform(data.texts), dtype=float)]
-    names = [f'word={word}' for word in vectorizer.get_feature_names_out()]
-    fields = list(data.vocabulary.items()) or [
-        (f'side{j + 1}', ()) for j in range(data.side.shape[1])]
-    for (field, values), ids, size in zip(fields, data.side.T, data.side_sizes, strict=True):
-        hot = sp.csr_array((np.ones(len(ids)), (np.arange(len(ids)), ids)), shape=(len(ids), size))
-        parts.append(hot[:, 1:])
-        labels = values if values and isinstance(values[0], str) else range(1, size)
-        names += [f'{field}={label}' for label in labels]
-    rows = sp.csr_array(sp.hstack(parts))
-    held = rows.sum(axis=0)
-    chosen = np.sort(np.argsort(-held * (held < data.num_items), kind='stable')[:MOST])
-    chosen = chosen[(held[chosen] > 1) & (held[chosen] < data.num_items)]
-    out = Attributes(rows[:, chosen], [names[j] for j in chosen])
-    return out if not prior else read_prior(out, Path(prior))
+    items = list(named(data.texts, data.side, data.vocabulary))
+    held_by = Counter(name for item in items for name in item)
+    names = sorted(name for name, n in held_by.items() if 1 < n < data.num_items)
+    refuse_if(not names, 'content_lasso: no two items share a word or a side feature. Expected '
+              'item texts. Fix: leave it out of config.baselines, and lasso of config.experts.')
+    names = sorted(sorted(names, key=lambda name: -held_by[name])[:MOST])
+    known = Attributes(held(items, names), names)
+    return read_prior(known, Path(prior)) if prior else known
 
 
 def read_prior(known: Attributes, file: Path) -> Attributes:
@@ -221,16 +251,43 @@ def fit_content_lasso(train: Sessions, num_items: int, features: np.ndarray | At
     """
     if not isinstance(features, Attributes):
         features = Attributes(sp.csr_array(features), [f'{j}' for j in range(features.shape[1])])
-    rows, bias = features.rows, log_popularity(train, num_items)
-    first, last = weights_of(train, num_items, features, strength, gamma)
-    later = rows.toarray().T
+    weights = weights_of(train, num_items, features, strength, gamma)
+    return scorer(features, weights, log_popularity(train, num_items))
 
-    def scorer(items):
+
+def scorer(known: Attributes, weights: np.ndarray, bias: np.ndarray) -> Callable:
+    """Make the scorer of weights float [2, A, A] and a bias [V + 1]: probabilities."""
+    rows, later = known.rows, known.rows.toarray().T
+
+    def scores(items):
         latest = items[np.arange(len(items)), np.maximum((items > 0).sum(axis=1) - 1, 0)]
-        query = rows[items[:, 0]] @ first + rows[latest] @ last
+        query = rows[items[:, 0]] @ weights[0] + rows[latest] @ weights[1]
         # rounded: a row's scores do not depend on the other rows, although BLAS may add differently
-        scores = (query @ later + bias).round(9)
-        share = np.exp(scores - scores.max(axis=1, keepdims=True))
+        logits = (query @ later + bias).round(9)
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
         return (share / share.sum(axis=1, keepdims=True)).astype(np.float32)
 
-    return scorer
+    return scores
+
+
+def choose(train: Sessions, valid: Rows, num_items: int, known: Attributes) -> dict:
+    """Choose strength and gamma by the likelihood of validation.
+
+    Args:
+      train: S sessions.
+      valid: validation rows; of many, the first ones are read.
+      num_items: V.
+      known: attributes and prior.
+
+    Returns:
+      {'strength', 'gamma', 'nll'}, and 'weights' float64 [2, A, A] of the fit.
+    """
+    bias, best = log_popularity(train, num_items), {'nll': np.inf}
+    valid = Rows(*(x[valid.target > 0][:max(256, CELLS // num_items)] for x in valid))
+    for gamma, strength in product(GAMMAS if known.importance is not None else (0.0,), STRENGTHS):
+        weights = weights_of(train, num_items, known, strength, gamma)
+        own = scorer(known, weights, bias)(valid.items)[np.arange(len(valid.target)), valid.target]
+        nll = float(-np.log(np.maximum(own, 1e-30)).mean())
+        if nll < best['nll']:
+            best = {'strength': strength, 'gamma': gamma, 'nll': nll, 'weights': weights}
+    return best
