@@ -6,8 +6,12 @@ before anything is distilled. docs/systems/index.md has what each gave and when 
 
 from tpad_jax import config
 
+DEFAULT = config.get_config()
 # {name: {config key: value}}
 SYSTEMS = {
+    # what follows by words and side values, with a prior (data.prior), as a rule and in the score
+    'llm_lasso': {'baselines': f'{DEFAULT.baselines},content_lasso',
+                  'experts': f'{DEFAULT.experts},lasso'},
     # the Transfer-MLLM also learns how a session is distributed over clusters of items
     'p2rec': {'model.clusters': 32, 'losses.clusters.weight': 0.3,
               'losses.clusters.stages': 'teach'},
@@ -33,7 +37,7 @@ SYSTEMS = {
 }
 UNTAUGHT = ('damc',)  # the Transfer-MLLM learns in stage transfer, as in configs/ablations.py:full
 # names that have no implementation yet
-PLANNED = ('intents', 'tamp', 'ra_blip', 'llm_lasso')
+PLANNED = ('intents', 'tamp', 'ra_blip')
 
 
 def get_config(name: str = ''):

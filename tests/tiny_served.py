@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs import amazon
 from tests import tiny_base
+from tpad_jax.baselines import content_lasso
 from tpad_jax.config import names, partnered
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Content, Data
@@ -67,7 +68,8 @@ def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, *
 
     Args:
       base: of tiny_base.write. mllm: False: of item ids alone. partner: config.partner.
-      reads: the catalogue's rows are read by the MLLM, and not random. mixed: with experts.
+      reads: the catalogue's rows are read by the MLLM, and not random.
+      mixed: with experts; 'lasso': with that one, too.
       model: changes of config.model.
 
     Returns:
@@ -100,8 +102,14 @@ def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, *
         rows |= encoder.Encoder(made[0][0], content, ('k', 'r'))(made[0][1])
     specs, params = zip(*made, strict=True)
     several = len(specs) > 1
-    mixture = experts.mixture(experts.Fit(WEIGHTS, 0.0, 1, 0.85), experts.tables(
-        data.train, V, rows['k'] if mllm else None, ordered=True)) if mixed else None
+    mixture = None
+    if mixed:
+        table = experts.tables(data.train, V, rows['k'] if mllm else None, ordered=True)
+        if mixed == 'lasso':
+            c.experts += ',lasso'
+            known = content_lasso.wanted(c, data)
+            table |= content_lasso.factors(known, rng.normal(size=(2, *(len(known.names),) * 2)))
+        mixture = experts.mixture(experts.Fit(WEIGHTS, 0.0, 1, 0.85), table)
     scores = scorer(specs if several else specs[0], devices)(
         params if several else params[0], (rows,) * len(specs) if several else rows, mixture)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -79,11 +79,11 @@ def get_config() -> ConfigDict:
         # what `python -m tpad_jax.search` varies: nested keys with axes as in baselines/tune.py
         space={},
     ))
-    # baselines of the results, comma-separated, some of these; '': none
+    # baselines of the results, comma-separated, some of these or content_lasso; '': none
     c.baselines = ('pop,repeat_last,markov,sr,ar,item_knn,content_knn,content_rules,'
                    'vsknn,stan,vstan')
     # what the served scores add up, weighted by the likelihood of validation (models/experts.py);
-    # comma-separated; '': the recommender alone
+    # comma-separated; '': the recommender alone. `lasso`, which words follow which, is off
     c.experts = 'model,popularity,cold,transitions,followers,companions,neighbours,held,content'
     # metrics in addition to hit, mrr and ndcg, {name: 'module:function'}: docs/add_a_metric.md
     c.metrics = ConfigDict()
@@ -176,6 +176,9 @@ def data() -> ConfigDict:
                      id='', title='', image='', price='', category='', brand='', text=''),
         # file of item features computed elsewhere (data/sources/external_features.py): rows 'given'
         features='',
+        # CSV file with the importance of pairs of words and side values, a prior of the baseline
+        # content_lasso and the expert lasso (docs/systems/llm_lasso.md); '': none
+        prior='',
         # items that are read and ranked. 'all': those that the source lists; 'reviewed': those with
         # an event before validation; 'sessions': those of the training sessions. A test row whose
         # next item is not among them is a miss

@@ -155,7 +155,7 @@ def test_what_is_no_session(made, session):
 @pytest.mark.slow
 @pytest.mark.parametrize('model', [
     dict(reread=False, partner=dict(model=dict(encoder='attention', width=24))),
-    dict(recommend='k,r', id_dropout=0.0, mixed=True)], ids=['adapter, partner', 'k and r'])
+    dict(recommend='k,r', id_dropout=0.0, mixed='lasso')], ids=['adapter, partner', 'k and r'])
 def test_a_new_item_is_read_as_the_catalogue_was(base, tmp_path, model):
     """The cold items once more under other names: with pictures and without."""
     tiny_served.write(tmp_path / 'run', base, reads=True, **model)

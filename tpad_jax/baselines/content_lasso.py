@@ -28,6 +28,7 @@ from tpad_jax.errors import InputError, refuse_if, refusing
 MOST = 256  # attributes that are read, the most frequent ones
 ITEMS = 2**12  # the most frequent items, among which the likelihood is computed
 CELLS = 2**22  # scores that a fit reads: of more rows it draws a sample
+RANK = 64  # of the weights that an expert reads
 LEAST = 0.03  # importance of a pair that the prior does not name, relative to the largest one
 PLACES = 'first', 'last'  # of the item of the prefix that has the earlier attribute
 FIELDS = 'place', 'before', 'after', 'importance'  # columns of a prior's file
@@ -219,6 +220,8 @@ def weights_of(train: Sessions, num_items: int, known: Attributes, strength: flo
     if known.importance is not None:
         penalty = known.importance ** -gamma
         penalty /= penalty[known.importance > LEAST].mean()
+    if not len(end):
+        return np.zeros(penalty.shape)
     rows, target = known.rows.astype(np.float32), column[train.items[end]]
     prefix = sp.csr_array(sp.hstack([rows[train.items[begin[end]]], rows[train.items[end - 1]]]))
     later = rows[items].toarray()
@@ -268,6 +271,25 @@ def scorer(known: Attributes, weights: np.ndarray, bias: np.ndarray) -> Callable
         return (share / share.sum(axis=1, keepdims=True)).astype(np.float32)
 
     return scores
+
+
+def factors(known: Attributes, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Factor the scores for expert 'lasso': (asked_first[first] + asked_last[last]) @ attributes.T.
+
+    Args:
+      known: A attributes.
+      weights: float [2, A, A]. Of its singular vectors the first RANK are kept.
+
+    Returns:
+      'asked_first', 'asked_last' and 'attributes' float32 [V + 1, R], and 'basis' float32 [A, R],
+      which gives the attributes of a new item.
+    """
+    left, size, right = np.linalg.svd(weights.reshape(-1, weights.shape[-1]), full_matrices=False)
+    first, last = np.split((left * size)[:, :RANK], 2)
+    basis = right[:RANK].T
+    out = {'asked_first': known.rows @ first, 'asked_last': known.rows @ last,
+           'attributes': known.rows @ basis, 'basis': basis}
+    return {name: x.astype(np.float32) for name, x in out.items()}
 
 
 def choose(train: Sessions, valid: Rows, num_items: int, known: Attributes) -> dict:

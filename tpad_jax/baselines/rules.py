@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse as sp
 
-from tpad_jax.baselines import neighbours
+from tpad_jax.baselines import content_lasso, neighbours
 from tpad_jax.baselines.tune import search
 from tpad_jax.data.item_graphs import decayed, followers, membership
 from tpad_jax.data.sessions import Rows, Sessions, counts
@@ -192,6 +192,7 @@ AXES = {
     **dict.fromkeys(('repeats', 'cosine', 'after', 'ordered_pairs'), ('choice', (False, True))),
     **dict.fromkeys(('lambda1', 'lambda3', 'lambda4'), ('log', 0.3, 30.0)),
     **dict.fromkeys(('lag_power', 'step_power'), ('float', 0.0, 3.0)),
+    'strength': ('log', 3e-4, 3e-2), 'gamma': ('choice', content_lasso.GAMMAS),
     'smoothing': ('float', 0.0, 1.0), 'sharpness': ('log', 1.0, 100.0),
     'decay': ('float', 0.0, 1.0), 'backoff': ('float', 0.0, 0.5), 'shrink': ('float', 0.0, 100.0),
     'position_power': ('float', 0.0, 4.0), 'idf_weight': ('float', 0.0, 5.0),
@@ -202,8 +203,8 @@ BASELINES = {fit.__name__.removeprefix('fit_'): (fit, {
     key: AXES[key] for key in inspect.signature(fit).parameters if key in AXES})
     for fit in (fit_pop, fit_repeat_last, fit_markov, fit_sr, fit_ar, fit_item_knn,
                 fit_content_knn, fit_content_rules, neighbours.fit_vsknn, neighbours.fit_stan,
-                neighbours.fit_vstan)}
-CONTENT = 'content_knn', 'content_rules'  # those that read item features
+                neighbours.fit_vstan, content_lasso.fit_content_lasso)}
+CONTENT = 'content_knn', 'content_rules', 'content_lasso'  # those that read item features
 
 
 class Tuned(NamedTuple):
@@ -226,7 +227,7 @@ class Tuned(NamedTuple):
 
 def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int = 0,
          final: Sessions | None = None, ordered: bool | None = None,
-         features: np.ndarray | None = None, **budget) -> Tuned:
+         features: np.ndarray | content_lasso.Attributes | None = None, **budget) -> Tuned:
     """Fit a baseline with the parameters that maximise hit@20 on validation, mrr@20 among equals.
 
     Args:
@@ -238,7 +239,7 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
       final: sessions that the returned scorer is fitted on, if a refit includes validation
         sessions; None: `train`.
       ordered: of the session neighbours, see `neighbours.fit_vsknn`.
-      features: float [V + 1, D], for those in CONTENT only.
+      features: float [V + 1, D], for those in CONTENT only; `content_lasso.Attributes` for that.
       **budget: `trials` and `storage` of `tune.search`.
 
     Raises:

@@ -34,6 +34,7 @@ WEIGHTS = {
     **{rule: (0.3, 0.3, 0.0, rule) for rule in experts.RULES}, 'held': (-0.3, 2.0, -12.0, 'held'),
     'content': (1.0, 2.0, 0.0, 'content'), 'following': (1.0, 2.0, 0.0, 'content'),
     'cold_prefix': (0.0, 2.0, -12.0, 'cold'), 'cold_content': (0.0, 0.5, -0.95, 'cold'),
+    'lasso': (0.3, 0.5, 0.0, 'lasso'),
     **{f'floor_{rule}': (-5.0, 1.0, -12.0, rule) for rule in experts.RULES}}
 NAMES = tuple(dict.fromkeys(name for *_, name in WEIGHTS.values()))
 
@@ -108,8 +109,8 @@ def mixture(fit: Fit, table: dict) -> tuple[dict, jnp.ndarray]:
       {'weights', 'tables'} of a session's score, and the columns of the item vectors.
     """
     weights = packed([jnp.float32(x) for x in fit.weights.values()])
-    read = {name: x for name, x in table.items() if name not in ('content', 'events')}
-    columns = experts.item_columns(weights, table['content'], table['events'])
+    read = {name: x for name, x in table.items() if name not in ('content', 'events', 'attributes')}
+    columns = _columns(weights, table)
     return {'weights': weights, 'tables': read | {'decay': jnp.float32(fit.decay)}}, columns
 
 
@@ -119,7 +120,8 @@ def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, se
 
     Args:
       model: scorer of a recommender that was not trained on validation.
-      table: of `tables`, counted on the training sessions alone.
+      table: of `tables`, counted on the training sessions alone; for expert 'lasso' with those of
+        `content_lasso.factors`.
       valid: validation rows.
       names: of NAMES, those that count.
       seed: of the sample of rows.
@@ -195,10 +197,13 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray, h: np.ndarray | None = N
             (models, rules), bound.z, items))
     z = np.asarray(bound.z)
     parts = h[:, None] * (z[chosen] - z[1:].mean(axis=0))
-    bias = h.shape[1] - 2 - tables['next'].shape[1]
+    wide = tables['basis'].shape[1] if 'basis' in tables else 0
+    end = h.shape[1] - wide
+    bias = end - 2 - tables['next'].shape[1]
     out = {'model': parts[..., :bias].sum(axis=-1),
            'popularity': parts[..., bias:bias + 2].sum(axis=-1),
-           'content': parts[..., bias + 2:].sum(axis=-1)}
+           'content': parts[..., bias + 2:end].sum(axis=-1)}
+    out |= {'lasso': parts[..., end:].sum(axis=-1)} if wide else {}
     filled = np.resize(items, (ROWS, items.shape[1]))  # as a fit has compiled it
     ids, shares = (np.asarray(x)[:len(items)] for x in _programs()[0](tables, filled))
     mine = (ids[:, None] == chosen[..., None]).astype(np.float32) @ shares
@@ -206,6 +211,11 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray, h: np.ndarray | None = N
         floor = np.exp(-np.asarray(weights['floors'][place]))
         out[rule] = weights[rule] * np.log1p(mine[..., place] * floor)
     return out | {'held': weights['held'] * mine[..., 4]}
+
+
+def _columns(weights, table):
+    attributes = [table['attributes']] if 'attributes' in table else []
+    return experts.item_columns(weights, table['content'], table['events'], *attributes)
 
 
 @cache
@@ -216,7 +226,7 @@ def _programs():
 def _loss(values, table, items, target, counts, scores, ids, shares):
     """Compute the negative log-likelihood of some rows, summed."""
     weights, row = packed(values), jnp.arange(len(items))
-    columns = experts.item_columns(weights, table['content'], table['events'])
+    columns = _columns(weights, table)
     sides = experts.session_columns({'weights': weights, 'tables': table},
                                     jnp.zeros((len(items), 0)), columns[items, 1:], items)
     logits = weights['model'] * scores + sides @ columns.T

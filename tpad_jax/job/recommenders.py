@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from tpad_jax.baselines import content_lasso
 from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.evaluation import experts, likelihood
 from tpad_jax.evaluation.scorers import scorer
@@ -149,13 +150,15 @@ class Recommenders:
         chosen = {name: _valid(members, name) for name, members in groups.items()}
         if joint is not None:
             served = max((served, 'tpad_joint'), key=lambda name: chosen[name]['hit@20'])
-        # name of a mixture: its recommender, and the expert that it does without
-        mixtures = {name: (groups[model], [n for n in names(c.experts) if n != without])
-                    for name, model, without in (('tpad', served, ''),
-                                                 ('experts_only', served, 'model'),
-                                                 ('id_only_experts', 'id_only', 'content'))
+        # name of a mixture: its recommender, and the experts that it does without
+        mixtures = {name: (groups[model], [n for n in names(c.experts) if n not in without])
+                    for name, model, without in (('tpad', served, ()),
+                                                 ('experts_only', served, ('model',)),
+                                                 ('id_only_experts', 'id_only',
+                                                  ('content', 'lasso')))
                     if c.experts and model in groups}
-        table = _tables(groups[served][0]) if mixtures else None
+        lasso = _lasso(groups[served][0]) if mixtures and 'lasso' in names(c.experts) else None
+        table = _tables(groups[served][0], lasso) if mixtures else None
         fits = {name: experts.fit(_scorer(members), table, job.valid, used, seed=c.seed)
                 for name, (members, used) in mixtures.items()}
         facts = {name: {'calibration': likelihood.calibrate(
@@ -164,6 +167,9 @@ class Recommenders:
         facts |= {name: {'experts': fit._asdict(),
                          'calibration': likelihood.Calibration()._asdict()}
                   for name, fit in fits.items()}
+        if lasso:
+            facts['tpad']['lasso'] = {'prior': lasso['known'].record} | {
+                name: lasso[name] for name in ('strength', 'gamma', 'nll')}
         if c.refit:
             chosen |= {name: validated(_scorer(mixtures[name][0], experts.mixture(fit, table)), job,
                                        name) for name, fit in fits.items()}
@@ -175,7 +181,7 @@ class Recommenders:
                                 for name, member in everyone.items()])
             job.params, job.final = self._own.params, self._own.final
             job.catalogue = self._own.catalogue
-            table = _tables(groups[served][0]) if mixtures else None
+            table = _tables(groups[served][0], lasso) if mixtures else None
         scorers = {name: _scorer(members) for name, members in groups.items()}
         mixed = {name: _scorer(mixtures[name][0], experts.mixture(fit, table))
                  for name, fit in fits.items()}
@@ -185,12 +191,24 @@ class Recommenders:
         return {'tpad': mixed['tpad'], **mixed, **scorers}, chosen, facts
 
 
-def _tables(job):
+def _lasso(job):
+    """Choose the content lasso of expert 'lasso', see `content_lasso.choose`."""
+    known = content_lasso.wanted(job.config, job.data)
+    return {'known': known} | content_lasso.choose(
+        job.data.train, job.valid, job.data.num_items, known)
+
+
+def _tables(job, lasso):
     """Count the tables of the experts on the sessions that a job's model was trained on."""
     rows = job.catalogue.get('given' if 'given' in job.spec.recommend else 'k')
     train = job.final.train
     ordered = len(np.unique(train.start)) > 1 if job.source.timed else job.config.data.ordered
-    return experts.tables(train, job.data.num_items, rows, ordered=ordered)
+    table = experts.tables(train, job.data.num_items, rows, ordered=ordered)
+    if lasso is None:
+        return table
+    weights = lasso['weights'] if job.final is job.data else content_lasso.weights_of(
+        train, job.data.num_items, lasso['known'], lasso['strength'], lasso['gamma'])
+    return table | jax.device_put(content_lasso.factors(lasso['known'], weights))
 
 
 def _partner_job(job):

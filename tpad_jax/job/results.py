@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpad_jax.baselines import rules
+from tpad_jax.baselines import content_lasso, rules
 from tpad_jax.config import names
 from tpad_jax.core import console as console_lib
 from tpad_jax.core import files
@@ -238,13 +238,15 @@ def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:
     final = sessions.join(train, job.data.valid) if refit else train
     for name in names(job.config.baselines):
         job.pause()
-        reads = name in rules.CONTENT
-        if reads and features is None:
+        rows = features if name in rules.CONTENT else None
+        if name == 'content_lasso':
+            rows = content_lasso.wanted(job.config, job.data)
+        if name in rules.CONTENT and rows is None:
             continue  # no stage has read the items, and no file holds their features
         out[name] = rules.tune(
             name, train, job.valid, job.data.num_items, trials=job.config.search.trials,
             seed=job.config.seed, storage=job.workdir / 'search.journal', final=final,
-            features=features if reads else None, ordered=ordered)
+            features=rows, ordered=ordered)
     return out
 
 
@@ -292,6 +294,11 @@ def introduce(job, console):
             f'read: {", ".join(left_out)}.')
     for line in audit.describe(data.audit):
         say(console, line)
+    # a prior that cannot be used is refused here, before anything is trained
+    if (known := content_lasso.wanted(job.config, data)) and known.record:
+        say(console, f'{job.config.data.prior}: {known.record["pairs"]} pairs of attributes, '
+            f'{known.record["unknown"]} more with one that is not among the {len(known.names)} '
+            'most frequent ones here.')
 
 
 def choices_of(choice: str, counts: dict) -> str:

@@ -15,7 +15,8 @@ The exponential of such a score is a product of experts (Hinton 2002): a rule th
 a prefix changes nothing, and one that is certain decides. bias has the logarithm of an item's
 popularity, and an offset of items without training sessions, which grows with their share of the
 prefix: who looks at new items looks at more of them. q looks for the content of the prefix
-and for the content that followed its items, which also reaches items that no rule can.
+and for the content that followed its items, which also reaches items that no rule can. The option
+'lasso' adds w_lasso times the logit of baselines/content_lasso.py, likewise a product of columns.
 
 evaluation/experts.py fits the few weights. Everything is computed on the device that ranks: bias
 and content are further columns of the item vectors, the rules shift single scores.
@@ -27,7 +28,8 @@ from jax import lax
 from tpad_jax.nn.gather import totals
 from tpad_jax.nn.linear import unit
 
-BY_ITEM = 'near', 'weight', 'holders', 'next'  # tables with a row per item
+# tables with a row per item; the last two are of expert 'lasso' alone
+BY_ITEM = 'near', 'weight', 'holders', 'next', 'asked_first', 'asked_last'
 RULES = 'transitions', 'followers', 'companions', 'neighbours'
 PAIRS = 3  # of these rules read the table of item pairs
 LATEST = 10  # items of a prefix that the rules read, as the rules among the baselines
@@ -111,18 +113,20 @@ def shift(weights, shares):
             + weights['model'] * shares[..., 5])
 
 
-def item_columns(weights, content, events):
-    """Compute the columns that item vectors get: bias, coldness and scaled content, [n, 2 + C].
+def item_columns(weights, content, events, *attributes):
+    """Compute the columns that item vectors get: bias, coldness and scaled content, [n, 2 + C + A].
 
     Args:
       weights: of the experts.
       content: float32 [n, C]. Vectors of length one, or zeros.
       events: float32 [n]. Training events of the items.
+      *attributes: float32 [n, A] of expert 'lasso', if it is used.
     """
     events = events[:, None]
     cold = jnp.where(events > 0, 0.0, 1.0)
     bias = weights['popularity'] * jnp.log1p(events) + weights['cold'] * cold
-    return jnp.concatenate([bias, cold, (1 + weights['cold_content'] * cold) * content], axis=1)
+    return jnp.concatenate([bias, cold, (1 + weights['cold_content'] * cold) * content,
+                            *attributes], axis=1)
 
 
 def projected(flat, tables):
@@ -136,9 +140,9 @@ def session_columns(mixture, h, columns, items):
 
     Args:
       mixture: {'weights', 'tables'}, the latter with 'next' [V+1, C], the content that followed,
-        and 'decay'.
+        and 'decay'; with expert 'lasso' also 'asked_first' and 'asked_last' [V+1, A].
       h: float32 [B, D]. The recommender's.
-      columns: float32 [B, N, 1 + C]. Coldness and scaled content of the prefix's items.
+      columns: float32 [B, N, 1 + C or more]. Coldness and scaled content of the prefix's items.
       items: int32 [B, N]. Prefixes.
     """
     weights, tables = mixture['weights'], mixture['tables']
@@ -146,9 +150,15 @@ def session_columns(mixture, h, columns, items):
     steps = length - 1 - jnp.arange(items.shape[1])
     share = jnp.where(items > 0, tables['decay'] ** jnp.maximum(steps, 0), 0)[..., None]
     own, following = (unit((share * x).sum(axis=1))
-                      for x in (unit(columns[..., 1:]), tables['next'][items]))
+                      for x in (unit(columns[..., 1:1 + tables['next'].shape[1]]),
+                                tables['next'][items]))
     cold = jnp.where(items > 0, columns[..., 0], 0).sum(axis=1, keepdims=True)
+    asked = []
+    if 'asked_last' in tables:
+        last = jnp.take_along_axis(items, jnp.maximum(length - 1, 0), axis=1)[:, 0]
+        asked = [weights['lasso'] * (tables['asked_first'][items[:, 0]]
+                                     + tables['asked_last'][last])]
     return jnp.concatenate([
         weights['model'] * h, jnp.ones((len(h), 1)),
         weights['cold_prefix'] * cold / jnp.maximum(length, 1),
-        weights['content'] * own + weights['following'] * following], axis=1)
+        weights['content'] * own + weights['following'] * following, *asked], axis=1)

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from tpad_jax.baselines import content_lasso
 from tpad_jax.config import names, partnered
 from tpad_jax.core import files
 from tpad_jax.data import sessions
@@ -127,6 +128,7 @@ def write(job, name: str, scores) -> None:
         'words': list(names(c.data.words)) if c.data.ready else list(WORDS),
         'mllm': _located(c.mllm.to_dict()) if content else None,
         'base': job.base.fingerprint if content else None,
+        'attributes': (known := content_lasso.wanted(c, job.data)) and known.names,  # of `lasso`
         'pictures': content and job.content.image.shape[1] > 0,
         'raw': content and bound.specs[0].knowledge.raw,
         'features': 'joint' if name.endswith('_joint') else 'transfer',
@@ -192,7 +194,8 @@ def _read(directory, about):
     specs = tuple(spec_of(about, i) for i in models)
     ids = ['', *table['item_id']]
     rules = nested.get('experts')
-    wide = 2 + rules['tables']['next'].shape[1] if rules else 0
+    wide = 2 + sum(rules['tables'][name].shape[1] for name in ('next', 'basis')
+                   if name in rules['tables']) if rules else 0
     width = sum(s.fusion.width for s in specs) + wide
     if z.shape != (about['items'] + 1, width) or len(ids) != len(z):
         raise ValueError(f'there are {list(z.shape)} item vectors and {len(ids) - 1} ids for '

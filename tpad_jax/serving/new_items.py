@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from tpad_jax.baselines import content_lasso
 from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError, refuse_if
@@ -101,6 +102,12 @@ class Reader:
                            side[rows])
             vectors.append(np.asarray(z)[:len(part)])
         z = np.concatenate(vectors)
+        if self._served.experts and 'basis' in self._served.experts['tables']:  # of expert 'lasso'
+            known = content_lasso.held(content_lasso.named(
+                (words for words, _, _ in content), side, self._served.about['vocabulary']),
+                self._served.about['attributes'])
+            basis = self._served.experts['tables']['basis']
+            z = np.concatenate([z, (known @ basis).astype(np.float32)], axis=1)
         broken = np.flatnonzero(~np.isfinite(z).all(axis=1))
         if len(broken):
             raise FloatingPointError(f'the vector of item {items[broken[0]]["id"]} is not finite')
