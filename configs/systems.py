@@ -13,7 +13,7 @@ SYSTEMS = {
     'llm_lasso': {'baselines': f'{DEFAULT.baselines},content_lasso',
                   'experts': f'{DEFAULT.experts},lasso'},
     # the Transfer-MLLM also learns how a session is distributed over clusters of items
-    'p2rec': {'model.clusters': 32, 'losses.clusters.weight': 0.3,
+    'p2rec': {'model.clusters': 32, 'model.clusters_of': 'z', 'losses.clusters.weight': 0.3,
               'losses.clusters.stages': 'teach'},
     # eight clients teach the Transfer-MLLM without showing their sessions; a reader that has learnt
     # to do without a picture or a text

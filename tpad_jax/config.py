@@ -281,7 +281,9 @@ def model() -> ConfigDict:
             keep=0.2,  # ties: share of an adapter's entries that count
             rank=0),  # of the result, by truncation; 0: exact
         reread=True,  # K reads an item again for r, under a separate adapter; False: r = A(k)
-        clusters=0,  # number of clusters of items by their k, for the loss 'clusters'; 0: none
+        clusters=0,  # number of clusters of items, for the loss 'clusters'; 0: none
+        # what is clustered: k, or the item vectors z of a recommender of ids, trained before
+        clusters_of='k',
         width=128,  # of z and h, the recommender
         recommend='r',  # rows of content in z, comma-separated: r, k, given; '': none
         use_id=True,  # z has an embedding of the item id; False: content only

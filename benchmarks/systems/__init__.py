@@ -198,7 +198,9 @@ def show(name: str, console) -> None:
             row, count = [], 0
             for measure, (factor, digits) in scales.items():
                 own = worlds(cells, Test(arm, '', measure, on))
-                text = f'{factor * np.mean([x.by_seed.mean() for x in own]):.{digits}f}' * bool(own)
+                text = ''
+                if own:
+                    text = f'{factor * np.mean([x.by_seed.mean() for x in own]):.{digits}f}'
                 if arm != arms[0] and own and own[0].weight.size > 1:
                     for line in judged(cells, [Test(arm, arms[0], measure, on)]):
                         text += '  ' + interval(measure, *line[2:5])

@@ -12,7 +12,6 @@ from scipy.special import log_softmax
 
 from tests.tiny_stages import CONTENT, DATA, SIDE, SIZES, N, T, V, draw, make_config, model
 from tpad_jax import losses
-from tpad_jax.core import kmeans
 from tpad_jax.data.batches import content_rows
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
@@ -142,23 +141,25 @@ def test_clusters_against_numpy():
         assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_kmeans_is_lloyds_algorithm():
-    """Separate clouds are found; a centre is its points' mean and no other is nearer; seeded."""
+def test_items_are_clustered_by_what_is_asked_and_cold_ones_by_content():
+    """k and z part the items differently; a cold item joins those whose k is like its own."""
     rng = np.random.default_rng(0)
-    clouds = np.repeat(10 * np.eye(4), 25, axis=0) + rng.normal(size=(100, 4))
-    labels, centres = kmeans.kmeans(clouds, 4, seed=0)
-    assert {tuple(np.unique(part)) for part in np.split(labels, 4)} == {(i,) for i in range(4)}
-    noise = rng.normal(size=(60, 3))
-    labels, centres = kmeans.kmeans(noise, 7, seed=1)
-    assert sorted(set(labels.tolist())) == list(range(7))
-    square = ((noise[:, None] - centres) ** 2).sum(-1)
-    np.testing.assert_array_equal(square.argmin(1), labels)
-    for c in range(7):
-        np.testing.assert_allclose(centres[c], noise[labels == c].mean(0))
-    np.testing.assert_array_equal(kmeans.kmeans(noise, 7, seed=1)[0], labels)
-    assert kmeans.kmeans(np.ones((5, 2)), 3, seed=0)[0].tolist() == [0] * 5  # nothing to part
-    with pytest.raises(InputError, match=r'config\.model\.clusters=6, but there are 5 items'):
-        kmeans.kmeans(np.ones((5, 2)), 6, seed=0)
+    kind, other = np.arange(41) % 4, np.arange(41) // 4 % 2
+    k = np.eye(4)[kind][:, None] + 0.05 * rng.normal(size=(41, 2, 4))
+    z = np.eye(4)[other] + 0.05 * rng.normal(size=(41, 4))
+    warm = np.arange(41) % 5 > 0
+
+    def parts(labels, kinds):
+        return {tuple(np.unique(labels[1:][kinds[1:] == n])) for n in np.unique(kinds)}
+
+    assert parts(np.asarray(handover.clustered(k, 4, 0)), kind) == {(0,), (1,), (2,), (3,)}
+    # k tells nothing of z's two parts, so that cold items are placed by chance
+    by_z = np.asarray(handover.clustered(k, 2, 0, z, warm))
+    assert parts(by_z[warm], other[warm]) == {(0,), (1,)}
+    aligned = np.asarray(handover.clustered(k, 4, 0, np.eye(4)[kind], warm))
+    assert parts(aligned, kind) == {(0,), (1,), (2,), (3,)}
+    with pytest.raises(InputError, match=r'config\.model\.clusters=33, but 32 items can be'):
+        handover.clustered(k, 33, 0, z, warm)
 
 
 # --- readings -----------------------------------------------------------------------------------

@@ -223,8 +223,7 @@ class Job:
         encoder = self.encoders.get(stage)
         self.params = handover.copied(self.params, stage, c.copy, self.taken)
         if spec and 'cluster' in spec.needs:
-            self.catalogue = {**self.catalogue, 'cluster': handover.clustered(
-                self.catalogue['k'], self.config.model.clusters, self.config.seed)}
+            self.catalogue = {**self.catalogue, 'cluster': recommenders.clusters(self)}
         self.first = self.params
         folder = self.workdir / 'stages' / name
         folder.mkdir(parents=True, exist_ok=True)

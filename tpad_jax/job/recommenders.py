@@ -252,6 +252,23 @@ def _rival_job(job, name):
     return other
 
 
+def clusters(job):
+    """Cluster the items for the loss `clusters`, int32 [V+1], see `handover.clustered`.
+
+    Args:
+      job: job.Job. With config.model.clusters_of='z', a recommender of ids is trained first.
+    """
+    c, z = job.config.model, None
+    if c.clusters_of == 'z':
+        other = copy.copy(job)
+        other.config = copy.deepcopy(job.config)
+        other.config.rivals = {'clusters': dict(recommend='', use_side=False, use_id=True)}
+        other = _train_rival(_rival_job(other, 'clusters'), 'clusters')
+        z = tpad.z_table(other.spec, other.nested(), other.catalogue)
+    return handover.clustered(job.catalogue['k'], c.clusters, job.config.seed, z,
+                              job.final.warm)
+
+
 def _train_rival(job, folder):
     """Train a recommender next to the run's own with the recommend stage's own care.
 

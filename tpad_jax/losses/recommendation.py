@@ -138,9 +138,9 @@ def clusters(out, batch, *, x: Out = Out('interest'), cluster: Out = Out('cluste
 
     P2Rec (arXiv 2406.00333). [paper] a pre-task per user, not per prefix: the model reads the
     complete sequence and predicts how its interactions are distributed over k-means clusters of
-    item embeddings. [ours] the clusters are of the Knowledge-MLLM's features (P2Rec's come from a
-    trained recommender); the distribution is of the prefix and the item that follows; a divergence
-    instead of a regression's square.
+    a trained recommender's items (config.model.clusters_of='z'). [ours] clusters of the
+    Knowledge-MLLM's features ('k'); the distribution is of the prefix and the item that follows; a
+    divergence instead of a regression's square.
 
     Args:
       out: {name: output}.

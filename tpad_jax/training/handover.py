@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.core.kmeans import kmeans
 from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.nn.linear import unit
 from tpad_jax.training import merge_adapters, optimizer
@@ -69,8 +68,8 @@ def copied(params: dict, stage: str, copy: str, taken=()) -> dict:
     return {**params, **{path: x for path, x in copies.items() if path not in taken}}
 
 
-def clustered(k, count: int, seed: int):
-    """Cluster the items by their features, for the loss `clusters`.
+def clustered(k, count: int, seed: int, z=None, warm=None):
+    """Cluster the items by k-means, for the loss `clusters`.
 
     Each modality's feature is scaled to length one, so that all count equally.
 
@@ -78,13 +77,28 @@ def clustered(k, count: int, seed: int):
       k: float32 [V+1, M, D]. Features; row 0 is padding.
       count: number of clusters.
       seed: of the first centres.
+      z: float32 [V+1, E]. Item vectors of a trained recommender. Warm items are clustered by them,
+        and a cold one joins the cluster with the nearest mean of k. None: all are clustered by k.
+      warm: bool [V+1]. With z: items of training sessions.
 
     Returns:
       int32 [V+1]. Every item's cluster, and 0 in row 0.
+
+    Raises:
+      InputError: there are fewer such items than clusters.
     """
-    points = np.asarray(unit(k)).reshape(len(k), -1)
-    labels, _ = kmeans(points[1:], count, seed=seed)
-    return jnp.asarray(np.pad(labels, (1, 0)))
+    from sklearn.cluster import KMeans  # slow to import
+
+    content = np.asarray(unit(k)).reshape(len(k), -1)[1:]
+    known = np.ones(len(content), bool) if z is None else np.asarray(warm)[1:]
+    points = content if z is None else np.asarray(unit(z))[1:][known]
+    refuse_if(count > len(points), f'config.model.clusters={count}, but {len(points)} items can be '
+              'clustered. Expected at most that many. Fix: lower it.')
+    own = KMeans(count, n_init=1, random_state=seed).fit(points).labels_
+    means = np.stack([content[known][own == n].mean(axis=0) for n in range(count)])
+    labels = ((content[:, None] - means) ** 2).sum(axis=-1).argmin(axis=1) if z is not None else own
+    labels[known] = own
+    return jnp.asarray(np.pad(labels, (1, 0)), jnp.int32)
 
 
 def blended(params: dict, config) -> dict:

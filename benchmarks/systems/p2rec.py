@@ -1,0 +1,50 @@
+"""P2Rec: what predicting a session's clusters gives the Transfer-MLLM.
+
+Stage teach alone, on planted worlds with few training sessions. Arms: without the loss; clusters of
+the items' content ('k'); clusters of a recommender of ids ('z'). The rows k are random projections
+of the true attributes with noise, so that no item is read. Validation ends each training.
+"""
+
+from benchmarks.systems import Cell, Test, planted
+
+ARMS, SIZES, WORLDS = ('none', 'z', 'k'), (500,), range(3)
+NOISE = 0.5  # standard deviation, relative to the rows'
+MEASURES = {'share': (100, 1), 'share, cold': (100, 1), 'nll': (1, 3), 'steps': (1, 0)}
+TESTS = [Test('z', other, 'share', f'{size}') for size in SIZES for other in ('none', 'k')]
+
+
+def cells():
+    """Arm by arm."""
+    return [Cell(arm, f'{size}', world) for size in SIZES for arm in ARMS for world in WORLDS]
+
+
+def run(cell, place):
+    """Train the Transfer-MLLM and test its own lists."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from benchmarks import ablation
+    from configs import systems
+    from tpad_jax.training.stages import ENTRIES
+
+    c = systems.get_config('p2rec')
+    c.seed = c.data.planted.seed = cell.world
+    c.data.planted.train, c.diagnostics = int(cell.on), 0
+    if cell.arm == 'none':
+        c.losses.clusters.weight, c.model.clusters = 0.0, 0
+    else:
+        c.model.clusters_of = cell.arm
+    job = ablation.opened(c, place.workdir, place.stopping, ('teach',))
+    rng, shape = np.random.default_rng(cell.world), job.blank['k'].shape
+    true = np.asarray(job.catalogue['true'])
+    rows = true @ rng.normal(size=(true.shape[1], int(np.prod(shape[1:]))))
+    rows += NOISE * rows.std() * rng.normal(size=rows.shape)
+    rows[0] = 0
+    job.catalogue |= {'k': jnp.asarray(rows.reshape(shape), jnp.float32)}
+    try:
+        job.run_stage('teach')
+        score = ENTRIES['teach'].scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
+        return {**planted(job, score), 'nll': job.record['valid']['nll'],
+                'steps': job.record['chosen']}
+    finally:
+        job.writer.close()
