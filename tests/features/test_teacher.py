@@ -83,7 +83,8 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
         'clusters')} | {f'losses__{n}__weight': 0.0 for n in (
             'gen_knowledge', 'gen_transfer', 'align', 'disentangle', 'club_fit', 'discrepancy')}
     c = changed(config, stages='knowledge,transfer', mllm__teacher=str(teacher),
-                stage__transfer__rates=(), model__clusters=4, stage__knowledge__steps=30,
+                stage__transfer__rates=(), model__clusters=4, model__clusters_of='z',
+                stage__knowledge__steps=30,
                 stage__knowledge__learning_rate=0.02, stage__transfer__learning_rate=0.02,
                 diagnostics=0, baselines='pop', losses__mdist_text__kind='js',
                 losses__teach_text__by_row=True, losses__teach_image__kind='skewed', **weights)
