@@ -79,6 +79,15 @@ def knowledge(config, workdir: Path, stopping) -> Path:
     return where
 
 
+def after_knowledge(config, own: Path, workdir: Path, stopping) -> None:
+    """Fill the workdir `own` with the data and the knowledge stage that runs of `workdir` share."""
+    shutil.rmtree(own, ignore_errors=True)  # a copy that was cut short
+    source = knowledge(config, workdir, stopping)
+    for part in ('raw', 'data', 'stages/knowledge', 'features/knowledge'):
+        if part.endswith('knowledge') <= ('knowledge' in config.stages.split(',')):
+            shutil.copytree(source / part, own / part)
+
+
 def train(config, workdir: Path, stopping, stages):
     """The job of `config` with its stages done."""
     made = opened(config, workdir, stopping, stages)
@@ -113,11 +122,7 @@ def cell(study: str, name: str, size: int, seed: int, workdir: Path, stopping) -
     stages = tuple(config.stages.split(','))
     own = workdir / study / f'seed{seed}_{size}' / name
     if not (own / 'config.json').is_file():
-        shutil.rmtree(own, ignore_errors=True)  # a copy that was cut short
-        source = knowledge(config, workdir, stopping)
-        for part in ('raw', 'data', 'stages/knowledge', 'features/knowledge'):
-            if part.endswith('knowledge') <= ('knowledge' in stages):
-                shutil.copytree(source / part, own / part)
+        after_knowledge(config, own, workdir, stopping)
     begun = time.perf_counter()
     job = train(config, own, stopping, stages)
     found = scores(job)

@@ -58,6 +58,8 @@ def _rounds(c, cell, place):
     c.stage.teach.update(steps=steps, eval_every=every, epochs=0.0, patience=0)
     c.federated.update(clients=CLIENTS, local=LOCAL, stages='' if changes is None else 'teach',
                        **(changes or {}))
+    if not (place.workdir / 'config.json').is_file():
+        ablation.after_knowledge(c, place.workdir, place.workdir.parent, place.stopping)
     job = ablation.train(c, place.workdir, place.stopping, ('knowledge', 'teach'))
     score = ENTRIES['teach'].scorer(job.spec, job.devices)(job.nested(), job.catalogue)
     trained, _ = optimizer.split(job.params, c.stage.teach.train)
