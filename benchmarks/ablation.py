@@ -37,7 +37,8 @@ LEVEL = 0.05
 SUMS = 'hit@20', 'mrr@20', 'expected_hit@20', 'expected_hit@20 cold'  # kept of every test session
 DIGITS = 9000  # a session's sums, at most 7, are kept as 16-bit multiples of 1 / DIGITS
 # What the knowledge stage depends on, besides the losses and settings that carry its name.
-READS = 'features', 'lora_rank', 'lora_alpha', 'lora_targets', 'withhold', 'word_dropout'
+READS = ('features', 'lora_rank', 'lora_alpha', 'lora_targets', 'lora_by_kind', 'withhold',
+         'word_dropout', 'modality_dropout')
 PARTS = ('full', 'without_transfer', 'adapter_only', 'random_adapter', 'merging',
          'without_generation', 'without_disentanglement', 'without_alignment',
          'without_distillation', 'without_discrepancy', 'strong_disentanglement',
