@@ -69,8 +69,8 @@ def knowledge(config, workdir: Path, stopping) -> Path:
     from configs import ablations
 
     own = ablations.get_config('full')
-    own.update(stages='knowledge', seed=config.seed, data=config.data, mllm=config.mllm,
-               diagnostics=config.diagnostics)
+    own.update(stages='knowledge', seed=config.seed, diagnostics=config.diagnostics)
+    own.data, own.mllm = config.data, config.mllm  # placeholders cannot be updated by each other
     own.model.update({name: config.model[name] for name in READS})
     own.stage.knowledge = config.stage.knowledge
     own.losses.update({n: e for n, e in config.losses.items() if 'knowledge' in e.stages})
