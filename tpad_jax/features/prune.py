@@ -113,8 +113,8 @@ def zeroed(kernel: np.ndarray, norm: np.ndarray, share: np.ndarray) -> np.ndarra
     """
     out = np.array(kernel)
     for weights, inputs, part in zip(out, norm, share, strict=True):
-        lowest = np.argsort(np.abs(weights.astype(np.float32)) * inputs[:, None], axis=0,
-                            kind='stable')[:round(part * len(weights))]
+        count = round(part * len(weights))
+        lowest = np.argpartition(np.abs(weights) * inputs[:, None], count, axis=0)[:count]
         np.put_along_axis(weights, lowest, 0, axis=0)
     return out
 
@@ -141,8 +141,10 @@ def pruned(spec, params: dict, content, *, share: float, by: str, seed: int = 0
     parts = jax.device_get([measure(params, *(x[rows] for x in drawn)) for rows in np.split(
         np.arange(len(drawn[0])), range(ROWS, len(drawn[0]), ROWS))])
     norms = {path: np.sqrt(sum(part[0][path] for part in parts)) for path in parts[0][0]}
-    diverse = np.nanmean(np.concatenate([part[1] for part in parts], axis=1), axis=1)
-    importance = np.nanmean(diverse, axis=1)  # of the kinds that the items have
+    diverse = np.concatenate([part[1] for part in parts], axis=1)
+    # without pictures there is text alone
+    diverse = diverse[:, :, np.isfinite(diverse).any(axis=(0, 1))]
+    importance = np.nanmean(diverse, axis=1).mean(axis=1)
     parted = shares(importance, share) if by == 'tamp' else np.full(len(importance), share)
     flat, zeros = flatten_dict(params, sep='/'), []
     for path, norm in norms.items():
