@@ -59,7 +59,7 @@ def encoder(spec: tpad.TPAD, params: dict, catalogue: dict) -> Callable:
     z = compiled(partial(tpad.z_table, spec))(params, catalogue)
     encode = compiled(lambda params, catalogue, z, items: unit(
         tpad.encode_sessions(spec, params, items, z, catalogue)))
-    return partial(_by_part, partial(encode, params, catalogue, z))
+    return partial(by_part, partial(encode, params, catalogue, z))
 
 
 def entries(encode: Callable, train: Sessions, longest: int) -> dict:
@@ -73,12 +73,6 @@ def entries(encode: Callable, train: Sessions, longest: int) -> dict:
     rows = Rows(*(x[-ENTRIES:] for x in sessions.rows(train, longest)))
     return {'h': jnp.asarray(encode(rows.items)), 'next': jnp.asarray(rows.target),
             'session': jnp.asarray(rows.session)}
-
-
-def _by_part(read, x):
-    """Call read(part) with ROWS rows at a time; the last part is filled up."""
-    parts = np.split(np.resize(x, (-(-len(x) // ROWS) * ROWS, *x.shape[1:])), -(-len(x) // ROWS))
-    return jax.tree.map(lambda *out: np.concatenate(out)[:len(x)], *(read(part) for part in parts))
 
 
 def gate(memory: dict, most: int, *, seed: int = 0) -> dict:
@@ -134,7 +128,7 @@ def strength(memory: dict, most: int, scores: np.ndarray, h: np.ndarray, target:
       {'strength', 'floor'}.
     """
     find = compiled(partial(lookup.evidence, most=most))
-    items, sums = _by_part(lambda h: find(memory, h), h)
+    items, sums = by_part(lambda h: find(memory, h), h)
     # the evidence of a retrieved item, on average, is where the shift begins to grow slowly
     start = np.array([0.3, np.log(sums[sums > 0].mean()), 0])
 
@@ -153,7 +147,7 @@ def strength(memory: dict, most: int, scores: np.ndarray, h: np.ndarray, target:
     return {'strength': jnp.float32(best[0]), 'floor': jnp.float32(np.exp(best[1]))}
 
 
-def _by_part(read, x):
+def by_part(read, x):
     """Call read(part) with ROWS rows at a time; the last part is filled up."""
     parts = np.split(np.resize(x, (-(-len(x) // ROWS) * ROWS, *x.shape[1:])), -(-len(x) // ROWS))
     return jax.tree.map(lambda *out: np.concatenate(out)[:len(x)], *(read(part) for part in parts))
