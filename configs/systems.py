@@ -32,12 +32,16 @@ SYSTEMS = {
     | {f'losses.{name}.{key}': value for name in ('teach_text', 'teach_image', 'teach_relations')
        for key, value in (('weight', 1.0), ('schedule', (
            (0, 1.0), (29, 1.0), (30, 0.0), (59, 0.0), (60, 1.0))))},
+    # half of the decoder's weights are zero before anything is trained
+    'tamp': {'mllm.prune': 0.5, 'mllm.prune_by': 'tamp'},
+    # sessions retrieve from a gated memory of the training sessions
+    'ra_blip': {'model.memory': 100, 'stages': 'knowledge,teach,transfer,recommend'},
     # sessions are summarised block by block; the other parts are docs/systems/mllm_msr.md
     'mllm_msr': {'model.form': 'recurrent', 'model.block': 3},
 }
 UNTAUGHT = ('damc',)  # the Transfer-MLLM learns in stage transfer, as in configs/ablations.py:full
 # names that have no implementation yet
-PLANNED = ('intents', 'tamp', 'ra_blip')
+PLANNED = ('intents',)
 
 
 def get_config(name: str = ''):
