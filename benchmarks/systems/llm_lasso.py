@@ -8,7 +8,7 @@ Strength and gamma are chosen on validation sessions in every arm.
 
 from benchmarks.systems import Cell, Test, planted
 
-ARMS, SIZES, WORLDS = ('none', 'right', 'permuted', 'learnt'), (500, 100, 250, 50), range(5)
+ARMS, SIZES, WORLDS = ('none', 'right', 'permuted', 'learnt'), (500, 100, 50, 250), range(5)
 MEASURES = {'share': (100, 1), 'share, cold': (100, 1), 'nll': (1, 3), 'gamma': (1, 2),
             'strength': (1, 4)}
 TESTS = [test for size in SIZES for test in (
