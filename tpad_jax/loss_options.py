@@ -54,6 +54,8 @@ def losses() -> ConfigDict:
                    repeat=None, chunk=0, dtype='float32'),
         # the recommender is held to the Transfer-MLLM's distribution over the catalogue, cold items
         # included
+        # views of a session are aligned with the Transfer-MLLM's intents (LLM-ISR)
+        intents=dict(fn='intents', weight=0.0, stages='recommend', nearest=5, uniform=1.0),
         soft=dict(fn='soft_next_item', weight=0.0, stages='recommend', temperature=1.0),
         next_item=dict(fn='next_item', weight=1.0, stages='recommend,joint', h='h', temperature=1.0,
                        smoothing=0.0, chunk=0, dtype='float32'),

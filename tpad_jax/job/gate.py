@@ -15,7 +15,8 @@ from tpad_jax.training import step
 from tpad_jax.training.stages import ENTRIES
 
 # outputs of T, and of those who learn from it
-OF_TEACHER, OF_PUPIL = {'t', 'p', 'teach.h', 'teach.last'}, {'r', 'r_next', 'h', 'h_each'}
+OF_TEACHER = {'t', 'p', 'teach.h', 'teach.last', 'teach.short'}
+OF_PUPIL = {'r', 'r_next', 'h', 'h_each'}
 
 
 class Taught(NamedTuple):

@@ -10,7 +10,7 @@ by the loss's name) and `head` (its module, parameters bound, if the config name
 
 from tpad_jax.losses.combine import bound, combine, first_parameters, first_states
 from tpad_jax.losses.contract import LossSpec, Out, from_entry, resolve
-from tpad_jax.losses.discrepancy import alignment_uniformity, mmd
+from tpad_jax.losses.discrepancy import alignment_uniformity, intents, mmd
 from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
 from tpad_jax.losses.recommendation import (
     clusters,
@@ -22,5 +22,5 @@ from tpad_jax.losses.tokens import bag_of_words, generation, mdist, rdist
 
 __all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bag_of_words', 'bound', 'club_fit',
            'clusters', 'combine', 'first_parameters', 'first_states', 'from_entry', 'generation',
-           'infonce', 'jsd', 'l1out', 'mdist', 'mine', 'mmd', 'next_item', 'nwj', 'rdist',
-           'resolve', 'sampled_next_item', 'smile', 'soft_next_item', 'vclub']
+           'infonce', 'intents', 'jsd', 'l1out', 'mdist', 'mine', 'mmd', 'next_item', 'nwj',
+           'rdist', 'resolve', 'sampled_next_item', 'smile', 'soft_next_item', 'vclub']

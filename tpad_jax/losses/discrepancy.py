@@ -1,5 +1,8 @@
 """Losses on the distance of two clouds of features, other than mutual information."""
 
+from types import SimpleNamespace
+
+import jax
 import jax.numpy as jnp
 
 from tpad_jax.distributed import collectives
@@ -68,6 +71,49 @@ def alignment_uniformity(out, batch, *, axis=None, x: Out = Out('r_next'), y: Ou
     parts = {'aligned': aligned, 'uniform': jnp.full_like(aligned, spread)}
     parts = {n: part.reshape(weight.shape) for n, part in parts.items()}
     return Loss(parts['aligned'] + uniform * parts['uniform'], weight, metrics=parts)
+
+
+def intents(out, batch, *, axis=None, h: Out = Out('h'), z: Out = Out('z'),
+            long: Out = Out('teach.last'), short: Out = Out('teach.short'),
+            items: Out = Out('teach.z'), nearest=5, uniform=1.0):
+    """Return alignment and uniformity of a session's views with what the Transfer-MLLM intends.
+
+    LLM-ISR (arXiv 2402.13840). [paper] two views, of the whole session and of its last item; an
+    intent is localised, as the mean of the nearest items of the catalogue, weighted by cosine; each
+    is aligned with its view. [ours] intents are the Transfer-MLLM's predictions and not texts, and
+    train the recommender alone: serving computes none, so nothing gates the readout.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      axis: name of the replicas' axis, or None.
+      h: float32 [B, D]. Output with the recommender's sessions, the long view.
+      z: float32 [V+1, D]. Output with its items; the last one of a prefix is the short view.
+      long: float32 [B, E + 1]. Output with the Transfer-MLLM's sessions, popularity last.
+      short: float32 [B, E + 1]. The same of the last item alone.
+      items: float32 [V+1, E + 1]. Output with its items.
+      nearest: items of an intent; 0: all of them, which are not localised.
+      uniform: weight of the uniformity.
+
+    Returns:
+      Loss [B, 1].
+    """
+    known = jax.lax.stop_gradient({n: unit(out[n][:, :-1]) for n in (long, short, items)})
+    one = SimpleNamespace(mask=batch.valid[:, None])
+    last = jnp.take_along_axis(batch.items, batch.last[:, None], axis=1)[:, 0]
+    total = Loss(0.0, 0.0)
+    for name, view in ((long, out[h]), (short, out[z][last])):
+        cosine = known[name] @ known[items][1:].T
+        if nearest:
+            cosine, chosen = jax.lax.top_k(cosine, min(nearest, cosine.shape[1]))
+            intent = (jnp.maximum(cosine, 0)[..., None] * out[z][1 + chosen]).sum(axis=1)
+        else:
+            intent = jax.nn.softmax(cosine) @ out[z][1:]
+        both = {'view': view[:, None], 'intent': intent[:, None], 'ids': batch.target[:, None]}
+        part = alignment_uniformity(both, one, axis=axis, x='view', y='intent', ids='ids',
+                                    uniform=uniform)
+        total = Loss(total.value + part.value, part.weight)
+    return total
 
 
 def _cosine(x, y):

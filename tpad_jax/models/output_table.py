@@ -130,3 +130,23 @@ def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=Non
         return make
 
     return add
+
+
+def split_tables(out: dict, rows: int) -> tuple[dict, dict]:
+    """Split outputs into those of the batch's rows and those that are the same for every batch.
+
+    Args:
+      out: from `outputs.forward`.
+      rows: of the batch.
+
+    Raises:
+      ValueError: an output that is not a table has another first axis.
+    """
+    tables = {n: x for n, x in out.items() if n.startswith('critic.') or OUTPUTS[n].is_table}
+    of_rows = {n: x for n, x in out.items() if n not in tables}
+    for name, x in of_rows.items():
+        if x is not None and x.shape[:1] != (rows,):
+            raise ValueError(f'output {name}: its shape is {list(x.shape)}. Expected one row for '
+                             f'each of the {rows} of the batch. Fix: if it is the same for every '
+                             'batch, add is_table=True to its entry.')
+    return of_rows, tables

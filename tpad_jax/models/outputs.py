@@ -203,6 +203,12 @@ split('_parts', 'B, N, D', c='The part of `t` that agrees with item knowledge.',
       p='The part of `t` about the transition.')
 
 
+def _ranked_items(at):
+    """The r of all items, stored or as A of the stored k."""
+    return (flat(at.stored('r')[None])[0] if 'r' in at.catalogue.keys() - at.fresh
+            else readers.adapt_items(at.spec, at.params, at.stored('k')))
+
+
 @output('_ranked', needs=('_parts',))
 def _ranked(at, parts):
     """Factors of the Transfer-MLLM's scores of all items after every position.
@@ -212,8 +218,7 @@ def _ranked(at, parts):
     session holds counts as popular as the geometric mean. Where no r are stored, or r is fresh, r
     is A of the stored k.
     """
-    r = (flat(at.stored('r')[None])[0] if 'r' in at.catalogue.keys() - at.fresh
-         else readers.adapt_items(at.spec, at.params, at.stored('k')))
+    r = _ranked_items(at)
     warm, p = at.stored('warm'), parts[1]
     seen = jnp.where(warm, jnp.log(jnp.maximum(at.stored('popularity'), 1)), 0)
     seen = jnp.where(warm, seen, seen.sum() / jnp.maximum(warm.sum(), 1))
@@ -230,6 +235,16 @@ output('teach.h', 'B, N, D', ('_ranked',), doc="The Transfer-MLLM's session at e
     lambda at, pair: pair[1])
 output('teach.last', 'B, D', ('_ranked',), doc='`teach.h` at the last position.')(
     lambda at, pair: pair[1][at.rows, at.batch.last])
+
+
+@output('teach.short', 'B, D', ('_transfer', '_k'))
+def _teach_short(at, read, k):
+    """`teach.last` of a session that holds the last item alone."""
+    alone = k[at.rows, at.batch.last][:, None]
+    t = read(read(alone, method='compress'), at.batch.mask[:, :1])
+    p = at.spec.disentangle.apply({'params': at.params['disentangle']}, t)[1][:, 0]
+    critic = Score(dict(at.spec.critics)['distil'], at.params['critic']['distil'])
+    return jnp.pad(critic.factors(_ranked_items(at)[:1], p)[1], ((0, 0), (0, 1)), constant_values=1)
 
 
 @output('interest', 'B, C', ('_transfer', 't', 'clusters'))
@@ -385,23 +400,3 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
         if f'critic.{name}' in needs:
             out[f'critic.{name}'] = Score(critic, params['critic'][name])
     return out
-
-
-def split_tables(out: dict, rows: int) -> tuple[dict, dict]:
-    """Split outputs into those of the batch's rows and those that are the same for every batch.
-
-    Args:
-      out: from `forward`.
-      rows: of the batch.
-
-    Raises:
-      ValueError: an output that is not a table has another first axis.
-    """
-    tables = {n: x for n, x in out.items() if n.startswith('critic.') or OUTPUTS[n].is_table}
-    of_rows = {n: x for n, x in out.items() if n not in tables}
-    for name, x in of_rows.items():
-        if x is not None and x.shape[:1] != (rows,):
-            raise ValueError(f'output {name}: its shape is {list(x.shape)}. Expected one row for '
-                             f'each of the {rows} of the batch. Fix: if it is the same for every '
-                             'batch, add is_table=True to its entry.')
-    return of_rows, tables

@@ -15,7 +15,7 @@ from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.distributed import collectives
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import refuse_if
-from tpad_jax.models import outputs, sessions, tpad
+from tpad_jax.models import output_table, outputs, sessions, tpad
 from tpad_jax.training import accumulation, federated, optimizer
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch, State
@@ -90,7 +90,7 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     def read(params, batch):
         tree = unflatten_dict({**state.frozen, **params}, sep='/')
         out = outputs.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh, key)
-        rows, tables = outputs.split_tables(out, len(batch.valid))
+        rows, tables = output_table.split_tables(out, len(batch.valid))
         return rows, (tables, losses.bound(spec.losses, tree))
 
     def objective(rows, rest, batch):
