@@ -36,12 +36,12 @@ SYSTEMS = {
     'tamp': {'mllm.prune': 0.5, 'mllm.prune_by': 'tamp'},
     # sessions retrieve from a gated memory of the training sessions
     'ra_blip': {'model.memory': 100, 'stages': 'knowledge,teach,transfer,recommend'},
+    # the views of a session are held to the Transfer-MLLM's intents
+    'intents': {'losses.intents.weight': 0.1},
     # sessions are summarised block by block; the other parts are docs/systems/mllm_msr.md
     'mllm_msr': {'model.form': 'recurrent', 'model.block': 3},
 }
 UNTAUGHT = ('damc',)  # the Transfer-MLLM learns in stage transfer, as in configs/ablations.py:full
-# names that have no implementation yet
-PLANNED = ('intents',)
 
 
 def get_config(name: str = ''):
@@ -51,11 +51,10 @@ def get_config(name: str = ''):
       name: one of SYSTEMS.
 
     Raises:
-      ValueError: the name is unknown, or has no implementation yet.
+      ValueError: the name is unknown.
     """
     if name not in SYSTEMS:
-        what = 'is not implemented yet' if name in PLANNED else 'is unknown'
-        raise ValueError(f'configs/systems.py:{name}: this system {what}. Expected one of '
+        raise ValueError(f'configs/systems.py:{name}: this system is unknown. Expected one of '
                          f'{", ".join(SYSTEMS)}. Fix: name one of them after the colon.')
     c = config.get_config()
     c.name = name

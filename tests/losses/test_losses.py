@@ -19,7 +19,7 @@ PUBLIC = [fn for name, fn in inspect.getmembers(losses, inspect.isfunction)
 
 # Losses that cut or correct their gradient on purpose, which their own tests below are about.
 CUT = {losses.mine, losses.vclub, losses.club_fit, losses.smile, losses.l1out, losses.mdist,
-       losses.rdist, losses.soft_next_item}
+       losses.rdist, losses.soft_next_item, losses.intents}
 
 # Programs of this size run in no time: compiling them is what takes it.
 jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -150,6 +150,26 @@ def np_alignment_uniformity(out, batch):
     return np.mean(((x - y) ** 2).sum(-1)) + np.mean(spread)
 
 
+def np_intents(out, batch):
+    rows = np.flatnonzero(np.asarray(batch.valid))
+    z, last = np.asarray(out['z'], np.float64), np.asarray(batch.last)
+    known = {n: np.asarray(out[n], np.float64)[:, :-1]
+             for n in ('teach.last', 'teach.short', 'teach.z')}
+    known = {n: x / np.linalg.norm(x, axis=1, keepdims=True) for n, x in known.items()}
+    target = np.asarray(batch.target)[rows]
+    negative, total = target[:, None] != target, 0
+    for name, view in (('teach.last', np.asarray(out['h'], np.float64)),
+                       ('teach.short', z[np.asarray(batch.items)[np.arange(B), last]])):
+        cosine = known[name] @ known['teach.z'][1:].T
+        intent = np.array([sum(max(row[i], 0) * z[1 + i] for i in np.argsort(-row)[:5])
+                           for row in cosine])
+        x, y = (a[rows] / np.linalg.norm(a[rows], axis=1, keepdims=True) for a in (view, intent))
+        spread = [np.log(np.mean(np.exp(-2 * ((a[:, None] - a[None]) ** 2).sum(-1)[negative])))
+                  for a in (x, y)]
+        total += np.mean(((x - y) ** 2).sum(-1)) + np.mean(spread)
+    return total
+
+
 def gaussian_log_q(params, x, y):
     """log q(y|x) of a GaussianQ's parameters, up to a constant. x [D], y [D]."""
     p = params['moments']
@@ -215,7 +235,7 @@ def np_bag_of_words(out, batch):
 
 @pytest.mark.parametrize('reference', [
     np_infonce, np_mine, np_nwj, np_jsd, np_smile, np_vclub, np_l1out, np_club_fit, np_mmd,
-    np_alignment_uniformity, np_next_item, np_generation,
+    np_alignment_uniformity, np_intents, np_next_item, np_generation,
     np_bag_of_words])
 def test_value_against_numpy(reference):
     value = jit(partial(mean_loss, getattr(losses, reference.__name__[3:])))

@@ -27,7 +27,7 @@ MODEL = SimpleNamespace(
     item_dropout=0.2, encoder='sr_gnn', normalise=True, temperature=0.1,
     repeats=True, together=0, recommend='r', form='compressed', withhold=0.3, word_dropout=0.6,
     session_dropout=0.0, session_layers=0, lora_alpha=4.0, lora_rank=2, clusters=0, reread=True,
-    blend=SimpleNamespace(kind=''), feature_hidden=0, block=3, lora_by_kind=False,
+    blend=SimpleNamespace(kind=''), feature_hidden=0, block=3, memory=0, lora_by_kind=False,
     modality_dropout=0.0)
 TARGETS = r'^decoder/.*(attention/[qkvo]|down)$'
 SPEC = tpad.build(MLLM(**BASE), MODEL, recommend=('r',), items=V, max_length=N, side_sizes=(3, 4))

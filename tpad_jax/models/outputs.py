@@ -341,9 +341,6 @@ def _kept(key, rows, tokens, rate):
     return jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, tokens.shape[1:]))(keys)
 
 
-# --- the computation ------------------------------------------------------------------------------
-
-
 def is_known(name) -> bool:
     """Whether this names an output that `forward` may compute: of the table, or a critic."""
     return isinstance(name, str) and (
