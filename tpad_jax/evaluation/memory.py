@@ -132,7 +132,6 @@ def strength(memory: dict, most: int, scores: np.ndarray, h: np.ndarray, target:
     # the evidence of a retrieved item, on average, is where the shift begins to grow slowly
     start = np.array([0.3, np.log(sums[sums > 0].mean()), 0])
 
-    @compiled
     def loss(x, scores, items, sums, target):
         row, power = jnp.arange(len(scores)), jnp.exp(x[2])
         shift = x[0] * jnp.log1p(sums * jnp.exp(-x[1]))
@@ -140,7 +139,7 @@ def strength(memory: dict, most: int, scores: np.ndarray, h: np.ndarray, target:
         nll = jax.nn.logsumexp(logits, axis=1) - logits[row, target]
         return nll.sum() + ((x - start) ** 2).sum() / 2  # a small validation stays near the start
 
-    slope = jax.value_and_grad(loss)
+    slope = compiled(jax.value_and_grad(loss))
     best = scipy.optimize.minimize(
         lambda x: [np.asarray(value, float) for value in slope(x, scores, items, sums, target)],
         start, jac=True, method='L-BFGS-B', bounds=[(0, None), (None, None), (None, None)]).x
