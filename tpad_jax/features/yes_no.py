@@ -16,7 +16,6 @@ from tpad_jax.data import text
 from tpad_jax.errors import refuse_if
 from tpad_jax.features import bases
 from tpad_jax.models.hf import load, spec, vlm
-from tpad_jax.serving.rerank import Context, Reranker
 
 QUESTION = ('A person looked at these products in a shop: {session}. '
             'Will the person look at "{item}" next? Answer with yes or no.')
@@ -27,8 +26,8 @@ STEP = 64  # prompts are as long as a multiple of so many tokens
 
 @cache
 def asking(checkpoint: str, *, question: str = QUESTION, batch: int = 16, dtype: str = 'float32'
-           ) -> Reranker:
-    """Load a language model and return the reranker that asks it.
+           ) -> Callable:
+    """Load a language model and return the reranker that asks it, see serving/rerank.py.
 
     Args:
       checkpoint: Hugging Face directory or hub id of a model that writes text.
@@ -72,14 +71,14 @@ def asking(checkpoint: str, *, question: str = QUESTION, batch: int = 16, dtype:
     return partial(rerank, chances=chances, encode=partial(_encode, tokenizer), question=question)
 
 
-def rerank(items: np.ndarray, scores: np.ndarray, context: Context, *, chances: Callable,
+def rerank(items: np.ndarray, scores: np.ndarray, context, *, chances: Callable,
            encode: Callable, question: str) -> np.ndarray:
     """Score items by the chance of the answer yes.
 
     Args:
       items: int32 [B, n]. Rows, best first; 0 pads.
       scores: float32 [B, n]. Only the rows of absent items are read, -inf.
-      context: see `Context`.
+      context: rerank.Context.
       chances: token ids of R prompts -> float [R].
       encode: text -> token ids.
       question: see `asking`.

@@ -7,7 +7,7 @@ import transformers
 
 from tests import tiny_hf
 from tpad_jax.errors import InputError
-from tpad_jax.serving import yes_no
+from tpad_jax.features import yes_no
 from tpad_jax.serving.rerank import Context
 
 TITLES = ['', 'red mug', 'blue mug with a "handle"', 'tea', '100 % {wool}', 'x' * 200]
