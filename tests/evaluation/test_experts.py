@@ -12,6 +12,7 @@ from tpad_jax.evaluation import experts as fitting
 from tpad_jax.models import experts
 
 V, S, N = 30, 60, 6
+evidence = jax.jit(experts.evidence)  # or each of its operations were compiled by itself
 
 
 def drawn(seed=0, count=S):
@@ -68,7 +69,7 @@ def test_evidence_equals_brute_force():
     train, rows, decay = drawn(), prefixes(drawn(1, 12)), experts.DECAYS[1]
     table = item_graphs.rules(train, V, holders=S) | {'decay': np.float32(decay)}
     moved = rows.items[:, :2], np.full((12, 2), 0.5, np.float32)
-    ids, shares = experts.evidence(table, rows.items, moved)
+    ids, shares = evidence(table, rows.items, moved)
     for row in range(12):
         cells = np.zeros((V + 1, 6))
         np.add.at(cells, ids[row], np.asarray(shares[row]))
@@ -93,8 +94,7 @@ def test_only_the_most_recent_holders_are_kept():
 def mixed(fit, table, items, model=None):
     """The log-probabilities that a fit gives, with numpy: [R, V + 1]."""
     w, cold = fit.weights, np.asarray(table['events']) == 0
-    ids, shares = map(np.asarray, experts.evidence(
-        table | {'decay': np.float32(fit.decay)}, items))
+    ids, shares = map(np.asarray, evidence(table | {'decay': np.float32(fit.decay)}, items))
     scores = w['popularity'] * np.log1p(np.asarray(table['events'])) + w['cold'] * cold
     new = (cold[items] & (items > 0)).sum(axis=1) / (items > 0).sum(axis=1)
     scores = scores + w['cold_prefix'] * new[:, None] * cold

@@ -140,7 +140,7 @@ def test_checkpoints_of_two_families_teach_each_other(tmp_path):
     from tests.job import test_job_checkpoint
 
     student, teacher = (tiny_hf.save(name, tmp_path / name) for name in ('qwen3_vl', 'qwen2_5_vl'))
-    c = test_job_checkpoint.config(student, 48, 'knowledge')
+    c = test_job_checkpoint.config(student, 48, 'knowledge', losses=())
     c.mllm.update(teacher=str(teacher), teacher_dtype='bfloat16')
     for name in ('teach_text', 'teach_image', 'teach_relations'):
         c.losses[name].weight = 1.0

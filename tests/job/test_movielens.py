@@ -130,7 +130,7 @@ def test_the_job_refits_all_and_tests_all(tmp_path):
     c.model.features = tiny_base.WIDTH
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
     c.stages, c.model.recommend = 'knowledge,recommend', 'k'
-    c.refit, c.diagnostics, c.baselines = True, 0, 'vstan,content_knn'
+    c.refit, c.diagnostics, c.baselines, c.experts = True, 0, 'vstan,content_knn', ''
     c.rivals = dict(id_only=c.rivals.id_only)
     c.xla_flags = '--xla_backend_optimization_level=0'
     for name in ('knowledge', 'recommend'):
