@@ -44,7 +44,6 @@ def test_all_stages(tmp_path):
     c = config(directory, 64, 'knowledge,transfer,joint', ('gen_transfer', 'distil', 'next_item'))
     c.stage.knowledge.steps, c.model.features, c.mllm.pooling = 0, 48, 'last'  # its states are k
     c.stage.transfer.weights.distil = 0.0
-    c.stage.joint.weights.gen_transfer = 0.0
     found = job.run(c, tmp_path / 'run')
     assert np.isfinite(found['models']['tpad']['test']['mrr@20'])
 
@@ -53,11 +52,11 @@ def test_all_stages(tmp_path):
 def test_a_text_encoder_reads_items_and_a_small_base_sessions(tmp_path):
     """Its vectors are the rows k, which the other stages read; joint trains its adapter."""
     directory = tiny_bert.save('bert', tmp_path / 'checkpoint')
-    c = config(directory, 0, 'knowledge,transfer,recommend,joint',
+    c = config(directory, 0, 'knowledge,transfer,joint',
                ('gen_transfer', 'align', 'distil', 'next_item'))
     c.mllm.text_length, c.model.reread, c.stage.knowledge.steps = 22, False, 0
     found = job.run(c, tmp_path / 'run')
-    assert np.isfinite(found['models']['tpad_joint']['test']['mrr@20'])
+    assert np.isfinite(found['models']['tpad']['test']['mrr@20'])
     k = np.load(tmp_path / 'run/features/knowledge/k.npy')
     expected, *_ = tiny_bert.vectors(directory, sources.load(c, tmp_path / 'run').texts[1:])
     np.testing.assert_allclose(k[1:, 0], expected, rtol=0, atol=3e-5)
