@@ -150,7 +150,7 @@ def finished(config, tmp_path_factory):
     shutil.rmtree(root / 'raw' / 'images')
     before = times(root / 'raw')
     c = changed(config, data__raw_dir=str(root / 'raw'), data__core=1, data__valid=20,
-                data__test=30, data__gap_hours=0.1, data__max_length=7,
+                data__test=30, data__gap_hours=0.1, data__max_length=7, workers=0,
                 stages='knowledge,recommend', model__recommend='k', diagnostics=0)
     c.rivals = {name: entry.to_dict() for name, entry in amazon.get_config().rivals.items()
                 if name != 'knowledge_only'}
