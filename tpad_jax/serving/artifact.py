@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from tpad_jax import config
 from tpad_jax.baselines import content_lasso
 from tpad_jax.config import names, partnered
 from tpad_jax.core import files
@@ -176,7 +177,8 @@ def spec_of(about: dict, i: int, base=None) -> tpad.TPAD:
     Raises:
       InputError: this process does not know the session encoder (see sessions.build).
     """
-    model = ConfigDict(about['models'][i])
+    # options that are newer than the artefact are off by default
+    model = ConfigDict(config.model().to_dict() | about['models'][i])
     mllm = about['mllm'] or {'pooling': 'summary', 'chunk': 0}
     return tpad.build(base, model, recommend=names(model.recommend), items=0,
                       max_length=about['max_length'], side_sizes=tuple(about['side_sizes']),
