@@ -76,7 +76,7 @@ def entries(encode: Callable, train: Sessions, longest: int) -> dict:
 
 
 def gate(memory: dict, most: int, *, seed: int = 0) -> dict:
-    """Train a gate by the binary cross entropy of g against [next_m = target] [paper].
+    """Train a gate by the binary cross entropy of g against next_m = target [paper].
 
     Args:
       memory: of `entries`. Its entries are the queries, too, each without its own session.
