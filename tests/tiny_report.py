@@ -66,7 +66,7 @@ def fake_job(workdir, *, content=True, seed=0, name='tiny'):
         content=SimpleNamespace(has_image=has_image, pictures={
             'read': 20, 'kept': 20, 'rejected': {}}) if content else None,
         texts={'tokenizer': 'base', 'tokens_per_word': 1.6, 'share_that_fit': 1.0,
-               'text_length': 32, 'different': V},
+               'text_length': 32, 'different': V}, missing={},
         probabilities=truth if content else None, seconds={'recommend': 3.25, 'total': 7.5},
         spent={}, sitting={}, background=Background(0), pause=lambda: None,
         devices=SimpleNamespace(shards=1), catalogue={})

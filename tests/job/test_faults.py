@@ -296,14 +296,17 @@ def test_a_second_run_is_refused_before_it_reads_data(config, tmp_path):
     ({'stage__joint__train': '^nothing/'}, r"config\.stage\.joint: train='\^nothing/'"),
     ({'stage__transfer__copy': 'lora/k->lora/distil'}, r"config\.stage\.transfer\.copy='lora/k->"),
     ({'stage__joint__rates': (('^lora/knowledges', 2.0),)}, r"rates: .*'\^lora/knowledges'"),
-    # the run's own recommender has this table, its trained baseline on features has none
+    # the run's own recommender has this table, its trained baseline of ids has none
     ({'stage__recommend__rates': (('^recommender/fusion/feature_0', 2.0),)},
      r"config\.stage\.recommend: rates: .*feature_0"),
     ({'model__clusters': 1000, 'losses__clusters__weight': 0.1}, r'config\.model\.clusters=1000: '),
 ], ids=['train', 'copy', 'rates', 'rates of a trained baseline', 'clusters'])
 def test_what_fits_no_parameter_is_refused_before_any_stage(config, tmp_path, changes, words):
+    c = test_job.changed(config, **changes)
+    with c.unlocked():
+        c.rivals.id_only = {'recommend': '', 'use_side': False}
     with pytest.raises(InputError, match=words):
-        job.run(test_job.changed(config, **changes), tmp_path / 'run')
+        job.run(c, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'stages').exists()
 
 

@@ -118,7 +118,7 @@ RULES = {key: rule for rule, keys in (
     (number(1, DEEP, whole=True), 'model.block model.gnn_steps'),
     (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.chunk model.clusters '
      'model.blend.rank stage.*.steps stage.*.eval_every stage.*.patience stage.*.refresh_every '
-     'losses.*.chunk'),
+     'losses.*.chunk losses.*.nearest'),
     (number(2, INT32, whole=True), 'data.planted.items federated.clients'),
     (number(-1, 1024, whole=True), 'workers'),
     (number(0, 1), 'data.missing.image data.missing.text data.bad_share data.planted.noise '
