@@ -59,8 +59,8 @@ def test_the_site_builds_strictly(tmp_path):
                          env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
     assert ran.returncode == 0, ran.stderr
     made = {path.relative_to(tmp_path / 'site').as_posix() for path in tmp_path.rglob('*.html')}
-    assert {Path(page).with_suffix('.html').name for page in PAGES if page.startswith('docs')
-            } <= made
+    assert {Path(page).relative_to('docs').with_suffix('.html').as_posix() for page in PAGES
+            if page.startswith('docs')} <= made
     modules = {'.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
                for path in ROOT.glob('tpad_jax/**/*.py') if path.name != '__main__.py'}
     assert {f'api/{module}.html' for module in modules} <= made
