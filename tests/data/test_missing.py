@@ -17,9 +17,9 @@ V = 2000
 PICTURES, WARM = np.arange(V + 1) % 4 > 0, np.arange(V + 1) % 2 > 0
 
 
-def hidden(image=0.0, text=0.0, of='all', seed=0):
+def hidden(image=0.0, text=0.0, of='all', seed=0, pictures=PICTURES):
     names = ['', *(f'item {i}' for i in range(1, V + 1))]
-    data = Data(names, names, names, None, PICTURES, None, (), None, None, None, WARM, {}, {}, 'f',
+    data = Data(names, names, names, None, pictures, None, (), None, None, None, WARM, {}, {}, 'f',
                 'none')
     return hide(data, ConfigDict(dict(image=image, text=text, of=of)), seed)
 
@@ -28,7 +28,7 @@ def test_more_items_lose_it_at_a_higher_rate_and_none_loses_both():
     some, counts = hidden(0.3, 0.4)
     more, _ = hidden(0.5, 0.5)
     mute = np.array([not text for text in some.texts])
-    mute[0] = False  # is no item
+    mute[0] = False  # padding
     assert not (mute & ~some.has_image).any()
     assert counts == {'image': (PICTURES & ~some.has_image).sum(), 'text': mute.sum()}
     assert abs(counts['image'] / 1500 - 0.3) < 0.05
@@ -47,6 +47,8 @@ def test_only_the_named_items_lose_it():
     assert hidden()[1] == {}
     with pytest.raises(InputError, match=r'config.data.missing.image=0.6 and text=0.6'):
         hidden(0.6, 0.6)
+    with pytest.raises(InputError, match=r'none of the items .all. has a picture'):
+        hidden(text=0.5, pictures=np.zeros(V + 1, bool))
 
 
 def test_a_step_hides_one_modality_of_items_that_have_both():

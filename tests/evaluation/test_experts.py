@@ -139,7 +139,11 @@ def test_a_useless_model_gets_no_weight_and_a_small_validation_keeps_the_prior()
         return np.random.default_rng(1).normal(size=(len(items), V + 1)).astype(np.float32)
 
     assert fitting.fit(noise, table, valid, fitting.NAMES).weights['model'] < 0.15
-    few = fitting.fit(noise, table, Rows(*(x[:1] for x in valid)), fitting.NAMES).weights
+    # a target that is not ranked has no likelihood
+    two = Rows(*(x[:2] for x in valid))._replace(target=np.array([valid.target[0], 0]))
+    few = fitting.fit(noise, table, two, fitting.NAMES)
+    assert few.rows == 1
+    few = few.weights
     assert all(abs(few[name] - mean) < spread
                for name, (mean, spread, _, _) in fitting.WEIGHTS.items())
 

@@ -24,6 +24,7 @@ W = jnp.array([0.5, -1.0, 2.0])
 
 def config_of(optimiser='sgd', steps=1000, **options):
     c = config_lib.get_config()
+    c.stages = 'knowledge,teach'
     c.federated.update(stages='teach', clients=CLIENTS, local=LOCAL, **options)
     c.stage.teach.update(optimiser=optimiser, learning_rate=RATE, steps=steps, epochs=0.0,
                          warmup=0.0, clip=1e9, weight_decay=0.0)
@@ -159,7 +160,8 @@ def test_clients_differ_more_at_a_smaller_concentration():
 @pytest.mark.parametrize(('change', 'text'), [
     ({'federated.rule': 'scaffold', 'stage.teach.optimiser': 'adamw'}, 'optimiser'),
     ({'stage.teach.epochs': 2.0}, 'steps are rounds'), ({'skip_not_finite': 3}, 'skip_not_finite'),
-    ({'federated.only': '7'}, 'below clients=3')])
+    ({'federated.only': '7'}, 'below clients=3'),
+    ({'stages': 'knowledge'}, 'teach is not among')])
 def test_what_rounds_cannot_keep_is_refused(change, text):
     c = config_of()
     c.update_from_flattened_dict(change)

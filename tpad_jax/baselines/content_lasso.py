@@ -43,13 +43,14 @@ class Attributes(NamedTuple):
       names: of the A attributes, such as 'word=red' or 'brand=acme'.
       importance: float64 [2, A, A] in LEAST..1, by PLACES, earlier and later attribute; None: no
         prior.
-      record: number of 'pairs' of the prior that were read, and of 'unknown' ones.
+      record: number of 'pairs' of the prior that were read, and of 'unknown' ones;
+        None: no prior.
     """
 
     rows: sp.csr_array
     names: list[str]
     importance: np.ndarray | None = None
-    record: dict = {}  # noqa: RUF012, it is never changed
+    record: dict | None = None
 
 
 def named(texts: Iterable[str], side: np.ndarray, vocabulary: dict) -> Iterator[set[str]]:

@@ -31,7 +31,7 @@ def hide(data: Data, missing, seed: int) -> tuple[Data, dict]:
       the data is the one given.
 
     Raises:
-      InputError: the two shares add up to more than 1.
+      InputError: the two shares add up to more than 1, or no such item has a picture.
     """
     refuse_if(missing.image + missing.text > 1, f'config.data.missing.image={missing.image} and '
               f'text={missing.text}: some items would have nothing left. Expected a sum of at most '
@@ -40,6 +40,9 @@ def hide(data: Data, missing, seed: int) -> tuple[Data, dict]:
         return data, {}
     drawn = np.array([1.0, *(_uniform(f'{seed} {asin}') for asin in data.asins[1:])])
     eligible = data.has_image & {'all': True, 'warm': data.warm, 'cold': ~data.warm}[missing.of]
+    refuse_if(not eligible.any(), f'config.data.missing: none of the items ({missing.of}) has a '
+              'picture, so that none can lose one of two modalities. Expected pictures. Fix: leave '
+              'the option out, or name other data.')
     blind = eligible & (drawn < missing.image)
     mute = eligible & (drawn >= 1 - missing.text)
     texts = ['' if lost else text for lost, text in zip(mute, data.texts, strict=True)]

@@ -91,6 +91,10 @@ def check(config, devices: int) -> None:
       InputError: naming the option.
     """
     f = config.federated
+    absent = [stage for stage in names(f.stages) if stage not in names(config.stages)]
+    refuse_if(absent, f'config.federated.stages={f.stages!r}: {", ".join(absent)} is not among '
+              f'config.stages={config.stages!r}. Expected stages that run. Fix: leave it out, or '
+              'add it there.')
     for stage in names(f.stages):
         c = config.stage[stage]
         for wrong, option, rule in (
