@@ -1,4 +1,4 @@
-"""Sessions of another catalogue: `python -m benchmarks.transfer [--worlds=0,1] [--workdir=DIR]`.
+"""Sessions of another catalogue: `python -m benchmarks.transfer [--worlds=0,1] [--run=0,100]`.
 
 A world is a law of what follows what and two catalogues A and B under it, with other items, texts,
 pictures, popularity and sessions (config.data.planted.law_seed). Five arms recommend B's items
@@ -371,7 +371,7 @@ def main(argv):
     stopping = begin('')
     try:
         for number in () if FLAGS.show else FLAGS.worlds:
-            missing = [(arm, size) for size in FLAGS.sizes for arm in ARMS
+            missing = [(arm, size) for size in map(int, FLAGS.run or FLAGS.sizes) for arm in ARMS
                        if not file_of(arm, size, number).is_file()]
             world = World(number, Path(FLAGS.workdir), stopping) if missing else None
             for arm, size in missing:
@@ -387,6 +387,7 @@ def main(argv):
 if __name__ == '__main__':
     flags.DEFINE_list('worlds', [str(i) for i in range(12)], 'numbers of worlds')
     flags.DEFINE_list('sizes', [str(x) for x in SIZES], 'sessions of B; the largest are prepared')
+    flags.DEFINE_list('run', [], 'those of the sizes that are run now; []: all')
     flags.DEFINE_integer('seeds', 4, 'seeds of the recommender in each world')
     flags.DEFINE_string('cells', str(Path(__file__).with_suffix('')), 'directory of the cells')
     flags.DEFINE_string('workdir', 'runs/transfer', 'where the runs live')
