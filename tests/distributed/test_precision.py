@@ -104,7 +104,7 @@ def test_products_of_an_estimate():
     texts = [estimator.fit.lower(jax.random.key(0), {'train': (x, x), 'check': (x, x)},
                                  'likelihood', q, settings).as_text()]
     score = Score(q, q.init(jax.random.key(0), x, x)['params'])
-    texts.append(bounds.off_diagonal.lower(score, x, x, 'score').as_text())
+    texts.append(bounds.off_diagonal.lower(score, x, x, jnp.arange(12), 'score').as_text())
     for text in texts:
         assert text.count('dot_general') == text.count('[HIGHEST, HIGHEST]') > 0
 

@@ -42,7 +42,8 @@ def largest(tree):
 FORMS = {'next_item_in_chunks': partial(losses.next_item, chunk=4, smoothing=0.1),
          'mine_in_chunks': partial(losses.mine, chunk=4),
          'vclub_scaled': partial(losses.vclub, scale=True),
-         'club_fit_scaled': partial(losses.club_fit, scale=True)}
+         'club_fit_scaled': partial(losses.club_fit, scale=True),
+         'infonce_by_session': partial(losses.infonce, by_session=True, chunk=4)}
 FORMS['mine_in_chunks'].initial_state = losses.mine.initial_state
 
 
@@ -246,6 +247,33 @@ def test_value_against_numpy(reference):
         out = outputs(params, raw, batch)
         np.testing.assert_allclose(value(out, batch), reference(jax.device_get(out), batch),
                                    rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('fn', [losses.infonce, losses.mine])
+def test_by_session_positions_of_a_row_are_no_negatives(fn):
+    """Value, estimate and room against numpy; rows of one item alone have other rows' positions."""
+    batch, raw = make(1)
+    batch = batch.replace(items=np.where(np.arange(B)[:, None] == 1, (batch.items > 0) * 2,
+                                         batch.items))
+    out = jax.device_get(jit(named)(make_params(2), raw, batch))
+    scores, differ = flat_pairs(out, batch, 'k', 'c', 'items', 'critic.align')
+    row = np.nonzero(np.asarray(batch.mask))[0]
+    apart = row[:, None] != row
+
+    def of(negative):
+        exp = np.exp(scores)
+        if fn is losses.mine:
+            return np.mean(np.diag(scores)) - np.log(exp[negative].mean())
+        every = np.where(negative | np.eye(len(row), dtype=bool), exp, 0).sum(axis=1)
+        return np.mean(np.diag(scores) - np.log(every / (negative.sum(axis=1) + 1)))
+
+    spec = losses.LossSpec('it', fn, 1.0, {'by_session': True})
+    value, _, logged = jit(lambda out: losses.combine((spec,), out, batch, {}))(out)
+    assert value == pytest.approx(-of(differ & apart), rel=1e-5)
+    assert logged['mi_it'] == pytest.approx(of(apart), abs=1e-5)
+    if fn is losses.infonce:
+        assert logged['room/it'] == pytest.approx(
+            np.log(apart.sum(axis=1) + 1).mean() - of(apart), rel=1e-4)
 
 
 def test_scaled_features_lie_about_zero_however_large_their_mean():

@@ -205,6 +205,27 @@ def test_mine_gradient_is_corrected_by_the_moving_average():
         assert float(grad) == pytest.approx(-own + slope / average, rel=1e-5)
 
 
+def test_mine_is_finite_at_extreme_scores_and_its_limit_bounds_the_pull():
+    """The value is the batch's; in the average it counts for `limit` nats more at most."""
+    x, y = (1e4 * a for a in gaussians(np.random.default_rng(1), 7, 0.8))
+    out, batch = pair_batch(x, y, None)
+
+    def objective(theta):
+        out['f'] = Partial(scaled, theta)
+        result = losses.mine(out, batch, state={'log_average': jnp.float32(-3)}, x='x', y='y',
+                             critic='f', decay=0.9, limit=2.0)
+        return result.value.mean(), result.state['log_average']
+
+    (value, new), grad = jit(jax.value_and_grad(objective, has_aux=True))(jnp.float32(0.6))
+    product = x.astype(np.float64) @ y.T
+    off, own = product[~np.eye(7, dtype=bool)], np.diag(product).mean()
+    largest = off.max()  # outweighs all other pairs at such scores
+    counted = 0.9 + 0.1 * np.exp(2)
+    assert float(value) == pytest.approx(0.6 * (largest - own) - np.log(42), rel=1e-5)
+    assert float(new) == pytest.approx(-3 + np.log(counted), abs=1e-5)
+    assert float(grad) == pytest.approx(-own + np.exp(2) / counted * largest, rel=1e-5)
+
+
 def test_mine_gradient_is_less_biased_than_the_naive_one():
     """Over many small batches its mean is far closer to the gradient of one large batch."""
     theta, size, count = jnp.float32(0.45), 3, 20_000

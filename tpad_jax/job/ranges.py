@@ -130,7 +130,7 @@ RULES = {key: rule for rule, keys in (
      'model.item_dropout model.session_dropout losses.*.smoothing losses.*.skew losses.*.decay'),
     (number(0), 'federated.proximal model.together_strength mllm.own.learning_rate '
      'stage.*.learning_rate stage.*.weight_decay stage.*.epochs losses.*.weight '
-     'losses.*.power losses.*.sharpness losses.*.uniform'),
+     'losses.*.power losses.*.sharpness losses.*.uniform losses.*.limit'),
     (number(0, optional=True), 'stage.*.weights.*'),
     (number(0, above=True), 'federated.concentration data.gap_hours model.lora_alpha '
      'model.temperature stage.*.clip losses.*.temperature losses.*.clip'),

@@ -3,7 +3,10 @@
 Lower bounds have a minus sign, so that a loss is always minimised. In a loss, positions of padding
 and pairs of positions with the same item (by `ids`) are never negatives. The logged estimate keeps
 pairs of equal items as negatives; without them it would not be a bound. Negatives come from every
-replica. With `chunk`, values and gradients are the same.
+replica. Positions of one session depend on each other; `by_session` takes those of a row out of
+the negatives of its positions, in losses and estimates. A row is a session in stage transfer; where
+every prefix is a row, other prefixes of the session stay. With `chunk`, values and gradients are
+the same.
 """
 
 import jax
@@ -17,7 +20,7 @@ from tpad_jax.types import Loss
 
 
 def infonce(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids: Out = Out('items'),
-            critic: Out = Out('critic.align'), temperature=1.0, chunk=0):
+            critic: Out = Out('critic.align'), temperature=1.0, chunk=0, by_session=False):
     """Return minus the InfoNCE lower bound of I(x; y) (van den Oord et al. 2018).
 
     The estimate cannot exceed the log of the number of candidates; the metric `room` is the
@@ -33,11 +36,13 @@ def infonce(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids:
       critic: Output with the score of pairs.
       temperature: divides the scores.
       chunk: rows whose scores exist at the same time, 0: all.
+      by_session: whether positions of one row are never negatives of each other.
 
     Returns:
       Loss [B, N].
     """
-    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk, scale=1 / temperature)
+    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk, scale=1 / temperature,
+                        by_session=by_session)
     estimate = bounds.infonce(*pairs.every)
     return _lower(bounds.infonce(*pairs.differ), pairs.at.weight, estimate,
                   room=jnp.log(pairs.at.others + 1.0) - estimate)
@@ -45,7 +50,7 @@ def infonce(out, batch, *, axis=None, x: Out = Out('k'), y: Out = Out('c'), ids:
 
 def mine(out, batch, *, axis=None, state=None, x: Out = Out('k'), y: Out = Out('c'),
          ids: Out = Out('items'), critic: Out = Out('critic.align'), decay=0.99, limit=1.0,
-         chunk=0):
+         chunk=0, by_session=False):
     """Return minus the Donsker-Varadhan bound of I(x; y) (MINE, Belghazi et al. 2018).
 
     The gradient of the log partition is corrected by a moving average of the partition, the state
@@ -62,12 +67,14 @@ def mine(out, batch, *, axis=None, state=None, x: Out = Out('k'), y: Out = Out('
       critic: Output with the score of pairs.
       decay: of the moving average.
       limit: nats above the average that a batch counts for; see `bounds.moving_partition` [ours].
+        The value does not change; its gradient stays below exp(limit) times that of the batch.
       chunk: rows whose scores exist at the same time, 0: all.
+      by_session: whether positions of one row are never negatives of each other.
 
     Returns:
       Loss [B, N].
     """
-    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk)
+    pairs = score_pairs(out, batch, axis, x, y, ids, out[critic], chunk, by_session=by_session)
     rows = bounds.log_rows(*pairs.differ)
     past = jnp.float32(-jnp.inf) if state is None else state['log_average']
     corrected, new = bounds.moving_partition(bounds.partition(rows, axis), past, decay, limit)

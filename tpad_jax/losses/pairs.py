@@ -19,7 +19,8 @@ class Positions(NamedTuple):
       weight: float32 [B, N]. 1 where a position holds an item and has a negative, else 0: a
         bound is not defined for the others.
       different: int32 [A]. How many positions hold another item.
-      others: int32 [A]. How many other positions hold an item.
+      others: int32 [A]. How many other positions hold an item. By session, both count positions of
+        other rows alone.
     """
 
     own: jax.Array
@@ -35,9 +36,9 @@ class Pairs(NamedTuple):
 
     Attributes:
       differ: (scores [A, G], own [A], negative [A, G]), or (`bounds.Blocks`,), for losses.
-        Negatives are pairs of different items.
+        Negatives are pairs of different items, by session also of different rows.
       every: the same for estimates, whose gradient the caller stops. Negatives are all pairs of
-        different positions.
+        different positions, by session of different rows.
       at: `Positions`.
     """
 
@@ -78,7 +79,7 @@ def scaled(out, batch, axis, *names) -> dict:
     return {**out, **maps}
 
 
-def positions(out, batch, axis, ids) -> Positions:
+def positions(out, batch, axis, ids, by_session=False) -> Positions:
     """Return `Positions` by the items out[ids] int32 [B, N]."""
     item = jnp.where(batch.mask, out[ids], 0).reshape(-1)
     everyone = collectives.gather(item, axis)
@@ -87,12 +88,19 @@ def positions(out, batch, axis, ids) -> Positions:
     same = (jnp.searchsorted(order, item, side='right')
             - jnp.searchsorted(order, item, side='left'))
     real = (everyone > 0).sum()
+    others = real - 1
+    if by_session:  # the others of a row are counted out
+        rows = item.reshape(batch.mask.shape)
+        unlike = (rows[:, :, None] != rows[:, None]) & (rows[:, None] > 0)
+        same += unlike.sum(axis=-1).reshape(-1)
+        others = jnp.repeat(real - (rows > 0).sum(axis=1), rows.shape[1])
     different = jnp.where(item > 0, real - same, 0)
     weight = (different > 0).reshape(batch.mask.shape).astype(jnp.float32)
-    return Positions(own, item, everyone, weight, different, jnp.where(item > 0, real - 1, 0))
+    return Positions(own, item, everyone, weight, different, jnp.where(item > 0, others, 0))
 
 
-def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=False) -> Pairs:
+def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=False,
+                by_session=False) -> Pairs:
     """Score the pairs of two features.
 
     Args:
@@ -107,8 +115,11 @@ def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=Fa
       chunk: rows whose scores exist at the same time, 0: all.
       scale: factor of the scores.
       flip: whether rows are y and columns x.
+      by_session: whether positions of one row are never negatives of each other.
     """
-    at = positions(out, batch, axis, ids)
+    at = positions(out, batch, axis, ids, by_session)
+    width = batch.mask.shape[1] if by_session else 1
+    row = jnp.arange(len(at.everyone)) // width
     x, y = flat(out[x]), flat(out[y])
     factors = score.factors(x, y) if hasattr(score, 'factors') else None
     if factors is not None:
@@ -130,8 +141,8 @@ def score_pairs(out, batch, axis, x, y, ids, score, chunk, *, scale=1.0, flip=Fa
         rows = here, at.own, at.item
         return (bounds.Blocks(block, rows, chunk),) if chunk else block(rows)
 
-    return Pairs(against(lambda own, item: item != at.everyone),
-                 against(lambda own, item: own != jnp.arange(len(at.everyone))), at)
+    return Pairs(against(lambda own, item: (item != at.everyone) & (own // width != row)),
+                 against(lambda own, item: own // width != row), at)
 
 
 def flat(x):

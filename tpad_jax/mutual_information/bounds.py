@@ -198,13 +198,14 @@ def moving_partition(log_mean_exp, log_average, decay, most=jnp.inf):
 
 @partial(jax.jit, static_argnames=('of', 'chunk'))
 @exact_products
-def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024):
-    """Sum a function of f(x_i, y_j) over the j != i of each i, and over the i != j of each j.
+def off_diagonal(score, x, y, group, of='exp', clip=5.0, chunk=1024):
+    """Sum a function of f(x_i, y_j) over the j outside i's group, and over the i outside j's.
 
     Args:
       score: the critic.
       x: float [n, I].
       y: float [n, J].
+      group: int32 [n], in 0..n-1. Pairs within a group are no draws from the marginals.
       of: 'exp' or 'clipped' (exp of scores limited to +-clip) give logs of sums. 'softplus' and
         'score' give sums.
       clip: limit of 'clipped'.
@@ -218,11 +219,13 @@ def off_diagonal(score, x, y, of='exp', clip=5.0, chunk=1024):
     if of == 'score' and factors is not None:  # a sum of products is a product with a sum
         a, b = factors
         own = (a * b).sum(-1)
-        return own, a @ b.sum(axis=0) - own, b @ a.sum(axis=0) - own
+        inside = partial(jax.ops.segment_sum, segment_ids=group, num_segments=n)
+        return (own, (a * (b.sum(axis=0) - inside(b)[group])).sum(-1),
+                (b * (a.sum(axis=0) - inside(a)[group])).sum(-1))
     score, x, y = (score, x, y) if factors is None else (lambda a, b: a @ b.T, *factors)
 
     def summed(scores, place):
-        others = jnp.arange(n) != place
+        others = group != group[place]
         if of in ('exp', 'clipped'):
             scores = jnp.clip(scores, -clip, clip) if of == 'clipped' else scores
             return jax.nn.logsumexp(scores, where=others)

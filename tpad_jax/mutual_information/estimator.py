@@ -103,13 +103,17 @@ class Settings:
     chunk: int = 1024
 
 
-def estimate(key, x, y, *, bound='infonce', critic='separable', **settings) -> Estimate:
+def estimate(key, x, y, *, groups=None, bound='infonce', critic='separable',
+             **settings) -> Estimate:
     """Fit a critic to one part of the pairs and report a bound of I(x; y) on another.
 
     Args:
       key: a typed key of the split, the first parameters and the batches.
-      x: float [P, I]. Independent pairs in rows. Columns are standardised.
+      x: float [P, I]. Pairs in rows. Columns are standardised.
       y: float [P, J].
+      groups: [P]. Pairs with the same value, such as positions of one session, depend on each
+        other. They are in the same part, are never negatives of each other, and are left out
+        together for the error. None: all pairs are independent.
       bound: one of BOUNDS. LOWER and UPPER are bounds in expectation, NEITHER are estimates.
       critic: one of critics.KINDS, or a linen module (x, y) -> scores. For UPPER it is q: another
         module than GaussianQ, or any name for GaussianQ.
@@ -119,17 +123,22 @@ def estimate(key, x, y, *, bound='infonce', critic='separable', **settings) -> E
       InputError: the bound or critic is unknown, the arrays do not fit, or there are too few pairs.
     """
     s = Settings(**settings)
-    x, y = _checked(x, y, bound, s)
+    x, y, group = _checked(x, y, groups, bound, s)
     fitted = module(bound, critic, s.hidden, s.width)
     split, train = jax.random.split(key)
-    order = np.asarray(jax.random.permutation(split, len(x)))
-    fresh, choose, rest = np.split(order, np.cumsum(
-        [int(s.held_out * len(x)), int(0.1 * (1 - s.held_out) * len(x))]))
+    place = np.argsort(np.asarray(jax.random.permutation(split, group.max() + 1)))[group]
+    order = np.argsort(place, kind='stable')  # group after group
+    place = place[order]
+    ends = np.cumsum([int(s.held_out * len(x)), int(0.1 * (1 - s.held_out) * len(x))])
+    fresh, choose, rest = np.split(order, np.searchsorted(place, place[ends]))
     x, y = (_standard(part, part[rest]) for part in (x, y))
-    pairs = {'train': (x[rest], y[rest]), 'check': (x[choose], y[choose])}
+    parts = (x, y) if groups is None else (x, y, group)
+    pairs = {'train': tuple(part[rest] for part in parts),
+             'check': tuple(part[choose] for part in parts)}
     score, curve = fit(train, pairs, OBJECTIVE[bound], fitted, s)
-    seen = tuple(part[rest[:len(fresh)]] for part in (x, y))
-    return report(bound, score, x[fresh], y[fresh], seen=seen, curve=curve, **settings)
+    seen = tuple(part[rest[:len(fresh)]] for part in (x, y, group))
+    return report(bound, score, x[fresh], y[fresh], groups=group[fresh], seen=seen, curve=curve,
+                  **settings)
 
 
 def module(bound, critic, hidden, width):
@@ -163,18 +172,18 @@ def fit(key, data, objective: str, critic: nn.Module, settings: Settings,
     Args:
       key: a typed key of all draws.
       data: {'check': (x, y), ...}. 'check' draws the curve, and `draw` reads the rest. Pairs under
-        'train' are shuffled for every point of the curve.
+        'train' are shuffled for every point of the curve. A third array holds their groups.
       objective: 'infonce', 'mine', 'jsd' or 'likelihood'.
       critic: the module.
       settings: how to train.
-      draw: (key, data, step, batch) -> x [batch, I], y [batch, J].
+      draw: (key, data, step, batch) -> x [batch, I], y [batch, J], and groups [batch] or nothing.
 
     Returns:
       The Score at the best step on data['check'], and the curve {'step', 'value'}.
     """
     first, keys = jax.random.split(key)
     check = data['check']
-    params = critic.init(first, *(part[:2] for part in check))['params']
+    params = critic.init(first, *(part[:2] for part in check[:2]))['params']
     steps, warmup = settings.steps, settings.steps // 20 + 1
     each = max(steps // CHECKS, 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, warmup,
@@ -183,8 +192,7 @@ def fit(key, data, objective: str, critic: nn.Module, settings: Settings,
                      optax.adamw(rate, weight_decay=settings.weight_decay))
 
     def loss(params, pairs, average):
-        x, y = pairs
-        return _loss(objective, Score(critic, params), x, y, average)
+        return _loss(objective, Score(critic, params), *pairs, average=average)
 
     def step(data, carry, number):
         params, opt, average = carry
@@ -211,11 +219,11 @@ def fit(key, data, objective: str, critic: nn.Module, settings: Settings,
     return Score(critic, best_params), {'step': starts + each, 'value': values}
 
 
-def _loss(objective, score, x, y, average):
+def _loss(objective, score, x, y, group=None, *, average):
     """Return the value to minimise and MINE's moving average."""
     if objective == 'likelihood':
         return -score.own(x, y).mean(), average
-    scores, own, negative = _in_batch(score, x, y)
+    scores, own, negative = _in_batch(score, x, y, group)
     if objective == 'mine':
         rows = bounds.log_rows(scores, own, negative)
         corrected, average = bounds.moving_partition(bounds.partition(rows), average, DECAY,
@@ -228,8 +236,8 @@ def _standard(x, by):
     return ((x - by.mean(axis=0)) / (by.std(axis=0) + 1e-6)).astype(np.float32)
 
 
-def _checked(x, y, bound, s):
-    """Return arrays that can be split.
+def _checked(x, y, groups, bound, s):
+    """Return arrays that can be split, groups as numbers from 0.
 
     Raises:
       InputError: an argument is unusable.
@@ -241,21 +249,32 @@ def _checked(x, y, bound, s):
               'are not pairs in rows. Expected [P, I] and [P, J]. Fix: reshape them')
     refuse_if(not (np.isfinite(x).all() and np.isfinite(y).all()),
               'x, y: some are not finite. Expected finite numbers. Fix: drop these rows')
-    least = int(np.ceil(2 * s.batch / min(s.held_out, 0.9 * (1 - s.held_out)))) + 1
+    group = np.arange(len(x)) if groups is None else _numbered(groups, len(x))
+    largest = np.bincount(group).max(initial=0)
+    refuse_if(groups is not None and largest > s.batch / 8, f'groups: one has {largest} pairs. '
+              f'Expected at most an eighth of batch={s.batch}. Fix: raise batch, or split it')
+    least = int(np.ceil((2 * s.batch + largest - 1) / min(s.held_out, 0.9 * (1 - s.held_out)))) + 1
     refuse_if(not 0 < s.held_out < 1 or len(x) < least, f'x, y: {len(x)} pairs are too few for '
               f'held_out={s.held_out}, batch={s.batch}. Expected at least {least}. Fix: add pairs, '
               'or lower batch')
-    return x, y
+    return x, y, group
 
 
-def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate:
+def _numbered(groups, count):
+    """Number the groups of pairs from 0: int32 [count]."""
+    refuse_if(np.shape(groups) != (count,), f'groups {list(np.shape(groups))}: expected one for '
+              f'each of the {count} pairs. Fix: reshape them')
+    return np.unique(groups, return_inverse=True)[1].astype(np.int32)
+
+
+def report(bound, score, x, y, *, groups=None, seen=None, curve=None, **settings) -> Estimate:
     """Compute a bound of I(x; y) with a fitted critic on fresh pairs.
 
     InfoNCE and L1Out are means over batches, and their error is that of the batches' mean. The
-    other bounds take product samples from all n (n - 1) off-diagonal pairs. These pairs share
-    points, so they are not independent. The error is that of the delete-one jackknife, which omits
-    a pair with its row and column. It is conservative for such a U-statistic (Efron and Stein
-    1981).
+    other bounds take product samples from all n (n - 1) off-diagonal pairs, those within a group
+    excepted. These pairs share points, so they are not independent. The error is that of the
+    jackknife, which omits a pair, or a group of pairs, with its rows and columns. It is
+    conservative for such a U-statistic (Efron and Stein 1981).
 
     Where the partition is a mean of exp(score), rare pairs dominate it, and a sample may miss them
     without a trace. The joint pairs visit that region. Their mean of exp(score) is the variance of
@@ -266,19 +285,21 @@ def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate
       score: the critic, (x, y) -> scores.
       x: float [n, I].
       y: float [n, J].
-      seen: training pairs (x, y), at most n. Their partition is NWJ's constant.
+      groups: see `estimate`. Batches hold whole groups where those of a group are neighbours.
+      seen: training pairs (x, y) or (x, y, groups). Their partition is NWJ's constant.
       curve: of `fit`.
       **settings: fields of `Settings`.
     """
     s = Settings(**settings)
     batch, level = s.batch, s.level
+    group = np.arange(len(x), dtype=np.int32) if groups is None else _numbered(groups, len(x))
     if bound in ('infonce', 'l1out'):
-        values = np.asarray(_in_batches(bound, score, x, y, batch), np.float64)
+        values = np.asarray(_in_batches(bound, score, x, y, group, batch), np.float64)
         value, error, noise = values.mean(), values.std(ddof=1) / len(values)**0.5, 0.0
         freedom = len(values) - 1
     else:
-        value, error, noise = _paired(bound, score, x, y, seen, s)
-        freedom = len(x) - 1
+        value, error, noise = _paired(bound, score, x, y, group, seen, s)
+        freedom = group.max()
     reach = error * stdtrit(freedom, 0.5 + level / 2)
     likelihood, warning = None, ''
     if bound in UPPER and isinstance(score, Score):
@@ -296,52 +317,64 @@ def report(bound, score, x, y, *, seen=None, curve=None, **settings) -> Estimate
     return Estimate(bound, value, error, interval, level, len(x), curve, warning, score, likelihood)
 
 
-def _in_batch(score, x, y):
-    """Score a batch. Every pair except a row's own is a negative."""
-    return score(x, y), jnp.arange(len(x)), ~jnp.eye(len(x), dtype=bool)
+def _in_batch(score, x, y, group=None):
+    """Score a batch. Every pair of two groups is a negative."""
+    rows = jnp.arange(len(x))
+    group = rows if group is None else group
+    return score(x, y), rows, group[:, None] != group
 
 
 @partial(jax.jit, static_argnames=('bound', 'batch'))
 @exact_products
-def _in_batches(bound, score, x, y, batch):
+def _in_batches(bound, score, x, y, group, batch):
     def mean(pairs):
         scores, own, negative = _in_batch(score, *pairs)
         return getattr(bounds, bound)(scores.T if bound == 'l1out' else scores, own,
                                       negative).mean()
 
     count = len(x) // batch
-    parts = tuple(part[:count * batch].reshape(count, batch, -1) for part in (x, y))
+    parts = tuple(part[:count * batch].reshape(count, batch, *part.shape[1:])
+                  for part in (x, y, group))
     return jax.lax.map(mean, parts)
 
 
-def _paired(bound, score, x, y, seen, s):
+def _paired(bound, score, x, y, group, seen, s):
     """Return the value, its standard error and the deviation of the log partition."""
     of = {'smile': 'clipped', 'jsd': 'softplus', 'vclub': 'score'}.get(bound, 'exp')
     own, row, column = (np.asarray(part, np.float64)
-                        for part in bounds.off_diagonal(score, x, y, of, s.clip, s.chunk))
-    n = len(own)
+                        for part in bounds.off_diagonal(score, x, y, group, of, s.clip, s.chunk))
+    n, held = len(own), np.bincount(group)
+    count = len(held)
     if bound == 'nwj':
-        other = row if seen is None else np.asarray(
-            bounds.off_diagonal(score, *seen, 'exp', s.clip, s.chunk)[1], np.float64)
-        shift = np.logaddexp.reduce(other) - np.log(len(other)) - np.log(len(other) - 1)
+        other, sizes = row, held
+        if seen is not None:
+            x, y, *known = seen
+            theirs = _numbered(*known, len(x)) if known else np.arange(len(x), dtype=np.int32)
+            other = np.asarray(bounds.off_diagonal(score, x, y, theirs, 'exp', s.clip, s.chunk)[1],
+                               np.float64)
+            sizes = np.bincount(theirs)
+        shift = np.logaddexp.reduce(other) - np.log(len(other)**2 - (sizes**2).sum())
         own, row, column = own - shift, row - shift, column - shift
     if bound == 'jsd':
         own = -np.logaddexp(0, -own)
     logs, top = of in ('exp', 'clipped'), row.max()
     if logs:
         row, column = np.exp(row - top), np.exp(column - top)
-    sums = row.sum() - np.append(0, row + column)  # of all pairs, then without each
-    size = np.append(n, np.full(n, n - 1))
-    mean = np.append(own.mean(), (own.sum() - own) / (n - 1))
-    rest = (np.maximum(sums, 1e-12 * sums[0]) if logs else sums) / size / (size - 1)
+    # of all pairs, then without each group
+    sums = row.sum() - np.append(0, np.bincount(group, row + column))
+    size = n - np.append(0, held)
+    products = size**2 - (held**2).sum() + np.append(0, held**2)
+    mean = (own.sum() - np.append(0, np.bincount(group, own))) / size
+    rest = (np.maximum(sums, 1e-12 * sums[0]) if logs else sums) / products
     partition = np.log(rest) + top if logs else rest  # of vCLUB and jsd the mean itself
     theta = mean - (np.exp(partition) - 1 if bound == 'nwj' else partition)
-    variance = (n - 1) / n * ((theta[1:] - theta[1:].mean())**2).sum()
+    variance = (count - 1) * theta[1:].var()
     noise = 0.0
     if bound in ('mine', 'nwj'):
-        # of the log partition, where exp(score) is the ratio of the densities
-        missed = np.exp(np.logaddexp.reduce(own) - np.log(n) - partition[0]) / n / (n - 1)
-        noise = ((n - 1) * partition[1:].var() + missed)**0.5
+        # of the log partition, where exp(score) is the ratio of the densities; the pairs of two
+        # groups count as one
+        missed = np.exp(np.logaddexp.reduce(own) - np.log(n) - partition[0]) / count / (count - 1)
+        noise = ((count - 1) * partition[1:].var() + missed)**0.5
         variance += missed * (np.exp(2 * partition[0]) if bound == 'nwj' else 1.0)
     return float(theta[0]), float(variance**0.5), float(noise)
 
