@@ -13,7 +13,7 @@ from configs import sessions as configs
 from tpad_jax.baselines import rules
 from tpad_jax.core import log
 from tpad_jax.data import item_graphs, sessions, text
-from tpad_jax.data.sessions import Rows, Sessions
+from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.data.synthetic import planted
 from tpad_jax.distributed import devices
@@ -162,7 +162,7 @@ def overlapping(score, items, num_items, *, chunk):
 @pytest.mark.parametrize('total', [1, 15, 16, 17, 33])
 def test_every_row_counts_once(total, monkeypatch):
     assert each_once(metrics.scored, total, 16)
-    rows = Rows(*(part[:total] for part in ROWS))
+    rows = ROWS.take(slice(total))
     monkeypatch.setattr(metrics, 'CHUNK', 16)
     result, found = evaluate.evaluate(score, rows, WARM)
     own = metrics.counts(score(rows.items), rows.target)

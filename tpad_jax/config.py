@@ -170,6 +170,7 @@ def data() -> ConfigDict:
         event_file='', item_file='',
         encoding='utf-8',  # of the CSV files: 'utf-8', 'latin-1' or 'cp1252'
         kinds='',  # event_file: kinds of events to read, comma-separated; '': all
+        target_events='',  # kinds of events that are predicted, comma-separated; '': all
         # event_file, item_file: names of columns. '': a usual name is looked for; '-': not read.
         # `text` may name several, comma-separated
         columns=dict(session='', user='', item='', time='', kind='',
@@ -207,9 +208,10 @@ def data() -> ConfigDict:
         # the planted catalogue (data/synthetic/planted.py): items, sessions of each part, and the
         # standard deviation of pixel noise in 0..1. `core`, `valid` and `test` do not apply to it.
         # law_seed: of what follows what; None: seed. Two seeds with one law_seed are two catalogues
-        # in which the same attributes follow each other
+        # in which the same attributes follow each other. drift, kinds (up to 3) and visitors: what
+        # variants.py adds to the law, 0: nothing
         planted=dict(seed=0, law_seed=placeholder(int), items=600, train=6000, valid=400, test=1200,
-                     noise=0.12),
+                     noise=0.12, drift=0.0, kinds=0, visitors=0),
     ))
 
 
@@ -291,6 +293,9 @@ def model() -> ConfigDict:
         id_dropout=0.2,  # share of warm items trained with the shared embedding of cold items
         feature_hidden=128,  # hidden width of the MLP from content features to z; 0: linear
         feature_dropout=0.0,  # on content features
+        # next to items, sessions are read with the time between events and the date (event_time),
+        # the kinds of events, and the mean of the visitor's earlier items (data/events.py)
+        event_time=False, event_kind=False, history=False,
         encoder='sr_gnn',  # of sessions: 'sr_gnn', 'gce_gnn' or 'attention'
         normalise=True,  # z and h have length one, and scores have a learned temperature
         temperature=0.07,  # its initial value

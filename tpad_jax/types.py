@@ -54,6 +54,8 @@ class Batch:
       target: int32 [B]. The item after the prefix.
       valid: bool [B]. False: the row only fills the batch.
       row: int32 [B]. The row's number in the data, from which its random draws are made.
+      context: int32 [B, C]. Relative times, kinds and the visitor's earlier items, see
+        data/events.py; None: not read.
       places: int32 [P]. b N + j of every position with an item, -1 pads.
       slots: int32 [B, N]. Content row of `items`.
       next_slots: int32 [B, N]. Content row of `next`.
@@ -68,6 +70,7 @@ class Batch:
     target: jax.Array
     valid: jax.Array
     row: jax.Array
+    context: jax.Array | None = None
     places: jax.Array | None = None
     slots: jax.Array | None = None
     next_slots: jax.Array | None = None

@@ -152,7 +152,7 @@ def test_rows_equal_a_plain_loop(width, every):
     assert rows.next.tolist() == [row[1] for row in expected]
     assert rows.target.tolist() == [row[2] for row in expected]
     assert rows.session.tolist() == [row[3] for row in expected]
-    assert {array.dtype for array in rows} == {np.dtype(np.int32)}
+    assert {array.dtype for array in rows[:4]} == {np.dtype(np.int32)}
 
 
 def test_warm_items():

@@ -306,7 +306,7 @@ def choose(train: Sessions, valid: Rows, num_items: int, known: Attributes) -> d
       {'strength', 'gamma', 'nll'}, and 'weights' float64 [2, A, A] of the fit.
     """
     bias, best = log_popularity(train, num_items), {'nll': np.inf}
-    valid = Rows(*(x[valid.target > 0][:max(256, CELLS // num_items)] for x in valid))
+    valid = valid.take(valid.target > 0).take(slice(max(256, CELLS // num_items)))
     for gamma, strength in product(GAMMAS if known.importance is not None else (0.0,), STRENGTHS):
         weights = weights_of(train, num_items, known, strength, gamma)
         own = scorer(known, weights, bias)(valid.items)[np.arange(len(valid.target)), valid.target]

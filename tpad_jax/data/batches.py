@@ -81,7 +81,8 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
     consecutive parts (one per local device):
       items int32 [B, N] prefix, next int32 [B, N] what follows each position, target int32 [B]
       (all as in `sessions.rows`), valid bool [B] (all True), row int32 [B] the row's number in the
-      data set, which does not depend on step, shard or process.
+      data set, which does not depend on step, shard or process. Where the model reads the events
+      (data.events), also context int32 [B, C].
     With every_prefix=False, moreover `places` int32 [shards * P]: the flat positions b N + j of
     each shard that hold an item, then -1; P is the most any of `steps` steps needs.
     With content, moreover the distinct items of each shard, U rows (see `content_width`): ids
@@ -105,7 +106,7 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
     Raises:
       InputError: batch_size cannot be divided evenly, or there is no training row.
     """
-    rows = sessions_lib.rows(data.train, max_length, every_prefix)
+    rows = sessions_lib.rows(data.train, max_length, every_prefix, data.events)
     cut = Cut(**cut, groups=_groups(None if owner is None else owner[rows.session]))
     refuse_if(not len(rows.target), 'no training session has two items. Expected rows to train on. '
               'Fix: give longer sessions.')
@@ -117,6 +118,8 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
         row = cut.own_rows(step, len(rows.target))
         out = dict(items=rows.items[row], next=rows.next[row], target=rows.target[row],
                    valid=np.ones(cut.size, bool), row=row)
+        if rows.context is not None:
+            out['context'] = rows.context[row]
         if room:
             out['places'] = _places(out['items'], cut.shards, room)
         return out if content is None else out | with_content(out, content, cut.shards, width)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class Data:
       choices: {value of config.data.catalogue: number of its items}; {} is filled in by `restrict`.
       attributes: {'brand' | 'category' | 'price': V + 1 values}, '' or None where an item has none.
         Lists under conditions read them.
+      events: events.Events, if more is read of the events than their items.
     """
 
     asins: list[str]
@@ -75,6 +77,7 @@ class Data:
     reviewed: np.ndarray | None = None
     choices: dict[str, int] = field(default_factory=dict)
     attributes: dict[str, list] = field(default_factory=dict)
+    events: Any = None
 
     @property
     def num_items(self) -> int:

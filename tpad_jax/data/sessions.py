@@ -4,6 +4,7 @@ Pure functions on arrays. A session is a run of one user's items in order. The s
 are stored as compressed rows (CSR), so that a million of them are two flat arrays.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -52,17 +53,33 @@ class Rows(NamedTuple):
       next: int32 [R, N]. The item that follows position j (the target at the last valid j), 0 pads.
       target: int32 [R]. The item to predict; 0: a miss of every model, see `rows`.
       session: int32 [R]. Its session's number in the split.
+      context: int32 [R, C]. Times, kinds and more of the events, see events.py; None: not read.
     """
 
     items: np.ndarray
     next: np.ndarray
     target: np.ndarray
     session: np.ndarray
+    context: np.ndarray | None = None
+
+    def take(self, index: np.ndarray) -> 'Rows':
+        """Select rows by their numbers or by a mask."""
+        return Rows(*(None if array is None else array[index] for array in self))
+
+    def read_by(self, scorer: Callable) -> np.ndarray:
+        """Return what a scorer reads, int32 [R, N + C]: the prefixes, and the field of `reads`.
+
+        A scorer without the attribute `reads` has the prefixes alone.
+        """
+        more = getattr(self, getattr(scorer, 'reads', None) or 'context')
+        if getattr(scorer, 'reads', None) is None or more is None:
+            return self.items
+        return np.column_stack([self.items, more])
 
 
 def ranked(rows: Rows) -> Rows:
     """Keep the rows whose target is ranked: the others have no likelihood."""
-    return Rows(*(array[rows.target > 0] for array in rows))
+    return rows.take(rows.target > 0)
 
 
 def check(sessions: Sessions, name: str, num_items: int) -> None:
@@ -212,7 +229,7 @@ def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
                   f'{min_length} items remains. Expected some. Fix: lower the option.')
 
 
-def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows:
+def rows(sessions: Sessions, max_length: int, every_prefix: bool = True, events=None) -> Rows:
     """Unroll sessions into (prefix, target) rows, in order of session and prefix length.
 
     Args:
@@ -220,6 +237,7 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
       max_length: N, the width; a longer prefix keeps its last N items.
       every_prefix: True: a session of n items gives n - 1 rows. False (the last-item-only
         protocol of some papers): one, its target being the session's last item.
+      events: events.Events, which adds the context and limits the targets to some kinds, or None.
 
     Returns:
       The rows. Items that are not ranked (0) are left out of prefixes. Where the item to predict is
@@ -230,6 +248,8 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
     scored = place > 0
     if not every_prefix:
         scored &= place == sessions.lengths[owner] - 1
+    if events is not None and events.targets:
+        scored &= np.isin(sessions.kind, events.targets)
     end, session = np.flatnonzero(scored), owner[scored]
     ranked = sessions.items > 0
     before = np.append(0, np.cumsum(ranked))  # ranked events before each event
@@ -241,8 +261,12 @@ def rows(sessions: Sessions, max_length: int, every_prefix: bool = True) -> Rows
     items = padded[np.where(valid, where, -1)]
     target = np.where(valid[:, 0], sessions.items[end], 0).astype(np.int32)
     items[~valid[:, 0], 0] = 1  # any item: encoders need one, and the row is a miss anyway
+    context = None
+    if events is not None and events.reads:
+        number = np.append(np.flatnonzero(ranked), -1)  # of every ranked event, among all
+        context = events(sessions, number[np.where(valid, where, -1)], end)
     return Rows(items=items, target=target, next=padded[np.where(valid, where + 1, -1)],
-                session=session.astype(np.int32))
+                session=session.astype(np.int32), context=context)
 
 
 def warm_items(train: Sessions, num_items: int) -> np.ndarray:

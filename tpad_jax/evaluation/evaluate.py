@@ -57,9 +57,10 @@ def evaluate(scorer: metrics.Scorer, rows: Rows, warm: np.ndarray, *,
         above, equal, placed, mass = _against_truth(scorer, rows, warm, counts, max(ks),
                                                     probabilities, name)
     elif hasattr(scorer, 'ranks'):
-        above, equal = scorer.ranks(rows.items, rows.target, name=name)
+        above, equal = scorer.ranks(rows.read_by(scorer), rows.target, name=name)
     else:
-        above, equal = metrics.ranks(scorer, rows.items, rows.target, len(warm) - 1, name=name)
+        above, equal = metrics.ranks(scorer, rows.read_by(scorer), rows.target, len(warm) - 1,
+                                     name=name)
     missed = rows.target == 0  # no list holds the item that followed
     above, equal = np.where(missed, metrics.MISS, above), np.where(missed, 1, equal)
 
@@ -96,9 +97,10 @@ def _against_truth(scorer, rows, warm, counts, depth, probabilities, name):
     quartile = None if counts is None else slices.popularity_quartiles(counts)
     total, placed, mass = len(rows.target), {}, {}
     above, equal = np.zeros((2, total), np.int32)
-    for part, scores in metrics.scored(scorer, rows.items, len(warm) - 1, name=name):
+    known = rows.read_by(probabilities)
+    for part, scores in metrics.scored(scorer, rows.read_by(scorer), len(warm) - 1, name=name):
         above[part], equal[part] = metrics.counts(scores, rows.target[part])
-        truth = probabilities(rows.items[part])
+        truth = probabilities(known[part])
         inside = {'': 1, **_item_slices(rows.items[part], warm, quartile)}
         tables = [truth * items for items in inside.values()]
         places = metrics.places(scores, tables, depth)

@@ -135,7 +135,7 @@ def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, se
     (evidence, loss), found, widest = _programs(), [], 0
     # in the parts that the scorer is compiled for
     every = np.concatenate([scores for _, scores in metrics.scored(
-        model, valid.items[filled], len(table['events']) - 1)])
+        model, valid.read_by(model)[filled], len(table['events']) - 1)])
     each = np.split(np.arange(len(filled)), len(filled) // ROWS)
     tables = [table | {'decay': jnp.float32(decay)} for decay in experts.DECAYS]
     known = []  # the evidence of every part under every decay

@@ -44,7 +44,7 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
     if not len(rows.target):
         return Calibration(floor=0.1 / num_items if rule else None)
     scores = np.concatenate([_shares(metrics.dense(part), rule) for _, part in
-                             metrics.scored(scorer, rows.items, num_items)])
+                             metrics.scored(scorer, rows.read_by(scorer), num_items)])
 
     def known(x):
         return Calibration(*map(float, np.exp(np.clip(np.atleast_1d(x), -25, 25))))
@@ -92,7 +92,7 @@ def predicted(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: C
         return None
     parts = [_predicted(_shares(metrics.dense(scores), calibration.floor is not None),
                         rows.target[part], calibration)
-             for part, scores in metrics.scored(scorer, rows.items, num_items)]
+             for part, scores in metrics.scored(scorer, rows.read_by(scorer), num_items)]
     return [np.concatenate(x) for x in zip(*parts, strict=True)]
 
 
@@ -100,7 +100,7 @@ def _drawn(rows, most, seed):
     if len(rows.target) <= most:
         return rows
     drawn = np.random.default_rng(seed).choice(len(rows.target), most, replace=False)
-    return Rows(*(array[np.sort(drawn)] for array in rows))
+    return rows.take(np.sort(drawn))
 
 
 def _shares(scores, rule):

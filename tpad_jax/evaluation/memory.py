@@ -48,8 +48,9 @@ def remembered(spec: tpad.TPAD, params: dict, catalogue: dict, train: Sessions, 
         return out | {name: fitted[name] for name in ('strength', 'floor')}
     items = len(catalogue['warm']) - 1
     drawn = np.random.default_rng(seed).permutation(np.flatnonzero(valid.target))
-    rows = Rows(*(x[drawn[:max(LEAST, CELLS // items)]] for x in valid))
-    scores = np.concatenate([part for _, part in metrics.scored(scorer, rows.items, items)])
+    rows = valid.take(drawn[:max(LEAST, CELLS // items)])
+    scores = np.concatenate([
+        part for _, part in metrics.scored(scorer, rows.read_by(scorer), items)])
     return out | strength(out, spec.memory, scores, encode(rows.items), rows.target)
 
 
@@ -70,7 +71,7 @@ def entries(encode: Callable, train: Sessions, longest: int) -> dict:
       train: S sessions.
       longest: items of a prefix.
     """
-    rows = Rows(*(x[-ENTRIES:] for x in sessions.rows(train, longest)))
+    rows = sessions.rows(train, longest).take(slice(-ENTRIES, None))
     return {'h': jnp.asarray(encode(rows.items)), 'next': jnp.asarray(rows.target),
             'session': jnp.asarray(rows.session)}
 

@@ -52,13 +52,15 @@ def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
       specs: of each recommender.
 
     Returns:
-      (weights, z [V+1, D], items int32 [B, N]) -> h [B, D]. `weights` is a pair: for each spec
+      (weights, z [V+1, D], items int32 [B, N]) -> h [B, D]. The context of the prefixes
+      (data/events.py) may follow as further columns of `items`. `weights` is a pair: for each spec
       ({'recommender': parameters}, rows of the graphs or {}), and {'weights', 'tables'} of the
       experts, which add columns to h and z, or None.
     """
     def encode(weights, z, items):
         models, rules = weights
         h = jnp.concatenate(_vectors(specs, models, z, items), axis=1)
+        items = items[:, :specs[0].encoder.max_length]
         if rules is None:
             return h
         return experts.session_columns(rules, h, z[items][..., h.shape[1] + 1:], items)
@@ -68,12 +70,12 @@ def session_encoder(specs: tuple[tpad.TPAD, ...]) -> Callable:
 
 def _vectors(specs, models, z, items):
     """Return the vectors h [B, D] of sessions by each recommender."""
-    parts, begin, item_vectors = [], 0, z[items]
+    parts, begin, item_vectors = [], 0, z[items[:, :specs[0].encoder.max_length]]
     for spec, (params, near) in zip(specs, models, strict=True):
         cut = slice(begin, begin + spec.fusion.width)
         begin = cut.stop
-        # only the global graph reads the others' vectors
-        rows = z[:, cut] if tpad.GRAPH[0] in near else None
+        # only the global graph and the earlier sessions read the others' vectors
+        rows = z[:, cut] if tpad.GRAPH[0] in near or spec.events is not None else None
         parts.append(tpad.encode_sessions(spec, params, items, rows, near,
                                           z=item_vectors[..., cut]))
     return parts
@@ -95,6 +97,7 @@ def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable:
 
     def shifts(weights, z, items):
         parts, (models, rules) = [], weights
+        items, wide = items[:, :specs[0].encoder.max_length], items
         if repeats:
             parts.append((items, sum(tpad.repeat_shift(specs[i], models[i][0], items)
                                      for i in repeats)))
@@ -105,7 +108,7 @@ def session_shifts(specs: tuple[tpad.TPAD, ...]) -> Callable:
                            if 'memory' in params['recommender']]:
             from tpad_jax.models import memory  # only where there is one
 
-            h = _vectors(specs, models, z, items)  # compiled once with those of the encoder
+            h = _vectors(specs, models, z, wide)  # compiled once with those of the encoder
             parts += [memory.shifts(models[i][0]['recommender']['memory'], h[i], specs[i].memory)
                       for i in remembering]
         moved = tuple(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)) or None
@@ -175,6 +178,8 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
 
         scores.ranks = partial(rank, weights, z)
         scores.bound = Bound(specs, every, near, z, rules)
+        # what `Rows.read_by` gives it next to the prefixes
+        scores.reads = 'context' if any(spec.events is not None for spec in specs) else None
         return scores
 
     return bind

@@ -64,9 +64,10 @@ def validated(scorer, job, name: str) -> dict[str, float]:
     power = likelihood.calibrate(scorer, rows, job.data.num_items, rule=False,
                                  seed=job.config.seed).power
     if hasattr(scorer, 'ranks') and len(rows.target) * job.data.num_items > metrics.HELD:
-        above, equal, nll = scorer.ranks(rows.items, rows.target, name=name, power=power)
+        above, equal, nll = scorer.ranks(rows.read_by(scorer), rows.target, name=name,
+                                         power=power)
     else:
-        scored = metrics.scored(scorer, rows.items, job.data.num_items, name=name)
+        scored = metrics.scored(scorer, rows.read_by(scorer), job.data.num_items, name=name)
         parts = [(*metrics.counts(scores, target), metrics.nll(power * scores, target))
                  for part, scores in scored for target in [rows.target[part]]]
         above, equal, nll = map(np.concatenate, zip(*parts, strict=True))

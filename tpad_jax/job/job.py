@@ -28,7 +28,7 @@ from tpad_jax.core.console import say
 from tpad_jax.core.precision import exact_products
 from tpad_jax.data import catalogue, item_graphs, lexical, missing, sessions, sources
 from tpad_jax.data.sources import external_features
-from tpad_jax.data.synthetic import planted
+from tpad_jax.data.synthetic import planted, variants
 from tpad_jax.diagnostics import clouds, records, snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import Stopped
@@ -94,7 +94,7 @@ class Job:
         self.final = self.data
         self.config = config = length.of_data(config, self.data.train)
         split = partial(sessions.rows, max_length=self.max_length,
-                        every_prefix=sources.every_prefix(config))
+                        every_prefix=sources.every_prefix(config), events=self.data.events)
         self.valid, self.test = split(self.data.valid), split(self.data.test)
         self.modules = partial(step.build_model, items=self.data.num_items,
                                max_length=self.max_length, side_sizes=self.data.side_sizes)
@@ -145,7 +145,8 @@ class Job:
         if 'recommend' in stages and lexical.wanted(c, self.planted is not None):
             self.catalogue['lexical'] = jnp.asarray(lexical.rows(data.texts, c.seed))
         if self.planted is not None:
-            self.probabilities = planted.catalogue_probabilities(self.planted, data.asins)
+            self.probabilities = variants.truth(c.data.planted, self.planted,
+                                                data.asins)
             self.attributes, true = planted.true_rows(self.planted, data.asins)
             self.catalogue['true'] = jnp.asarray(true)
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)

@@ -116,7 +116,9 @@ RULES = {key: rule for rule, keys in (
      'model.memory'),
     (number(0, DEEP, whole=True), 'model.layers model.session_layers'),
     (number(1, DEEP, whole=True), 'model.block model.gnn_steps'),
-    (COUNT_OR_NONE, 'devices diagnostics skip_not_finite mllm.chunk model.clusters '
+    (number(0, 3, whole=True), 'data.planted.kinds'), (number(0, 5), 'data.planted.drift'),
+    (COUNT_OR_NONE, 'data.planted.visitors '
+     'devices diagnostics skip_not_finite mllm.chunk model.clusters '
      'model.blend.rank stage.*.steps stage.*.eval_every stage.*.patience stage.*.refresh_every '
      'losses.*.chunk losses.*.nearest'),
     (number(2, INT32, whole=True), 'data.planted.items federated.clients'),

@@ -160,9 +160,9 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
             test['nll'] = None if predicted is None else float(predicted[0].mean())
             if predicted is not None:
                 test['reliability'] = lists.reliability(*predicted[1:])
+        first = lists.first(scorer, job.test.read_by(scorer), len(warm) - 1, name=name)
         test['lists'] = lists.measured(
-            lists.first(scorer, job.test.items, len(warm) - 1, name=name), job.test.target, seen,
-            warm, job.catalogue.get('given', job.catalogue.get('k')))
+            first, job.test.target, seen, warm, job.catalogue.get('given', job.catalogue.get('k')))
         return {'valid': valid, 'test': test}, rank
 
     # a scorer with two names is measured once
@@ -187,6 +187,7 @@ def remembering(scorer: metrics.Scorer) -> metrics.Scorer:
             kept[key] = scorer(items)
         return kept[key]
 
+    scores.reads = getattr(scorer, 'reads', None)
     return scores
 
 

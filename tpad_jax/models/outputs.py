@@ -311,7 +311,9 @@ def _prefix(at, pair, *features):
 
 def _encode(each, at, z, prefix):
     key = at.keys['encoder']
-    return encode_sessions(at.spec, at.params, at.batch.items, z, at.catalogue,
+    items, context = at.batch.items, at.batch.context
+    items = items if context is None else jnp.concatenate([items, context], axis=1)
+    return encode_sessions(at.spec, at.params, items, z, at.catalogue,
                            None if key is None else row_keys(key, at.batch.row), prefix, each=each)
 
 

@@ -11,12 +11,14 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.data import events
 from tpad_jax.models import sessions
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.fusion import Fusion, blank
@@ -25,6 +27,7 @@ from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllms import KnowledgeMLLM, TextReader, TransferMLLM
 from tpad_jax.models.sessions import companions
+from tpad_jax.models.sessions.events import Events, codes
 from tpad_jax.models.sessions.repeats import last, shifts
 from tpad_jax.mutual_information.critics import Critic, GaussianQ
 from tpad_jax.nn import linear
@@ -73,6 +76,7 @@ class TPAD:
       blended: whether K reads r under a blend of adapters (merge_adapters.py), one feature per
         modality.
       lora_by_kind: whether every kind of token has a separate adapter, see nn/linear.py.
+      events: reads times, kinds and earlier sessions next to the encoder, or None.
       reread: whether r = A(K_d(i)), K under a separate adapter; False: r = A(k), an ablation.
     """
 
@@ -101,6 +105,7 @@ class TPAD:
     blended: bool = False
     lora_by_kind: bool = False
     reread: bool = True
+    events: Events | None = None
 
 
 def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a whole model)
@@ -142,6 +147,7 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         recommend=recommend, lora_scale=model.lora_alpha / model.lora_rank,
         together=(model.together_strength, model.together_decay) if model.together else (),
         chunk=chunk, teacher=teacher, blended=bool(model.blend.kind),
+        events=Events(reads, model.width) if (reads := events.names(model)) else None,
         **{name: getattr(model, name) for name in (
             'form', 'withhold', 'word_dropout', 'modality_dropout', 'session_dropout', 'normalise',
             'temperature', 'repeats', 'memory', 'lora_by_kind', 'reread')})
@@ -204,6 +210,10 @@ def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
            'encoder': spec.encoder.init(b, z, items, **near)['params']}
     if spec.normalise:
         out['log_temperature'] = jnp.log(jnp.float32(spec.temperature))
+    if spec.events is not None:
+        past = z[:, 0] if 'past' in spec.events.reads else None
+        known = codes(spec.events.reads, items, items[:, :0])
+        out['events'] = spec.events.init(jax.random.fold_in(b, 1), z, known, past)['params']
     if spec.repeats:
         out['repeat'] = jnp.zeros(spec.encoder.max_length)
     return out
@@ -242,17 +252,35 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
     Args:
       spec: the modules.
       params: nested.
-      items: int32 [B, N], 0 pads at the end.
+      items: int32 [B, N], 0 pads at the end. If the events are read, their context (data/events.py)
+        may follow as further columns; without it, nothing is known of them.
       z_table: [V+1, D].
       catalogue: rows per item, for the item graph if the encoder reads it.
       keys: a key per row [B] for dropout, or None.
       z: vectors of `items` [B, N, D], if they are already read or differ from z_table's.
       each: whether to return h after every position, [B, N, D], instead of after the last, [B, D].
     """
+    if spec.events is not None:
+        items, context = jnp.split(items, [spec.encoder.max_length], axis=1)
     z = z_table[items] if z is None else z
+    if spec.events is not None:
+        read = partial(spec.events.apply, {'params': params['recommender']['events']})
+        known = codes(spec.events.reads, items, context, keys)
+        z = read(z, known, method='enter')
     h = spec.encoder.apply({'params': params['recommender']['encoder']}, z, items, keys,
                            **_near(spec, catalogue, items, z_table),
                            method='positions' if each else None)
+    if spec.events is not None:
+        past = None
+        if 'past' in known:
+            there = (known['past'] > 0)[..., None]
+            past = (z_table[known['past']] * there).sum(1) / jnp.maximum(there.sum(1), 1)
+        if each:
+            h = read(h, z, known, past, method='leave')
+        else:
+            last = jnp.maximum((items > 0).sum(axis=1) - 1, 0)[:, None, None]
+            z = jnp.take_along_axis(z, last, axis=1)
+            h = read(h[:, None], z, known, past, method='leave')[:, 0]
     return unit(h) * jnp.exp(-params['recommender']['log_temperature']) if spec.normalise else h
 
 

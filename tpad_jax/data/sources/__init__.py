@@ -19,6 +19,7 @@ import numpy as np
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.audit import audit
 from tpad_jax.data.catalogue import Data, restrict
+from tpad_jax.data.events import attached
 from tpad_jax.errors import refuse_if, refusing
 
 DEFAULT = 'planted'
@@ -175,7 +176,7 @@ def load(config, workdir: Path) -> Data:
                        ties=float('nan'), every_prefix=every_prefix(config))
         data = replace(data, audit=report)
     data = data if data.fingerprint else replace(data, fingerprint=_fingerprint(data))
-    return restrict(data, config.data.catalogue)
+    return attached(restrict(data, config.data.catalogue), config)
 
 
 def every_prefix(config) -> bool:

@@ -34,7 +34,7 @@ _TRANSITIONS, _ITEMS, _TEXTS, _IMAGES = range(1, 5)
 _SPLITS = {'train': 5, 'valid': 6, 'test': 7}  # random stream of each
 _CATEGORY, _BRAND, _STYLE, _COLOUR, _MATERIAL = range(5)
 _START = 1_600_000_000  # seconds; an arbitrary date in 2020
-_EVENT_SECONDS, _SESSION_SECONDS = 60, 600  # eight events end before the next session starts
+EVENT_SECONDS, SESSION_SECONDS = 60, 600  # eight events end before the next session starts
 
 
 class Planted(NamedTuple):
@@ -147,7 +147,7 @@ def probabilities(planted, prefixes, warm_only=False):
     weight[planted.next_style[last[:, _STYLE], None] == items[_STYLE]] *= SUCCESSOR_WEIGHT
     weight[planted.next_colour[last[:, _COLOUR], None] == items[_COLOUR]] *= SUCCESSOR_WEIGHT
     weight *= (1 - UNIFORM_SHARE - POPULARITY_SHARE) / weight.sum(1, keepdims=True)
-    weight += UNIFORM_SHARE / len(planted.popularity) + POPULARITY_SHARE * planted.popularity
+    weight += UNIFORM_SHARE / weight.shape[1] + POPULARITY_SHARE * planted.popularity
     if warm_only:
         weight[:, planted.cold] = 0
         weight /= weight.sum(1, keepdims=True)
@@ -193,8 +193,16 @@ def true_rows(planted, asins):
     return attributes, np.pad(np.concatenate(hot, axis=1), ((1, 0), (0, 0)))
 
 
-def _sample(probability, uniforms):
-    """Ids 1..V by inverting each row's running sum. float64 [R, V], [R] in [0, 1) -> int32 [R]."""
+def sample(probability, uniforms):
+    """Draw ids 1..V by inverting each row's running sum.
+
+    Args:
+      probability: float64 [R, V].
+      uniforms: float64 [R] in [0, 1).
+
+    Returns:
+      int32 [R].
+    """
     running = np.cumsum(probability, axis=1)
     # "<=" steps over items of probability 0, whose running sum equals the one before.
     below = running <= (uniforms * running[:, -1])[:, None]
@@ -225,11 +233,11 @@ def sample_sessions(planted, count, rng, warm_only=False, chunk=2048):
     sessions = np.zeros((count, longest), np.int32)
     for begin in range(0, count, chunk):
         part, u = sessions[begin:begin + chunk], uniforms[begin:begin + chunk, 1:]
-        part[:, 0] = _sample(np.broadcast_to(popularity, (len(part), len(popularity))), u[:, 0])
+        part[:, 0] = sample(np.broadcast_to(popularity, (len(part), len(popularity))), u[:, 0])
         for position in range(1, longest):
             going = np.flatnonzero(lengths[begin:begin + chunk] > position)
             follow = probabilities(planted, part[going, :position], warm_only)
-            part[going, position] = _sample(follow, u[going, position])
+            part[going, position] = sample(follow, u[going, position])
     return sessions
 
 
@@ -277,7 +285,7 @@ def _write_lines(path, records):
 
 
 def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=rendering.NOISE,
-          law_seed=None):
+          law_seed=None, **varied):
     """Write the planted catalogue as raw Amazon files of the 2023 form.
 
     - `Planted.jsonl`: events, 60 s apart, each session by another user; all training sessions, then
@@ -298,6 +306,7 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
       test: number of test sessions.
       noise: standard deviation of the pixel noise in the range 0..1.
       law_seed: see `draw`.
+      **varied: drift, kinds and visitors of variants.py, whose sessions are of other streams.
 
     Raises:
       InputError: the directory holds anything else, or an option is unusable.
@@ -308,12 +317,13 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
     if law_seed not in (None, seed):  # absent from the files of the usual catalogue
         options['law_seed'] = int(law_seed)
     _check(**options)
+    options |= {name: value for name, value in varied.items() if value}
     if _already_written(raw_dir, options):
         return
     planted = draw(seed, items, law_seed)
     words = wording.texts(planted.attributes, _stream(seed, _TEXTS))
     images = rendering.render(planted.attributes, _stream(seed, _IMAGES), noise)
-    sessions = np.concatenate([
+    sessions = _variants().draw(options).sessions if any(varied.values()) else np.concatenate([
         sample_sessions(planted, options[split], _stream(seed, stream), warm_only=split == 'train')
         for split, stream in _SPLITS.items()])
     raw_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -324,8 +334,9 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
         for item, image in enumerate(images, 1):
             Image.fromarray(image).save(directory / 'images' / f'{asin(item)}.jpg', quality=90)
         _write_lines(directory / 'Planted.jsonl', (
-            _review(user, item, _START + user * _SESSION_SECONDS + place * _EVENT_SECONDS)
-            for user, session in enumerate(sessions.tolist())
+            _review(number % (varied.get('visitors') or len(sessions)), item,
+                    _START + number * SESSION_SECONDS + place * EVENT_SECONDS)
+            for number, session in enumerate(sessions.tolist())
             for place, item in enumerate(session) if item))
         (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')
         try:
@@ -354,9 +365,21 @@ def _load(config, workdir):
 
     c = config.data.planted
     raw_dir = workdir / 'raw'
+    refuse_if(0 < c.visitors * SESSION_SECONDS <= 3600 * config.data.gap_hours,
+              f'config.data.planted.visitors={c.visitors}: a visitor returns after '
+              f'{c.visitors * SESSION_SECONDS / 3600:.1f} hours, within one session. Expected more '
+              f'than config.data.gap_hours={config.data.gap_hours}. Fix: raise the number.')
     write(raw_dir, **c)
-    # every session is a user, so that k-core and a share of the sessions mean nothing
-    return amazon_tables.prepared(config, raw_dir, workdir, core=1, valid=c.valid, test=c.test)
+    # every session is cut as it was drawn, so that k-core and a share of the sessions mean nothing
+    data = amazon_tables.prepared(config, raw_dir, workdir, core=1, valid=c.valid, test=c.test)
+    return _variants().with_kinds(data, c) if c.kinds else data  # the raw files have none
+
+
+def _variants():
+    """Import the module of the variants, which needs this one."""
+    from tpad_jax.data.synthetic import variants
+
+    return variants
 
 
 def _sizes(config, _workdir):

@@ -1,0 +1,96 @@
+"""What rows read of events: gaps, periods, kinds and earlier sessions, without the future."""
+
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tpad_jax.data import catalogue, events, sessions
+from tpad_jax.data.sessions import Sessions
+from tpad_jax.errors import InputError
+
+
+def one(number, items, seconds, kind, visitor):
+    """A session as a list of its events."""
+    return [(number, item, 1000 * second, k, visitor)
+            for item, second, k in zip(items, seconds, kind, strict=True)]
+
+
+def split(*parts):
+    """Sessions of lists of events."""
+    offsets = np.append(0, np.cumsum([len(part) for part in parts]))
+    _, item, time, kind, _ = (np.array(x) for x in zip(*chain(*parts), strict=True))
+    return Sessions(item.astype(np.int32), offsets, time[offsets[:-1]] // 1000, time, kind,
+                    np.array([part[0][-1] for part in parts]))
+
+
+TRAIN = split(one(0, [1, 2], [0, 3], [0, 1], 7), one(1, [3, 4, 5], [100, 107, 108], [0, 0, 1], 8),
+              one(2, [4, 1], [500, 1200], [1, 1], 7))
+TEST = split(one(0, [5, 0, 3, 2], [2000, 2001, 2005, 2005], [0, 1, 1, 0], 7),
+             one(1, [1, 2], [2100, 2101], [0, 0], 9))
+
+
+@pytest.fixture
+def data():
+    size = 6
+    side = np.zeros((size, 0), np.int32)
+    return catalogue.Data(
+        ['', *'abcde'], [''] * size, [''] * size, None, np.zeros(size, bool), side, (), TRAIN,
+        TEST, TEST, np.ones(size, bool), {}, {}, 'x', 'x', kinds=('view', 'buy'))
+
+
+def config(target='', **model):
+    off = dict(event_time=False, event_kind=False, history=False)
+    return SimpleNamespace(model=SimpleNamespace(**off | model),
+                           data=SimpleNamespace(target_events=target))
+
+
+def test_nothing_is_read_by_default(data):
+    assert events.attached(data, config()) is data
+    assert sessions.rows(TEST, 3).context is None
+
+
+def test_columns_of_rows(data):
+    made = events.attached(data, config(event_time=True, event_kind=True, history=True)).events
+    rows = sessions.rows(TEST, 3, events=made)
+    where = events.columns(made.reads, 3)
+    known = {name: rows.context[:, part] for name, part in where.items()}
+    # prefixes: 5 | 5 | 5 3 | 1, as item 0 is not ranked; the second target is not ranked either
+    np.testing.assert_array_equal(rows.items, [[5, 0, 0], [5, 0, 0], [5, 3, 0], [1, 0, 0]])
+    # 1 s, 5 s, then 5 s and 0 s, then 1 s: 1 + floor(log2(1 + s))
+    np.testing.assert_array_equal(known['gap'], [[2, 0, 0], [3, 0, 0], [3, 1, 0], [2, 0, 0]])
+    np.testing.assert_array_equal(known['kind'], [[1, 0, 0], [1, 0, 0], [1, 2, 0], [1, 0, 0]])
+    assert (known['period'] == events.PERIODS).all()
+    past = np.zeros((4, events.PAST), int)
+    past[:3, :4] = 1, 4, 2, 1  # of visitor 7, the newest first; visitor 9 has none
+    np.testing.assert_array_equal(known['past'], past)
+    # nothing later is read: in training the first session has no past, and the third the first's
+    train = sessions.rows(TRAIN, 3, events=made)
+    np.testing.assert_array_equal(train.context[:, where['past']][:, :3],
+                                  [[0] * 3, [0] * 3, [0] * 3, [2, 1, 0]])
+    share = np.array([3, 107, 108, 1200]) / 1200
+    period = 1 + np.minimum(share * events.PERIODS, events.PERIODS - 1).astype(int)
+    np.testing.assert_array_equal(train.context[:, where['period']][:, 0], period)
+    wide = rows.read_by(SimpleNamespace(reads='context'))
+    np.testing.assert_array_equal(wide, np.column_stack([rows.items, rows.context]))
+    assert rows.read_by(SimpleNamespace()) is rows.items
+
+
+def test_targets_of_some_kinds(data):
+    made = events.attached(data, config('buy')).events
+    rows = sessions.rows(TRAIN, 3, events=made)
+    np.testing.assert_array_equal(rows.target, [2, 5, 1])
+    assert rows.context is None
+    with pytest.raises(InputError, match=r'no event is cart\. Expected some of view, buy'):
+        events.attached(data, config('buy,cart'))
+
+
+def test_data_that_lack_it_are_refused(data):
+    bare = Sessions(*TRAIN[:3])
+    bare = replace(data, train=bare, valid=bare, test=bare, kinds=())
+    for name, words in (('event_time', 'no times'), ('event_kind', 'no kinds'),
+                        ('history', 'two sessions')):
+        with pytest.raises(InputError, match=words):
+            events.attached(bare, config(**{name: True}))
