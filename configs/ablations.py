@@ -7,6 +7,7 @@ while the recommender trains. `joint` adds the stage that trains everything at o
 from tpad_jax import config
 
 TAUGHT = config.TAUGHT | {'stages': 'knowledge,teach,transfer,recommend'}
+BOTTLENECK = {'model.bottleneck': True, 'losses.bottleneck.weight': 1e-3}
 # {name: {config key: value}}
 ABLATIONS = {
     'full': {},
@@ -40,6 +41,11 @@ ABLATIONS = {
     'taught_through_head': TAUGHT | {
         'model.critics.distil': 'separable',
         'stage.transfer.rates': (('^lora/distil/', 0.1), ('^adapter/', 0.2))},
+    # an information bottleneck on p in place of disentanglement, in the paper's form and taught
+    'bottleneck': BOTTLENECK | {'losses.disentangle.weight': 0.0, 'losses.club_fit.weight': 0.0},
+    'taught_bottleneck': TAUGHT | BOTTLENECK,
+    # positions of one session are never negatives of each other
+    'taught_groups': TAUGHT | {'losses.distil.by_session': True},
     # so much disentanglement that p keeps little to predict from
     'strong_disentanglement': {'losses.disentangle.weight': 0.02},
     # five times the distillation steps, stopped where T predicts validation items best

@@ -283,6 +283,8 @@ def model() -> ConfigDict:
             keep=0.2,  # ties: share of an adapter's entries that count
             rank=0),  # of the result, by truncation; 0: exact
         reread=True,  # K reads an item again for r, under a separate adapter; False: r = A(k)
+        # p is drawn from a normal distribution that the loss `bottleneck` holds to the standard one
+        bottleneck=False,
         clusters=0,  # number of clusters of items, for the loss 'clusters'; 0: none
         # what is clustered: k, or the item vectors z of a recommender of ids, trained before
         clusters_of='k',

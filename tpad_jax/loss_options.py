@@ -37,6 +37,8 @@ def losses() -> ConfigDict:
         disentangle=dict(fn='vclub', weight=1e-4, stages=sessions, x='c', y='p', scale=True),
         disentangle_l1out=dict(fn='l1out', weight=0.0, stages=sessions, x='c', y='p', scale=True),
         club_fit=dict(fn='club_fit', weight=1.0, stages=sessions, x='c', y='p', scale=True),
+        # in place of these two, with model.bottleneck: what p knows of the session costs, in nats
+        bottleneck=dict(fn='bottleneck', weight=0.0, stages=f'teach,{sessions}'),
         # by_session: positions of one session are never negatives of each other
         distil=dict(distil, fn='infonce', weight=1.0, critic='critic.distil', chunk=0,
                     by_session=False),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from tpad_jax import config, losses
 from tpad_jax.losses import check, example, pairs
@@ -194,6 +195,13 @@ def np_club_fit(out, batch):
                     for x, y in zip(out['c'][mask], out['p'][mask], strict=True)])
 
 
+def np_bottleneck(out, batch):
+    normal, mask = torch.distributions.Normal, np.asarray(batch.mask)
+    mean, log_variance = (torch.tensor(out[n][mask]) for n in ('p.mean', 'p.log_variance'))
+    rate = torch.distributions.kl_divergence(normal(mean, (log_variance / 2).exp()), normal(0, 1))
+    return rate.sum(-1).mean().item()
+
+
 def np_mmd(out, batch):
     a, b = (np.asarray(out[n])[np.asarray(batch.mask)] for n in ('r', 't'))
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
@@ -235,8 +243,8 @@ def np_bag_of_words(out, batch):
 
 
 @pytest.mark.parametrize('reference', [
-    np_infonce, np_mine, np_nwj, np_jsd, np_smile, np_vclub, np_l1out, np_club_fit, np_mmd,
-    np_alignment_uniformity, np_intents, np_next_item, np_generation,
+    np_infonce, np_mine, np_nwj, np_jsd, np_smile, np_vclub, np_l1out, np_club_fit, np_bottleneck,
+    np_mmd, np_alignment_uniformity, np_intents, np_next_item, np_generation,
     np_bag_of_words])
 def test_value_against_numpy(reference):
     value = jit(partial(mean_loss, getattr(losses, reference.__name__[3:])))

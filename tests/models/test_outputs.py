@@ -1,6 +1,7 @@
 """The table of outputs and the registry of encoders: one entry is enough, all else is derived."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests import tiny_stages
 from tests.tiny_stages import DATA, N, V
 from tpad_jax.errors import InputError
 from tpad_jax.losses import Out, check
-from tpad_jax.models import outputs, sessions, tpad
+from tpad_jax.models import output_table, outputs, sessions, tpad
 from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch
 
@@ -95,13 +96,44 @@ def test_only_what_is_needed_is_computed():
         outputs.forward(model, {}, batch, rows, frozenset({'r'}), frozenset())
 
 
+def test_a_bottleneck_draws_p_in_training_and_has_its_mean_in_evaluation():
+    """By row, so that neither order nor padding changes a draw; the deviation gets a gradient."""
+    model, params, catalogue = tiny_stages.model()
+    model = replace(model, disentangle=model.disentangle.clone(bottleneck=True))
+    width = model.disentangle.features
+    heads = jax.jit(model.disentangle.init)(jax.random.key(1), jnp.ones((1, 1, width)))['params']
+    params = tiny_stages.unflatten_dict(params, sep='/') | {'disentangle': heads}
+    batch = Batch.of(next(tiny_stages.draw('recommend')))
+    turned = jax.tree.map(lambda x: x[::-1], batch)
+    names = frozenset({'c', 'p', 'p.mean', 'p.log_variance'})
+
+    @jax.jit
+    def forward(heads, batch, key):
+        return outputs.forward(model, params | {'disentangle': heads}, batch, catalogue, names,
+                               frozenset(), key)
+
+    still = forward(heads, batch, None)
+    np.testing.assert_array_equal(still['p'], still['p.mean'])
+    drawn, other, again = (forward(heads, rows, jax.random.key(seed))
+                           for rows, seed in ((batch, 0), (batch, 1), (turned, 0)))
+    noise = (drawn['p'] - drawn['p.mean']) / np.exp(drawn['p.log_variance'] / 2)
+    assert np.abs([noise.mean(), noise.std() - 1]).max() < 0.1
+    assert np.abs(np.corrcoef(noise.ravel(), (other['p'] - drawn['p']).ravel())[0, 1]) > 0.5
+    np.testing.assert_allclose(again['p'][::-1], drawn['p'], atol=1e-5)
+    np.testing.assert_allclose(drawn['p.log_variance'], -4, atol=1e-6)  # a deviation of e^-2 first
+    grads = jax.jit(jax.grad(lambda heads: forward(heads, batch, jax.random.key(0))['p'].sum()))(
+        heads)
+    np.testing.assert_allclose(grads['spread']['out']['bias'],
+                               (noise * np.exp(-2) / 2).sum((0, 1)), rtol=1e-3, atol=1e-4)
+
+
 def test_what_needs_content_is_derived():
     compressed = outputs.Plan('compressed', ('r',), True, frozenset())
-    assert 'content' not in outputs.required(['t', 'h', 'k', 'r'], compressed)
-    assert 'content' in outputs.required(['t'], compressed._replace(form='full'))
-    assert 'content' in outputs.required(['h'], compressed._replace(fresh=frozenset({'r'})))
+    assert 'content' not in output_table.required(['t', 'h', 'k', 'r'], compressed)
+    assert 'content' in output_table.required(['t'], compressed._replace(form='full'))
+    assert 'content' in output_table.required(['h'], compressed._replace(fresh=frozenset({'r'})))
     for name in ('describe', 'foretell.tokens', 'r.image', 'text.there'):
-        assert 'content' in outputs.required([name], compressed)
+        assert 'content' in output_table.required([name], compressed)
 
 
 class Mean(nn.Module):

@@ -11,7 +11,17 @@ by the loss's name) and `head` (its module, parameters bound, if the config name
 from tpad_jax.losses.combine import bound, combine, first_parameters, first_states
 from tpad_jax.losses.contract import LossSpec, Out, from_entry, resolve
 from tpad_jax.losses.discrepancy import alignment_uniformity, intents, mmd
-from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
+from tpad_jax.losses.information import (
+    bottleneck,
+    club_fit,
+    infonce,
+    jsd,
+    l1out,
+    mine,
+    nwj,
+    smile,
+    vclub,
+)
 from tpad_jax.losses.recommendation import (
     clusters,
     next_item,
@@ -20,7 +30,7 @@ from tpad_jax.losses.recommendation import (
 )
 from tpad_jax.losses.tokens import bag_of_words, generation, mdist, rdist
 
-__all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bag_of_words', 'bound', 'club_fit',
-           'clusters', 'combine', 'first_parameters', 'first_states', 'from_entry', 'generation',
-           'infonce', 'intents', 'jsd', 'l1out', 'mdist', 'mine', 'mmd', 'next_item', 'nwj',
-           'rdist', 'resolve', 'sampled_next_item', 'smile', 'soft_next_item', 'vclub']
+__all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bag_of_words', 'bottleneck', 'bound',
+           'club_fit', 'clusters', 'combine', 'first_parameters', 'first_states', 'from_entry',
+           'generation', 'infonce', 'intents', 'jsd', 'l1out', 'mdist', 'mine', 'mmd', 'next_item',
+           'nwj', 'rdist', 'resolve', 'sampled_next_item', 'smile', 'soft_next_item', 'vclub']

@@ -20,8 +20,9 @@ PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'e
 
 # Sources that a stage may lack: images and words of a batch's items; the clusters of
 # config.model.clusters; features r that a loss may train; the MLLM of config.mllm.teacher; rows of
-# the features that config.model.recommend names; an encoder that reads all prefixes at once.
-SOURCES = ('content', 'clusters', 'trained r', 'teacher', 'features', 'prefixes')
+# the features that config.model.recommend names; an encoder that reads all prefixes at once; the
+# distribution of config.model.bottleneck.
+SOURCES = ('content', 'clusters', 'trained r', 'teacher', 'features', 'prefixes', 'bottleneck')
 
 
 class Plan(NamedTuple):
@@ -130,6 +131,23 @@ def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=Non
         return make
 
     return add
+
+
+def split(name, shape, needs=(), **docs):
+    """Add the values of the tuple `name` as outputs {their name: docstring}."""
+    for i, (part, doc) in enumerate(docs.items()):
+        output(part, shape, (name, *needs), doc=doc)(lambda at, values, i=i: values[i])
+
+
+def required(wanted, plan: Plan) -> set[str]:
+    """Collect all that outputs need, directly or not, `SOURCES` and themselves included."""
+    todo, result = list(wanted), set()
+    while todo:
+        name = todo.pop()
+        if name not in result:
+            result.add(name)
+            todo += OUTPUTS[name].needs(plan) if name in OUTPUTS else ()
+    return result
 
 
 def split_tables(out: dict, rows: int) -> tuple[dict, dict]:

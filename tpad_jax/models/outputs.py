@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from tpad_jax.models import readers
 from tpad_jax.models import stream as streams
-from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Plan, output
+from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Plan, output, split
 from tpad_jax.models.sessions.repeats import shifts
 from tpad_jax.models.tpad import TPAD, encode_sessions, flat, item_vectors, z_table
 from tpad_jax.mutual_information.critics import Score
@@ -37,12 +37,6 @@ for _name, _needs, _dtype, _doc in (
 
 
 # --- items ----------------------------------------------------------------------------------------
-
-
-def split(name, shape, needs=(), **docs):
-    """Add the values of the tuple `name` as outputs {their name: docstring}."""
-    for i, (part, doc) in enumerate(docs.items()):
-        output(part, shape, (name, *needs), doc=doc)(lambda at, values, i=i: values[i])
 
 
 @output('_seen', needs=('content',))
@@ -195,12 +189,17 @@ def _t(at, read, k=None):
 
 @output('_parts', needs=('t',))
 def _parts(at, t):
-    """The parts c and p of t."""
-    return at.spec.disentangle.apply({'params': at.params['disentangle']}, t)
+    """The parts c and p of t, and with a bottleneck the mean and log variance of p."""
+    key = at.keys['pick']  # folded, as other outputs draw by it
+    keys = None if key is None else row_keys(jax.random.fold_in(key, 2), at.batch.row)
+    return at.spec.disentangle.apply({'params': at.params['disentangle']}, t, keys)
 
 
 split('_parts', 'B, N, D', c='The part of `t` that agrees with item knowledge.',
       p='The part of `t` about the transition.')
+for _i, _name in (2, 'mean'), (3, 'log_variance'):
+    output(f'p.{_name}', 'B, N, D', ('_parts', 'bottleneck'), doc=f'The {_name.replace("_", " ")} '
+           'of the distribution of `p` (`model.bottleneck`).')(lambda at, parts, i=_i: parts[i])
 
 
 def _ranked_items(at):
@@ -352,17 +351,6 @@ def is_known(name) -> bool:
 def names(critics=()) -> list[str]:
     """List the outputs a loss may name, with one per critic."""
     return sorted([*filter(is_known, OUTPUTS), *(f'critic.{name}' for name in critics)])
-
-
-def required(wanted, plan: Plan) -> set[str]:
-    """Collect all that outputs need, directly or not, `SOURCES` and themselves included."""
-    todo, result = list(wanted), set()
-    while todo:
-        name = todo.pop()
-        if name not in result:
-            result.add(name)
-            todo += OUTPUTS[name].needs(plan) if name in OUTPUTS else ()
-    return result
 
 
 def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, fresh: frozenset,

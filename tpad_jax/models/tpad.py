@@ -138,7 +138,8 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         transfer=sessions_base and TransferMLLM(
             sessions_base, wide, model.clusters, shape[0], model.form == 'item',
             model.session_layers, model.block if model.form == 'recurrent' else 0),
-        disentangle=Disentangle(wide, wide), adapter=Adapter(wide), club=GaussianQ(wide),
+        disentangle=Disentangle(wide, wide, model.bottleneck), adapter=Adapter(wide),
+        club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, model.features))
                       for name, kind in sorted(model.critics.items())),
         fusion=Fusion(items, model.width, model.use_id, side_sizes if model.use_side else (),

@@ -205,7 +205,7 @@ def off_diagonal(score, x, y, group, of='exp', clip=5.0, chunk=1024):
       score: the critic.
       x: float [n, I].
       y: float [n, J].
-      group: int32 [n], in 0..n-1. Pairs within a group are no draws from the marginals.
+      group: int32 [n], in 0..n-1. Pairs within a group are not negatives.
       of: 'exp' or 'clipped' (exp of scores limited to +-clip) give logs of sums. 'softplus' and
         'score' give sums.
       clip: limit of 'clipped'.

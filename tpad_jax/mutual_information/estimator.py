@@ -348,8 +348,8 @@ def _paired(bound, score, x, y, group, seen, s):
     if bound == 'nwj':
         other, sizes = row, held
         if seen is not None:
-            x, y, *known = seen
-            theirs = _numbered(*known, len(x)) if known else np.arange(len(x), dtype=np.int32)
+            x, y, theirs = (*seen, np.arange(len(seen[0])))[:3]
+            theirs = _numbered(theirs, len(x))
             other = np.asarray(bounds.off_diagonal(score, x, y, theirs, 'exp', s.clip, s.chunk)[1],
                                np.float64)
             sizes = np.bincount(theirs)

@@ -18,8 +18,9 @@ from tpad_jax.nn import linear
 from tpad_jax.training import checkpoint, step
 
 # options that give parameters of equal shapes another meaning
-MEANING = ('mllm.pooling', 'mllm.tokenizer', 'model.critics.align', 'model.critics.distil',
-           'model.form', 'model.lora_alpha', 'model.lora_targets', 'model.reread')
+MEANING = ('mllm.pooling', 'mllm.tokenizer', 'model.bottleneck', 'model.critics.align',
+           'model.critics.distil', 'model.form', 'model.lora_alpha', 'model.lora_targets',
+           'model.reread')
 TRAINED = tuple(stage for stage in STAGES if stage != 'recommend')  # what is taken over
 
 
@@ -76,8 +77,9 @@ def parameters(config, shapes: dict, base: str) -> dict:
     refuse_if(origin != base, f'{option}: its base has other parameters (config.mllm). Expected '
               'the same base. Fix: choose another run, or its base')
     for key in (*MEANING, 'k without training'):
-        refuse_if(before.get(key) != now[key], f'{option}: {key} is {before.get(key)!r} there and '
-                  f'{now[key]!r} here. Expected the same. Fix: choose another run, or its option')
+        earlier = before.get(key, False)  # an older run lacks a newer option
+        refuse_if(earlier != now[key], f'{option}: {key} is {earlier!r} there and {now[key]!r} '
+                  'here. Expected the same. Fix: choose another run, or its option')
     out = parameters(theirs, shapes, base) if theirs.get('begin_from') else {}
     for stage in TRAINED:
         if (run / 'stages' / stage).is_dir():

@@ -58,7 +58,7 @@ class StepSpec:
     def reads_content(self) -> bool:
         """Whether an output that is read needs the images and words of the batch's items."""
         plan = outputs.Plan(self.model.form, self.model.recommend, self.model.reread, self.fresh)
-        return 'content' in outputs.required(self.needs, plan)
+        return 'content' in output_table.required(self.needs, plan)
 
 
 def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: str | None):
@@ -161,8 +161,8 @@ def stored_rows(config, stage: str) -> tuple[str, ...]:
 
 
 def required(config, stage: str, needs) -> set[str]:
-    """Collect all that the outputs `needs` need in a stage, see `outputs.required`."""
-    return outputs.required(needs, _plan(config, stage))
+    """Collect all that the outputs `needs` need in a stage, see `output_table.required`."""
+    return output_table.required(needs, _plan(config, stage))
 
 
 def _weights(config, stage):
@@ -191,13 +191,14 @@ def _missing(config, stage):
          f'{model.encoder} does not read all prefixes of a session at once'),
         (not config.mllm.teacher, 'teacher', 'config.mllm.teacher names no teacher'),
         (not model.clusters, 'clusters', 'config.model.clusters is 0'),
+        (not model.bottleneck, 'bottleneck', 'config.model.bottleneck is False'),
         (model.blend.kind, 'trained r', 'config.model.blend makes r, which no loss trains'),
         (read, 'features', f'the recommender reads {read}, which a later stage makes'),
         (not ENTRIES[stage].content, 'content', f'stage {stage} reads no content'),
         *((row not in plan.fresh, f'_{row}', f'no earlier stage makes the rows {row}, and '
            f'config.stage.{stage}.fresh={fresh!r} does not name {row}') for row in later))
     lacking = {name: why for broken, name, why in rules if broken}
-    sources = {name: sorted(outputs.required([name], plan) & lacking.keys())
+    sources = {name: sorted(output_table.required([name], plan) & lacking.keys())
                for name in outputs.OUTPUTS}
     return {name: '; '.join(lacking[n] for n in why) for name, why in sources.items() if why}
 
