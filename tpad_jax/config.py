@@ -200,6 +200,9 @@ def data() -> ConfigDict:
         max_length=20,  # items of the longest prefix; a longer one keeps its last items
         valid=0.1,  # share of the sessions, or from 1 on their number: the latest before test
         test=0.1,  # share or number of the latest sessions
+        # the test is one window of so many days, counted from the last day on (1), and training all
+        # before it; 0: `test` decides. `python -m tpad_jax.train --windows=N` runs the last N
+        window=0, window_days=7,
         seed=0,  # of the order of events with equal times, and of draws of sessions
         # largest share of damaged lines of a raw file, or of damaged images; they are skipped and
         # counted. Real files have a few in a thousand. One in twenty means another encoding,

@@ -44,6 +44,10 @@ def main(argv: list[str]) -> None:
     from tpad_jax.job import job, mirror
     hosts.join(values.coordinator, values.processes, values.process)
     with mirror.kept(workdir, values.mirror):
+        if values.windows:
+            from tpad_jax.job import windows
+            windows.run(config, workdir, values.windows, hosts.together(stopping))
+            return
         job.run(config, workdir, hosts.together(stopping), profile=values.profile)
 
 
@@ -118,6 +122,7 @@ def _flags(values):
     flags.DEFINE_boolean('dry-run', False, 'Read the data, print columns, counts, examples and the '
                          'estimated time, and stop.', flag_values=values)
     integer('plan_items', None, 'With --plan: the number of items. No data are read.', 1)
+    integer('windows', 0, 'Train and test so many times, each on later days: job/windows.py.', 0)
     integer('profile', 0, 'Trace and time this many steps of every stage, into WORKDIR/profile.', 0)
     # a run of several processes: each gets the same command with another --process
     text('coordinator', '', 'HOST:PORT where process 0 of several listens; none on a TPU slice.')

@@ -94,3 +94,26 @@ def test_data_that_lack_it_are_refused(data):
                         ('history', 'two sessions')):
         with pytest.raises(InputError, match=words):
             events.attached(bare, config(**{name: True}))
+
+
+def test_a_window_trains_on_what_is_before_its_days(data):
+    hours = np.arange(240)  # a session every hour of ten days; the source's split does not matter
+    parts = [split(*(one(0, [1, 2], [3600 * h, 3600 * h + 60], [0, 0], 1) for h in hours[cut]))
+             for cut in (slice(0, 100), slice(100, 150), slice(150, None))]
+    data = replace(data, train=parts[0], valid=parts[1], test=parts[2], fingerprint='x')
+    options = SimpleNamespace(window=2, window_days=3, valid=0.1)
+    made = catalogue.windowed(data, options, True)
+    np.testing.assert_array_equal(made.test.start, 3600 * hours[96:168])  # days 4 to 6
+    np.testing.assert_array_equal(np.append(made.train.start, made.valid.start), 3600 * hours[:96])
+    other = catalogue.windowed(data, window_of(options, 1), True)
+    assert made.fingerprint != other.fingerprint
+    with pytest.raises(InputError, match='0 before them, of 10 days'):
+        catalogue.windowed(data, window_of(options, 4), True)
+    bare = replace(data, **{n: getattr(data, n)._replace(time=None)
+                            for n in ('train', 'valid', 'test')})
+    with pytest.raises(InputError, match='no times'):
+        catalogue.windowed(bare, options, False)
+
+
+def window_of(options, window):
+    return SimpleNamespace(**vars(options) | {'window': window})

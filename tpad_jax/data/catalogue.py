@@ -139,6 +139,43 @@ def restrict(data: Data, choice: str) -> Data:
                    attributes=chosen)
 
 
+def windowed(data: Data, options, timed: bool) -> Data:
+    """Divide the sessions again: the test is one window of days, and what is later is dropped.
+
+    Args:
+      data: of a source.
+      options: config.data, with `window`, the number of the window from the last day on, its
+        `window_days`, and `valid` for the sessions before it.
+      timed: whether the sessions' start times are times, if their events have none.
+
+    Returns:
+      The data, without an audit.
+
+    Raises:
+      InputError: there are no times, or the window or the time before it has no sessions.
+    """
+    every = sessions.join(sessions.join(data.train, data.valid), data.test)
+    name = f'config.data.window={options.window}'
+    refuse_if(every.time is None and not timed, f'{name}: the sessions have no times. Expected '
+              'data with times. Fix: set it to 0.')
+    start = every.start if every.time is None else every.time[every.offsets[:-1]] // 1000
+    order = np.argsort(start, kind='stable')
+    every = sessions.take(every._replace(start=start), order)
+    day = every.start // sessions.DAY - every.start[-1] // sessions.DAY  # 0 is the last
+    first = 1 - options.window * options.window_days
+    kept = np.flatnonzero(day < first + options.window_days)
+    tested = int((day[kept] >= first).sum())
+    refuse_if(not 0 < tested < len(kept), f'{name} of config.data.window_days='
+              f'{options.window_days}: {tested} sessions are in its days and {len(kept) - tested} '
+              f'before them, of {1 - day[0]} days in all. Expected some in both. Fix: lower one.')
+    parts = sessions.split(sessions.take(every, kept), options.valid, tested)
+    warm = sessions.warm_items(parts[0], data.num_items)
+    identity = f'{data.fingerprint} {options.window} {options.window_days}'
+    return replace(data, **dict(zip(('train', 'valid', 'test'), parts, strict=True)), warm=warm,
+                   reviewed=None, audit={},
+                   fingerprint=data.fingerprint and hashlib.sha256(identity.encode()).hexdigest())
+
+
 @dataclass(frozen=True, eq=False)
 class Content:
     """Pixels and tokens of the catalogue, by item id.

@@ -145,8 +145,7 @@ class Job:
         if 'recommend' in stages and lexical.wanted(c, self.planted is not None):
             self.catalogue['lexical'] = jnp.asarray(lexical.rows(data.texts, c.seed))
         if self.planted is not None:
-            self.probabilities = variants.truth(c.data.planted, self.planted,
-                                                data.asins)
+            self.probabilities = variants.truth(c.data.planted, self.planted, data)
             self.attributes, true = planted.true_rows(self.planted, data.asins)
             self.catalogue['true'] = jnp.asarray(true)
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)

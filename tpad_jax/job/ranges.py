@@ -107,7 +107,8 @@ RULES = {key: rule for rule, keys in (
     (number(0, 2**32 - 1, whole=True), 'seed data.seed data.planted.seed'),
     (number(0, 2**32 - 1, whole=True, optional=True), 'data.planted.law_seed'),
     (COUNT, 'federated.local save_every log_every model_shards search.trials data.core '
-     'data.min_length mllm.own.steps mllm.encode_rows mllm.encode_part stage.*.batch_size '
+     'data.min_length data.window_days mllm.own.steps mllm.encode_rows mllm.encode_part '
+     'stage.*.batch_size '
      'stage.*.accumulate losses.*.samples losses.*.widths data.planted.train '
      'data.planted.valid data.planted.test'),
     (number(1, LONG, whole=True), 'data.max_length mllm.text_length mllm.own.text_length '
@@ -117,7 +118,7 @@ RULES = {key: rule for rule, keys in (
     (number(0, DEEP, whole=True), 'model.layers model.session_layers'),
     (number(1, DEEP, whole=True), 'model.block model.gnn_steps'),
     (number(0, 3, whole=True), 'data.planted.kinds'), (number(0, 5), 'data.planted.drift'),
-    (COUNT_OR_NONE, 'data.planted.visitors '
+    (COUNT_OR_NONE, 'data.planted.visitors data.window '
      'devices diagnostics skip_not_finite mllm.chunk model.clusters '
      'model.blend.rank stage.*.steps stage.*.eval_every stage.*.patience stage.*.refresh_every '
      'losses.*.chunk losses.*.nearest'),

@@ -259,6 +259,9 @@ def data_facts(job) -> dict:
                    'images': job.content.pictures, 'texts': job.texts,
                    'missing': job.missing}
     lengths = {split: len(getattr(data, split).start) for split in ('train', 'valid', 'test')}
+    if job.config.data.window:
+        days = (data.test.start[[0, -1]] // sessions.DAY).astype('datetime64[D]')
+        content['test_days'] = days.astype(str).tolist()
     return {'lines': data.lines, 'form': data.form, 'items': data.num_items, **content,
             'cold_items': int((~data.warm[1:]).sum()), 'sessions': lengths,
             'catalogue': {'choice': job.config.data.catalogue, 'items': data.choices,

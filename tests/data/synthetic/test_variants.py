@@ -23,7 +23,7 @@ def test_the_oracle_equals_what_is_drawn(option):
     world = variants.draw(SIZES | option)
     assert (world.sessions == variants.draw(SIZES | option).sessions).all()
     asins = ['', *(planted_lib.asin(number + 1) for number in range(SIZES['items']))]
-    oracle = variants.follow(SIZES | option, asins)
+    oracle = variants.follow(SIZES | option, asins, SIZES['train'] + SIZES['valid'])
     test = world.sessions[SIZES['train'] + SIZES['valid']:]
     rows, targets = [], []
     for number, session in enumerate(test):

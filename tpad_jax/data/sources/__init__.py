@@ -18,7 +18,7 @@ import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.audit import audit
-from tpad_jax.data.catalogue import Data, restrict
+from tpad_jax.data.catalogue import Data, restrict, windowed
 from tpad_jax.data.events import attached
 from tpad_jax.errors import refuse_if, refusing
 
@@ -169,7 +169,10 @@ def load(config, workdir: Path) -> Data:
       InputError: as the source's own functions; tables of unequal length, an item id out of range,
         or a split without two items in any session.
     """
-    data = chosen(config).load(config, Path(workdir))
+    source = chosen(config)
+    data = source.load(config, Path(workdir))
+    if config.data.window:
+        data = windowed(data, config.data, source.timed)
     _check(data, origin(config))
     if not data.audit:
         report = audit(data.train, data.valid, data.test, data.warm, form=data.form,

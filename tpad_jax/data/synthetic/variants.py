@@ -150,12 +150,13 @@ def beliefs(world: Varied, visitors: int) -> np.ndarray:
     return share / share.sum(axis=-1, keepdims=True)
 
 
-def follow(options: dict, asins: list[str]) -> Callable:
+def follow(options: dict, asins: list[str], first: int) -> Callable:
     """Make the oracle of the test rows in the ids of a catalogue.
 
     Args:
       options: of config.data.planted.
       asins: list of V + 1 str, the catalogue's, [0] being padding.
+      first: number of the first test session, of all.
 
     Returns:
       Function of int32 [R, 8]: a prefix of 7 ids and the number of its test session (its attribute
@@ -167,7 +168,6 @@ def follow(options: dict, asins: list[str]) -> Callable:
     """
     world = draw(options)
     ids = planted_lib.planted_ids(world.planted, asins)
-    first = options['train'] + options['valid']
     belief = beliefs(world, options['visitors']) if options.get('visitors') else None
 
     def probabilities(inputs):
@@ -188,17 +188,17 @@ def follow(options: dict, asins: list[str]) -> Callable:
     return probabilities
 
 
-def truth(options: dict, planted, asins: list[str]) -> Callable:
+def truth(options: dict, planted, data) -> Callable:
     """Make the oracle of a planted catalogue, whether it is a variant or not.
 
     Args:
       options: of config.data.planted.
       planted: planted.Planted.
-      asins: as for `follow`.
+      data: catalogue.Data of the run.
     """
     if any(options[name] for name in NAMES):
-        return follow(options, asins)
-    return planted_lib.catalogue_probabilities(planted, asins)
+        return follow(options, data.asins, len(data.train.start) + len(data.valid.start))
+    return planted_lib.catalogue_probabilities(planted, data.asins)
 
 
 def with_kinds(data, options: dict):
