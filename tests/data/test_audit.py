@@ -162,6 +162,19 @@ def test_times_that_are_not_known_are_no_all_clear():
     assert 'not known' not in known['verdict']
 
 
+@pytest.mark.parametrize(('unit', 'step', 'words'), [
+    ('minute', 60_000, 'whole minutes'), ('day', 1000 * DAY, 'whole days'), ('moment', 0, 'same')])
+def test_times_of_events_are_read_where_a_source_counts_no_ties(unit, step, words):
+    # two events at a time: every second neighbour in a session of four is a tie
+    sessions = csr([[1, 2, 3, 4]] * 30)
+    timed = sessions._replace(start=np.zeros(30, np.int64), time=np.arange(120) // 2 * step)
+    found = report(timed, timed, ties=float('nan'))
+    assert found['time_unit'] == unit
+    assert found['tie_share'] == pytest.approx(2 / 3 if step else 1)
+    assert found['day_granular'] is {'minute': False, 'day': True, 'moment': None}[unit]
+    assert any(words in line for line in lib.describe(found))
+
+
 def test_closeness_is_told_from_direction():
     near = report(walks(0, 2500), walks(1, 400), items=400)
     assert 'Claims about transitions can be made' in near['verdict']

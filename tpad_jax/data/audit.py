@@ -34,6 +34,7 @@ WARNED_SHARES = {
     'cold_target_share': (0.3, 'the test targets occur in no training session; models of item ids '
                                'cannot predict them.')}
 MOST_TIES = 0.5  # above it the order inside sessions counts as unknown
+UNITS = {'day': 1000 * DAY, 'hour': 3_600_000, 'minute': 60_000, 'second': 1000, 'millisecond': 1}
 SURE = 3  # standard errors that a loss by shuffling has to exceed
 
 
@@ -57,11 +58,20 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
       `lengths` {bin: sessions} of the training sessions, `shuffle` (`shuffle_test.shuffle_test`),
       `warnings`, a list of sentences, and `verdict`, whether claims about transitions can be made.
       `tie_share` and `day_granular` are None where times are not known, as in sessions that all
-      start at the same moment.
+      start at the same moment. `time_unit` is the coarsest of UNITS in which all times of events
+      are whole, 'moment' for a single one, None where events have no times.
     """
     seen = set(_keys(train))
     starts = np.concatenate([train.start, valid.start, test.start])
     splits = {'train': train, 'valid': valid, 'test': test}
+    times = [part.time for part in splits.values()]
+    known = not any(time is None for time in times)
+    if known:  # a source of prepared sessions counts no ties
+        starts = np.concatenate(times) // 1000
+        if np.isnan(ties):
+            equal = [(np.diff(part.time) == 0)[np.diff(part.owner) == 0]
+                     for part in splits.values()]
+            ties = np.concatenate(equal).mean()
     report = {
         'form': form, 'items': len(warm) - 1, 'warm_items': int(warm.sum()),
         'sessions': {name: len(part.start) for name, part in splits.items()},
@@ -73,6 +83,7 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         'history_share': history_share(train, test),
         'cold_target_share': _mean(~warm[_steps(test, every=every_prefix)[1]]),
         'tie_share': None if np.isnan(ties) else float(ties),
+        'time_unit': _unit(np.concatenate(times)) if known else None,
         'day_granular': bool((starts % DAY == 0).all()) if len(np.unique(starts)) > 1 else None,
         'shuffle': shuffle_test(train, test, every_prefix=every_prefix)}
     return {**report, 'warnings': _warnings(report), 'verdict': verdict(report)}
@@ -167,7 +178,9 @@ def describe(report: dict) -> list[str]:
         'pairs (50 % without such an order).',
         f'Shuffling every session, hit@20 on {report["shuffle"]["rows"]} test rows: {changes}.',
         'Equal times among neighbours in a session: '
-        + ('not known.' if report['tie_share'] is None else f'{share["tie_share"]}.')]
+        + ('not known.' if report['tie_share'] is None else f'{share["tie_share"]}.')
+        + {'moment': ' All events have the same time.', None: ''}.get(
+            unit := report.get('time_unit'), f' All times are whole {unit}s.')]
     return [*lines, *(f'Warning: {sentence}' for sentence in report['warnings']),
             f'Verdict: {report["verdict"]}']
 
@@ -259,6 +272,13 @@ def _fixed_order(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray
         surprise = expit(place[first] - place[second])
         place += rate * (np.bincount(second, surprise, size) - np.bincount(first, surprise, size))
     return place
+
+
+def _unit(times: np.ndarray) -> str:
+    """The coarsest unit in which all times (ms) are whole; 'moment' if there is one alone."""
+    if (times == times[0]).all():
+        return 'moment'
+    return next(name for name, unit in UNITS.items() if (times % unit == 0).all())
 
 
 def _targets(sessions: Sessions, every: bool) -> np.ndarray:
