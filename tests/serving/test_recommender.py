@@ -11,10 +11,11 @@ import pytest
 import tpad_jax
 from tests import tiny_base, tiny_served
 from tests.tiny_served import N, V
+from tpad_jax.data.events import PERIODS, columns
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.metrics import top
 from tpad_jax.models.sessions import ENCODERS
-from tpad_jax.serving import calls, recommender, topk
+from tpad_jax.serving import artifact, calls, recommender, session_files, topk
 
 
 @pytest.fixture(scope='module')
@@ -104,6 +105,44 @@ def test_sessions_of_ids(made):
     assert np.isnan(found.scores[2:]).all()
     assert np.isfinite(found.scores[:2]).all()
     assert shop.recommend([], k=5).items == []
+
+
+def test_times_kinds_and_earlier_items_are_read_and_may_be_missing(base, made, tmp_path):
+    _, scores = tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='',
+                                  event_time=True, event_kind=True, history=True)
+    about = tmp_path / 'run' / artifact.FOLDER / artifact.ABOUT
+    about.write_text(json.dumps(json.loads(about.read_text()) | {'kinds': ['view', 'buy']}))
+    shop = tpad_jax.load(tmp_path / 'run')
+    sessions = [['I3', 'no such', 'I4'], ['I5']]
+    events = [{'times': [0, 2000, 5000], 'kinds': ['buy', 'buy', 'other'], 'now': 9000,
+               'earlier': ['I1', 'nor this', 'I2']}, {'kinds': None}]
+    where = columns(('gap', 'period', 'kind', 'past'), N)
+    rows = np.zeros((2, N + where['past'].stop), np.int32)
+    rows[0, :2], rows[1, 0] = (3, 4), 5
+    context = rows[:, N:]
+    context[:, where['period']] = PERIODS
+    context[0, where['gap']][:2] = 3, 3  # 5 s between the two that are known, then 4 s
+    context[0, where['kind']][0] = 2
+    context[0, where['past']][:2] = 2, 1
+    given = calls.with_events(shop, rows[:, :N], sessions, events)
+    np.testing.assert_array_equal(given, rows)
+    found = shop.recommend(sessions, k=5, events=events)
+    np.testing.assert_array_equal(
+        found.items, [[f'I{n}' for n in row] for row in top(scores(rows), 5)])
+    np.testing.assert_array_equal(  # without any, they are not known
+        shop.recommend(sessions, k=5).items,
+        [[f'I{n}' for n in row] for row in top(scores(rows[:, :N]), 5)])
+    file = tmp_path / 'sessions.jsonl'
+    file.write_text(''.join(json.dumps({'session': session, **event}) + '\n' for session, event in
+                            [*zip(sessions, events, strict=True), (['I5'], {'times': [1, 2]})]))
+    source = session_files.Source(str(file))
+    assert [asked.events for asked in source] == events
+    assert source.rejected == {'unusable_times_kinds_now_or_earlier': 1}
+    for bad in [[{}]], [{'times': [1]}, {}], [{'times': [1, 2, float('nan')]}, {}], [{'x': 1}, {}]:
+        with pytest.raises(InputError, match='not one for each session'):
+            shop.recommend(sessions, events=bad)
+    with pytest.raises(InputError, match='reads item ids alone'):
+        made[3].recommend(sessions, events=events)
 
 
 def test_more_sessions_than_a_call_holds_and_one_compilation_per_size(made):

@@ -76,6 +76,12 @@ class Served:
     titles: list[str]
     attributes: pl.DataFrame
 
+    @property
+    def reads(self) -> tuple[tuple[str, ...], list[str]]:
+        """The columns of data/events.py that the model reads, and the names of the kinds."""
+        events = self.specs[0].events
+        return () if events is None else events.reads, self.about.get('kinds', [])
+
 
 class Table(NamedTuple):
     """The catalogue at one moment.
@@ -125,6 +131,7 @@ def write(job, name: str, scores) -> None:
     about = {
         'version': VERSION, 'model': name, 'models': [part.model.to_dict() for part in configs],
         'items': job.data.num_items, 'max_length': job.max_length, 'data': job.data.fingerprint,
+        'kinds': list(job.data.kinds),
         'side_sizes': list(job.data.side_sizes), 'vocabulary': job.data.vocabulary,
         'words': list(names(c.data.words)) if c.data.ready else list(WORDS),
         'mllm': _located(c.mllm.to_dict()) if content else None,

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from fastapi import HTTPException
 
-from tpad_jax.serving.calls import SIZES
+from tpad_jax.serving.calls import SIZES, with_events
 from tpad_jax.serving.conditions import Wanted
 from tpad_jax.serving.recommender import Recommender
 
@@ -51,6 +51,7 @@ class Batcher:
         async with self._starting:
             for size in SIZES if self._task is None else ():
                 rows = np.ones((size, self._shop.max_length), np.int32)
+                rows = with_events(self._shop, rows, [[]] * size)
                 await loop.run_in_executor(self._pool, self._shop.first, rows, self._most_k)
             self._task = self._task or loop.create_task(self._answer())
 

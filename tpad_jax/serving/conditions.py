@@ -293,7 +293,7 @@ def _reordered(shop, rows, items, scores, asked):
     """Order the first items by the new scores of their rerankers, in place."""
     for rerank in {x.rerank: None for x in asked if x.rerank}:
         chosen = np.array([n for n, x in enumerate(asked) if x.rerank is rerank])
-        context = Context(rows[chosen], shop.vectors, shop.titles)
+        context = Context(rows[chosen, :shop.max_length], shop.vectors, shop.titles)
         first = items[chosen, :FIRST]
         new = np.where(first > 0, rerank(first, scores[chosen, :FIRST], context), -np.inf)
         if new.shape != first.shape or np.isnan(new).any():

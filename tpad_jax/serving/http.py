@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from tpad_jax.errors import InputError
 from tpad_jax.serving.batching import RETRY, Batcher
-from tpad_jax.serving.calls import MAX_K, SIZES
+from tpad_jax.serving.calls import MAX_K, SIZES, with_events
 from tpad_jax.serving.conditions import wanted
 from tpad_jax.serving.explain import explain
 from tpad_jax.serving.pictures import Pictures
@@ -108,6 +108,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         conditions: dict[str, Any] | None = None
         seen: list[Annotated[list[Id], Field(max_length=limits.length)]] | None = None
         explain: bool = False
+        events: list[dict[str, Any]] | None = None
 
     @made.post('/recommend', response_model=Answers, responses=REFUSED)
     async def recommend(ask: Ask):
@@ -120,13 +121,14 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         table = shop.table
         rows, unknown = shop.rows(ask.sessions, table)
         try:
+            given = with_events(shop, rows, ask.sessions, ask.events)
             asked = await asyncio.to_thread(
                 wanted, shop, rows, table, ask.conditions, ask.seen) if (
                     ask.conditions or ask.seen is not None) else None
         except InputError as error:
             raise HTTPException(400, str(error)) from error
         metrics.sessions.inc(len(rows))
-        items, scores = await batcher.ask(rows, ask.k, asked)
+        items, scores = await batcher.ask(given, ask.k, asked)
         why = [{}] * len(rows) if not ask.explain else [
             {'why': x} for x in await asyncio.to_thread(explain, shop, rows, items, table, asked)]
         # names include items added since

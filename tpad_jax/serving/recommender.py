@@ -59,13 +59,13 @@ class Recommender:
       table: the catalogue at this moment.
       ids: item ids by row; [0] is ''. The list only grows.
       titles: titles by row; [0] is ''. The list only grows.
-      experts: see `artifact.Served`.
+      experts, reads: see `artifact.Served`.
       kept_masks: masks of conditions that may be repeated, see conditions.py.
     """
 
     def __init__(self, served: artifact.Served, base: str = ''):
         self._served, self._base, self._reader = served, base, None
-        self.experts = served.experts
+        self.experts, self.reads = served.experts, served.reads
         self._adding = threading.Lock()
         # An added item is written into z in place, so a call must not be dispatched meanwhile.
         self._dispatching = threading.Lock()
@@ -91,7 +91,8 @@ class Recommender:
 
     def recommend(self, sessions: Sequence[Sequence[str]], k: int | None = None,
                   conditions: dict | None = None, *, seen: Sequence[Sequence[str]] | None = None,
-                  rerank: Reranker | None = None, explain: bool = False) -> Recommended:
+                  rerank: Reranker | None = None, explain: bool = False,
+                  events: Sequence[dict] | None = None) -> Recommended:
         """Return the K items most likely to follow each session.
 
         Items of the session itself are ranked like all others, as in evaluation.
@@ -99,12 +100,12 @@ class Recommender:
         Args:
           sessions: S lists of item ids in the order of time. Unknown ids are dropped and reported.
             Of a longer session the last `max_length` known items count.
-          k: length of a list, from 1 to min(MAX_K, number of items). None: 20, or all items of a
-            smaller catalogue.
+          k: length of a list, from 1 to min(MAX_K, number of items). None: 20, or all.
           conditions: what the lists may hold; see `conditions.Conditions`.
           seen: S lists of ids that the lists must not hold; unknown ids are ignored.
           rerank: changes the order of the first items; see rerank.py.
           explain: whether to return the reasons.
+          events: what is known of the sessions' events, see `calls.with_events`.
 
         Raises:
           InputError: k is out of bounds, a session is not a list of texts, or a condition is
@@ -113,7 +114,8 @@ class Recommender:
         table = self.table
         rows, unknown = self.rows(sessions, table)
         asked = wanted(self, rows, table, conditions, seen, rerank)
-        items, scores = self.first(rows, min(20, table.count - 1) if k is None else k, table, asked)
+        wide = calls.with_events(self, rows, sessions, events)
+        items, scores = self.first(wide, min(20, table.count - 1) if k is None else k, table, asked)
         why = reasons(self, rows, items, table, asked) if explain else None
         return Recommended(self.names(items), scores, unknown, rows[:, 0] == 0, why)
 

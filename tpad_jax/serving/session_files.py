@@ -2,9 +2,10 @@
 
 Input:
 
-- .jsonl, .jsonl.gz or '-' (standard input): {"session": [item ids]} per line, optionally "id", and
-  "seen", item ids that the list must not hold
-- .parquet: column session (a list of texts or whole numbers), optionally id and seen (such a list)
+- .jsonl, .jsonl.gz or '-' (standard input): {"session": [item ids]} per line, optionally "id",
+  "seen", item ids that the list must not hold, and the keys of `calls.KEYS`
+- .parquet: column session (a list of texts or whole numbers), optionally id, seen (such a list) and
+  these keys
 
 Output:
 
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 from tpad_jax.core import files
 from tpad_jax.data.untrusted import Lines, Reason
 from tpad_jax.errors import refuse_if, refusing
+from tpad_jax.serving.calls import KEYS, usable
 
 STREAM = '-'
 FLUSH = 8192  # sessions of a parquet file's row group
@@ -38,12 +40,16 @@ ANSWER = pa.schema({
 
 
 class Asked(NamedTuple):
-    """A session to answer: its line or row from 1 on, its id or None, its and the seen item ids."""
+    """A session to answer: its line or row from 1 on, its id or None, its and the seen item ids.
+
+    `events` is what is known of its events, see `calls.with_events`.
+    """
 
     line: int
     id: object
     session: list[str]
     seen: list[str]
+    events: dict
 
 
 class Source(Lines):
@@ -72,9 +78,11 @@ class Source(Lines):
             elif not isinstance(seen, list) or not all(
                     type(name) in (str, int) for name in (*session, *seen)):
                 self.reject(Reason('session_of_no_item_ids'))
+            elif not usable(events := {key: record[key] for key in KEYS if key in record}, session):
+                self.reject(Reason('unusable_times_kinds_now_or_earlier'))
             else:
                 yield Asked(self.number, record.get('id'), [str(name) for name in session],
-                            [str(name) for name in seen])
+                            [str(name) for name in seen], events)
 
     def in_batches(self, size: int) -> Iterator[list[Asked]]:
         """Yield lists of `size` sessions, the last one shorter."""
@@ -88,7 +96,7 @@ class Source(Lines):
             names = file.schema_arrow.names
             refuse_if('session' not in names, f'{self.path} has the columns {", ".join(names)}. '
                       'Expected a column session, lists of item ids')
-            wanted = [name for name in ('session', 'id', 'seen') if name in names]
+            wanted = [name for name in ('session', 'id', 'seen', *KEYS) if name in names]
             for part in file.iter_batches(FLUSH, columns=wanted):
                 for record in part.to_pylist():
                     self.number += 1
