@@ -50,15 +50,22 @@ STUDIES = {
                   sizes=(500, 1500, 6000), seeds=range(5)),
     'parts': dict(names=(*PARTS, 'without_knowledge', 'frozen_raw', 'id_only', 'content_only',
                          'true_attributes'), sizes=(6000,), seeds=range(3)),
+    # options of the taught form, added one at a time, with the default job's recommend stage
+    'teacher': dict(names=('taught', 'taught_bottleneck', 'taught_groups', 'taught_codes'),
+                    sizes=(100, 500, 1500), seeds=range(4), changes={
+                        'stage.recommend.batch_size': 256, 'stage.recommend.steps': 6000,
+                        'stage.recommend.epochs': 6.0, 'stage.recommend.eval_every': 1000,
+                        'stage.recommend.patience': 3, 'stage.recommend.weight_decay': 0.1}),
 }
 
 
-def make_config(name: str, size: int, seed: int):
+def make_config(study: str, name: str, size: int, seed: int):
     """The config of a cell."""
     from configs import ablations
 
     c = ablations.get_config(name)
     c.seed = c.data.planted.seed = seed
+    c.update_from_flattened_dict(STUDIES[study].get('changes', {}))
     c.diagnostics = 0  # no cell keeps them
     c.data.planted.train = size
     return c
@@ -119,7 +126,7 @@ def cell(study: str, name: str, size: int, seed: int, workdir: Path, stopping) -
     """Run or resume a cell to its end."""
     from tpad_jax.job import results
 
-    config = make_config(name, size, seed)
+    config = make_config(study, name, size, seed)
     stages = tuple(config.stages.split(','))
     own = workdir / study / f'seed{seed}_{size}' / name
     if not (own / 'config.json').is_file():

@@ -291,8 +291,12 @@ def model() -> ConfigDict:
         clusters=0,  # number of clusters of items, for the loss 'clusters'; 0: none
         # what is clustered: k, or the item vectors z of a recommender of ids, trained before
         clusters_of='k',
+        # (levels, size): residual k-means codes of k, which the Transfer-MLLM reads and predicts;
+        # recommenders may read them as rows 'codes' (features/codes.py). (): none
+        codes=(),
         width=128,  # of z and h, the recommender
-        recommend='r',  # rows of content in z, comma-separated: r, k, given; '': none
+        # rows of content in z, comma-separated: r, k, given, codes; '': none
+        recommend='r',
         use_id=True,  # z has an embedding of the item id; False: content only
         use_side=True,  # z has brand, category and price level, if the catalogue has them
         id_dropout=0.2,  # share of warm items trained with the shared embedding of cold items

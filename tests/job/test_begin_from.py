@@ -77,6 +77,7 @@ def test_stages_start_from_the_other_run_and_resume(first, tmp_path):
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'begin_from': 'nowhere'}, 'not a finished run'),
     ({'model.lora_rank': 3}, 'of other widths'),
+    ({'model.codes': (2, 4)}, r'model\.codes is False there and \[2, 4\] here'),
     ({'model.lora_alpha': 8.0}, r'model\.lora_alpha is 16\.0 there and 8\.0 here'),
     ({'mllm.tokenizer': 'own', 'mllm.own.vocab': 400}, 'a tokenizer was trained'),
     ({'mllm.base': 'another'}, 'its base has other parameters'),

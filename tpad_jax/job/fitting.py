@@ -195,7 +195,8 @@ def compile_ahead(job, stages, shapes: dict) -> None:
         if job.background and not is_finished(job.workdir, stage) and not blended:
             job.compiling[stage] = job.background.submit(
                 partial(_compile, job, stage, shapes, rows), COMPILE + number)
-        rows = {**rows, **{name: job.blank[name] for name in MAKES.get(stage, ())}}
+        made = {*MAKES.get(stage, ()), *job.blank.keys() & {'codes'}}
+        rows = {**rows, **{name: job.blank[name] for name in made}}
 
 
 def _compile(job, stage, shapes, rows):

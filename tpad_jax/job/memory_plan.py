@@ -310,6 +310,8 @@ def rows(config, items: int, sides: int, k: tuple[int, int] | None = None) -> di
     if source.content:
         shapes['k'] = k = k or (2, c.features)
         shapes['r'] = k if c.blend.kind else (math.prod(k),)
+        if c.codes:
+            shapes['codes'] = math.prod(c.codes),
         if config.data.features:
             shapes['given'] = external_features.width(config.data.features),
         if source.world:

@@ -26,7 +26,7 @@ from tpad_jax.training import federated, merge_adapters
 LARGE = 1e9  # a larger number is a typing error
 LONG, DEEP = 2**20, 1000  # most numbers of a row, and most layers: beyond, a run would not begin
 INT32 = 2**31 - 1  # counts are int32 on devices
-ROWS = ('k', 'r', 'given', 'true')  # of the catalogue, which a recommender reads
+ROWS = ('k', 'r', 'given', 'true', 'codes')  # of the catalogue, which a recommender reads
 
 
 class Rule(NamedTuple):
@@ -99,6 +99,12 @@ def _is_share_or_count(value):
         number(1, INT32).holds(value) and value == int(value))
 
 
+def _are_codes(value):
+    return isinstance(value, tuple | list) and (not value or (
+        len(value) == 2 and number(1, DEEP, whole=True).holds(value[0])
+        and number(2, LONG, whole=True).holds(value[1])))
+
+
 PATTERN = Rule('a valid regular expression', _compiles)
 COUNT, COUNT_OR_NONE = number(1, INT32, whole=True), number(0, INT32, whole=True)
 # {key: rule}; a star matches any name
@@ -137,6 +143,7 @@ RULES = {key: rule for rule, keys in (
     (number(0, optional=True), 'stage.*.weights.*'),
     (number(0, above=True), 'federated.concentration data.gap_hours model.lora_alpha '
      'model.temperature stage.*.clip losses.*.temperature losses.*.clip'),
+    (Rule('() or (levels, size), whole numbers from 1 and from 2', _are_codes), 'model.codes'),
     (Rule('a share of the sessions above 0 and below 1, or a whole number of sessions',
           _is_share_or_count), 'data.valid data.test'),
     (choices_of(STAGES), 'stages federated.stages losses.*.stages'),

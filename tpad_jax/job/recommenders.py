@@ -58,6 +58,7 @@ def _rivals(job):
     """Names of the trained baselines whose rows exist, or are made before stage recommend."""
     made = {row for stage in STAGES[:STAGES.index('recommend')] if stage in job.encoders
             for row in MAKES[stage]}
+    made |= {'codes'} if 'k' in made and job.config.model.codes else set()
     return [name for name, rival in job.config.rivals.items()
             if made.union(job.catalogue).issuperset(names(rival.recommend))]
 

@@ -131,8 +131,10 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     refuse_if('transfer' in stages and c.steps and not (taught or re.search(c.train, 'transfer/')),
               f'config.stage.transfer.train={c.train!r}: no stage trains the Transfer-MLLM, from '
               'which stage transfer distils. Fix: add teach to config.stages')
-    # come with the planted catalogue, with that file, and with texts
-    available = {'true', 'given', 'lexical'}
+    if 'codes' in recommended:  # are made of k
+        recommended.setdefault('k', recommended['codes'])
+    # come with the planted catalogue, with that file, with texts, and with k
+    available = {'true', 'given', 'lexical', 'codes'}
     for stage in STAGES:
         if stage not in stages and stage not in finished:
             continue
@@ -245,6 +247,9 @@ def _check_model(config, source):
         handover.parts(model.blend)
     refuse_if('true' in names(model.recommend) and not source.world, "config.model.recommend names "
               "'true', the planted catalogue's attributes. Fix: name k, r or given")
+    reads = {name for x in (model, *config.rivals.values()) for name in names(x.recommend)}
+    refuse_if('codes' in reads and not model.codes, "a recommender reads the rows 'codes', and "
+              'config.model.codes is (). Expected (levels, size). Fix: set it, as to (3, 16)')
     identity = {key: model[key] for key in IDENTITY}
     changes = {'model': {}, **{f'rivals.{name}': x for name, x in config.rivals.items()}}
     for key, changed in changes.items():

@@ -245,6 +245,7 @@ class TransferMLLM(nn.Module):
       layers: of a small decoder that reads sessions in place of the base, from random parameters;
         0: the base reads them.
       block: items that are read at a time, after a memory of what came before; 0: all at once.
+      codes: width of the items' codes (features/codes.py), which are read and predicted; 0: none.
     """
 
     base: MLLM | VLM
@@ -254,6 +255,7 @@ class TransferMLLM(nn.Module):
     whole: bool = False
     layers: int = 0
     block: int = 0
+    codes: int = 0
 
     def setup(self):
         """Build the heads."""
@@ -271,10 +273,20 @@ class TransferMLLM(nn.Module):
         self.writer = Writer(self.base.width)
         if self.clusters:
             self.to_clusters = Linear(self.clusters, use_bias=True)
+        if self.codes:
+            self.from_codes = Linear(width)
+            self.to_codes = Linear(self.codes, kernel=nn.initializers.zeros)
 
-    def compress(self, k) -> Stream:
-        """Turn knowledge features k [..., M, D] into item tokens, [..., M or 1, width]."""
+    def compress(self, k, codes=None) -> Stream:
+        """Turn knowledge features k [..., M, D] into item tokens, [..., M or 1, width].
+
+        Args:
+          k: float [..., M, D].
+          codes: float [..., C], or None without codes.
+        """
         x = jnp.stack([into(k[..., m, :]) for m, into in enumerate(self.into)], axis=-2)
+        if codes is not None:
+            x += self.from_codes(codes)[..., None, :]
         return streams.plain(x.sum(-2, keepdims=True) + self.summary if self.whole else x)
 
     def unfold(self, image, has_image, tokens) -> Stream:
@@ -355,9 +367,16 @@ class TransferMLLM(nn.Module):
         """Compute logits [..., C] of a session's distribution over clusters, from t [..., D]."""
         return self.to_clusters(t)
 
+    def next_codes(self, p):
+        """Compute logits [A, C] of the codes of the item that follows, from p [A, D]."""
+        return self.to_codes(p)
+
     def everything(self, k, mask, tokens):
         """Use every parameter once, for initialisation."""
-        t = self(self.compress(k), mask)
+        codes = jnp.zeros((*mask.shape, self.codes)) if self.codes else None
+        t = self(self.compress(k, codes), mask)
+        if self.codes:
+            self.next_codes(t[:, 0])
         if self.clusters:
             self.interest(t)
         return self.foretell(t[:, 0], tokens, tokens >= 0)

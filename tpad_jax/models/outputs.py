@@ -16,7 +16,7 @@ from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Pla
 from tpad_jax.models.sessions.repeats import shifts
 from tpad_jax.models.tpad import TPAD, encode_sessions, flat, item_vectors, z_table
 from tpad_jax.mutual_information.critics import Score
-from tpad_jax.nn.attention import dropout, row_keys
+from tpad_jax.nn.attention import dropout, kept, row_keys
 from tpad_jax.nn.gather import take
 
 # --- the batch and the catalogue ------------------------------------------------------------------
@@ -47,7 +47,7 @@ def _seen(at):
     """
     image, has_image, tokens = at.content
     key, ids = at.keys['withhold'], at.batch.ids
-    keep = _kept(key, ids, tokens, at.spec.withhold)
+    keep = kept(key, ids, tokens, at.spec.withhold)
     if key is not None and at.spec.modality_dropout:  # of one modality, where the other is there
         keys = row_keys(jax.random.fold_in(key, 1), ids)
         drawn = jax.vmap(lambda k: jax.random.uniform(k))(keys)
@@ -93,7 +93,7 @@ split('_r', 'B, N, D', ('trained r',), r='Distilled representations of `items`.'
 @output('describe', 'B, T, width', ('content', '_k', 'describe.tokens'))
 def _describe(at, k, tokens):
     """Hidden states that write the text of the prefix's last item."""
-    keep = _kept(at.keys['describe_words'], at.batch.row, tokens, at.spec.word_dropout)
+    keep = kept(at.keys['describe_words'], at.batch.row, tokens, at.spec.word_dropout)
     variables = readers.variables(at.spec, at.params, 'knowledge')
     return at.spec.knowledge.apply(variables, k[at.rows, at.batch.last], tokens, keep,
                                    method='describe')
@@ -184,7 +184,13 @@ def _t(at, read, k=None):
         return read(items, at.batch.mask)
     key = at.keys['pick']  # folded, as another output draws by it
     keys = None if key is None else row_keys(jax.random.fold_in(key, 1), at.batch.row)
-    return read(read(dropout(k, at.spec.session_dropout, keys), method='compress'), at.batch.mask)
+    k = dropout(k, at.spec.session_dropout, keys)
+    return read(read(k, _codes(at, at.batch.items), method='compress'), at.batch.mask)
+
+
+def _codes(at, items):
+    """Codes of items [..., C], or None without codes."""
+    return at.stored('codes')[items] if at.spec.codes else None
 
 
 @output('_parts', needs=('t',))
@@ -208,22 +214,30 @@ def _ranked_items(at):
             else readers.adapt_items(at.spec, at.params, at.stored('k')))
 
 
-@output('_ranked', needs=('_parts',))
-def _ranked(at, parts):
+def _factors(at, read, r, p):
+    """Factors of scores of items by r [V, D] and p [A, D], a place for popularity in the latter."""
+    critic = Score(dict(at.spec.critics)['distil'], at.params['critic']['distil'])
+    z, h = critic.factors(r, p)
+    if at.spec.codes:
+        z = jnp.append(z, at.stored('codes')[:len(z)], axis=1)
+        h = jnp.append(h, read(p, method='next_codes'), axis=1)
+    return z, jnp.pad(h, ((0, 0), (0, 1)), constant_values=1)
+
+
+@output('_ranked', needs=('_parts', '_transfer'))
+def _ranked(at, parts, read):
     """Factors of the Transfer-MLLM's scores of all items after every position.
 
-    A score is critic `distil` of an item's r and p, plus the item's log popularity: a critic learns
-    how much likelier an item is after a session than elsewhere [ours]. An item that no training
-    session holds counts as popular as the geometric mean. Where no r are stored, or r is fresh, r
-    is A of the stored k.
+    A score is critic `distil` of an item's r and p, plus the logits of its codes, if there are any,
+    plus its log popularity: the former learn how much likelier an item is after a session than
+    elsewhere [ours]. An item that no training session holds counts as popular as the geometric
+    mean. Where no r are stored, or r is fresh, r is A of the stored k.
     """
     r = _ranked_items(at)
     warm, p = at.stored('warm'), parts[1]
     seen = jnp.where(warm, jnp.log(jnp.maximum(at.stored('popularity'), 1)), 0)
     seen = jnp.where(warm, seen, seen.sum() / jnp.maximum(warm.sum(), 1))
-    critic = Score(dict(at.spec.critics)['distil'], at.params['critic']['distil'])
-    z, h = critic.factors(r, p.reshape(-1, p.shape[-1]))
-    h = jnp.pad(h, ((0, 0), (0, 1)), constant_values=1)
+    z, h = _factors(at, read, r, p.reshape(-1, p.shape[-1]))
     return jnp.append(z, seen[:, None], axis=1), h.reshape(*p.shape[:2], -1)
 
 
@@ -239,11 +253,11 @@ output('teach.last', 'B, D', ('_ranked',), doc='`teach.h` at the last position.'
 @output('teach.short', 'B, D', ('_transfer', '_k'))
 def _teach_short(at, read, k):
     """`teach.last` of a session that holds the last item alone."""
+    last = at.batch.items[at.rows, at.batch.last][:, None]
     alone = k[at.rows, at.batch.last][:, None]
-    t = read(read(alone, method='compress'), at.batch.mask[:, :1])
+    t = read(read(alone, _codes(at, last), method='compress'), at.batch.mask[:, :1])
     p = at.spec.disentangle.apply({'params': at.params['disentangle']}, t)[1][:, 0]
-    critic = Score(dict(at.spec.critics)['distil'], at.params['critic']['distil'])
-    return jnp.pad(critic.factors(_ranked_items(at)[:1], p)[1], ((0, 0), (0, 1)), constant_values=1)
+    return _factors(at, read, _ranked_items(at)[:1], p)[1]
 
 
 @output('interest', 'B, C', ('_transfer', 't', 'clusters'))
@@ -265,7 +279,7 @@ def _pick(at):
 @output('foretell', 'B, T, width', ('_transfer', 't', '_pick', 'foretell.tokens'))
 def _foretell(at, read, t, position, tokens):
     """Hidden states that write the text of an item that follows a position."""
-    keep = _kept(at.keys['foretell_words'], at.batch.row, tokens, at.spec.word_dropout)
+    keep = kept(at.keys['foretell_words'], at.batch.row, tokens, at.spec.word_dropout)
     return read(t[at.rows, position], tokens, keep, method='foretell')
 
 
@@ -332,14 +346,6 @@ def _repeat(at):
 def _club(at):
     """The density q of `club_fit`, as a score of pairs, [A, I] and [G, J] -> [A, G]."""
     return Score(at.spec.club, at.params['club'])
-
-
-def _kept(key, rows, tokens, rate):
-    """Bool like tokens [B, T]: words that stay visible, drawn per row number; None: all of them."""
-    if key is None:
-        return tokens >= 0
-    keys = row_keys(key, rows)
-    return jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, tokens.shape[1:]))(keys)
 
 
 def is_known(name) -> bool:

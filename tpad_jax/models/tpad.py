@@ -78,6 +78,7 @@ class TPAD:
       lora_by_kind: whether every kind of token has a separate adapter, see nn/linear.py.
       events: reads times, kinds and earlier sessions next to the encoder, or None.
       reread: whether r = A(K_d(i)), K under a separate adapter; False: r = A(k), an ablation.
+      codes: (levels, size) of the items' codes, see features/codes.py, or () for none.
     """
 
     knowledge: KnowledgeMLLM | TextReader | None
@@ -105,6 +106,7 @@ class TPAD:
     blended: bool = False
     lora_by_kind: bool = False
     reread: bool = True
+    codes: tuple[int, ...] = ()
     events: Events | None = None
 
 
@@ -137,7 +139,8 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         knowledge=knowledge,
         transfer=sessions_base and TransferMLLM(
             sessions_base, wide, model.clusters, shape[0], model.form == 'item',
-            model.session_layers, model.block if model.form == 'recurrent' else 0),
+            model.session_layers, model.block if model.form == 'recurrent' else 0,
+            math.prod(model.codes) if model.codes else 0),
         disentangle=Disentangle(wide, wide, model.bottleneck), adapter=Adapter(wide),
         club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, model.features))
@@ -147,7 +150,7 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         encoder=sessions.build(model, max_length),
         recommend=recommend, lora_scale=model.lora_alpha / model.lora_rank,
         together=(model.together_strength, model.together_decay) if model.together else (),
-        chunk=chunk, teacher=teacher, blended=bool(model.blend.kind),
+        chunk=chunk, teacher=teacher, blended=bool(model.blend.kind), codes=tuple(model.codes),
         events=Events(reads, model.width) if (reads := events.names(model)) else None,
         **{name: getattr(model, name) for name in (
             'form', 'withhold', 'word_dropout', 'modality_dropout', 'session_dropout', 'normalise',
@@ -195,6 +198,7 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
         'club': heads(spec.club, one, one),
         'critic': {name: heads(critic, one, one) for name, critic in spec.critics},
         'recommender': recommender_init(next(keys), spec, catalogue),
+        **({'codes': {'centres': jnp.zeros((*spec.codes, one.shape[-1]))}} if spec.codes else {}),
     }
 
 

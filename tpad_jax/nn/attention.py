@@ -161,3 +161,11 @@ def dropout(x, rate, keys, number=None):
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), 0)
+
+
+def kept(key, rows, tokens, rate):
+    """Bool like tokens [B, T]: words that stay visible, drawn per row number; None: all of them."""
+    if key is None:
+        return tokens >= 0
+    keys = row_keys(key, rows)
+    return jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, tokens.shape[1:]))(keys)

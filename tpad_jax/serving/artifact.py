@@ -218,7 +218,7 @@ def _reader(job, bound) -> dict:
     """Return {path: array} of the modules that read an item; without the base if it is frozen."""
     if job.content is None:
         return {}
-    roots = set().union(*encoder.reads(bound.specs[0]).values())
+    roots = set().union(*encoder.reads(bound.specs[0]).values(), ['codes'])
     train = [job.config.stage[stage].train for stage in job.config.stage]
     flat = flatten_dict(bound.params[0], sep='/')
     return {path: x for path, x in flat.items()

@@ -20,7 +20,7 @@ from tpad_jax.baselines import content_lasso
 from tpad_jax.data import images, text
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import InputError, refuse_if
-from tpad_jax.features import bases
+from tpad_jax.features import bases, codes
 from tpad_jax.models import experts, readers, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.serving import artifact
@@ -48,10 +48,10 @@ class Reader:
         refuse_if(about['mllm'] is None, f'{served.directory}: the run has item ids only, so it '
                   'cannot read pictures or texts of a new item')
         self._rows = {name for spec in served.specs for name in spec.recommend}
-        if not self._rows <= {'k', 'r'}:
+        if not self._rows <= {'k', 'r', 'codes'}:
             rows = ', '.join(sorted(self._rows))
             raise InputError(f'{served.directory}: the recommender reads {rows}. '
-                             'Expected k or r, which the MLLM computes for a new item')
+                             'Expected k, r or codes, which the MLLM computes for a new item')
         mllm = dict(about['mllm'])
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
@@ -118,9 +118,12 @@ class Reader:
         rows, reads = {}, {'k': partial(readers.read_items, adapter='knowledge'),
                            'r': readers.distil_items}
         mixed = rules is not None and len(rules['tables']['axes']) > 1  # else without content
-        for name in self._rows | ({'k'} if mixed else set()):
+        coded = 'codes' in self._rows
+        for name in self._rows - {'codes'} | ({'k'} if mixed or coded else set()):
             rows[name] = reads[name](self._specs[0], params, image=image, has_image=seen,
                                      tokens=tokens).astype(jnp.float32)
+        if coded:
+            rows['codes'] = codes.rows(rows['k'], params['codes']['centres'])
         ids = jnp.zeros(len(image), jnp.int32)  # the cold items' shared embedding
         parts = []
         for spec, params in zip(self._specs, recommenders, strict=True):

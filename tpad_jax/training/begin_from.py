@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from tpad_jax.config import STAGES, flat
 from tpad_jax.core.digest import files_digest
 from tpad_jax.errors import refuse_if, refusing
-from tpad_jax.features import store
+from tpad_jax.features import codes, store
 from tpad_jax.nn import linear
 from tpad_jax.training import checkpoint, step
 
 # options that give parameters of equal shapes another meaning
-MEANING = ('mllm.pooling', 'mllm.tokenizer', 'model.bottleneck', 'model.critics.align',
-           'model.critics.distil', 'model.form', 'model.lora_alpha', 'model.lora_targets',
-           'model.reread')
+MEANING = ('mllm.pooling', 'mllm.tokenizer', 'model.bottleneck', 'model.codes',
+           'model.critics.align', 'model.critics.distil', 'model.form', 'model.lora_alpha',
+           'model.lora_targets', 'model.reread')
 TRAINED = tuple(stage for stage in STAGES if stage != 'recommend')  # what is taken over
 
 
@@ -77,9 +77,11 @@ def parameters(config, shapes: dict, base: str) -> dict:
     refuse_if(origin != base, f'{option}: its base has other parameters (config.mllm). Expected '
               'the same base. Fix: choose another run, or its base')
     for key in (*MEANING, 'k without training'):
-        earlier = before.get(key, False)  # an older run lacks a newer option
-        refuse_if(earlier != now[key], f'{option}: {key} is {earlier!r} there and {now[key]!r} '
-                  'here. Expected the same. Fix: choose another run, or its option')
+        # an older run lacks newer options, and JSON has no tuples
+        earlier, own = (list(x) if isinstance(x, tuple) and x else x or False
+                        for x in (before.get(key), now[key]))
+        refuse_if(earlier != own, f'{option}: {key} is {earlier!r} there and {own!r} here. '
+                  'Expected the same. Fix: choose another run, or its option')
     out = parameters(theirs, shapes, base) if theirs.get('begin_from') else {}
     for stage in TRAINED:
         if (run / 'stages' / stage).is_dir():
@@ -88,6 +90,9 @@ def parameters(config, shapes: dict, base: str) -> dict:
     refuse_if(any(path.startswith('base/') for path in out), f'{option}: it trained its base '
               '(config.stage.*.train). Expected a base as its files hold it. Fix: choose another '
               'run')
+    if config.model.codes:  # of that run's items, which are read here alike
+        k = store.read(run / 'features' / 'knowledge', 'k')
+        out.setdefault(codes.PATH, codes.centres(k, *config.model.codes, theirs.seed))
     refuse_if(not out, f'{option}: none of its stages trained the Transfer-MLLM or an adapter. '
               f'Expected one of {", ".join(TRAINED)}. Fix: choose another run')
     faults = linear.misfits(out, {path: shapes[path].shape for path in out if path in shapes})

@@ -39,6 +39,8 @@ def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
         optimizer.check_rates(c.later, trained, 'later')
     except InputError as error:
         raise InputError(f'config.stage.{stage}: {error}') from error
+    refuse_if(config.model.codes and config.model.codes[1] > items, 'config.model.codes='
+              f'{config.model.codes}: there are {items} items. Fix: choose fewer codes.')
     refuse_if('cluster' in spec.needs and config.model.clusters > items, 'config.model.clusters='
               f'{config.model.clusters}: there are {items} items. Fix: choose at most that many.')
 
