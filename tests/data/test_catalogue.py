@@ -5,6 +5,7 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import tokenizers
 from PIL import Image
@@ -12,7 +13,7 @@ from PIL import Image
 from tpad_jax.data import batches, catalogue
 from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
-from tpad_jax.data.sources import amazon_tables
+from tpad_jax.data.sources import amazon_tables, tf_examples
 from tpad_jax.errors import InputError
 
 V, N = 30, 4  # items; longest prefix, shorter than most sessions
@@ -249,7 +250,8 @@ def encoded(colour):
 def test_content_is_decoded_once(tmp_path, monkeypatch):
     """Item 1 red, 2 without a file, 3 broken, 4 blue; read back through the table of images."""
     pictures = [encoded('red'), b'', b'no image', encoded('blue')]
-    amazon_tables.write_table(tmp_path, 'images', {'images': [{'image': one} for one in pictures]})
+    amazon_tables.write_table(tmp_path, 'images', {'images': tf_examples.serialized(
+        pl.DataFrame({'image': pictures})).to_pylist()})
     vocabulary = {'[PAD]': 0, '[UNK]': 1, 'red': 2, 'toy': 3}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token='[UNK]'))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -27,33 +27,42 @@ _MARKUP = re.compile(
     rf'|(?<![\w-])(?:class|id|style|href|src|rel|on[a-z]+|(?:data|aria)-[\w-]+)\s*=\s*{_VALUE})(?:/?>)?'
     r'|"(?: ?/)?>| ?/>', re.IGNORECASE | re.DOTALL)
 _SIGNS = re.compile(r'[{}();=$&|]')  # every piece of code has some of them
-_CODE = re.compile('|'.join((
+# Beginnings of code, by a sign that each pattern needs. A text without it is not searched: trying
+# all patterns at every character takes milliseconds.
+_CODE = {sign: re.compile('|'.join(patterns), re.IGNORECASE) for sign, patterns in {
     # declarations, functions, control flow
-    r'\b(?:var|let|const) [\w$]+ ?=(?!=)', r'\bvar [\w$]+ ?;',
-    r'\bfunction ?[\w$]* ?\([\w$, ]*\) ?\{', r'\([\w$, ]*\) ?=> ?[\w${(]',
-    r'\bimport [\w{}*, $]{1,60} from ["\']', r'["\']use strict["\']',
-    r'\b(?:if|for|while|switch|catch) ?\([^()]{0,99}(?:\([^()]{0,99}\)[^()]{0,99}){0,9}\) ?\{',
-    r'\breturn (?:false|true|this|null|[\w$.]+\(.{0,99}?\)) ?;', r'\} ?\) ?[;(]', r'\}\)\Z',
+    '=': (r'\b(?:var|let|const) [\w$]+ ?=(?!=)', r'\([\w$, ]*\) ?=> ?[\w${(]',
+          r'[\w$)\]] ?(?:===|!==)'),
+    '{': (r'\bfunction ?[\w$]* ?\([\w$, ]*\) ?\{',
+          r'\b(?:if|for|while|switch|catch) ?\([^()]{0,99}'
+          r'(?:\([^()]{0,99}\)[^()]{0,99}){0,9}\) ?\{',
+          # style sheets
+          r'[.#][a-z_][\w-]*[^{}<>]{0,99}\{ ?(?:\Z|\}|[\w-]+ ?:)',
+          r'\{ ?(?:font|margin|padding|background|border|display|position|float|overflow|cursor)'
+          r' ?:',
+          r'\{ ?[a-z]+-[a-z-]+ ?: ?[^{};:]{1,60}[;}]',
+          r'\b(?:h[1-6]|body|html|p|a|ul|li|div|span|table|td|img) ?\{ ?[a-z-]+ ?:',
+          # data and templates
+          r'\{ ?"[\w@$-]+" ?:', r'\{\{[^{}]{0,99}\}\}', r'\$\{[\w.$]+\}'),
+    ';': (r'\bvar [\w$]+ ?;', r'\breturn (?:false|true|this|null|[\w$.]+\(.{0,99}?\)) ?;',
+          r'\b(?:margin|padding) ?: ?(?:0|auto|[\d.]+px)[\w %.]{0,40};'),
+    '}': (r'\} ?\) ?[;(]', r'\}\)\Z'),
+    '"': (r'\bimport [\w{}*, $]{1,60} from "', r'"use strict["\']'),
+    "'": (r"\bimport [\w{}*, $]{1,60} from '", r"'use strict[\"']"),
     # calls, members and operators
-    r'[\w$)\]]\.[a-z_$][\w$]*\((?:["\'{[]|\)|function\b|[\w$.]+\) ?;)',
-    r'\$\((?:["\']|document\b|window\b|function\b|this\b)',
-    r'\b(?:window|document|self|this)\.[\w$.]+ ?(?:[=([;]|&&|\|\|)', r'\bjavascript:[\w$.]+\(',
-    r'[\w$)\]] ?(?:===|!==|(?:&&|\|\|) ?(?:[\w$]+[.(]|[+{[]))', r'\bnew [A-Z]\w+\(\)',
-    # style sheets
-    r'[.#][a-z_][\w-]*[^{}<>]{0,99}\{ ?(?:\Z|\}|[\w-]+ ?:)',
-    r'@(?:media|font-face|keyframes|supports)\b[^{}]{0,99}(?:\{|\Z)',
-    r'@(?:import|charset) ?[u"\']',
-    r'(?:[{;] ?|\b)(?:font|margin|padding|background|border|text|line|list|vertical|white)-[a-z]+'
-    r' ?: ?[^{};:]{1,60}[;}]',
-    r'\{ ?(?:font|margin|padding|background|border|display|position|float|overflow|cursor) ?:',
-    r'\{ ?[a-z]+-[a-z-]+ ?: ?[^{};:]{1,60}[;}]',
-    r'\b(?:margin|padding) ?: ?(?:0|auto|[\d.]+px)[\w %.]{0,40};',
-    r'\b(?:h[1-6]|body|html|p|a|ul|li|div|span|table|td|img) ?\{ ?[a-z-]+ ?:',
-    r'\b[a-z]+ ?: ?-?[\d.]+(?:(?:px|em|rem|pt)(?: ?!important)?| ?!important) ?[;}]'
-    r' ?(?:[a-z-]+ ?: ?[^;]{1,60};|\})',
-    # data and templates
-    r'\{ ?"[\w@$-]+" ?:', r'\{\{[^{}]{0,99}\}\}', r'\$\{[\w.$]+\}',
-)), re.IGNORECASE)
+    '(': (r'[\w$)\]]\.[a-z_$][\w$]*\((?:["\'{[]|\)|function\b|[\w$.]+\) ?;)',
+          r'\$\((?:["\']|document\b|window\b|function\b|this\b)', r'\bjavascript:[\w$.]+\(',
+          r'\bnew [A-Z]\w+\(\)'),
+    '.': (r'\b(?:window|document|self|this)\.[\w$.]+ ?(?:[=([;]|&&|\|\|)',),
+    '&&': (r'[\w$)\]] ?&& ?(?:[\w$]+[.(]|[+{[])',),
+    '||': (r'[\w$)\]] ?\|\| ?(?:[\w$]+[.(]|[+{[])',),
+    '@': (r'@(?:media|font-face|keyframes|supports)\b[^{}]{0,99}(?:\{|\Z)',
+          r'@(?:import|charset) ?[u"\']'),
+    ':': (r'(?:[{;] ?|\b)(?:font|margin|padding|background|border|text|line|list|vertical|white)'
+          r'-[a-z]+ ?: ?[^{};:]{1,60}[;}]',
+          r'\b[a-z]+ ?: ?-?[\d.]+(?:(?:px|em|rem|pt)(?: ?!important)?| ?!important) ?[;}]'
+          r' ?(?:[a-z-]+ ?: ?[^;]{1,60};|\})'),
+}.items()}
 # names that programs write where a value is missing
 _PLACEHOLDERS = ('null', 'undefined', 'NaN', '[object Object]')
 _CLASS_NAME = re.compile(r'a-[a-z]+(?:-[a-z0-9]+)*|[a-z]+(?:[-_][a-z0-9]+){2,}')
@@ -77,11 +86,16 @@ def clean(text: str) -> str:
     Returns:
       One line of text; '' where no words are left, or little more than code.
     """
-    for _ in range(2):
-        text = html.unescape(_NO_CHARACTER.sub('\ufffd', text))
-    lines = [' '.join(_UNPRINTABLE.sub(' ', line).split())
-             for line in _MARKUP.sub(' ', text).splitlines()]
-    kept = [_CODE.split(line, 1)[0].rstrip() if _SIGNS.search(line) else line for line in lines]
+    # most texts lack the signs without which these steps, the slow ones, change nothing
+    if '&' in text:
+        for _ in range(2):
+            text = html.unescape(_NO_CHARACTER.sub('\ufffd', text))
+    if '<' in text or '>' in text or '=' in text:
+        text = _MARKUP.sub(' ', text)
+    parts = [text] if text.isprintable() else [_UNPRINTABLE.sub(' ', line)
+                                               for line in text.splitlines()]
+    lines = [' '.join(part.split()) for part in parts]
+    kept = [_before_code(line) if _SIGNS.search(line) else line for line in lines]
     words = ' '.join(filter(None, kept))
     names = words.split()
     debris = (
@@ -90,3 +104,8 @@ def clean(text: str) -> str:
         or (all(map(_CLASS_NAME.fullmatch, names)) and words.count('-') > 1
             and any(name.startswith('a-') for name in names)))
     return '' if debris else words
+
+
+def _before_code(line: str) -> str:
+    matches = [pattern.search(line) for sign, pattern in _CODE.items() if sign in line]
+    return line[:min((match.start() for match in matches if match), default=len(line))].rstrip()

@@ -161,8 +161,7 @@ def time_ties(interactions: pl.DataFrame, *, by_day: bool = False, gap_seconds: 
     Returns:
       The share, 0.0 when no session has two events.
     """
-    rng = np.random.default_rng(0)
-    events, first = _grouped(interactions, by_day, gap_seconds, rng, per_second)
+    events, first = _grouped(interactions, by_day, gap_seconds, None, per_second)
     inside = ~first[1:]
     return float((np.diff(events['time'])[inside] == 0).mean()) if inside.any() else 0.0
 
@@ -314,16 +313,25 @@ def _picked(sessions: Sessions, events, index, offsets: np.ndarray) -> Sessions:
                     of(sessions.visitor, index))
 
 
-def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int, rng: np.random.Generator,
-             per_second: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Events by user and time -> {column: int64 [E]}, session begins here bool [E]."""
+def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
+             rng: np.random.Generator | None, per_second: int
+             ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Events by user and time -> {column: int64 [E]}, session begins here bool [E].
+
+    Without `rng` those with equal times are in the order of their items.
+    """
     refuse_if(not by_day and gap_seconds <= 0, f'config.data.gap_hours: {gap_seconds} seconds are '
               'not a pause. Expected the longest pause inside a session, above 0. Fix: raise it.')
     # a canonical order first, so that the seeded order below does not depend on the file's
     columns = interactions.sort('user', 'time', 'item').cast(pl.Int64)
     events = {name: columns[name].to_numpy() for name in columns.columns}
-    order = np.lexsort((rng.random(columns.height), events['time'], events['user']))
-    events = {name: column[order] for name, column in events.items()}
+    if rng is not None:  # most events have a time of their user that no other has: they stay
+        later = (np.diff(events['user']) != 0) | (np.diff(events['time']) != 0)
+        tied = np.flatnonzero(~(np.append(True, later) & np.append(later, True)))
+        lots = np.lexsort((rng.random(columns.height)[tied], np.append(0, np.cumsum(later))[tied]))
+        order = np.arange(columns.height)
+        order[tied] = tied[lots]
+        events = {name: column[order] for name, column in events.items()}
     user, time = events['user'], events['time']
     first = np.ones(len(user), bool)
     apart = (np.diff(time // (DAY * per_second)) != 0 if by_day

@@ -5,6 +5,9 @@ and after are compared on test targets. A directed rule loses by it the informat
 symmetric rule the information in closeness. If neither loses, the order holds no information.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import scipy.sparse as sp
 
@@ -15,7 +18,7 @@ from tpad_jax.data.sessions import Rows, Sessions, rows
 AT = 20  # K of the metrics
 # gain for the target at place 1, 2, .. AT
 GAINS = {'hit@20': np.ones(AT), 'mrr@20': 1 / np.arange(1, AT + 1)}
-SAMPLE = 5_000  # test rows at most
+SAMPLE, CHUNK = 5_000, 128  # test rows at most, and rows that are scored at once
 LONGEST, DECAY = 10, 0.6  # steps between the items of a rule; weight per step from the prefix's end
 PREFIX = 20  # items of a prefix that rules look at
 # rule: steps of its pairs, weight per step from the prefix's end, counted in both directions
@@ -53,7 +56,11 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0,
         for name, (steps, decay, both) in RULES.items():
             table = followers(counted, size - 1, steps, lag_power=1)
             table = sp.csr_array(table + table.T) if both else table
-            places[name].append(_places(table, scored, picked, decay) if len(picked) else None)
+            # few rows at a time stay in the processor's caches; scipy releases the lock
+            chunks = [picked[begin:begin + CHUNK] for begin in range(0, len(picked), CHUNK)]
+            with ThreadPoolExecutor(4) as pool:
+                parts = list(pool.map(partial(_places, table, scored, decay=decay), chunks))
+            places[name].append(tuple(map(np.concatenate, zip(*parts, strict=True))) or None)
     return {'rows': len(picked),
             **{name: {metric: _summary(gain, *pair) for metric, gain in GAINS.items()}
                for name, pair in places.items()}}
@@ -77,9 +84,9 @@ def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
     scores.eliminate_zeros()
     target_score = scores[np.arange(len(items)), target]
     listed = np.diff(scores.indptr)
-    owner = np.repeat(np.arange(len(items)), listed)
-    above, equal = (np.bincount(owner[mask], minlength=len(items)) for mask in
-                    (scores.data > target_score[owner], scores.data == target_score[owner]))
+    reference = np.repeat(target_score, listed)
+    above, equal = (np.diff(np.append(0, np.cumsum(mask))[scores.indptr]) for mask in
+                    (scores.data > reference, scores.data == reference))
     # at score 0 no rule leads to the target, which ties with all items that no rule leads to
     return above, np.where(target_score == 0, table.shape[0] - 1 - listed, equal)
 

@@ -62,8 +62,10 @@ def item_texts(catalogue: pl.DataFrame) -> list[str]:
     Returns:
       List of V + 1 str; index 0 (padding) is ''.
     """
-    columns = catalogue.select('title', 'brand', 'category', 'description')
-    return ['', *('. '.join(part for part in row if part) for row in columns.iter_rows())]
+    parts = [pl.when(pl.col(name) != '').then(pl.col(name))  # null for none
+             for name in ('title', 'brand', 'category', 'description')]
+    return ['', *catalogue.select(pl.concat_str(parts, separator='. ', ignore_nulls=True)
+                                  ).to_series()]
 
 
 def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.ndarray:

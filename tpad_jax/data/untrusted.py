@@ -1,6 +1,7 @@
 """Files of unknown origin: lines of JSON, bounded and counted, and links out of a folder."""
 
 import gzip
+import io
 import json
 import lzma
 import struct
@@ -38,8 +39,8 @@ class Reason(str):
 class Lines:
     """The JSON objects of a file, plain or .gz, one per line, and why other lines are rejected.
 
-    Iterate once. At most MAX_LINE bytes are in memory. Of two equal keys in an object the later
-    counts. Of a .gz file that is cut short, damaged or a bomb, the lines before are read.
+    Iterate once. Little more than MAX_LINE bytes are in memory. Of two equal keys in an object the
+    later counts. Of a .gz file that is cut short, damaged or a bomb, the lines before are read.
 
     Attributes:
       FORM: of a usable line, for messages.
@@ -72,7 +73,7 @@ class Lines:
     def __iter__(self) -> Iterator[dict]:
         for line in self._lines():
             self.number += 1
-            record = line if isinstance(line, Reason) else _record(line)
+            record = line if isinstance(line, Reason) else record_of(line)
             if isinstance(record, Reason):
                 self.reject(record)
             else:
@@ -122,48 +123,77 @@ class Lines:
         raise InputError(f'{self.path}: {wrong} ({facts or "no line"}). Expected {expected}. '
                          f'Fix: {fix}.')
 
+    def blocks(self) -> Iterator[bytes | Reason]:
+        """Yield the file as blocks of whole lines; a Reason replaces a line that cannot be read.
+
+        `number` and `rejected` stay as they are.
+        """
+        rest, bom, long = b'', b'\xef\xbb\xbf', False
+        for piece in self._pieces():
+            if isinstance(piece, Reason):  # an unfinished line before it is lost
+                yield piece
+                return
+            data = rest + piece
+            end = data.find(b'\n') + 1
+            if not end:
+                long = long or len(data) >= MAX_LINE
+                rest = b'' if long else data
+                continue
+            if long or end >= MAX_LINE:
+                yield Reason('line_too_long')
+                data, long, bom = data[end:], False, b''
+            end = data.rfind(b'\n') + 1
+            if end:
+                yield data[:end].removeprefix(bom)
+                bom = b''  # only at the beginning of the file it is a byte order mark
+            rest = data[end:]
+        if long or rest:
+            yield Reason('line_too_long') if long else rest.removeprefix(bom)
+
     def _lines(self) -> Iterator[bytes | Reason]:
+        for block in self.blocks():
+            if isinstance(block, Reason):
+                yield block
+            else:
+                yield from io.BytesIO(block)
+
+    def _pieces(self) -> Iterator[bytes | Reason]:
+        """The unpacked bytes of the file, a quarter of MAX_LINE or less at once."""
         with (refusing(OSError, f'{self.path} cannot be read',
                        'Expected a readable file. Fix: check its owner and its disk.'),
               open(0 if str(self.path) == '-' else self.path, 'rb') as file):
             if self.path.suffix != '.gz':
-                yield from self._split(file, None)
+                yield from iter(lambda: file.read1(MAX_LINE // 4), b'')
                 return
             refuse_if(file.read(2) != b'\x1f\x8b', f'{self.path}: not a gzip file. Expected one, '
                       'as its name ends in .gz. Fix: download it again, or rename it.')
             file.seek(0)
             with gzip.GzipFile(fileobj=file) as unpacked:
-                yield from self._split(unpacked, file)
+                yield from self._unpacked(unpacked, file)
 
-    def _split(self, lines, file) -> Iterator[bytes | Reason]:
-        """Split unpacked `lines`; `file` is the packed file, None where there is none."""
-        bom, total, long = b'\xef\xbb\xbf', 0, False
-        while True:
+    def _unpacked(self, unpacked, packed) -> Iterator[bytes | Reason]:
+        parts, held, total, reason = [], 0, 0, ''
+        while not reason:
+            part = b''
             try:
-                line = lines.readline(MAX_LINE)
+                part = unpacked.read1(min(io.DEFAULT_BUFFER_SIZE, MAX_LINE // 4))
+                reason = '' if part else 'end'
             except EOFError:  # the end of the compressed stream is missing
-                yield Reason('truncated_file')
-                return
+                reason = Reason('truncated_file')
             except (gzip.BadGzipFile, zlib.error):
-                self.unread = 1 - file.tell() / self.path.stat().st_size
-                yield Reason('damaged_file')
-                return
-            total += len(line)
-            if file is not None and total > max(MAX_UNPACKED, MAX_PACKING * file.tell()):
+                self.unread = 1 - packed.tell() / self.path.stat().st_size
+                reason = Reason('damaged_file')
+            room = max(MAX_UNPACKED, MAX_PACKING * packed.tell()) - total
+            if len(part) > room:
                 self.unread = 1.0  # the lines before are a vanishing part of it
-                yield Reason('file_unpacks_without_end')
-                return
-            full = len(line) == MAX_LINE
-            if full and not line.endswith(b'\n'):
-                long = True  # its next part is read
-            elif long or full:
-                long = False
-                yield Reason('line_too_long')
-            elif line:
-                yield line.removeprefix(bom)
-            else:
-                return
-            bom = b''  # only at the beginning of the file it is a byte order mark
+                part, reason = part[:room], Reason('file_unpacks_without_end')
+            parts.append(part)
+            held, total = held + len(part), total + len(part)
+            if held and (reason or held >= MAX_LINE // 4):
+                yield b''.join(parts)
+                parts, held = [], 0
+        if isinstance(reason, Reason):
+            yield reason
 
 
 def reasons(counts: dict) -> str:
@@ -199,7 +229,8 @@ def stay_inside(path: Path, folder: Path) -> None:
               'file in that folder. Fix: copy the data there, or name the folder it points to.')
 
 
-def _record(line: bytes) -> dict | Reason:
+def record_of(line: bytes) -> dict | Reason:
+    """Read the JSON object in a line, or the reason why there is none."""
     if not line.strip():
         return Reason('blank_line')
     try:

@@ -3,14 +3,14 @@
 A folder holds one category: reviews, metadata and, optionally, pictures as `images/<asin>.jpg` (or
 .jpeg, .png, .webp, .gif), which data/download/ fetches from the addresses in the metadata.
 2018: `X_5.json[.gz]` or `X.json[.gz]`, and `meta_X.json[.gz]`. 2023: `X.jsonl[.gz]` and
-`meta_X.jsonl[.gz]`. The files are read line by line; every line is kept or counted as rejected.
+`meta_X.jsonl[.gz]`. The files are read in blocks; every line is kept or counted as rejected.
 Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.03952 (2023 form).
 """
 
 import re
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,14 +19,18 @@ import polars as pl
 
 from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images as images_lib
-from tpad_jax.data.sources import amazon_fields
+from tpad_jax.data.sources import amazon_blocks, amazon_fields
 from tpad_jax.data.sources.amazon_fields import FIELDS, Fields
-from tpad_jax.data.untrusted import Lines, Reason, stay_inside
+from tpad_jax.data.untrusted import Lines, Reason, record_of, stay_inside
 from tpad_jax.errors import Stopped, refuse_if
 
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
 _REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
 _OF_2014 = re.compile(r'reviews_.+\.json(\.gz)?')
+CATALOGUE = pl.Schema({'asin': pl.String, 'title': pl.String, 'brand': pl.String,
+                       'category': pl.String, 'description': pl.String, 'price': pl.Float32})
+LONGEST = 4 * amazon_fields.USER_LENGTH  # bytes of a user in UTF-8
+_SURROGATE = re.compile('[\ud800-\udfff]')
 # what to do about lines that most of a file is rejected for
 HINTS = {
     'python_dict': 'these are Python dictionaries, as in the 2014 form of the data: write every '
@@ -159,16 +163,16 @@ def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
         line, or with more damaged ones than `bad_share`.
     """
     paths, unused = find_files(raw_dir), Counter()
-    items, item_lines = _read_items(paths, amazon_fields.describe, unused, bad_share)
-    images = find_images(Path(raw_dir), items, unused)
-    asins = sorted(items)
-    catalogue = pl.DataFrame(
-        [(asin, *items[asin], str(images[asin]) if asin in images else None) for asin in asins],
-        schema={'asin': pl.String, 'title': pl.String, 'brand': pl.String, 'category': pl.String,
-                'description': pl.String, 'price': pl.Float32, 'image': pl.String}, orient='row')
-    ids = {asin: number for number, asin in enumerate(asins, start=1)}
+    item_lines, asins, tables = Lines(paths.metadata), set(), []
+    for asin, values in _read_items(item_lines, paths.form, amazon_fields.describe, unused, asins,
+                                    bad_share):
+        tables.append(pl.DataFrame([asin, *zip(*values, strict=True)], schema=CATALOGUE))
+    images = find_images(Path(raw_dir), asins, unused)
+    catalogue = pl.concat(tables).sort('asin').with_columns(pl.col('asin').replace_strict(
+        {asin: str(path) for asin, path in images.items()}, default=None, return_dtype=pl.String
+    ).alias('image'))
     events = Lines(paths.reviews)
-    interactions = _interactions(_read_events(events, paths.form, ids, bad_share), ids)
+    interactions = _interactions(events, paths.form, catalogue['asin'], bad_share)
     events.rejected['duplicate_review'] = (
         events.number - events.rejected.total() - len(interactions))
     return Raw(catalogue, interactions, counts(item_lines, events, unused), paths.form,
@@ -182,7 +186,7 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
     Args:
       raw_dir: the folder.
       bad_share: as in `read`.
-      stopping: called at every line; True stops.
+      stopping: called at every block of lines; True stops.
 
     Returns:
       Addresses, reviewed items and counts.
@@ -191,15 +195,20 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
       InputError: as `read`, or the pictures have a form that is not known.
       Stopped: `stopping` returned True.
     """
-    paths, unused = find_files(raw_dir), Counter()
-    urls, item_lines = _read_items(paths, amazon_fields.urls, unused, bad_share, stopping)
+    paths, unused, urls = find_files(raw_dir), Counter(), {}
+    item_lines, events, reviewed = Lines(paths.metadata), Lines(paths.reviews), set()
+    for asins, addresses in _read_items(item_lines, paths.form, amazon_fields.urls, unused, set(),
+                                        bad_share, stopping):
+        urls.update(zip(asins, addresses, strict=True))
     unknown, fields = unused['images_of_unknown_form'], FIELDS[paths.form]
     refuse_if(unknown and not any(urls.values()),
               f'{paths.metadata}: `{fields.pictures or fields.urls[0]}` of {unknown} items has an '
               f'unknown form. Expected {"objects with " * bool(fields.pictures)}'
               f'{" or ".join(fields.urls)}. Fix: write the addresses so.')
-    events = Lines(paths.reviews)
-    reviewed = {asin for _, asin, _ in _read_events(events, paths.form, urls, bad_share, stopping)}
+    for table in _read_events(events, paths.form, bad_share, stopping):
+        known = [asin for asin in table['asin'] if asin in urls]
+        events.rejected['item_without_metadata'] += len(table) - len(known)
+        reviewed.update(known)
     return PictureUrls(urls, reviewed, counts(item_lines, events, unused))
 
 
@@ -252,57 +261,98 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
     return usable
 
 
-def _usable(lines: Lines, parse: Callable[[dict], object], fields: str, bad_share: float,
-            stopping: Callable[[], bool]) -> Iterator:
-    """Yield what `parse` makes of each line; a line is rejected for the Reason it returns."""
-    for record in lines:
+def _blocks(lines: Lines, parse: Callable, read_odd: Callable[[dict], object], form: str,
+            stopping: Callable[[], bool]) -> Iterator[tuple[amazon_blocks.Parsed, list]]:
+    """Yield what `parse` makes of each block, and [(position, what `read_odd` makes)] of odd lines.
+
+    Lines are counted, and rejected for the Reason that `read_odd` returns.
+    """
+    for parsed in amazon_blocks.parse_all(parse, lines.blocks(), lines.path, form):
         if stopping():
-            raise Stopped(f'line {lines.number} of {lines.path} was being read')
-        value = parse(record)
-        if isinstance(value, Reason):
-            lines.reject(value)
-        else:
-            yield value
-    lines.check(bad_share, fields=fields, hints=HINTS)
+            raise Stopped(f'line {lines.number + 1} of {lines.path} was being read')
+        begin, values = lines.number, []
+        if isinstance(parsed, Reason):
+            lines.number += 1
+            lines.reject(parsed)
+            continue
+        for position, line in parsed.odd:
+            lines.number = begin + position + 1
+            record = record_of(line)
+            value = record if isinstance(record, Reason) else read_odd(record)
+            if isinstance(value, Reason):
+                lines.reject(value)
+            else:
+                values.append((position, *value))
+        lines.number = begin + parsed.number
+        yield parsed, values
 
 
-def _read_items(paths: RawFiles, parse: Callable[[dict, Fields, Counter], tuple], unused: Counter,
-                bad_share: float, stopping: Callable[[], bool] = lambda: False
-                ) -> tuple[dict[str, tuple], Lines]:
-    """-> {asin: what `parse` makes of its first usable line}, the lines."""
-    items, lines, fields = {}, Lines(paths.metadata), FIELDS[paths.form]
+def _read_items(lines: Lines, form: str, parse: Callable[[dict, Fields, Counter], tuple],
+                unused: Counter, asins: set[str], bad_share: float,
+                stopping: Callable[[], bool] = lambda: False) -> Iterator[tuple[list, list]]:
+    """Yield asins that are not in `asins`, then added, and what `parse` makes of their lines."""
+    def read_odd(record):
+        asin, counted = amazon_fields.item_id(record, FIELDS[form]), Counter()
+        return asin if isinstance(asin, Reason) else (
+            asin, parse(record, FIELDS[form], counted), counted)
 
-    def new_item(record):
-        asin = amazon_fields.item_id(record, fields)
-        if isinstance(asin, Reason):
-            return asin
-        return Reason('duplicate_item') if asin in items else (asin, parse(record, fields, unused))
+    for parsed, odd in _blocks(lines, partial(amazon_blocks.items, parse=parse), read_odd, form,
+                               stopping):
+        new = []
+        for _, asin, value, counted in sorted((*parsed.values, *odd)) if odd else parsed.values:
+            if asin in asins:
+                lines.reject(Reason('duplicate_item'))
+            else:
+                asins.add(asin)
+                unused.update(counted)
+                new.append((asin, value))
+        if new:
+            yield tuple(map(list, zip(*new, strict=True)))
+    lines.check(bad_share, fields=FIELDS[form].asin, hints=HINTS)
 
-    for asin, value in _usable(lines, new_item, fields.asin, bad_share, stopping):
-        items[asin] = value
-    return items, lines
 
-
-def _read_events(lines: Lines, form: str, items, bad_share: float,
-                 stopping: Callable[[], bool] = lambda: False) -> Iterator[tuple[str, str, int]]:
-    """-> (user, asin, seconds) of every usable review."""
+def _read_events(lines: Lines, form: str, bad_share: float,
+                 stopping: Callable[[], bool] = lambda: False) -> Iterator[pl.DataFrame]:
+    """Yield users, asins and times (seconds) of reviews, of items without metadata too."""
     fields = FIELDS[form]
-    return _usable(lines, lambda record: amazon_fields.event(record, fields, items),
-                   f'{fields.asin}, {fields.user} and {fields.time}', bad_share, stopping)
+
+    def read_odd(record):
+        event = amazon_fields.event(record, fields)
+        return event if isinstance(event, Reason) else (_storable(event[0]), *event[1:])
+
+    for parsed, odd in _blocks(lines, amazon_blocks.events, read_odd, form, stopping):
+        yield pl.concat([parsed.values, pl.DataFrame(
+            [event for _, *event in odd], parsed.values.schema, orient='row')])
+    lines.check(bad_share, fields=f'{fields.asin}, {fields.user} and {fields.time}', hints=HINTS)
 
 
-def _interactions(events: Iterator[tuple[str, str, int]], ids: dict[str, int]) -> pl.DataFrame:
-    """Events as a sorted table, none of them twice."""
-    users = {}
-    user, item, time = array('q'), array('i'), array('q')
-    for name, asin, seconds in events:
-        user.append(users.setdefault(name, len(users)))
-        item.append(ids[asin])
-        time.append(seconds)
+def _storable(user: str) -> str:
+    """A user as text that tables can hold; halves of surrogate pairs only in a longer code."""
+    return (user.encode(errors='surrogatepass').hex().rjust(LONGEST + 1)
+            if _SURROGATE.search(user) else user)
+
+
+def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float) -> pl.DataFrame:
+    """Events as a sorted table, none of them twice, of the items with these sorted asins."""
+    # a category is a text's number in the order of first occurrence: of an item its id less 1.
+    # polars forgets the texts once no column of the type is left, therefore `_held`.
+    item, user = (pl.Categorical(pl.Categories.random()) for _ in range(2))
+    _held, tables = (asins.cast(item), pl.Series(dtype=user)), []
+    for table in _read_events(lines, form, bad_share):
+        known = table.with_columns(pl.col('asin').cast(item).to_physical().cast(pl.Int32) + 1
+                                   ).filter(pl.col('asin') <= len(asins))
+        lines.rejected['item_without_metadata'] += len(table) - len(known)
+        tables.append(known.select(pl.col('user').cast(user).to_physical(), item='asin',
+                                   time='time'))
     # users are numbered by their sorted names, so that no number depends on the order of lines
-    number = np.argsort([users[name] for name in sorted(users)])
-    table = pl.DataFrame({'user': number[user], 'item': np.asarray(item), 'time': np.asarray(time)})
-    return table.unique().sort('user', 'time', 'item')
+    name = pl.col('name')
+    names = pl.DataFrame({'name': user.categories.to_series()}).select(
+        pl.when(name.str.len_bytes() > LONGEST).then(
+            name.str.strip_chars().str.decode('hex', strict=False)).otherwise(name.cast(pl.Binary)))
+    ranks = pl.Series(np.argsort(names.to_series().arg_sort().to_numpy()))
+    table = pl.concat(tables)
+    return table.with_columns(user=ranks.gather(table['user'])).unique().sort(
+        'user', 'time', 'item')
 
 
 def counts(items: Lines, events: Lines, unused: Counter) -> dict:

@@ -6,6 +6,7 @@ their digits. Values that cannot be read in a line that is kept are counted as u
 
 import re
 from collections import Counter
+from functools import lru_cache
 from itertools import zip_longest
 from types import SimpleNamespace as Fields
 
@@ -64,13 +65,12 @@ def item_id(record: dict, fields: Fields) -> str | Reason:
     return asin if isinstance(asin, str) and ASIN.fullmatch(asin) else Reason('bad_asin')
 
 
-def event(record: dict, fields: Fields, items) -> tuple[str, str, int] | Reason:
+def event(record: dict, fields: Fields) -> tuple[str, str, int] | Reason:
     """Read who reviewed what and when.
 
     Args:
       record: a line of the reviews.
       fields: names of the form.
-      items: the asins of the metadata, for `in`.
 
     Returns:
       User, asin and seconds since 1970, or the reason why the line is unusable.
@@ -88,8 +88,6 @@ def event(record: dict, fields: Fields, items) -> tuple[str, str, int] | Reason:
         units = [f'time_in_{unit}' for unit, per_second in UNITS.items()
                  if EARLIEST <= time // per_second < LATEST]
         return Reason((*units, 'bad_time')[0])
-    if asin not in items:
-        return Reason('item_without_metadata')
     return user, asin, int(time // fields.units)
 
 
@@ -108,14 +106,15 @@ def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
     if isinstance(raw_brand, str):
         raw_brand = _BYLINE.sub('', raw_brand.lstrip())
     title, price = _words(raw_title), amount(raw_price)
-    brand = '' if raw_brand in ABSENT else _words(raw_brand)
+    brand = '' if raw_brand in ABSENT else _name(raw_brand)
     for name, raw, value in (('title', raw_title, title), ('brand', raw_brand, brand)):
-        unused[f'{name}_page_code' if isinstance(raw, str) else name] += (
-            bool(raw) and raw not in ABSENT and not value)
-    unused['price'] += raw_price not in ABSENT and price is None
+        if raw and not value and raw not in ABSENT:
+            unused[f'{name}_page_code' if isinstance(raw, str) else name] += 1
+    if price is None and raw_price not in ABSENT:
+        unused['price'] += 1
     # 2014's path is called as 2023's
     category = (_category(record.get(fields.category) or record.get('categories'))
-                or _words(record.get(fields.main_category)))
+                or _name(record.get(fields.main_category)))
     # many 2023 items have an empty description and put everything into their list of features
     description = _words(record.get('description')) or _words(record.get(fields.features))
     return title, brand, category, description, price
@@ -158,6 +157,8 @@ def _strings(value: object) -> list:
 
 def _texts(value: object) -> list[str]:
     """The texts in a field; a number is its digits."""
+    if isinstance(value, str):
+        return [value]
     return [str(leaf) for leaf in _strings(value) if isinstance(leaf, str) or _is_number(leaf)]
 
 
@@ -170,11 +171,20 @@ def _words(value: object) -> str:
     return ' '.join(filter(None, map(clean, _texts(value))))
 
 
+_common = lru_cache(2**14)(clean)  # many items have equal brands and categories
+
+
+def _name(value: object) -> str:
+    """Plain text of a field that other items share."""
+    return _common(value) if isinstance(value, str) and len(value) <= CATEGORY_LENGTH else (
+        _words(value))
+
+
 def _category(value: object) -> str:
     """The category path "a > b > c", up to the first level that cannot be a category's name."""
     path = []
     for text in _texts(value)[:CATEGORY_LEVELS]:
-        level = clean(text)
+        level = _name(text)
         if not level or len(level) > CATEGORY_LENGTH or level[-1] in '.!':
             break
         if level not in path:
