@@ -51,7 +51,8 @@ STUDIES = {
     'parts': dict(names=(*PARTS, 'without_knowledge', 'frozen_raw', 'id_only', 'content_only',
                          'true_attributes'), sizes=(6000,), seeds=range(3)),
     # options of the taught form, added one at a time, with the default job's recommend stage
-    'teacher': dict(names=('taught', 'taught_bottleneck', 'taught_groups', 'taught_codes'),
+    'teacher': dict(names=('taught', 'taught_bottleneck', 'taught_groups', 'taught_codes',
+                           'taught_words'),
                     sizes=(100, 500, 1500), seeds=range(4), changes={
                         'stage.recommend.batch_size': 256, 'stage.recommend.steps': 6000,
                         'stage.recommend.epochs': 6.0, 'stage.recommend.eval_every': 1000,

@@ -46,7 +46,9 @@ ABLATIONS = {
     'taught_bottleneck': TAUGHT | BOTTLENECK,
     # positions of one session are never negatives of each other
     'taught_groups': TAUGHT | {'losses.distil.by_session': True},
-    # the Transfer-MLLM and the recommender also read residual codes of k
+    # the Transfer-MLLM also reads words and ranks items by those it expects; it and the recommender
+    # also read residual codes of k
+    'taught_words': TAUGHT | {'model.words': True},
     'taught_codes': TAUGHT | {'model.codes': (3, 16), 'model.recommend': 'k,r,codes'},
     # so much disentanglement that p keeps little to predict from
     'strong_disentanglement': {'losses.disentangle.weight': 0.02},

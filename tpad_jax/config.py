@@ -294,6 +294,8 @@ def model() -> ConfigDict:
         # (levels, size): residual k-means codes of k, which the Transfer-MLLM reads and predicts;
         # recommenders may read them as rows 'codes' (features/codes.py). (): none
         codes=(),
+        # the Transfer-MLLM reads and predicts the 256 most frequent words and side values of items
+        words=False,
         width=128,  # of z and h, the recommender
         # rows of content in z, comma-separated: r, k, given, codes; '': none
         recommend='r',

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sklearn.cluster import KMeans
 
 from tests import tiny_stages
+from tpad_jax.baselines import content_lasso
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import scorers
 from tpad_jax.features import codes
-from tpad_jax.job import validate
+from tpad_jax.job import fitting, validate
 from tpad_jax.models import outputs, tpad
 from tpad_jax.mutual_information.critics import Critic
 from tpad_jax.types import Batch
@@ -39,19 +41,20 @@ def test_codes_are_kmeans_of_what_the_levels_before_left():
 
 
 def test_t_reads_codes_and_predicts_those_that_follow():
-    """Scores gain the logits of an item's codes; kernels of zeros change nothing."""
+    """Scores gain the logits of an item's codes and words; kernels of zeros change nothing."""
     spec, params, catalogue = tiny_stages.model()
     width = spec.transfer.features
     spec = replace(spec, transfer=spec.transfer.clone(whole=True),
                    critics=(('distil', Critic('dot', width)),))
-    coded = replace(spec, codes=(2, 3), transfer=spec.transfer.clone(codes=6))
+    coded = replace(spec, codes=(2, 3), words=True, transfer=spec.transfer.clone(codes=10))
     catalogue = catalogue | {
         'codes': codes.rows(catalogue['k'], codes.centres(catalogue['k'], 2, 3, seed=0)),
+        'words': jnp.float32(np.arange((tiny_stages.V + 1) * 4).reshape(-1, 4) % 3 == 0),
         'popularity': jnp.arange(1.0, tiny_stages.V + 2)}
     batch = jax.tree.map(jnp.asarray, Batch.of(next(tiny_stages.draw('transfer'))))
     rng = np.random.default_rng(1)
-    drawn = {'transfer/from_codes/kernel': rng.normal(size=(6, coded.transfer.base.width)),
-             'transfer/to_codes/kernel': rng.normal(size=(width, 6))}
+    drawn = {'transfer/from_codes/kernel': rng.normal(size=(10, coded.transfer.base.width)),
+             'transfer/to_codes/kernel': rng.normal(size=(width, 10))}
 
     def forward(model, scale):
         own = {path: jnp.float32(scale * x) for path, x in drawn.items()}
@@ -68,9 +71,9 @@ def test_t_reads_codes_and_predicts_those_that_follow():
     assert (np.abs(out['p'] - plain['p']).max(-1) > 1e-2)[np.asarray(batch.mask)].all()
     z, p, logits = (np.float64(x) for x in (
         out['teach.z'], out['p'], np.asarray(out['p']) @ drawn['transfer/to_codes/kernel']))
+    held = np.concatenate([catalogue['codes'], catalogue['words']], axis=1)
     own = p / np.linalg.norm(p, axis=-1, keepdims=True) @ z[:, :width].T
-    np.testing.assert_allclose(scores, own + logits @ np.asarray(catalogue['codes']).T + z[:, -1],
-                               rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores, own + logits @ held.T + z[:, -1], rtol=1e-4, atol=1e-4)
     first = np.asarray(batch.last) == 0
     assert first.any()
     np.testing.assert_allclose(out['teach.short'][first], out['teach.h'][first, 0], atol=1e-5)
@@ -78,6 +81,25 @@ def test_t_reads_codes_and_predicts_those_that_follow():
     np.testing.assert_allclose(
         scorer(np.asarray(batch.items))[:, 1:],
         scores[np.arange(len(scores)), batch.last][:, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_words_are_the_most_frequent_ones_and_centres_of_another_run_stay():
+    k = jnp.asarray(np.random.default_rng(0).normal(size=(4, 1, 2)), jnp.float32)
+    data = SimpleNamespace(texts=['', 'red coat', 'a coat', 'red red shoe'], num_items=3,
+                           side=np.array([[0], [1], [1], [2]]), vocabulary={'brand': ['x', 'y']})
+    theirs = jnp.float32([[[-1, 0], [1, 0]]])
+    job = SimpleNamespace(data=data, catalogue={'k': k}, params={codes.PATH: theirs},
+                          taken={codes.PATH: theirs}, config=SimpleNamespace(seed=0),
+                          spec=SimpleNamespace(codes=(1, 2), words=True))
+    fitting.add_codes(job)
+    names = content_lasso.attributes(data).names
+    assert names == ['brand=x', 'word=coat', 'word=red']  # of two items and more
+    np.testing.assert_array_equal(job.catalogue['words'][:, :3],
+                                  [[0, 0, 0], [1, 1, 1], [1, 1, 0], [0, 0, 1]])
+    assert job.catalogue['words'].shape == (4, tpad.WORDS) == (4, content_lasso.MOST)
+    assert job.params[codes.PATH] is theirs
+    np.testing.assert_array_equal(job.catalogue['codes'][1:, 1], np.asarray(k)[1:, 0, 0] > 0)
+    assert not job.catalogue['codes'][0].any()
 
 
 def test_codes_have_parameters_where_they_are_on_and_need_the_option():

@@ -159,7 +159,8 @@ def test_runs_behind_an_open_and_a_closed_gate(base_dir, tmp_path, monkeypatch):
         c, baselines='markov', experts='', diagnostics=0, losses__soft__weight=0.5,
         stages='knowledge,teach,transfer,recommend', stage__transfer__steps=2,
         stage__transfer__eval_every=0, stage__teach__batch_size=16, stage__teach__steps=8,
-        stage__teach__eval_every=4, model__codes=(2, 4), model__recommend='k,r,codes')
+        stage__teach__eval_every=4, model__codes=(2, 4), model__words=True,
+        model__recommend='k,r,codes')
     c.rivals = {}
     rule = SimpleNamespace(valid={'nll': 99.0})
     monkeypatch.setattr(gate, 'judge', lambda of, _, judge=gate.judge: judge(of, {'markov': rule}))

@@ -219,7 +219,7 @@ def transfer_scorer(spec: tpad.TPAD, devices: Devices, fresh: frozenset = frozen
 
     def bind(params, catalogue):
         weights = ({n: x for n, x in params.items() if n != 'recommender'}, {
-            n: catalogue[n] for n in ('k', 'r', 'warm', 'popularity', 'codes')
+            n: catalogue[n] for n in ('k', 'r', 'warm', 'popularity', 'codes', 'words')
             if n in catalogue.keys() - fresh})
         z = table(weights, jnp.zeros((1, 1), jnp.int32))
 

@@ -44,16 +44,3 @@ def rows(k, centres) -> jax.Array:
         rest = rest - level[code]
         out.append(jax.nn.one_hot(code, len(level)))
     return jnp.concatenate(out, axis=-1)
-
-
-def add(job) -> None:
-    """Add the centres to a job's parameters, and to its catalogue the rows 'codes'.
-
-    Args:
-      job: job.Job with the rows k. Centres of another run, of which it begins, stay.
-    """
-    if PATH not in job.taken:
-        made = centres(job.catalogue['k'], *job.spec.codes, job.config.seed)
-        job.params = job.params | {PATH: jnp.asarray(made)}
-    made = jax.jit(rows)(job.catalogue['k'], job.params[PATH])
-    job.catalogue = job.catalogue | {'codes': made.at[0].set(0)}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tpad_jax.baselines import content_lasso
 from tpad_jax.config import MAKES
 from tpad_jax.core import console as console_lib
 from tpad_jax.core.files import write_json
@@ -19,8 +20,9 @@ from tpad_jax.diagnostics import clouds, snapshots
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation import likelihood, metrics
+from tpad_jax.features import codes
 from tpad_jax.job.background import COMPILE
-from tpad_jax.models import readers
+from tpad_jax.models import readers, tpad
 from tpad_jax.training import federated, profiling
 from tpad_jax.training import loop as loop_lib
 from tpad_jax.training import step as step_lib
@@ -181,6 +183,24 @@ def pruned(job, console) -> dict:
     return flatten_dict(after, sep='/')
 
 
+def add_codes(job) -> None:
+    """Add the rows 'codes' and 'words' to a job's catalogue, where its model has them.
+
+    Args:
+      job: job.Job with the rows k. Centres of another run, of which it begins, stay.
+    """
+    if job.spec.codes:
+        if codes.PATH not in job.taken:
+            made = codes.centres(job.catalogue['k'], *job.spec.codes, job.config.seed)
+            job.params = job.params | {codes.PATH: jnp.asarray(made)}
+        made = jax.jit(codes.rows)(job.catalogue['k'], job.params[codes.PATH])
+        job.catalogue = job.catalogue | {'codes': made.at[0].set(0)}
+    if job.spec.words:
+        held = content_lasso.attributes(job.data).rows.toarray()
+        held = np.pad(held, ((0, 0), (0, tpad.WORDS - held.shape[1])))
+        job.catalogue = job.catalogue | {'words': jnp.asarray(held, jnp.float32)}
+
+
 def compile_ahead(job, stages, shapes: dict) -> None:
     """Compile the steps of stages in the background, in the order in which they are needed.
 
@@ -195,7 +215,7 @@ def compile_ahead(job, stages, shapes: dict) -> None:
         if job.background and not is_finished(job.workdir, stage) and not blended:
             job.compiling[stage] = job.background.submit(
                 partial(_compile, job, stage, shapes, rows), COMPILE + number)
-        made = {*MAKES.get(stage, ()), *job.blank.keys() & {'codes'}}
+        made = {*MAKES.get(stage, ()), *job.blank.keys() & {'codes', 'words'}}
         rows = {**rows, **{name: job.blank[name] for name in made}}
 
 

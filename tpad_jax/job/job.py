@@ -33,7 +33,7 @@ from tpad_jax.diagnostics import clouds, records, snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
-from tpad_jax.features import bases, codes, tokenizers
+from tpad_jax.features import bases, tokenizers
 from tpad_jax.features.encoder import Encoder
 from tpad_jax.job import fitting, gate, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
@@ -149,7 +149,7 @@ class Job:
             self.attributes, true = planted.true_rows(self.planted, data.asins)
             self.catalogue['true'] = jnp.asarray(true)
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)
-        self.blank = {name: rows[name] for name in ('k', 'r', 'codes') if name in rows}
+        self.blank = {name: rows[name] for name in rows.keys() & {'k', 'r', 'codes', 'words'}}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
         make = step.initialiser(c, self.spec, (base.image_size, base.image_size, 3))
         given = dict(key=jax.random.key(c.seed), catalogue={**self.catalogue, **blank})
@@ -249,8 +249,8 @@ class Job:
                 self.nested(), self.workdir / 'features' / name, console_lib.progress,
                 self.stopping, rows, stage=stage, seed=self.config.seed, data=self.data.fingerprint,
                 checkpoint=self.base.fingerprint)
-            if stage == 'knowledge' and self.spec.codes:
-                codes.add(self)
+            if stage == 'knowledge':
+                fitting.add_codes(self)
             self.sitting[f'{name}_encode'] = self.seconds[f'{name}_encode'] = (
                 time.perf_counter() - begun)
             lost = ('of {different} different texts, read as {text_length} tokens of the '

@@ -312,6 +312,8 @@ def rows(config, items: int, sides: int, k: tuple[int, int] | None = None) -> di
         shapes['r'] = k if c.blend.kind else (math.prod(k),)
         if c.codes:
             shapes['codes'] = math.prod(c.codes),
+        if c.words:
+            shapes['words'] = tpad.WORDS,
         if config.data.features:
             shapes['given'] = external_features.width(config.data.features),
         if source.world:

@@ -245,7 +245,8 @@ class TransferMLLM(nn.Module):
       layers: of a small decoder that reads sessions in place of the base, from random parameters;
         0: the base reads them.
       block: items that are read at a time, after a memory of what came before; 0: all at once.
-      codes: width of the items' codes (features/codes.py), which are read and predicted; 0: none.
+      codes: width of the items' codes (features/codes.py) and words, which are read and predicted;
+        0: none.
     """
 
     base: MLLM | VLM

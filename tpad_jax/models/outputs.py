@@ -189,8 +189,9 @@ def _t(at, read, k=None):
 
 
 def _codes(at, items):
-    """Codes of items [..., C], or None without codes."""
-    return at.stored('codes')[items] if at.spec.codes else None
+    """Codes and words of items [..., C], or None without them."""
+    rows = [at.stored(n)[items] for n in ('codes', 'words') if getattr(at.spec, n)]
+    return jnp.concatenate(rows, axis=-1) if rows else None
 
 
 @output('_parts', needs=('t',))
@@ -218,8 +219,8 @@ def _factors(at, read, r, p):
     """Factors of scores of items by r [V, D] and p [A, D], a place for popularity in the latter."""
     critic = Score(dict(at.spec.critics)['distil'], at.params['critic']['distil'])
     z, h = critic.factors(r, p)
-    if at.spec.codes:
-        z = jnp.append(z, at.stored('codes')[:len(z)], axis=1)
+    if (codes := _codes(at, slice(len(z)))) is not None:
+        z = jnp.append(z, codes, axis=1)
         h = jnp.append(h, read(p, method='next_codes'), axis=1)
     return z, jnp.pad(h, ((0, 0), (0, 1)), constant_values=1)
 
@@ -228,7 +229,7 @@ def _factors(at, read, r, p):
 def _ranked(at, parts, read):
     """Factors of the Transfer-MLLM's scores of all items after every position.
 
-    A score is critic `distil` of an item's r and p, plus the logits of its codes, if there are any,
+    A score is critic `distil` of an item's r and p, plus the logits of its codes and words, if any,
     plus its log popularity: the former learn how much likelier an item is after a session than
     elsewhere [ours]. An item that no training session holds counts as popular as the geometric
     mean. Where no r are stored, or r is fresh, r is A of the stored k.

@@ -36,6 +36,7 @@ from tpad_jax.nn.linear import unit
 # Catalogue rows of the two graphs over items, see data/item_graphs.py
 GRAPH, COMPANY = ('near', 'near_weight'), ('together', 'together_lift')
 GRAPHS = GRAPH + COMPANY
+WORDS = 256  # columns of the rows 'words'
 # The base that reads sessions where a text encoder reads items: the small one's, without a tower
 SESSIONS = dict(width=128, layers=2, heads=4, hidden=256, channels=(), vision_layers=0)
 
@@ -79,6 +80,7 @@ class TPAD:
       events: reads times, kinds and earlier sessions next to the encoder, or None.
       reread: whether r = A(K_d(i)), K under a separate adapter; False: r = A(k), an ablation.
       codes: (levels, size) of the items' codes, see features/codes.py, or () for none.
+      words: whether the Transfer-MLLM reads and predicts the items' words and side values.
     """
 
     knowledge: KnowledgeMLLM | TextReader | None
@@ -107,6 +109,7 @@ class TPAD:
     lora_by_kind: bool = False
     reread: bool = True
     codes: tuple[int, ...] = ()
+    words: bool = False
     events: Events | None = None
 
 
@@ -140,7 +143,7 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         transfer=sessions_base and TransferMLLM(
             sessions_base, wide, model.clusters, shape[0], model.form == 'item',
             model.session_layers, model.block if model.form == 'recurrent' else 0,
-            math.prod(model.codes) if model.codes else 0),
+            (math.prod(model.codes) if model.codes else 0) + model.words * WORDS),
         disentangle=Disentangle(wide, wide, model.bottleneck), adapter=Adapter(wide),
         club=GaussianQ(wide),
         critics=tuple((name, Critic(kind, model.features))
@@ -154,7 +157,7 @@ def build(base: MLLM | VLM | Bert | None, model: Any, *,  # noqa: PLR0913 (of a 
         events=Events(reads, model.width) if (reads := events.names(model)) else None,
         **{name: getattr(model, name) for name in (
             'form', 'withhold', 'word_dropout', 'modality_dropout', 'session_dropout', 'normalise',
-            'temperature', 'repeats', 'memory', 'lora_by_kind', 'reread')})
+            'temperature', 'repeats', 'memory', 'lora_by_kind', 'reread', 'words')})
 
 
 def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_shape,

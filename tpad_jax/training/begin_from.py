@@ -37,6 +37,9 @@ def check(config) -> None:
               f'config.begin_from={config.begin_from!r}: not a finished run, as it has no '
               'results.json. Expected the workdir of one. Fix: finish that run, or correct the '
               'path')
+    refuse_if(config.begin_from and config.model.words, 'config.model.words=True: words are rows '
+              'of one catalogue, and config.begin_from names a run on another. Expected one of the '
+              'two. Fix: leave one out')
 
 
 def fingerprint(run: str) -> str:
