@@ -9,9 +9,8 @@ from tpad_jax import config
 DEFAULT = config.get_config()
 # {name: {config key: value}}
 SYSTEMS = {
-    # what follows by words and side values, with a prior (data.prior), as a rule and in the score
-    'llm_lasso': {'baselines': f'{DEFAULT.baselines},content_lasso',
-                  'experts': f'{DEFAULT.experts},lasso'},
+    # what follows by words and side values, as a rule too; the prior is config.data.prior
+    'llm_lasso': {'baselines': f'{DEFAULT.baselines},content_lasso'},
     # the Transfer-MLLM also learns how a session is distributed over clusters of items
     'p2rec': {'model.clusters': 32, 'model.clusters_of': 'z', 'losses.clusters.weight': 0.3,
               'losses.clusters.stages': 'teach'},

@@ -106,7 +106,6 @@ def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, *
     if mixed:
         table = experts.tables(data.train, V, rows['k'] if mllm else None, ordered=True)
         if mixed == 'lasso':
-            c.experts += ',lasso'
             known = content_lasso.wanted(c, data)
             table |= content_lasso.factors(known, rng.normal(size=(2, *(len(known.names),) * 2)))
         mixture = experts.mixture(experts.Fit(WEIGHTS, 0.0, 1, 0.85), table)

@@ -83,8 +83,9 @@ def get_config() -> ConfigDict:
     c.baselines = ('pop,repeat_last,markov,sr,ar,item_knn,content_knn,content_rules,'
                    'vsknn,stan,vstan')
     # what the served scores add up, weighted by the likelihood of validation (models/experts.py);
-    # comma-separated; '': the recommender alone. `lasso`, which words follow which, is off
-    c.experts = 'model,popularity,cold,transitions,followers,companions,neighbours,held,content'
+    # comma-separated; '': the recommender alone
+    c.experts = ('model,popularity,cold,transitions,followers,companions,neighbours,held,content,'
+                 'lasso')
     # metrics in addition to hit, mrr and ndcg, {name: 'module:function'}: docs/add_a_metric.md
     c.metrics = ConfigDict()
 

@@ -12,13 +12,13 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import scipy.optimize
 import scipy.sparse as sp
+import scipy.special
 
 from tpad_jax.core import files
 from tpad_jax.data.catalogue import Data
@@ -28,11 +28,13 @@ from tpad_jax.errors import InputError, refuse_if, refusing
 MOST = 256  # attributes that are read, the most frequent ones
 ITEMS = 2**12  # the most frequent items, among which the likelihood is computed
 CELLS = 2**22  # scores that a fit reads: of more rows it draws a sample
-RANK = 64  # of the weights that an expert reads
+RANK = 32  # of the weights that an expert reads
+PART = 2**14  # items at a time
 LEAST = 0.03  # importance of a pair that the prior does not name, relative to the largest one
 PLACES = 'first', 'last'  # of the item of the prefix that has the earlier attribute
 FIELDS = 'place', 'before', 'after', 'importance'  # columns of a prior's file
-STRENGTHS, GAMMAS = (2e-2, 1e-2, 5e-3, 2.5e-3, 1e-3), (0.0, 1.0, 2.0)  # that `choose` tries
+STRENGTHS = 4e-2, 2e-2, 1e-2, 5e-3, 2.5e-3, 1e-3  # that `choose` tries, while they get better
+GAMMAS = 0.0, 1.0, 2.0
 
 
 class Attributes(NamedTuple):
@@ -76,39 +78,52 @@ def held(items: Iterable[set[str]], names: list[str]) -> sp.csr_array:
     cells = [sorted(number[name] for name in item & number.keys()) for item in items]
     ends = np.cumsum([0, *map(len, cells)])
     columns = np.array([j for row in cells for j in row], int)
-    return sp.csr_array((np.ones(len(columns)), columns, ends), shape=(len(cells), len(names)))
+    return sp.csr_array((np.ones(len(columns), np.float32), columns, ends),
+                        shape=(len(cells), len(names)))
 
 
 def wanted(config, data: Data) -> Attributes | None:
     """Read the attributes if a baseline or an expert of the config reads them.
 
+    Returns:
+      `attributes`; None: nothing reads them, or only the expert would and there are none.
+
     Raises:
-      InputError: as of `attributes`; or there is a prior that neither reads.
+      InputError: as of `attributes`; or there is a prior that neither reads; or the baseline has no
+        attributes.
     """
-    reads = 'content_lasso' in config.baselines.split(',') or 'lasso' in config.experts.split(',')
-    refuse_if(config.data.prior and not reads, f'config.data.prior={config.data.prior!r}: nothing '
+    baseline, prior = 'content_lasso' in config.baselines.split(','), config.data.prior
+    reads = baseline or 'lasso' in config.experts.split(',')
+    refuse_if(prior and not reads, f'config.data.prior={prior!r}: nothing '
               'reads it. Expected content_lasso in config.baselines, or lasso in config.experts. '
               'Fix: add one, or leave the prior out.')
-    return attributes(data, config.data.prior) if reads else None
+    known = attributes(data, prior) if reads else None
+    refuse_if(known is None and (baseline or prior), 'content_lasso: no two items share a word or '
+              'a side feature. Expected item texts. Fix: leave it out of config.baselines, and '
+              'config.data.prior empty.')
+    return known
 
 
-def attributes(data: Data, prior: str | Path = '') -> Attributes:
+def attributes(data: Data, prior: str | Path = '') -> Attributes | None:
     """Read the most frequent attributes of a catalogue, and the prior of a file.
 
     Args:
       data: the catalogue.
       prior: CSV file with the columns FIELDS: 'last,word=phone,word=case,0.9'; '': none.
 
+    Returns:
+      Attributes, or None: no two items share one.
+
     Raises:
-      InputError: no two items share an attribute, or the prior is unusable.
+      InputError: the prior is unusable.
     """
-    items = list(named(data.texts, data.side, data.vocabulary))
-    held_by = Counter(name for item in items for name in item)
+    held_by = Counter(name for item in named(data.texts, data.side, data.vocabulary)
+                      for name in item)
     names = sorted(name for name, n in held_by.items() if 1 < n < data.num_items)
-    refuse_if(not names, 'content_lasso: no two items share a word or a side feature. Expected '
-              'item texts. Fix: leave it out of config.baselines, and lasso of config.experts.')
+    if not names:
+        return None
     names = sorted(sorted(names, key=lambda name: -held_by[name])[:MOST])
-    known = Attributes(held(items, names), names)
+    known = Attributes(held(named(data.texts, data.side, data.vocabulary), names), names)
     return read_prior(known, Path(prior)) if prior else known
 
 
@@ -161,29 +176,44 @@ def write_prior(file: str | Path, known: Attributes, weights: np.ndarray) -> Non
     files.write_text(Path(file), '\n'.join([','.join(FIELDS), *lines, '']))
 
 
-def lasso(smooth: Callable, penalty: np.ndarray, *, rounds: int = 200, tolerance: float = 1e-4
-          ) -> np.ndarray:
+def lasso(smooth: Callable, penalty: np.ndarray, start: np.ndarray | None = None, *,
+          rounds: int = 200, tolerance: float = 3e-4) -> np.ndarray:
     """Minimise smooth(x) + sum penalty |x| by L-BFGS-B over the positive and the negative part.
+
+    Coordinates at 0 whose gradient is within the penalty stay out of the search, and are looked at
+    again after it (an active set; Tibshirani et al., "Strong rules", 2012).
 
     Args:
       smooth: float64 [n] -> value and gradient [n].
       penalty: float64 [n], above 0.
-      rounds: largest number of iterations.
-      tolerance: relative decrease of the objective at which it ends.
+      start: float64 [n], where it begins; None: 0.
+      rounds: largest number of iterations of a search.
+      tolerance: relative decrease of the objective at which a search ends; and a hundredth of the
+        share of the active coordinates below which newly found ones start no other search.
 
     Returns:
       float64 [n].
     """
-    def objective(parts):
-        more, less = np.split(parts, 2)
-        value, slope = smooth(more - less)
-        return value + penalty @ (more + less), np.concatenate([penalty + slope, penalty - slope])
+    x = np.zeros(len(penalty)) if start is None else start
+    active = x != 0
+    while True:
+        found = (np.abs(smooth(x)[1]) > penalty) & ~active
+        if found.sum() <= 100 * tolerance * active.sum():
+            return x
+        active |= found
+        where, own = np.flatnonzero(active), penalty[active]
 
-    found = scipy.optimize.minimize(
-        objective, np.zeros(2 * len(penalty)), jac=True, method='L-BFGS-B',
-        bounds=scipy.optimize.Bounds(0, np.inf),
-        options={'maxiter': rounds, 'maxfun': 2 * rounds, 'ftol': tolerance, 'gtol': 1e-9})
-    return np.subtract(*np.split(found.x, 2))
+        def objective(parts, where=where, own=own):
+            more, less = np.split(parts, 2)
+            value, slope = smooth(_spread(more - less, where, len(penalty)))
+            return (value + own @ (more + less),
+                    np.concatenate([own + slope[where], own - slope[where]]))
+
+        ended = scipy.optimize.minimize(
+            objective, np.maximum(0, np.concatenate([x[active], -x[active]])), jac=True,
+            method='L-BFGS-B', bounds=scipy.optimize.Bounds(0, np.inf),
+            options={'maxiter': rounds, 'maxfun': 2 * rounds, 'ftol': tolerance, 'gtol': 1e-9})
+        x = _spread(np.subtract(*np.split(ended.x, 2)), where, len(penalty))
 
 
 def log_popularity(train: Sessions, num_items: int) -> np.ndarray:
@@ -192,8 +222,8 @@ def log_popularity(train: Sessions, num_items: int) -> np.ndarray:
     return np.log(events + max(events[1:].mean(), 1e-9))
 
 
-def weights_of(train: Sessions, num_items: int, known: Attributes, strength: float, gamma: float
-               ) -> np.ndarray:
+def weights_of(train: Sessions, num_items: int, known: Attributes, strength: float, gamma: float,
+               start: np.ndarray | None = None) -> np.ndarray:
     """Fit the weights of pairs of attributes on training sessions.
 
     Among the most frequent items alone, the model has the same weights (independence of irrelevant
@@ -205,6 +235,7 @@ def weights_of(train: Sessions, num_items: int, known: Attributes, strength: flo
       known: attributes and prior.
       strength: mean penalty of the pairs that the prior names, or of all without a prior.
       gamma: how much the prior counts.
+      start: float64 [2, A, A], weights of another strength where the fit begins; None: 0.
 
     Returns:
       float64 [2, A, A], by PLACES, earlier and later attribute.
@@ -226,20 +257,22 @@ def weights_of(train: Sessions, num_items: int, known: Attributes, strength: flo
     rows, target = known.rows.astype(np.float32), column[train.items[end]]
     prefix = sp.csr_array(sp.hstack([rows[train.items[begin[end]]], rows[train.items[end - 1]]]))
     later = rows[items].toarray()
-    actual = later[target]
+    actual, row = later[target], np.arange(len(target))
     bias = log_popularity(train, num_items)[items].astype(np.float32)
+    scores = np.empty((len(target), len(items)), np.float32)
 
     def smooth(x):
-        scores = prefix @ x.reshape(2 * size, size).astype(np.float32) @ later.T + bias
-        scores -= scores.max(axis=1, keepdims=True)
-        gained = scores[np.arange(len(target)), target].sum(dtype=float)
-        share = np.exp(scores, out=scores)
-        total = share.sum(axis=1, keepdims=True)
-        slope = prefix.T @ (share / total @ later - actual)
+        np.matmul(prefix @ x.reshape(2 * size, size).astype(np.float32), later.T, out=scores)
+        np.add(scores, bias, out=scores)
+        np.subtract(scores, scores.max(axis=1, keepdims=True), out=scores)
+        gained = scores[row, target].sum(dtype=float)
+        total = np.exp(scores, out=scores).sum(axis=1, keepdims=True)
+        slope = prefix.T @ (scores @ later / total - actual)
         return ((np.log(total).sum(dtype=float) - gained) / len(target),
                 slope.ravel().astype(float) / len(target))
 
-    return lasso(smooth, strength * penalty.ravel()).reshape(2, size, size)
+    return lasso(smooth, strength * penalty.ravel(),
+                 None if start is None else start.ravel()).reshape(2, size, size)
 
 
 def fit_content_lasso(train: Sessions, num_items: int, features: np.ndarray | Attributes,
@@ -261,13 +294,11 @@ def fit_content_lasso(train: Sessions, num_items: int, features: np.ndarray | At
 
 def scorer(known: Attributes, weights: np.ndarray, bias: np.ndarray) -> Callable:
     """Make the scorer of weights float [2, A, A] and a bias [V + 1]: probabilities."""
-    rows, later = known.rows, known.rows.toarray().T
+    later = known.rows.toarray().T
 
     def scores(items):
-        latest = items[np.arange(len(items)), np.maximum((items > 0).sum(axis=1) - 1, 0)]
-        query = rows[items[:, 0]] @ weights[0] + rows[latest] @ weights[1]
         # rounded: a row's scores do not depend on the other rows, although BLAS may add differently
-        logits = (query @ later + bias).round(9)
+        logits = (_asked(known, weights, items) @ later + bias).round(9)
         share = np.exp(logits - logits.max(axis=1, keepdims=True))
         return (share / share.sum(axis=1, keepdims=True)).astype(np.float32)
 
@@ -307,10 +338,37 @@ def choose(train: Sessions, valid: Rows, num_items: int, known: Attributes) -> d
     """
     bias, best = log_popularity(train, num_items), {'nll': np.inf}
     valid = valid.take(valid.target > 0).take(slice(max(256, CELLS // num_items)))
-    for gamma, strength in product(GAMMAS if known.importance is not None else (0.0,), STRENGTHS):
-        weights = weights_of(train, num_items, known, strength, gamma)
-        own = scorer(known, weights, bias)(valid.items)[np.arange(len(valid.target)), valid.target]
-        nll = float(-np.log(np.maximum(own, 1e-30)).mean())
-        if nll < best['nll']:
-            best = {'strength': strength, 'gamma': gamma, 'nll': nll, 'weights': weights}
+    for gamma in GAMMAS if known.importance is not None else GAMMAS[:1]:
+        weights, before = None, np.inf
+        for strength in STRENGTHS:
+            weights = weights_of(train, num_items, known, strength, gamma, weights)
+            nll = _nll(known, weights, bias, valid)
+            if nll >= before:
+                break
+            before = nll
+            if nll < best['nll']:
+                best = {'strength': strength, 'gamma': gamma, 'nll': nll, 'weights': weights}
     return best
+
+
+def _asked(known, weights, items):
+    """Compute how much prefixes [R, N] ask for each attribute: [R, A]."""
+    latest = items[np.arange(len(items)), np.maximum((items > 0).sum(axis=1) - 1, 0)]
+    return known.rows[items[:, 0]] @ weights[0] + known.rows[latest] @ weights[1]
+
+
+def _nll(known, weights, bias, valid):
+    """Compute the mean negative log-likelihood of rows, over some items at a time."""
+    asked, total = _asked(known, weights, valid.items), np.full(len(valid.target), -np.inf)
+    for begin in range(1, len(bias), PART):
+        part = slice(begin, begin + PART)
+        logits = asked @ known.rows[part].toarray().T + bias[part]
+        total = np.logaddexp(total, scipy.special.logsumexp(logits, axis=1))
+    own = np.einsum('ra,ra->r', asked, known.rows[valid.target].toarray()) + bias[valid.target]
+    return float((total - own).mean())
+
+
+def _spread(values, where, size):
+    out = np.zeros(size)
+    out[where] = values
+    return out

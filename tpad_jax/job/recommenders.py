@@ -25,7 +25,7 @@ from tpad_jax.config import MAKES, STAGES, names, partnered
 from tpad_jax.evaluation import experts, likelihood
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job import gate
-from tpad_jax.job.background import TRAIN
+from tpad_jax.job.background import TRAIN, TUNE
 from tpad_jax.job.fitting import fit, validated
 from tpad_jax.models import tpad
 from tpad_jax.training import handover, length, optimizer
@@ -80,7 +80,7 @@ class Recommenders:
     """
 
     def __init__(self, job):
-        self._job, self._own, self._partner = job, None, None
+        self._job, self._own, self._partner, self._lasso = job, None, None, None
         self._rivals = _rivals(job)
         self._tasks = {}  # folder -> task of a trained baseline
 
@@ -94,6 +94,8 @@ class Recommenders:
         for name in self._rivals:
             if name not in self._tasks and (last or self._independent(name)):
                 self._submit(job, name, name)
+        if last and 'lasso' in names(job.config.experts):
+            self._lasso = job.background.submit(partial(_lasso, job), TUNE)
         if last and job.config.partner:
             other = _partner_job(job)
             self._partner = job.background.submit(partial(_train_partner, other), TRAIN)
@@ -158,7 +160,10 @@ class Recommenders:
                                                  ('id_only_experts', 'id_only',
                                                   ('content', 'lasso')))
                     if c.experts and model in groups}
-        lasso = _lasso(groups[served][0]) if mixtures and 'lasso' in names(c.experts) else None
+        lasso = background.results([self._lasso])[0] if mixtures and self._lasso else None
+        if lasso is None:
+            mixtures = {name: (members, [n for n in used if n != 'lasso'])
+                        for name, (members, used) in mixtures.items()}
         table = _tables(groups[served][0], lasso) if mixtures else None
         fits = {name: experts.fit(_scorer(members), table, job.valid, used, seed=c.seed)
                 for name, (members, used) in mixtures.items()}
@@ -193,9 +198,9 @@ class Recommenders:
 
 
 def _lasso(job):
-    """Choose the content lasso of expert 'lasso', see `content_lasso.choose`."""
+    """Choose the content lasso of expert 'lasso'; None: the items share no attribute."""
     known = content_lasso.wanted(job.config, job.data)
-    return {'known': known} | content_lasso.choose(
+    return known and {'known': known} | content_lasso.choose(
         job.data.train, job.valid, job.data.num_items, known)
 
 
