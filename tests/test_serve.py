@@ -1,6 +1,7 @@
 """`python -m tpad_jax.serve` as a process: a stop under load, refusals, its page in a browser."""
 
 import json
+import os
 import shutil
 import socket
 
@@ -12,6 +13,7 @@ from tests import tiny_base, tiny_served
 from tpad_jax import serve
 from tpad_jax.core import startup
 
+SHOTS = os.environ.get('SCREENSHOTS')  # directory to leave pictures of the page in
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
@@ -43,6 +45,7 @@ def test_the_page_in_a_browser(run, tmp_path):
             page, asked, errors = browser.new_page(), [], []
             page.on('request', lambda request: asked.append(request.url))
             page.on('pageerror', lambda error: errors.append(str(error)))
+            page.on('console', lambda told: errors.append(told.text) if told.type == 'error' else 0)
             page.goto(f'http://127.0.0.1:{port}/')
             page.wait_for_selector('#next .item')
             popular = page.locator('#next .item').all_inner_texts()
@@ -52,6 +55,33 @@ def test_the_page_in_a_browser(run, tmp_path):
             assert page.locator('#next .item').all_inner_texts() != popular
             page.locator('#next .item').first.click()
             page.wait_for_function("document.querySelectorAll('#session .item').length === 2")
+            ids = [f'I{n}' for n in range(1, tiny_served.V + 1)]
+            price = {name: tiny_served.fields(n)['price'] for n, name in enumerate(ids, 1)}
+
+            def listed(where='#next'):
+                return page.locator(f'{where} .item').evaluate_all(
+                    'all => all.map(x => x.dataset.id)')
+
+            def changed(change):
+                with page.expect_response('**/recommend'):
+                    change()
+                page.wait_for_timeout(100)
+
+            changed(lambda: page.check('input[name=unseen]'))
+            assert not set(listed('#session')) & set(listed())
+            changed(lambda: page.locator('input[name=price]').fill('50'))
+            assert {price[name] for name in listed()} == {0.0, 1.0, 2.0, 3.0}
+            changed(lambda: page.select_option('select[name=category]', 'things'))
+            assert listed()
+            changed(lambda: page.locator('input[name=price]').fill('100'))
+            for width in 1200, 390:
+                page.set_viewport_size({'width': width, 'height': 800})
+                assert page.evaluate('document.documentElement.scrollWidth') <= width
+                assert not page.locator('.item').evaluate_all(
+                    'all => all.filter(x => x.scrollHeight > x.clientHeight + 1 ||'
+                    ' x.scrollWidth > x.clientWidth + 1).length'), 'a title is clipped'
+                if SHOTS:
+                    page.screenshot(path=f'{SHOTS}/demo-{width}.png', full_page=True)
             page.fill('input[name=id]', 'brand new')
             page.fill('input[name=title]', 'a thing nobody saw')
             page.set_input_files('input[name=image]', picture)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -260,6 +261,47 @@ def test_overload_and_a_request_that_takes_too_long(run):
     assert all(one.headers['retry-after'] == '1' for one in found)
     full = 'too many sessions wait for the device; repeat the request'
     assert sorted(x.json()['detail'] for x in found) == ['not answered within 0.3 s', full, full]
+
+
+def test_a_switch_under_load_loses_no_request_and_a_damaged_artefact_is_not_served(
+        run, tmp_path, monkeypatch, capsys):
+    """Requests are answered by the old or the new artefact, each as a whole."""
+    monkeypatch.setattr(batching, 'POLL', 0.05)
+    workdir, other = tmp_path / 'run', tmp_path / 'other'
+    shutil.copytree(run, workdir)
+    tiny_served.write(other, tiny_base.write(tmp_path), mllm=False, encoder='attention')
+    for number in '0001', '0002':
+        shutil.copytree(other / 'served', workdir / 'updates' / number / 'served')
+    damaged = workdir / 'updates' / '0001' / 'served' / 'items.parquet'
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b'x')
+    shop = recommender.load(workdir)
+    sessions = [['I3', 'I4'], ['I5']]
+    old, new = (x.recommend(sessions, 7).items for x in (shop, recommender.load(other)))
+    assert old != new
+    app = http.app(shop, workdir)
+
+    async def work(client):
+        found, tasks = [], []
+
+        async def ask():
+            while len(found) < 4000 and not (found and found[-1] == new):
+                answer = await client.post('/recommend', json={'sessions': sessions, 'k': 7})
+                assert answer.status_code == 200
+                found.append([one['items'] for one in answer.json()['answers']])
+
+        (workdir / 'current').write_text('updates/0001')
+        tasks = [asyncio.ensure_future(ask()) for _ in range(8)]
+        while 'is damaged' not in capsys.readouterr().err:
+            await asyncio.sleep(0.05)
+        assert all(one == old for one in found)
+        (workdir / 'current').write_text('updates/0002')
+        await asyncio.gather(*tasks)
+        return found, await client.get('/ready')
+
+    found, ready = driven(app, work)
+    assert all(one in (old, new) for one in found)
+    assert found[-1] == new
+    assert ready.status_code == 200
 
 
 def test_pictures_stay_in_their_folder(tmp_path):

@@ -6,11 +6,11 @@ Models and baselines count on training sessions alone: a graph of test sessions 
 import numpy as np
 import scipy.sparse as sp
 
-from tpad_jax.data.sessions import Sessions, counts
+from tpad_jax.data.sessions import Sessions
 
 
-def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float = 0.0
-              ) -> sp.csr_array:
+def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float = 0.0,
+              share: np.ndarray | None = None) -> sp.csr_array:
     """Sum the weights of every pair of an item and one up to `longest` steps later.
 
     An item that follows itself counts: a repetition is a transition too.
@@ -20,17 +20,19 @@ def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float
       num_items: V.
       longest: largest number of steps between the two items.
       lag_power: a pair `steps` apart weighs steps^-lag_power; 0: every pair weighs 1.
+      share: float [S]. Weights of the sessions; None: all are 1.
 
     Returns:
       csr float64 [V + 1, V + 1], row the earlier item, column the later one.
     """
     owner = sessions.owner
+    share = np.ones(len(sessions.lengths)) if share is None else share
     before, after, weight = [owner[:0]], [owner[:0]], [np.zeros(0)]
     for lag in range(1, min(longest, len(owner) - 1) + 1):
         same = owner[lag:] == owner[:-lag]
         before.append(sessions.items[:-lag][same])
         after.append(sessions.items[lag:][same])
-        weight.append(np.full(same.sum(), float(lag) ** -lag_power))
+        weight.append(float(lag) ** -lag_power * share[owner[lag:][same]])
     cells = np.concatenate(before), np.concatenate(after)
     return sp.csr_array((np.concatenate(weight), cells), shape=(num_items + 1, num_items + 1))
 
@@ -136,7 +138,8 @@ def _heaviest(graph: sp.coo_array, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 100,
-          holders: int = 50, longest: int = 12) -> dict[str, np.ndarray]:
+          holders: int = 50, longest: int = 12, share: np.ndarray | None = None
+          ) -> dict[str, np.ndarray]:
     """Count what the experts of models/experts.py look up, in tables of fixed widths.
 
     Args:
@@ -146,6 +149,7 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
       most: items kept per item, the heaviest by both rules.
       holders: sessions kept per item, the most recent ones.
       longest: latest items kept of a session.
+      share: float [S]. Weights of the sessions in all counts; None: all are 1.
 
     Returns:
       near int32 [V + 1, most], 0 where there are fewer, and weight float32 [V + 1, most, 3] as the
@@ -154,10 +158,12 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
       [S' + 1, longest], those that are kept for any item, and scale float32 [S' + 1], one over the
       square root of their different items; events float32 [V + 1].
     """
-    after = [followers(train, num_items, longest_step, 1.0) for longest_step in (1, 10)]
+    share = np.ones(len(train.lengths)) if share is None else share
+    after = [followers(train, num_items, longest_step, 1.0, share) for longest_step in (1, 10)]
     held = membership(train, num_items, 1000)
-    size = 1 / np.sqrt(held.sum(axis=0) + 20)  # as in item-kNN
-    cosine = sp.diags_array(size) @ (held.T @ held) @ sp.diags_array(size)
+    weighted = sp.diags_array(share) @ held
+    size = 1 / np.sqrt(weighted.sum(axis=0) + 20)  # as in item-kNN
+    cosine = sp.diags_array(size) @ (held.T @ weighted) @ sp.diags_array(size)
     tables = [*after, sp.csr_array(_without_loops(cosine))]
     scaled = [sp.diags_array(1 / np.maximum(x.sum(axis=1), 1e-9)) @ x for x in tables]
     near, _ = _heaviest(sp.coo_array(sum(scaled)), most)
@@ -184,4 +190,5 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
     scale = np.append(0, 1 / np.sqrt(held.sum(axis=1)[session])).astype(np.float32)
     return {'near': near, 'weight': weight.astype(np.float32), 'sessions': events, 'scale': scale,
             'holders': np.searchsorted(used, by_item).astype(np.int32),
-            'events': counts(train, num_items).astype(np.float32)}
+            'events': np.bincount(train.items, share[train.owner], num_items + 1
+                                  ).astype(np.float32)}

@@ -55,7 +55,8 @@ class Fit(NamedTuple):
     decay: float
 
 
-def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, ordered: bool) -> dict:
+def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, ordered: bool,
+           share: np.ndarray | None = None) -> dict:
     """Count the tables that the experts read.
 
     Args:
@@ -63,6 +64,7 @@ def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, orde
       num_items: V.
       features: float [V+1, ...]. The items' content; a row of zeros has none. None: no content.
       ordered: whether the sessions are in the order of time.
+      share: float [S]. Weights of the sessions; None: all are 1.
 
     Returns:
       Arrays of `item_graphs.rules`; 'centre' [D] and 'axes' [D, C], the projection of features on
@@ -79,14 +81,15 @@ def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, orde
         axes = np.linalg.eigh(sum(part.T @ part for part in parts).astype(float))[1][:, -WIDTH:]
     basis = {'centre': centre.astype(np.float32), 'axes': axes.astype(np.float32)}
     content = np.asarray(experts.projected(flat, basis))
-    follow = item_graphs.followers(train, num_items, 1)
+    follow = item_graphs.followers(train, num_items, 1, share=share)
     count, flow = follow.sum(axis=1)[:, None], follow @ content
     # An item with few followers borrows from a linear map of its content, a ridge regression. The
     # map weighs as much as five transitions of the item, its penalty as ten transitions.
     gram = content.T @ (count * content) + 10 * np.eye(content.shape[1])
     guess = content @ np.linalg.solve(gram, content.T @ flow)
     following = (flow + 5 * guess) / (count + 5)
-    return jax.device_put(item_graphs.rules(train, num_items, ordered=ordered) | basis | {
+    return jax.device_put(item_graphs.rules(
+        train, num_items, ordered=ordered, share=share) | basis | {
         'content': content, 'next': following.astype(np.float32),
         'decay': np.float32(experts.DECAYS[0])})
 

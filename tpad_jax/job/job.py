@@ -68,7 +68,7 @@ class Job:
       sitting: {run of steps: seconds} of this sitting.
     """
 
-    def __init__(self, config, workdir: Path, stopping, profile: int = 0):
+    def __init__(self, config, workdir: Path, stopping, profile: int = 0, data=None):
         """Prepare the data of a run.
 
         Args:
@@ -76,6 +76,7 @@ class Job:
           workdir: of the run, which exists.
           stopping: asked between and within stages.
           profile: steps of every stage to trace and time.
+          data: catalogue.Data; None: those of the config.
         """
         self.config, self.workdir = config, workdir
         self.stopping = lambda: self.background.closing or stopping()
@@ -89,7 +90,7 @@ class Job:
         self.source = sources.chosen(config)
         self.planted = self.source.world(config) if self.source.world else None
         with hosts.one_first('data'):
-            self.data = sources.load(config, workdir)
+            self.data = data or sources.load(config, workdir)
         self.max_length = min(config.data.max_length, self.source.longest or config.data.max_length)
         self.final = self.data
         self.config = config = length.of_data(config, self.data.train)

@@ -45,7 +45,7 @@ def check(job) -> None:
     Raises:
       InputError: see `handover.check_stage`.
     """
-    for owner in [job, _partner_job(job)] if job.config.partner else [job]:
+    for owner in [job, partner_job(job)] if job.config.partner else [job]:
         for member in (owner, *(_rival_job(owner, name) for name in _rivals(job))):
             make, rows = partial(tpad.recommender_init, spec=member.spec), owner.catalogue
             shapes = jax.eval_shape(make, jax.random.key(0), catalogue=rows | owner.blank)
@@ -97,7 +97,7 @@ class Recommenders:
         if last and 'lasso' in names(job.config.experts):
             self._lasso = job.background.submit(partial(_lasso, job), TUNE)
         if last and job.config.partner:
-            other = _partner_job(job)
+            other = partner_job(job)
             self._partner = job.background.submit(partial(_train_partner, other), TRAIN)
             for name in self._rivals:
                 self._submit(other, name, f'{name}_partner')
@@ -165,10 +165,10 @@ class Recommenders:
             mixtures = {name: (members, [n for n in used if n != 'lasso'])
                         for name, (members, used) in mixtures.items()}
         table = _tables(groups[served][0], lasso) if mixtures else None
-        fits = {name: experts.fit(_scorer(members), table, job.valid, used, seed=c.seed)
+        fits = {name: experts.fit(scorer_of(members), table, job.valid, used, seed=c.seed)
                 for name, (members, used) in mixtures.items()}
         facts = {name: {'calibration': likelihood.calibrate(
-            _scorer(members), job.valid, job.data.num_items, rule=False, seed=c.seed)._asdict()}
+            scorer_of(members), job.valid, job.data.num_items, rule=False, seed=c.seed)._asdict()}
             for name, members in groups.items()}
         facts |= {name: {'experts': fit._asdict(),
                          'calibration': likelihood.Calibration()._asdict()}
@@ -177,8 +177,8 @@ class Recommenders:
             facts['tpad']['lasso'] = {'prior': lasso['known'].record} | {
                 name: lasso[name] for name in ('strength', 'gamma', 'nll')}
         if c.refit:
-            chosen |= {name: validated(_scorer(mixtures[name][0], experts.mixture(fit, table)), job,
-                                       name) for name, fit in fits.items()}
+            chosen |= {name: validated(scorer_of(mixtures[name][0], experts.mixture(fit, table)),
+                                       job, name) for name, fit in fits.items()}
             # after all of them: they validate on what it trains on
             everyone = dict(zip(('recommend', 'partner'), own, strict=False)) | trained
             for member in everyone.values():
@@ -188,8 +188,8 @@ class Recommenders:
             job.params, job.final = self._own.params, self._own.final
             job.catalogue = self._own.catalogue
             table = _tables(groups[served][0], lasso) if mixtures else None
-        scorers = {name: _scorer(members) for name, members in groups.items()}
-        mixed = {name: _scorer(mixtures[name][0], experts.mixture(fit, table))
+        scorers = {name: scorer_of(members) for name, members in groups.items()}
+        mixed = {name: scorer_of(mixtures[name][0], experts.mixture(fit, table))
                  for name, fit in fits.items()}
         alias = 'tpad_model' if mixed else 'tpad'
         mixed[alias], chosen[alias], facts[alias] = scorers[served], chosen[served], facts[served]
@@ -217,7 +217,7 @@ def _tables(job, lasso):
     return table | jax.device_put(content_lasso.factors(lasso['known'], weights))
 
 
-def _partner_job(job):
+def partner_job(job):
     """A job of the second recommender of `config.partner`, with its own config and rows."""
     other = copy.copy(job)
     other.config = length.of_data(partnered(job.config), job.data.train)
@@ -229,7 +229,7 @@ def _partner_job(job):
 
 
 def _train_partner(job):
-    """Train the second recommender in its own job, see `_partner_job`, and return the job."""
+    """Train the second recommender in its own job, see `partner_job`, and return the job."""
     job.pause()
     job.params = job.params | job.fresh(job.spec)
     job.run_stage('recommend', name='partner')
@@ -317,7 +317,7 @@ def _others(params, *own):
     return {path: x for path, x in params.items() if not path.startswith(('recommender/', *own))}
 
 
-def _scorer(members, mixture=None):
+def scorer_of(members, mixture=None):
     """Bind the scorer of one recommender, or of several whose scores are added; with experts."""
     models, params, catalogues = zip(*(
         (job.spec, job.nested(), job.catalogue) for job in members), strict=True)
@@ -328,4 +328,4 @@ def _valid(members, name):
     """Return the validation metrics of one recommender, or measure those of a sum."""
     if len(members) == 1 and members[0].record['valid'] is not None:
         return members[0].record['valid']
-    return validated(_scorer(members), members[0], name)
+    return validated(scorer_of(members), members[0], name)

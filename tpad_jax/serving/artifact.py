@@ -11,6 +11,8 @@ Files in WORKDIR/served:
 - tokenizer/: the tokenizer that the run trained on its items, if it did
 
 Recommending opens only these files. A new item also needs the base, which a run does not copy.
+Each update of the run writes such a folder into WORKDIR/updates/NUMBER. The file WORKDIR/current
+names the one that is served; without it, it is the run's own.
 """
 
 import json
@@ -44,6 +46,7 @@ WORDS = 'title', 'brand', 'category', 'description'
 ATTRIBUTES = {'brand': pl.String, 'category': pl.String, 'price': pl.Float32}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError,
               pl.exceptions.PolarsError, pl.exceptions.PanicException)
+POINTER = 'current'
 _AGAIN = 'Fix: delete results.json of the run and repeat its command'
 
 
@@ -111,24 +114,11 @@ def write(job, name: str, scores) -> None:
     directory, bound = job.workdir / FOLDER, scores.bound
     c, content = job.config, job.content is not None
     configs = [c, partnered(c)][:len(bound.specs)]
-    model = {'z': bound.z, 'events': sessions.counts(job.final.train, job.final.num_items)}
-    for i, (spec, params, near) in enumerate(zip(bound.specs, bound.params, bound.near,
-                                                 strict=True)):
-        tree = {f'{i}': {'recommender': params['recommender'], 'near': near}}
-        model |= flatten_dict(tree, sep='/')
-        if f'{i}/recommender/fusion/id' in model:  # z holds it; a new item has none
-            model[f'{i}/recommender/fusion/id'] = np.zeros((1, spec.fusion.width), np.float32)
-    model |= flatten_dict({'experts': bound.experts or {}}, sep='/')
-    files.write_tensors(directory / MODEL, model)
+    _write_model(directory, job.data, bound, sessions.counts(job.final.train, job.final.num_items))
     files.write_tensors(directory / READER, _reader(job, bound))
-    with files.replacing(directory / ITEMS) as partial:
-        columns = {name: values[1:] for name, values in job.data.attributes.items()
-                   if any(value not in (None, '') for value in values)}
-        pl.DataFrame({'item_id': job.data.asins[1:], 'title': job.data.titles[1:], **columns},
-                     schema_overrides=ATTRIBUTES).write_parquet(partial)
     if c.mllm.tokenizer == 'own' and content:
         shutil.copytree(job.workdir / 'data' / TOKENIZER, directory / TOKENIZER, dirs_exist_ok=True)
-    about = {
+    _write_about(directory, {
         'version': VERSION, 'model': name, 'models': [part.model.to_dict() for part in configs],
         'items': job.data.num_items, 'max_length': job.max_length, 'data': job.data.fingerprint,
         'kinds': list(job.data.kinds),
@@ -139,16 +129,73 @@ def write(job, name: str, scores) -> None:
         'attributes': (known := content_lasso.wanted(c, job.data)) and known.names,  # of `lasso`
         'pictures': content and job.content.image.shape[1] > 0,
         'raw': content and bound.specs[0].knowledge.raw,
-        'features': 'joint' if name.endswith('_joint') else 'transfer',
-        'digests': {name: files.sha256(directory / name) for name in (MODEL, READER, ITEMS)}}
-    files.write_text(directory / ABOUT, json.dumps(about, indent=1, default=str) + '\n')
+        'features': 'joint' if name.endswith('_joint') else 'transfer'})
 
 
-def read(workdir) -> Served:
-    """Read the artefact that `write` wrote.
+def renew(before: Served, directory: Path, data, bound, events: np.ndarray) -> None:
+    """Write the artefact of an update, which reads new items as the one before does.
+
+    Args:
+      before: the artefact before.
+      directory: to write to.
+      data: catalogue.Data after the update.
+      bound: scorers.Bound of the updated model.
+      events: int64 [V+1]. Events of every item, by which they are ordered for an empty session.
+    """
+    _write_model(directory, data, bound, events)
+    shutil.copyfile(before.directory / READER, directory / READER)
+    if (before.directory / TOKENIZER).is_dir():
+        shutil.copytree(before.directory / TOKENIZER, directory / TOKENIZER)
+    _write_about(directory, before.about | {
+        'items': data.num_items, 'data': data.fingerprint, 'kinds': list(data.kinds)})
+
+
+def _write_about(directory, about):
+    digests = {name: files.sha256(directory / name) for name in (MODEL, READER, ITEMS)}
+    files.write_text(directory / ABOUT, json.dumps(about | {'digests': digests}, indent=1,
+                                                   default=str) + '\n')
+
+
+def _write_model(directory, data, bound, events):
+    """Write the tensors of recommending and the table of items."""
+    model = {'z': bound.z, 'events': events}
+    for i, (spec, params, near) in enumerate(zip(bound.specs, bound.params, bound.near,
+                                                 strict=True)):
+        tree = {f'{i}': {'recommender': params['recommender'], 'near': near}}
+        model |= flatten_dict(tree, sep='/')
+        if f'{i}/recommender/fusion/id' in model:  # z holds it; a new item has none
+            model[f'{i}/recommender/fusion/id'] = np.zeros((1, spec.fusion.width), np.float32)
+    model |= flatten_dict({'experts': bound.experts or {}}, sep='/')
+    files.write_tensors(directory / MODEL, model)
+    with files.replacing(directory / ITEMS) as partial:
+        columns = {name: values[1:] for name, values in data.attributes.items()
+                   if any(value not in (None, '') for value in values)}
+        pl.DataFrame({'item_id': data.asins[1:], 'title': data.titles[1:], **columns},
+                     schema_overrides=ATTRIBUTES).write_parquet(partial)
+
+
+def place(workdir) -> Path:
+    """Find the folder of the artefact that a run serves.
 
     Args:
       workdir: directory of the run.
+
+    Raises:
+      InputError: the file that names it is damaged.
+    """
+    pointer = Path(workdir) / POINTER
+    name = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
+    refuse_if(name and not re.fullmatch(r'updates/\d+', name), f'{pointer}: damaged. Expected '
+              f'updates/NUMBER, or nothing for the run itself. Fix: correct it')
+    return Path(workdir, name, FOLDER)
+
+
+def read(workdir, directory: Path | None = None) -> Served:
+    """Read an artefact.
+
+    Args:
+      workdir: directory of the run.
+      directory: of the artefact; None: the one that the run serves.
 
     Raises:
       InputError: there is no run, it is unfinished, it has no recommender, or a file is missing or
@@ -159,17 +206,19 @@ def read(workdir) -> Served:
               'config.json is missing. Fix: name the workdir of a finished run')
     refuse_if(not (workdir / 'results.json').is_file(), f'{workdir} is not finished: results.json '
               'is missing. Fix: repeat the command of the run, which resumes')
-    directory = workdir / FOLDER
+    directory = directory or place(workdir)
     file = directory / ABOUT
+    again = _AGAIN if directory.parent == workdir else (
+        f'Fix: python -m tpad_jax.update {workdir} --rollback')
     refuse_if(not file.is_file(), f'{file} does not exist: the run has no stage recommend, or is '
-              f'of an earlier version. {_AGAIN}')
-    with refusing(UNREADABLE, f'{file} or a file next to it is missing or damaged', _AGAIN):
+              f'of an earlier version. {again}')
+    with refusing(UNREADABLE, f'{file} or a file next to it is missing or damaged', again):
         about = json.loads(file.read_text())
         if about['version'] != VERSION:
-            raise InputError(f'{file} has version {about["version"]}. Expected {VERSION}. {_AGAIN}')
+            raise InputError(f'{file} has version {about["version"]}. Expected {VERSION}. {again}')
         for name, digest in about['digests'].items():
             refuse_if(files.sha256(directory / name) != digest, f'{directory / name} is damaged: '
-                      f'its bytes differ from those the run wrote. {_AGAIN}')
+                      f'its bytes differ from those the run wrote. {again}')
         return _read(directory, about)
 
 

@@ -62,10 +62,10 @@ def _by(item, parts, asked):
 
 
 def _decided(shop, rows, lists, table):
-    if shop.experts is None:
+    if shop.served.experts is None:
         return [['model'] * lists.shape[1]] * len(rows)
     z, out = np.pad(shop.embed_items(), ((1, 0), (0, 0)))[:table.count], []
-    bound = Bound((), (), (), z, shop.experts)
+    bound = Bound((), (), (), z, shop.served.experts)
     for begin in range(0, len(rows), experts.ROWS):
         part = slice(begin, begin + experts.ROWS)
         terms = experts.terms(bound, rows[part], lists[part], shop.encode(rows[part]))

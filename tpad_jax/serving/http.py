@@ -3,7 +3,7 @@
 - POST /recommend: {"sessions": [[item ids], ...], "k": 20} -> one list per session, optionally
   under conditions
 - POST /items: multipart, a new item that is recommended from then on
-- GET /items, /items/image: the catalogue; a picture
+- GET /items, /items/fields, /items/image: the catalogue; what conditions can name; a picture
 - GET /health, /ready: alive; ready to answer
 - GET /metrics: for Prometheus
 - GET /, /docs: the demo page; the OpenAPI page, without files of other hosts
@@ -11,6 +11,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from tpad_jax.errors import InputError
+from tpad_jax.serving import artifact, recommender
 from tpad_jax.serving.batching import RETRY, Batcher
 from tpad_jax.serving.calls import MAX_K, SIZES, with_events
 from tpad_jax.serving.conditions import wanted
@@ -35,6 +37,8 @@ from tpad_jax.serving.recommender import Recommender
 PAGE = Path(__file__).with_name('demo.html')
 IMAGE_BYTES = 2**23  # of a request that adds an item, picture and words
 MOST_NEW = 10_000  # items that a service adds
+EMPTY = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
+MOST_FIELDS = 100  # categories that the demo page offers
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
@@ -85,7 +89,17 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     metrics = Metrics()
     pictures = Pictures(workdir)
     adding = asyncio.Lock()
-    batcher = Batcher(shop, most_k, limits.waiting, metrics.rows.observe)
+    tried = shop.served.directory
+
+    def newer():
+        """Load the artefact that the run names now, once, if it is another one."""
+        nonlocal tried
+        before, tried = tried, artifact.place(workdir)
+        if tried in (before, batcher.shop.served.directory):
+            return None
+        return recommender.load(workdir, base=batcher.shop.base)
+
+    batcher = Batcher(shop, most_k, limits.waiting, metrics.rows.observe, newer)
     metrics.waiting.set_function(lambda: batcher.waiting)
 
     @asynccontextmanager
@@ -118,6 +132,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         with most events and no scores. `conditions` are those of docs/serving.md; a list that they
         leave fewer items is shorter. `seen` has a list of ids for each session.
         """
+        shop = batcher.shop  # which answers, even if another one comes meanwhile
         table = shop.table
         rows, unknown = shop.rows(ask.sessions, table)
         try:
@@ -128,7 +143,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         except InputError as error:
             raise HTTPException(400, str(error)) from error
         metrics.sessions.inc(len(rows))
-        items, scores = await batcher.ask(given, ask.k, asked)
+        items, scores = await batcher.ask(given, ask.k, asked, shop)
         why = [{}] * len(rows) if not ask.explain else [
             {'why': x} for x in await asyncio.to_thread(explain, shop, rows, items, table, asked)]
         # names include items added since
@@ -151,6 +166,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
                     'description': description, 'price': price,
                     'text': text or None, 'image': await image.read() if image else None}
             async with adding:
+                shop = batcher.shop
                 if item_id in shop.table.number:
                     raise HTTPException(409, f'item id {item_id!r} exists')
                 if len(shop.ids) - 1 - shop.trained >= MOST_NEW:
@@ -168,18 +184,30 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     async def items(offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
                     limit: Annotated[int, Query(ge=1, le=200)] = 24):
         """List items by row; added items come last."""
-        ids, titles = shop.ids, shop.titles
+        ids, titles = batcher.shop.ids, batcher.shop.titles
         numbers = range(1 + offset, min(1 + offset + limit, len(ids)))
         return {'total': len(ids) - 1, 'items': [
             {'id': ids[n], 'title': titles[n], 'number': n} for n in numbers]}
 
+    @made.get('/items/fields', responses=REFUSED)
+    async def fields() -> Fields:
+        """List what conditions can name: the most frequent categories, and the range of prices."""
+        table = batcher.shop.table.attributes
+        values = {name: table[name].drop_nulls() for name in table.columns}
+        names, prices = (values.get(name, []) for name in ('category', 'price'))
+        frequent = [name for name, _ in Counter(names).most_common(MOST_FIELDS + 1) if name]
+        return Fields(categories=sorted(frequent[:MOST_FIELDS]),
+                      price=[prices.min(), prices.max()] if len(prices) else None)
+
     @made.get('/items/image', responses={200: {'content': {'image/*': {}}},
                                          404: {'model': Refusal}, **REFUSED},
               response_class=Response)
-    async def image(item_id: Annotated[Id, Query(alias='id')]):
-        """Return the picture of an item."""
-        number = shop.table.number.get(item_id)
+    async def image(item_id: Annotated[Id, Query(alias='id')], blank: bool = False):
+        """Return the picture of an item; with `blank` an empty one where there is none."""
+        number = batcher.shop.table.number.get(item_id)
         picture = None if number is None else await asyncio.to_thread(pictures.get, item_id, number)
+        if picture is None and blank:
+            return Response(EMPTY, media_type='image/svg+xml')
         if picture is None:
             raise HTTPException(404, 'there is no such picture')
         return Response(picture[0], media_type=picture[1],
@@ -195,7 +223,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         """Report whether to send requests here; 503 before the start and while stopping."""
         if count.stopping:
             raise HTTPException(503, 'stopping', RETRY)
-        return {'status': 'ready', 'items': len(shop.ids) - 1}
+        return {'status': 'ready', 'items': len(batcher.shop.ids) - 1}
 
     @made.get('/metrics', response_class=Response, responses={200: {'content': {'text/plain': {}}}})
     async def metrics_text():
@@ -246,6 +274,13 @@ class Item(BaseModel):
     id: str
     title: str
     number: int
+
+
+class Fields(BaseModel):
+    """Values that conditions may name; `price` holds the lowest and the highest."""
+
+    categories: list[str]
+    price: list[float] | None
 
 
 class Items(BaseModel):

@@ -4,6 +4,7 @@ The run's base and adapters read picture and text, the distilled reader computes
 recommender's fusion computes z as for a cold item. No other serving module loads an MLLM.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ class Reader:
         self._params = jax.device_put(unflatten_dict(params, sep='/'))
         recommenders = tuple(params for params, _ in served.weights)
         self._recommenders = jax.device_put((recommenders, served.experts))
-        self._read = compiled(self._vectors)
+        self._read, self._features = compiled(self._vectors), compiled(self._rows_of)
 
     def __call__(self, items: Sequence[dict]) -> np.ndarray:
         """Return vectors float32 [n, D] of new items.
@@ -91,17 +92,10 @@ class Reader:
             cannot be read.
         """
         content = [self._content(item) for item in items]
-        tokens = text.tokenize([words for words, _, _ in content], self._tokenizer, self._length)
-        image = np.stack([pixels for _, pixels, _ in content])
-        seen = np.array([there for _, _, there in content])
         side = self._sides(items)
-        vectors = []
-        for part in np.split(np.arange(len(items)), range(ROWS, len(items), ROWS)):
-            rows = np.pad(part, (0, ROWS - len(part)), mode='edge')
-            z = self._read(self._params, self._recommenders, image[rows], seen[rows], tokens[rows],
-                           side[rows])
-            vectors.append(np.asarray(z)[:len(part)])
-        z = np.concatenate(vectors)
+        z = np.concatenate([
+            np.asarray(self._read(self._params, *read, side[rows], self._recommenders))[:count]
+            for rows, count, read in self._parts(content)])
         if self._served.experts and 'basis' in self._served.experts['tables']:  # of expert 'lasso'
             known = content_lasso.held(content_lasso.named(
                 (words for words, _, _ in content), side, self._served.about['vocabulary']),
@@ -113,17 +107,41 @@ class Reader:
             raise FloatingPointError(f'the vector of item {items[broken[0]]["id"]} is not finite')
         return z
 
-    def _vectors(self, params, recommenders, image, seen, tokens, side):
-        recommenders, rules = recommenders
-        rows, reads = {}, {'k': partial(readers.read_items, adapter='knowledge'),
-                           'r': readers.distil_items}
+    def features(self, items: Sequence[dict], unused: Counter) -> dict[str, np.ndarray]:
+        """Return the rows float32 [n, ...] of new items that the recommender and experts read.
+
+        Args:
+          items: as for `__call__`; one without words and picture is read as such.
+          unused: increased by the reasons why pictures are not read.
+        """
+        content, parts = [self._content(item, unused) for item in items], []
+        for _, count, read in self._parts(content):
+            rows = jax.device_get(self._features(self._params, *read))
+            parts.append({name: x[:count] for name, x in rows.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _parts(self, content):
+        """Yield rows of a compiled call, how many are not its filling, and what it reads."""
+        tokens = text.tokenize([words for words, _, _ in content], self._tokenizer, self._length)
+        image = np.stack([pixels for _, pixels, _ in content])
+        seen = np.array([there for _, _, there in content])
+        for part in np.split(np.arange(len(content)), range(ROWS, len(content), ROWS)):
+            rows = np.pad(part, (0, ROWS - len(part)), mode='edge')
+            yield rows, len(part), (image[rows], seen[rows], tokens[rows])
+
+    def _rows_of(self, params, image, seen, tokens):
+        reads = {'k': partial(readers.read_items, adapter='knowledge'), 'r': readers.distil_items}
+        rules = self._served.experts
         mixed = rules is not None and len(rules['tables']['axes']) > 1  # else without content
         coded = 'codes' in self._rows
-        for name in self._rows - {'codes'} | ({'k'} if mixed or coded else set()):
-            rows[name] = reads[name](self._specs[0], params, image=image, has_image=seen,
-                                     tokens=tokens).astype(jnp.float32)
-        if coded:
-            rows['codes'] = codes.rows(rows['k'], params['codes']['centres'])
+        rows = {name: reads[name](self._specs[0], params, image=image, has_image=seen,
+                                  tokens=tokens).astype(jnp.float32)
+                for name in sorted(self._rows - {'codes'} | ({'k'} if mixed or coded else set()))}
+        more = {'codes': codes.rows(rows['k'], params['codes']['centres'])} if coded else {}
+        return rows | more
+
+    def _vectors(self, params, image, seen, tokens, side, recommenders):
+        (recommenders, rules), rows = recommenders, self._rows_of(params, image, seen, tokens)
         ids = jnp.zeros(len(image), jnp.int32)  # the cold items' shared embedding
         parts = []
         for spec, params in zip(self._specs, recommenders, strict=True):
@@ -132,13 +150,17 @@ class Reader:
                                   jnp.zeros(len(ids), bool), features, side)
             parts.append(tpad.unit(z) if spec.normalise else z)
         if rules is not None:  # an item without training events
-            content = experts.projected(rows['k'].reshape(len(ids), -1) if mixed else
-                                        jnp.zeros((len(ids), 1)), rules['tables'])
+            content = experts.projected(
+                rows['k'].reshape(len(ids), -1) if len(rules['tables']['axes']) > 1 else
+                jnp.zeros((len(ids), 1)), rules['tables'])
             parts.append(experts.item_columns(rules['weights'], content, jnp.zeros(len(ids))))
         return jnp.concatenate(parts, axis=1)
 
-    def _content(self, item):
-        """Return text, pixels and whether there is a picture."""
+    def _content(self, item, unused: Counter | None = None):
+        """Return text, pixels and whether there is a picture.
+
+        With `unused`, a picture that cannot be read is counted there and not refused.
+        """
         option = f'item {item["id"]}'
         words = item.get('text')
         if words is None:
@@ -146,21 +168,25 @@ class Reader:
         data = item.get('image')
         if isinstance(data, str | Path):
             reason = images.unusable(Path(data), Path(data).parent)
-            refuse_if(reason is not None, f'{option}: {data} is not read ({reason}). {_PICTURE}')
-            data = Path(data).read_bytes()
-        data = data or b''
+            if reason is not None and unused is None:
+                raise InputError(f'{option}: {data} is not read ({reason}). {_PICTURE}')
+            data = Path(data).read_bytes() if reason is None else b''
+        data, pixels = data or b'', None
         refuse_if(len(data) > images.MAX_BYTES, f'{option}: its picture has {len(data):,} bytes. '
                   f'Expected at most {images.MAX_BYTES:,}. Fix: give a smaller picture')
-        if not data or not self._side:  # pictures are not read
-            if not words.strip():
-                kinds = 'neither a text nor a picture' if self._side else 'no text'
-                raise InputError(f'{option} has {kinds}. Fix: give one')
-            return words, np.zeros((self._side, self._side, 3), np.uint8), False
-        with images.quiet():
-            pixels = images.read(bytes(data), self._side)
+        if data and self._side:
+            with images.quiet():
+                pixels = images.read(bytes(data), self._side)
         if isinstance(pixels, images.Reason):
-            raise InputError(f'{option}: its picture cannot be used ({pixels}). {_PICTURE}')
-        return words, pixels, True
+            if unused is None:
+                raise InputError(f'{option}: its picture cannot be used ({pixels}). {_PICTURE}')
+            unused[pixels] += 1
+        elif pixels is not None:
+            return words, pixels, True
+        if unused is None and not words.strip():
+            kinds = 'neither a text nor a picture' if self._side else 'no text'
+            raise InputError(f'{option} has {kinds}. Fix: give one')
+        return words, np.zeros((self._side, self._side, 3), np.uint8), False
 
     def _sides(self, items):
         vocabulary, width = self._served.about['vocabulary'], len(self._served.about['side_sizes'])

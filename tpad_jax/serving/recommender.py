@@ -59,13 +59,13 @@ class Recommender:
       table: the catalogue at this moment.
       ids: item ids by row; [0] is ''. The list only grows.
       titles: titles by row; [0] is ''. The list only grows.
-      experts, reads: see `artifact.Served`.
+      served, reads: the artefact, and its property `reads`.
+      base: directory of the run's MLLM, if it moved.
       kept_masks: masks of conditions that may be repeated, see conditions.py.
     """
 
     def __init__(self, served: artifact.Served, base: str = ''):
-        self._served, self._base, self._reader = served, base, None
-        self.experts, self.reads = served.experts, served.reads
+        self.served, self.base, self.reads, self._reader = served, base, served.reads, None
         self._adding = threading.Lock()
         # An added item is written into z in place, so a call must not be dispatched meanwhile.
         self._dispatching = threading.Lock()
@@ -222,7 +222,7 @@ class Recommender:
         """Return z float32 [..., D] of rows int32 [...], without the experts' columns."""
         with self._dispatching:
             z = self._rows(self._z, rows)
-        return np.asarray(z)[..., :sum(spec.fusion.width for spec in self._served.specs)]
+        return np.asarray(z)[..., :sum(spec.fusion.width for spec in self.served.specs)]
 
     def embed_items(self, ids: Sequence[str] | None = None) -> np.ndarray:
         """Return item vectors z float32 [n, D]; their product with a session's vector is the score.
@@ -308,7 +308,7 @@ class Recommender:
         from tpad_jax.serving import new_items  # only a new item needs the encoders
 
         items = list(items)
-        new_items.checked(items, self._served.about['words'])
+        new_items.checked(items, self.served.about['words'])
         names = [item['id'] for item in items]
         titles = [str(item.get('title') or item.get('text') or item['id'])[:200] for item in items]
         with self._adding:
@@ -318,7 +318,7 @@ class Recommender:
             if not items:
                 return np.zeros((0, self._z.shape[1]), np.float32)
             if self._reader is None:
-                self._reader = new_items.Reader(self._served, self._base)
+                self._reader = new_items.Reader(self.served, self.base)
             vectors = self._reader(items)
             self._append(vectors, names, titles, pl.DataFrame(
                 {name: [item.get(name) for item in items] for name in artifact.ATTRIBUTES},
@@ -351,7 +351,7 @@ class Recommender:
         """
         first = self.trained + 1
         about = {'ids': self.ids[first:], 'titles': self.titles[first:],
-                 'model': self._served.about['digests'][artifact.MODEL]}
+                 'model': self.served.about['digests'][artifact.MODEL]}
         about['attributes'] = self.table.attributes[self.trained:].to_dict(as_series=False)
         vectors = np.concatenate([np.zeros((0, self._z.shape[1]), np.float32), *self._vectors])
         files.write_tensors(file, {'vectors': vectors}, about)
@@ -377,7 +377,7 @@ class Recommender:
             if vectors.shape != (len(ids), self._z.shape[1]) or not (
                     len(titles) == len(attributes) == len(ids)):
                 raise ValueError(f'{list(vectors.shape)} vectors for {len(ids)} ids')
-        if about['model'] != self._served.about['digests'][artifact.MODEL]:
+        if about['model'] != self.served.about['digests'][artifact.MODEL]:
             raise InputError(f'{file} holds items of another run. Fix: name a file of this run')
         with self._adding:
             if not self.table.number.keys().isdisjoint(ids):

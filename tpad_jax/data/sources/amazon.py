@@ -9,7 +9,7 @@ Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.0395
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -143,7 +143,7 @@ def find_files(raw_dir: str | Path) -> RawFiles:
                     '2018' if extension == 'json' else '2023')
 
 
-def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
+def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = ()) -> Raw:
     """Read a category's reviews, metadata and image names.
 
     Of several metadata lines with one asin the first usable one counts ('duplicate_item'), and so
@@ -154,6 +154,8 @@ def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
     Args:
       raw_dir: the folder.
       bad_share: share of a file's lines that may be damaged, see `untrusted.Lines.check`.
+      known: asins of items with the ids 1.. that need no metadata; they are not in the catalogue,
+        whose rows have the ids after them.
 
     Returns:
       Catalogue, interactions and counts.
@@ -168,11 +170,14 @@ def read(raw_dir: str | Path, bad_share: float = 1.0) -> Raw:
                                     bad_share):
         tables.append(pl.DataFrame([asin, *zip(*values, strict=True)], schema=CATALOGUE))
     images = find_images(Path(raw_dir), asins, unused)
-    catalogue = pl.concat(tables).sort('asin').with_columns(pl.col('asin').replace_strict(
+    before = pl.Series('asin', list(known), pl.String)
+    catalogue = pl.concat(tables).filter(~pl.col('asin').is_in(before.implode())).sort(
+        'asin').with_columns(pl.col('asin').replace_strict(
         {asin: str(path) for asin, path in images.items()}, default=None, return_dtype=pl.String
     ).alias('image'))
     events = Lines(paths.reviews)
-    interactions = _interactions(events, paths.form, catalogue['asin'], bad_share)
+    interactions = _interactions(events, paths.form, pl.concat([before, catalogue['asin']]),
+                                 bad_share)
     events.rejected['duplicate_review'] = (
         events.number - events.rejected.total() - len(interactions))
     return Raw(catalogue, interactions, counts(item_lines, events, unused), paths.form,
@@ -333,7 +338,7 @@ def _storable(user: str) -> str:
 
 
 def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float) -> pl.DataFrame:
-    """Events as a sorted table, none of them twice, of the items with these sorted asins."""
+    """Events as a sorted table, none of them twice, of the items with these asins."""
     # a category is a text's number in the order of first occurrence: of an item its id less 1.
     # polars forgets the texts once no column of the type is left, therefore `_held`.
     item, user = (pl.Categorical(pl.Categories.random()) for _ in range(2))

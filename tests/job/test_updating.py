@@ -1,0 +1,135 @@
+"""Updates of a run: what the MLLM reads, what continues, kills, rollback and damage."""
+
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from benchmarks.update import World
+from tests import tiny_base
+from tests.job.test_job import changed, make_config
+from tpad_jax import load
+from tpad_jax.core import files
+from tpad_jax.errors import InputError, Stopped
+from tpad_jax.features import store
+from tpad_jax.job import job, updating
+from tpad_jax.serving import artifact, new_items
+
+pytestmark = pytest.mark.slow
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the package handles it."""
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """A finished run on raw files, and folders of two later weeks with two new items each."""
+    folder = tmp_path_factory.mktemp('made')
+    world = World(0, 40, 4, 2)
+    for name, weeks, count in (('old', (0, 1), 60), ('2', [2], 40), ('3', [3], 40)):
+        world.write(folder / name, weeks, count)
+    config = changed(make_config(tiny_base.write(tmp_path_factory.mktemp('base'))), rivals={},
+                     baselines='', diagnostics=0, stages='knowledge,transfer,recommend',
+                     stage__transfer__eval_every=0, data__raw_dir=str(folder / 'old'),
+                     data__core=1, data__valid=20, data__test=20)
+    job.run(config, folder / 'run')
+    return folder
+
+
+def test_updates_are_killed_and_made_and_undone(made, monkeypatch):
+    run, first = made / 'run', artifact.read(made / 'run')
+    lists = load(run).recommend([[first.ids[1]], []], 5).items
+
+    def as_before(read=None):
+        """Nothing but unfinished files and complete updates that are not served."""
+        assert artifact.read(run).directory == first.directory
+        assert load(run).recommend([[first.ids[1]], []], 5).items == lists
+
+    for module, name in ((updating.fitting, 'fit'), (updating.artifact, 'renew')):
+        def killed(*args, **more):
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(Killed):
+                updating.update(run, made / '2')
+        assert [x.name for x in (run / 'updates').iterdir()] == ['0001.partial']
+        as_before()
+    with pytest.raises(Stopped, match='the artefact before is served'):
+        updating.update(run, made / '2', stopping=lambda: True)
+    as_before()
+
+    read, count, write = new_items.Reader.features, [], files.write_text
+
+    def counted(self, items, unused):
+        count.extend(item['id'] for item in items)
+        return read(self, items, unused)
+
+    def before_the_switch(path, text):
+        if path == run / 'current':
+            raise Killed
+        write(path, text)
+
+    monkeypatch.setattr(new_items.Reader, 'features', counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, 'write_text', before_the_switch)
+        with pytest.raises(Killed):
+            updating.update(run, made / '2')
+    as_before()
+    assert len(count) == len(set(count)) == 2  # the MLLM read the new items, once
+    assert not set(count) & set(first.ids)
+    assert sorted(x.name for x in (run / 'updates').iterdir()) == ['0001']  # complete, not served
+
+    # as if the kill had come a moment later
+    files.write_text(run / 'current', 'updates/0001\n')
+    second = artifact.read(run)
+    assert second.ids == [*first.ids, *count]
+    assert second.directory == run / 'updates' / '0001' / 'served'
+    count.clear()
+    drift = updating.update(run, made / '3')  # an update of an update needs no older files
+    assert (drift['items']['known'], drift['items']['new']) == (38, 2)
+    assert drift['items']['share'] == pytest.approx(1 / 20)
+    assert drift['sessions'] == {'known': 160, 'new': 40}
+    assert set(drift['held_out']) == {'sessions', 'rows', 'before', 'after'}
+    assert json.loads((run / 'updates' / '0002' / 'drift.json').read_text())['update'] == 2
+    third = load(run)
+    assert third.ids == [*second.ids, *count]
+    assert len(count) == 2
+    rows = [store.read(folder, 'r') for folder in (
+        run / 'features' / 'transfer', second.directory.parent / 'features' / 'transfer',
+        third.served.directory.parent / 'features' / 'transfer')]
+    for old, new in pairwise(rows):
+        np.testing.assert_array_equal(new[:len(old)], old)  # known items are not read again
+        assert np.abs(new[len(old):]).max() > 0.01
+    # the vector of a new item that was sold is trained, and that of a known item moved
+    assert all(third.served.events[-4:] >= 0)
+    moved = np.abs(third.served.z[1:37] - first.z[1:]).max(axis=1)
+    assert (moved > 0).all()
+
+    with pytest.raises(InputError, match='none of its sessions begins after the newest'):
+        updating.update(run, made / '2')
+    shutil.copytree(run, made / 'copy')
+    assert [updating.rollback(run), updating.rollback(run)] == ['updates/0001', '.']
+    as_before()
+    with pytest.raises(InputError, match='Expected an update'):
+        updating.rollback(run)
+
+
+def test_a_damaged_update_is_not_rolled_back_to_and_names_the_way_out(made):
+    run = made / 'copy'
+    for name in ('model.safetensors', 'items.parquet'):
+        file = run / 'updates' / '0001' / 'served' / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(InputError, match='damaged'):
+            updating.rollback(run)
+        assert artifact.place(run).parent.name == '0002'  # still served
+        file.write_bytes(content)
+    (run / 'updates' / '0002' / 'served' / 'reader.safetensors').unlink()
+    with pytest.raises(InputError, match=r'Fix: python -m tpad_jax.update .* --rollback'):
+        load(run)
+    updating.rollback(run)
+    assert len(load(run).ids) == 39
