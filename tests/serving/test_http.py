@@ -176,7 +176,7 @@ class _Nothing:
 class Slow:
     """Stands for a recommender whose device is held by a lock; rows are answered by themselves."""
 
-    max_length = 2
+    max_length, reads = 2, ((), [])
 
     def __init__(self):
         self.calls, self.held, self.broken = [], threading.Event(), False
