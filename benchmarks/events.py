@@ -79,7 +79,6 @@ def main(argv):
     from tpad_jax.evaluation import compare
     from tpad_jax.job import job
 
-    content = json.loads(FILE.read_text()) if FILE.is_file() else {}
     variants = FLAGS.variants + ['films'] * bool(FLAGS.films)
     for seed in FLAGS.seeds:
         for variant in variants:
@@ -98,6 +97,8 @@ def main(argv):
                 paired = compare.compare(*pair, ('tpad', 'tpad'))['slices']['all']['hit@20']
                 cell['paired'] = {key: paired[key] for key in ('difference', 'difference_interval',
                                                                'p')}
+            # read here, for several commands may run at the same time
+            content = json.loads(FILE.read_text()) if FILE.is_file() else {}
             content.setdefault(variant, {})[seed] = cell
             files.write_json(FILE, content)
     Console(width=100).print(shown(content))
