@@ -3,22 +3,25 @@
 On each variant of the planted catalogue (data/synthetic/variants.py) the recommender on the true
 attributes is trained with and without what the variant is about, on the same sessions. Prints the
 expected hit@20 of both and of the oracle, and the share of the gap between them that reading
-closes; the bar is half. With `--films=DIR` (sessions with times and users,
-prepared in the form of config.data.ready) it compares hit@20 there, paired over sessions, with and
-without times and earlier sessions. Each cell is a run in a workdir of its own, so the same command
-resumes; benchmarks/events.json is written after each.
+closes; the bar is half. With `--films=DIR` it compares hit@20, paired over sessions, with and
+without times and earlier sessions on the ratings of DIR/interactions.npz (arrays user, item and
+timestamp in seconds); item ids alone are read. Each cell is a run in a workdir of its own, so the
+same command resumes; benchmarks/events.json is written after each.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
 from tpad_jax import config as config_lib
 from tpad_jax.core import files, startup
+from tpad_jax.data import sessions as sessions_lib
 from tpad_jax.errors import Stopped
 
 FLAGS = flags.FLAGS
@@ -30,6 +33,23 @@ VARIANTS = {'drift': ({'drift': 1.5}, {'event_time': True}),
             'visitors': ({'visitors': 900}, {'history': True})}
 
 
+def films() -> Path:
+    """Cut the ratings of films into sessions with times and opaque visitors, once."""
+    file = Path(FLAGS.workdir) / 'films.npz'
+    if file.is_file():
+        return file
+    with np.load(Path(FLAGS.films) / 'interactions.npz') as arrays:
+        item = np.unique(arrays['item'], return_inverse=True)[1] + 1
+        ratings = pl.DataFrame({'user': arrays['user'], 'item': item, 'time': arrays['timestamp']})
+    sessions = sessions_lib.cut(ratings, gap_seconds=86_400, seed=0)
+    train, valid, test = sessions_lib.split(sessions, 0.1, 0.1)
+    parts = {'train': sessions_lib.join(train, valid), 'test': test}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(file, **{f'{name}_{key}': getattr(part, key) for name, part in parts.items()
+                      for key in ('items', 'offsets', 'time', 'visitor')})
+    return file
+
+
 def configured(variant: str, seed: int, reads: bool):
     """The config of a cell: stage recommend alone, without baselines and experts."""
     c = config_lib.get_config()
@@ -38,7 +58,7 @@ def configured(variant: str, seed: int, reads: bool):
     c.rivals = {}
     c.stage.recommend.update(steps=6000, eval_every=1000, weight_decay=0.1)
     if variant == 'films':
-        c.data.ready, c.model.recommend, c.model.use_side = FLAGS.films, '', False
+        c.data.npz, c.model.recommend, c.model.use_side = str(films()), '', False
         c.model.update(event_time=reads, history=reads)
         return c
     options, model = VARIANTS[variant]
@@ -110,6 +130,6 @@ def main(argv):
 if __name__ == '__main__':
     flags.DEFINE_list('variants', list(VARIANTS), 'variants of the planted catalogue')
     flags.DEFINE_list('seeds', '0,1,2', 'seeds of the catalogue, parameters and batch order')
-    flags.DEFINE_string('films', '', 'directory of prepared sessions of films with times and users')
+    flags.DEFINE_string('films', '', 'directory of interactions.npz of films')
     flags.DEFINE_string('workdir', 'runs/events', 'where the runs are')
     app.run(main)

@@ -1,5 +1,6 @@
 """What rows read of events: gaps, periods, kinds and earlier sessions, without the future."""
 
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tpad_jax.data import catalogue, events, sessions
+from tpad_jax.data.batches import session_batches
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.errors import InputError
 
@@ -85,6 +87,19 @@ def test_targets_of_some_kinds(data):
     assert rows.context is None
     with pytest.raises(InputError, match=r'no event is cart\. Expected some of view, buy'):
         events.attached(data, config('buy,cart'))
+
+
+def test_batches_hold_the_context_and_whole_sessions_are_not_limited_to_kinds(data):
+    data = events.attached(data, config('buy', history=True))
+    rows = sessions.rows(TRAIN, 3, events=data.events)
+    with closing(session_batches(data, max_length=3, batch_size=3, seed=0)) as drawn:
+        batch = next(drawn)
+    assert sorted(batch['row']) == [0, 1, 2]
+    np.testing.assert_array_equal(batch['context'], rows.context[batch['row']])
+    data = events.attached(replace(data, events=None), config('view'))
+    with closing(session_batches(data, max_length=3, batch_size=3, seed=0, every_prefix=False)
+                 ) as drawn:
+        assert sorted(next(drawn)['target']) == [1, 2, 5]
 
 
 def test_data_that_lack_it_are_refused(data):

@@ -6,7 +6,7 @@ cuts the same global batches: process p of n takes every n-th row of a step from
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import grain
@@ -106,7 +106,10 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
     Raises:
       InputError: batch_size cannot be divided evenly, or there is no training row.
     """
-    rows = sessions_lib.rows(data.train, max_length, every_prefix, data.events)
+    events = data.events
+    if events is not None and not every_prefix:  # every position is trained on, whatever its kind
+        events = replace(events, targets=())
+    rows = sessions_lib.rows(data.train, max_length, every_prefix, events)
     cut = Cut(**cut, groups=_groups(None if owner is None else owner[rows.session]))
     refuse_if(not len(rows.target), 'no training session has two items. Expected rows to train on. '
               'Fix: give longer sessions.')

@@ -4,7 +4,7 @@
     train_offsets, test_offsets  int, session k is items[offsets[k]:offsets[k + 1]]
     train_time, train_kind       optional, int, one per item: milliseconds since 1970 and the number
                                  of the event's kind; train_visitor: one per session, an opaque
-                                 number; test_... likewise. They are kept, and nothing reads them
+                                 number; test_... likewise. Read by data/events.py
 
 The file has no validation part. If the training sessions are in the order of time
 (`ordered`), validation is the last of them. Otherwise it is a seeded draw, and claims about time
