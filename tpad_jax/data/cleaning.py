@@ -27,6 +27,7 @@ _MARKUP = re.compile(
     rf'|(?<![\w-])(?:class|id|style|href|src|rel|on[a-z]+|(?:data|aria)-[\w-]+)\s*=\s*{_VALUE})(?:/?>)?'
     r'|"(?: ?/)?>| ?/>', re.IGNORECASE | re.DOTALL)
 _SIGNS = re.compile(r'[{}();=$&|]')  # every piece of code has some of them
+_SPECIAL = re.compile(r'[{}();=$&|<>]')  # and every piece of markup of these
 # Beginnings of code, by a sign that each pattern needs. A text without it is not searched: trying
 # all patterns at every character takes milliseconds.
 _CODE = {sign: re.compile('|'.join(patterns), re.IGNORECASE) for sign, patterns in {
@@ -86,24 +87,26 @@ def clean(text: str) -> str:
     Returns:
       One line of text; '' where no words are left, or little more than code.
     """
-    # most texts lack the signs without which these steps, the slow ones, change nothing
+    # most texts have no sign of markup or code
+    plain = text.isprintable() and not _SPECIAL.search(text)
+    words = ' '.join(text.split()) if plain else _without_code(text)
+    debris = (words in _PLACEHOLDERS or _REST.fullmatch(words) or not any(map(str.isalnum, words))
+              or (words.count('-') > 1 and all(map(_CLASS_NAME.fullmatch, words.split()))
+                  and any(name.startswith('a-') for name in words.split())))
+    return '' if debris else words
+
+
+def _without_code(text: str) -> str:
+    """The words of a text without markup and code; '' where these were most of it."""
     if '&' in text:
         for _ in range(2):
             text = html.unescape(_NO_CHARACTER.sub('\ufffd', text))
-    if '<' in text or '>' in text or '=' in text:
-        text = _MARKUP.sub(' ', text)
-    parts = [text] if text.isprintable() else [_UNPRINTABLE.sub(' ', line)
-                                               for line in text.splitlines()]
-    lines = [' '.join(part.split()) for part in parts]
+    lines = [' '.join(_UNPRINTABLE.sub(' ', line).split())
+             for line in _MARKUP.sub(' ', text).splitlines()]
     kept = [_before_code(line) if _SIGNS.search(line) else line for line in lines]
     words = ' '.join(filter(None, kept))
-    names = words.split()
-    debris = (
-        (kept != lines and len(names) < ENOUGH and 2 * len(words) < sum(map(len, lines)))
-        or words in _PLACEHOLDERS or _REST.fullmatch(words) or not any(map(str.isalnum, words))
-        or (all(map(_CLASS_NAME.fullmatch, names)) and words.count('-') > 1
-            and any(name.startswith('a-') for name in names)))
-    return '' if debris else words
+    short = kept != lines and len(words.split()) < ENOUGH
+    return '' if short and 2 * len(words) < sum(map(len, lines)) else words
 
 
 def _before_code(line: str) -> str:

@@ -53,8 +53,15 @@ def joined(values: Iterable) -> str:
     return '. '.join(filter(None, map(words_of, values)))
 
 
+def item_text() -> pl.Expr:
+    """Join title, brand, category and description, as in "title. brand"; '' where there is none."""
+    parts = [pl.when(pl.col(name) != '').then(pl.col(name))  # null for none
+             for name in ('title', 'brand', 'category', 'description')]
+    return pl.concat_str(parts, separator='. ', ignore_nulls=True)
+
+
 def item_texts(catalogue: pl.DataFrame) -> list[str]:
-    """Join title, brand, category and description of every item, as in "title. brand".
+    """Join title, brand, category and description of every item, as `item_text`.
 
     Args:
       catalogue: V rows.
@@ -62,10 +69,7 @@ def item_texts(catalogue: pl.DataFrame) -> list[str]:
     Returns:
       List of V + 1 str; index 0 (padding) is ''.
     """
-    parts = [pl.when(pl.col(name) != '').then(pl.col(name))  # null for none
-             for name in ('title', 'brand', 'category', 'description')]
-    return ['', *catalogue.select(pl.concat_str(parts, separator='. ', ignore_nulls=True)
-                                  ).to_series()]
+    return ['', *catalogue.select(item_text()).to_series()]
 
 
 def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
 from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images as images_lib
@@ -143,7 +144,8 @@ def find_files(raw_dir: str | Path) -> RawFiles:
                     '2018' if extension == 'json' else '2023')
 
 
-def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = ()) -> Raw:
+def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
+         store: Path | None = None) -> Raw:
     """Read a category's reviews, metadata and image names.
 
     Of several metadata lines with one asin the first usable one counts ('duplicate_item'), and so
@@ -156,6 +158,7 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = ())
       bad_share: share of a file's lines that may be damaged, see `untrusted.Lines.check`.
       known: asins of items with the ids 1.. that need no metadata; they are not in the catalogue,
         whose rows have the ids after them.
+      store: a file that the catalogue is written to and mapped from; None: it stays in memory.
 
     Returns:
       Catalogue, interactions and counts.
@@ -172,9 +175,14 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = ())
     images = find_images(Path(raw_dir), asins, unused)
     before = pl.Series('asin', list(known), pl.String)
     catalogue = pl.concat(tables).filter(~pl.col('asin').is_in(before.implode())).sort(
-        'asin').with_columns(pl.col('asin').replace_strict(
-        {asin: str(path) for asin, path in images.items()}, default=None, return_dtype=pl.String
-    ).alias('image'))
+        'asin').with_columns(image=pl.col('asin').replace_strict(
+            {asin: str(path) for asin, path in images.items()}, default=None,
+            return_dtype=pl.String))
+    if store:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        catalogue.write_ipc(store)
+        catalogue = pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(store))).read_all())
+    del tables, asins
     events = Lines(paths.reviews)
     interactions = _interactions(events, paths.form, pl.concat([before, catalogue['asin']]),
                                  bad_share)

@@ -29,6 +29,7 @@ from tpad_jax.data.sources.amazon import Raw
 from tpad_jax.errors import refuse_if
 
 FINISHED = 'prepared.json'
+TEXTS = 'catalogue.arrow'  # of raw files, until the tables are written
 # Options of the tables. gap_hours: the longest pause inside a session; the 2018 form has times of a
 # day, so that a session is one user's day and the gap is not read. core: items rarer than this in
 # training sessions leave them; 1 is off. min_length: shorter sessions are dropped. valid, test:
@@ -134,16 +135,20 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
     """
     raw_dir, data_dir = Path(raw_dir), Path(data_dir)
     options = {name: kind(options[name]) for name, kind in OPTIONS.items()} | (reading or {})
-    identity = fingerprint(raw_dir, options, inputs)
-    if (data_dir / FINISHED).is_file():
-        before = read_finished(data_dir)
-        differing = ', '.join(f'{key} ({before["options"].get(key)} there, {value} now)' for
-                              key, value in options.items() if before['options'].get(key) != value)
-        refuse_if(before['fingerprint'] != identity, f'{data_dir} was prepared with '
-                  f'{"another " + differing if differing else "other raw files"}, not with '
-                  f'{raw_dir} and the config. Expected the same. Fix: name another workdir.')
-        return
-    raw = read() if read else amazon.read(raw_dir, bad_share)
+    with ThreadPoolExecutor(1) as pool:  # hashed while they are read, so that the disk is read once
+        identity = pool.submit(fingerprint, raw_dir, options, inputs)
+        if (data_dir / FINISHED).is_file():
+            before = read_finished(data_dir)
+            differing = ', '.join(
+                f'{key} ({before["options"].get(key)} there, {value} now)' for key, value in
+                options.items() if before['options'].get(key) != value)
+            refuse_if(before['fingerprint'] != identity.result(), f'{data_dir} was prepared with '
+                      f'{"another " + differing if differing else "other raw files"}, not with '
+                      f'{raw_dir} and the config. Expected the same. Fix: name another workdir.')
+            return
+        if (data_dir / Amazon.name).exists():
+            shutil.rmtree(data_dir / Amazon.name)
+        raw = read() if read else amazon.read(raw_dir, bad_share, data_dir / Amazon.name / TEXTS)
     pauses = {'gap_seconds': round(options['gap_hours'] * 3600), **raw.cutting}
     shortest = options['min_length']
     sessions = sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'],
@@ -155,15 +160,14 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
     ties = sessions_lib.time_ties(raw.interactions, **pauses)
     report = audit.audit(*splits.values(), warm, form=raw.form, ties=ties)
 
-    if (data_dir / Amazon.name).exists():
-        shutil.rmtree(data_dir / Amazon.name)
     write_table(data_dir, 'items', {'items': _item_records(raw.catalogue.with_columns(
         reviewed=_reviewed(raw, int(splits['valid'].start.min()))))})
     write_table(data_dir, 'images', {'images': _image_records(raw.catalogue['image'])})
     serialize = Amazon(data_dir=data_dir, config='sessions').info.features.serialize_example
     write_table(data_dir, 'sessions', {split: _session_records(part, serialize)
                                        for split, part in splits.items()})
-    finished = dict(version=str(Amazon.VERSION), fingerprint=identity, options=options,
+    (data_dir / Amazon.name / TEXTS).unlink(missing_ok=True)
+    finished = dict(version=str(Amazon.VERSION), fingerprint=identity.result(), options=options,
                     form=raw.form, lines=raw.lines, audit=report, kinds=raw.kinds)
     files.write_text(data_dir / FINISHED, json.dumps(finished, indent=1, allow_nan=False))
 
@@ -305,12 +309,11 @@ def _reviewed(raw: Raw, begin: int) -> pl.Series:
 
 
 def _item_records(catalogue: pl.DataFrame) -> Iterator[bytes]:
-    texts = pl.Series('text', text.item_texts(catalogue)[1:], pl.String)
-    table = catalogue.select('asin', 'title', 'brand', 'category', texts, 'reviewed',
-                             pl.col('price').fill_null(float('nan')),
-                             has_image=pl.col('image').is_not_null())
-    for chunk in table.iter_slices(READ_CHUNK):
-        yield from tf_examples.serialized(chunk).to_pylist()
+    for chunk in catalogue.iter_slices(READ_CHUNK):
+        yield from tf_examples.serialized(chunk.select(
+            'asin', 'title', 'brand', 'category', 'reviewed', text.item_text().alias('text'),
+            pl.col('price').fill_null(float('nan')), has_image=pl.col('image').is_not_null()
+        )).to_pylist()
 
 
 def _image_records(paths: Iterable[str | None]) -> Iterator[bytes]:
