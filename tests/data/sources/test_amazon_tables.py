@@ -220,6 +220,9 @@ from tpad_jax.data.sources import amazon_tables
 amazon_tables.prepare({str(raw[0])!r}, {str(tmp_path / 'data')!r}, **{OPTIONS!r})
 data = amazon_tables.load({str(tmp_path / 'data')!r})
 next(batches.session_batches(data, batch_size=2, seed=0, max_length=3))
+import tensorflow_datasets as tfds
+by_name = tfds.data_source('amazon/items', split='items', data_dir={str(tmp_path / 'data')!r})
+assert by_name[1]['title'] == b'Toy & B'
 assert not {{'tensorflow', 'torch', 'transformers'}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, '-W', 'error', '-c', program], capture_output=True,

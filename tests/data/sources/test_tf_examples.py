@@ -20,3 +20,8 @@ def test_rows_are_the_examples_of_tfds(tmp_path):
         theirs = features.serialize_example(row)
         assert len(record) == len(theirs)
         np.testing.assert_equal(*map(features.deserialize_example_np, (record, theirs)))
+    theirs = [features.serialize_example(row) for row in table.iter_rows(named=True)]
+    for written in (records, theirs):
+        read = tf_examples.parsed(written, table.schema | dict.fromkeys(
+            amazon_tables.WORDS, pl.Binary))
+        assert read.cast(table.schema).equals(table)

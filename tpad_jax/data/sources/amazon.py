@@ -317,7 +317,8 @@ def _read_items(lines: Lines, form: str, parse: Callable[[dict, Fields, Counter]
                 lines.reject(Reason('duplicate_item'))
             else:
                 asins.add(asin)
-                unused.update(counted)
+                if counted:
+                    unused.update(counted)
                 new.append((asin, value))
         if new:
             yield tuple(map(list, zip(*new, strict=True)))
@@ -358,12 +359,12 @@ def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float) -
         tables.append(known.select(pl.col('user').cast(user).to_physical(), item='asin',
                                    time='time'))
     # users are numbered by their sorted names, so that no number depends on the order of lines
-    name = pl.col('name')
-    names = pl.DataFrame({'name': user.categories.to_series()}).select(
+    table, name = pl.concat(tables), pl.col('name').cast(pl.String)
+    codes = pl.Series('name', np.arange(1 + table['user'].max(), dtype=np.uint32))
+    names = pl.DataFrame(codes.cat.to(user)).select(
         pl.when(name.str.len_bytes() > LONGEST).then(
             name.str.strip_chars().str.decode('hex', strict=False)).otherwise(name.cast(pl.Binary)))
     ranks = pl.Series(np.argsort(names.to_series().arg_sort().to_numpy()))
-    table = pl.concat(tables)
     return table.with_columns(user=ranks.gather(table['user'])).unique().sort(
         'user', 'time', 'item')
 

@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -185,10 +186,11 @@ def load(data_dir) -> Data:
       InputError: nothing finished is in data_dir.
     """
     finished = read_finished(data_dir)
-    schema = {'price': pl.Float32, 'has_image': pl.Boolean, 'reviewed': pl.Boolean,
-              **dict.fromkeys(WORDS, pl.Binary)}
-    items = pl.DataFrame(_records(data_dir, 'items', 'items'), schema).with_columns(
-        pl.col(WORDS).cast(pl.String), pl.col('price').fill_nan(None))
+    schema = {**dict.fromkeys(WORDS, pl.Binary), 'price': pl.Float32, 'has_image': pl.Boolean,
+              'reviewed': pl.Boolean}
+    source = read_table(data_dir, 'items', 'items', tfds.decode.DeserializeMethod.RAW_BYTES)
+    items = pl.concat([tf_examples.parsed(records, schema) for records in _chunks(source)]
+                      ).with_columns(pl.col(WORDS).cast(pl.String), pl.col('price').fill_nan(None))
     splits = {split: _sessions(data_dir, split) for split in ('train', 'valid', 'test')}
     warm = sessions_lib.warm_items(splits['train'], items.height)
     side, side_sizes = text.side_features(items, warm)
@@ -245,18 +247,21 @@ def write_table(data_dir: Path, table: str, records: dict[str, Iterable[bytes]])
                                      download_dir=data_dir / Amazon.name / 'downloads')
 
 
-def read_table(data_dir, table: str, split: str):
+def read_table(data_dir, table: str, split: str,
+               method=tfds.decode.DeserializeMethod.DESERIALIZE_AND_DECODE):
     """Open one split of a table for random access by record number.
 
     Args:
       data_dir: folder of the tables.
       table: name of the builder config.
       split: of the table.
+      method: of TFDS, what is done to a record.
 
     Returns:
       TFDS's data source.
     """
-    return Amazon(data_dir=data_dir, config=table).as_data_source(split)
+    return Amazon(data_dir=data_dir, config=table).as_data_source(
+        split, deserialize_method=method)
 
 
 def read_finished(data_dir) -> dict:
@@ -333,17 +338,16 @@ def _session_records(sessions: Sessions, serialize: Callable[[dict], bytes]) -> 
 
 
 def _sessions(data_dir, split: str) -> Sessions:
-    records = _records(data_dir, 'sessions', split)
+    records = [*chain(*_chunks(read_table(data_dir, 'sessions', split)))]
     arrays = {name: np.concatenate([record[name] for record in records]) for name in SESSIONS}
     offsets = np.append(0, np.cumsum(arrays.pop('lengths'))).astype(np.int64)
     absent = dict.fromkeys(name for name in ('time', 'kind', 'visitor') if not len(arrays[name]))
     return Sessions(**{**arrays, **absent}, offsets=offsets)
 
 
-def _records(data_dir, table: str, split: str) -> list[dict]:
-    source = read_table(data_dir, table, split)
-    return [record for begin in range(0, len(source), READ_CHUNK)
-            for record in source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))]
+def _chunks(source) -> Iterator[list]:
+    for begin in range(0, len(source), READ_CHUNK):
+        yield source.__getitems__(range(begin, min(begin + READ_CHUNK, len(source))))
 
 
 def _load(config, workdir: Path) -> Data:

@@ -1,16 +1,22 @@
-"""Rows of a table -> serialized `tf.train.Example`s, column by column and without TensorFlow.
+"""Rows of a table <-> serialized `tf.train.Example`s without TensorFlow.
 
 An Example is a protocol buffer of nested messages, each with its length before it. Here these heads
-are joined with the values of a whole column at once. TFDS takes some 100 microseconds per record.
+are joined with the values of a whole column at once. TFDS takes 100 microseconds per record, to
+write it and to read it.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+from tensorflow_datasets.proto import tf_example_pb2
 
-# tag of the list in a Feature that holds values of a type
-_LISTS = {pl.Binary: 1, pl.String: 1, pl.Float32: 2, pl.Boolean: 3}
+# tag and name of the list in a Feature that holds values of a type
+_LISTS = {pl.Binary: (1, 'bytes_list'), pl.String: (1, 'bytes_list'), pl.Float32: (2, 'float_list'),
+          pl.Boolean: (3, 'int64_list')}
 
 
 def serialized(table: pl.DataFrame) -> pa.Array:
@@ -27,13 +33,31 @@ def serialized(table: pl.DataFrame) -> pa.Array:
         values = _bytes(column)
         # what is before a value depends on the value's length alone
         lengths = pc.dictionary_encode(pc.binary_length(values))
-        heads = [_head(column.name.encode(), _LISTS[column.dtype], length)
+        heads = [_head(column.name.encode(), _LISTS[column.dtype][0], length)
                  for length in lengths.dictionary.to_pylist()]
         parts += [pa.array(heads, pa.large_binary()).take(lengths.indices), values]
     features = _joined(parts)
     lengths = pc.dictionary_encode(pc.binary_length(features))
     heads = [_tagged(1, length) for length in lengths.dictionary.to_pylist()]
     return _joined([pa.array(heads, pa.large_binary()).take(lengths.indices), features])
+
+
+def parsed(records: Iterable[bytes], schema: dict[str, Any]) -> pl.DataFrame:
+    """Parse rows.
+
+    Args:
+      records: N serialized rows, each with these columns.
+      schema: {column: type}, types as in `serialized`; Binary for text, too.
+
+    Returns:
+      The table.
+    """
+    rows = []
+    for record in records:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+        rows.append([getattr(features[name], _LISTS[dtype][1]).value[0]
+                     for name, dtype in schema.items()])
+    return pl.DataFrame(rows, schema, orient='row')
 
 
 def _bytes(column: pl.Series) -> pa.Array:
