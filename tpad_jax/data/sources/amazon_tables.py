@@ -149,7 +149,8 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
             return
         if (data_dir / Amazon.name).exists():
             shutil.rmtree(data_dir / Amazon.name)
-        raw = read() if read else amazon.read(raw_dir, bad_share, data_dir / Amazon.name / TEXTS)
+        raw = read() if read else amazon.read(raw_dir, bad_share,
+                                              store=data_dir / Amazon.name / TEXTS)
     pauses = {'gap_seconds': round(options['gap_hours'] * 3600), **raw.cutting}
     shortest = options['min_length']
     sessions = sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'],
