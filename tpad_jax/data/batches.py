@@ -107,7 +107,7 @@ def session_batches(data: Data, *, max_length: int, start_step: int = 0, every_p
       InputError: batch_size cannot be divided evenly, or there is no training row.
     """
     events = data.events
-    if events is not None and not every_prefix:  # every position is trained on, whatever its kind
+    if events is not None and not every_prefix:  # all positions are trained on, of any kind
         events = replace(events, targets=())
     rows = sessions_lib.rows(data.train, max_length, every_prefix, events)
     cut = Cut(**cut, groups=_groups(None if owner is None else owner[rows.session]))
