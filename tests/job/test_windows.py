@@ -16,7 +16,8 @@ def test_windows_run_from_the_earliest_and_are_summarised(tmp_path, monkeypatch,
         test = {'rows': 10 * number, 'hit@20': 0.1 * number, 'mrr@20': 0.05,
                 'interval': {'hit@20': [0.0, 0.5]}}
         return {'data': {'test_days': [day, day], 'sessions': {'train': 5}},
-                'models': {'tpad': {'test': test}, 'pop': {'test': test}},
+                'models': {'tpad': {'test': test, 'is': 'other'}, 'other': {'test': test},
+                           'pop': {'test': test}},
                 'oracle': {'rows': 10 * number, 'hit@20': 0.9, 'mrr@20': 0.5}}
 
     monkeypatch.setattr(windows.job, 'run', run)

@@ -46,6 +46,7 @@ def run(config, workdir: str | Path, count: int, stopping: Callable[[], bool]) -
         part.data.window = number
         results = job.run(part, workdir / f'window_{number}', stopping)
         tests = {name: model['test'] for name, model in results['models'].items()}
+        tests.pop(results['models'].get('tpad', {}).get('is'), None)  # its other name
         tests |= {name: results[name] for name in ('oracle',) if name in results}
         out.append({'test': results['data']['test_days'], 'sessions': results['data']['sessions'],
                     'rows': next(iter(tests.values()))['rows'], 'models': {
