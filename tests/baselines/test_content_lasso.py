@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from sklearn.linear_model import Lasso
 
 from tests.evaluation.test_experts import V, drawn, prefixes
@@ -94,3 +95,14 @@ def test_a_prior_that_nothing_reads_is_refused():
         content_lasso.wanted(config, DATA)
     config.data.prior = ''
     assert content_lasso.wanted(config, DATA) is None
+
+
+def test_factors_of_new_items_are_those_of_a_fit_that_knew_them():
+    rng = np.random.default_rng(0)
+    rows = sp.csr_array((rng.random((41, 12)) < 0.4).astype(np.float32))
+    weights = rng.normal(size=(2, 12, 12))
+    whole, part = (content_lasso.factors(content_lasso.Attributes(x, list('abcdefghijkl')), weights)
+                   for x in (rows, rows[:31]))
+    found = content_lasso.extended({n: x for n, x in part.items() if n != 'attributes'}, rows)
+    for name, like in whole.items():
+        np.testing.assert_allclose(found[name], like, atol=1e-4, err_msg=name)

@@ -324,6 +324,28 @@ def factors(known: Attributes, weights: np.ndarray) -> dict[str, np.ndarray]:
     return {name: x.astype(np.float32) for name, x in out.items()}
 
 
+def extended(tables: dict[str, np.ndarray], rows: sp.csr_array) -> dict[str, np.ndarray]:
+    """Extend the factors to new items. The weights stay as they were fitted.
+
+    Those of words are not stored. They follow from those of the items by least squares, exactly
+    where no word's items are a combination of other words' items.
+
+    Args:
+      tables: of `factors` without 'attributes', for v items.
+      rows: csr float [V + 1, A]. Attributes of the same items and, after them, of new ones.
+
+    Returns:
+      As of `factors`, for V items.
+    """
+    old = rows[:len(tables['asked_first'])]
+    asked = np.concatenate([tables['asked_first'], tables['asked_last']], axis=1)
+    words = np.linalg.lstsq((old.T @ old).toarray(), old.T @ asked)[0]
+    asked = np.concatenate([asked, rows[len(asked):] @ words]).astype(np.float32)
+    first, last = np.split(asked, 2, axis=1)
+    return {'asked_first': first, 'asked_last': last, 'basis': tables['basis'],
+            'attributes': rows @ tables['basis']}
+
+
 def choose(train: Sessions, valid: Rows, num_items: int, known: Attributes) -> dict:
     """Choose strength and gamma by the likelihood of validation.
 

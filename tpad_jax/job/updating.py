@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
+from tpad_jax.baselines import content_lasso
 from tpad_jax.config import get_config, names
 from tpad_jax.core import files, log
 from tpad_jax.data import sessions as sessions_lib
@@ -163,8 +164,6 @@ def _config(run: Path) -> ConfigDict:
 def _check(config, before) -> None:
     """Refuse runs that an update would not continue as they were trained."""
     again = 'Fix: train again on all data'
-    refuse_if('lasso' in names(config.experts), f'config.experts={config.experts!r}: an update '
-              f'does not choose the words of the expert lasso again. {again}')
     refuse_if('recommend' in names(config.federated.stages), 'config.federated.stages='
               f'{config.federated.stages!r}: an update has no clients. {again}')
     option = before.directory
@@ -315,9 +314,13 @@ def _train(job, before, known, rows, share, old, seconds):
             weights = before.experts['weights']
             fit = experts.Fit({name: float(weights.get(name, 0)) for name in experts.WEIGHTS}, 0.0,
                               0, float(before.experts['tables']['decay']))
-            mixture = experts.mixture(fit, experts.tables(
-                data.train, data.num_items, rows.get('given', rows.get('k')), ordered=True,
-                share=share))
+            table = experts.tables(data.train, data.num_items, rows.get('given', rows.get('k')),
+                                   ordered=True, share=share)
+            if 'basis' in before.experts['tables']:
+                table |= content_lasso.extended(before.experts['tables'], content_lasso.held(
+                    content_lasso.named(data.texts, data.side, data.vocabulary),
+                    before.about['attributes']))
+            mixture = experts.mixture(fit, table)
         bound = recommenders.scorer_of(members, mixture).bound
     return bound, ids
 
