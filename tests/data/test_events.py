@@ -64,7 +64,7 @@ def test_columns_of_rows(data):
     # 1 s, 5 s, then 5 s and 0 s, then 1 s: 1 + floor(log2(1 + s))
     np.testing.assert_array_equal(known['gap'], [[2, 0, 0], [3, 0, 0], [3, 1, 0], [2, 0, 0]])
     np.testing.assert_array_equal(known['kind'], [[1, 0, 0], [1, 0, 0], [1, 2, 0], [1, 0, 0]])
-    assert (known['period'] == events.PERIODS).all()
+    assert (known['date'] == events.NOW).all()
     past = np.zeros((4, events.PAST), int)
     past[:3, :4] = 1, 4, 2, 1  # of visitor 7, the newest first; visitor 9 has none
     np.testing.assert_array_equal(known['past'], past)
@@ -73,8 +73,8 @@ def test_columns_of_rows(data):
     np.testing.assert_array_equal(train.context[:, where['past']][:, :3],
                                   [[0] * 3, [0] * 3, [0] * 3, [2, 1, 0]])
     share = np.array([3, 107, 108, 1200]) / 1200
-    period = 1 + np.minimum(share * events.PERIODS, events.PERIODS - 1).astype(int)
-    np.testing.assert_array_equal(train.context[:, where['period']][:, 0], period)
+    np.testing.assert_array_equal(train.context[:, where['date']][:, 0],
+                                  1 + np.round(share * (events.NOW - 1)))
     wide = rows.read_by(SimpleNamespace(reads='context'))
     np.testing.assert_array_equal(wide, np.column_stack([rows.items, rows.context]))
     assert rows.read_by(SimpleNamespace()) is rows.items

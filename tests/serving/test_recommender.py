@@ -11,7 +11,7 @@ import pytest
 import tpad_jax
 from tests import tiny_base, tiny_served
 from tests.tiny_served import N, V
-from tpad_jax.data.events import PERIODS, columns
+from tpad_jax.data.events import NOW, columns
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation.metrics import top
 from tpad_jax.models.sessions import ENCODERS
@@ -116,11 +116,11 @@ def test_times_kinds_and_earlier_items_are_read_and_may_be_missing(base, made, t
     sessions = [['I3', 'no such', 'I4'], ['I5']]
     events = [{'times': [0, 2000, 5000], 'kinds': ['buy', 'buy', 'other'], 'now': 9000,
                'earlier': ['I1', 'nor this', 'I2']}, {'kinds': None}]
-    where = columns(('gap', 'period', 'kind', 'past'), N)
+    where = columns(('gap', 'date', 'kind', 'past'), N)
     rows = np.zeros((2, N + where['past'].stop), np.int32)
     rows[0, :2], rows[1, 0] = (3, 4), 5
     context = rows[:, N:]
-    context[:, where['period']] = PERIODS
+    context[:, where['date']] = NOW
     context[0, where['gap']][:2] = 3, 3  # 5 s between the two that are known, then 4 s
     context[0, where['kind']][0] = 2
     context[0, where['past']][:2] = 2, 1

@@ -4,8 +4,8 @@ A row of (prefix, target) has columns of small whole numbers next to its N items
 
     gap     N     time from each event to the next one, of the last event to the target:
                   1 + floor(log2(1 + seconds)), at most GAPS - 1
-    period  1     of the target's time: training is cut into PERIODS of equal length, 1..PERIODS.
-                  A later time counts as the last
+    date    1     of the target: 1 .. NOW from the first to the last moment of training. A later
+                  one counts as the last
     kind    N     1 + number of the event's kind
     past    PAST  items of the visitor's events before this session, the newest first
 
@@ -22,18 +22,21 @@ from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions, join
 from tpad_jax.errors import refuse_if
 
-GAPS, PERIODS, KINDS, PAST = 24, 12, 16, 20
+GAPS, KINDS, PAST = 24, 16, 20
+# the model has a vector for each end of a period of training; a date is between two of them
+PERIODS, STEPS = 12, 32
+NOW = 1 + PERIODS * STEPS
 
 
 def names(model) -> tuple[str, ...]:
     """Name the columns that `config.model` reads."""
-    return (('gap', 'period') * model.event_time + ('kind',) * model.event_kind
+    return (('gap', 'date') * model.event_time + ('kind',) * model.event_kind
             + ('past',) * model.history)
 
 
 def columns(reads: Sequence[str], length: int) -> dict[str, slice]:
     """Return where each of these is among the columns of rows of `length` items."""
-    widths = {'gap': length, 'period': 1, 'kind': length, 'past': PAST}
+    widths = {'gap': length, 'date': 1, 'kind': length, 'past': PAST}
     ends = np.cumsum([widths[name] for name in reads]).tolist()
     return {name: slice(end - widths[name], end) for name, end in zip(reads, ends, strict=True)}
 
@@ -78,7 +81,7 @@ class Events:
             parts['gap'] = np.where(here, gap(sessions.time[after] - sessions.time[where]), 0)
             begin, end = self.span
             share = (sessions.time[target] - begin) / max(end - begin, 1)
-            parts['period'] = 1 + np.clip(share * PERIODS, 0, PERIODS - 1).astype(int)[:, None]
+            parts['date'] = 1 + np.round(np.clip(share, 0, 1) * (NOW - 1))[:, None]
         if 'kind' in self.reads:
             parts['kind'] = np.where(here, 1 + sessions.kind[where], 0)
         if 'past' in self.reads:

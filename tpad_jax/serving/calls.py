@@ -48,8 +48,8 @@ def with_events(shop, rows: np.ndarray, sessions, events=None) -> np.ndarray:
         return rows
     where, number = events_lib.columns(reads, rows.shape[1]), shop.table.number
     out = np.zeros((len(rows), max(part.stop for part in where.values())), np.int32)
-    if 'period' in where:
-        out[:, where['period']] = events_lib.PERIODS
+    if 'date' in where:
+        out[:, where['date']] = events_lib.NOW
     for row, prefix, names, event in zip(out, rows, sessions, events or [{}] * len(rows),
                                          strict=True):
         place = [i for i, name in enumerate(names) if name in number]

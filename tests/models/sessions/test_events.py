@@ -35,7 +35,7 @@ def context(spec, rng):
     """Known codes of every column."""
     where, out = columns.columns(spec.events.reads, N), []
     for name, part in where.items():
-        most = {'gap': columns.GAPS, 'kind': 3, 'period': columns.PERIODS + 1, 'past': V + 1}[name]
+        most = {'gap': columns.GAPS, 'kind': 3, 'date': columns.NOW // 2, 'past': V + 1}[name]
         out.append(rng.integers(1, most, (len(ITEMS), part.stop - part.start)))
     return np.concatenate(out, axis=1).astype(np.int32)
 
@@ -54,11 +54,11 @@ def test_each_column_counts_and_none_is_required(encoder):
     where = columns.columns(spec.events.reads, N)
     # rows without context are those of which nothing is known, now
     blank = np.zeros_like(known)
-    blank[:, where['period']] = columns.PERIODS
+    blank[:, where['date']] = columns.NOW
     np.testing.assert_allclose(score(ITEMS), score(np.column_stack([ITEMS, blank])), atol=1e-5)
     for part in where.values():
         less = known.copy()
-        less[:, part] = blank[:, part] - (part == where['period'])
+        less[:, part] = blank[:, part]
         assert (abs(score(np.column_stack([ITEMS, less])) - whole).max(axis=1) > 1e-3).all()
     # ranks and training's h read the same
     above, _ = score.ranks(np.column_stack([ITEMS, known]), ITEMS[:, 0])

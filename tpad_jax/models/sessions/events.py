@@ -1,7 +1,7 @@
 """Reading of times, kinds and earlier sessions next to a session encoder (data/events.py) [ours].
 
 It is independent of the encoder. Before it, an embedding of each event's gap and kind is added to
-the item's vector. After it, an MLP reads the last item, its gap and kind, the period of the target
+the item's vector. After it, an MLP reads the last item, its gap and kind, the date of the target
 and the mean of the visitor's earlier items, and adds to the session's vector: an MLP, since a kind
 may change what follows an item. It adds zero at first.
 
@@ -18,7 +18,7 @@ from tpad_jax.data import events
 from tpad_jax.nn.linear import Linear
 
 UNKNOWN = 0.1
-SIZES = {'gap': events.GAPS, 'kind': events.KINDS, 'period': events.PERIODS + 1}
+SIZES = {'gap': events.GAPS, 'kind': events.KINDS, 'date': events.PERIODS + 1}
 
 
 def codes(reads, items, context, keys=None):
@@ -31,13 +31,13 @@ def codes(reads, items, context, keys=None):
       keys: a key per row [B] in training, or None.
 
     Returns:
-      {name: int32 [B, width]}. Where nothing is known, 0, and of `period` the last: it is now.
+      {name: int32 [B, width]}. Where nothing is known, 0, and the date is now.
     """
     where = events.columns(reads, items.shape[1])
     width = max(part.stop for part in where.values())
     blank = jnp.zeros((len(items), width), jnp.int32)
-    if 'period' in where:
-        blank = blank.at[:, where['period']].set(events.PERIODS)
+    if 'date' in where:
+        blank = blank.at[:, where['date']].set(events.NOW)
     if not context.shape[1]:
         context = blank
     elif keys is not None:
@@ -79,8 +79,12 @@ class Events(nn.Module):
           past: [B, D]. Mean of the vectors of the visitor's earlier items, or None.
         """
         parts = [z]
-        if 'period' in known:
-            parts.append(self.tables['period'](known['period']))
+        if 'date' in known:  # interpolated, so that the end of training has a vector of its own
+            at = (known['date'] - 1) / events.STEPS
+            before = jnp.clip(at.astype(int), 0, events.PERIODS - 1)
+            share = (at - before)[..., None]
+            parts.append((1 - share) * self.tables['date'](before)
+                         + share * self.tables['date'](before + 1))
         if past is not None:
             parts.append(past[:, None])
         parts = [jnp.broadcast_to(x, h.shape) for x in parts]
