@@ -79,7 +79,7 @@ class Events(nn.Module):
           past: [B, D]. Mean of the vectors of the visitor's earlier items, or None.
         """
         parts = [z]
-        if 'date' in known:  # interpolated, so that the end of training has a vector of its own
+        if 'date' in known:  # interpolated: the end of training has a vector, too
             at = (known['date'] - 1) / events.STEPS
             before = jnp.clip(at.astype(int), 0, events.PERIODS - 1)
             share = (at - before)[..., None]
