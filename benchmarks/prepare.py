@@ -46,6 +46,8 @@ if work == 'prepare':
     begun = time.perf_counter()
     tables.prepare(raw, data, **json.loads(options))
     seconds = time.perf_counter() - begun
+    if 'loky' in sys.modules:  # only processes that have ended count
+        sys.modules['loky'].get_reusable_executor().shutdown(wait=True)
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(json.dumps({'seconds': seconds, 'peak': [u.ru_maxrss * 1024 for u in usage],
                       'cpu': sum(u.ru_utime + u.ru_stime for u in usage)}))
@@ -55,7 +57,8 @@ else:
     for table, splits in (('items', ['items']), ('sessions', ['train', 'valid', 'test'])):
         for split in splits:
             digest = hashlib.sha256()
-            for record in tables.read_table(data, table, split):
+            records = tables.read_table(data, table, split)
+            for record in records.__getitems__(range(len(records))):
                 for name in options.split():
                     if name in record:
                         value = record[name]
