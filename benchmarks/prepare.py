@@ -82,7 +82,7 @@ def odd(line: bytes, rng: np.random.Generator) -> bytes:
             line[:-1] + b', "price": NaN}', line[:-1] + b', "x": ' + b'9' * 5000 + b'}',
             line[:-1] + b', "title": "\\ud800 half"}', line[:-1] + b', "parent_asin": null}',
             line[:-1] + b', "timestamp": "yesterday", "user_id": 7}', b'\t' + line + b' \r',
-            line[:-1] + b', "categories": {"a": [["b"]]}, "store": ["<b>Acme</b>", 3.5]}',
+            line[:-1] + b', "categories": {"a": [["b"]]}, "store": ["<b>Acme</b>", "&amp; Co"]}',
             line + b'\n' + line)[rng.integers(11)]
 
 

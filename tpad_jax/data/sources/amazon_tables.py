@@ -160,17 +160,17 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
     splits['train'] = sessions_lib.k_core(splits['train'], options['core'], shortest)
     warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
     ties = sessions_lib.time_ties(raw.interactions, **pauses)
-    report = audit.audit(*splits.values(), warm, form=raw.form, ties=ties)
-
-    write_table(data_dir, 'items', {'items': _item_records(raw.catalogue.with_columns(
-        reviewed=_reviewed(raw, int(splits['valid'].start.min()))))})
-    write_table(data_dir, 'images', {'images': _image_records(raw.catalogue['image'])})
     serialize = Amazon(data_dir=data_dir, config='sessions').info.features.serialize_example
-    write_table(data_dir, 'sessions', {split: _session_records(part, serialize)
-                                       for split, part in splits.items()})
+    with ThreadPoolExecutor(1) as pool:  # the audit leaves the interpreter's lock to the writers
+        report = pool.submit(audit.audit, *splits.values(), warm, form=raw.form, ties=ties)
+        write_table(data_dir, 'items', {'items': _item_records(raw.catalogue.with_columns(
+            reviewed=_reviewed(raw, int(splits['valid'].start.min()))))})
+        write_table(data_dir, 'images', {'images': _image_records(raw.catalogue['image'])})
+        write_table(data_dir, 'sessions', {split: _session_records(part, serialize)
+                                           for split, part in splits.items()})
     (data_dir / Amazon.name / TEXTS).unlink(missing_ok=True)
     finished = dict(version=str(Amazon.VERSION), fingerprint=identity.result(), options=options,
-                    form=raw.form, lines=raw.lines, audit=report, kinds=raw.kinds)
+                    form=raw.form, lines=raw.lines, audit=report.result(), kinds=raw.kinds)
     files.write_text(data_dir / FINISHED, json.dumps(finished, indent=1, allow_nan=False))
 
 
