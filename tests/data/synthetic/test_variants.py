@@ -49,7 +49,7 @@ def test_a_visitor_is_known_better_after_each_session():
     world = variants.draw(SIZES | dict(visitors=200))
     belief = variants.beliefs(world, 200)
     right = np.take_along_axis(belief[:, 0], world.favourite[:, None], 1)[:, 0]
-    np.testing.assert_allclose(belief[:200, 0], 0.04)
+    np.testing.assert_allclose(belief[:200, 0], 0.2)
     means = [part.mean() for part in np.split(right[:1800], 9)]
     assert means[1] > 0.4
     assert means[-1] > 0.95

@@ -6,12 +6,12 @@ Each changes the law of `planted.probabilities` and is off at 0 (`config.data.pl
               popularity is multiplied by exp(drift cos(2 pi (t / CYCLE - material / 5)))
     kinds     so many of KINDS, drawn evenly for every event. The kind of the last event decides
               which category weights hold for the next one
-    visitors  so many visitors come in turn, each with one favourite material and style for all
-              sessions: items of both are TASTE times as popular
+    visitors  so many visitors come in turn, each with one favourite material for all sessions,
+              whose items are TASTE times as popular
 
 The oracle of `follow` is exact: it knows the law and all that was seen before the target (items,
 kinds, times and the visitor's earlier sessions), but not the visitor's favourite. It weighs the
-25 by their posterior given those events (Bayes).
+five by their posterior given those events (Bayes).
 """
 
 from collections.abc import Callable
@@ -24,12 +24,10 @@ from tpad_jax.data.synthetic import planted as planted_lib
 from tpad_jax.data.synthetic import wording
 
 KINDS = 'view', 'cart', 'buy'
-CYCLE, TASTE = 90 * 86_400, 40.0
+CYCLE, TASTE = 90 * 86_400, 10.0
 NAMES = 'drift', 'kinds', 'visitors'
 LONGEST = planted_lib.LENGTHS[1]
-_STYLE, _MATERIAL = 2, 4  # columns of the attributes
-_MATERIALS = wording.SIZES[_MATERIAL]
-_FAVOURITES = _MATERIALS * wording.SIZES[_STYLE]
+_MATERIALS = wording.SIZES[-1]
 _LAWS, _TASTES, _EVENTS = 8, 9, 10  # random streams; of events one for each split
 
 
@@ -40,7 +38,7 @@ class Varied(NamedTuple):
       planted: planted.Planted.
       categories: float64 [K, 12, 12]. Category weights by the kind of the last event.
       drift: strength of the fashions.
-      favourite: int32 [S]. 5 style + material that the visitor likes; -1: visitors do not return.
+      favourite: int32 [S]. The material that the visitor likes; -1: visitors do not return.
       sessions: int32 [S, 8]. Planted ids, left aligned, 0 pads.
       kind: int32 [S, 8].
       cut: int [S]. Whether the law is that of training sessions, without cold items.
@@ -70,7 +68,7 @@ def draw(options: dict) -> Varied:
     laws = [planted, *(planted_lib.draw(0, 2, int(other)) for other in seeds)]
     sizes = [options[name] for name in ('train', 'valid', 'test')]
     total = sum(sizes)
-    tastes = np.random.default_rng([seed, _TASTES]).integers(0, _FAVOURITES, max(visitors, 1))
+    tastes = np.random.default_rng([seed, _TASTES]).integers(0, _MATERIALS, max(visitors, 1))
     favourite = tastes[np.arange(total) % visitors] if visitors else np.full(total, -1)
     drawn = [np.random.default_rng([seed, _EVENTS + i]).random((size, 1 + 2 * LONGEST))
              for i, size in enumerate(sizes)]
@@ -104,10 +102,8 @@ def law(world: Varied, number: np.ndarray, place: int, favourite: np.ndarray) ->
     material = np.arange(_MATERIALS)
     weight = np.exp(world.drift * np.cos(
         2 * np.pi * (seconds[:, None] / CYCLE - material / _MATERIALS)))
-    item = world.planted.attributes.T
-    popularity = world.planted.popularity * weight[:, item[_MATERIAL]]
-    liked = favourite[:, None] == _MATERIALS * item[_STYLE] + item[_MATERIAL]
-    popularity = np.where(liked, TASTE * popularity, popularity)
+    weight = np.where(favourite[:, None] == material, TASTE * weight, weight)
+    popularity = world.planted.popularity * weight[:, world.planted.attributes[:, -1]]
     popularity /= popularity.sum(axis=1, keepdims=True)
     out = np.empty_like(popularity)
     cut = world.cut[number]
@@ -134,21 +130,21 @@ def beliefs(world: Varied, visitors: int) -> np.ndarray:
       visitors: how many come in turn.
 
     Returns:
-      float64 [S, 9, 25]: given all earlier sessions of the visitor and so many events of this one.
+      float64 [S, 9, 5]: given all earlier sessions of the visitor and so many events of this one.
     """
     total = len(world.sessions)
-    gain = np.zeros((total, LONGEST, _FAVOURITES))
+    gain = np.zeros((total, LONGEST, _MATERIALS))
     for place in range(LONGEST):
         for rows in _parts(np.flatnonzero(world.sessions[:, place])):
             chosen = world.sessions[rows, place, None] - 1
-            for taste in range(_FAVOURITES):
+            for taste in range(_MATERIALS):
                 follow = law(world, rows, place, np.full(len(rows), taste))
                 gain[rows, place, taste] = np.log(np.take_along_axis(follow, chosen, 1)[:, 0])
     inside = np.cumsum(np.pad(gain, ((0, 0), (1, 0), (0, 0))), axis=1)
     rounds = -(-total // visitors)
     whole = np.pad(inside[:, -1], ((0, rounds * visitors - total), (0, 0)))
-    whole = whole.reshape(rounds, visitors, _FAVOURITES)
-    before = (np.cumsum(whole, axis=0) - whole).reshape(-1, _FAVOURITES)[:total]
+    whole = whole.reshape(rounds, visitors, _MATERIALS)
+    before = (np.cumsum(whole, axis=0) - whole).reshape(-1, _MATERIALS)[:total]
     inside += before[:, None]
     share = np.exp(inside - inside.max(axis=-1, keepdims=True))
     return share / share.sum(axis=-1, keepdims=True)
