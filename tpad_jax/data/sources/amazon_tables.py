@@ -161,7 +161,7 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
     warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
     ties = sessions_lib.time_ties(raw.interactions, **pauses)
     serialize = Amazon(data_dir=data_dir, config='sessions').info.features.serialize_example
-    with ThreadPoolExecutor(1) as pool:  # the audit leaves the interpreter's lock to the writers
+    with ThreadPoolExecutor(1) as pool:  # the audit hardly needs the interpreter's lock
         report = pool.submit(audit.audit, *splits.values(), warm, form=raw.form, ties=ties)
         write_table(data_dir, 'items', {'items': _item_records(raw.catalogue.with_columns(
             reviewed=_reviewed(raw, int(splits['valid'].start.min()))))})
