@@ -292,6 +292,8 @@ def model() -> ConfigDict:
         clusters=0,  # number of clusters of items, for the loss 'clusters'; 0: none
         # what is clustered: k, or the item vectors z of a recommender of ids, trained before
         clusters_of='k',
+        # sessions that the Transfer-MLLM draws; the recommender learns them first. 0: none
+        lessons=0,
         # (levels, size): residual k-means codes of k, which the Transfer-MLLM reads and predicts;
         # recommenders may read them as rows 'codes' (features/codes.py). (): none
         codes=(),

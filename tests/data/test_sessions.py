@@ -184,3 +184,30 @@ def test_items_that_are_not_ranked_are_misses_and_leave_prefixes():
     kept = lib.known(sessions)
     assert kept.items.tolist() == [3, 1, 2, 1, 2]
     assert kept.offsets.tolist() == [0, 3, 5]
+
+
+def test_drawn_sessions_follow_the_model():
+    """Lengths as asked, first items by popularity, each later one as the model's row says."""
+    law = np.array([[0, 0.7, 0.2, 0.1], [0, 0.1, 0.3, 0.6], [0, 0.3, 0.3, 0.4]])  # after 1, 2, 3
+    lengths, shapes = np.tile([2, 5, 3], 4000), set()
+
+    def score(items):
+        shapes.add(items.shape)
+        last = items[np.arange(len(items)), (items > 0).sum(axis=1) - 1]
+        with np.errstate(divide='ignore'):
+            return np.log(law[last - 1])
+
+    out = lib.drawn(score, lengths, np.array([0, 6.0, 0, 3]), seed=0)
+    lib.check(out, 'drawn', 3)
+    np.testing.assert_array_equal(out.lengths, lengths)
+    assert shapes == {(len(lengths), 5)}
+    # three standard errors of shares
+    np.testing.assert_allclose(np.bincount(out.items[out.offsets[:-1]])[1:] / len(lengths),
+                               np.array([9, 3, 6]) / 18, atol=0.014)
+    inside = np.setdiff1d(np.arange(1, len(out.items)), out.offsets)
+    for item in 1, 2, 3:
+        after = out.items[inside[out.items[inside - 1] == item]]
+        np.testing.assert_allclose(np.bincount(after, minlength=4) / len(after), law[item - 1],
+                                   atol=0.025)
+    again = lib.drawn(score, lengths, np.array([0, 6.0, 0, 3]), seed=1)
+    assert (again.items != out.items).any()

@@ -10,6 +10,7 @@ from tests.job.test_job import Killed, Recorded, changed, make_config, stops
 from tpad_jax.errors import InputError
 from tpad_jax.features import store
 from tpad_jax.job import job
+from tpad_jax.training import checkpoint
 
 AS_IT_IS = {f'stage.{stage}.steps': 0 for stage in ('knowledge', 'teach', 'transfer')}
 
@@ -54,12 +55,18 @@ def test_stages_start_from_the_other_run_and_resume(first, tmp_path):
     config, origin, trained = first
     config = changed(config, begin_from=str(origin), stages='knowledge,transfer,recommend',
                      stage__knowledge__steps=0, stage__transfer__steps=4, rivals={}, diagnostics=0,
-                     stage__transfer__learning_rate=0.0)
+                     stage__transfer__learning_rate=0.0, model__lessons=100)
     config.data.planted.update(seed=1, law_seed=0)
     with Recorded() as whole:
         job.run(config, tmp_path / 'whole')
     for path, x in whole['transfer'].items():  # a rate of zero moves nothing, so d was not copied
         np.testing.assert_allclose(x, trained['transfer'][path], rtol=1e-6, err_msg=path)
+    # the recommender went on from what the other run's T taught it, ids aside, which were at zero
+    lessons = checkpoint.chosen_parameters(tmp_path / 'whole' / 'stages' / 'lessons')
+    moved = {path: float(np.abs(x - lessons[path]).max()) for path, x in whole['recommend'].items()
+             if path in lessons}
+    assert moved and not any('id' in path.split('/') for path in moved), moved
+    assert 0 < max(moved.values()) < 0.1, moved
     with stops({'recommend': (5, 'kill')}) as stopping, pytest.raises(Killed):
         job.run(config, tmp_path / 'killed', stopping)
     with Recorded() as resumed:
@@ -77,6 +84,7 @@ def test_stages_start_from_the_other_run_and_resume(first, tmp_path):
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'begin_from': 'nowhere'}, 'not a finished run'),
     ({'model.lora_rank': 3}, 'of other widths'),
+    ({'begin_from': '', 'stages': 'knowledge', 'model.lessons': 100}, 'no stage trains the'),
     ({'model.codes': (2, 4)}, r'model\.codes is False there and \[2, 4\] here'),
     ({'model.lora_alpha': 8.0}, r'model\.lora_alpha is 16\.0 there and 8\.0 here'),
     ({'mllm.tokenizer': 'own', 'mllm.own.vocab': 400}, 'a tokenizer was trained'),

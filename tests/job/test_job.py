@@ -21,7 +21,7 @@ from tpad_jax.data.synthetic import planted
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.evaluation import compare, slices
 from tpad_jax.features import store
-from tpad_jax.job import job, mirror
+from tpad_jax.job import fitting, job, mirror
 from tpad_jax.training import loop as loop_lib
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')
@@ -438,7 +438,7 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
     workdir = tmp_path / 'run'
     with Recorded() as params, pytest.raises(Stopped):
         job.run(changed(config, seed=config.seed + 1, workers=0), workdir,
-                (workdir / 'stages' / 'knowledge' / job.DONE).is_file)
+                (workdir / 'stages' / 'knowledge' / fitting.DONE).is_file)
     for path, x in params['knowledge'].items():
         assert not np.array_equal(x, whole[2]['knowledge'][path]), path
     raw = (directory / 'raw' / 'Planted.jsonl' for directory in (workdir, whole[0]))

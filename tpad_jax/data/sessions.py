@@ -13,6 +13,7 @@ import polars as pl
 from tpad_jax.errors import InputError, refuse_if
 
 DAY = 86_400  # seconds
+CELLS = 2**22  # scores by which sessions are drawn at a time
 
 
 class Sessions(NamedTuple):
@@ -285,6 +286,32 @@ def take(sessions: Sessions, index: np.ndarray) -> Sessions:
     shift = sessions.offsets[:-1][index] - offsets[:-1]
     events = np.arange(offsets[-1]) + np.repeat(shift, lengths)
     return _picked(sessions, events, index, offsets)
+
+
+def drawn(score: Callable, lengths: np.ndarray, events: np.ndarray, seed: int) -> Sessions:
+    """Draw sessions item by item from a model of what follows.
+
+    Args:
+      score: prefixes int32 [n, N] -> logits [n, V + 1] of the next item.
+      lengths: int [S] in 1..N, of the sessions.
+      events: float [V + 1]. First items are drawn by their events plus the mean of all.
+      seed: of the draws.
+
+    Returns:
+      S sessions, in the order of their number.
+    """
+    rng, count = np.random.default_rng(seed), len(lengths)
+    first = events[1:] + (events[1:].mean() or 1)
+    items = np.zeros((count, lengths.max()), np.int32)
+    items[:, 0] = 1 + rng.choice(len(first), count, p=first / first.sum())
+    size = min(count, max(1, CELLS // len(events)))
+    for place in range(1, items.shape[1]):
+        for begin in range(0, count, size):
+            part = np.minimum(np.arange(begin, begin + size), count - 1)  # one shape
+            logits = np.asarray(score(items[part]), float)[:, 1:]
+            chosen = (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
+            items[part, place] = np.where(lengths[part] > place, 1 + chosen, 0)
+    return Sessions(items[items > 0], np.append(0, lengths.cumsum()), np.arange(count))
 
 
 def known(sessions: Sessions) -> Sessions:

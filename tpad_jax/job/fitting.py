@@ -146,6 +146,13 @@ def fit(job, name, stage, spec, params=None, steps=None):
         if record['valid'] is not None:
             record = record | {'valid': validated(bind(tree, catalogue), job, name)}
         out = trained, rows, record
+    # what it began with had learnt before, which so few sessions may spoil
+    learnt = {'teach': job.taken, 'recommend': name == stage and job.config.model.lessons}
+    if learnt.get(stage) and out[2]['valid'] is not None:
+        valid = validated(bind(unflatten_dict(params, sep='/'), catalogue), job, name)
+        if valid['nll'] <= out[2]['valid']['nll']:
+            out = ({path: params[path] for path in out[0]}, out[1],
+                   {**out[2], 'chosen': 0, 'valid': valid})
     return out
 
 

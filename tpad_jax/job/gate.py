@@ -63,7 +63,7 @@ def without_distillation(config):
       config: of the run.
     """
     config = copy.deepcopy(config)
-    config.stage.transfer.steps = 0
+    config.stage.transfer.steps = config.model.lessons = 0
     for stage in STAGES[STAGES.index('teach') + 1:]:
         trains = stage in names(config.stages) and config.stage[stage].steps
         for loss in step.stage_losses(config, stage) if trains else ():

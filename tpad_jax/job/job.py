@@ -37,7 +37,6 @@ from tpad_jax.features import bases, tokenizers
 from tpad_jax.features.encoder import Encoder
 from tpad_jax.job import fitting, gate, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
-from tpad_jax.job.fitting import DONE, is_finished
 from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import readers
 from tpad_jax.models import sessions as encoders
@@ -93,6 +92,7 @@ class Job:
             self.data = data or sources.load(config, workdir)
         self.max_length = min(config.data.max_length, self.source.longest or config.data.max_length)
         self.final = self.data
+        self.asked = config
         self.config = config = length.of_data(config, self.data.train)
         split = partial(sessions.rows, max_length=self.max_length,
                         every_prefix=sources.every_prefix(config), events=self.data.events)
@@ -225,7 +225,7 @@ class Job:
         self.params = handover.copied(self.params, stage, c.copy, self.taken)
         if spec and 'cluster' in spec.needs:
             self.catalogue = {**self.catalogue, 'cluster': recommenders.clusters(self)}
-        self.first = self.params
+        self.first = self.params = recommenders.begun(self, name)
         folder = self.workdir / 'stages' / name
         folder.mkdir(parents=True, exist_ok=True)
         trained, rows, self.record = {}, {}, {'seconds': 0.0}
@@ -237,7 +237,7 @@ class Job:
         if stage == 'transfer' and self.config.model.blend.kind:
             self.params = handover.blended(self.params, self.config)
             trained = {p: x for p, x in trained.items() if not p.startswith('lora/distil/')}
-        (folder / DONE).touch()
+        (folder / fitting.DONE).touch()
         self.seconds[name] = self.record['seconds']
         # K does not read again, or nothing was distilled
         if stage == 'transfer' and not rows and not (self.spec.reread and (spec or self.taken)):
@@ -314,7 +314,7 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
     workdir, console = Path(workdir), Console(quiet=jax.process_index() > 0)
     check_workdir(workdir)
     stages = check(config)
-    finished = {stage for stage in STAGES if is_finished(workdir, stage)}
+    finished = {stage for stage in STAGES if fitting.is_finished(workdir, stage)}
     check_inputs(config, stages, finished)
     enter(workdir, config)
     with locked(workdir):

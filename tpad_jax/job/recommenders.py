@@ -17,11 +17,13 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tpad_jax.baselines import content_lasso
 from tpad_jax.config import MAKES, STAGES, names, partnered
+from tpad_jax.data import sessions
 from tpad_jax.evaluation import experts, likelihood
 from tpad_jax.evaluation.scorers import scorer
 from tpad_jax.job import gate
@@ -29,6 +31,7 @@ from tpad_jax.job.background import TRAIN, TUNE
 from tpad_jax.job.fitting import fit, validated
 from tpad_jax.models import tpad
 from tpad_jax.training import handover, length, optimizer
+from tpad_jax.training.stages import ENTRIES
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
@@ -273,6 +276,40 @@ def clusters(job):
         z = tpad.z_table(other.spec, other.nested(), other.catalogue)
     return handover.clustered(job.catalogue['k'], c.clusters, job.config.seed, z,
                               job.final.warm)
+
+
+def begun(job, name: str) -> dict:
+    """Return the parameters a stage begins with; of stage recommend, after the teacher's lessons.
+
+    With config.model.lessons, a recommender without ids first learns sessions that the
+    Transfer-MLLM draws [ours]: whatever T has learnt, here or elsewhere, then reaches a recommender
+    with few sessions, or none. A tenth of them validates it. Its ids add nothing at first.
+
+    Args:
+      job: job.Job.
+      name: of the stage's folder.
+
+    Returns:
+      {path: array} of all parameters.
+    """
+    count, data, other = job.config.model.lessons, job.data, copy.copy(job)
+    if name != 'recommend' or not count:
+        return job.params
+    lengths = np.random.default_rng(job.config.seed).choice(data.train.lengths, count)
+    teacher = ENTRIES['teach'].scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
+    drawn = sessions.drawn(teacher, np.minimum(lengths, job.max_length),
+                           sessions.counts(data.train, data.num_items), job.config.seed)
+    train, valid = (sessions.take(drawn, part) for part in
+                    np.split(np.arange(count), [count - count // 10]))
+    other.data = other.final = replace(
+        data, train=train, valid=valid, warm=sessions.warm_items(train, data.num_items))
+    other.valid = sessions.rows(valid, max_length=job.max_length)
+    other.config = length.of_data(job.asked, train)
+    other.config.rivals = {'lessons': dict(recommend=job.config.model.recommend, use_id=False)}
+    other.count()
+    other = _train_rival(_rival_job(other, 'lessons'), 'lessons')
+    return job.params | {path: other.params.get(path, jnp.zeros_like(x))
+                         for path, x in job.fresh(job.spec).items()}
 
 
 def _train_rival(job, folder):

@@ -65,6 +65,8 @@ def check(config, among=None) -> tuple[str, ...]:
     federated.check(config, shards)
     refuse_if('joint' in stages and config.refit, 'config.refit=True trains the recommender again, '
               'but stage joint also changes its inputs. Fix: leave one of the two out')
+    refuse_if(config.refit and config.model.lessons, f'config.model.lessons='
+              f'{config.model.lessons}: a refit (config.refit) begins anew. Fix: leave one out')
     refuse_if('joint' in stages and config.partner, 'config.partner adds the scores of a second '
               'recommender, which stage joint does not train. Fix: leave one of the two out')
     if config.partner:
@@ -131,6 +133,9 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
     refuse_if('transfer' in stages and c.steps and not (taught or re.search(c.train, 'transfer/')),
               f'config.stage.transfer.train={c.train!r}: no stage trains the Transfer-MLLM, from '
               'which stage transfer distils. Fix: add teach to config.stages')
+    refuse_if(config.model.lessons and not taught, f'config.model.lessons={config.model.lessons}: '
+              'no stage trains the Transfer-MLLM, which draws them. Expected teach in '
+              'config.stages, or config.begin_from. Fix: add one, or set it to 0')
     if 'codes' in recommended:  # are made of k
         recommended.setdefault('k', recommended['codes'])
     # come with the planted catalogue, with that file, with texts, and with k
