@@ -15,7 +15,7 @@ from PIL import Image
 from configs import amazon
 from tests import tiny_base
 from tpad_jax.baselines import content_lasso
-from tpad_jax.config import names, partnered
+from tpad_jax.config import names
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Content, Data
 from tpad_jax.data.item_graphs import companions, neighbours
@@ -27,6 +27,7 @@ from tpad_jax.features import bases, encoder
 from tpad_jax.models import tpad
 from tpad_jax.models.fusion import blank
 from tpad_jax.serving import artifact
+from tpad_jax.training import handover
 
 V, N, T = 30, 6, 8  # the last five items are in no session
 # of experts: every one counts
@@ -90,7 +91,7 @@ def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, *
             'k': rng.normal(size=(V + 1, 2, tiny_base.WIDTH)).astype(np.float32),
             'r': rng.normal(size=(V + 1, 2 * tiny_base.WIDTH)).astype(np.float32)}
     rows = jax.tree.map(jnp.asarray, rows)
-    for config in [c, partnered(c)][:1 + bool(partner)]:
+    for config in [c, handover.partnered(c)][:1 + bool(partner)]:
         spec = tpad.build(job.base.module, config.model, recommend=names(config.model.recommend),
                           items=V, max_length=N, side_sizes=data.side_sizes)
         params = made[0][1] if made else _params(spec, rows, c, rng)

@@ -9,24 +9,17 @@ Other configs start from `get_config` and change some options. The command line 
 tpad_jax/job/ranges.py the values that each option may take.
 """
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.loss_options import losses
 
 STAGES = ['knowledge', 'teach', 'transfer', 'recommend', 'joint']  # in the order of a run
 # rows of the catalogue that a stage writes
 MAKES = {'knowledge': ('k',), 'transfer': ('r',), 'joint': ('k', 'r')}
-# options of config.model that config.partner may change
-PARTNER_CHANGES = (
-    'width', 'use_id', 'use_side', 'id_dropout', 'feature_hidden', 'feature_dropout', 'encoder',
-    'gnn_steps', 'positions', 'layers', 'heads', 'near', 'near_window', 'dropout', 'item_dropout',
-    'recommend', 'normalise', 'temperature', 'repeats')
 
 
 # The Transfer-MLLM learns what follows what before anything is distilled from it, and is then
@@ -127,7 +120,7 @@ def get_config() -> ConfigDict:
     c.rivals = ConfigDict(dict(
         id_only=dict(recommend='', use_side=False, use_id=True),
         knowledge_only=dict(recommend='k'),
-        lexical_only=dict(recommend='lexical'),  # for real texts only: data/lexical.py
+        lexical_only=dict(recommend='lexical'),  # for real texts only: features/lexical.py
         true_attributes=dict(recommend='true', use_side=False),  # for the planted catalogue only
     ))
     return c
@@ -375,30 +368,6 @@ def stage(**changes) -> ConfigDict:
 def names(text: str) -> tuple[str, ...]:
     """Split an option that names several: 'a,b' -> ('a', 'b'); '' -> ()."""
     return tuple(part for part in text.split(',') if part)
-
-
-def partnered(config):
-    """Return the whole config of the partner: the run's, changed by config.partner.
-
-    Args:
-      config: ConfigDict of the run.
-
-    Raises:
-      InputError: config.partner names an unknown key, or one that both recommenders share.
-    """
-    other = copy.deepcopy(config)
-    changes = other.partner.to_dict()
-    other.partner = {}
-    other.lock()
-    with refusing((KeyError, TypeError), 'config.partner does not fit the config',
-                  'Expected keys of the config'):
-        other.update(changes)
-    before, free = dict(flat(config)), {f'model.{name}' for name in PARTNER_CHANGES}
-    shared = [key for key, value in flat(other) if value != before.get(key) and key not in free
-              and not key.startswith(('partner', 'losses.', 'stage.recommend.'))]
-    refuse_if(shared, f'config.partner changes {", ".join(shared)}, which both recommenders share. '
-              f'Expected losses, stage.recommend, or of model: {", ".join(PARTNER_CHANGES)}')
-    return other
 
 
 def flat(tree: ConfigDict | dict, prefix: str = '') -> Iterator[tuple[str, Any]]:

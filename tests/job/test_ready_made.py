@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import sessions as table
 from configs import sessions as configs
-from tpad_jax.config import partnered
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job, recommenders, results
+from tpad_jax.training import handover
 
 
 def write(path):
@@ -174,7 +174,7 @@ def test_a_partner_that_cannot_be_is_refused(tmp_path, file, changes, told):
 
 def test_a_partner_keeps_what_it_does_not_change():
     c = configs.get_config('grocery')
-    other = partnered(c)
+    other = handover.partnered(c)
     assert other.model.encoder == 'sr_gnn'
     assert not other.partner
     assert (other.seed, other.data.to_dict()) == (c.seed, c.data.to_dict())

@@ -26,14 +26,14 @@ from tpad_jax.core import console as console_lib
 from tpad_jax.core import log
 from tpad_jax.core.console import say
 from tpad_jax.core.precision import exact_products
-from tpad_jax.data import catalogue, item_graphs, lexical, missing, sessions, sources
+from tpad_jax.data import catalogue, item_graphs, missing, sessions, sources
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, variants
 from tpad_jax.diagnostics import clouds, records, snapshots
 from tpad_jax.distributed import devices, hosts
 from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
-from tpad_jax.features import bases, tokenizers
+from tpad_jax.features import bases, lexical, tokenizers
 from tpad_jax.features.encoder import Encoder
 from tpad_jax.job import fitting, gate, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers

@@ -24,17 +24,17 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from tpad_jax.config import MAKES, STAGES
-from tpad_jax.data import lexical, sources, text
+from tpad_jax.data import sources, text
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import wording
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import refuse_if
-from tpad_jax.features import bases
-from tpad_jax.job.live_bytes import bytes_of, live_bytes
+from tpad_jax.features import bases, lexical
 from tpad_jax.job.validate import check
 from tpad_jax.models import sessions, tpad
 from tpad_jax.training import loop
 from tpad_jax.training import step as step_lib
+from tpad_jax.training.profiling import bytes_of, live_bytes
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from tpad_jax.baselines import content_lasso
-from tpad_jax.config import MAKES, STAGES, names, partnered
+from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.data import sessions
 from tpad_jax.evaluation import experts, likelihood
 from tpad_jax.evaluation.scorers import scorer
@@ -223,7 +223,7 @@ def _tables(job, lasso):
 def partner_job(job):
     """A job of the second recommender of `config.partner`, with its own config and rows."""
     other = copy.copy(job)
-    other.config = length.of_data(partnered(job.config), job.data.train)
+    other.config = length.of_data(handover.partnered(job.config), job.data.train)
     made = job.modules(None, other.config)
     other.spec = replace(job.spec, **{part: getattr(made, part) for part in PARTS})
     other.count()

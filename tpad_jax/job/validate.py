@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tpad_jax.config import MAKES, STAGES, names, partnered
+from tpad_jax.config import MAKES, STAGES, names
 from tpad_jax.data import sources
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError, refuse_if
@@ -70,7 +70,7 @@ def check(config, among=None) -> tuple[str, ...]:
     refuse_if('joint' in stages and config.partner, 'config.partner adds the scores of a second '
               'recommender, which stage joint does not train. Fix: leave one of the two out')
     if config.partner:
-        check(partnered(config), among)
+        check(handover.partnered(config), among)
     refuse_if('joint' in stages and config.model.memory, f'config.model.memory='
               f'{config.model.memory}: stage joint changes the vectors that a memory holds. Fix: '
               'leave joint out of config.stages, or set it to 0')
@@ -124,7 +124,8 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
         if 'given' in names(baseline.recommend):
             recommended['given'] = f'config.rivals.{name}'
     if config.partner:
-        recommended |= dict.fromkeys(names(partnered(config).model.recommend), 'config.partner')
+        other = handover.partnered(config)
+        recommended |= dict.fromkeys(names(other.model.recommend), 'config.partner')
     recommended |= dict.fromkeys(names(config.model.recommend), '')
     refuse_if('given' in recommended and not config.data.features, "the rows 'given' are read from "
               'config.data.features, which is empty. Fix: give a file of item features')

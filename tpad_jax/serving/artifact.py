@@ -31,12 +31,13 @@ from safetensors.numpy import load_file
 
 from tpad_jax import config
 from tpad_jax.baselines import content_lasso
-from tpad_jax.config import names, partnered
+from tpad_jax.config import names
 from tpad_jax.core import files
 from tpad_jax.data import sessions
 from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
+from tpad_jax.training import handover
 
 FOLDER, ABOUT, VERSION = 'served', 'served.json', 5
 MODEL, READER, ITEMS, TOKENIZER = ('model.safetensors', 'reader.safetensors', 'items.parquet',
@@ -113,7 +114,7 @@ def write(job, name: str, scores) -> None:
     """
     directory, bound = job.workdir / FOLDER, scores.bound
     c, content = job.config, job.content is not None
-    configs = [c, partnered(c)][:len(bound.specs)]
+    configs = [c, handover.partnered(c)][:len(bound.specs)]
     _write_model(directory, job.data, bound, sessions.counts(job.final.train, job.final.num_items))
     files.write_tensors(directory / READER, _reader(job, bound))
     if c.mllm.tokenizer == 'own' and content:

@@ -1,12 +1,21 @@
-"""Data that passes between stages: copied adapters, blended adapters, clusters of items."""
+"""What stages and recommenders share: copied adapters, blended adapters, clusters; a config."""
+
+import copy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.config import flat
+from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.nn.linear import unit
 from tpad_jax.training import merge_adapters, optimizer
+
+# options of config.model that config.partner may change
+PARTNER_CHANGES = (
+    'width', 'use_id', 'use_side', 'id_dropout', 'feature_hidden', 'feature_dropout', 'encoder',
+    'gnn_steps', 'positions', 'layers', 'heads', 'near', 'near_window', 'dropout', 'item_dropout',
+    'recommend', 'normalise', 'temperature', 'repeats')
 
 
 def check_stage(config, stage: str, spec, params: dict, items: int) -> None:
@@ -146,3 +155,27 @@ def parts(c) -> tuple[list[str], tuple[float, ...]]:
               f'config.model.blend.weights={c.weights!r}: expected one number for each of {c.of}, '
               'with a sum other than 0. Fix: give as many.')
     return adapters, weights
+
+
+def partnered(config):
+    """Return the whole config of the partner: the run's, changed by config.partner.
+
+    Args:
+      config: ConfigDict of the run.
+
+    Raises:
+      InputError: config.partner names an unknown key, or one that both recommenders share.
+    """
+    other = copy.deepcopy(config)
+    changes = other.partner.to_dict()
+    other.partner = {}
+    other.lock()
+    with refusing((KeyError, TypeError), 'config.partner does not fit the config',
+                  'Expected keys of the config'):
+        other.update(changes)
+    before, free = dict(flat(config)), {f'model.{name}' for name in PARTNER_CHANGES}
+    shared = [key for key, value in flat(other) if value != before.get(key) and key not in free
+              and not key.startswith(('partner', 'losses.', 'stage.recommend.'))]
+    refuse_if(shared, f'config.partner changes {", ".join(shared)}, which both recommenders share. '
+              f'Expected losses, stage.recommend, or of model: {", ".join(PARTNER_CHANGES)}')
+    return other

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tpad_jax.data import lexical
+from tpad_jax.features import lexical
 
 TEXTS = ['', 'red red pen', 'blue pen', 'paper', 'red paper tray', '']
 
