@@ -282,8 +282,8 @@ def begun(job, name: str) -> dict:
     """Return the parameters a stage begins with; of stage recommend, after the teacher's lessons.
 
     With config.model.lessons, a recommender without ids first learns sessions that the
-    Transfer-MLLM draws [ours]: whatever T has learnt, here or elsewhere, then reaches a recommender
-    with few sessions, or none. A tenth of them validates it. Its ids add nothing at first.
+    Transfer-MLLM draws [ours]: all that T has learnt, here or elsewhere, then reaches a recommender
+    with few sessions. A tenth of the drawn ones validates it. Its ids add nothing at first.
 
     Args:
       job: job.Job.

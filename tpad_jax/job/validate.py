@@ -66,7 +66,7 @@ def check(config, among=None) -> tuple[str, ...]:
     refuse_if('joint' in stages and config.refit, 'config.refit=True trains the recommender again, '
               'but stage joint also changes its inputs. Fix: leave one of the two out')
     refuse_if(config.refit and config.model.lessons, f'config.model.lessons='
-              f'{config.model.lessons}: a refit (config.refit) begins anew. Fix: leave one out')
+              f'{config.model.lessons}: a refit (config.refit) reads none. Fix: leave one out')
     refuse_if('joint' in stages and config.partner, 'config.partner adds the scores of a second '
               'recommender, which stage joint does not train. Fix: leave one of the two out')
     if config.partner:

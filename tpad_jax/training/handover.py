@@ -1,4 +1,4 @@
-"""What stages and recommenders share: copied adapters, blended adapters, clusters; a config."""
+"""Shared by stages and recommenders: copied and blended adapters, clusters, a partner's config."""
 
 import copy
 
