@@ -230,18 +230,10 @@ def drawn(job, score, count: int):
     from tpad_jax.data import sessions
     from tpad_jax.training import length
 
-    rng, total, data = np.random.default_rng(job.config.seed), job.data.num_items, job.data
-    lengths = np.minimum(rng.choice(data.valid.lengths, count), job.max_length)
-    events = sessions.counts(data.train, total)[1:] + 0.0
-    events += events.mean() or 1
-    items = np.zeros((count, job.max_length), np.int32)
-    items[:, 0] = 1 + rng.choice(total, count, p=events / events.sum())
-    for place in range(1, lengths.max()):
-        for part in np.array_split(np.arange(count), -(-count // 1000)):
-            logits = score(items[part])[:, 1:]
-            items[part, place] = 1 + (logits + rng.gumbel(size=logits.shape)).argmax(axis=1)
-        items[:, place] *= lengths > place
-    flat = sessions.Sessions(items[items > 0], np.append(0, lengths.cumsum()), np.arange(count))
+    data, total, seed = job.data, job.data.num_items, job.config.seed
+    lengths = np.random.default_rng(seed).choice(data.valid.lengths, count)
+    flat = sessions.drawn(score, np.minimum(lengths, job.max_length),
+                          sessions.counts(data.train, total), seed)
     train, valid = (sessions.take(flat, part) for part in np.split(np.arange(count),
                                                                   [count * 9 // 10]))
     out = copy.copy(job)
@@ -363,8 +355,8 @@ def show(cells: dict, console: Console) -> None:
 
     other = {key: cell for key, cell in cells.items() if key[2] != DESIGNED_ON}
     rows = judged(cells, PRIMARY) + judged(other, LESSONS)
-    table = Table(title='Primary tests, points of the oracle; of drawn on worlds it was not designed '
-                        'on', title_justify='left', box=None)
+    table = Table(title='Primary tests, points of the oracle; those of drawn without world '
+                        f'{DESIGNED_ON}', title_justify='left', box=None)
     for head in ('arm', 'minus', 'sessions', 'worlds', 'difference', 'p (Holm)', 'holds'):
         table.add_column(head, no_wrap=True)
     for test, worlds, mean, low, high, p in rows:
@@ -420,7 +412,8 @@ def main(argv):
     stopping = begin('')
     try:
         for number in () if FLAGS.show else FLAGS.worlds:
-            missing = [(arm, size) for size in map(int, FLAGS.run or FLAGS.sizes) for arm in FLAGS.arms or ARMS
+            missing = [(arm, size) for size in map(int, FLAGS.run or FLAGS.sizes)
+                       for arm in FLAGS.arms or ARMS
                        if not file_of(arm, size, number).is_file()]
             world = World(number, Path(FLAGS.workdir), stopping) if missing else None
             for arm, size in missing:
