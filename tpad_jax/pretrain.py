@@ -31,8 +31,7 @@ from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.mllms import KnowledgeMLLM
 
 STREAM = 2**40  # a seed that no catalogue uses: theirs are [seed, 1..7] below 2^32
-SIZES = {'vocab': 1280, 'width': 128, 'layers': 2, 'heads': 4, 'hidden': 256,
-         'channels': [32, 64, 128], 'vision_layers': 2}
+SIZES = {'vocab': 1280, 'heads': 4, 'channels': [32, 64, 128], 'vision_layers': 2}
 IMAGE, TEXT, FEATURES = 32, 32, 64
 CAPTION = 2 * len(wording.ATTRIBUTES)  # tokens: name, value, name, value, ...
 
@@ -107,6 +106,8 @@ def objective(model: KnowledgeMLLM, params: dict, key: jax.Array, image: jax.Arr
     '--steps': dict(type=cli.number(int, 1), default=700, help='training steps'),
     '--batch': dict(type=cli.number(int, 1), default=128, help='items per step'),
     '--lr': dict(type=cli.number(float, 0, 1e9), default=2e-3, help='peak learning rate'),
+    '--width': dict(type=cli.number(int, 8), default=128, help='of the decoder, 8 n'),
+    '--layers': dict(type=cli.number(int, 1), default=2, help='of the decoder'),
 })
 def main(args) -> None:
     """Make the items, train the tokenizer and the model, write the directory."""
@@ -119,7 +120,8 @@ def main(args) -> None:
     answers = text.tokenize(['', *captions], args.out, CAPTION + 1)[1:]
     assert ((answers >= 0).sum(1) == CAPTION).all()  # every word is one token
     answers = answers[:, :CAPTION]
-    model = KnowledgeMLLM(MLLM(**{**SIZES, 'channels': tuple(SIZES['channels'])}), FEATURES)
+    sizes = {**SIZES, 'width': args.width, 'layers': args.layers, 'hidden': 2 * args.width}
+    model = KnowledgeMLLM(MLLM(**{**sizes, 'channels': tuple(sizes['channels'])}), FEATURES)
     params = nn.unbox(jax.jit(partial(model.init, method='everything'))(
         jax.random.key(0), pictures[:1], np.ones(1, bool), tokens[:1])['params'])
     schedule = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 8, args.steps)
@@ -146,8 +148,8 @@ def main(args) -> None:
             print(f'step: {number + 1}  loss: {float(loss):.3f}  time: {time.time() - started:.0f} '
                   's', flush=True)
             readers = {name: tree for name, tree in params.items() if name != 'base'}
-            sizes = {**SIZES, 'image_size': IMAGE, 'features': FEATURES}
-            files.save(args.out, sizes, {'base': params['base'], 'knowledge': readers})
+            files.save(args.out, {**sizes, 'image_size': IMAGE, 'features': FEATURES},
+                       {'base': params['base'], 'knowledge': readers})
 
 
 if __name__ == '__main__':

@@ -108,6 +108,69 @@ def planted(job, score) -> dict:
     return {'share': (own, best), 'share, cold': (cold, most)}
 
 
+def projected(job, seed: int):
+    """Rows k of a planted job, without reading an item: random projections of true attributes.
+
+    Noise of half of their standard deviation is added. float32 [V + 1, M, D].
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng, shape = np.random.default_rng(seed), job.blank['k'].shape
+    true = np.asarray(job.catalogue['true'])
+    rows = true @ rng.normal(size=(true.shape[1], int(np.prod(shape[1:]))))
+    rows += 0.5 * rows.std() * rng.normal(size=rows.shape)
+    rows[0] = 0
+    return jnp.asarray(rows.reshape(shape), jnp.float32)
+
+
+def content_rule(job, k):
+    """A scorer that reads rows k [V + 1, M, D] alone: the experts content, popularity and cold."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from tpad_jax.evaluation import experts
+    from tpad_jax.models.experts import session_columns
+
+    k = np.asarray(k)
+    table = experts.tables(job.data.train, job.data.num_items, k, ordered=True)
+    fit = experts.fit(lambda items: np.zeros((len(items), len(k)), np.float32), table, job.valid,
+                      ('content', 'popularity', 'cold'))
+    rules, columns = experts.mixture(fit, table)
+
+    def score(items):
+        return np.asarray(session_columns(rules, jnp.zeros((len(items), 0)), columns[items, 1:],
+                                          items) @ columns.T)
+
+    return score
+
+
+def of_content(job, k) -> dict:
+    """Measures of rows k [V + 1, M, D] alone: shares of their rule, and probes of cold items."""
+    import numpy as np
+
+    from tpad_jax.diagnostics import probes
+
+    found = probes.attributes(np.asarray(k)[1:], probes.known_attributes(job), job.data.warm[1:])
+    return {**planted(job, content_rule(job, k)),
+            'probe': float(np.mean([line['accuracy'] for line in found.values()]))}
+
+
+def base(place: Place, *, width: int, layers: int, steps: int) -> str:
+    """Directory of a small base of these sizes, which is trained where there is none."""
+    from tpad_jax import pretrain
+    from tpad_jax.errors import Stopped
+
+    out = place.workdir.parents[1] / 'bases' / f'{width}_{layers}_{steps}'
+    if not out.is_dir():
+        part = out.with_suffix('.part')
+        options = {'out': part, 'width': width, 'layers': layers, 'steps': steps}
+        if status := pretrain.main([f'--{name}={value}' for name, value in options.items()]):
+            raise Stopped(f'tpad_jax.pretrain exited with {status}')
+        part.rename(out)
+    return str(out)
+
+
 def read(name: str) -> dict[Cell, dict]:
     """The finished cells of a system, {Cell: {measure: (float [S], float [S])}}."""
     out = {}

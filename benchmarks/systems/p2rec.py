@@ -6,10 +6,9 @@ are random projections of the true attributes with noise, so that no item is rea
 chooses the step.
 """
 
-from benchmarks.systems import Cell, Test, planted
+from benchmarks.systems import Cell, Test, planted, projected
 
 ARMS, SIZES, WORLDS = ('none', 'z', 'longer'), (500, 100), range(3)
-NOISE = 0.5  # standard deviation, relative to the rows'
 MEASURES = {'share': (100, 1), 'share, cold': (100, 1), 'nll': (1, 3), 'steps': (1, 0)}
 TESTS = [Test('z', other, 'share', f'{size}') for size in SIZES
          for other in ('none', 'longer')]
@@ -22,9 +21,6 @@ def cells():
 
 def run(cell, place):
     """Train the Transfer-MLLM and test its own lists."""
-    import jax.numpy as jnp
-    import numpy as np
-
     from benchmarks import ablation
     from configs import systems
     from tpad_jax.training.stages import ENTRIES
@@ -36,12 +32,7 @@ def run(cell, place):
     if cell.arm != 'z':
         c.losses.clusters.weight, c.model.clusters = 0.0, 0
     job = ablation.opened(c, place.workdir, place.stopping, ('teach',))
-    rng, shape = np.random.default_rng(cell.world), job.blank['k'].shape
-    true = np.asarray(job.catalogue['true'])
-    rows = true @ rng.normal(size=(true.shape[1], int(np.prod(shape[1:]))))
-    rows += NOISE * rows.std() * rng.normal(size=rows.shape)
-    rows[0] = 0
-    job.catalogue |= {'k': jnp.asarray(rows.reshape(shape), jnp.float32)}
+    job.catalogue |= {'k': projected(job, cell.world)}
     try:
         job.run_stage('teach')
         score = ENTRIES['teach'].scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)

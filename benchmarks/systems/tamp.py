@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmarks.systems import Cell, Test, planted
+from benchmarks.systems import Cell, Test, content_rule, planted
 
 RATES, WORLDS, DATA = (30, 50, 70), range(3), ('checkpoint',)
 ARMS = ['unpruned', *(f'{by}_{rate}' for rate in RATES for by in ('tamp', 'wanda', 'magnitude'))]
@@ -39,13 +39,11 @@ def run(cell, place):
 
 
 def _items(cell, place, by, share):
-    import jax.numpy as jnp
     import numpy as np
     from rich.console import Console
 
     from configs import amazon
     from tpad_jax.diagnostics import clouds
-    from tpad_jax.evaluation import experts
     from tpad_jax.features import prune
     from tpad_jax.job.job import Job
 
@@ -60,18 +58,7 @@ def _items(cell, place, by, share):
         job.spec, before, job.content, share=share, by=by, seed=cell.world)[0]
     read, some = job.encoders['knowledge'], 1 + np.arange(200)
     k = np.asarray(read(params)['k'])
-    table = experts.tables(job.data.train, job.data.num_items, k, ordered=True)
-    fit = experts.fit(lambda items: np.zeros((len(items), len(k)), np.float32), table, job.valid,
-                      ('content', 'popularity', 'cold'))
-    rules, columns = experts.mixture(fit, table)
-
-    def score(items):
-        from tpad_jax.models.experts import session_columns
-
-        return np.asarray(session_columns(rules, jnp.zeros((len(items), 0)), columns[items, 1:],
-                                          items) @ columns.T)
-
-    return {**planted(job, score), 'k, CKA': clouds.linear_cka(*(
+    return {**planted(job, content_rule(job, k)), 'k, CKA': clouds.linear_cka(*(
         x.reshape(len(some), -1) for x in (read.some(before, some)['k'], k[some])))}
 
 

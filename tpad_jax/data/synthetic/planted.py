@@ -209,12 +209,12 @@ def sample(probability, uniforms):
     return below.sum(1, dtype=np.int32) + 1
 
 
-def sample_sessions(planted, count, rng, warm_only=False, chunk=2048):
-    """Draw sessions of uniform length 2..8.
+def sample_sessions(planted, count, rng, warm_only=False, chunk=2048, lengths=LENGTHS):
+    """Draw sessions of uniform length.
 
-    The first item is drawn by popularity, the others by `probabilities`. Each session takes nine
-    numbers from the generator. So with one seed the first sessions of a long sample are those of a
-    short one.
+    The first item is drawn by popularity, the others by `probabilities`. Every session takes one
+    number more than `longest` from the generator. So with one seed the first sessions of a long
+    sample are those of a short one.
 
     Args:
       planted: the world, V items.
@@ -222,11 +222,12 @@ def sample_sessions(planted, count, rng, warm_only=False, chunk=2048):
       rng: numpy generator.
       warm_only: training sessions: the first item, too, by popularity among the warm.
       chunk: rows at a time, which bounds memory and does not change the result.
+      lengths: (shortest, longest), both included.
 
     Returns:
-      int32 [S, 8] planted ids, left aligned, 0 pads.
+      int32 [S, longest] planted ids, left aligned, 0 pads.
     """
-    shortest, longest = LENGTHS
+    shortest, longest = lengths
     uniforms = rng.random((count, 1 + longest))
     lengths = shortest + (uniforms[:, 0] * (longest - shortest + 1)).astype(np.int32)
     popularity = np.where(planted.cold, 0, planted.popularity) if warm_only else planted.popularity
