@@ -39,7 +39,7 @@ def films() -> Path:
     file = Path(FLAGS.workdir) / 'films.npz'
     if file.is_file():
         return file
-    with np.load(Path(FLAGS.films) / 'interactions.npz') as arrays:
+    with np.load(Path(FLAGS.films) / 'interactions.npz', allow_pickle=False) as arrays:
         item = np.unique(arrays['item'], return_inverse=True)[1] + 1
         ratings = pl.DataFrame({'user': arrays['user'], 'item': item, 'time': arrays['timestamp']})
     sessions = sessions_lib.cut(ratings, gap_seconds=86_400, seed=0)

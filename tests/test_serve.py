@@ -53,8 +53,6 @@ def test_the_page_in_a_browser(run, tmp_path):
             page.wait_for_function("document.querySelectorAll('#session .item').length === 1")
             page.wait_for_function("/\\d/.test(document.querySelector('#next .score').textContent)")
             assert page.locator('#next .item').all_inner_texts() != popular
-            page.locator('#next .item').first.click()
-            page.wait_for_function("document.querySelectorAll('#session .item').length === 2")
             ids = [f'I{n}' for n in range(1, tiny_served.V + 1)]
             price = {name: tiny_served.fields(n)['price'] for n, name in enumerate(ids, 1)}
 
@@ -67,6 +65,8 @@ def test_the_page_in_a_browser(run, tmp_path):
                     change()
                 page.wait_for_timeout(100)
 
+            changed(lambda: page.locator('#next .item').first.click())
+            assert len(listed('#session')) == 2
             changed(lambda: page.check('input[name=unseen]'))
             assert not set(listed('#session')) & set(listed())
             changed(lambda: page.locator('input[name=price]').fill('50'))

@@ -143,7 +143,7 @@ RULES = {key: rule for rule, keys in (
     (number(0, optional=True), 'stage.*.weights.*'),
     (number(0, above=True), 'federated.concentration data.gap_hours model.lora_alpha '
      'model.temperature stage.*.clip losses.*.temperature losses.*.clip'),
-    (Rule('0 or a whole number from 100', lambda x: x == 0 or number(
+    (Rule('a whole number, 0 or from 100 on', lambda x: x == 0 or number(
         100, INT32, whole=True).holds(x)), 'model.lessons'),
     (Rule('() or (levels, size), whole numbers from 1 and from 2', _are_codes), 'model.codes'),
     (Rule('a share of the sessions above 0 and below 1, or a whole number of sessions',

@@ -25,8 +25,10 @@ def model(encoder, **changes):
         dropout=0.3, item_dropout=0.3, normalise=True, temperature=0.1, repeats=False,
         together=0, lora_alpha=1.0, lora_rank=1,
         form='compressed', block=3, memory=0, lora_by_kind=False, modality_dropout=0.0,
-        withhold=0.0, word_dropout=0.0, session_dropout=0.0, session_layers=0, clusters=0,
-        reread=True, feature_hidden=0, blend=SimpleNamespace(kind='')), **changes})
+        codes=(), words=False, bottleneck=False, withhold=0.0, word_dropout=0.0,
+        session_dropout=0.0, session_layers=0, clusters=0, reread=True, feature_hidden=0,
+        event_time=False, event_kind=False, history=False, blend=SimpleNamespace(kind='')),
+        **changes})
 
 
 def catalogue(seed=0):
