@@ -106,3 +106,10 @@ def test_factors_of_new_items_are_those_of_a_fit_that_knew_them():
     found = content_lasso.extended({n: x for n, x in part.items() if n != 'attributes'}, rows)
     for name, like in whole.items():
         np.testing.assert_allclose(found[name], like, atol=1e-4, err_msg=name)
+
+
+def test_penalties_that_leave_no_weight_do_not_end_the_search(monkeypatch):
+    monkeypatch.setattr(content_lasso, 'STRENGTHS', (9.0, 8.0, 1e-3))
+    chosen = content_lasso.choose(drawn(0, 200), prefixes(drawn(1, 50)), V,
+                                  content_lasso.attributes(DATA))
+    assert (chosen['strength'], chosen['weights'].any()) == (1e-3, True)

@@ -21,6 +21,7 @@ import scipy.sparse as sp
 import scipy.special
 
 from tpad_jax.core import files
+from tpad_jax.data import missing
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import InputError, refuse_if, refusing
@@ -97,7 +98,9 @@ def wanted(config, data: Data) -> Attributes | None:
     refuse_if(prior and not reads, f'config.data.prior={prior!r}: nothing '
               'reads it. Expected content_lasso in config.baselines, or lasso in config.experts. '
               'Fix: add one, or leave the prior out.')
-    known = attributes(data, prior) if reads else None
+    # as of all that reads content, without the texts that an experiment takes away
+    known = attributes(missing.hide(data, config.data.missing, config.data.seed)[0], prior
+                       ) if reads else None
     refuse_if(known is None and (baseline or prior), 'content_lasso: no two items share a word or '
               'a side feature. Expected item texts. Fix: leave it out of config.baselines, and '
               'config.data.prior empty.')
@@ -365,7 +368,7 @@ def choose(train: Sessions, valid: Rows, num_items: int, known: Attributes) -> d
         for strength in STRENGTHS:
             weights = weights_of(train, num_items, known, strength, gamma, weights)
             nll = _nll(known, weights, bias, valid)
-            if nll >= before:
+            if nll > before:  # equal ones have no weights: the penalty is too strong
                 break
             before = nll
             if nll < best['nll']:
