@@ -78,7 +78,7 @@ class World:
             (directory / 'images' / f'{planted.asin(item + 1)}.jpg').write_bytes(data.getvalue())
         planted._write_lines(directory / 'Planted.jsonl', (
             planted._review(week * count + n, item,
-                            planted._START + week * WEEK + n * (WEEK // count) + 60 * place)
+                            planted.START + week * WEEK + n * (WEEK // count) + 60 * place)
             for week in weeks for n, row in enumerate(self.sessions(week, count, 1).tolist())
             for place, item in enumerate(row) if item))
 

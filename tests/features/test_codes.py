@@ -90,13 +90,17 @@ def test_words_are_the_most_frequent_ones_and_centres_of_another_run_stay():
     theirs = jnp.float32([[[-1, 0], [1, 0]]])
     job = SimpleNamespace(data=data, catalogue={'k': k}, params={codes.PATH: theirs},
                           taken={codes.PATH: theirs}, config=SimpleNamespace(seed=0),
-                          spec=SimpleNamespace(codes=(1, 2), words=True))
+                          spec=SimpleNamespace(codes=(1, 2)))
     fitting.add_codes(job)
-    names = content_lasso.attributes(data).names
+    words, names = fitting.word_rows(data), content_lasso.attributes(data).names
     assert names == ['brand=x', 'word=coat', 'word=red']  # of two items and more
-    np.testing.assert_array_equal(job.catalogue['words'][:, :3],
+    np.testing.assert_array_equal(words[:, :3],
                                   [[0, 0, 0], [1, 1, 1], [1, 1, 0], [0, 0, 1]])
-    assert job.catalogue['words'].shape == (4, tpad.WORDS) == (4, content_lasso.MOST)
+    assert words.shape == (4, tpad.WORDS) == (4, content_lasso.MOST)
+    data.texts, data.side = ['', 'a', 'b', 'c'], data.side[:, :0]
+    data.vocabulary = {}
+    with pytest.raises(InputError, match='no two items share a word'):
+        fitting.word_rows(data)
     assert job.params[codes.PATH] is theirs
     np.testing.assert_array_equal(job.catalogue['codes'][1:, 1], np.asarray(k)[1:, 0, 0] > 0)
     assert not job.catalogue['codes'][0].any()

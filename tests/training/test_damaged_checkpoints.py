@@ -14,7 +14,7 @@ from tests.training.test_checkpoint import assert_same, make_state, opened
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.training import loop as loop_lib
-from tpad_jax.training.checkpoint import abstract
+from tpad_jax.training.checkpoint import abstract, chosen_parameters
 from tpad_jax.types import State
 
 
@@ -97,7 +97,7 @@ def test_what_was_moved_aside_is_not_forgotten(two, tmp_path):
         checkpoints.latest(abstract(two[1][1]))
 
 
-def fit(directory, monkeypatch, scores=(5.2, 4.9, 5.3, 5.0), total=8):
+def fit(directory, monkeypatch, scores=(5.2, 4.9, 5.3, 5.0), total=8, **more):
     """A stage of trivial steps, validated every other step with these scores."""
     def step(state, batch, shared):
         params = {'w': state.params['w'] * 0.9 + batch.row.sum() * shared['catalogue']['one']}
@@ -116,9 +116,23 @@ def fit(directory, monkeypatch, scores=(5.2, 4.9, 5.3, 5.0), total=8):
             name='recommend', total=total, devices=devices.choose('jit', 1), writer=writer,
             batches=batches, checkpoints=checkpoints,
             progress=lambda *_: nullcontext(lambda *_: None), log_every=2, save_every=100,
-            eval_every=2, validate=lambda *_: {'nll': remaining.pop(0)})
+            eval_every=2, validate=lambda *_: {'nll': remaining.pop(0)}, **more)
         return loop_lib.fit(loop, SimpleNamespace(skip=0, losses=()), state,
                             {'one': jnp.float32(1)})
+
+
+def test_the_state_before_the_first_step_is_chosen_where_no_step_is_better(tmp_path, monkeypatch):
+    """It is a checkpoint as others are, for resumed runs and for those that begin from this one."""
+    more = dict(validates_first=True, patience=2)
+    params, _, record = fit(tmp_path / 'kept', monkeypatch, (4.0, 5.2, 4.9, 5.3, 4.8), **more)
+    assert (record['chosen'], record['valid']) == (0, {'step': 0, 'nll': 4.0})
+    assert len(record['history']) == 5
+    np.testing.assert_array_equal(params['w'], np.arange(6.0))
+    again, _, record = fit(tmp_path / 'kept', monkeypatch, (), **more)
+    assert record['chosen'] == 0
+    for found in again, chosen_parameters(tmp_path / 'kept'):
+        np.testing.assert_array_equal(found['w'], np.arange(6.0))
+    assert fit(tmp_path / 'left', monkeypatch, (6.0, 5.2, 4.9, 5.3, 5.0), **more)[2]['chosen'] == 4
 
 
 def test_a_stage_resumes_from_the_one_before_and_never_takes_a_worse_one(tmp_path, monkeypatch):

@@ -117,12 +117,15 @@ def fit(job, name, stage, spec, params=None, steps=None):
     refuse_if(is_finished(job.workdir, name) and not checkpoints.steps(),
               f'{checkpoints.directory} is of a finished stage, but holds no checkpoint. Fix: '
               'restore them from a copy, or delete the folder to train the stage again')
+    learnt = {'teach': job.taken, 'recommend': name == stage and job.config.model.lessons}
     loop = loop_lib.Loop(
         name=name, total=steps or c.steps, devices=job.devices,
         batches=lambda step: draw(start_step=step), checkpoints=checkpoints, writer=job.writer,
         progress=console_lib.progress, log_every=job.config.log_every,
         save_every=job.config.save_every, eval_every=c.eval_every, patience=c.patience,
         refresh_every=c.refresh_every, validate=validate if validating else None,
+        # what it begins with has learnt before, which few sessions may spoil
+        validates_first=bool(validating and learnt.get(stage)),
         refresh=refresh if refreshing else None, refreshed=MAKES.get(stage, ()),
         stopping=job.stopping, shown=snapshots.shown(spec.losses),
         broken=job.workdir / 'not_finite', profile=profiling.Profile(
@@ -146,13 +149,6 @@ def fit(job, name, stage, spec, params=None, steps=None):
         if record['valid'] is not None:
             record = record | {'valid': validated(bind(tree, catalogue), job, name)}
         out = trained, rows, record
-    # what it began with had learnt before, which so few sessions may spoil
-    learnt = {'teach': job.taken, 'recommend': name == stage and job.config.model.lessons}
-    if learnt.get(stage) and out[2]['valid'] is not None:
-        valid = validated(bind(unflatten_dict(params, sep='/'), catalogue), job, name)
-        if valid['nll'] <= out[2]['valid']['nll']:
-            out = ({path: params[path] for path in out[0]}, out[1],
-                   {**out[2], 'chosen': 0, 'valid': valid})
     return out
 
 
@@ -191,7 +187,7 @@ def pruned(job, console) -> dict:
 
 
 def add_codes(job) -> None:
-    """Add the rows 'codes' and 'words' to a job's catalogue, where its model has them.
+    """Add the rows 'codes' to a job's catalogue, where its model has them.
 
     Args:
       job: job.Job with the rows k. Centres of another run, of which it begins, stay.
@@ -202,10 +198,22 @@ def add_codes(job) -> None:
             job.params = job.params | {codes.PATH: jnp.asarray(made)}
         made = jax.jit(codes.rows)(job.catalogue['k'], job.params[codes.PATH])
         job.catalogue = job.catalogue | {'codes': made.at[0].set(0)}
-    if job.spec.words:
-        held = content_lasso.attributes(job.data).rows.toarray()
-        held = np.pad(held, ((0, 0), (0, tpad.WORDS - held.shape[1])))
-        job.catalogue = job.catalogue | {'words': jnp.asarray(held, jnp.float32)}
+
+
+def word_rows(data) -> jax.Array:
+    """Look up which frequent words and side values the items have: float32 [V + 1, WORDS].
+
+    Args:
+      data: catalogue.Data.
+
+    Raises:
+      InputError: no two items share one.
+    """
+    known = content_lasso.attributes(data)
+    refuse_if(known is None, 'config.model.words=True: no two items share a word or a side value. '
+              'Expected item texts. Fix: set it to False')
+    held = known.rows.toarray()
+    return jnp.asarray(np.pad(held, ((0, 0), (0, tpad.WORDS - held.shape[1]))))
 
 
 def compile_ahead(job, stages, shapes: dict) -> None:
@@ -222,7 +230,7 @@ def compile_ahead(job, stages, shapes: dict) -> None:
         if job.background and not is_finished(job.workdir, stage) and not blended:
             job.compiling[stage] = job.background.submit(
                 partial(_compile, job, stage, shapes, rows), COMPILE + number)
-        made = {*MAKES.get(stage, ()), *job.blank.keys() & {'codes', 'words'}}
+        made = {*MAKES.get(stage, ()), *job.blank.keys() & {'codes'}}
         rows = {**rows, **{name: job.blank[name] for name in made}}
 
 

@@ -77,9 +77,8 @@ class Job:
           profile: steps of every stage to trace and time.
           data: catalogue.Data; None: those of the config.
         """
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.profile = config, workdir, profile
         self.stopping = lambda: self.background.closing or stopping()
-        self.profile = profile
         self.devices = devices.choose(config.parallel, config.devices, config.model_shards,
                                       precision=config.precision)
         self.seconds, self.spent, self.sitting, self.catalogue = {}, {}, {}, {}
@@ -91,8 +90,7 @@ class Job:
         with hosts.one_first('data'):
             self.data = data or sources.load(config, workdir)
         self.max_length = min(config.data.max_length, self.source.longest or config.data.max_length)
-        self.final = self.data
-        self.asked = config
+        self.final, self.asked = self.data, config
         self.config = config = length.of_data(config, self.data.train)
         split = partial(sessions.rows, max_length=self.max_length,
                         every_prefix=sources.every_prefix(config), events=self.data.events)
@@ -145,12 +143,14 @@ class Job:
                                   'compute the features again.')
         if 'recommend' in stages and lexical.wanted(c, self.planted is not None):
             self.catalogue['lexical'] = jnp.asarray(lexical.rows(data.texts, c.seed))
+        if c.model.words:
+            self.catalogue['words'] = fitting.word_rows(data)
         if self.planted is not None:
-            self.probabilities = variants.truth(c.data.planted, self.planted, data)
+            self.probabilities = variants.truth(c.data, self.planted, data)
             self.attributes, true = planted.true_rows(self.planted, data.asins)
             self.catalogue['true'] = jnp.asarray(true)
         rows = memory_plan.rows(c, data.num_items, len(data.side_sizes), self.spec.knowledge.shape)
-        self.blank = {name: rows[name] for name in rows.keys() & {'k', 'r', 'codes', 'words'}}
+        self.blank = {name: rows[name] for name in rows.keys() & {'k', 'r', 'codes'}}
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
         make = step.initialiser(c, self.spec, (base.image_size, base.image_size, 3))
         given = dict(key=jax.random.key(c.seed), catalogue={**self.catalogue, **blank})

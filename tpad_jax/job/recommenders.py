@@ -302,7 +302,8 @@ def begun(job, name: str) -> dict:
     train, valid = (sessions.take(drawn, part) for part in
                     np.split(np.arange(count), [count - count // 10]))
     other.data = other.final = replace(
-        data, train=train, valid=valid, warm=sessions.warm_items(train, data.num_items))
+        data, train=train, valid=valid, warm=sessions.warm_items(train, data.num_items),
+        events=None)  # drawn items have no times, kinds and visitors
     other.valid = sessions.rows(valid, max_length=job.max_length)
     other.config = length.of_data(job.asked, train)
     other.config.rivals = {'lessons': dict(recommend=job.config.model.recommend, use_id=False)}

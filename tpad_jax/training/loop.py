@@ -99,6 +99,7 @@ class Loop:
       refresh_every: steps between refreshes; 0: only before a validation.
       validate: (state, catalogue) -> {name: float} with SELECT, or None. Like `refresh` it gets
         arrays of this process alone.
+      validates_first: whether the state before the first step is validated, and may be chosen.
       refresh: state -> {name: rows} encoded again, or None. It precedes every validation.
       refreshed: names of the rows that `refresh` returns.
       stopping: called after every step, with the same answer on all processes. After True, the
@@ -121,6 +122,7 @@ class Loop:
     patience: int = 0
     refresh_every: int = 0
     validate: Callable | None = None
+    validates_first: bool = False
     refresh: Callable | None = None
     refreshed: tuple[str, ...] = ()
     stopping: Callable[[], bool] = lambda: False
@@ -172,6 +174,9 @@ def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
     loop.writer.rewind(loop.name, number)
     # Processes meet here, so that none waits for another's start within its first step.
     hosts.wait(f'{loop.name} begins')
+    if checkpoint is None and loop.validates_first:
+        metric = _validate(loop, record, local(state), local(catalogue), 0)
+        loop.checkpoints.save(0, to_save(), record, metric)
     if not record['done']:
         step = lifted(loop.devices, spec)
         with (closing(loop.batches(number)) as batches, closing(loop.profile),
@@ -325,7 +330,9 @@ def _validate(loop, record, state, catalogue, number):
     scores = hosts.agreed(loop.validate(state, catalogue))
     record['history'] = [*record['history'], {'step': number, **scores}]
     loop.writer.scalars(loop.name, number, {f'valid/{k}': v for k, v in scores.items()})
-    values = [entry[SELECT] for entry in record['history']]
-    record['best'], since = min(values), len(values) - 1 - int(np.argmin(values))
+    record['best'] = min(entry[SELECT] for entry in record['history'])
+    # steps have their patience even where the state before them was better
+    steps = [entry[SELECT] for entry in record['history'] if entry['step']]
+    since = len(steps) - 1 - int(np.argmin(steps)) if steps else 0
     record['done'] |= bool(loop.patience) and since >= loop.patience
     return -scores[SELECT]  # of checkpoints the one with the highest metric is the best

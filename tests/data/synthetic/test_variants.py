@@ -1,8 +1,12 @@
 """Variants of the planted catalogue: each oracle against the sessions that were drawn."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from tpad_jax.data import catalogue
+from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.synthetic import planted as planted_lib
 from tpad_jax.data.synthetic import variants
 
@@ -23,7 +27,7 @@ def test_the_oracle_equals_what_is_drawn(option):
     world = variants.draw(SIZES | option)
     assert (world.sessions == variants.draw(SIZES | option).sessions).all()
     asins = ['', *(planted_lib.asin(number + 1) for number in range(SIZES['items']))]
-    oracle = variants.follow(SIZES | option, asins, SIZES['train'] + SIZES['valid'])
+    oracle = variants.follow(SIZES | option, asins, np.arange(320, 320 + SIZES['test']))
     test = world.sessions[SIZES['train'] + SIZES['valid']:]
     rows, targets = [], []
     for number, session in enumerate(test):
@@ -43,6 +47,29 @@ def test_the_oracle_equals_what_is_drawn(option):
     entropy = -(truth * np.log(np.maximum(truth, 1e-300))).sum(axis=1)
     assert abs(nll[0].mean() - entropy.mean()) < 4 * nll[0].std() / np.sqrt(len(targets))
     assert nll[0].mean() < nll[1].mean() - 0.1
+
+
+def test_no_cold_item_follows_where_a_window_tests_training_sessions():
+    options = SimpleNamespace(max_length=20, planted=SIZES | dict.fromkeys(variants.NAMES, 0))
+    world = planted_lib.draw(SIZES['seed'], SIZES['items'])
+    asins = ['', *(planted_lib.asin(number + 1) for number in range(SIZES['items']))]
+    start = planted_lib.START + planted_lib.SESSION_SECONDS * np.array([299, 300])
+    oracle = variants.truth(options, world, SimpleNamespace(
+        asins=asins, test=SimpleNamespace(start=start)))
+    rows = np.array([[5, 9, 0, 0, 0, 0, 0, 0], [5, 9, 0, 0, 0, 0, 0, 1]])
+    expected = [planted_lib.probabilities(world, rows[:1, :2], cut)[0] for cut in (True, False)]
+    np.testing.assert_allclose(oracle(rows)[:, 1:], expected)
+
+
+def test_kinds_are_those_of_the_session_where_others_are_left_out():
+    options = SIZES | dict(kinds=3)
+    world, kept = variants.draw(options), np.array([0, 2, 7])
+    part = Sessions(world.sessions[kept][world.sessions[kept] > 0], None,
+                    planted_lib.START + planted_lib.SESSION_SECONDS * kept)
+    data = catalogue.Data(*[None] * 7, part, part, part, *[None] * 5)
+    made = variants.with_kinds(data, options).valid
+    np.testing.assert_array_equal(made.kind, np.concatenate(
+        [world.kind[number][world.sessions[number] > 0] for number in kept]))
 
 
 def test_a_visitor_is_known_better_after_each_session():

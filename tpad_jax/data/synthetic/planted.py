@@ -33,7 +33,7 @@ SMALLEST = {'seed': 0, 'law_seed': 0, 'items': 2, 'train': 0, 'valid': 0, 'test'
 _TRANSITIONS, _ITEMS, _TEXTS, _IMAGES = range(1, 5)
 _SPLITS = {'train': 5, 'valid': 6, 'test': 7}  # random stream of each
 _CATEGORY, _BRAND, _STYLE, _COLOUR, _MATERIAL = range(5)
-_START = 1_600_000_000  # seconds; an arbitrary date in 2020
+START = 1_600_000_000  # seconds; an arbitrary date in 2020
 EVENT_SECONDS, SESSION_SECONDS = 60, 600  # eight events end before the next session starts
 
 
@@ -336,7 +336,7 @@ def write(raw_dir, *, seed, items=600, train=6000, valid=400, test=1200, noise=r
             Image.fromarray(image).save(directory / 'images' / f'{asin(item)}.jpg', quality=90)
         _write_lines(directory / 'Planted.jsonl', (
             _review(number % (varied.get('visitors') or len(sessions)), item,
-                    _START + number * SESSION_SECONDS + place * EVENT_SECONDS)
+                    START + number * SESSION_SECONDS + place * EVENT_SECONDS)
             for number, session in enumerate(sessions.tolist())
             for place, item in enumerate(session) if item))
         (directory / 'planted.json').write_text(json.dumps(options, indent=2) + '\n')
@@ -370,6 +370,10 @@ def _load(config, workdir):
               f'config.data.planted.visitors={c.visitors}: a visitor returns after '
               f'{c.visitors * SESSION_SECONDS / 3600:.1f} hours, within one session. Expected more '
               f'than config.data.gap_hours={config.data.gap_hours}. Fix: raise the number.')
+    varied = any(c[name] for name in _variants().NAMES)
+    refuse_if(varied and config.data.max_length < LENGTHS[1] - 1, 'config.data.max_length='
+              f'{config.data.max_length}: the law of a variant depends on the complete session. '
+              f'Expected {LENGTHS[1] - 1} or more. Fix: raise it.')
     write(raw_dir, **c)
     # every session is cut as it was drawn, so that k-core and a share of the sessions mean nothing
     data = amazon_tables.prepared(config, raw_dir, workdir, core=1, valid=c.valid, test=c.test)

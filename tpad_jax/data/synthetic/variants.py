@@ -150,13 +150,13 @@ def beliefs(world: Varied, visitors: int) -> np.ndarray:
     return share / share.sum(axis=-1, keepdims=True)
 
 
-def follow(options: dict, asins: list[str], first: int) -> Callable:
+def follow(options: dict, asins: list[str], tested: np.ndarray) -> Callable:
     """Make the oracle of the test rows in the ids of a catalogue.
 
     Args:
       options: of config.data.planted.
       asins: list of V + 1 str, the catalogue's, [0] being padding.
-      first: number of the first test session, of all.
+      tested: int [T]. Numbers of the test sessions, of all.
 
     Returns:
       Function of int32 [R, 8]: a prefix of 7 ids and the number of its test session (its attribute
@@ -174,7 +174,7 @@ def follow(options: dict, asins: list[str], first: int) -> Callable:
         if inputs.shape[1] < LONGEST:
             out = planted_lib.probabilities(world.planted, ids[inputs])
             return np.pad(out[:, ids[1:] - 1], ((0, 0), (1, 0)))
-        number, length = first + inputs[:, -1], (inputs[:, :-1] > 0).sum(axis=1)
+        number, length = tested[inputs[:, -1]], (inputs[:, :-1] > 0).sum(axis=1)
         out = np.zeros((len(inputs), len(ids)))
         for place in np.unique(length):
             rows = np.flatnonzero(length == place)
@@ -188,17 +188,32 @@ def follow(options: dict, asins: list[str], first: int) -> Callable:
     return probabilities
 
 
-def truth(options: dict, planted, data) -> Callable:
+def truth(options, planted, data) -> Callable:
     """Make the oracle of a planted catalogue, whether it is a variant or not.
 
     Args:
-      options: of config.data.planted.
+      options: config.data.
       planted: planted.Planted.
       data: catalogue.Data of the run.
     """
+    tested, length = _numbers(data.test), min(options.max_length, LONGEST - 1)
+    options = options.planted
     if any(options[name] for name in NAMES):
-        return follow(options, data.asins, len(data.train.start) + len(data.valid.start))
-    return planted_lib.catalogue_probabilities(planted, data.asins)
+        return follow(options, data.asins, tested)
+    plain = planted_lib.catalogue_probabilities(planted, data.asins)
+    if tested.min() >= options['train']:
+        return plain
+    # a window of earlier days, in which cold items do not occur
+    warm = np.append(False, ~planted.cold[planted_lib.planted_ids(planted, data.asins)[1:] - 1])
+
+    def probabilities(inputs):
+        out = plain(inputs[:, :length])
+        if inputs.shape[1] > length:
+            out[tested[inputs[:, -1]] < options['train']] *= warm
+        return out / out.sum(axis=1, keepdims=True)
+
+    probabilities.reads = 'session'
+    return probabilities
 
 
 def with_kinds(data, options: dict):
@@ -208,12 +223,17 @@ def with_kinds(data, options: dict):
       data: catalogue.Data.
       options: of config.data.planted.
     """
-    world = draw(options)
-    edges = np.cumsum([options['train'], options['valid']])
-    return replace(data, kinds=KINDS[:options['kinds']], **{
-        name: getattr(data, name)._replace(kind=kind[sessions > 0])
-        for name, kind, sessions in zip(('train', 'valid', 'test'), np.split(world.kind, edges),
-                                        np.split(world.sessions, edges), strict=True)})
+    world, parts = draw(options), {}
+    for name in 'train', 'valid', 'test':
+        part = getattr(data, name)
+        number = _numbers(part)
+        parts[name] = part._replace(kind=world.kind[number][world.sessions[number] > 0])
+    return replace(data, kinds=KINDS[:options['kinds']], **parts)
+
+
+def _numbers(sessions):
+    """The number of each session among all that were drawn; of short ones some may be left out."""
+    return (sessions.start - planted_lib.START) // planted_lib.SESSION_SECONDS
 
 
 def _parts(rows, most=2048):
