@@ -87,6 +87,9 @@ def test_targets_of_some_kinds(data):
     assert rows.context is None
     with pytest.raises(InputError, match=r'no event is cart\. Expected some of view, buy'):
         events.attached(data, config('buy,cart'))
+    views = TEST._replace(kind=np.zeros_like(TEST.kind))
+    with pytest.raises(InputError, match='no event of these kinds follows another in test'):
+        events.attached(replace(data, test=views), config('buy'))
 
 
 def test_batches_hold_the_context_and_whole_sessions_are_not_limited_to_kinds(data):
@@ -109,6 +112,11 @@ def test_data_that_lack_it_are_refused(data):
                         ('history', 'two sessions')):
         with pytest.raises(InputError, match=words):
             events.attached(bare, config(**{name: True}))
+    # without times nothing is earlier
+    timeless = TRAIN._replace(time=None, start=np.zeros(3, int))
+    timeless = replace(data, train=timeless, valid=timeless, test=timeless)
+    with pytest.raises(InputError, match='two sessions at known times'):
+        events.attached(timeless, config(history=True))
 
 
 def test_a_window_trains_on_what_is_before_its_days(data):

@@ -139,15 +139,22 @@ def attached(data: Data, config) -> Data:
     refuse_if(absent, f'config.data.target_events={config.data.target_events!r}: no event is '
               f'{absent}. Expected some of {", ".join(data.kinds)}. Fix: correct the names.')
     out = Events(reads, tuple(data.kinds.index(name) for name in targets))
+    for split in ('train', 'valid', 'test') if targets else ():
+        part = getattr(data, split)
+        later = np.diff(part.owner, prepend=-1) == 0
+        refuse_if(not np.isin(part.kind[later], out.targets).any(), 'config.data.target_events='
+                  f'{config.data.target_events!r}: no event of these kinds follows another in '
+                  f'{split}. Expected some. Fix: name further kinds, or enlarge the split.')
     if model.event_time:
         out = replace(out, span=(int(data.train.time.min()), int(data.train.time.max())))
     if model.history:
         visitor = np.full(1, -1) if every.visitor is None else every.visitor
         returning = np.unique(visitor[visitor >= 0], return_counts=True)[1]
-        refuse_if(not (returning > 1).any(), 'config.model.history=True: no visitor of these data '
-                  'has two sessions. Fix: set it to False, or name the column by '
-                  'config.data.columns.user.')
-        owner, time = every.visitor[every.owner], _times(every)
+        time = _times(every)
+        refuse_if(not (returning > 1).any() or (time == time[0]).all(), 'config.model.history='
+                  'True: no visitor of these data has two sessions at known times. Fix: set it to '
+                  'False, or name the columns by config.data.columns.user and .time.')
+        owner = visitor[every.owner]
         known = (owner >= 0) & (every.items > 0)
         out = replace(out, visitor=np.unique(visitor), time=np.unique(time))
         key = out._key(owner[known], time[known])

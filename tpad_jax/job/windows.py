@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -52,10 +53,11 @@ def run(config, workdir: str | Path, count: int, stopping: Callable[[], bool]) -
                     'rows': next(iter(tests.values()))['rows'], 'models': {
                         name: {key: test.get(key) for key in (*METRICS, 'interval')}
                         for name, test in tests.items()}})
-    files.write_json(workdir / 'windows.json', {'windows': out})
-    Console(width=112).print(table(out))
-    print(page.save(workdir / 'windows.html', 'windows.html', {
-        'chart': chart(out), 'sections': [('results', 'Test hit@20')]}))
+    if jax.process_index() == 0:
+        files.write_json(workdir / 'windows.json', {'windows': out})
+        Console(width=112).print(table(out))
+        print(page.save(workdir / 'windows.html', 'windows.html', {
+            'chart': chart(out), 'sections': [('results', 'Test hit@20')]}))
     return out
 
 

@@ -1,11 +1,13 @@
 """Lines that are read fast give what the careful reader gives, in one process and in several."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from tpad_jax.data.sources import amazon, amazon_blocks
+from tpad_jax.errors import InputError
 
 TIME = 1_600_000_000_000
 ODD = [b'{"parent_asin": "A1", "user_id": "\\ud83d\\ude00", "timestamp": 1600000000000}',
@@ -65,3 +67,5 @@ def test_several_processes_read_what_one_reads(folder, monkeypatch):
     alone = content(folder)
     monkeypatch.setattr(amazon_blocks, 'PARALLEL', 0)
     assert content(folder) == alone
+    with pytest.raises(InputError, match=r'X\.jsonl: a process that read it was killed'):
+        list(amazon_blocks.parse_all(lambda *_: os._exit(1), [b''], folder / 'X.jsonl', '2023'))

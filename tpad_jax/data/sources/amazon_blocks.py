@@ -7,6 +7,7 @@ back with their position, for `untrusted.record_of` and the reasons why it may r
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict
@@ -18,6 +19,7 @@ import polars as pl
 from tpad_jax.data.sources import amazon_fields
 from tpad_jax.data.sources.amazon_fields import FIELDS
 from tpad_jax.data.untrusted import Reason
+from tpad_jax.errors import refusing
 
 PARALLEL = 32 * 2**20  # bytes of a file for whose sake processes are started
 CHUNK = 2**16  # bytes that are parsed at once; an odd line costs its chunk the fast way
@@ -55,6 +57,9 @@ def parse_all(parse: Callable[[bytes, str], Parsed], blocks: Iterable[bytes | Re
 
     Yields:
       What became of each block; a Reason as it is.
+
+    Raises:
+      InputError: a process was killed, as by the system for want of memory.
     """
     if path.stat().st_size < PARALLEL // (8 if path.suffix == '.gz' else 1):
         yield from (block if isinstance(block, Reason) else parse(block, form) for block in blocks)
@@ -63,12 +68,14 @@ def parse_all(parse: Callable[[bytes, str], Parsed], blocks: Iterable[bytes | Re
 
     # it stays for the next file, and goes after some idle seconds
     cores, waiting = loky.cpu_count(), deque()
-    pool = loky.get_reusable_executor(cores)
-    for block in blocks:
-        waiting.append(block if isinstance(block, Reason) else pool.submit(parse, block, form))
-        if len(waiting) > 2 * cores:
-            yield _outcome(waiting.popleft())
-    yield from map(_outcome, waiting)
+    with refusing(BrokenProcessPool, f'{path}: a process that read it was killed',
+                  'Expected memory for a process on every core. Fix: free memory, and repeat'):
+        pool = loky.get_reusable_executor(cores)
+        for block in blocks:
+            waiting.append(block if isinstance(block, Reason) else pool.submit(parse, block, form))
+            if len(waiting) > 2 * cores:
+                yield _outcome(waiting.popleft())
+        yield from map(_outcome, waiting)
 
 
 def events(block: bytes, form: str) -> Parsed:
