@@ -130,7 +130,7 @@ def attached(data: Data, config) -> Data:
     every = join(join(data.train, data.valid), data.test)
     refuse_if(model.event_time and every.time is None, 'config.model.event_time=True: the events '
               'of these data have no times. Fix: set it to False.')
-    usable = every.kind is not None and every.kind.max() < KINDS - 1
+    usable = every.kind is not None and every.kind.min() >= -1 and every.kind.max() < KINDS - 1
     refuse_if((model.event_kind or targets) and not usable, f'config.model.event_kind='
               f'{model.event_kind} or config.data.target_events={config.data.target_events!r}: the '
               f'events have no kinds, or too many. Expected 1 to {KINDS - 1}. Fix: turn it off, or '

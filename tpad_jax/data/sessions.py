@@ -72,10 +72,9 @@ class Rows(NamedTuple):
 
         A scorer without the attribute `reads` has the prefixes alone.
         """
-        more = getattr(self, getattr(scorer, 'reads', None) or 'context')
-        if getattr(scorer, 'reads', None) is None or more is None:
-            return self.items
-        return np.column_stack([self.items, more])
+        name = getattr(scorer, 'reads', None)
+        more = None if name is None else getattr(self, name)
+        return self.items if more is None else np.column_stack([self.items, more])
 
 
 def ranked(rows: Rows) -> Rows:
