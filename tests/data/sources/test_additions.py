@@ -137,6 +137,22 @@ def test_files_of_another_catalogue_or_known_ones_are_refused(tmp_path):
         additions.read(c, directory, known)
 
 
+def test_sessions_that_are_known_do_not_count_twice(tmp_path):
+    c, known, _ = made(tmp_path, 'raw_dir')
+    amazon(tmp_path / 'every', 0, range(15), more=['0new'])  # days 0 to 7 are known
+    new = additions.read(c, tmp_path / 'every', known)
+    assert len(new.sessions.start) == 7
+    assert new.sessions.start.min() > max(part.start.max() for part in (known.train, known.test))
+    assert new.lines['unused']['session_not_after_the_known_ones'] == 8
+    # a number of another file is another visitor
+    assert new.sessions.visitor.min() > additions.history(known).visitor.max()
+    (tmp_path / 'ids').mkdir()
+    c, known, directory = made(tmp_path / 'ids', 'npz')  # without times
+    data, _ = additions.merge(c, known, additions.read(c, directory, known), 0.2)
+    with pytest.raises(InputError, match='name files that were not added before'):
+        additions.read(c, directory, data)
+
+
 def test_a_session_of_weight_three_counts_as_three_sessions():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 7, 30)

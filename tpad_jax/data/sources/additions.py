@@ -69,11 +69,20 @@ def read(config, directory: Path, known: Data) -> New:
     refuse_if(not (new.sessions.items <= known.num_items).any(), f'{option}: none of its '
               f'{len(new.sessions.items)} events is of an item of the run. Expected new files of '
               'the same catalogue. Fix: correct the path')
-    newest = max(part.start.max(initial=-1) for part in (known.train, known.valid, known.test))
-    refuse_if(0 < new.sessions.start[-1] <= newest, f'{option}: none of its sessions begins after '
-              'the newest one of the run. Expected new ones. Fix: name files that were not added '
-              'before')
-    return new
+    old, sessions = history(known), new.sessions
+    later = sessions.start > old.start.max()
+    if not sessions.start.any():  # there are no times
+        last = old.items[-len(sessions.items):]
+        later = np.full(len(later), not np.array_equal(last, sessions.items))
+    refuse_if(not later.any(), f'{option}: none of its sessions begins after the newest one of the '
+              'run. Expected new ones. Fix: name files that were not added before')
+    if not later.all():  # they would count twice
+        new.lines['unused']['session_not_after_the_known_ones'] = int((~later).sum())
+    sessions = sessions_lib.take(sessions, np.flatnonzero(later))
+    if sessions.visitor is not None and old.visitor is not None:  # they are numbered per file
+        sessions = sessions._replace(visitor=np.where(
+            sessions.visitor < 0, -1, sessions.visitor + 1 + old.visitor.max()))
+    return new._replace(sessions=sessions)
 
 
 def merge(config, known: Data, new: New, held_out: float) -> tuple[Data, np.ndarray]:
@@ -203,9 +212,6 @@ def _cut(c, raw: amazon.Raw) -> New:
     sessions = sessions_lib.cut(
         raw.interactions, **{'gap_seconds': round(c.gap_hours * 3600), **raw.cutting}, seed=c.seed,
         min_length=c.min_length)
-    # visitors are numbered per file, and their names are not kept
-    sessions = sessions._replace(visitor=None if sessions.visitor is None else np.full_like(
-        sessions.visitor, -1))
     items = raw.catalogue.with_columns(
         pl.Series('text', text.item_texts(raw.catalogue)[1:], pl.String))
     return New(items, raw.catalogue['image'].to_list(), sessions, raw.kinds, raw.lines)
