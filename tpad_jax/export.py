@@ -74,7 +74,7 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
     directory.mkdir(parents=True, exist_ok=True)
     about = {'model': served.about['model'], 'items': total, 'k': k, 'rows': rows,
              'max_length': shop.max_length, 'data': served.about['data']}
-    _write_items(served, Path(run), directory)
+    _write_items(served, directory)
     _write_recommender(served, directory, k, rows)
     options = {'the items it holds itself': 'repeats', 'their companions': 'together',
                'what its memory retrieves': 'memory'}
@@ -98,7 +98,7 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
     return lines
 
 
-def _write_items(served, run, directory):
+def _write_items(served, directory):
     """Write the tables of all items."""
     import numpy as np
     import polars as pl
@@ -107,7 +107,7 @@ def _write_items(served, run, directory):
 
     columns = {'item_id': served.ids[1:], 'title': served.titles[1:], 'events': served.events[1:],
                'vector': served.z[1:]}
-    features = run / 'features' / served.about['features']
+    features = served.directory.parent / 'features' / served.about['features']
     if (features / 'r.npy').is_file():
         r = store.read(features, 'r')[1:]
         columns['features'] = r.reshape(len(r), -1)

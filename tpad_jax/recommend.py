@@ -91,7 +91,7 @@ def run(args, stopping=lambda: False) -> None:
             asked = conditions.wanted(shop, rows, shop.table, limits, seen if any(seen) else None)
             given = calls.with_events(shop, rows, [session.session for session in sessions],
                                       [s.events for s in sessions] if shop.reads[0] else None)
-            pending.extend((sessions, unknown, rows, asked, finish)
+            pending.extend((sessions, unknown, given, asked, finish)
                            for finish in shop.begin(given, k, shop.table, asked))
             if len(pending) > 1:  # the device has the next batch before this one is written
                 write()

@@ -65,15 +65,14 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
 
         from tpad_jax.serving import http, recommender
 
-    shop = recommender.load(args.run, base=args.base)
+    shop = recommender.load(args.run, base=args.base, added=args.added)
     most = min(recommender.MAX_K, shop.trained)
     refuse_if(args.k and args.k > most, f'--k={args.k}: the longest list of this run has {most} '
               'items. Fix: lower it')
-    if args.added and Path(args.added).is_file():
-        shop.restore_added(args.added)
-    count = http.Count()
+    count, about = http.Count(), f'{shop.model} of {len(shop.ids) - 1} items'
     app = http.app(shop, args.run, new_items=not args.no_new_items, added=args.added, count=count,
                    limits=http.Limits(k=args.k or 20, waiting=args.waiting, seconds=args.timeout))
+    del shop  # an update replaces it, and its memory is free then
     with refusing(OSError, f'{args.host}:{args.port} is not available',
                   'Fix: choose another --host or --port'):
         listening = socket.create_server((args.host, args.port), backlog=2048)
@@ -89,8 +88,8 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
             await super().startup(sockets)
             host, port = listening.getsockname()[:2]
             if self.started:
-                cli.say(NAME, f'{shop.model} of {len(shop.ids) - 1} items at http://{host}:{port}, '
-                        'its page at /, the interface at /docs')
+                cli.say(NAME, f'{about} at http://{host}:{port}, its page at /, the interface at '
+                        '/docs')
 
     server = Server(uvicorn.Config(app, log_level='warning', access_log=False, lifespan='on',
                                    timeout_graceful_shutdown=args.grace))

@@ -3,19 +3,22 @@
 import json
 import shutil
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from benchmarks.update import World
 from tests import tiny_base
 from tests.job.test_job import changed, make_config
-from tpad_jax import load
+from tpad_jax import export, load
 from tpad_jax.core import files
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.features import store
 from tpad_jax.job import job, updating
 from tpad_jax.serving import artifact, new_items
+from tpad_jax.training.workdir import locked
 
 pytestmark = pytest.mark.slow
 
@@ -103,18 +106,28 @@ def test_updates_are_killed_and_made_and_undone(made, monkeypatch):
     for old, new in pairwise(rows):
         np.testing.assert_array_equal(new[:len(old)], old)  # known items are not read again
         assert np.abs(new[len(old):]).max() > 0.01
-    # the vector of a new item that was sold is trained, and that of a known item moved
-    assert all(third.served.events[-4:] >= 0)
+    export._write_items(third.served, made / 'export')
+    assert pl.read_parquet(made / 'export' / 'items.parquet')['features'].len() == 40
     moved = np.abs(third.served.z[1:37] - first.z[1:]).max(axis=1)
     assert (moved > 0).all()
 
     with pytest.raises(InputError, match='none of its sessions begins after the newest'):
         updating.update(run, made / '2')
+    with monkeypatch.context() as patch, locked(run):  # by an update that may switch yet
+        patch.setattr(artifact, 'read', killed)
+        with pytest.raises(InputError, match='another run uses it'):
+            updating.update(run, made / '3')
     shutil.copytree(run, made / 'copy')
     assert [updating.rollback(run), updating.rollback(run)] == ['updates/0001', '.']
     as_before()
     with pytest.raises(InputError, match='Expected an update'):
         updating.rollback(run)
+
+
+def test_no_session_is_too_old_to_be_drawn():
+    share = updating._shares(SimpleNamespace(start=np.array([0, 10**9, 2 * 10**9])), 0.5)
+    assert sorted(np.random.default_rng(0).choice(3, 3, replace=False, p=share / share.sum())) == [
+        0, 1, 2]
 
 
 def test_a_damaged_update_is_not_rolled_back_to_and_names_the_way_out(made):

@@ -1,9 +1,11 @@
 """The HTTP service, in this process: answers, limits, overload, stopping; and by schemathesis."""
 
 import asyncio
+import gc
 import json
 import shutil
 import threading
+import weakref
 from types import SimpleNamespace
 
 import httpx
@@ -12,6 +14,7 @@ import pytest
 
 from tests import tiny_base, tiny_served
 from tests.tiny_served import V
+from tpad_jax.errors import InputError
 from tpad_jax.serving import batching, calls, http, recommender
 from tpad_jax.serving.pictures import Pictures
 
@@ -274,11 +277,14 @@ def test_a_switch_under_load_loses_no_request_and_a_damaged_artefact_is_not_serv
         shutil.copytree(other / 'served', workdir / 'updates' / number / 'served')
     damaged = workdir / 'updates' / '0001' / 'served' / 'items.parquet'
     damaged.write_bytes(damaged.read_bytes()[:-1] + b'x')
-    shop = recommender.load(workdir)
+    shop, kept = recommender.load(workdir), str(tmp_path / 'added.safetensors')
+    shop.add_items([{'id': 'new', 'title': 'a thing'}])
+    shop.save_added(kept)
     sessions = [['I3', 'I4'], ['I5']]
     old, new = (x.recommend(sessions, 7).items for x in (shop, recommender.load(other)))
     assert old != new
-    app = http.app(shop, workdir)
+    app, before = http.app(shop, workdir, added=kept), weakref.ref(shop)
+    del shop
 
     async def work(client):
         found, tasks = [], []
@@ -302,6 +308,16 @@ def test_a_switch_under_load_loses_no_request_and_a_damaged_artefact_is_not_serv
     assert all(one in (old, new) for one in found)
     assert found[-1] == new
     assert ready.status_code == 200
+    gc.collect()
+    assert before() is None  # its memory is free
+    # items that were added to the one before wait for a rollback
+    assert '1 added items are not part of' in capsys.readouterr().err
+    assert len(recommender.load(workdir, added=kept).ids) == 1 + V
+    (workdir / 'current').unlink()
+    assert recommender.load(workdir, added=kept).ids[-1] == 'new'
+    (workdir / 'current').mkdir()
+    with pytest.raises(InputError, match='current: cannot be read'):
+        recommender.load(workdir)
 
 
 def test_pictures_stay_in_their_folder(tmp_path):

@@ -132,11 +132,16 @@ def test_times_kinds_and_earlier_items_are_read_and_may_be_missing(base, made, t
     np.testing.assert_array_equal(  # without any, they are not known
         shop.recommend(sessions, k=5).items,
         [[f'I{n}' for n in row] for row in top(scores(rows[:, :N]), 5)])
+    best = found.items[0][0]
+    why = shop.recommend(sessions, 5, {'not_items': [best]}, events=events, explain=True).why[0]
+    assert why['missing'] == [{'item': best, 'by': ['not_items']}]  # of the list with these events
     file = tmp_path / 'sessions.jsonl'
     file.write_text(''.join(json.dumps({'session': session, **event}) + '\n' for session, event in
                             [*zip(sessions, events, strict=True), (['I5'], {'times': [1, 2]})]))
     source = session_files.Source(str(file))
     assert [asked.events for asked in source] == events
+    file.write_text('{"session": [3], "earlier": [1, 2]}\n')  # ids that are numbers
+    assert [asked.events for asked in session_files.Source(str(file))] == [{'earlier': ['1', '2']}]
     assert source.rejected == {'unusable_times_kinds_now_or_earlier': 1}
     for bad in [[{}]], [{'times': [1]}, {}], [{'times': [1, 2, float('nan')]}, {}], [{'x': 1}, {}]:
         with pytest.raises(InputError, match='not one for each session'):

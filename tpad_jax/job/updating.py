@@ -46,11 +46,12 @@ from tpad_jax.training import checkpoint, step
 from tpad_jax.training.workdir import locked
 
 ID = 'recommender/fusion/id'
-FOLDER, STATE, ABOUT, DRIFT = 'updates', 'state.safetensors', 'about.json', 'drift.json'
+STATE, ABOUT, DRIFT = 'state.safetensors', 'about.json', 'drift.json'
 EPOCHS = 3.0  # over the new sessions and the replay
 REPLAY = 1.0  # old sessions for each new one
 RATE = 0.25  # of the learning rate of stage recommend
 READ = 512  # items whose content is in memory
+LEAST = 1e-30  # weight of a session: the replay is drawn by weights, and none of them may be 0
 
 
 def update(run: Path, directory: Path, *, held_out: float = 0.1, half_life: float = 0.0,
@@ -74,11 +75,10 @@ def update(run: Path, directory: Path, *, held_out: float = 0.1, half_life: floa
         does not know.
       Stopped: `stopping` returned True. The artefact before is served.
     """
-    seconds = {}
-    before = artifact.read(run)
-    config = _config(run)
-    _check(config, before)
+    config, seconds = _config(run), {}
     with locked(run):
+        before = artifact.read(run)
+        _check(config, before)
         with _timed(seconds, 'read'):
             known, about = _known(run, config, before)
             new = additions.read(config, directory, known)
@@ -88,28 +88,30 @@ def update(run: Path, directory: Path, *, held_out: float = 0.1, half_life: floa
                  zip(kept.tolist(), new.items[kept].iter_rows(named=True), strict=True)]
         about = {'before': before.directory.parent.relative_to(run).as_posix(),
                  'half_life': half_life or about['half_life'], 'new': str(directory.resolve())}
-        number = 1 + max((int(path.name) for path in (run / FOLDER).glob('*')
-                          if path.name.isdigit()), default=0)
-        target = run / FOLDER / f'{number:04d}'
-        folder = target.with_name(target.name + files.PARTIAL)
-        for leftover in run.glob(f'{FOLDER}/*{files.PARTIAL}'):  # of an update that was killed
+        updates = run / artifact.UPDATES
+        number = 1 + max([0, *(int(x.name) for x in updates.glob('*') if x.name.isdigit())])
+        target, folder = (updates / f'{number:04d}{end}' for end in ('', files.PARTIAL))
+        for leftover in updates.glob(f'*{files.PARTIAL}'):  # of an update that was killed
             shutil.rmtree(leftover)
-        given = Path(directory, Path(config.data.features).name)
-        rows, unused = _rows(before, known, items, given, base, seconds, config.data.features)
+        job = Job(config, folder, stopping, data=data)
+        refuse_if(not job.valid.target.any(), f'--held_out={held_out}: no event of the '
+                  f'{len(data.valid.start)} held-out sessions is predicted. Expected some. Fix: '
+                  'raise it')
+        rows, unused = _rows(before, known, items, directory, base, seconds, config.data.features)
         if stopping():
             raise Stopped('stopped; the artefact before is served')
-        job = Job(config, folder, stopping, data=data)
         share = _shares(data.train, about['half_life'])
         old = len(additions.history(known).start)
         bound, ids = _train(job, before, known, rows, share, old, seconds)
-        _write(job, before, bound, ids, rows, np.ceil(_events(data, share)))
+        events = np.bincount(data.train.items, share[data.train.owner], data.num_items + 1)
+        _write(job, before, bound, ids, rows, np.ceil(events).astype(np.int64))
         with _timed(seconds, 'evaluate'):
             drift = {'update': number, **_drift(job, before, share, old)}
         drift |= {'lines': new.lines, 'pictures': dict(unused), 'seconds': seconds}
         files.write_json(folder / DRIFT, drift)
         files.write_json(folder / ABOUT, about)
         folder.rename(target)
-        files.write_text(run / artifact.POINTER, f'{FOLDER}/{target.name}\n')
+        files.write_text(run / artifact.POINTER, f'{artifact.UPDATES}/{target.name}\n')
     return drift
 
 
@@ -170,8 +172,8 @@ def _check(config, before) -> None:
     refuse_if(any(spec.memory for spec in before.specs), f'{option}: its recommender has a memory '
               f'of sessions (config.model.memory), which an update does not fit. {again}')
     read = {name for spec in before.specs for name in spec.recommend}
-    refuse_if(not read <= {'k', 'r', 'given'}, f'{option}: its recommender reads '
-              f'{", ".join(sorted(read))}. Expected k, r or given. {again}')
+    refuse_if(not read <= {'k', 'r'} and read != {'given'}, f'{option}: its recommender reads '
+              f'{", ".join(sorted(read))}. Expected k and r, or given. {again}')
     needs = frozenset().union(*(loss.needs for loss in step.stage_losses(
         gate.without_distillation(config), 'recommend')))
     refuse_if(not needs <= recommenders.ALONE, 'config.losses: those of stage recommend read '
@@ -210,15 +212,10 @@ def _shares(train, half_life: float) -> np.ndarray:
     age = (train.start[-1] - train.start) / sessions_lib.DAY
     if not age.any():  # there are no times
         age = np.arange(len(age))[::-1]
-    return 0.5 ** (age / half_life)
+    return np.maximum(0.5 ** (age / half_life), LEAST)
 
 
-def _events(data, share) -> np.ndarray:
-    """Sum the weights of the training events of every item: float64 [V+1]."""
-    return np.bincount(data.train.items, share[data.train.owner], data.num_items + 1)
-
-
-def _rows(before, known, items, given, base, seconds, features) -> tuple[dict, Counter]:
+def _rows(before, known, items, directory, base, seconds, features) -> tuple[dict, Counter]:
     """Read the rows of all items, from files and, of the new items, by the MLLM.
 
     Returns:
@@ -237,7 +234,7 @@ def _rows(before, known, items, given, base, seconds, features) -> tuple[dict, C
                           place or folder / 'features', name))
     if 'given' in rows and items:
         read = [{'given': external_features.read(
-            given, ['', *(item['id'] for item in items)]).rows[1:]}]
+            directory / Path(features).name, ['', *(item['id'] for item in items)]).rows[1:]}]
     elif rows and items:
         with _timed(seconds, 'load'):
             reader = new_items.Reader(before, base)
@@ -346,7 +343,7 @@ def _extended(ids, params, known, total) -> jnp.ndarray:
 def _write(job, before, bound, ids, rows, events) -> None:
     """Write the artefact and what the next update reads."""
     folder = job.workdir
-    artifact.renew(before, folder / artifact.FOLDER, job.data, bound, events.astype(np.int64))
+    artifact.renew(before, folder / artifact.FOLDER, job.data, bound, events)
     additions.save(job.data, folder / 'data')
     for name, x in rows.items():
         store.write(folder / 'features' / before.about['features'], name, x,
@@ -370,13 +367,15 @@ def _drift(job, before, share, old) -> dict:
     for name, served in (('before', before), ('after', after)):
         total = len(served.ids) - 1
         part = held._replace(items=np.where(held.items > total, 0, held.items))
-        rows = sessions_lib.rows(part, job.max_length, sources.every_prefix(job.config),
-                                 data.events)
+        events = data.events and replace(data.events, items=np.where(
+            data.events.items > total, 0, data.events.items))
+        rows = sessions_lib.rows(part, job.max_length, sources.every_prefix(job.config), events)
         scores_of = scorer(Recommender(served))
         some = SimpleNamespace(valid=rows, config=job.config, data=SimpleNamespace(num_items=total))
         measured[name] = fitting.validated(scores_of, some, name)
         some.valid = rows.take((rows.target > 0) & (rows.target <= known))
-        measured[name]['nll'] = fitting.validated(scores_of, some, name)['nll']
+        measured[name]['nll'] = (fitting.validated(scores_of, some, name)['nll']
+                                 if len(some.valid.target) else float('nan'))
     return {'items': {'known': known, 'new': data.num_items - known,
                       'share': 1 - known / data.num_items,
                       'events': float((new.items > known).mean())},

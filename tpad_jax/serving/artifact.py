@@ -47,7 +47,7 @@ WORDS = 'title', 'brand', 'category', 'description'
 ATTRIBUTES = {'brand': pl.String, 'category': pl.String, 'price': pl.Float32}
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError,
               pl.exceptions.PolarsError, pl.exceptions.PanicException)
-POINTER = 'current'
+UPDATES, POINTER = 'updates', 'current'
 _AGAIN = 'Fix: delete results.json of the run and repeat its command'
 
 
@@ -182,13 +182,27 @@ def place(workdir) -> Path:
       workdir: directory of the run.
 
     Raises:
-      InputError: the file that names it is damaged.
+      InputError: the file that names it is damaged or cannot be read.
     """
     pointer = Path(workdir) / POINTER
-    name = pointer.read_text(errors='replace').strip() if pointer.is_file() else ''
-    refuse_if(name and not re.fullmatch(r'updates/\d+', name), f'{pointer}: damaged. Expected '
-              f'updates/NUMBER, or nothing for the run itself. Fix: correct it')
+    with refusing(OSError, f'{pointer}: cannot be read', 'Fix: make it a readable file'):
+        name = pointer.read_text(errors='replace').strip() if pointer.exists() else ''
+    refuse_if(name and not re.fullmatch(rf'{UPDATES}/\d+', name), f'{pointer}: damaged. Expected '
+              f'{UPDATES}/NUMBER, or nothing for the run itself. Fix: correct it')
     return Path(workdir, name, FOLDER)
+
+
+def added_file(served: Served, file: str) -> Path:
+    """Name the file of the items that were added to an artefact by the service.
+
+    Each update of a run has its own, because an added item has a vector of one recommender.
+
+    Args:
+      served: the artefact.
+      file: NAME.safetensors, that of the run itself; of its update 1 it is NAME-0001.safetensors.
+    """
+    path, folder = Path(file), served.directory.resolve().parent
+    return path.with_stem(path.stem + f'-{folder.name}' * (folder.parent.name == UPDATES))
 
 
 def read(workdir, directory: Path | None = None) -> Served:

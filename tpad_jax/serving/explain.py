@@ -17,7 +17,7 @@ def explain(shop, rows: np.ndarray, lists: np.ndarray, table,
 
     Args:
       shop: recommender.Recommender.
-      rows: int32 [S, N]. Prefixes.
+      rows: int32 [S, N + C]. Prefixes, and what `calls.with_events` adds.
       lists: int32 [S, k]. Their lists, 0 after the last item.
       table: the catalogue.
       asked: S conditions, or None.
@@ -32,9 +32,10 @@ def explain(shop, rows: np.ndarray, lists: np.ndarray, table,
     """
     names, out = shop.ids, []
     plain = shop.first(rows, lists.shape[1], table)[0] if asked else lists
-    near = _unit(shop.vectors(rows))  # [S, N, D]
+    prefixes = rows[:, :shop.max_length]
+    near = _unit(shop.vectors(prefixes))  # [S, N, D]
     decided = _decided(shop, rows, lists, table)
-    for n, row in enumerate(rows):
+    for n, row in enumerate(prefixes):
         best, prefix = lists[n][lists[n] > 0], row[row > 0]
         cosines = _unit(shop.vectors(best)) @ near[n, :len(prefix)].T
         order = np.argsort(-cosines, axis=1, kind='stable')[:, :NEAREST]
@@ -68,7 +69,8 @@ def _decided(shop, rows, lists, table):
     bound = Bound((), (), (), z, shop.served.experts)
     for begin in range(0, len(rows), experts.ROWS):
         part = slice(begin, begin + experts.ROWS)
-        terms = experts.terms(bound, rows[part], lists[part], shop.encode(rows[part]))
+        terms = experts.terms(bound, rows[part, :shop.max_length], lists[part],
+                              shop.encode(rows[part]))
         out += np.array(list(terms))[np.argmax(list(terms.values()), axis=0)].tolist()
     return out
 

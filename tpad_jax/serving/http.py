@@ -10,6 +10,7 @@
 """
 
 import asyncio
+import sys
 import time
 from collections import Counter
 from contextlib import asynccontextmanager
@@ -81,23 +82,28 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
       workdir: directory of its run, for pictures.
       limits: limits of a request.
       new_items: whether POST /items exists.
-      added: file that stores the added items, or ''.
+      added: file that stores the added items, or ''; see `artifact.added_file`.
       count: updated with every request; `stopping` makes /ready answer 503.
     """
     count = count or Count()
     most_k = min(limits.k, MAX_K, shop.trained)
-    metrics = Metrics()
+    metrics, workdir = Metrics(), workdir.resolve()  # as directories are compared
     pictures = Pictures(workdir)
     adding = asyncio.Lock()
-    tried = shop.served.directory
+    tried = shop.served.directory.resolve()
 
     def newer():
         """Load the artefact that the run names now, once, if it is another one."""
         nonlocal tried
-        before, tried = tried, artifact.place(workdir)
-        if tried in (before, batcher.shop.served.directory):
+        (before, tried), old = (tried, artifact.place(workdir)), batcher.shop
+        if tried in (before, old.served.directory.resolve()):
             return None
-        return recommender.load(workdir, base=batcher.shop.base)
+        new = recommender.load(workdir, base=old.base, added=added)
+        lost = set(old.ids[1 + old.trained:]).difference(new.ids)
+        if lost:
+            print(f'{len(lost)} added items are not part of {tried}. Fix: add them again',
+                  file=sys.stderr, flush=True)
+        return new
 
     batcher = Batcher(shop, most_k, limits.waiting, metrics.rows.observe, newer)
     metrics.waiting.set_function(lambda: batcher.waiting)
@@ -145,7 +151,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
         metrics.sessions.inc(len(rows))
         items, scores = await batcher.ask(given, ask.k, asked, shop)
         why = [{}] * len(rows) if not ask.explain else [
-            {'why': x} for x in await asyncio.to_thread(explain, shop, rows, items, table, asked)]
+            {'why': x} for x in await asyncio.to_thread(explain, shop, given, items, table, asked)]
         # names include items added since
         answers = zip(shop.names(items), scores.tolist(), unknown, (rows[:, 0] == 0).tolist(), why,
                       strict=True)
@@ -173,7 +179,10 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
                     raise InputError(f'{MOST_NEW} items were added, the most. Fix: train again')
                 await asyncio.to_thread(shop.add_items, [item])
                 if added:
-                    await asyncio.to_thread(shop.save_added, added)
+                    await asyncio.to_thread(
+                        shop.save_added, artifact.added_file(shop.served, added))
+                if shop is not batcher.shop:
+                    raise HTTPException(503, 'an update came meanwhile; repeat the request', RETRY)
             if item['image']:
                 await asyncio.to_thread(pictures.add, item_id, item['image'])
             metrics.added.inc()
@@ -190,7 +199,7 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
             {'id': ids[n], 'title': titles[n], 'number': n} for n in numbers]}
 
     @made.get('/items/fields', responses=REFUSED)
-    async def fields() -> Fields:
+    def fields() -> Fields:  # in a thread: it reads all items
         """List what conditions can name: the most frequent categories, and the range of prices."""
         table = batcher.shop.table.attributes
         values = {name: table[name].drop_nulls() for name in table.columns}

@@ -71,12 +71,9 @@ class Recommender:
         self._dispatching = threading.Lock()
         self.model, self.max_length = served.about['model'], served.about['max_length']
         self.trained = len(served.ids) - 1
-        encode = session_encoder(served.specs)
-        self._encode = compiled(encode)
-        shifts = session_shifts(served.specs)
-        self._shifts = compiled(shifts)
-        self._search = compiled(topk.searcher(encode, shifts),
-                                static_argnames='k')
+        encode, shifts = session_encoder(served.specs), session_shifts(served.specs)
+        self._encode, self._shifts = compiled(encode), compiled(shifts)
+        self._search = compiled(topk.searcher(encode, shifts), static_argnames='k')
         self._write = compiled(lambda z, rows, vectors: z.at[rows].set(vectors, mode='drop'),
                                donate_argnums=0)
         self._vectors = []  # of added items, on the host
@@ -116,7 +113,7 @@ class Recommender:
         asked = wanted(self, rows, table, conditions, seen, rerank)
         wide = calls.with_events(self, rows, sessions, events)
         items, scores = self.first(wide, min(20, table.count - 1) if k is None else k, table, asked)
-        why = reasons(self, rows, items, table, asked) if explain else None
+        why = reasons(self, wide, items, table, asked) if explain else None
         return Recommended(self.names(items), scores, unknown, rows[:, 0] == 0, why)
 
     def names(self, items: np.ndarray) -> list[list[str]]:
@@ -377,8 +374,8 @@ class Recommender:
             if vectors.shape != (len(ids), self._z.shape[1]) or not (
                     len(titles) == len(attributes) == len(ids)):
                 raise ValueError(f'{list(vectors.shape)} vectors for {len(ids)} ids')
-        if about['model'] != self.served.about['digests'][artifact.MODEL]:
-            raise InputError(f'{file} holds items of another run. Fix: name a file of this run')
+        refuse_if(about['model'] != self.served.about['digests'][artifact.MODEL], f'{file} holds '
+                  'items of another run or update. Fix: name a file of this one')
         with self._adding:
             if not self.table.number.keys().isdisjoint(ids):
                 raise InputError(f'{file} names items that exist. Fix: restore it only once')
@@ -386,15 +383,18 @@ class Recommender:
                 self._append(vectors, ids, titles, attributes)
 
 
-def load(workdir, *, base: str = '') -> Recommender:
+def load(workdir, *, base: str = '', added: str = '') -> Recommender:
     """Read a finished run for recommending, without an MLLM and without the raw data.
 
     Args:
       workdir: directory of the run.
       base: directory of the run's MLLM if it moved; only new items need it.
+      added: file of added items, which are restored if it exists; see `artifact.added_file`.
 
     Raises:
-      InputError: there is no such run, it is unfinished or has no recommender, or a file is
-        damaged.
+      InputError: the run is absent, unfinished or without recommender, or a file is damaged.
     """
-    return Recommender(artifact.read(workdir), base)
+    shop = Recommender(artifact.read(workdir), base)
+    if added and (file := artifact.added_file(shop.served, added)).is_file():
+        shop.restore_added(file)
+    return shop

@@ -73,12 +73,15 @@ class Source(Lines):
         packed = self.path.suffix == '.parquet'
         for record in self._rows() if packed else super().__iter__():
             session, seen = record.get('session'), record.get('seen') or []
+            events = {key: record[key] for key in KEYS if key in record}
+            if isinstance(earlier := events.get('earlier'), list):  # ids may be numbers, as above
+                events['earlier'] = [str(x) if type(x) is int else x for x in earlier]
             if not isinstance(session, list):
                 self.reject(Reason('no_session'))
             elif not isinstance(seen, list) or not all(
                     type(name) in (str, int) for name in (*session, *seen)):
                 self.reject(Reason('session_of_no_item_ids'))
-            elif not usable(events := {key: record[key] for key in KEYS if key in record}, session):
+            elif not usable(events, session):
                 self.reject(Reason('unusable_times_kinds_now_or_earlier'))
             else:
                 yield Asked(self.number, record.get('id'), [str(name) for name in session],
