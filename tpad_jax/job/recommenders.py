@@ -167,7 +167,7 @@ class Recommenders:
         if lasso is None:
             mixtures = {name: (members, [n for n in used if n != 'lasso'])
                         for name, (members, used) in mixtures.items()}
-        table = _tables(groups[served][0], lasso) if mixtures else None
+        table = tables(groups[served][0], lasso) if mixtures else None
         fits = {name: experts.fit(scorer_of(members), table, job.valid, used, seed=c.seed)
                 for name, (members, used) in mixtures.items()}
         facts = {name: {'calibration': likelihood.calibrate(
@@ -190,7 +190,7 @@ class Recommenders:
                                 for name, member in everyone.items()])
             job.params, job.final = self._own.params, self._own.final
             job.catalogue = self._own.catalogue
-            table = _tables(groups[served][0], lasso) if mixtures else None
+            table = tables(groups[served][0], lasso) if mixtures else None
         scorers = {name: scorer_of(members) for name, members in groups.items()}
         mixed = {name: scorer_of(mixtures[name][0], experts.mixture(fit, table))
                  for name, fit in fits.items()}
@@ -207,12 +207,18 @@ def _lasso(job):
         job.data.train, job.valid, job.data.num_items, known)
 
 
-def _tables(job, lasso):
-    """Count the tables of the experts on the sessions that a job's model was trained on."""
+def tables(job, lasso, share=None):
+    """Count the tables of the experts on the sessions that a job's model was trained on.
+
+    Args:
+      job: job.Job of the model.
+      lasso: of `_lasso`, or None.
+      share: float [S]. Weights of the sessions; None: all are 1.
+    """
     rows = job.catalogue.get('given' if 'given' in job.spec.recommend else 'k')
     train = job.final.train
     ordered = len(np.unique(train.start)) > 1 if job.source.timed else job.config.data.ordered
-    table = experts.tables(train, job.data.num_items, rows, ordered=ordered)
+    table = experts.tables(train, job.data.num_items, rows, ordered=ordered, share=share)
     if lasso is None:
         return table
     weights = lasso['weights'] if job.final is job.data else content_lasso.weights_of(

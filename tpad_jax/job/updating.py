@@ -311,8 +311,7 @@ def _train(job, before, known, rows, share, old, seconds):
             weights = before.experts['weights']
             fit = experts.Fit({name: float(weights.get(name, 0)) for name in experts.WEIGHTS}, 0.0,
                               0, float(before.experts['tables']['decay']))
-            table = experts.tables(data.train, data.num_items, rows.get('given', rows.get('k')),
-                                   ordered=True, share=share)
+            table = recommenders.tables(job, None, share)
             if 'basis' in before.experts['tables']:
                 table |= content_lasso.extended(before.experts['tables'], content_lasso.held(
                     content_lasso.named(data.texts, data.side, data.vocabulary),
