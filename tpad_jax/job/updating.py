@@ -193,7 +193,7 @@ def _known(run, config, before):
     data = sources.load(config, run)
     refuse_if(data.fingerprint != before.about['data'], f'{sources.origin(config)}: not the data '
               'that the run was trained on. Expected the same. Fix: restore them')
-    if config.refit:  # its recommender was trained on both
+    if config.refit and before.about['features'] != 'joint':  # it was trained on both
         data = replace(data, warm=sessions_lib.warm_items(
             sessions_lib.join(data.train, data.valid), data.num_items))
     start = additions.history(data).start
