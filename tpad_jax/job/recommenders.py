@@ -34,7 +34,7 @@ from tpad_jax.training import handover, length, optimizer
 from tpad_jax.training.stages import ENTRIES
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
-PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats'  # a recommender's
+PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats', 'events'
 # Outputs of a recommender alone: they are the same before and after the other stages.
 ALONE = frozenset({'h', 'h_each', 'z', 'items', 'next', 'warm', 'repeat', 'popularity'})
 
