@@ -5,7 +5,7 @@ attributes is trained with and without what the variant is about, on the same se
 expected hit@20 of both and of the oracle, and the share of the gap between them that reading
 closes; the bar is half. With `--films=DIR` it compares hit@20, paired over sessions, with and
 without times and earlier sessions on the ratings of DIR/interactions.npz (arrays user, item and
-timestamp in seconds); item ids alone are read. Each cell is a run in a workdir of its own, so the
+timestamp in seconds); item ids alone are read. Each cell is a run in a separate workdir, so the
 same command resumes; benchmarks/events.json is written after each.
 """
 

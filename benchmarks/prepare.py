@@ -2,7 +2,7 @@
 
 Files of the form of 2023 are generated: seeded, of Zipf popularity, with long texts, and one line
 in a thousand odd: cut, of another encoding, repeated, or with a value that no reader expects. Each
-side prepares them in a process of its own, in turn; what they prepared is then compared record by
+side prepares them in a separate process, in turn; what they prepared is then compared record by
 record. Bytes of the files per second, processor seconds of all processes, and the peak of memory of
 the main process and of the largest of its helpers are printed.
 

@@ -125,7 +125,7 @@ def trained(run: Path) -> dict:
 
 
 def train(run: Path, raw: Path) -> None:
-    """Train a run on raw files, in a process of its own; a killed one resumes."""
+    """Train a run on raw files, in a separate process; a killed one resumes."""
     subprocess.run([sys.executable, ROOT / 'launch.py', f'--config={FLAGS.config}',
                     f'--config.data.raw_dir={raw}', '--config.data.core=1', '--config.rivals={}',
                     '--config.baselines=', '--config.diagnostics=0', f'--workdir={run}',

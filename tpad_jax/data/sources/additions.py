@@ -57,8 +57,8 @@ def read(config, directory: Path, known: Data) -> New:
       known: the data of the run.
 
     Raises:
-      InputError: there is no such directory, it holds no files of this source, they are of another
-        catalogue or were added before, or the source has no form for new files.
+      InputError: there is no such directory, it holds no files of this source, they belong to
+        another catalogue or were added before, or the source has no form for new files.
     """
     name, option = sources.selected(config), f'--new={directory}'
     refuse_if(name not in READERS, f'config.data.source={name!r}: only {", ".join(READERS)} have '
