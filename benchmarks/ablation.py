@@ -263,7 +263,7 @@ def show(study: str, size: int, console: Console) -> None:
     """The table of one size of a study."""
     from scipy.stats import ttest_1samp
 
-    from tpad_jax.evaluation.statistics import holm
+    from benchmarks.hierarchical import holm
 
     cells, names = read(study, size), STUDIES[study]['names']
     found = {name: differences(cells, name, names[0]) for name in names}

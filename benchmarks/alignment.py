@@ -27,8 +27,7 @@ from flax.traverse_util import unflatten_dict
 from rich.console import Console
 
 from benchmarks.mi import commit
-from tpad_jax import config as base
-from tpad_jax import losses
+from tpad_jax import config as base, losses
 from tpad_jax.core import files
 from tpad_jax.data import batches
 from tpad_jax.job.job import Job

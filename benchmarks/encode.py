@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpad_jax.data import images
-from tpad_jax.distributed import collectives
-from tpad_jax.distributed import devices as devices_lib
+from tpad_jax.distributed import collectives, devices as devices_lib
 from tpad_jax.models.hf import spec as specs
 from tpad_jax.models.hf.vlm import VLM, shapes
 

@@ -41,8 +41,7 @@ NAMINGS = {  # text, output embedding, tower, the rest
 
 def write(directory: Path, layers: int, naming: str, shard_bytes: int | None, *, width=WIDTH):
     """Write a random bfloat16 LLaVA of `layers` decoder layers, in one file or in shards."""
-    from tpad_jax.models.hf import keys
-    from tpad_jax.models.hf import spec as specs
+    from tpad_jax.models.hf import keys, spec as specs
 
     directory.mkdir()
     (directory / 'config.json').write_text(json.dumps({
@@ -115,8 +114,7 @@ def cell(directory, dtype: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from tpad_jax.models.hf import load
-    from tpad_jax.models.hf import spec as specs
+    from tpad_jax.models.hf import load, spec as specs
     from tpad_jax.models.hf.vlm import VLM
 
     spec = specs.read(directory)
@@ -151,8 +149,7 @@ def equal_namings(parent: Path) -> bool:
     """Whether one small checkpoint gives the same bits under every naming."""
     import jax
 
-    from tpad_jax.models.hf import load
-    from tpad_jax.models.hf import spec as specs
+    from tpad_jax.models.hf import load, spec as specs
 
     first = None
     for i, naming in enumerate(NAMINGS):

@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from benchmarks import hierarchical
 from benchmarks.checkout import commit
 from tpad_jax.core import files
-from tpad_jax.evaluation import statistics
 from tpad_jax.mutual_information import estimator as mi
 
 FLAGS = flags.FLAGS
@@ -153,7 +153,7 @@ def judge(found):
     lower = [key for key, (bound, *_) in split.items() if bound in mi.LOWER]
     z = [(found[k]['value'] - found[k]['truth']) / found[k]['error'] for k in lower]
     p = [stats.t.sf(x, found[k]['degrees']) for x, k in zip(z, lower, strict=True)]
-    above = [k for k, q in zip(lower, statistics.holm(p), strict=True) if q <= LEVEL]
+    above = [k for k, q in zip(lower, hierarchical.holm(p), strict=True) if q <= LEVEL]
     highest = max(zip(z, lower, strict=True), default=(0, 'none'))
     yield (f'{len(lower)} cells of lower bounds: {len(above)} significantly above the truth '
            f'{above or ""}; the highest lies {highest[0]:+.1f} standard errors off '

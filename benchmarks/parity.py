@@ -32,8 +32,7 @@ from tests import tiny_bert, tiny_hf
 from tpad_jax.data import text
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.features import bases
-from tpad_jax.models.hf import keys, load, sentence, vlm
-from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import keys, load, sentence, spec as specs, vlm
 from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.generate import generate
 from tpad_jax.models.mllms import TextReader

@@ -25,8 +25,9 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import hierarchical
 from tpad_jax.core import files
-from tpad_jax.evaluation import compare, statistics
+from tpad_jax.evaluation import compare
 
 FLAGS = flags.FLAGS
 HERE = Path(__file__).parent
@@ -102,7 +103,7 @@ def corrected(content: dict) -> None:
     """Add Holm's p-values over all differences of the table, in place."""
     cells = [gap for cell in content.values() for model in cell['models'].values()
              for gap in model.get('tpad_minus_it', {}).values() if gap['p'] is not None]
-    for gap, p in zip(cells, statistics.holm([gap['p'] for gap in cells]), strict=True):
+    for gap, p in zip(cells, hierarchical.holm([gap['p'] for gap in cells]), strict=True):
         gap['p_holm'] = p
 
 

@@ -75,8 +75,7 @@ def sizes(small: bool):
 
 def smaller(name: str, small: bool):
     """Return the base of a smaller family as its config.json has it, and the side of its images."""
-    from tpad_jax.models.hf import sentence
-    from tpad_jax.models.hf import spec as specs
+    from tpad_jax.models.hf import sentence, spec as specs
     from tpad_jax.models.hf.bert import Bert
     from tpad_jax.models.hf.vlm import VLM
     layers = 2 if small else 30
@@ -111,8 +110,7 @@ def parts(there, changes: dict, items: int, small: bool, how: str = 'shard_map',
     from tpad_jax.job import memory_plan
     from tpad_jax.models import tpad
     from tpad_jax.models.hf.vlm import VLM
-    from tpad_jax.training import loop
-    from tpad_jax.training import step as step_lib
+    from tpad_jax.training import loop, step as step_lib
     from tpad_jax.types import Batch
 
     variant = CELLS[name][2]

@@ -299,7 +299,7 @@ def read() -> dict:
 
 
 def differences(cells: dict, arm: str, other: str, sizes) -> list:
-    """statistics.World of every world with all these cells, means over the sizes.
+    """hierarchical.World of every world with all these cells, means over the sizes.
 
     Args:
       cells: of `read`.
@@ -309,7 +309,7 @@ def differences(cells: dict, arm: str, other: str, sizes) -> list:
     """
     import numpy as np
 
-    from tpad_jax.evaluation import statistics
+    from benchmarks import hierarchical
 
     def sums(name, size, number):
         seeds = cells[name, size, number]['seeds'].values()
@@ -324,7 +324,7 @@ def differences(cells: dict, arm: str, other: str, sizes) -> list:
             sums(arm, size, number) - (sums(other, size, number) if other else 0)
             for size in sizes)), axis=0)
         weight = ablation.unpack(cells[arm, sizes[0], number]['oracle'], 1)[0]
-        out.append(statistics.World(total, weight))
+        out.append(hierarchical.World(total, weight))
     return out
 
 
@@ -332,18 +332,18 @@ def judged(cells: dict, tests) -> list:
     """[(test, worlds, mean, low, high, corrected p)] of the tests that have cells."""
     import numpy as np
 
-    from tpad_jax.evaluation import statistics
+    from benchmarks import hierarchical
 
     out = []
     for test in tests:
         worlds = differences(cells, test.arm, test.other, test.sizes)
         if worlds:
-            samples = statistics.hierarchical(worlds, draws=4000)
+            samples = hierarchical.hierarchical(worlds, draws=4000)
             low, high = np.quantile(samples, [LEVEL / 2, 1 - LEVEL / 2])
             mean = float(np.mean([world.by_seed.mean() for world in worlds]))
             out.append((test, len(worlds), mean, low, high,
-                        statistics.p_value(samples, -test.margin)))
-    corrected = statistics.holm([line[-1] for line in out])
+                        hierarchical.p_value(samples, -test.margin)))
+    corrected = hierarchical.holm([line[-1] for line in out])
     return [(*line[:-1], p) for line, p in zip(out, corrected, strict=True)]
 
 
@@ -351,7 +351,7 @@ def show(cells: dict, console: Console) -> None:
     """Print the primary tests, the table of arms and sizes, and the power of the design."""
     import numpy as np
 
-    from tpad_jax.evaluation import statistics
+    from benchmarks import hierarchical
 
     other = {key: cell for key, cell in cells.items() if key[2] != DESIGNED_ON}
     rows = judged(cells, PRIMARY) + judged(other, LESSONS)
@@ -389,9 +389,9 @@ def show(cells: dict, console: Console) -> None:
         worlds = differences(cells, 'transfer', 'knowledge', (size,))
         if len(worlds) < 2 or min(world.total.shape[0] for world in worlds) < 2:
             continue
-        found = statistics.components(worlds)
+        found = hierarchical.components(worlds)
         shape = (len(worlds), *worlds[0].total.shape)
-        detected = statistics.power(EFFECT, found.of_mean(*shape), len(worlds))
+        detected = hierarchical.power(EFFECT, found.of_mean(*shape), len(worlds))
         console.print(
             f'{size} sessions, transfer - knowledge: standard deviation between worlds '
             f'{100 * found.world ** 0.5:.2f}, seeds {100 * found.seed ** 0.5:.2f}, sessions '

@@ -20,11 +20,9 @@ from tpad_jax import config, losses
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.job import job, validate
-from tpad_jax.losses import LossSpec, Out, check
-from tpad_jax.losses import __main__ as command
+from tpad_jax.losses import LossSpec, Out, __main__ as command, check
 from tpad_jax.models import outputs, sessions
-from tpad_jax.training import loop as loop_lib
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import loop as loop_lib, step as step_lib
 from tpad_jax.training.stages import ENTRIES, Entry
 from tpad_jax.types import Batch, Loss
 

@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from configs import sessions as public
-from tpad_jax import config as base
-from tpad_jax import search as search_lib
+from tpad_jax import config as base, search as search_lib
 from tpad_jax.baselines.tune import search
 from tpad_jax.errors import InputError, Stopped
 

@@ -17,8 +17,7 @@ from tpad_jax.evaluation import compare, tables
 from tpad_jax.features import store
 from tpad_jax.job import results
 from tpad_jax.job.background import Background
-from tpad_jax.report import curves as curves_lib
-from tpad_jax.report import gallery, stored
+from tpad_jax.report import curves as curves_lib, gallery, stored
 from tpad_jax.report.page import BETWEEN
 
 V, COLD = 24, (23, 24)

@@ -19,8 +19,7 @@ from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.features import encoder as encoder_lib
 from tpad_jax.models import tpad
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.training import loop as loop_lib
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import loop as loop_lib, step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 
 STAGES = ('knowledge', 'transfer', 'recommend', 'joint')

@@ -10,7 +10,7 @@ Each system has a module of its name in this package:
 
 A cell's JSON in benchmarks/systems/NAME/ has its measures, the commit and the processor's seconds.
 Cells that exist are not run again. A measure is the ratio of its sums and weights; intervals draw
-worlds, seeds and sessions (statistics.hierarchical). Numbers have no interval in the tables.
+worlds, seeds and sessions (hierarchical.hierarchical). Numbers have no interval in the tables.
 """
 
 import base64
@@ -183,7 +183,7 @@ def read(name: str) -> dict[Cell, dict]:
 
 
 def worlds(cells: Mapping[Cell, dict], test: Test) -> list:
-    """statistics.World of each world with cells of both arms, of their difference.
+    """hierarchical.World of each world with cells of both arms, of their difference.
 
     Args:
       cells: of `read`.
@@ -191,7 +191,7 @@ def worlds(cells: Mapping[Cell, dict], test: Test) -> list:
     """
     import numpy as np
 
-    from tpad_jax.evaluation import statistics
+    from benchmarks import hierarchical
 
     found = {cell: x[test.measure] for cell, x in cells.items()
              if cell.on == test.on and test.measure in x}
@@ -206,7 +206,7 @@ def worlds(cells: Mapping[Cell, dict], test: Test) -> list:
                 totals.append(own[0] - other[0])
                 weight = own[1]
         if totals:
-            out.append(statistics.World(np.stack(totals), weight))
+            out.append(hierarchical.World(np.stack(totals), weight))
     return out
 
 
@@ -214,17 +214,17 @@ def judged(cells: Mapping[Cell, dict], tests) -> list:
     """[(test, worlds, mean, low, high, corrected p)] of the tests that have cells."""
     import numpy as np
 
-    from tpad_jax.evaluation import statistics
+    from benchmarks import hierarchical
 
     out = []
     for test in tests:
         if parts := worlds(cells, test):
-            samples = statistics.hierarchical(parts, draws=4000)
+            samples = hierarchical.hierarchical(parts, draws=4000)
             low, high = np.quantile(samples, [LEVEL / 2, 1 - LEVEL / 2])
             mean = float(np.mean([part.by_seed.mean() for part in parts]))
             out.append((test, len(parts), mean, low, high,
-                        statistics.p_value(samples, test.above)))
-    corrected = statistics.holm([line[-1] for line in out])
+                        hierarchical.p_value(samples, test.above)))
+    corrected = hierarchical.holm([line[-1] for line in out])
     return [(*line[:-1], p) for line, p in zip(out, corrected, strict=True)]
 
 

@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tpad_jax.core import console as console_lib
-from tpad_jax.core import files, log
+from tpad_jax.core import console as console_lib, files, log
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import tables
 

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tpad_jax.data import audit as lib
-from tpad_jax.data import shuffle_test
+from tpad_jax.data import audit as lib, shuffle_test
 from tpad_jax.data.sessions import DAY, Sessions, warm_items
 
 

@@ -10,8 +10,7 @@ import pytest
 import tokenizers
 from PIL import Image
 
-from tpad_jax.data import batches, catalogue
-from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data import batches, catalogue, sessions as sessions_lib
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import amazon_tables, tf_examples
 from tpad_jax.errors import InputError

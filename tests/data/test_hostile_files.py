@@ -15,9 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from tpad_jax.data import catalogue, images, text, untrusted
-from tpad_jax.data.sources import external_features
-from tpad_jax.data.sources import folder as folder_lib
-from tpad_jax.data.sources import ids as ids_lib
+from tpad_jax.data.sources import external_features, folder as folder_lib, ids as ids_lib
 from tpad_jax.errors import InputError
 
 OPTIONS = dict(ordered=True, valid=0.1, seed=0)

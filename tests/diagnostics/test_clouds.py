@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from tpad_jax import losses
-from tpad_jax.diagnostics import clouds as clouds_lib
-from tpad_jax.diagnostics import probes, records, snapshots
+from tpad_jax.diagnostics import clouds as clouds_lib, probes, records, snapshots
 from tpad_jax.mutual_information.critics import GaussianQ, Score
 from tpad_jax.report import curves
 from tpad_jax.types import Batch

@@ -9,8 +9,7 @@ import optax
 import pytest
 
 from tpad_jax import losses
-from tpad_jax.distributed import collectives
-from tpad_jax.distributed import devices as devices_lib
+from tpad_jax.distributed import collectives, devices as devices_lib
 from tpad_jax.errors import InputError
 from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.types import State

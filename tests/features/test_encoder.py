@@ -16,8 +16,7 @@ from tpad_jax import config as base
 from tpad_jax.data.catalogue import Content
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.features import encoder as encoder_lib
-from tpad_jax.features import store
+from tpad_jax.features import encoder as encoder_lib, store
 from tpad_jax.models import readers, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 

@@ -11,10 +11,8 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
-from tpad_jax import config as base
-from tpad_jax import load
-from tpad_jax.core import console as console_lib
-from tpad_jax.core import log as log_lib
+from tpad_jax import config as base, load
+from tpad_jax.core import console as console_lib, log as log_lib
 from tpad_jax.data import sessions
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.data.synthetic import planted

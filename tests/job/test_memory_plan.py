@@ -21,8 +21,7 @@ from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import InputError
 from tpad_jax.job import memory_plan
 from tpad_jax.models import sessions, tpad
-from tpad_jax.models.hf import spec as specs
-from tpad_jax.models.hf import vlm
+from tpad_jax.models.hf import spec as specs, vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.training.profiling import live_bytes
 

@@ -15,8 +15,7 @@ from scipy.special import log_softmax
 
 from tests import tiny_stages
 from tests.job import test_job
-from tpad_jax import config as base
-from tpad_jax import losses
+from tpad_jax import config as base, losses
 from tpad_jax.data.sessions import Rows
 from tpad_jax.distributed import devices
 from tpad_jax.evaluation import scorers

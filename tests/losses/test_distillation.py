@@ -20,8 +20,7 @@ from tpad_jax.models import outputs, readers, tpad
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.mllms import KnowledgeMLLM
 from tpad_jax.nn import linear
-from tpad_jax.training import handover
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import handover, step as step_lib
 from tpad_jax.types import Batch
 
 B, L, P, W, C = 3, 4, 5, 7, 4

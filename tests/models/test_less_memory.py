@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from tpad_jax import config as base
-from tpad_jax import losses
+from tpad_jax import config as base, losses
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.models import readers
 from tpad_jax.models.builtin.mllm import MLLM
-from tpad_jax.models.hf import spec as specs
-from tpad_jax.models.hf import vlm
+from tpad_jax.models.hf import spec as specs, vlm
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllms import KnowledgeMLLM
 from tpad_jax.nn import linear

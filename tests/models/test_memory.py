@@ -10,8 +10,7 @@ from scipy.special import expit
 from tests.job.test_mixture import N, V, part
 from tpad_jax.data.sessions import Sessions, rows
 from tpad_jax.distributed import devices
-from tpad_jax.evaluation import memory as making
-from tpad_jax.evaluation import metrics
+from tpad_jax.evaluation import memory as making, metrics
 from tpad_jax.evaluation.scorers import scorer, session_encoder, session_shifts
 from tpad_jax.models import memory as lookup
 from tpad_jax.serving import topk

@@ -19,8 +19,7 @@ from tpad_jax.data.sessions import Sessions
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import compare
 from tpad_jax.job import results
-from tpad_jax.report import __main__ as command
-from tpad_jax.report import curves, gallery, page, stored
+from tpad_jax.report import __main__ as command, curves, gallery, page, stored
 
 
 @pytest.fixture(scope='module')

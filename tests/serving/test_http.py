@@ -334,8 +334,7 @@ def test_pictures_stay_in_their_folder(tmp_path):
 
 def test_nothing_that_its_description_allows_or_forbids_ends_in_a_defect(run):
     import schemathesis
-    from hypothesis import HealthCheck, Phase, given, settings
-    from hypothesis import strategies as st
+    from hypothesis import HealthCheck, Phase, given, settings, strategies as st
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
     shop = recommender.load(run)

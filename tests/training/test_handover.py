@@ -8,8 +8,7 @@ import pytest
 
 from tests import tiny_stages
 from tpad_jax.errors import InputError
-from tpad_jax.training import handover
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import handover, step as step_lib
 
 
 def check(stage='transfer', clusters=0, **changes):

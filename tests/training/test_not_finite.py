@@ -13,8 +13,7 @@ import pytest
 from tests.tiny_stages import draw, make_config, model
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.losses import LossSpec
-from tpad_jax.training import loop as loop_lib
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import loop as loop_lib, step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 
 STEPS, BAD = 6, 3  # the step whose batch holds the row that spoils it

@@ -33,9 +33,7 @@ from tpad_jax.data import batches
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import Stopped
 from tpad_jax.models import tpad
-from tpad_jax.training import loop as loop_lib
-from tpad_jax.training import optimizer
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import loop as loop_lib, optimizer, step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.types import Batch, State
 

@@ -21,8 +21,7 @@ from tpad_jax import losses
 from tpad_jax.config import MAKES
 from tpad_jax.core import files
 from tpad_jax.data import batches, sessions
-from tpad_jax.diagnostics import clouds as clouds_lib
-from tpad_jax.diagnostics import probes, records
+from tpad_jax.diagnostics import clouds as clouds_lib, probes, records
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.models import outputs, tpad
 from tpad_jax.models.mllms import MODALITIES

@@ -17,8 +17,7 @@ from tpad_jax.data import sessions
 from tpad_jax.data.sessions import Rows, Sessions
 from tpad_jax.distributed.devices import compiled
 from tpad_jax.evaluation import metrics
-from tpad_jax.models import memory as lookup
-from tpad_jax.models import tpad
+from tpad_jax.models import memory as lookup, tpad
 from tpad_jax.nn.linear import unit
 
 ENTRIES = 2**18  # of a memory at most, the latest

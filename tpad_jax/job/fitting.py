@@ -23,9 +23,7 @@ from tpad_jax.evaluation import likelihood, metrics
 from tpad_jax.features import codes
 from tpad_jax.job.background import COMPILE
 from tpad_jax.models import readers, tpad
-from tpad_jax.training import federated, profiling
-from tpad_jax.training import loop as loop_lib
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import federated, loop as loop_lib, profiling, step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch

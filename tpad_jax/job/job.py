@@ -22,8 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
 from tpad_jax.config import MAKES, STAGES
-from tpad_jax.core import console as console_lib
-from tpad_jax.core import log
+from tpad_jax.core import console as console_lib, log
 from tpad_jax.core.console import say
 from tpad_jax.core.precision import exact_products
 from tpad_jax.data import catalogue, item_graphs, missing, sessions, sources
@@ -38,8 +37,7 @@ from tpad_jax.features.encoder import Encoder
 from tpad_jax.job import fitting, gate, memory_plan, recommenders, results
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
 from tpad_jax.job.validate import check, check_inputs, check_workdir
-from tpad_jax.models import readers
-from tpad_jax.models import sessions as encoders
+from tpad_jax.models import readers, sessions as encoders
 from tpad_jax.training import begin_from, federated, handover, length, step
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.training.workdir import claim, enter, locked

@@ -32,8 +32,7 @@ from tpad_jax.errors import refuse_if
 from tpad_jax.features import bases, lexical
 from tpad_jax.job.validate import check
 from tpad_jax.models import sessions, tpad
-from tpad_jax.training import loop
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import loop, step as step_lib
 from tpad_jax.training.profiling import bytes_of, live_bytes
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch

@@ -15,22 +15,12 @@ import numpy as np
 
 from tpad_jax.baselines import content_lasso, rules
 from tpad_jax.config import names
-from tpad_jax.core import console as console_lib
-from tpad_jax.core import files
-from tpad_jax.core import log as log_lib
+from tpad_jax.core import console as console_lib, files, log as log_lib
 from tpad_jax.core.console import say
 from tpad_jax.data import audit, sessions, sources
 from tpad_jax.diagnostics import records, transitions
 from tpad_jax.errors import refusing
-from tpad_jax.evaluation import (
-    compare,
-    likelihood,
-    lists,
-    metrics,
-    slices,
-    statistics,
-    tables,
-)
+from tpad_jax.evaluation import compare, likelihood, lists, metrics, slices, statistics, tables
 from tpad_jax.evaluation.evaluate import evaluate
 from tpad_jax.job import recommenders
 from tpad_jax.report import gallery, page

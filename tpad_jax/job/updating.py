@@ -31,8 +31,7 @@ from safetensors.numpy import load_file
 from tpad_jax.baselines import content_lasso
 from tpad_jax.config import get_config, names
 from tpad_jax.core import files, log
-from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data import sources
+from tpad_jax.data import sessions as sessions_lib, sources
 from tpad_jax.data.events import attached
 from tpad_jax.data.sources import additions, external_features
 from tpad_jax.errors import Stopped, refuse_if, refusing

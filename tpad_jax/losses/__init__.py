@@ -22,12 +22,7 @@ from tpad_jax.losses.information import (
     smile,
     vclub,
 )
-from tpad_jax.losses.recommendation import (
-    clusters,
-    next_item,
-    sampled_next_item,
-    soft_next_item,
-)
+from tpad_jax.losses.recommendation import clusters, next_item, sampled_next_item, soft_next_item
 from tpad_jax.losses.tokens import bag_of_words, generation, mdist, rdist
 
 __all__ = ['LossSpec', 'Out', 'alignment_uniformity', 'bag_of_words', 'bottleneck', 'bound',

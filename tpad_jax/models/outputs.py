@@ -10,8 +10,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.models import readers
-from tpad_jax.models import stream as streams
+from tpad_jax.models import readers, stream as streams
 from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Plan, output, split
 from tpad_jax.models.sessions.repeats import shifts
 from tpad_jax.models.tpad import TPAD, encode_sessions, flat, item_vectors, z_table

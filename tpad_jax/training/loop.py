@@ -16,8 +16,7 @@ from tpad_jax.core import files
 from tpad_jax.distributed import hosts
 from tpad_jax.distributed.devices import Devices
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.training import profiling
-from tpad_jax.training import step as step_lib
+from tpad_jax.training import profiling, step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints, abstract
 from tpad_jax.training.step import StepSpec
 from tpad_jax.types import Batch, State

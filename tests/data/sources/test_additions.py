@@ -5,11 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from tests.data.sources import test_amazon as raw
-from tests.data.sources import test_event_files as tables
+from tests.data.sources import test_amazon as raw, test_event_files as tables
 from tpad_jax import config
-from tpad_jax.data import item_graphs, sources
-from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data import item_graphs, sessions as sessions_lib, sources
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sources import additions
 from tpad_jax.errors import InputError

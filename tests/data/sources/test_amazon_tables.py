@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data import text
+from tpad_jax.data import sessions as sessions_lib, text
 from tpad_jax.data.sources import amazon_tables
 from tpad_jax.errors import InputError
 

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 from scipy.special import chdtri
 
-from tpad_jax.data.synthetic import planted as planted_lib
-from tpad_jax.data.synthetic import rendering, wording
+from tpad_jax.data.synthetic import planted as planted_lib, rendering, wording
 from tpad_jax.errors import InputError
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from tpad_jax.data import catalogue
 from tpad_jax.data.sessions import Sessions
-from tpad_jax.data.synthetic import planted as planted_lib
-from tpad_jax.data.synthetic import variants
+from tpad_jax.data.synthetic import planted as planted_lib, variants
 
 SIZES = dict(seed=3, items=100, train=300, valid=20, test=1500)
 

@@ -20,8 +20,7 @@ from safetensors.numpy import load_file, save_file
 from benchmarks import parity_torch
 from tests import tiny_hf
 from tpad_jax.errors import InputError
-from tpad_jax.models.hf import export, keys, load, vlm
-from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import export, keys, load, spec as specs, vlm
 from tpad_jax.nn import linear
 
 # peft asks transformers by an older name

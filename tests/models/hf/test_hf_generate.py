@@ -10,9 +10,7 @@ import pytest
 from benchmarks import parity_torch
 from tests import tiny_hf
 from tpad_jax.errors import InputError
-from tpad_jax.models.hf import generate as generation
-from tpad_jax.models.hf import load, vlm
-from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import generate as generation, load, spec as specs, vlm
 from tpad_jax.models.hf.generate import Sampling, generate
 from tpad_jax.models.hf.trie import build
 from tpad_jax.nn import linear

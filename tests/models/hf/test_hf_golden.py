@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tpad_jax.models.hf import load, vlm
-from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import load, spec as specs, vlm
 from tpad_jax.models.hf.generate import generate
 from tpad_jax.nn import linear
 

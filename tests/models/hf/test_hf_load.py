@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 from tests import tiny_hf
 from tpad_jax.errors import InputError
-from tpad_jax.models.hf import keys, load, vlm
-from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import keys, load, spec as specs, vlm
 
 V, T, P = 'model.vision_tower.', 'model.language_model.', 'model.multi_modal_projector.'
 NAMINGS = {  # {what a name begins with in the model: on disk}, first match counts

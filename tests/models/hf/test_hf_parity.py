@@ -14,8 +14,7 @@ pytest.importorskip('torch')
 
 from benchmarks import parity, parity_torch
 from tests import tiny_hf
-from tpad_jax.models.hf import load
-from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import load, spec as specs
 from tpad_jax.models.hf.vlm import VLM
 
 ROOT = Path(__file__).parents[3]

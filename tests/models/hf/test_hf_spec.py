@@ -9,8 +9,7 @@ pytest.importorskip('torch')
 
 from tests import tiny_hf
 from tpad_jax.errors import InputError
-from tpad_jax.models.hf import spec as specs
-from tpad_jax.models.hf import vit
+from tpad_jax.models.hf import spec as specs, vit
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 LEGACY, NESTED = 'preprocessor_config.json', 'processor_config.json'

@@ -18,8 +18,7 @@ import polars as pl
 
 from tpad_jax.config import names
 from tpad_jax.core import files
-from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data import sources, text
+from tpad_jax.data import sessions as sessions_lib, sources, text
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import amazon, event_files, folder, ids

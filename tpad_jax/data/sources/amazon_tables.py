@@ -21,8 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from tpad_jax.core import files
-from tpad_jax.data import audit, images, text
-from tpad_jax.data import sessions as sessions_lib
+from tpad_jax.data import audit, images, sessions as sessions_lib, text
 from tpad_jax.data.catalogue import Data, restrict
 from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.sources import Source, amazon, amazon_fields, tf_examples

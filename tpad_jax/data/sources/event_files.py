@@ -19,8 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from tpad_jax.config import data as data_options
-from tpad_jax.config import names
+from tpad_jax.config import data as data_options, names
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Data
 from tpad_jax.data.sessions import DAY

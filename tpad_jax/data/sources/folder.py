@@ -24,8 +24,7 @@ import numpy as np
 from tpad_jax.config import names as names_in
 from tpad_jax.data import images, text
 from tpad_jax.data.catalogue import Data
-from tpad_jax.data.sources import Source, amazon_fields
-from tpad_jax.data.sources import ids as ids_lib
+from tpad_jax.data.sources import Source, amazon_fields, ids as ids_lib
 from tpad_jax.data.untrusted import DAMAGE, PACKINGS, Lines, Reason, stay_inside
 from tpad_jax.errors import InputError, refuse_if, refusing
 

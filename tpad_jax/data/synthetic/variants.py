@@ -20,8 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tpad_jax.data.synthetic import planted as planted_lib
-from tpad_jax.data.synthetic import wording
+from tpad_jax.data.synthetic import planted as planted_lib, wording
 
 KINDS = 'view', 'cart', 'buy'
 CYCLE, TASTE = 90 * 86_400, 10.0

@@ -22,8 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from tpad_jax.errors import refuse_if, refusing
-from tpad_jax.models.hf import keys, load
-from tpad_jax.models.hf import spec as specs
+from tpad_jax.models.hf import keys, load, spec as specs
 from tpad_jax.nn import linear
 
 # Suffixes of weights.

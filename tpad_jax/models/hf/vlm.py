@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
-from tpad_jax.models.hf import spec as specs
-from tpad_jax.models.hf import vit
+from tpad_jax.models.hf import spec as specs, vit
 from tpad_jax.models.hf.decoder import Decoder
 from tpad_jax.models.hf.layers import perceptron
 from tpad_jax.models.stream import Stream
