@@ -44,6 +44,7 @@ class Lines:
 
     Attributes:
       FORM: of a usable line, for messages.
+      BOM: what is dropped where it begins the file.
       path: of the file; '-' is standard input.
       number: of the line last read, from 1.
       rejected: {reason: lines}, those of `reject` among them.
@@ -54,6 +55,7 @@ class Lines:
     """
 
     FORM = 'a JSON object in UTF-8'
+    BOM = b'\xef\xbb\xbf'
 
     def __init__(self, path: Path, tell=lambda number, reason: None):
         """Prepare to read a file.
@@ -128,7 +130,7 @@ class Lines:
 
         `number` and `rejected` stay as they are.
         """
-        rest, bom, long = b'', b'\xef\xbb\xbf', False
+        rest, bom, long = b'', self.BOM, False
         for piece in self._pieces():
             if isinstance(piece, Reason):  # an unfinished line before it is lost
                 yield piece
@@ -181,7 +183,7 @@ class Lines:
             except EOFError:  # the end of the compressed stream is missing
                 reason = Reason('truncated_file')
             except (gzip.BadGzipFile, zlib.error):
-                self.unread = 1 - packed.tell() / self.path.stat().st_size
+                self.unread = 1 - packed.tell() / packed.seek(0, 2)
                 reason = Reason('damaged_file')
             room = max(MAX_UNPACKED, MAX_PACKING * packed.tell()) - total
             if len(part) > room:

@@ -21,8 +21,9 @@ import pyarrow as pa
 from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images as images_lib
 from tpad_jax.data.sources import amazon_blocks, amazon_fields
+from tpad_jax.data.sources.amazon_blocks import Parsed
 from tpad_jax.data.sources.amazon_fields import FIELDS, Fields
-from tpad_jax.data.untrusted import Lines, Reason, record_of, stay_inside
+from tpad_jax.data.untrusted import Lines, Reason, stay_inside
 from tpad_jax.errors import Stopped, refuse_if
 
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
@@ -30,8 +31,7 @@ _REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
 _OF_2014 = re.compile(r'reviews_.+\.json(\.gz)?')
 CATALOGUE = pl.Schema({'asin': pl.String, 'title': pl.String, 'brand': pl.String,
                        'category': pl.String, 'description': pl.String, 'price': pl.Float32})
-LONGEST = 4 * amazon_fields.USER_LENGTH  # bytes of a user in UTF-8
-_SURROGATE = re.compile('[\ud800-\udfff]')
+NEEDED = {'items': '{asin}', 'events': '{asin}, {user} and {time}'}  # in each line
 # what to do about lines that most of a file is rejected for
 HINTS = {
     'python_dict': 'these are Python dictionaries, as in the 2014 form of the data: write every '
@@ -274,45 +274,22 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
     return usable
 
 
-def _blocks(lines: Lines, parse: Callable, read_odd: Callable[[dict], object], form: str,
-            stopping: Callable[[], bool]) -> Iterator[tuple[amazon_blocks.Parsed, list]]:
-    """Yield what `parse` makes of each block, and [(position, what `read_odd` makes)] of odd lines.
-
-    Lines are counted, and rejected for the Reason that `read_odd` returns.
-    """
+def _parsed(lines: Lines, parse: Callable, form: str,
+            stopping: Callable[[], bool]) -> Iterator[Parsed | Reason]:
+    """Yield what `parse` makes of each block."""
     for parsed in amazon_blocks.parse_all(parse, lines.blocks(), lines.path, form):
         if stopping():
             raise Stopped(f'line {lines.number + 1} of {lines.path} was being read')
-        begin, values = lines.number, []
-        if isinstance(parsed, Reason):
-            lines.number += 1
-            lines.reject(parsed)
-            continue
-        for position, line in parsed.odd:
-            lines.number = begin + position + 1
-            record = record_of(line)
-            value = record if isinstance(record, Reason) else read_odd(record)
-            if isinstance(value, Reason):
-                lines.reject(value)
-            else:
-                values.append((position, *value))
-        lines.number = begin + parsed.number
-        yield parsed, values
+        yield parsed
 
 
 def _read_items(lines: Lines, form: str, parse: Callable[[dict, Fields, Counter], tuple],
                 unused: Counter, asins: set[str], bad_share: float,
                 stopping: Callable[[], bool] = lambda: False) -> Iterator[tuple[list, list]]:
     """Yield asins that are not in `asins`, then added, and what `parse` makes of their lines."""
-    def read_odd(record):
-        asin, counted = amazon_fields.item_id(record, FIELDS[form]), Counter()
-        return asin if isinstance(asin, Reason) else (
-            asin, parse(record, FIELDS[form], counted), counted)
-
-    for parsed, odd in _blocks(lines, partial(amazon_blocks.items, parse=parse), read_odd, form,
-                               stopping):
+    for parsed in _parsed(lines, partial(amazon_blocks.items, parse=parse), form, stopping):
         new = []
-        for _, asin, value, counted in sorted((*parsed.values, *odd)) if odd else parsed.values:
+        for _, asin, value, counted in amazon_blocks.item_values(lines, parsed, form, parse):
             if asin in asins:
                 lines.reject(Reason('duplicate_item'))
             else:
@@ -322,28 +299,30 @@ def _read_items(lines: Lines, form: str, parse: Callable[[dict, Fields, Counter]
                 new.append((asin, value))
         if new:
             yield tuple(map(list, zip(*new, strict=True)))
-    lines.check(bad_share, fields=FIELDS[form].asin, hints=HINTS)
+    check(lines, 'items', form, bad_share)
 
 
 def _read_events(lines: Lines, form: str, bad_share: float,
                  stopping: Callable[[], bool] = lambda: False) -> Iterator[pl.DataFrame]:
-    """Yield users, asins and times (seconds) of reviews, of items without metadata too."""
-    fields = FIELDS[form]
-
-    def read_odd(record):
-        event = amazon_fields.event(record, fields)
-        return event if isinstance(event, Reason) else (_storable(event[0]), *event[1:])
-
-    for parsed, odd in _blocks(lines, amazon_blocks.events, read_odd, form, stopping):
-        yield pl.concat([parsed.values, pl.DataFrame(
-            [event for _, *event in odd], parsed.values.schema, orient='row')])
-    lines.check(bad_share, fields=f'{fields.asin}, {fields.user} and {fields.time}', hints=HINTS)
+    """Yield the tables of the reviews' blocks."""
+    for parsed in _parsed(lines, amazon_blocks.events, form, stopping):
+        yield amazon_blocks.event_table(lines, parsed, form)
+    check(lines, 'events', form, bad_share)
 
 
-def _storable(user: str) -> str:
-    """A user as text that tables can hold; halves of surrogate pairs only in a longer code."""
-    return (user.encode(errors='surrogatepass').hex().rjust(LONGEST + 1)
-            if _SURROGATE.search(user) else user)
+def check(lines: Lines, kind: str, form: str, bad_share: float) -> None:
+    """Refuse a file, read to its end, as `untrusted.Lines.check` does.
+
+    Args:
+      lines: of the file.
+      kind: 'items' or 'events'.
+      form: '2018' or '2023'.
+      bad_share: as in `read`.
+
+    Raises:
+      InputError: it has too few usable lines.
+    """
+    lines.check(bad_share, fields=NEEDED[kind].format(**vars(FIELDS[form])), hints=HINTS)
 
 
 def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float) -> pl.DataFrame:
@@ -361,9 +340,7 @@ def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float) -
     # users are numbered by their sorted names, so that no number depends on the order of lines
     table, name = pl.concat(tables), pl.col('name').cast(pl.String)
     codes = pl.Series('name', np.arange(1 + table['user'].max(), dtype=np.uint32))
-    names = pl.DataFrame(codes.cat.to(user)).select(
-        pl.when(name.str.len_bytes() > LONGEST).then(
-            name.str.strip_chars().str.decode('hex', strict=False)).otherwise(name.cast(pl.Binary)))
+    names = pl.DataFrame(codes.cat.to(user)).select(amazon_blocks.genuine(name))
     ranks = pl.Series(np.argsort(names.to_series().arg_sort().to_numpy()))
     return table.with_columns(user=ranks.gather(table['user'])).unique().sort(
         'user', 'time', 'item')

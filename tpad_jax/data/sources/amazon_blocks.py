@@ -1,7 +1,7 @@
 """Blocks of raw Amazon lines -> values, on all cores.
 
 A fast parser, msgspec, reads the lines that it and Python's json read alike. Other lines are handed
-back with their position, for `untrusted.record_of` and the reasons why it may reject them.
+back with their position, and `untrusted.record_of` reads them, or finds the reason to reject them.
 """
 
 import re
@@ -17,8 +17,8 @@ import numpy as np
 import polars as pl
 
 from tpad_jax.data.sources import amazon_fields
-from tpad_jax.data.sources.amazon_fields import FIELDS
-from tpad_jax.data.untrusted import Reason
+from tpad_jax.data.sources.amazon_fields import FIELDS, Fields
+from tpad_jax.data.untrusted import Lines, Reason, record_of
 from tpad_jax.errors import refusing
 
 PARALLEL = 32 * 2**20  # bytes of a file for whose sake processes are started
@@ -26,7 +26,9 @@ CHUNK = 2**16  # bytes that are parsed at once; an odd line costs its chunk the 
 # msgspec skips the fields that are not needed, and sees neither of these there. Python's json
 # refuses integers of more than 4300 digits and, by the depth of calls, some 900 nested brackets.
 NESTED, DIGITS = 700, 4300
-_EVENTS = pl.Schema({'user': pl.String, 'asin': pl.String, 'time': pl.Int64})
+EVENTS = pl.Schema({'user': pl.String, 'asin': pl.String, 'time': pl.Int64})
+LONGEST = 4 * amazon_fields.USER_LENGTH  # bytes of a user in UTF-8
+_SURROGATE = re.compile('[\ud800-\udfff]')
 _ASINS = re.compile('[A-Za-z0-9_-]*')
 
 
@@ -104,7 +106,7 @@ def events(block: bytes, form: str) -> Parsed:
         number += lines
     columns = [[record[name] for record in records] for name in
                (fields.user, fields.asin, fields.time)]
-    table = pl.DataFrame(dict(zip(_EVENTS, columns, strict=True)), _EVENTS)
+    table = pl.DataFrame(dict(zip(EVENTS, columns, strict=True)), EVENTS)
     return Parsed(number, table.with_columns(pl.col('time') // fields.units), odd)
 
 
@@ -129,6 +131,83 @@ def items(block: bytes, form: str, parse: Callable) -> Parsed:
             values.append((position, asin, value, unused or {}))
             unused = Counter() if unused else unused
     return Parsed(len(lines), values, odd)
+
+
+def item_values(lines: Lines, parsed: Parsed | Reason, form: str,
+                parse: Callable[[dict, Fields, Counter], tuple]) -> list[tuple]:
+    """Count the lines of a block of metadata, and return what its usable lines hold.
+
+    Args:
+      lines: of the file; lines that cannot be used are rejected.
+      parsed: the next block of it, by `items`.
+      form: '2018' or '2023'.
+      parse: what the block was parsed by.
+
+    Returns:
+      (position in the block, asin, what `parse` made of the line, {what: count of unused parts}).
+    """
+    def read_odd(record):
+        asin, counted = amazon_fields.item_id(record, FIELDS[form]), Counter()
+        return asin if isinstance(asin, Reason) else (
+            asin, parse(record, FIELDS[form], counted), counted)
+
+    odd = _odd(lines, parsed, read_odd)
+    values = [] if isinstance(parsed, Reason) else parsed.values
+    return sorted((*values, *odd)) if odd else values
+
+
+def event_table(lines: Lines, parsed: Parsed | Reason, form: str) -> pl.DataFrame:
+    """Count the lines of a block of reviews, and return what its usable lines hold.
+
+    Args:
+      lines: as in `item_values`.
+      parsed: the next block of it, by `events`.
+      form: '2018' or '2023'.
+
+    Returns:
+      Users, asins and times (seconds), of items without metadata too.
+    """
+    def read_odd(record):
+        event = amazon_fields.event(record, FIELDS[form])
+        return event if isinstance(event, Reason) else (_storable(event[0]), *event[1:])
+
+    odd = pl.DataFrame([event for _, *event in _odd(lines, parsed, read_odd)],
+                       EVENTS, orient='row')
+    return odd if isinstance(parsed, Reason) else pl.concat([parsed.values, odd])
+
+
+def _odd(lines: Lines, parsed: Parsed | Reason, read_odd: Callable[[dict], object]) -> list[tuple]:
+    """Count a block's lines -> (position, what `read_odd` makes) of the odd ones.
+
+    Those are rejected for the Reason that `read_odd` returns.
+    """
+    begin, values = lines.number, []
+    if isinstance(parsed, Reason):
+        lines.number += 1
+        lines.reject(parsed)
+        return values
+    for position, line in parsed.odd:
+        lines.number = begin + position + 1
+        record = record_of(line)
+        value = record if isinstance(record, Reason) else read_odd(record)
+        if isinstance(value, Reason):
+            lines.reject(value)
+        else:
+            values.append((position, *value))
+    lines.number = begin + parsed.number
+    return values
+
+
+def genuine(user: pl.Expr) -> pl.Expr:
+    """Return users of `event_table` as the bytes whose order numbers them."""
+    return pl.when(user.str.len_bytes() > LONGEST).then(
+        user.str.strip_chars().str.decode('hex', strict=False)).otherwise(user.cast(pl.Binary))
+
+
+def _storable(user: str) -> str:
+    """A user as text that tables can hold; halves of surrogate pairs only in a longer code."""
+    return (user.encode(errors='surrogatepass').hex().rjust(LONGEST + 1)
+            if _SURROGATE.search(user) else user)
 
 
 def _outcome(block) -> Parsed | Reason:
