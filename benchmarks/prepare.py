@@ -3,8 +3,7 @@
 Files of the form of 2023 are generated: seeded, of Zipf popularity, with long texts, and one line
 in a thousand odd: cut, of another encoding, repeated, or with a value that no reader expects. Each
 side prepares them in a separate process, in turn; what they prepared is then compared record by
-record. Bytes of the files per second, processor seconds of all processes, and the peak of memory of
-the main process and of the largest of its helpers are printed.
+record. Bytes of the files per second, processor seconds and the peak of memory are printed.
 
     --reviews=5000000 --items=500000 --gz   the size that is aimed at, packed
     --against=c18c7c2                       the commit to compare with; empty: none
@@ -46,11 +45,9 @@ if work == 'prepare':
     begun = time.perf_counter()
     tables.prepare(raw, data, **json.loads(options))
     seconds = time.perf_counter() - begun
-    if 'loky' in sys.modules:  # only processes that have ended count
-        sys.modules['loky'].get_reusable_executor().shutdown(wait=True)
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({'seconds': seconds, 'peak': [u.ru_maxrss * 1024 for u in usage],
-                      'cpu': sum(u.ru_utime + u.ru_stime for u in usage)}))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps({'seconds': seconds, 'peak': usage.ru_maxrss * 1024,
+                      'cpu': usage.ru_utime + usage.ru_stime}))
 else:
     finished = tables.read_finished(data)
     told = {name: finished[name] for name in ('fingerprint', 'lines', 'form')}
@@ -182,14 +179,14 @@ def main(_) -> None:
                                     cwd=ROOT, check=True, capture_output=True).stdout
             subprocess.run(['tar', 'x', '-C', place], input=packed, check=True)
         record = measure(Path(place) / 'files', sides)
-    table = Table('', 'seconds', 'CPU seconds', 'MB/s', 'lines/s', 'peak, MB', 'of a helper, MB',
+    table = Table('', 'seconds', 'CPU seconds', 'MB/s', 'lines/s', 'peak, MB',
                   title=f'{record["reviews"]:,} reviews, {record["items"]:,} items, '
                         f'{record["bytes"] / 1e6:,.0f} MB{" packed" * FLAGS.gz}')
     for name, side in record['sides'].items():
         table.add_row(name, f'{side["seconds"]:.1f}', f'{side["cpu"]:.1f}',
                       f'{record["bytes"] / 1e6 / side["seconds"]:.0f}',
                       f'{(FLAGS.reviews + FLAGS.items) / side["seconds"]:,.0f}',
-                      *(f'{peak / 1e6:.0f}' for peak in side['peak']))
+                      f'{side["peak"] / 1e6:.0f}')
     Console().print(table)
     first, last = (record['sides'][name] for name in (next(iter(sides)), 'here'))
     print(f'faster: {first["seconds"] / last["seconds"]:.1f} times, in CPU seconds '

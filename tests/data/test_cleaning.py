@@ -1,8 +1,10 @@
 """Scraped fields: page code and markup go; titles that look a little like them stay."""
 
+import numpy as np
 import pytest
 
-from tpad_jax.data.cleaning import clean
+from tpad_jax.data import cleaning
+from tpad_jax.data.cleaning import clean, clean_all
 
 REAL = r"""
 size < 5 and > 3 <3|Warranty >>> THT|C++ Primer (5th Edition)|Vector<int> basics|Phone Case <Black>
@@ -63,3 +65,22 @@ def test_a_tag_that_never_closes_takes_no_words():
 def test_cleaning_takes_linear_time(piece):
     # a quadratic pattern would take minutes here
     assert len(clean(piece * 100_000)) <= len(piece) * 100_000
+
+def test_many_texts_are_cleaned_as_each_alone(monkeypatch):
+    # words and single signs, so that every pattern occurs almost, and without the sign it needs
+    pieces = ('Pen a- a-b-c a-row x.y( f() this.x [ window. javascript:go new Date() null NaN . , '
+              'import from "a" use strict @media @a & && &amp &copy A&B = { } ; || | < > - ! $( '
+              '\ud800 \x01 \xa0 \u200b \u3000 \u2028 汉 é ² ٣ margin: 0 [object Object]').split(' ')
+    pieces += '"use strict" (', 'import a from "b" (', 'new Date() '
+    rng = np.random.default_rng(0)
+    texts = ['', 'undefined', *REAL, *DEBRIS]
+    for glue in rng.choice(['', ' ', ' '], 20_000):
+        texts.append(glue.join(rng.choice(pieces, rng.integers(1, 6))))
+    expected = list(map(clean, texts))
+    assert clean_all(texts) == expected  # halves of surrogate pairs are among them
+    texts, expected = zip(*((text, words) for text, words in zip(texts, expected, strict=True)
+                            if '\ud800' not in text), strict=True)
+    called = []
+    monkeypatch.setattr(cleaning, 'clean', lambda text: called.append(text) or clean(text))
+    assert clean_all(list(texts)) == list(expected)
+    assert len(called) < 0.9 * len(texts)

@@ -7,6 +7,8 @@ titles such as "size < 5", "C++ {2nd edition}" or "Case <Black>" stay.
 import html
 import re
 
+import polars as pl
+
 ENOUGH = 5  # words before a piece of code that are worth keeping, however long the code is
 
 _ELEMENTS = (
@@ -64,6 +66,12 @@ _CODE = {sign: re.compile('|'.join(patterns), re.IGNORECASE) for sign, patterns 
           r'\b[a-z]+ ?: ?-?[\d.]+(?:(?:px|em|rem|pt)(?: ?!important)?| ?!important) ?[;}]'
           r' ?(?:[a-z-]+ ?: ?[^;]{1,60};|\})'),
 }.items()}
+# Every text that `clean` changes matches this: white space, a sign of markup or of one of the
+# patterns above, or words that are none. polars' pattern is a machine without steps back.
+_UNUSUAL = (r"""^ | $|  |[^\S ]|[\x00-\x1f\x7f-\x9f]|[{};=$|<>]|&[^ ]|&$"""
+            r"""|^[^\p{L}\p{N}]*$|^(?:null|undefined|NaN|\[object Object\])$|(?:^| )a-[a-z]"""
+            r"""|\.\w+\(|\(\)|(?i: from ["']|use strict|javascript:"""
+            r"""|(?:window|document|self|this)\.|@(?:media|font|keyframes|supports|import|charset))""")
 # names that programs write where a value is missing
 _PLACEHOLDERS = ('null', 'undefined', 'NaN', '[object Object]')
 _CLASS_NAME = re.compile(r'a-[a-z]+(?:-[a-z0-9]+)*|[a-z]+(?:[-_][a-z0-9]+){2,}')
@@ -94,6 +102,22 @@ def clean(text: str) -> str:
               or (words.count('-') > 1 and all(map(_CLASS_NAME.fullmatch, words.split()))
                   and any(name.startswith('a-') for name in words.split())))
     return '' if debris else words
+
+
+def clean_all(texts: list[str]) -> list[str]:
+    """Turn fragments of web pages into plain text, as `clean` does one by one.
+
+    Args:
+      texts: the fragments.
+    """
+    try:
+        unusual = pl.Series(texts, dtype=pl.String).str.contains(_UNUSUAL).arg_true()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        unusual = range(len(texts))
+    cleaned = texts.copy()
+    for number in unusual:
+        cleaned[number] = clean(texts[number])
+    return cleaned
 
 
 def _without_code(text: str) -> str:

@@ -160,12 +160,12 @@ class Lines:
                 yield from io.BytesIO(block)
 
     def _pieces(self) -> Iterator[bytes | Reason]:
-        """The unpacked bytes of the file, a quarter of MAX_LINE or less at once."""
+        """The unpacked bytes of the file, MAX_LINE or less at once."""
         with (refusing(OSError, f'{self.path} cannot be read',
                        'Expected a readable file. Fix: check its owner and its disk.'),
               open(0 if str(self.path) == '-' else self.path, 'rb') as file):
             if self.path.suffix != '.gz':
-                yield from iter(lambda: file.read1(MAX_LINE // 4), b'')
+                yield from iter(lambda: file.read1(MAX_LINE), b'')
                 return
             refuse_if(file.read(2) != b'\x1f\x8b', f'{self.path}: not a gzip file. Expected one, '
                       'as its name ends in .gz. Fix: download it again, or rename it.')
@@ -191,7 +191,7 @@ class Lines:
                 part, reason = part[:room], Reason('file_unpacks_without_end')
             parts.append(part)
             held, total = held + len(part), total + len(part)
-            if held and (reason or held >= MAX_LINE // 4):
+            if held and (reason or held >= MAX_LINE - io.DEFAULT_BUFFER_SIZE):
                 yield b''.join(parts)
                 parts, held = [], 0
         if isinstance(reason, Reason):

@@ -21,9 +21,8 @@ import pyarrow as pa
 from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images as images_lib
 from tpad_jax.data.sources import amazon_blocks, amazon_fields
-from tpad_jax.data.sources.amazon_blocks import Parsed
-from tpad_jax.data.sources.amazon_fields import FIELDS, Fields
-from tpad_jax.data.untrusted import Lines, Reason, stay_inside
+from tpad_jax.data.sources.amazon_fields import FIELDS
+from tpad_jax.data.untrusted import Lines, stay_inside
 from tpad_jax.errors import Stopped, refuse_if
 
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
@@ -169,9 +168,9 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
     """
     paths, unused = find_files(raw_dir), Counter()
     item_lines, asins, tables = Lines(paths.metadata), set(), []
-    for asin, values in _read_items(item_lines, paths.form, amazon_fields.describe, unused, asins,
-                                    bad_share):
-        tables.append(pl.DataFrame([asin, *zip(*values, strict=True)], schema=CATALOGUE))
+    for columns in _read_items(item_lines, paths.form, amazon_fields.describe, unused, asins,
+                               bad_share):
+        tables.append(pl.DataFrame(columns, schema=CATALOGUE))
     images = find_images(Path(raw_dir), asins, unused)
     before = pl.Series('asin', list(known), pl.String)
     catalogue = pl.concat(tables).filter(~pl.col('asin').is_in(before.implode())).sort(
@@ -274,39 +273,35 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
     return usable
 
 
-def _parsed(lines: Lines, parse: Callable, form: str,
-            stopping: Callable[[], bool]) -> Iterator[Parsed | Reason]:
+def _blocks(lines: Lines, parse: Callable, stopping: Callable[[], bool]) -> Iterator:
     """Yield what `parse` makes of each block."""
-    for parsed in amazon_blocks.parse_all(parse, lines.blocks(), lines.path, form):
+    for parsed in amazon_blocks.parse_all(parse, lines.blocks()):
         if stopping():
             raise Stopped(f'line {lines.number + 1} of {lines.path} was being read')
-        yield parsed
+        yield amazon_blocks.counted(lines, parsed)
 
 
-def _read_items(lines: Lines, form: str, parse: Callable[[dict, Fields, Counter], tuple],
-                unused: Counter, asins: set[str], bad_share: float,
-                stopping: Callable[[], bool] = lambda: False) -> Iterator[tuple[list, list]]:
-    """Yield asins that are not in `asins`, then added, and what `parse` makes of their lines."""
-    for parsed in _parsed(lines, partial(amazon_blocks.items, parse=parse), form, stopping):
-        new = []
-        for _, asin, value, counted in amazon_blocks.item_values(lines, parsed, form, parse):
-            if asin in asins:
-                lines.reject(Reason('duplicate_item'))
-            else:
+def _read_items(lines: Lines, form: str, parse: Callable, unused: Counter, asins: set[str],
+                bad_share: float, stopping: Callable[[], bool] = lambda: False
+                ) -> Iterator[list[list]]:
+    """Yield the columns of lines whose asin is not in `asins`, which they are added to."""
+    for columns, missing in _blocks(lines, partial(amazon_blocks.items, form=form, parse=parse),
+                                    stopping):
+        new = {}
+        for row, asin in enumerate(columns[0]):
+            if asin not in asins:
                 asins.add(asin)
-                if counted:
-                    unused.update(counted)
-                new.append((asin, value))
-        if new:
-            yield tuple(map(list, zip(*new, strict=True)))
+                new[row] = asin
+        lines.rejected.update(['duplicate_item'] * (len(columns[0]) - len(new)))
+        unused.update(what for row, what in missing if row in new)
+        yield [[column[row] for row in new] for column in columns]
     check(lines, 'items', form, bad_share)
 
 
 def _read_events(lines: Lines, form: str, bad_share: float,
                  stopping: Callable[[], bool] = lambda: False) -> Iterator[pl.DataFrame]:
-    """Yield the tables of the reviews' blocks."""
-    for parsed in _parsed(lines, amazon_blocks.events, form, stopping):
-        yield amazon_blocks.event_table(lines, parsed, form)
+    """Yield users, asins and times (seconds) of reviews, of items without metadata too."""
+    yield from _blocks(lines, partial(amazon_blocks.events, form=form), stopping)
     check(lines, 'events', form, bad_share)
 
 

@@ -7,10 +7,10 @@ their digits. Values that cannot be read in a line that is kept are counted as u
 import re
 from collections import Counter
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from types import SimpleNamespace as Fields
 
-from tpad_jax.data.cleaning import clean
+from tpad_jax.data.cleaning import clean, clean_all
 from tpad_jax.data.untrusted import Reason
 
 MAX_PRICE = 1e7  # dollars
@@ -91,46 +91,61 @@ def event(record: dict, fields: Fields) -> tuple[str, str, int] | Reason:
     return user, asin, int(time // fields.units)
 
 
-def describe(record: dict, fields: Fields, unused: Counter) -> tuple:
-    """Read the words and the price of a metadata line.
+def describe(records: list[dict], fields: Fields) -> tuple[list[list], list[tuple[int, str]]]:
+    """Read the words and prices of metadata lines.
 
     Args:
-      record: a line of the metadata.
+      records: lines of the metadata.
       fields: names of the form.
-      unused: increased by the name of every field whose value cannot be used.
 
     Returns:
-      Title, brand, category, description (str, '' if none) and price (dollars, None if none).
+      Titles, brands, categories, descriptions (str, '' if none) and prices (dollars, None if none);
+      and (row, field) of every value that cannot be used.
     """
-    raw_title, raw_brand, raw_price = map(record.get, ('title', fields.brand, 'price'))
-    if isinstance(raw_brand, str):
-        raw_brand = _BYLINE.sub('', raw_brand.lstrip())
-    title, price = _words(raw_title), amount(raw_price)
-    brand = '' if raw_brand in ABSENT else _name(raw_brand)
-    for name, raw, value in (('title', raw_title, title), ('brand', raw_brand, brand)):
-        if raw and not value and raw not in ABSENT:
-            unused[f'{name}_page_code' if isinstance(raw, str) else name] += 1
-    if price is None and raw_price not in ABSENT:
-        unused['price'] += 1
+    raw_titles, raw_brands, raw_prices = (
+        [record.get(name) for record in records] for name in ('title', fields.brand, 'price'))
+    raw_brands = [_BYLINE.sub('', brand.lstrip()) if isinstance(brand, str) else brand
+                  for brand in raw_brands]
+    titles, prices = _words(raw_titles), list(map(amount, raw_prices))
+    brands = ['' if brand in ABSENT else _name(brand) for brand in raw_brands]
+    unused = [(row, f'{name}_page_code' if isinstance(raw, str) else name)
+              for name, raws, values in (('title', raw_titles, titles),
+                                         ('brand', raw_brands, brands))
+              for row, (raw, value) in enumerate(zip(raws, values, strict=True))
+              if raw and not value and raw not in ABSENT]
+    unused += [(row, 'price') for row, price in enumerate(prices)
+               if price is None and raw_prices[row] not in ABSENT]
     # 2014's path is called as 2023's
-    category = (_category(record.get(fields.category) or record.get('categories'))
-                or _name(record.get(fields.main_category)))
+    categories = [_category(record.get(fields.category) or record.get('categories'))
+                  or _name(record.get(fields.main_category)) for record in records]
     # many 2023 items have an empty description and put everything into their list of features
-    description = _words(record.get('description')) or _words(record.get(fields.features))
-    return title, brand, category, description, price
+    descriptions = _words([record.get('description') for record in records])
+    empty = [row for row, description in enumerate(descriptions) if not description]
+    for row, words in zip(empty, _words([records[row].get(fields.features) for row in empty]),
+                          strict=True):
+        descriptions[row] = words
+    return [titles, brands, categories, descriptions, prices], unused
 
 
-def urls(record: dict, fields: Fields, unused: Counter) -> tuple[str, ...]:
-    """Read the addresses of an item's pictures.
+def urls(records: list[dict], fields: Fields) -> tuple[list[list], list[tuple[int, str]]]:
+    """Read the addresses of items' pictures.
 
     Args:
-      record: a line of the metadata.
+      records: lines of the metadata.
       fields: names of the form.
-      unused: increased where an address is too long or the pictures have an unknown form.
 
     Returns:
-      At most URLS different addresses, those of the main picture first.
+      One column: at most URLS different addresses of each item, those of the main picture first;
+      and (row, reason) where an address is too long or the pictures have an unknown form.
     """
+    unused = [Counter() for _ in records]
+    addresses = [_urls(record, fields, counted)
+                 for record, counted in zip(records, unused, strict=True)]
+    return [addresses], [(row, why) for row, counted in enumerate(unused)
+                         for why in counted.elements()]
+
+
+def _urls(record: dict, fields: Fields, unused: Counter) -> tuple[str, ...]:
     pictures = record.get(fields.pictures) if fields.pictures else [record]
     if isinstance(pictures, dict):  # `datasets.to_json` writes a dict of lists
         columns = [value if isinstance(value, list) else [value] for value in pictures.values()]
@@ -159,6 +174,8 @@ def _texts(value: object) -> list[str]:
     """The texts in a field; a number is its digits."""
     if isinstance(value, str):
         return [value]
+    if isinstance(value, list) and {*map(type, value)} <= {str}:  # most lists
+        return value
     return [str(leaf) for leaf in _strings(value) if isinstance(leaf, str) or _is_number(leaf)]
 
 
@@ -166,24 +183,33 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) < 1e15  # which neither nan nor infinity is
 
 
-def _words(value: object) -> str:
-    """Plain text of a field."""
-    return ' '.join(filter(None, map(clean, _texts(value))))
-
-
-_common = lru_cache(2**14)(clean)  # many items have equal brands and categories
+def _words(values: list) -> list[str]:
+    """Plain text of a field of every record."""
+    texts = list(map(_texts, values))
+    cleaned = iter(clean_all([*chain.from_iterable(texts)]))
+    return [' '.join(filter(None, islice(cleaned, len(parts)))) for parts in texts]
 
 
 def _name(value: object) -> str:
     """Plain text of a field that other items share."""
     return _common(value) if isinstance(value, str) and len(value) <= CATEGORY_LENGTH else (
-        _words(value))
+        _words([value])[0])
 
 
 def _category(value: object) -> str:
     """The category path "a > b > c", up to the first level that cannot be a category's name."""
+    levels = tuple(_texts(value)[:CATEGORY_LEVELS])
+    return (_path if sum(map(len, levels)) <= CATEGORY_LEVELS * CATEGORY_LENGTH
+            else _path.__wrapped__)(levels)
+
+
+_common = lru_cache(2**14)(clean)  # many items have equal brands and categories
+
+
+@lru_cache(2**14)
+def _path(levels: tuple[str, ...]) -> str:
     path = []
-    for text in _texts(value)[:CATEGORY_LEVELS]:
+    for text in levels:
         level = _name(text)
         if not level or len(level) > CATEGORY_LENGTH or level[-1] in '.!':
             break
