@@ -245,6 +245,9 @@ def mllm() -> ConfigDict:
         pooling='summary',
         encode_rows=120,  # items per compiled call when the whole catalogue is read
         encode_part=1920,  # items per file of an unfinished feature store; a kill costs one file
+        # seconds without a finished call after which another process that encodes the same run
+        # makes a part; more than the first call takes, which compiles
+        encode_lease=600.0,
         before='', between='', end='',  # texts around image and text; empty: the family's
     ))
 

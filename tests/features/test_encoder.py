@@ -80,7 +80,7 @@ def changed(path, by=1e-3):
 
 def fill(directory, params=None, **options):
     params = model()[1] if params is None else params
-    made().leave(params, directory, seed=0, **options)
+    made().leave(params, directory, origin={'seed': 0}, **options)
 
 
 def contents(directory):
@@ -197,7 +197,7 @@ def test_contents_are_gathered_by_a_thread_while_the_device_computes():
 
     made_by = encoder.made_by(model()[1])
     assert made_by['k']['resolution'] == SIDE
-    for _ in encoder._make(encoder._used(model()[1]), progress, lambda: False, [0, 1]):
+    for _ in encoder._make(encoder._used(model()[1]), progress, lambda: False, iter([0, 1]), [0, 1]):
         pass
     assert asked == [False] * 4  # two parts of two calls each
     assert seen[0] >= 3
@@ -253,15 +253,15 @@ def test_fewer_items_per_call_go_on_with_the_same_parts(tmp_path):
     with pytest.raises(Stopped):
         fill(tmp_path, stopping=lambda: next(count, None) is None)
     smaller = make(rows=4)
-    smaller.leave(model()[1], tmp_path, seed=0)
+    smaller.leave(model()[1], tmp_path, origin={'seed': 0})
     for name in ('k', 'r'):
         np.testing.assert_allclose(store.read(tmp_path, name), rows()[name], rtol=0, atol=2e-5)
 
 
 def test_a_finished_store_is_read_and_not_made_again(tmp_path, monkeypatch):
-    first = made().leave(model()[1], tmp_path, seed=0)
+    first = made().leave(model()[1], tmp_path, origin={'seed': 0})
     monkeypatch.setattr(encoder_lib.Encoder, '_contents', lambda *_: pytest.fail('encoded again'))
-    again = made().leave(model()[1], tmp_path, seed=0)
+    again = made().leave(model()[1], tmp_path, origin={'seed': 0})
     for name in ('k', 'r'):
         np.testing.assert_array_equal(first[name], rows()[name])
         np.testing.assert_array_equal(again[name], rows()[name])
@@ -270,7 +270,7 @@ def test_a_finished_store_is_read_and_not_made_again(tmp_path, monkeypatch):
 def test_rows_that_were_kept_are_left_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder_lib.Encoder, '_contents', lambda *_: pytest.fail('encoded again'))
     found = made().leave(model()[1], tmp_path, rows={n: jnp.asarray(x) for n, x in rows().items()},
-                         seed=0)
+                         origin={'seed': 0})
     assert found.keys() == rows().keys()
     for name in ('k', 'r'):
         np.testing.assert_array_equal(store.read(tmp_path, name), rows()[name])

@@ -1,12 +1,14 @@
 """The store of item features: killed anywhere, resumed to the same bytes; refusals; other forms."""
 
 import hashlib
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 import ml_dtypes
@@ -81,8 +83,8 @@ class Fake:
     def __init__(self, only=None):
         self.asked, self.only = [], only
 
-    def __call__(self, numbers):
-        for number in numbers[:self.only]:
+    def __call__(self, numbers, missing):
+        for number in itertools.islice(numbers, self.only):
             self.asked.append(number)
             yield number, rows_of(PARTS[number])
         if self.only is not None:
@@ -125,9 +127,9 @@ def test_a_store_holds_every_row_by_item_id(whole):
     assert {'k.npy', 'r.npy'} <= {p.name for p in whole.iterdir()}
 
 
-@pytest.mark.parametrize(('how', 'count'), [('name', 40), ('half', 8)])
+@pytest.mark.parametrize(('how', 'count'), [('name', 50), ('half', 8)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(whole, tmp_path, how, count):
-    """SIGKILL at every step: 2 manifests, 8 parts, 2 wholes, 8 removals; 8 arrays are saved."""
+    """SIGKILL at every step: 2 manifests, 8 parts, 2 wholes, 5 leases, 8 removals; 8 arrays are saved."""
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, tmp_path, str(count + 1),
                            how, ROOT], stdout=subprocess.PIPE, timeout=300, check=True)
     statuses = [int(line) for line in done.stdout.split()]
@@ -198,7 +200,7 @@ def test_damaged_and_absent_stores_are_named(whole, tmp_path):
 
 def test_rows_that_do_not_fit_a_part_are_no_rows(tmp_path):
     with pytest.raises(ValueError, match=r'has rows \[2, 2, 3\], expected \[3, 2, 3\]'):
-        filled(tmp_path, lambda numbers: iter([(0, rows_of([1, 2]))]))
+        filled(tmp_path, lambda *_: iter([(0, rows_of([1, 2]))]))
 
 
 def test_rows_that_are_there_are_written_whole(tmp_path):
@@ -211,53 +213,107 @@ def test_rows_that_are_there_are_written_whole(tmp_path):
     assert json.loads((tmp_path / 'k.manifest.json').read_text())['counts'] == {'items': 3}
 
 
-def test_processes_share_the_parts(whole, tmp_path):
-    one, two, called = Fake(), Fake(), []
+# One of two processes that fill argv[1]. It kills itself when it has taken argv[2] parts and made one
+# less, or else waits for the file `go` with its first part. Prints the parts that it makes.
+HOST = '''
+import os, signal, socket, sys, time
+sys.path[:0] = sys.argv[3:]
+from tests.features import test_store as t
+socket.gethostname = lambda: str(os.getpid())  # no process asks the system about the other one
 
-    @contextmanager
-    def meet(name):
-        yield
-        called.append(name)
+def make(numbers, missing):
+    for taken, number in enumerate(numbers, 1):
+        if taken == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        while sys.argv[2] == '0' and not os.path.exists(sys.argv[1] + '.go'):
+            time.sleep(.02)
+            yield number, None
+        print(number, flush=True)
+        yield number, t.rows_of(t.PARTS[number])
 
-    with pytest.raises(InputError, match='parts are missing'):
-        filled(tmp_path, one, process=(0, 2))
-    filled(tmp_path, two, process=(1, 2), meet=meet)
-    assert called == ['features claimed', 'features filled', 'features joined']
-    assert not (tmp_path / 'k.npy').exists()
-    filled(tmp_path, process=(0, 2))
-    assert (one.asked, two.asked) == ([0, 2], [1, 3])
+t.filled(sys.argv[1], make, lease=60)
+'''
+
+
+def test_processes_share_the_parts_and_one_takes_over_from_a_lost_one(whole, tmp_path):
+    """Two real processes know each other by files alone; one is killed with a part in its hands."""
+    store_ = tmp_path / 'store'
+    running = [subprocess.Popen([sys.executable, '-c', HOST, store_, most, ROOT], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for most in ('2', '0')]
+    assert running[0].wait(300) == -signal.SIGKILL
+    lost = [lease for lease in store_.glob('*.lease.partial')
+            if lease.read_text().split()[1] == str(running[0].pid)]
+    assert len(lost) == 1
+    os.utime(lost[0], (0, 0))  # as if it had been long ago
+    (tmp_path / 'store.go').touch()
+    done = [process.communicate(timeout=300) for process in running]
+    assert running[1].returncode == 0
+    parts = [[int(line) for line in out.split()] for out, _ in done]
+    assert sorted(sum(parts, [])) == [0, 1, 2, 3]
+    assert len(parts[0]) == 1
+    assert f'lease {lost[0].name[0]} is taken over' in done[1][1]
+    assert contents(store_) == contents(whole)
+
+
+def test_a_process_that_was_taken_for_lost_ends_as_well(whole, tmp_path, capsys):
+    """Its lease ran out while it made a part, and another process has finished the store since."""
+    def slow(numbers, missing):
+        for number in numbers:
+            if number == 1:
+                time.sleep(0.02)
+                filled(tmp_path, lease=0.01)
+                assert contents(tmp_path) == contents(whole)
+            yield number, rows_of(PARTS[number])
+
+    filled(tmp_path, slow, lease=0.01)
+    assert 'lease 1 was taken over' in capsys.readouterr().err
     assert contents(tmp_path) == contents(whole)
 
 
-def test_a_process_that_did_not_end_is_named(whole, tmp_path):
-    with pytest.raises(InputError, match=r'2 of 4 parts are missing \(1, 3\) after all 2'):
-        filled(tmp_path, process=(0, 2))
-    other = {**MADE_BY, 'k': {'checkpoint': 'other', 'resolution': 32}}
-    with pytest.raises(InputError, match='checkpoint was'):
-        filled(tmp_path, made_by=other, process=(1, 2))
-    filled(tmp_path, process=(1, 2))
-    filled(tmp_path, process=(0, 2))
+def test_a_run_waits_for_no_lease_of_its_own_host(whole, tmp_path):
+    """A run that was killed resumes at once, also with the number of the process before."""
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path, Fake(only=1))
+    gone = subprocess.Popen([sys.executable, '-c', ''])
+    gone.wait()
+    for part, process in ((1, gone.pid), (2, os.getpid())):
+        (tmp_path / f'{part}.lease.partial').write_text(f'{socket.gethostname()} {process} 01ab')
+    (tmp_path / '3.lease.partial').write_text('')  # of a full disk
+    os.utime(tmp_path / '3.lease.partial', (0, 0))
+    fake = Fake()
+    filled(tmp_path, fake)
+    assert fake.asked == [1, 2, 3]
     assert contents(tmp_path) == contents(whole)
 
 
-def test_two_processes_at_once(whole, tmp_path):
-    """In step, by meetings made of files."""
-    script = ('import sys, time\nfrom pathlib import Path\nsys.path[:0] = [sys.argv[3]]\n'
-              'from tests.features import test_store as t\n'
-              'me, here = int(sys.argv[2]), sys.argv[1]\n'
-              'from contextlib import contextmanager\n'
-              '@contextmanager\n'
-              'def meet(name):\n'
-              '    yield\n'
-              '    Path(here + f".{name}{me}").touch()\n'
-              '    while not Path(here + f".{name}{1 - me}").exists(): time.sleep(.01)\n'
-              't.filled(here, process=(me, 2), meet=meet)\n')
-    running = [subprocess.Popen([sys.executable, '-c', script, str(tmp_path / 's'), str(i), ROOT],
-                                stderr=subprocess.PIPE) for i in range(2)]
-    for process in running:
-        assert process.communicate(timeout=300)[1] == b''
-        assert process.returncode == 0
-    assert contents(tmp_path / 's') == contents(whole)
+def test_a_damaged_part_is_made_again_and_reported(whole, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path, Fake(only=2))
+    file = tmp_path / 'r.00001.npy'
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1  # of the rows; 32 bytes of digest follow
+    file.write_bytes(content)
+    fake = Fake()
+    filled(tmp_path, fake)
+    assert fake.asked == [2, 3, 1]
+    assert f'{file}: damaged' in capsys.readouterr().err
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_of_two_origins_at_once_one_is_refused(tmp_path):
+    """Both processes saw no manifest; the second one wrote its own over that of the first."""
+    def other(numbers, missing):
+        manifest = json.loads((tmp_path / 'k.manifest.json').read_text())
+        manifest['fingerprint']['checkpoint'] = 'other'
+        (tmp_path / 'k.manifest.json').write_text(json.dumps(manifest))
+        yield from Fake()(numbers, missing)
+
+    with pytest.raises(InputError, match='checkpoint was "other" and is now "base"'):
+        filled(tmp_path, other)
+    fake = Fake()  # of the later origin, whose parts the others are not
+    filled(tmp_path, fake, made_by={**MADE_BY, 'k': {**MADE_BY['k'], 'checkpoint': 'other'}})
+    assert fake.asked == [0, 1, 2, 3]
 
 
 # --- computed elsewhere -------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_files_that_are_mapped_say_that_the_disk_is_full(small_disk):
     ids, rows = np.array_split(np.arange(1, 1201), 2), np.ones((600, 128), np.float32)
 
     def fill():
-        store.fill(where / 'store', lambda own: ((i, {'k': rows}) for i in own), parts=ids,
+        store.fill(where / 'store', lambda own, _: ((i, {'k': rows}) for i in own), parts=ids,
                       shapes={'k': (128,)}, made_by={'k': {'seed': 1}})
 
     with pytest.raises(OSError, match='No space left'):

@@ -12,18 +12,19 @@ PARTIAL = '.partial'  # suffix of a file that is not finished; nothing reads or 
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, token: str = '') -> Iterator[Path]:
     """Write a file completely or not at all.
 
     Args:
       path: the file to create or replace. Its directory is created if absent.
+      token: of this process, where several may write the same file.
 
     Yields:
       The path to write to, `path` with the suffix PARTIAL in the same directory. It replaces `path`
       when the block ends without an error and is removed otherwise.
     """
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(path.name + (token and f'.{token}') + PARTIAL)
     path.parent.mkdir(parents=True, exist_ok=True)
     if partial.is_symlink():  # it would be written through
         partial.unlink()

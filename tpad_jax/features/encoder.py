@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import lru_cache, partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -180,56 +181,73 @@ class Encoder:
                 f'{path} {mark}' for path, mark in sorted(digests.items())
                 if _under(path, self._reads[name])).encode())[:16]} for name in self.names}
 
-    def leave(self, params: dict, directory, progress=None, stopping=lambda: False,
-              rows: dict | None = None, **more) -> dict:
+    def leave(self, params: dict, directory, rows: dict | None = None, **options) -> dict:
         """Write the rows of `params` to a store and return them on the device.
 
-        A store is resumed where it lacks rows, see `store.fill`. Processes share the parts.
+        Args:
+          params: nested.
+          directory: of the store.
+          rows: the result of `self(params)`, if it exists already.
+          **options: see `fill`.
+
+        Returns:
+          {name: float32 [V+1, ...]}.
+        """
+        if not rows:
+            self.fill(params, directory, **options)
+            return {name: jnp.array(store.read(directory, name)) for name in self.names}
+        made_by = self.made_by(params, **options.get('origin', {}))
+        for name in self.names if jax.process_index() == 0 else ():
+            store.write(directory, name, np.asarray(rows[name]), made_by[name], self._counts())
+        return {name: jnp.asarray(rows[name]) for name in self.names}
+
+    def fill(self, params: dict, directory, progress=None, stopping=lambda: False,
+             lease: float = store.LEASE, origin: dict | None = None) -> None:
+        """Write the rows of `params` to a store, together with all processes that do so.
+
+        A store is resumed where it lacks rows, see `store.fill`.
 
         Args:
           params: nested.
           directory: of the store.
           progress: a bar like console.progress.
-          stopping: asked after every call. With several processes it is not: they would not ask
-            equally often.
-          rows: the result of `self(params)`, if it exists already.
-          **more: see `made_by`.
-
-        Returns:
-          {name: float32 [V+1, ...]}.
+          stopping: asked after every call. In a run of several processes it is not: they would not
+            ask equally often.
+          lease: seconds without a finished call after which another process makes a part.
+          origin: more keys of `made_by`.
 
         Raises:
           InputError: the store has another origin.
           FloatingPointError: a row is not finite.
           Stopped: `stopping` answered True. Finished parts stay.
         """
-        c, made_by, processes = self._content, self.made_by(params, **more), jax.process_count()
-        counts = {'items': len(c.tokens) - 1, 'without_image': int((~c.has_image[1:]).sum()),
-                  'broken_images': c.broken}
-        if rows:
-            for name in self.names if jax.process_index() == 0 else ():
-                store.write(directory, name, np.asarray(rows[name]), made_by[name], counts)
-            return {name: jnp.asarray(rows[name]) for name in self.names}
-        params, stopping = self._used(params), bool if processes > 1 else stopping
-        store.fill(directory, partial(self._make, params, progress, stopping),
-                   parts=[ids for _, ids in self._parts], shapes=self._shapes(params),
-                   made_by=made_by, counts=counts, process=(jax.process_index(), processes),
-                   meet=hosts.joined)
-        return {name: jnp.array(store.read(directory, name)) for name in self.names}
+        made_by, params = self.made_by(params, **(origin or {})), self._used(params)
+        stopping = bool if jax.process_count() > 1 else stopping
+        with hosts.joined('features'):
+            store.fill(directory, partial(self._make, params, progress, stopping),
+                       parts=[ids for _, ids in self._parts], shapes=self._shapes(params),
+                       made_by=made_by, counts=self._counts(), lease=lease, stopping=stopping)
+
+    def _counts(self):
+        c = self._content
+        return {'items': len(c.tokens) - 1, 'without_image': int((~c.has_image[1:]).sum()),
+                'broken_images': c.broken}
 
     def _calls(self, params, numbers) -> Iterator[tuple]:
         """Yield (part, begin, ids, {name: rows on the device}) while the next call computes."""
-        calls = [(number, begin, self._parts[number][1][begin:begin + self._rows])
+        calls = ((number, begin, self._parts[number][1][begin:begin + self._rows])
                  for number in numbers
-                 for begin in range(0, len(self._parts[number][1]), self._rows)]
+                 for begin in range(0, len(self._parts[number][1]), self._rows))
         with ThreadPoolExecutor(1) as pool:
-            def gather(number, _, ids):
-                return pool.submit(self._contents, ids, *self._parts[number][0])
+            def gather(call):
+                number, _, ids = call
+                return call, pool.submit(self._contents, ids, *self._parts[number][0])
 
-            ahead, pending = deque(gather(*call) for call in calls[:AHEAD]), None
-            for i, call in enumerate(calls):
-                arrays = ahead.popleft().result()
-                ahead.extend(gather(*later) for later in calls[i + AHEAD:i + AHEAD + 1])
+            ahead, pending = deque(map(gather, islice(calls, AHEAD))), None
+            while ahead:
+                call, contents = ahead.popleft()
+                arrays = contents.result()
+                ahead.extend(map(gather, islice(calls, 1)))
                 rows = self._read(params, *arrays)
                 if pending is not None:
                     jax.block_until_ready(pending[-1])  # limits the contents on the device
@@ -246,14 +264,19 @@ class Encoder:
         return jax.device_put((image[at], c.has_image[at], c.tokens[at, :length]),
                               self._devices.split())
 
-    def _make(self, params, progress, stopping, numbers):
-        """Yield (part, {name: rows}) of some parts, for `store.fill`."""
-        parts = self._parts[jax.process_index()::jax.process_count()]
-        share = sum(len(ids) for _, ids in parts)
-        before = share - sum(len(self._parts[number][1]) for number in numbers)
+    def _make(self, params, progress, stopping, numbers, missing):
+        """Yield (part, {name: rows}) of some of the missing parts, for `store.fill`.
+
+        Processes take parts in the same order, so the number of one shows how far all of them are.
+        """
+        sizes = [len(self._parts[number][1]) for number in missing]
+        before = dict(zip(missing, np.cumsum([len(self._content.tokens) - 1 - sum(sizes), *sizes]
+                                             ).tolist(), strict=False))
+        share = len(self._content.tokens) - 1
         title = 'encode ' + ','.join(self.names)
-        bar = progress(title, share, before) if progress else nullcontext(lambda *_: None)
-        done, begun, part = before, time.perf_counter(), {}
+        bar = (progress(title, share, before[missing[0]]) if progress
+               else nullcontext(lambda *_: None))
+        made, begun, part = 0, time.perf_counter(), {}
         with bar as report, closing(self._calls(params, numbers)) as calls:
             for number, begin, ids, rows in calls:
                 size = len(self._parts[number][1])
@@ -265,11 +288,12 @@ class Encoder:
                                                  f'finite, for example items {bad[:5].tolist()}')
                     part.setdefault(name, np.empty((size, *rest), np.float32))
                     part[name][begin:begin + len(ids)] = x
-                done += len(ids)
-                rate = (done - before) / (time.perf_counter() - begun)
+                made += len(ids)
+                end, done = begin + len(ids), before[number] + begin + len(ids)
+                rate = made / (time.perf_counter() - begun)
                 report(done, f'{rate:.0f} items/s' if rate >= 10 else f'{rate:.2g} items/s')
-                if begin + len(ids) == size:
-                    yield number, part
+                yield number, part if end == size else None
+                if end == size:
                     part = {}
                 if stopping() and done < share:
                     raise Stopped('stopped while the catalogue was encoded')

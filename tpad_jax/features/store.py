@@ -3,70 +3,116 @@
 A store is a directory. For every name it holds
 
     <name>.manifest.json    shape, dtype, parts, the fingerprint of the rows' origin, counts
-    <name>.00007.npy        the rows of one part's items, while parts are missing
+    <name>.00007.npy        the rows of one part's items and a digest, while parts are missing
+    7.lease.partial         which process makes part 7
     <name>.npy              [V+1, ...] by item id with row 0 zero, once all parts exist
 
 A file appears when it is complete. No file holds a time or a process number. So a store that was
 killed and resumed ends with the same bytes as one that was not.
 """
 
-import contextlib
 import hashlib
+import itertools
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tpad_jax.core.files import PARTIAL, replacing, write_text
-from tpad_jax.data.untrusted import shown
-from tpad_jax.errors import refuse_if, refusing
+from tpad_jax.core.files import PARTIAL, replacing
+from tpad_jax.errors import Stopped, refuse_if, refusing
+from tpad_jax.features.leases import Leases
+
+LEASE = 600.0  # seconds without a sign of life after which another process makes a part
 
 
-def fill(directory, make: Callable[[list[int]], Iterable], *, parts: Sequence[np.ndarray],
-         shapes: dict[str, tuple], made_by: dict[str, dict], counts: dict | None = None,
-         process: tuple[int, int] = (0, 1), meet: Callable = contextlib.nullcontext) -> None:
+def fill(directory, make: Callable[[Iterator[int], list[int]], Iterable], *,
+         parts: Sequence[np.ndarray], shapes: dict[str, tuple], made_by: dict[str, dict],
+         counts: dict | None = None, lease: float = LEASE,
+         stopping: Callable[[], bool] = lambda: False) -> None:
     """Compute the missing parts, then join them. A finished store stays as it is.
 
-    Several processes fill one directory of a shared file system. Process i % processes makes part
-    i, and process 0 joins the parts.
+    Any number of processes may fill one directory of a shared file system. Each takes a lease of a
+    part before it makes it, and of the joining, see `leases.Leases`. They end when the store is
+    finished, and take over what a lost process leaves. A part is the same, whoever makes it, and
+    appears at once, so one that two processes make is the same, too.
 
     Args:
       directory: of the store.
-      make: part numbers -> iterator of (number, {name: float [len(parts[number]), ...]}).
+      make: (numbers of parts, which are taken while they are iterated; all that were missing)
+        -> iterator of (number, {name: float [len(parts[number]), ...]}), and of (number, None) as a
+        sign of life.
       parts: int [.] each. The item ids of every part; together 1..V, each once.
       shapes: {name: shape of one item's row}.
       made_by: {name: fingerprint}, a flat JSON-able dict of everything that the rows depend on.
       counts: more facts for the manifest, which are not compared.
-      process: number of this process, and of all.
-      meet: (name) -> context manager that ends when it has ended in all processes, see
-        `hosts.joined`.
+      lease: seconds without a sign of life after which another process makes a part.
+      stopping: asked while other processes make the last parts.
 
     Raises:
-      InputError: the directory holds rows of another origin, or parts of other processes are
-        missing.
+      InputError: the directory holds rows of another origin.
+      Stopped: `stopping` answered True.
     """
-    directory, total, (own, processes) = Path(directory), 1 + sum(map(len, parts)), process
+    directory, total, leases = Path(directory), 1 + sum(map(len, parts)), Leases(directory, lease)
     layout = hashlib.sha256(b''.join(b'%d:' % len(p) + np.asarray(p, '<i8').tobytes()
                                      for p in parts)).hexdigest()[:16]
     manifests = {name: _manifest((total, *shape), made_by[name], counts, len(parts), layout)
                  for name, shape in shapes.items()}
-    with meet('features claimed'):
-        _claim(directory, manifests, writes=own == 0)
-    with meet('features filled'):
-        _claim(directory, manifests, writes=False)  # every process has the same fingerprints
-        numbers = [i for i in _missing(directory, shapes, parts) if i % processes == own]
-        for number, rows in make(numbers) if numbers else ():
-            for name, shape in shapes.items():
-                part, expected = np.asarray(rows[name], np.float32), (len(parts[number]), *shape)
-                if part.shape != expected:
-                    raise ValueError(f'part {number} of {name!r} has rows {list(part.shape)}, '
-                                     f'expected {list(expected)}')
-                _save(_part(directory, name, number), part)
-    with meet('features joined'):
-        if own == 0:
-            _join(directory, parts, shapes, processes)
+
+    def finished():
+        return all((directory / f'{name}.npy').is_file() for name in shapes)
+
+    def absent(number):  # a part that was just removed is in the whole file
+        return any(not _complete(_part(directory, name, number)) and
+                   not (directory / f'{name}.npy').is_file() for name in shapes)
+
+    def taken(numbers):
+        for number in numbers:
+            if not leases.take(str(number)):
+                continue
+            if absent(number):
+                yield number
+            else:  # another process made it since
+                leases.free(str(number))
+
+    _claim(directory, manifests, leases.token)
+    waiting = False
+    try:
+        while not finished():
+            missing = [i for i in range(len(parts)) if absent(i)]
+            numbers = taken(missing)
+            first = next(numbers, None)
+            if first is not None:
+                for number, rows in make(itertools.chain([first], numbers), missing):
+                    leases.renew()
+                    if rows is not None:
+                        _save_part(directory, number, rows, parts, manifests, leases.token)
+                        leases.free(str(number))
+            elif not missing and leases.take('join'):
+                _claim(directory, manifests)  # of two origins at once, the later one remains
+                if not _drop_damaged(directory, parts, manifests, leases):
+                    _join(directory, parts, shapes, leases)
+                leases.free('join')
+            else:
+                if not waiting:
+                    waiting = not print(f'{directory}: waits for other processes, which make '
+                                        f'{len(missing)} parts', file=sys.stderr)
+                if stopping():
+                    raise Stopped('stopped while other processes encode')
+                time.sleep(min(1.0, lease / 4))
+    except FileNotFoundError:  # another process took a part over, and removed what is not needed
+        if not finished():
+            raise
+    finally:
+        leases.free()
+    for pattern in (*(f'{name}.{end}' for name in shapes for end in ('[0-9]*.npy', f'*{PARTIAL}')),
+                    f'*.lease*{PARTIAL}'):
+        for leftover in directory.glob(pattern):
+            leftover.unlink(missing_ok=True)
+    _claim(directory, manifests)
 
 
 def write(directory, name: str, rows: np.ndarray, made_by: dict, counts: dict | None = None):
@@ -83,7 +129,7 @@ def write(directory, name: str, rows: np.ndarray, made_by: dict, counts: dict | 
       InputError: the directory holds rows of this name and of another origin.
     """
     directory = Path(directory)
-    _claim(directory, {name: _manifest(rows.shape, made_by, counts, 0, '')}, writes=True)
+    _claim(directory, {name: _manifest(rows.shape, made_by, counts, 0, '')})
     rows = np.array(rows, np.float32)
     rows[0] = 0
     _save(directory / f'{name}.npy', rows)
@@ -129,24 +175,29 @@ def read(directory, name: str, rows: slice | np.ndarray | None = None) -> np.nda
     return table if rows is None else table[rows]
 
 
-def _missing(directory, names, parts) -> list[int]:
-    """Return the numbers of the parts that are not complete for every name."""
-    unfinished = [name for name in names if not (directory / f'{name}.npy').is_file()]
-    return [i for i in range(len(parts))
-            if not all(_complete(_part(directory, name, i)) for name in unfinished)]
+def _drop_damaged(directory, parts, manifests, leases) -> bool:
+    """Remove and report the parts that are not as they were written; whether there are any."""
+    damaged = False
+    for name, about in manifests.items():
+        for number, ids in enumerate(parts):
+            leases.renew()
+            file = _part(directory, name, number)
+            if (directory / f'{name}.npy').is_file() or _is_as_written(file, len(ids), about):
+                continue
+            print(f'{file}: damaged, or of another origin; its items are encoded again',
+                  file=sys.stderr)
+            file.unlink(missing_ok=True)
+            damaged = True
+    return damaged
 
 
-def _join(directory, parts, shapes, processes):
+def _join(directory, parts, shapes, leases):
     """Copy the parts into one file per name and remove them."""
-    absent = _missing(directory, shapes, parts)
-    refuse_if(absent, f'{directory}: {len(absent)} of {len(parts)} parts are missing ('
-              f'{shown(map(str, absent))}) after all {processes} processes. Expected one file '
-              'system that all share. Fix: use one, and run this command again')
     for name, shape in shapes.items():
         file = directory / f'{name}.npy'
         if file.is_file():
             continue
-        with replacing(file) as partial:
+        with replacing(file, leases.token) as partial:
             # a new file is all zeros, so row 0 is
             table = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32,
                                               shape=(1 + sum(map(len, parts)), *shape))
@@ -154,30 +205,28 @@ def _join(directory, parts, shapes, processes):
                 with partial.open('r+b') as target:
                     os.posix_fallocate(target.fileno(), 0, partial.stat().st_size)
             for number, ids in enumerate(parts):
+                leases.renew()
                 table[ids] = np.load(_part(directory, name, number), allow_pickle=False)
             table.flush()
             del table
-    for name in shapes:
-        for leftover in (*directory.glob(f'{name}.[0-9]*.npy'),
-                         *directory.glob(f'{name}.*{PARTIAL}')):
-            leftover.unlink()
 
 
-def _claim(directory, manifests, writes):
-    """Compare with the manifests that exist. Write those that do not, if `writes`."""
+def _claim(directory, manifests, token=''):
+    """Compare with the manifests that exist, and write those that do not."""
     for name, new in manifests.items():
         file = _manifest_file(directory, name)
+        # complete, or a part; looked for first, as another process writes its manifest before
+        rows = next(directory.glob(f'{name}.*npy'), None)
         if file.is_file():
             changes = '; '.join(_changes(manifest(directory, name), new))
             refuse_if(changes, f'{file}: these are other features: {changes}. Expected the same. '
                       f'Fix: choose another directory, or delete {directory}/{name}.* to encode '
                       'again')
             continue
-        rows = next(directory.glob(f'{name}.*npy'), None)  # complete, or a part
         refuse_if(rows, f'{rows}: there is no {file.name}. Expected a manifest, which names its '
                   f'origin. Fix: choose another directory, or delete {directory}/{name}.*')
-        if writes:
-            write_text(file, json.dumps(new, indent=1, sort_keys=True) + '\n')
+        with replacing(file, token) as partial:
+            partial.write_text(json.dumps(new, indent=1, sort_keys=True) + '\n')
 
 
 def _changes(old, new) -> Iterator[str]:
@@ -212,8 +261,35 @@ def _complete(file) -> bool:
         return False
 
 
-def _save(file, rows):
-    with replacing(file) as partial, partial.open('wb') as target:
+def _save_part(directory, number, rows, parts, manifests, token):
+    """Write a part of every name, followed by its digest."""
+    for name, about in manifests.items():
+        part = np.asarray(rows[name], np.float32, order='C')
+        expected = (len(parts[number]), *about['shape'][1:])
+        if part.shape != expected:
+            raise ValueError(f'part {number} of {name!r} has rows {list(part.shape)}, expected '
+                             f'{list(expected)}')
+        _save(_part(directory, name, number), part, token, _mark(part, about))
+
+
+def _mark(rows, about) -> bytes:
+    """Return the digest of a part and of its origin, so that a part of another one differs."""
+    origin = json.dumps([about['fingerprint'], about['layout']], sort_keys=True)
+    return hashlib.sha256(origin.encode() + rows.tobytes()).digest()
+
+
+def _is_as_written(file, size, about) -> bool:
+    try:
+        rows = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    end = file.read_bytes()[-hashlib.sha256().digest_size:]
+    return rows.shape == (size, *about['shape'][1:]) and end == _mark(rows, about)
+
+
+def _save(file, rows, token='', end=b''):
+    with replacing(file, token) as partial, partial.open('wb') as target:
         np.save(target, rows)
+        target.write(end)
         target.flush()
         os.fsync(target.fileno())  # else a power cut could keep the name without the bytes

@@ -23,8 +23,8 @@ from tpad_jax.evaluation import likelihood, metrics
 from tpad_jax.features import codes
 from tpad_jax.job.background import COMPILE
 from tpad_jax.models import readers, tpad
-from tpad_jax.training import federated, loop as loop_lib, profiling, step as step_lib
-from tpad_jax.training.checkpoint import Checkpoints
+from tpad_jax.training import federated, handover, loop as loop_lib, profiling, step as step_lib
+from tpad_jax.training.checkpoint import Checkpoints, chosen_parameters
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch
 
@@ -148,6 +148,31 @@ def fit(job, name, stage, spec, params=None, steps=None):
             record = record | {'valid': validated(bind(tree, catalogue), job, name)}
         out = trained, rows, record
     return out
+
+
+def store_of(job, stage: str) -> dict:
+    """Return what `Encoder.fill` needs to write a stage's rows: their place, options and origin."""
+    return dict(directory=job.workdir / 'features' / stage, progress=console_lib.progress,
+                stopping=job.stopping, lease=job.config.mllm.encode_lease, origin=dict(
+                    stage=stage, seed=job.config.seed, data=job.data.fingerprint,
+                    checkpoint=job.base.fingerprint))
+
+
+def restored(job, params: dict, stages: list[str]) -> dict:
+    """Read the parameters after some finished stages, in another process than the one they ran in.
+
+    Args:
+      job: job.Job.
+      params: {path: array} before the first stage.
+      stages: in their order.
+    """
+    for stage in stages:
+        folder = job.workdir / 'stages' / stage
+        params = handover.copied(params, stage, job.config.stage[stage].copy, job.taken)
+        params = params | (chosen_parameters(folder) if folder.is_dir() else {})
+        if stage == 'transfer' and job.config.model.blend.kind:
+            params = handover.blended(params, job.config)
+    return params
 
 
 def pruned(job, console) -> dict:

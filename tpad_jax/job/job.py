@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
 from tpad_jax.config import MAKES, STAGES
-from tpad_jax.core import console as console_lib, log
+from tpad_jax.core import log
 from tpad_jax.core.console import say
 from tpad_jax.core.precision import exact_products
 from tpad_jax.data import catalogue, item_graphs, missing, sessions, sources
@@ -245,9 +245,7 @@ class Job:
         if encoder is not None:
             begun = time.perf_counter()
             self.catalogue = self.catalogue | encoder.leave(
-                self.nested(), self.workdir / 'features' / name, console_lib.progress,
-                self.stopping, rows, stage=stage, seed=self.config.seed, data=self.data.fingerprint,
-                checkpoint=self.base.fingerprint)
+                self.nested(), rows=rows, **fitting.store_of(self, stage))
             if stage == 'knowledge':
                 fitting.add_codes(self)
             self.sitting[f'{name}_encode'] = self.seconds[f'{name}_encode'] = (

@@ -160,6 +160,7 @@ RULES = {key: rule for rule, keys in (
     (choice(('item', 'compressed', 'recurrent', 'full')), 'model.form'),
     (choice(('k', 'z')), 'model.clusters_of'),
     (choice(critics.KINDS), 'model.critics.*'),
+    (number(1), 'mllm.encode_lease'),
     (number(0, 0.8), 'mllm.prune'), (choice(('tamp', 'wanda', 'magnitude')), 'mllm.prune_by'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),

@@ -25,11 +25,10 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from tpad_jax.baselines import content_lasso
-from tpad_jax.config import get_config, names
+from tpad_jax.config import names
 from tpad_jax.core import files, log
 from tpad_jax.data import sessions as sessions_lib, sources
 from tpad_jax.data.events import attached
@@ -42,7 +41,7 @@ from tpad_jax.job.job import Job
 from tpad_jax.serving import artifact, new_items
 from tpad_jax.serving.recommender import Recommender
 from tpad_jax.training import checkpoint, step
-from tpad_jax.training.workdir import locked
+from tpad_jax.training.workdir import config_of, locked
 
 ID = 'recommender/fusion/id'
 STATE, ABOUT, DRIFT = 'state.safetensors', 'about.json', 'drift.json'
@@ -74,7 +73,7 @@ def update(run: Path, directory: Path, *, held_out: float = 0.1, half_life: floa
         does not know.
       Stopped: `stopping` returned True. The artefact before is served.
     """
-    config, seconds = _config(run), {}
+    config, seconds = config_of(run), {}
     with locked(run):
         before = artifact.read(run)
         _check(config, before)
@@ -150,16 +149,6 @@ def line(drift: dict) -> str:
             f'({shift["chance"]:.1%} by chance)\n'
             f'newest {drift["held_out"]["sessions"]} sessions: hit@20 {old["hit@20"]:.4f} before, '
             f'{new["hit@20"]:.4f} now; nll {old["nll"]:.3f} before, {new["nll"]:.3f} now')
-
-
-def _config(run: Path) -> ConfigDict:
-    """Read the config of a run; options that are newer than it have their defaults."""
-    file = run / 'config.json'
-    with refusing((OSError, ValueError, KeyError, TypeError), f'{file}: damaged', 'Fix: restore '
-                  'the file'):
-        config = get_config()
-        config.update(json.loads(file.read_text())['config'])
-    return config
 
 
 def _check(config, before) -> None:

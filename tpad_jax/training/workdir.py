@@ -13,7 +13,9 @@ from pathlib import Path
 
 import jax
 from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
 
+from tpad_jax.config import get_config
 from tpad_jax.core import files
 from tpad_jax.distributed import hosts
 from tpad_jax.errors import InputError, refuse_if, refusing
@@ -24,7 +26,7 @@ from tpad_jax.training import begin_from
 FORMAT = 2
 # Keys that change no result: how often the run saves and logs, and on how many devices it runs.
 FREE_KEYS = frozenset({'parallel', 'devices', 'model_shards', 'accumulate', 'stages', 'workers',
-                       'save_every', 'bad_share'})
+                       'save_every', 'bad_share', 'encode_lease'})
 # Keys of sessions. The fingerprint of the data covers their content, so the paths may change.
 SOURCES = ('data.npz', 'data.ready', 'data.raw_dir', 'data.event_file', 'data.item_file')
 # Keys of other inputs. Their content is compared instead of the path.
@@ -70,6 +72,23 @@ def claim(workdir, config: dict, fingerprint: str | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # not by files.write_json, which rounds
         files.write_text(path, json.dumps(record, indent=1) + '\n')
+
+
+def config_of(workdir: Path) -> ConfigDict:
+    """Read the config of a run; options that are newer than it have their defaults.
+
+    Args:
+      workdir: of the run.
+
+    Raises:
+      InputError: it has no config, or a damaged one.
+    """
+    file = workdir / 'config.json'
+    with refusing((OSError, ValueError, KeyError, TypeError), f'{file}: damaged', 'Fix: restore '
+                  'the file'):
+        config = get_config()
+        config.update(json.loads(file.read_text())['config'])
+    return config
 
 
 def enter(workdir: Path, config) -> None:
