@@ -197,7 +197,8 @@ def test_contents_are_gathered_by_a_thread_while_the_device_computes():
 
     made_by = encoder.made_by(model()[1])
     assert made_by['k']['resolution'] == SIDE
-    for _ in encoder._make(encoder._used(model()[1]), progress, lambda: False, iter([0, 1]), [0, 1]):
+    for _ in encoder._make(encoder._used(model()[1]), progress, lambda: False, iter([0, 1]),
+                           [0, 1]):
         pass
     assert asked == [False] * 4  # two parts of two calls each
     assert seen[0] >= 3

@@ -129,7 +129,7 @@ def test_a_store_holds_every_row_by_item_id(whole):
 
 @pytest.mark.parametrize(('how', 'count'), [('name', 50), ('half', 8)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(whole, tmp_path, how, count):
-    """SIGKILL at every step: 2 manifests, 8 parts, 2 wholes, 5 leases, 8 removals; 8 arrays are saved."""
+    """SIGKILL at 2 manifests, 8 parts, 2 wholes, 5 leases and 8 removals; 8 arrays are saved."""
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, tmp_path, str(count + 1),
                            how, ROOT], stdout=subprocess.PIPE, timeout=300, check=True)
     statuses = [int(line) for line in done.stdout.split()]
@@ -213,7 +213,7 @@ def test_rows_that_are_there_are_written_whole(tmp_path):
     assert json.loads((tmp_path / 'k.manifest.json').read_text())['counts'] == {'items': 3}
 
 
-# One of two processes that fill argv[1]. It kills itself when it has taken argv[2] parts and made one
+# One of two processes that fill argv[1]. It kills itself as it has taken argv[2] parts and made one
 # less, or else waits for the file `go` with its first part. Prints the parts that it makes.
 HOST = '''
 import os, signal, socket, sys, time
@@ -250,7 +250,7 @@ def test_processes_share_the_parts_and_one_takes_over_from_a_lost_one(whole, tmp
     done = [process.communicate(timeout=300) for process in running]
     assert running[1].returncode == 0
     parts = [[int(line) for line in out.split()] for out, _ in done]
-    assert sorted(sum(parts, [])) == [0, 1, 2, 3]
+    assert sorted([*parts[0], *parts[1]]) == [0, 1, 2, 3]
     assert len(parts[0]) == 1
     assert f'lease {lost[0].name[0]} is taken over' in done[1][1]
     assert contents(store_) == contents(whole)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from configs import amazon
 from tests import tiny_base, tiny_report
 from tests.tiny_base import SIDE, WIDTH
-from tpad_jax import config as base, load
+from tpad_jax import config as base, encode, load
 from tpad_jax.core import console as console_lib, log as log_lib
 from tpad_jax.data import sessions
 from tpad_jax.data.sources import amazon_tables
@@ -348,6 +348,18 @@ def test_a_run_goes_on_bit_by_bit(whole, config, tmp_path):
     found, expected = (json.loads((d / 'results.json').read_text()) for d in (workdir, whole[0]))
     assert all(found[name] == expected[name] for name in ('models', 'diagnostics'))
     assert found['provenance']['stages'] == list(STAGES)
+
+
+@pytest.mark.slow
+def test_another_process_makes_the_rows_of_a_run(whole, tmp_path):
+    """From the run's files alone: the same parameters, else the store refuses them."""
+    workdir = shutil.copytree(whole[0], tmp_path / 'run')
+    store_ = workdir / 'features' / 'knowledge'
+    before = [(file.name, file.read_bytes()) for file in sorted(store_.iterdir())]
+    (workdir / 'results.json').unlink()
+    (store_ / 'k.npy').unlink()
+    assert encode.main([str(workdir)]) == 0
+    assert [(file.name, file.read_bytes()) for file in sorted(store_.iterdir())] == before
 
 
 @pytest.mark.slow

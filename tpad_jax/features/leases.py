@@ -1,9 +1,9 @@
-"""Leases: which process makes which part of a store, by files alone, so a lost host stops nobody.
+"""Leases: which process makes which part of a store, by files alone: no lost host stops others.
 
 A lease is a file that exists once and names its holder. The holder renews its time while it works.
 A lease that was not renewed for some seconds may be taken over. Two processes may then believe for
 a while that they hold it, so a lease saves work and protects nothing: what is made under a lease
-must be the same, whoever makes it, and each of its files must appear at once.
+must be the same from every process, and each of its files must appear at once.
 """
 
 import contextlib

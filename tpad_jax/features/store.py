@@ -11,6 +11,7 @@ A file appears when it is complete. No file holds a time or a process number. So
 killed and resumed ends with the same bytes as one that was not.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -37,8 +38,8 @@ def fill(directory, make: Callable[[Iterator[int], list[int]], Iterable], *,
 
     Any number of processes may fill one directory of a shared file system. Each takes a lease of a
     part before it makes it, and of the joining, see `leases.Leases`. They end when the store is
-    finished, and take over what a lost process leaves. A part is the same, whoever makes it, and
-    appears at once, so one that two processes make is the same, too.
+    finished, and take over the parts of a lost process. A part is the same from every process, and
+    appears at once, so two processes may make it.
 
     Args:
       directory: of the store.
@@ -93,8 +94,7 @@ def fill(directory, make: Callable[[Iterator[int], list[int]], Iterable], *,
                         leases.free(str(number))
             elif not missing and leases.take('join'):
                 _claim(directory, manifests)  # of two origins at once, the later one remains
-                if not _drop_damaged(directory, parts, manifests, leases):
-                    _join(directory, parts, shapes, leases)
+                _join(directory, parts, manifests, leases)
                 leases.free('join')
             else:
                 if not waiting:
@@ -175,40 +175,38 @@ def read(directory, name: str, rows: slice | np.ndarray | None = None) -> np.nda
     return table if rows is None else table[rows]
 
 
-def _drop_damaged(directory, parts, manifests, leases) -> bool:
-    """Remove and report the parts that are not as they were written; whether there are any."""
-    damaged = False
+class _Damaged(Exception):
+    """A part is not as it was written, and was removed."""
+
+
+def _join(directory, parts, manifests, leases):
+    """Copy the parts of a name into one file, where none is damaged; damaged ones are removed."""
     for name, about in manifests.items():
-        for number, ids in enumerate(parts):
-            leases.renew()
-            file = _part(directory, name, number)
-            if (directory / f'{name}.npy').is_file() or _is_as_written(file, len(ids), about):
-                continue
-            print(f'{file}: damaged, or of another origin; its items are encoded again',
-                  file=sys.stderr)
-            file.unlink(missing_ok=True)
-            damaged = True
-    return damaged
-
-
-def _join(directory, parts, shapes, leases):
-    """Copy the parts into one file per name and remove them."""
-    for name, shape in shapes.items():
-        file = directory / f'{name}.npy'
+        file, damaged = directory / f'{name}.npy', False
         if file.is_file():
             continue
-        with replacing(file, leases.token) as partial:
+        with contextlib.suppress(_Damaged), replacing(file, leases.token) as partial:
             # a new file is all zeros, so row 0 is
             table = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32,
-                                              shape=(1 + sum(map(len, parts)), *shape))
+                                              shape=tuple(about['shape']))
             if hasattr(os, 'posix_fallocate'):  # else a full disk ends the process by a bus error
                 with partial.open('r+b') as target:
                     os.posix_fallocate(target.fileno(), 0, partial.stat().st_size)
             for number, ids in enumerate(parts):
                 leases.renew()
-                table[ids] = np.load(_part(directory, name, number), allow_pickle=False)
+                part = _part(directory, name, number)
+                rows = _as_written(part, len(ids), about)
+                if rows is not None:
+                    table[ids] = rows
+                    continue
+                print(f'{part}: damaged, or of another origin; its items are encoded again',
+                      file=sys.stderr)
+                part.unlink(missing_ok=True)
+                damaged = True
             table.flush()
             del table
+            if damaged:
+                raise _Damaged
 
 
 def _claim(directory, manifests, token=''):
@@ -275,16 +273,22 @@ def _save_part(directory, number, rows, parts, manifests, token):
 def _mark(rows, about) -> bytes:
     """Return the digest of a part and of its origin, so that a part of another one differs."""
     origin = json.dumps([about['fingerprint'], about['layout']], sort_keys=True)
-    return hashlib.sha256(origin.encode() + rows.tobytes()).digest()
+    digest = hashlib.sha256(origin.encode())
+    digest.update(rows)
+    return digest.digest()
 
 
-def _is_as_written(file, size, about) -> bool:
+def _as_written(file, size, about) -> np.ndarray | None:
+    """Map the rows of a part; None where its bytes are not those that were written."""
     try:
-        rows = np.load(file, allow_pickle=False)
+        rows = np.load(file, mmap_mode='r', allow_pickle=False)
+        with file.open('rb') as opened:
+            opened.seek(rows.offset + rows.nbytes)
+            end = opened.read()
     except (OSError, ValueError, EOFError):
-        return False
-    end = file.read_bytes()[-hashlib.sha256().digest_size:]
-    return rows.shape == (size, *about['shape'][1:]) and end == _mark(rows, about)
+        return None
+    fits = rows.shape == (size, *about['shape'][1:]) and rows.dtype == np.float32
+    return rows if fits and end == _mark(rows, about) else None
 
 
 def _save(file, rows, token='', end=b''):

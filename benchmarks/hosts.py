@@ -1,0 +1,146 @@
+"""Hosts that encode one catalogue together: `python -m benchmarks.hosts [--out FILE.json]`.
+
+Real processes on this machine stand for hosts; they share a directory and nothing else. The job is
+configs/amazon.py:tiny with short stages and small parts, started by launch.py, and
+`python -m tpad_jax.encode` helps. In turn the run and the helper are killed by SIGKILL when a few
+parts exist, in both stages that encode. What has to hold: the other one finishes both stores, every
+file of them has the bytes of an uninterrupted run of one process, and nothing else is left there.
+
+Leases are timed with one process and no model, against the store of an earlier commit
+(`--before`), in turns in one run: the time around parts of 1,920 rows of 2 x 64 numbers.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.checkout import ROOT, commit
+from tpad_jax.features import store
+
+FLAGS = flags.FLAGS
+PARTS, ROWS, WIDTH, TURNS = 200, 1920, (2, 64), 7
+KILLED_AT = 3  # files of parts
+OPTIONS = ('--config=configs/amazon.py:tiny', '--config.stages=knowledge,transfer',
+           '--config.stage.knowledge.steps=2', '--config.stage.transfer.steps=2',
+           '--config.stage.transfer.eval_every=0', '--config.stage.knowledge.eval_every=0',
+           '--config.mllm.encode_rows=8', '--config.mllm.encode_part=8', '--config.baselines=',
+           '--config.diagnostics=0', '--config.rivals={}')
+
+
+def start(directory: Path, name: str, *command) -> subprocess.Popen:
+    """Start a command of the package; its output is in DIRECTORY/NAME.out."""
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+    with open(directory / f'{name}.out', 'a') as out:
+        return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stdout=out,
+                                stderr=out)
+
+
+def launch(directory, name):
+    """Start the job in DIRECTORY/NAME."""
+    return start(directory, name, 'launch.py', *OPTIONS, f'--workdir={directory / name}')
+
+
+def stores(workdir: Path) -> dict[str, bytes]:
+    """Every file of the stores of a run."""
+    return {str(file.relative_to(workdir)): file.read_bytes()
+            for file in workdir.glob('features/*/*')}
+
+
+def made(workdir, stage) -> int:
+    """Number of the parts of a stage that exist."""
+    return len(list((workdir / 'features' / stage).glob('[kr].[0-9]*.npy')))
+
+
+def until(condition, process, seconds=900):
+    """Wait for a condition, or for the process to end."""
+    begun = time.monotonic()
+    while not condition() and process.poll() is None:
+        if time.monotonic() - begun > seconds:
+            raise TimeoutError
+        time.sleep(0.002)
+
+
+def ended(process, directory, name, expected=0):
+    """Wait for a process, and raise with its output if it did not end well."""
+    if process.wait(900) != expected:
+        raise RuntimeError((directory / f'{name}.out').read_text()[-3000:])
+
+
+def together(directory: Path, name: str, killed: str) -> dict:
+    """One run and one helper, of which `killed` is killed in stage knowledge."""
+    workdir = directory / name
+    run = launch(directory, name)
+    until((workdir / 'config.json').is_file, run)
+    helper = start(directory, f'{name}.helper', '-m', 'tpad_jax.encode', workdir)
+    victim, other = (run, helper) if killed == 'run' else (helper, run)
+    helped = directory / f'{name}.helper.out'
+    if killed == 'run':
+        until(lambda: made(workdir, 'knowledge') >= KILLED_AT, run)
+    else:  # it begins later than the run does: wait until it holds a lease
+        until(lambda: any(x.read_text().split()[1:2] == [str(helper.pid)] for x in
+                          workdir.glob('features/knowledge/*.lease.partial') if x.exists()), run)
+    victim.kill()
+    parts = made(workdir, 'knowledge')
+    if killed == 'run':
+        until((workdir / 'features/knowledge/k.npy').is_file, other)
+        run = launch(directory, name)  # trains stage transfer, and finds stage knowledge complete
+        ended(run, directory, name)
+        ended(helper, directory, f'{name}.helper')
+    else:
+        ended(run, directory, name)
+    return {'killed': killed, 'parts_then': parts, 'same': stores(workdir) == stores(
+        directory / 'one'), 'helper': helped.read_text()[-500:]}
+
+
+def timed(module, directory, **options) -> float:
+    """Seconds in which a module's `fill` writes PARTS parts of ready rows."""
+    ids = np.array_split(np.arange(1, 1 + PARTS * ROWS), PARTS)
+    rows = {'k': np.ones((ROWS, *WIDTH), np.float32)}
+    shutil.rmtree(directory, ignore_errors=True)
+    begun = time.perf_counter()
+    module.fill(directory, lambda numbers, *_: ((n, rows) for n in numbers), parts=ids,
+                shapes={'k': WIDTH}, made_by={'k': {}}, **options)
+    return time.perf_counter() - begun
+
+
+def main(argv):
+    """Kill, compare, time, print and write."""
+    del argv
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        code = subprocess.run(['git', 'show', f'{FLAGS.before}:tpad_jax/features/store.py'],
+                              cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        before = types.ModuleType('before')
+        exec(compile(code, 'store_before.py', 'exec'), before.__dict__)
+        seconds = {'before': [], 'leases': []}
+        for _ in range(TURNS):
+            seconds['before'].append(timed(before, directory / 'before'))
+            seconds['leases'].append(timed(store, directory / 'leases'))
+        best = {name: min(x) for name, x in seconds.items()}
+        record = {'commit': commit('tpad_jax'), 'parts': PARTS, 'seconds': seconds,
+                  'ratio': best['leases'] / best['before'],
+                  'ms_per_part': 1e3 * (best['leases'] - best['before']) / PARTS}
+        print(json.dumps({k: record[k] for k in ('ratio', 'ms_per_part')}))
+        if FLAGS.kills:
+            ended(launch(directory, 'one'), directory, 'one')
+            record['kills'] = [together(directory, f'{killed}_killed', killed)
+                               for killed in ('run', 'helper')]
+            print(json.dumps(record['kills'], indent=1))
+    FLAGS.out and Path(FLAGS.out).write_text(json.dumps(record, indent=1) + '\n')
+    return 0 if all(kill['same'] for kill in record.get('kills', ())) else 1
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('out', '', 'File for the record.')
+    flags.DEFINE_string('before', '7f49730', 'Commit whose store has no leases.')
+    flags.DEFINE_boolean('kills', True, 'Also run the job, and kill its processes.')
+    app.run(main)
