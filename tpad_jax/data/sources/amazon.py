@@ -173,14 +173,12 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
         tables.append(pl.DataFrame(columns, schema=CATALOGUE))
     images = find_images(Path(raw_dir), asins, unused)
     before = pl.Series('asin', list(known), pl.String)
-    catalogue = pl.concat(tables).filter(~pl.col('asin').is_in(before.implode())).sort(
-        'asin').with_columns(image=pl.col('asin').replace_strict(
-            {asin: str(path) for asin, path in images.items()}, default=None,
-            return_dtype=pl.String))
+    catalogue = with_images(pl.concat(tables).filter(~pl.col('asin').is_in(before.implode())).sort(
+        'asin'), images)
     if store:
         store.parent.mkdir(parents=True, exist_ok=True)
         catalogue.write_ipc(store)
-        catalogue = pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(store))).read_all())
+        catalogue = mapped(store)
     del tables, asins
     events = Lines(paths.reviews)
     interactions = _interactions(events, paths.form, pl.concat([before, catalogue['asin']]),
@@ -189,6 +187,18 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
         events.number - events.rejected.total() - len(interactions))
     return Raw(catalogue, interactions, counts(item_lines, events, unused), paths.form,
                {'by_day': paths.form == '2018'})
+
+
+def with_images(items: pl.DataFrame, images: dict[str, Path]) -> pl.DataFrame:
+    """Add the column image to a table of CATALOGUE: the path that `find_images` found, or null."""
+    paths = {asin: str(path) for asin, path in images.items()}
+    return items.with_columns(image=pl.col('asin').replace_strict(paths, default=None,
+                                                                  return_dtype=pl.String))
+
+
+def mapped(store: Path) -> pl.DataFrame:
+    """Open a table in a file of Arrow's; what is read of it comes into memory."""
+    return pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(store))).read_all())
 
 
 def read_urls(raw_dir: str | Path, bad_share: float = 1.0,

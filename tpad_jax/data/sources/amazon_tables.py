@@ -95,6 +95,8 @@ class Amazon(tfds.core.DatasetBuilder):
                                      disable_shuffling=True)
 
     def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+        refuse_if(self._records is None, f'{self.name}: TFDS cannot download it. Expected tables '
+                  'in data_dir. Fix: run python -m tpad_jax.data.prepare RAW_DIR DATA_DIR.')
         # TFDS's own way to write takes 100 microseconds per record and a second copy on the disk
         infos = []
         for split, records in self._records.items():
@@ -159,13 +161,12 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
     splits['train'] = sessions_lib.k_core(splits['train'], options['core'], shortest)
     warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
     ties = sessions_lib.time_ties(raw.interactions, **pauses)
-    serialize = Amazon(data_dir=data_dir, config='sessions').info.features.serialize_example
     with ThreadPoolExecutor(1) as pool:  # the audit hardly needs the interpreter's lock
         report = pool.submit(audit.audit, *splits.values(), warm, form=raw.form, ties=ties)
         write_table(data_dir, 'items', {'items': _item_records(raw.catalogue.with_columns(
             reviewed=_reviewed(raw, int(splits['valid'].start.min()))))})
         write_table(data_dir, 'images', {'images': _image_records(raw.catalogue['image'])})
-        write_table(data_dir, 'sessions', {split: _session_records(part, serialize)
+        write_table(data_dir, 'sessions', {split: _session_records(part)
                                            for split, part in splits.items()})
     (data_dir / Amazon.name / TEXTS).unlink(missing_ok=True)
     finished = dict(version=str(Amazon.VERSION), fingerprint=identity.result(), options=options,
@@ -328,13 +329,12 @@ def _image_records(paths: Iterable[str | None]) -> Iterator[bytes]:
                                      )[0].as_py() if path else none
 
 
-def _session_records(sessions: Sessions, serialize: Callable[[dict], bytes]) -> Iterator[bytes]:
+def _session_records(sessions: Sessions) -> Iterator[bytes]:
     numbers = np.arange(len(sessions.start))
     for block in np.split(numbers, numbers[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
         part = sessions_lib.take(sessions, block)
         arrays = {**part._asdict(), 'lengths': part.lengths}
-        yield serialize({name: np.asarray([] if arrays[name] is None else arrays[name], dtype)
-                         for name, dtype in SESSIONS.items()})
+        yield tf_examples.of_integers({name: arrays[name] for name in SESSIONS})
 
 
 def _sessions(data_dir, split: str) -> Sessions:

@@ -42,6 +42,15 @@ def serialized(table: pl.DataFrame) -> pa.Array:
     return _joined([pa.array(heads, pa.large_binary()).take(lengths.indices), features])
 
 
+def of_integers(arrays: dict[str, np.ndarray | None]) -> bytes:
+    """Serialize one record of integer arrays; None is an array of none."""
+    example = tf_example_pb2.Example()
+    for name, array in arrays.items():
+        example.features.feature[name].int64_list.value.extend([] if array is None else array)
+    # otherwise every process would write the features in another order
+    return example.SerializeToString(deterministic=True)
+
+
 def parsed(records: Iterable[bytes], schema: dict[str, Any]) -> pl.DataFrame:
     """Parse rows.
 
