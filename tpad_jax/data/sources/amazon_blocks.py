@@ -4,7 +4,7 @@ A fast parser, msgspec, reads chunks of lines that it and Python's json read ali
 other line is halved until that line is alone, which `untrusted.record_of` then reads.
 """
 
-import os
+import gc
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,8 @@ from tpad_jax.data.sources import amazon_fields
 from tpad_jax.data.sources.amazon_fields import FIELDS
 from tpad_jax.data.untrusted import Lines, Reason, record_of
 
-CHUNK = 2**15  # bytes that are parsed at once
+THREADS = 2  # that parse; msgspec holds the interpreter's lock, polars and unpacking do not
+CHUNK = 64  # lines that are parsed at once
 # msgspec skips the fields that are not needed, and sees neither of these there. Python's json
 # refuses integers of more than 4300 digits and, by the depth of calls, some 900 nested brackets.
 NESTED, DIGITS = 700, 4300
@@ -47,7 +48,7 @@ class Parsed(NamedTuple):
 
 def parse_all(parse: Callable[[bytes | Reason], Parsed], blocks: Iterable[bytes | Reason]
               ) -> Iterator[Parsed]:
-    """Parse blocks in threads, in their order: most of the work needs no lock of the interpreter.
+    """Parse blocks in threads, in their order.
 
     Args:
       parse: such as `events`.
@@ -56,13 +57,17 @@ def parse_all(parse: Callable[[bytes | Reason], Parsed], blocks: Iterable[bytes 
     Yields:
       What became of each block.
     """
-    threads, waiting = min(4, os.cpu_count() or 1), deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for block in blocks:
-            waiting.append(pool.submit(parse, block))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        yield from (parsed.result() for parsed in waiting)
+    waiting = deque()
+    gc.disable()  # it would look at the records of a block again and again, which have no circles
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for block in blocks:
+                waiting.append(pool.submit(parse, block))
+                if len(waiting) > THREADS:
+                    yield waiting.popleft().result()
+            yield from (parsed.result() for parsed in waiting)
+    finally:
+        gc.enable()
 
 
 def events(block: bytes | Reason, form: str) -> Parsed:
@@ -102,7 +107,7 @@ def items(block: bytes | Reason, form: str, parse: Callable) -> Parsed:
         asin = amazon_fields.item_id(record, fields)
         return asin if isinstance(asin, Reason) else record
 
-    parsed = _parse(block, _item_decoder(form), itemgetter(fields.asin), careful)
+    parsed = _parse(block, _item_decoder(form, parse), itemgetter(fields.asin), careful)
     columns, unused = parse(parsed.values, fields)
     asins = [record[fields.asin] for record in parsed.values]
     return parsed._replace(values=([asins, *columns], unused))
@@ -125,43 +130,40 @@ def counted(lines: Lines, parsed: Parsed) -> Any:
 
 def _parse(block: bytes | Reason, decoder, asin: Callable, careful: Callable) -> Parsed:
     """The records of a block by `decoder`, and by `careful` (record -> record or Reason)."""
-    if isinstance(block, Reason):
-        return Parsed(1, [], [(0, block)])
-    if b'\r' in block:
-        block = block.replace(b'\r\n', b'\n')  # white space to every reader of JSON
-    number, records, rejected = 0, [], []
-    ranges = [(0, len(block))] if block else []  # the first one last
+    if isinstance(block, Reason) or not block:
+        return Parsed(len(block) and 1, [], [(0, block)][:len(block)])
+    data = np.frombuffer(block + b'\n' * (not block.endswith(b'\n')), np.uint8)
+    stops = np.flatnonzero(data == ord('\n'))
+    starts = np.append(0, stops[:-1] + 1)
+    # an object that ends with a line and one that begins with the next are never parts of another
+    last = stops - 1 - (data[stops - 1] == ord('\r'))
+    odd = (data[starts] != ord('{')) | (data[last] != ord('}'))
+    for line in np.flatnonzero(stops - starts > 2 * NESTED):
+        odd[line] |= _unreadable(block[starts[line]:stops[line]])
+    starts, stops, records, rejected = starts.tolist(), stops.tolist(), [], []
+    ranges = [(first, min(first + CHUNK, len(stops)))
+              for first in range(0, len(stops), CHUNK)][::-1]
     while ranges:
-        begin, end = ranges.pop()
-        found = _decoded(block[begin:end], decoder, asin) if end - begin <= CHUNK else None
+        first, last = ranges.pop()
+        found = None if odd[first:last].any() else _decoded(
+            block[starts[first]:stops[last - 1]], last - first, decoder, asin)
         if found is not None:
             records += found
-            number += len(found)
-            continue
-        middle = (block.rfind(b'\n', begin, (begin + end) // 2) + 1
-                  or block.find(b'\n', begin, end - 1) + 1)
-        if middle:
-            ranges += [(middle, end), (begin, middle)]
-            continue
-        record = record_of(block[begin:end])
-        record = record if isinstance(record, Reason) else careful(record)
-        if isinstance(record, Reason):
-            rejected.append((number, record))
+        elif last - first > 1:
+            middle = (first + last) // 2
+            ranges += [(middle, last), (first, middle)]
         else:
-            records.append(record)
-        number += 1
-    return Parsed(number, records, rejected)
+            record = record_of(block[starts[first]:stops[first]])
+            record = record if isinstance(record, Reason) else careful(record)
+            if isinstance(record, Reason):
+                rejected.append((first, record))
+            else:
+                records.append(record)
+    return Parsed(len(stops), records, rejected)
 
 
-def _decoded(chunk: bytes, decoder, asin: Callable) -> list | None:
-    """The objects of a chunk of lines if each of the lines is one, and in order."""
-    lines = chunk.count(b'\n') + (not chunk.endswith(b'\n'))
-    # an object that ends with a line and one that begins with the next are never parts of another;
-    # [ and { differ in one bit
-    if (chunk.count(b'}\n{') != lines - 1 or chunk[:1] != b'{' or np.count_nonzero(
-            (np.frombuffer(chunk, np.uint8) | 32) == ord('{')) - lines > NESTED
-            or (len(chunk) > DIGITS and re.search(rb'[0-9]{4}', chunk[::DIGITS // 5]))):
-        return None
+def _decoded(chunk: bytes, lines: int, decoder, asin: Callable) -> list | None:
+    """The objects of a chunk if each of its lines is one, and in order."""
     try:
         chunk.decode()  # what is skipped is not checked otherwise
         records = decoder.decode_lines(chunk)
@@ -169,6 +171,12 @@ def _decoded(chunk: bytes, decoder, asin: Callable) -> list | None:
         return None
     return records if len(records) == lines and _ASINS.fullmatch(
         ''.join(map(asin, records))) else None
+
+
+def _unreadable(line: bytes) -> bool:
+    """Whether Python's json may refuse what msgspec skips: deep brackets, or a long number."""
+    return line.count(b'[') + line.count(b'{') > NESTED or (
+        len(line) > DIGITS and bool(re.search(rb'[0-9]{4}', line[::DIGITS // 5])))
 
 
 @cache
@@ -183,12 +191,14 @@ def _event_decoder(form: str) -> msgspec.json.Decoder:
 
 
 @cache
-def _item_decoder(form: str) -> msgspec.json.Decoder:
-    """A decoder of the fields that items are made of."""
-    names = {'title', 'price', 'description', 'categories', *FIELDS[form].urls}
-    names.update(value for value in vars(FIELDS[form]).values() if isinstance(value, str) and value)
+def _item_decoder(form: str, parse: Callable) -> msgspec.json.Decoder:
+    """A decoder of the fields that `parse` reads."""
+    fields = FIELDS[form]
+    names = ((fields.pictures, *fields.urls) if parse is amazon_fields.urls else
+             ('title', 'price', 'description', 'categories', fields.brand, fields.category,
+              fields.main_category, fields.features))
     return msgspec.json.Decoder(TypedDict('Item', dict.fromkeys(names, Any) | {
-        FIELDS[form].asin: Required[Annotated[str, msgspec.Meta(min_length=1, max_length=32)]]},
+        fields.asin: Required[Annotated[str, msgspec.Meta(min_length=1, max_length=32)]]},
         total=False))
 
 

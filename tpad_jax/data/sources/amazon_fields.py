@@ -187,7 +187,8 @@ def _words(values: list) -> list[str]:
     """Plain text of a field of every record."""
     texts = list(map(_texts, values))
     cleaned = iter(clean_all([*chain.from_iterable(texts)]))
-    return [' '.join(filter(None, islice(cleaned, len(parts)))) for parts in texts]
+    return [next(cleaned) if len(parts) == 1 else ' '.join(filter(None, islice(
+        cleaned, len(parts)))) for parts in texts]
 
 
 def _name(value: object) -> str:
