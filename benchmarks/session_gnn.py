@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import session_gnn_ours, session_gnn_peer
+from benchmarks.checkout import commit
 from tpad_jax.core import files, startup
 
 FLAGS = flags.FLAGS
-BARS = {'train': 2.5, 'score': 4.0}  # times the peer's pairs/s
+BARS = {'train': 3.5, 'score': 4.5}  # times the peer's pairs/s
 CHECKED = 500  # rows whose scores are compared
 
 
@@ -112,7 +113,7 @@ def main(argv):
     peer.close()
     ours.close()
     out = {'cells': {name: summary(rates[name], facts[name]) for name in cells}, 'parity': parity,
-           'products_gflops': products, 'bars': BARS, 'seconds': FLAGS.seconds,
+           'commit': commit(), 'products_gflops': products, 'bars': BARS, 'seconds': FLAGS.seconds,
            'repeats': FLAGS.repeats, 'max_length': FLAGS.max_length, 'threads': FLAGS.threads,
            'machine': {'cpus': os.cpu_count(), 'processor': platform.processor(),
                        'load': os.getloadavg(), 'date': time.strftime('%Y-%m-%d')}}

@@ -15,9 +15,9 @@ STEPS = 5000  # more than a cell runs: the static sizes of its batches hold for 
 
 
 def published(c):
-    """config -> the same with the published SR-GNN: no dropout, no positions, plain products."""
+    """config -> the same with the published SR-GNN: no dropout, no positions, no repeats."""
     c.model.update(encoder='sr_gnn', width=WIDTH, positions=False, dropout=0.0, item_dropout=0.0,
-                   id_dropout=0.0, normalise=False)
+                   id_dropout=0.0, normalise=False, repeats=False)
     c.losses.next_item.update(h='h', temperature=1.0, smoothing=0.0, chunk=0, dtype='float32')
     c.stage.recommend.update(every_prefix=True, optimiser='adam', learning_rate=1e-3,
                              weight_decay=1e-5, schedule='constant', warmup=0.0)

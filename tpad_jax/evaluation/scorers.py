@@ -269,7 +269,7 @@ def ranker(encode: Callable, devices: Devices, *, shifts: Callable | None = None
     def rank(weights, z, items, target, *, rows=512, name='model', power=None):
         rows = -(-rows // devices.shards) * devices.shards  # as many on each device
         shared = devices.share({'weights': weights, 'z': z, 'largest': largest(z),
-                                'power': jnp.float32(1.0 if power is None else power)})
+                                'power': jnp.float32(0 if power is None else power)})
         calls = []
         for begin in range(0, len(items), rows):
             part = np.minimum(np.arange(begin, begin + rows), len(items) - 1)  # the last row fills
@@ -302,12 +302,12 @@ def count(h, z, target, *, chunk: int, moved=None, power=1.0):
       target: int32 [B].
       chunk: items at a time, at most MOST.
       moved: (items int32 [B, M], shifts of their scores [B, M]), or None.
-      power: float32 []. Factor of the scores in the likelihood.
+      power: float32 []. Factor of the scores in the likelihood. 0: no likelihood is computed.
 
     Returns:
       above, equal: int32 [B]. A row with a score that is not finite has no meaning.
       nll: float32 [B]. The log of the sum of exp(power * score) over the items, less that of the
-        target.
+        target. Without meaning where `power` is 0.
     """
     total = len(z)
     chunk = _even(total, min(max(chunk, len(h)), MOST))
@@ -331,10 +331,14 @@ def count(h, z, target, *, chunk: int, moved=None, power=1.0):
         bar = (score + lift)[:, None]
         code = (s > bar) + (s >= bar) * jnp.int32(2**16)
         code = (code & new).sum(axis=1)
-        fresh = jnp.where(new < 0, power * s, -jnp.inf)
-        peak = jnp.maximum(top, fresh.max(axis=1))
-        share = share * jnp.exp(top - peak) + jnp.exp(fresh - peak[:, None]).sum(axis=1)
-        return score, seen, above + code % 2**16, level + code // 2**16, peak, share
+        # the partition costs as much as the counts
+        top, share = jax.lax.cond(power > 0, grown, lambda _, new, *old: old, s, new, top, share)
+        return score, seen, above + code % 2**16, level + code // 2**16, top, share
+
+    def grown(s, new, top, share):
+        logits = jnp.where(new < 0, power * s, -jnp.inf)
+        peak = jnp.maximum(top, logits.max(axis=1))
+        return peak, share * jnp.exp(top - peak) + jnp.exp(logits - peak[:, None]).sum(axis=1)
 
     def again(carry):
         number, score, seen, *_ = carry
