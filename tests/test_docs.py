@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ledger
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (
     *ROOT.glob('*.md'), *ROOT.glob('docs/**/*.md'), ROOT / 'benchmarks' / 'RESULTS.md'))
@@ -49,6 +51,11 @@ def test_one_version_everywhere():
     assert re.search(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)[1] == version
     from tpad_jax.data.download.hosts import Limits
     assert Limits().user_agent == f'tpad_jax/{version}'
+
+
+def test_the_speed_page_has_the_numbers_of_the_benchmarks():
+    assert (ROOT / 'docs' / 'speed.md').read_text() == ledger.page(ROOT / 'benchmarks'), (
+        'run `python -m benchmarks.ledger`')
 
 
 @pytest.mark.slow
