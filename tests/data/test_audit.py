@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tpad_jax.data import audit as lib, shuffle_test
-from tpad_jax.data.sessions import DAY, Sessions, warm_items
+from tpad_jax.data.sessions import DAY, Sessions, take, warm_items
 
 
 def csr(parts, start=None):
@@ -94,6 +94,20 @@ def test_only_what_is_scored_is_counted_and_histories_are_warned_of():
     every = report(train, test, items=7)
     assert every['repeat_share'] == pytest.approx(3 / 10)
     assert every['shuffle']['rows'] == 10
+
+
+def test_order_is_tested_on_the_latest_events(monkeypatch):
+    train, test = walks(0, 300), walks(1, 100)
+    latest = take(train, np.arange(200, 300))
+    names = {*lib.order_artefact(train, test), 'shuffle'}
+    every, expected = report(train, test), report(latest, test)
+    monkeypatch.setattr(lib, 'RECENT', int(latest.lengths.sum()))
+    found = report(train, test)
+    assert all(found[name] == (expected if name in names else every)[name]
+               for name in every.keys() - {'warnings', 'verdict'})
+    assert found['shuffle'] != every['shuffle']
+    monkeypatch.setattr(lib, 'RECENT', 1)  # one session is more
+    assert report(train, test)['shuffle']['rows'] == found['shuffle']['rows']
 
 
 def test_a_shuffled_history_keeps_its_target():

@@ -7,13 +7,15 @@ sessions seen in training, repeats, cold targets, coarse times.
 from itertools import pairwise
 
 import numpy as np
+import polars as pl
 from scipy.special import expit
 
-from tpad_jax.data.sessions import DAY, Sessions
+from tpad_jax.data.sessions import DAY, Sessions, take
 from tpad_jax.data.shuffle_test import GAINS, shuffle_test
 
 MIN_SEEN = 6  # times that a pair of items must be adjacent to count for the order test
 MIN_PAIRS = 30  # pairs that the order test needs
+RECENT = 1_000_000  # events of the latest training sessions, by which order is tested
 ORDER_STEPS, ORDER_RATE = 60, 2.0  # of the fit of one fixed order of all items
 LENGTHS = ('2', '3', '4', '5', '6-10', '11+')
 _EDGES = (3, 4, 5, 6, 11)  # first length of the next bin
@@ -62,6 +64,8 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
       are whole, 'moment' for a single one, None where events have no times.
     """
     seen = set(_keys(train))
+    first = np.searchsorted(train.offsets, train.offsets[-1] - RECENT, 'right') - 1
+    recent = take(train, np.arange(first, len(train.start))) if first > 0 else train
     starts = np.concatenate([train.start, valid.start, test.start])
     splits = {'train': train, 'valid': valid, 'test': test}
     times = [part.time for part in splits.values()]
@@ -76,7 +80,7 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         'form': form, 'items': len(warm) - 1, 'warm_items': int(warm.sum()),
         'sessions': {name: len(part.start) for name, part in splits.items()},
         'events': sum(len(part.items) for part in splits.values()),
-        'lengths': length_histogram(train), **order_artefact(train, test, every_prefix),
+        'lengths': length_histogram(train), **order_artefact(recent, test, every_prefix),
         'repeat_share': repeat_share(test, every_prefix),
         'overlap_share': _mean([key in seen for key in _keys(test)]),
         'duplicate_share': 1 - len(seen) / len(train.start) if len(train.start) else None,
@@ -84,8 +88,8 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         'cold_target_share': _mean(~warm[_steps(test, every=every_prefix)[1]]),
         'tie_share': None if np.isnan(ties) else float(ties),
         'time_unit': _unit(np.concatenate(times)) if known else None,
-        'day_granular': bool((starts % DAY == 0).all()) if len(np.unique(starts)) > 1 else None,
-        'shuffle': shuffle_test(train, test, every_prefix=every_prefix)}
+        'day_granular': bool((starts % DAY == 0).all()) if (starts != starts[:1]).any() else None,
+        'shuffle': shuffle_test(recent, test, every_prefix=every_prefix)}
     return {**report, 'warnings': _warnings(report), 'verdict': verdict(report)}
 
 
@@ -153,7 +157,8 @@ def history_share(train: Sessions, test: Sessions) -> float | None:
 
     owner = train.owner
     begins = test.offsets[:-1][test.lengths > 3]
-    return _mean(np.isin(runs(test)[begins], runs(train)[owner[2:] == owner[:-2]]))
+    known = pl.Series(runs(train)[owner[2:] == owner[:-2]])
+    return _mean(pl.Series(runs(test)[begins]).is_in(known.implode()).to_numpy())
 
 
 def describe(report: dict) -> list[str]:

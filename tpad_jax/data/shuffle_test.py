@@ -53,8 +53,10 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0,
     picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
     for counted, tested in pairs:
         scored = rows(tested, PREFIX, every_prefix)
+        tables = {steps: followers(counted, size - 1, steps, lag_power=1)
+                  for steps in {steps for steps, *_ in RULES.values()}}
         for name, (steps, decay, both) in RULES.items():
-            table = followers(counted, size - 1, steps, lag_power=1)
+            table = tables[steps]
             table = sp.csr_array(table + table.T) if both else table
             # few rows at a time stay in the processor's caches; scipy releases the lock
             chunks = [picked[begin:begin + CHUNK] for begin in range(0, len(picked), CHUNK)]
@@ -84,9 +86,9 @@ def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
     scores.eliminate_zeros()
     target_score = scores[np.arange(len(items)), target]
     listed = np.diff(scores.indptr)
-    reference = np.repeat(target_score, listed)
-    above, equal = (np.diff(np.append(0, np.cumsum(mask))[scores.indptr]) for mask in
-                    (scores.data > reference, scores.data == reference))
+    pairs = list(zip(np.split(scores.data, scores.indptr[1:-1]), target_score, strict=True))
+    above, equal = (np.array([np.count_nonzero(compare(row, score)) for row, score in pairs])
+                    for compare in (np.greater, np.equal))
     # at score 0 no rule leads to the target, which ties with all items that no rule leads to
     return above, np.where(target_score == 0, table.shape[0] - 1 - listed, equal)
 
