@@ -21,8 +21,7 @@ import scipy.sparse as sp
 import scipy.special
 
 from tpad_jax.core import files
-from tpad_jax.data import missing
-from tpad_jax.data.catalogue import Data
+from tpad_jax.data import catalogue, missing
 from tpad_jax.data.sessions import Rows, Sessions, counts
 from tpad_jax.errors import InputError, refuse_if, refusing
 
@@ -83,7 +82,7 @@ def held(items: Iterable[set[str]], names: list[str]) -> sp.csr_array:
                         shape=(len(cells), len(names)))
 
 
-def wanted(config, data: Data) -> Attributes | None:
+def wanted(config, data: catalogue.Data) -> Attributes | None:
     """Read the attributes if a baseline or an expert of the config reads them.
 
     Returns:
@@ -107,7 +106,7 @@ def wanted(config, data: Data) -> Attributes | None:
     return known
 
 
-def attributes(data: Data, prior: str | Path = '') -> Attributes | None:
+def attributes(data: catalogue.Data, prior: str | Path = '') -> Attributes | None:
     """Read the most frequent attributes of a catalogue, and the prior of a file.
 
     Args:

@@ -16,7 +16,6 @@ import numpy as np
 
 from tpad_jax.core import files
 from tpad_jax.data import images, sessions, text
-from tpad_jax.data.sessions import Sessions
 from tpad_jax.data.untrusted import SHOWN, reasons
 from tpad_jax.errors import refuse_if
 
@@ -64,9 +63,9 @@ class Data:
     has_image: np.ndarray
     side: np.ndarray
     side_sizes: tuple[int, ...]
-    train: Sessions
-    valid: Sessions
-    test: Sessions
+    train: sessions.Sessions
+    valid: sessions.Sessions
+    test: sessions.Sessions
     warm: np.ndarray
     lines: dict
     audit: dict

@@ -23,8 +23,7 @@ from tpad_jax.core import files
 from tpad_jax.data import batches, sessions
 from tpad_jax.diagnostics import clouds as clouds_lib, probes, records
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.models import outputs, tpad
-from tpad_jax.models.mllms import MODALITIES
+from tpad_jax.models import mllms, outputs, tpad
 from tpad_jax.types import Batch
 
 READ = ('k', 't', 'c', 'p', 'r', 'r_next')  # outputs of positions
@@ -86,7 +85,7 @@ def _measured(job, stage, moment, spec, encoder):
     ids = np.union1d(rows.items, rows.next)  # the padding item is one of them
     k = np.asarray(job.catalogue['k'])[ids].astype(np.float32)
     # a text encoder's rows have the last modality alone
-    clouds = {f'k_{name}': k[1:, i] for i, name in enumerate(MODALITIES[-k.shape[1]:])}
+    clouds = {f'k_{name}': k[1:, i] for i, name in enumerate(mllms.MODALITIES[-k.shape[1]:])}
     record = {'sessions': len(rows.target), 'pairs': {}, 'held_out': {}, 'probes': {}}
     item_ids, after = {'items': ids[1:]}, moment == 'after'
     if stage != 'knowledge':

@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 
-from tpad_jax.data import item_graphs
-from tpad_jax.data.sessions import Rows, Sessions, ranked
+from tpad_jax.data import item_graphs, sessions
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.evaluation import metrics
-from tpad_jax.evaluation.scorers import session_encoder
+from tpad_jax.evaluation import metrics, scorers
 from tpad_jax.models import experts
 
 CELLS = 2**27  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
@@ -55,7 +53,7 @@ class Fit(NamedTuple):
     decay: float
 
 
-def tables(train: Sessions, num_items: int, features: np.ndarray | None, *, ordered: bool,
+def tables(train: sessions.Sessions, num_items: int, features: np.ndarray | None, *, ordered: bool,
            share: np.ndarray | None = None) -> dict:
     """Count the tables that the experts read.
 
@@ -117,7 +115,7 @@ def mixture(fit: Fit, table: dict) -> tuple[dict, jnp.ndarray]:
     return {'weights': weights, 'tables': read | {'decay': jnp.float32(fit.decay)}}, columns
 
 
-def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, seed: int = 0
+def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[str], *, seed: int = 0
         ) -> Fit:
     """Fit the weights on validation.
 
@@ -129,7 +127,7 @@ def fit(model: Callable, table: dict, valid: Rows, names: Collection[str], *, se
       names: of NAMES, those that count.
       seed: of the sample of rows.
     """
-    valid = ranked(valid)
+    valid = sessions.ranked(valid)
     total, most = len(valid.target), max(LEAST, CELLS // len(table['events']) // ROWS * ROWS)
     rows = np.arange(total) if total <= most else np.sort(
         np.random.default_rng(seed).choice(total, most, replace=False))
@@ -196,7 +194,7 @@ def terms(bound, items: np.ndarray, chosen: np.ndarray, h: np.ndarray | None = N
     if h is None:
         models = tuple(({'recommender': params['recommender']}, near)
                        for params, near in zip(bound.params, bound.near, strict=True))
-        h = np.asarray(compiled(session_encoder(bound.specs), seldom=True)(
+        h = np.asarray(compiled(scorers.session_encoder(bound.specs), seldom=True)(
             (models, rules), bound.z, items))
     z = np.asarray(bound.z)
     parts = h[:, None] * (z[chosen] - z[1:].mean(axis=0))

@@ -9,13 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tpad_jax.config import MAKES
-from tpad_jax.data import audit, sources
-from tpad_jax.data.catalogue import Data
-from tpad_jax.data.untrusted import reasons
+from tpad_jax.data import audit, catalogue, sources, untrusted
 from tpad_jax.features import bases, tokenizers
-from tpad_jax.job import memory_plan
-from tpad_jax.job.results import choices_of
-from tpad_jax.job.validate import check, check_inputs
+from tpad_jax.job import memory_plan, results, validate
 from tpad_jax.training import length
 
 EXAMPLES = 3  # items and sessions that are printed
@@ -38,8 +34,8 @@ def lines(config) -> list[str]:
     Raises:
       InputError: an unusable config or unusable data.
     """
-    stages, source = check(config), sources.chosen(config)
-    check_inputs(config, stages, set())
+    stages, source = validate.check(config), sources.chosen(config)
+    validate.check_inputs(config, stages, set())
     with tempfile.TemporaryDirectory() as folder:
         data = sources.load(config, Path(folder))
         examples, config = _examples(data), length.of_data(config, data.train)
@@ -51,10 +47,10 @@ def lines(config) -> list[str]:
     out += [f'column: {line}' for line in source.columns(config)]
     counts = {'rejected': {}, 'unused': {}, **data.lines}
     out += [f'lines: {counts["read"]} read, {counts["kept"]} kept',
-            f'rejected: {reasons(counts["rejected"]) or "none"}',
-            f'unused parts of kept lines: {reasons(counts["unused"]) or "none"}',
+            f'rejected: {untrusted.reasons(counts["rejected"]) or "none"}',
+            f'unused parts of kept lines: {untrusted.reasons(counts["unused"]) or "none"}',
             f'kinds of events: {", ".join(data.kinds) or "not known"}',
-            f'catalogue: {choices_of(config.data.catalogue, data.choices)}',
+            f'catalogue: {results.choices_of(config.data.catalogue, data.choices)}',
             f'pictures: {int(data.has_image.sum())} of {data.num_items} items']
     out += [f'audit: {line}' for line in audit.describe(data.audit)]
     longest = min(config.data.max_length, source.longest or config.data.max_length)
@@ -62,7 +58,7 @@ def lines(config) -> list[str]:
     return [*out, *examples, *_times(subject, stages)]
 
 
-def _examples(data: Data) -> list[str]:
+def _examples(data: catalogue.Data) -> list[str]:
     """The first items, and the first training sessions."""
     items = range(1, min(EXAMPLES, data.num_items) + 1)
     out = [f'item {data.asins[item]!r}: {data.texts[item][:WIDTH]!r}, side features '

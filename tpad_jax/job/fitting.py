@@ -13,8 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tpad_jax.baselines import content_lasso
 from tpad_jax.config import MAKES
-from tpad_jax.core import console as console_lib
-from tpad_jax.core.files import write_json
+from tpad_jax.core import console as console_lib, files
 from tpad_jax.data import batches as batches_lib
 from tpad_jax.diagnostics import clouds, snapshots
 from tpad_jax.distributed.devices import compiled
@@ -202,7 +201,7 @@ def pruned(job, console) -> dict:
     cosine = (x * y).sum(axis=1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
     record = {'by': c.prune_by, **record, 'k': {'cka': clouds.linear_cka(x, y),
                                                 'cosine': float(cosine.mean())}}
-    write_json(job.workdir / 'prune.json', record)
+    files.write_json(job.workdir / 'prune.json', record)
     console_lib.say(console, f'pruned by {c.prune_by}: zeros per layer '
                     f'{" ".join(f"{100 * x:.0f}" for x in record["zeros"])} %; k before and after: '
                     f'CKA {record["k"]["cka"]:.3f}, cosine {record["k"]["cosine"]:.3f}')

@@ -11,8 +11,7 @@ from typing import NamedTuple
 from tpad_jax.config import STAGES, names
 from tpad_jax.evaluation import likelihood
 from tpad_jax.job.fitting import validated
-from tpad_jax.training import step
-from tpad_jax.training.stages import ENTRIES
+from tpad_jax.training import stages, step
 
 # outputs of T, and of those who learn from it
 OF_TEACHER = {'t', 'p', 'teach.h', 'teach.last', 'teach.short'}
@@ -42,7 +41,7 @@ def judge(job, tuned: dict) -> Taught:
       tuned: {name: rules.Tuned}.
     """
     items, seed = job.data.num_items, job.config.seed
-    scorer = ENTRIES['teach'].scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
+    scorer = stages.ENTRIES['teach'].scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
     known = likelihood.calibrate(scorer, job.valid, items, rule=False, seed=seed)
     nll = likelihood.nll(scorer, job.valid, items, known, seed=seed)
     rule = min(tuned, key=lambda name: tuned[name].valid['nll'], default=None)

@@ -22,9 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
 from tpad_jax.config import MAKES, STAGES
-from tpad_jax.core import log
+from tpad_jax.core import log, precision
 from tpad_jax.core.console import say
-from tpad_jax.core.precision import exact_products
 from tpad_jax.data import catalogue, item_graphs, missing, sessions, sources
 from tpad_jax.data.sources import external_features
 from tpad_jax.data.synthetic import planted, variants
@@ -34,9 +33,8 @@ from tpad_jax.errors import Stopped
 from tpad_jax.evaluation import tables
 from tpad_jax.features import bases, lexical, tokenizers
 from tpad_jax.features.encoder import Encoder
-from tpad_jax.job import fitting, gate, memory_plan, recommenders, results
+from tpad_jax.job import fitting, gate, memory_plan, recommenders, results, validate
 from tpad_jax.job.background import LOOK, TUNE, Background, workers
-from tpad_jax.job.validate import check, check_inputs, check_workdir
 from tpad_jax.models import readers, sessions as encoders
 from tpad_jax.training import begin_from, federated, handover, length, step
 from tpad_jax.training.stages import ENTRIES
@@ -152,7 +150,7 @@ class Job:
         blank = {name: jnp.zeros(x.shape) for name, x in self.blank.items()}
         make = step.initialiser(c, self.spec, (base.image_size, base.image_size, 3))
         given = dict(key=jax.random.key(c.seed), catalogue={**self.catalogue, **blank})
-        shapes = jax.eval_shape(exact_products(make), **given)
+        shapes = jax.eval_shape(precision.exact_products(make), **given)
         every = memory_plan.parameter_shapes(
             c, shapes | ({'teacher': teacher.shapes} if teacher else {}))
         self.taken = begin_from.parameters(c, every, base.fingerprint)
@@ -308,10 +306,10 @@ def run(config, workdir, stopping=lambda: False, until: str = '', profile: int =
       Stopped: `stopping` returned True; the state is saved.
     """
     workdir, console = Path(workdir), Console(quiet=jax.process_index() > 0)
-    check_workdir(workdir)
-    stages = check(config)
+    validate.check_workdir(workdir)
+    stages = validate.check(config)
     finished = {stage for stage in STAGES if fitting.is_finished(workdir, stage)}
-    check_inputs(config, stages, finished)
+    validate.check_inputs(config, stages, finished)
     enter(workdir, config)
     with locked(workdir):
         return _run(config, workdir, stopping, until, profile, stages, finished, console)

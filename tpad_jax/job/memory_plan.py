@@ -32,8 +32,7 @@ from tpad_jax.errors import refuse_if
 from tpad_jax.features import bases, lexical
 from tpad_jax.job.validate import check
 from tpad_jax.models import sessions, tpad
-from tpad_jax.training import loop, step as step_lib
-from tpad_jax.training.profiling import bytes_of, live_bytes
+from tpad_jax.training import loop, profiling, step as step_lib
 from tpad_jax.training.stages import ENTRIES
 from tpad_jax.types import Batch
 
@@ -120,7 +119,7 @@ def stage_plan(subject: Subject, stage: str, compile_step: bool = False) -> dict
     else:
         traced = jax.make_jaxpr(partial(loop.lean_step, spec=spec, axis=None))(
             state.replace(frozen={}), batch, {'catalogue': rows, 'frozen': state.frozen})
-        temporary = live_bytes(traced.jaxpr)
+        temporary = profiling.live_bytes(traced.jaxpr)
     return {'frozen': held(state.frozen), 'trained': held(state.params),
             'optimiser': _tree_bytes(state.opt_state), 'batches': 2 * _tree_bytes(batch),
             'catalogue': held(rows), 'temporary': temporary}
@@ -174,7 +173,7 @@ def _batch(subject, stage, spec):
 
 
 def _tree_bytes(tree):
-    return sum(map(bytes_of, jax.tree.leaves(tree)))
+    return sum(map(profiling.bytes_of, jax.tree.leaves(tree)))
 
 
 def _bytes(arrays, model):
@@ -182,7 +181,7 @@ def _bytes(arrays, model):
     def parts(path, x):
         return model if devices_lib.MODEL in (devices_lib.rule(path, x.shape, model) or ()) else 1
 
-    return sum(bytes_of(x) // parts(path, x) for path, x in arrays.items())
+    return sum(profiling.bytes_of(x) // parts(path, x) for path, x in arrays.items())
 
 
 def limit() -> int | None:

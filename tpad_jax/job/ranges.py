@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from tpad_jax.baselines import rules
 from tpad_jax.config import STAGES, flat, names
 from tpad_jax.core.precision import PRECISIONS
-from tpad_jax.data import missing
-from tpad_jax.data.catalogue import CATALOGUES
+from tpad_jax.data import catalogue, missing
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import experts
 from tpad_jax.losses import tokens
@@ -164,7 +163,7 @@ RULES = {key: rule for rule, keys in (
     (number(0, 0.8), 'mllm.prune'), (choice(('tamp', 'wanda', 'magnitude')), 'mllm.prune_by'),
     (choice(('', *merge_adapters.KINDS)), 'model.blend.kind'),
     (choice(('ours', 'published')), 'data.protocol'),
-    (choice(CATALOGUES), 'data.catalogue'), (choice(missing.PARTS), 'data.missing.of'),
+    (choice(catalogue.CATALOGUES), 'data.catalogue'), (choice(missing.PARTS), 'data.missing.of'),
     (choice(('utf-8', 'latin-1', 'cp1252')), 'data.encoding'),
     (choice(('auto', '', 'own')), 'mllm.tokenizer'),
     (number(300, INT32, whole=True), 'mllm.own.vocab'),

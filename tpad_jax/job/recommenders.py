@@ -30,8 +30,7 @@ from tpad_jax.job import gate
 from tpad_jax.job.background import TRAIN, TUNE
 from tpad_jax.job.fitting import fit, validated
 from tpad_jax.models import tpad
-from tpad_jax.training import handover, length, optimizer
-from tpad_jax.training.stages import ENTRIES
+from tpad_jax.training import handover, length, optimizer, stages
 
 NAME, OWN = 'mixture', 'tpad_recommend'  # of the scores that are served: of ids alone, with content
 PARTS = 'fusion', 'encoder', 'recommend', 'normalise', 'temperature', 'repeats', 'events'
@@ -302,7 +301,7 @@ def begun(job, name: str) -> dict:
     if name != 'recommend' or not count:
         return job.params
     lengths = np.random.default_rng(job.config.seed).choice(data.train.lengths, count)
-    teacher = ENTRIES['teach'].scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
+    teacher = stages.ENTRIES['teach'].scorer(job.spec, job.devices.own)(job.nested(), job.catalogue)
     drawn = sessions.drawn(teacher, np.minimum(lengths, job.max_length),
                            sessions.counts(data.train, data.num_items), job.config.seed)
     train, valid = (sessions.take(drawn, part) for part in

@@ -38,8 +38,7 @@ from tpad_jax.evaluation import experts
 from tpad_jax.features import store
 from tpad_jax.job import fitting, gate, recommenders
 from tpad_jax.job.job import Job
-from tpad_jax.serving import artifact, new_items
-from tpad_jax.serving.recommender import Recommender
+from tpad_jax.serving import artifact, new_items, recommender
 from tpad_jax.training import checkpoint, step
 from tpad_jax.training.workdir import config_of, locked
 
@@ -357,7 +356,7 @@ def _drift(job, before, share, old) -> dict:
         events = data.events and replace(data.events, items=np.where(
             data.events.items > total, 0, data.events.items))
         rows = sessions_lib.rows(part, job.max_length, sources.every_prefix(job.config), events)
-        scores_of = scorer(Recommender(served))
+        scores_of = scorer(recommender.Recommender(served))
         some = SimpleNamespace(valid=rows, config=job.config, data=SimpleNamespace(num_items=total))
         measured[name] = fitting.validated(scores_of, some, name)
         some.valid = rows.take((rows.target > 0) & (rows.target <= known))
@@ -371,7 +370,7 @@ def _drift(job, before, share, old) -> dict:
             'held_out': {'sessions': len(held.start), 'rows': len(rows.target), **measured}}
 
 
-def scorer(shop: Recommender) -> Callable:
+def scorer(shop: recommender.Recommender) -> Callable:
     """Make the scorer of an artefact: int32 [B, N + C] -> float32 [B, V+1]."""
     z = shop.embed_items()
 

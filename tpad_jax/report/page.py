@@ -24,7 +24,6 @@ from tpad_jax.data import audit
 from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.evaluation import compare, tables
 from tpad_jax.report import curves, stored
-from tpad_jax.report.stored import Run
 
 FILE = Path('report') / 'index.html'
 SECTIONS = {'results': 'Results', 'audit': 'Audit', 'gallery': 'Sessions', 'hits': 'hit@K',
@@ -131,7 +130,7 @@ def environment() -> jinja2.Environment:
     return jinja
 
 
-def context(run: Run) -> dict:
+def context(run: stored.Run) -> dict:
     """Collect the values that fill `run.html`."""
     v = Values(run.results)
     models = run.results['models']
@@ -176,7 +175,7 @@ def context(run: Run) -> dict:
         **out, 'training': any(training.values()), 'features': features or clouds})}
 
 
-def compared(runs: list[Run]) -> dict:
+def compared(runs: list[stored.Run]) -> dict:
     """Collect the values that fill `compare.html`.
 
     Raises:
@@ -208,13 +207,13 @@ def compared(runs: list[Run]) -> dict:
     return {**out, 'sections': filled(COMPARED_SECTIONS, out)}
 
 
-def labels(runs: list[Run]) -> list[str]:
+def labels(runs: list[stored.Run]) -> list[str]:
     """Name the runs by their folders, or by their paths where two folders have the same name."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def differences(runs: list[Run], names: list[str], trained: list[str],
+def differences(runs: list[stored.Run], names: list[str], trained: list[str],
                 searched: list[str]) -> list[dict]:
     """Subtract the first run from every other, model by model, on the same rows.
 
@@ -244,7 +243,7 @@ def differences(runs: list[Run], names: list[str], trained: list[str],
     return out
 
 
-def configs(runs: list[Run]) -> list[tuple]:
+def configs(runs: list[stored.Run]) -> list[tuple]:
     """List (key, value of each run) of every key of the config that differs between runs."""
     flat = [stored.flat_config(run) for run in runs]
     keys = sorted({key for config in flat for key in config})

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tpad_jax.evaluation import experts
-from tpad_jax.evaluation.scorers import Bound
+from tpad_jax.evaluation import experts, scorers
 from tpad_jax.serving.conditions import CAPS, Wanted, allowed
 
 NEAREST = 3  # items of the session that are named
@@ -66,7 +65,7 @@ def _decided(shop, rows, lists, table):
     if shop.served.experts is None:
         return [['model'] * lists.shape[1]] * len(rows)
     z, out = np.pad(shop.embed_items(), ((1, 0), (0, 0)))[:table.count], []
-    bound = Bound((), (), (), z, shop.served.experts)
+    bound = scorers.Bound((), (), (), z, shop.served.experts)
     for begin in range(0, len(rows), experts.ROWS):
         part = slice(begin, begin + experts.ROWS)
         terms = experts.terms(bound, rows[part, :shop.max_length], lists[part],

@@ -21,7 +21,6 @@ from tpad_jax.errors import InputError, refuse_if, refusing
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
 from tpad_jax.serving import artifact, calls, topk
 from tpad_jax.serving.artifact import Table
-from tpad_jax.serving.calls import LENGTHS, MAX_K
 from tpad_jax.serving.conditions import Wanted, begin, wanted
 from tpad_jax.serving.explain import explain as reasons
 from tpad_jax.serving.rerank import Reranker
@@ -177,10 +176,10 @@ class Recommender:
           InputError: k is out of bounds.
         """
         table = table or self.table
-        most = min(MAX_K, table.count - 1)
+        most = min(calls.MAX_K, table.count - 1)
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
             raise InputError(f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}, '
-                             f'{MAX_K} or the {table.count - 1} items of the catalogue')
+                             f'{calls.MAX_K} or the {table.count - 1} items of the catalogue')
         for part in calls.parts(np.arange(len(rows))):
             if asked:
                 yield begin(self, rows[part], k, table, [asked[row] for row in part])
@@ -202,7 +201,7 @@ class Recommender:
         Returns:
           Scores and items of the device, [S, K] with S in SIZES and K in LENGTHS.
         """
-        compiled_k = next(length for length in LENGTHS if length >= k)
+        compiled_k = next(length for length in calls.LENGTHS if length >= k)
         with self._dispatching:
             if allowed is not None:  # rows of the table that were added since
                 more = len(self._z) // 8 - allowed.shape[1]

@@ -22,10 +22,9 @@ import httpcore2
 import httpx2
 
 from tpad_jax.core.files import PARTIAL
-from tpad_jax.data import images
+from tpad_jax.data import images, untrusted
 from tpad_jax.data.download.hosts import FetchError, Guarded, Host, Limits
 from tpad_jax.data.download.journal import VALIDATOR, Begun, Journal
-from tpad_jax.data.untrusted import Reason
 
 MAX_REDIRECTS, REDIRECTS = 5, frozenset({301, 302, 303, 307, 308})
 LATER = frozenset({408, 425, 429})  # 4xx that may be answered otherwise later; so may all of 5xx
@@ -109,7 +108,7 @@ class Fetcher:
                 whole = await self._body(asin, url, number)
                 # a thread decodes and waits for the disk, so that other bodies do not wait
                 path = await asyncio.to_thread(_give_name, part, self._folder / asin)
-                if not isinstance(path, Reason):
+                if not isinstance(path, untrusted.Reason):
                     break
                 self._drop(part)
                 # a damaged picture may have lost its end, or been put together of two
@@ -293,11 +292,11 @@ def _open(part: Path):
     return open(part, 'ab', buffering=0)
 
 
-def _give_name(part: Path, stem: Path) -> Path | Reason:
+def _give_name(part: Path, stem: Path) -> Path | untrusted.Reason:
     """Rename a whole body to its picture's name; the reason where it is not a picture."""
     data = part.read_bytes()
     pixels = images.read(data, SIDE)
-    if isinstance(pixels, Reason):
+    if isinstance(pixels, untrusted.Reason):
         return pixels
     with open(part, 'rb') as file:
         os.fsync(file.fileno())

@@ -14,8 +14,7 @@ from collections import namedtuple
 
 import httpcore2
 
-from tpad_jax.data import images
-from tpad_jax.data.untrusted import Reason
+from tpad_jax.data import images, untrusted
 
 LONGEST_HOLD = 600  # seconds; a host that asks for a longer pause is left for another run
 GIVE_UP = 20  # pictures of a host without an answer, in a row; then it is left for another run
@@ -50,7 +49,7 @@ class FetchError(Exception):
     def __init__(self, reason: str, final: bool):
         """Make an error of a reason that is `final` or not."""
         super().__init__(reason)
-        self.reason, self.final = Reason(reason), final
+        self.reason, self.final = untrusted.Reason(reason), final
 
 
 class Host:
