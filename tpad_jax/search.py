@@ -20,11 +20,10 @@ from pathlib import Path
 
 from absl import flags
 from rich.console import Console
-from rich.table import Table
 
 from tpad_jax import train
 from tpad_jax.config import flat
-from tpad_jax.core import cli, files, startup
+from tpad_jax.core import cli, console, files, startup
 from tpad_jax.errors import refuse_if, refusing
 
 METRICS = ('hit@20', 'mrr@20')  # the first decides; the second decides between equals
@@ -98,11 +97,10 @@ def override(config, params: dict):
     return config
 
 
-def table(result: dict) -> Table:
+def table(result: dict) -> console.Table:
     """Format the result of `search_config`: a row per trial in percent, the best one bold."""
-    out = Table(title=f'{result["trials"]} trials on validation, %', title_justify='left', box=None)
-    for name in ('trial', *METRICS, *result['overrides']):
-        out.add_column(name.split('.')[-1], justify='right', no_wrap=True)
+    out = console.table(f'{result["trials"]} trials on validation, %', (
+        'trial', *METRICS, *(name.split('.')[-1] for name in result['overrides'])))
     for trial in result['tried']:
         values = [f'{100 * trial["values"][metric]:.2f}' if 'values' in trial else 'failed'
                   for metric in METRICS]

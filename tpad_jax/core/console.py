@@ -7,7 +7,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import rich.progress as bars
 from rich.console import Console
@@ -84,6 +84,23 @@ def print_header(title: str, facts: dict, console: Console | None = None) -> Non
         grid.add_row(Text(name, 'dim'), Text(str(value)))
     panel = Panel(grid, title=Text(title, 'bold'), title_align='left', expand=False)
     (console or Console()).print(panel)
+
+
+def table(title: str, heads: Iterable[str], rows: Iterable[Sequence] = (), **options) -> Table:
+    """Make a table without lines, whose first column is left aligned and the others right.
+
+    Args:
+      title: above it.
+      heads: of the columns.
+      rows: of cells; more can be added.
+      **options: of rich.
+    """
+    out = Table(title=title, title_justify='left', box=None, **options)
+    for head in heads:
+        out.add_column(head, justify='right' if out.columns else 'left', no_wrap=True)
+    for row in rows:
+        out.add_row(*row)
+    return out
 
 
 def _first_process():

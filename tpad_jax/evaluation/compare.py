@@ -7,15 +7,15 @@ Intervals and p-values are over sessions. Differences are paired row by row.
 import zipfile
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from tpad_jax.core import cli, files, ties
+from tpad_jax.core import cli, console as console_lib, files, ties
 from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.evaluation import metrics, slices, statistics
 
@@ -201,22 +201,17 @@ def compare(first: Sequence[Run], second: Sequence[Run], models: tuple[str, str]
 
 def show(result: dict, console: Console) -> None:
     """Print the result of `compare` in percent."""
-    def say(text):
-        console.print(text, highlight=False, markup=False)
-
+    say = partial(console.print, highlight=False, markup=False)
     for side, model, runs in zip('AB', result['models'], result['runs'], strict=True):
         say(f'{side}: {model} of {", ".join(runs)}')
     seeds, all_rows = len(result['runs'][0]), result['slices']['all']
     say(f'{result["sessions"]} sessions, {all_rows["rows"]} rows of {seeds} seed'
         f'{"s" * (seeds > 1)}; {" and ".join(map(str, result["items"]))} items ranked')
     for metric in result['metrics']:
-        table = Table(title=f'{metric}, %', title_justify='left', box=None, pad_edge=False)
-        for name in ('rows of', 'number', 'A', 'B', 'A - B', 'p', 'A won', 'B won'):
-            table.add_column(name, justify='left' if name == 'rows of' else 'right', no_wrap=True)
-        for name, part in result['slices'].items():
-            if part['rows']:
-                table.add_row(name, str(part['rows']), *_cells(part[metric]))
-        console.print(table)
+        console.print(console_lib.table(
+            f'{metric}, %', ('rows of', 'number', 'A', 'B', 'A - B', 'p', 'A won', 'B won'),
+            ((name, str(part['rows']), *_cells(part[metric]))
+             for name, part in result['slices'].items() if part['rows']), pad_edge=False))
     if seeds > 1:
         for metric in result['metrics']:
             by_seed = ', '.join(f'{100 * x:+.2f}' for x in all_rows[metric]['per_seed'])

@@ -5,7 +5,8 @@ import math
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
-from rich.table import Table
+
+from tpad_jax.core import console as console_lib
 
 # part of the targets -> where a model's test metrics hold it
 PARTS = {'all': (), 'warm': ('slices', 'warm'), 'cold': ('slices', 'cold')}
@@ -50,7 +51,7 @@ def shares(results: dict) -> dict[str, dict[str, float]]:
             for name, model in results['models'].items()}
 
 
-def table(results: dict) -> Table:
+def table(results: dict) -> console_lib.Table:
     """Format all models' metrics on the test rows in percent.
 
     The best value of a column except the oracle's is bold; see `columns`.
@@ -66,10 +67,7 @@ def table(results: dict) -> Table:
 
     rows = {name: row(results['models'][name].get('test', {}), share)
             for name, share in shares(results).items()}
-    out = Table(title='Test rows, %', title_justify='left', header_style='bold', box=None)
-    out.add_column('model', no_wrap=True)
-    for name in (*paths, *parts):
-        out.add_column(name, justify='right', no_wrap=True)
+    out = console_lib.table('Test rows, %', ('model', *paths, *parts), header_style='bold')
     best = [max((f'{value:.2f}' for value in column if math.isfinite(value)), key=float,
                 default=None) for column in zip(*rows.values(), strict=True)]
     for name, values in rows.items():
@@ -88,20 +86,15 @@ LISTS = {**{('lists', name): name for name in (
     ('reliability', 'error'): 'calibration error'}
 
 
-def beyond(results: dict) -> Table:
+def beyond(results: dict) -> console_lib.Table:
     """Format what the first 20 items of the test rows show beyond accuracy, see lists.py.
 
     Args:
       results: as in results.json.
     """
-    out = Table(title='First 20 items of the test rows', title_justify='left',
-                header_style='bold', box=None)
-    out.add_column('model', no_wrap=True)
-    for head in LISTS.values():
-        out.add_column(head, justify='right', no_wrap=True)
-    for name, model in results['models'].items():
-        out.add_row(escape(name), *(_cell(_at(model.get('test', {}), path)) for path in LISTS))
-    return out
+    return console_lib.table('First 20 items of the test rows', ('model', *LISTS.values()), (
+        (escape(name), *(_cell(_at(model.get('test', {}), path)) for path in LISTS))
+        for name, model in results['models'].items()), header_style='bold')
 
 
 def show(results: dict, console: Console) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
-from tpad_jax.core import files
+from tpad_jax.core import console, files
 from tpad_jax.data.sessions import DAY
 from tpad_jax.job import job
 from tpad_jax.report import curves, page
@@ -61,11 +60,10 @@ def run(config, workdir: str | Path, count: int, stopping: Callable[[], bool]) -
     return out
 
 
-def table(windows: list[dict]) -> Table:
+def table(windows: list[dict]) -> console.Table:
     """Format hit@20 of every model by window, in percent, and the mean over windows."""
-    out = Table(title='hit@20 by window, %', title_justify='left', box=None)
-    for head in ('first test day', *(window['test'][0] for window in windows), 'mean'):
-        out.add_column(head, justify='left' if head == 'first test day' else 'right', no_wrap=True)
+    out = console.table('hit@20 by window, %', (
+        'first test day', *(window['test'][0] for window in windows), 'mean'))
     out.add_row('test rows', *(f'{window["rows"]:,}' for window in windows))
     for name in windows[-1]['models']:
         values = [window['models'][name][METRICS[0]] for window in windows]
