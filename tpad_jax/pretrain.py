@@ -52,8 +52,7 @@ def make_items(count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
              for parts in zip(titles, brands, descriptions, strict=True)]
     pictures = np.empty((count, IMAGE, IMAGE, 3), np.uint8)
     for start in range(0, count, 1024):
-        rendered = rendering.render(attributes[start:start + 1024], rng)
-        for i, picture in enumerate(rendered, start):
+        for i, picture in enumerate(rendering.render(attributes[start:start + 1024], rng), start):
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, 'JPEG', quality=90)
             pictures[i] = np.asarray(images.decode(buffer.getvalue(), IMAGE))

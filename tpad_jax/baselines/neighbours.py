@@ -199,8 +199,7 @@ def _last(owner, item):
 
 def _idf(index, weight):
     """1 + idf of every item: float64 [V + 1]."""
-    sessions = max(len(index.start) - 1, 1)
-    return 1 + weight * np.log(sessions / np.maximum(np.diff(index.first), 1))
+    return 1 + weight * np.log(max(len(index.start) - 1, 1) / np.maximum(np.diff(index.first), 1))
 
 
 def _event_items(index, lambda3, idf_weight, after):

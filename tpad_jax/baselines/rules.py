@@ -65,8 +65,8 @@ def fit_sr(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float
       lag_power: how fast the weight falls with the steps; 0: all steps have the same weight.
       backoff: share of popularity in the score.
     """
-    rules = followers(train, num_items, LONGEST_RULE, lag_power)
-    return _rule_scorer(rules, train, num_items, decay, backoff)
+    return _rule_scorer(followers(train, num_items, LONGEST_RULE, lag_power), train, num_items,
+                        decay, backoff)
 
 
 def fit_ar(train: Sessions, num_items: int, decay: float = 0.6, lag_power: float = 1,
@@ -259,8 +259,7 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
              if key in keywords}
     if len(valid.target) > TUNED_ROWS:
         rng = np.random.default_rng(seed)
-        drawn = np.sort(rng.choice(len(valid.target), TUNED_ROWS, replace=False))
-        valid = valid.take(drawn)
+        valid = valid.take(np.sort(rng.choice(len(valid.target), TUNED_ROWS, replace=False)))
 
     def measured(params, _):
         above, equal = metrics.ranks(fit(train, num_items, **fixed, **params), valid.items,

@@ -114,8 +114,7 @@ def _event_file(directory, purge):
 
 
 def _append(file, step, **content):
-    event = Event(wall_time=time.time(), step=step, **content)
-    file.write(event.SerializeToString())
+    file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 def read_log(path: str | Path) -> list[dict]:

@@ -85,8 +85,7 @@ def cache_compilations() -> None:
     """
     if CACHE in os.environ:
         return
-    user = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    directory = Path(user, 'tpad_jax')
+    directory = Path(os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache'), 'tpad_jax')
     with contextlib.suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
     if os.access(directory, os.W_OK):

@@ -302,5 +302,4 @@ def with_content(batch: dict, content: Content, shards: int, width: int) -> dict
 
 def _iterate(batch: Callable[[int], dict], start_step: int) -> Iterator[dict]:
     # all steps as a source of whole batches: gathering by array beats row-wise reading 10x
-    steps = grain.MapDataset.range(sys.maxsize).map(batch)[start_step:]
-    return iter(steps.to_iter_dataset(READ))
+    return iter(grain.MapDataset.range(sys.maxsize).map(batch)[start_step:].to_iter_dataset(READ))

@@ -158,8 +158,7 @@ def windowed(data: Data, options, timed: bool) -> Data:
     refuse_if(every.time is None and not timed, f'{name}: the sessions have no times. Expected '
               'data with times. Fix: set it to 0.')
     start = every.start if every.time is None else every.time[every.offsets[:-1]] // 1000
-    order = np.argsort(start, kind='stable')
-    every = sessions.take(every._replace(start=start), order)
+    every = sessions.take(every._replace(start=start), np.argsort(start, kind='stable'))
     day = every.start // sessions.DAY - every.start[-1] // sessions.DAY  # 0 is the last
     first = 1 - options.window * options.window_days
     kept = np.flatnonzero(day < first + options.window_days)

@@ -106,8 +106,7 @@ class Events:
 
 def gap(milliseconds: np.ndarray) -> np.ndarray:
     """Return the code of a time between events."""
-    seconds = np.maximum(milliseconds, 0) / 1000
-    return np.minimum(1 + np.log2(1 + seconds).astype(int), GAPS - 1)
+    return np.minimum(1 + np.log2(1 + np.maximum(milliseconds, 0) / 1000).astype(int), GAPS - 1)
 
 
 def attached(data: Data, config) -> Data:

@@ -216,8 +216,7 @@ def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
     if core <= 1:
         return train
     while True:
-        counts = np.bincount(train.items)
-        frequent = counts[train.items] >= core
+        frequent = np.bincount(train.items)[train.items] >= core
         lengths = np.bincount(train.owner[frequent], minlength=len(train.start))
         if frequent.all() and (lengths >= min_length).all():
             return train
@@ -283,8 +282,7 @@ def take(sessions: Sessions, index: np.ndarray) -> Sessions:
     lengths = sessions.lengths[index]
     offsets = np.append(0, np.cumsum(lengths)).astype(np.int64)
     shift = sessions.offsets[:-1][index] - offsets[:-1]
-    events = np.arange(offsets[-1]) + np.repeat(shift, lengths)
-    return _picked(sessions, events, index, offsets)
+    return _picked(sessions, np.arange(offsets[-1]) + np.repeat(shift, lengths), index, offsets)
 
 
 def drawn(score: Callable, lengths: np.ndarray, events: np.ndarray, seed: int) -> Sessions:

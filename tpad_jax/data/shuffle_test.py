@@ -73,8 +73,7 @@ def shuffled(sessions: Sessions, rng: np.random.Generator, whole: bool = True) -
     place = rng.random(len(sessions.items))
     if not whole:
         place[sessions.offsets[1:][sessions.lengths > 0] - 1] = 1
-    order = np.lexsort((place, sessions.owner))
-    return sessions._replace(items=sessions.items[order])
+    return sessions._replace(items=sessions.items[np.lexsort((place, sessions.owner))])
 
 
 def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
@@ -98,6 +97,5 @@ def _summary(gain: np.ndarray, before: tuple | None, after: tuple | None) -> dic
     if before is None:
         return {'before': None, 'after': None, 'error': None}
     earned = [ties.mean_gain(gain, above, equal, AT) for above, equal in (before, after)]
-    error = (earned[0] - earned[1]).std() / len(earned[0]) ** 0.5
     return {'before': float(earned[0].mean()), 'after': float(earned[1].mean()),
-            'error': float(error)}
+            'error': float((earned[0] - earned[1]).std() / len(earned[0]) ** 0.5)}

@@ -92,8 +92,7 @@ def tokenize(texts: list[str], tokenizer_dir: str | Path, length: int) -> np.nda
     encode = _encoder(Path(tokenizer_dir), length)
     tokens = np.full((len(texts), length), -1, np.int32)
     for begin in range(0, len(texts), TOKENIZER_CHUNK):
-        chunk = encode(texts[begin:begin + TOKENIZER_CHUNK])
-        for row, ids in enumerate(chunk, start=begin):
+        for row, ids in enumerate(encode(texts[begin:begin + TOKENIZER_CHUNK]), start=begin):
             tokens[row, :len(ids)] = ids
     return tokens
 

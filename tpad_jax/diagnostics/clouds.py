@@ -46,8 +46,8 @@ def effective_rank(x: np.ndarray) -> float:
 def mean_cosine(x: np.ndarray) -> float:
     """Average the cosine of two different rows of x [n, D], n > 1. Rows of zeros have cosine 0."""
     n, total = len(x), unit(x).sum(0)
-    itself = (np.linalg.norm(x, axis=1) > 0).sum()  # the cosines of rows with themselves
-    return float((total @ total - itself) / (n * (n - 1)))
+    # without the cosines of rows with themselves
+    return float((total @ total - (np.linalg.norm(x, axis=1) > 0).sum()) / (n * (n - 1)))
 
 
 def spread(x: np.ndarray) -> float:

@@ -56,8 +56,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, fit_on: np.ndarray,
     y = np.eye(labels.max() + 1)[labels]
     gram = x[fit_on].T @ x[fit_on] + ridge * fit_on.sum() * np.eye(x.shape[1])
     weights = np.linalg.solve(gram, x[fit_on].T @ y[fit_on])
-    guess = (x[~fit_on] @ weights).argmax(1)
-    return float((guess == labels[~fit_on]).mean())
+    return float(((x[~fit_on] @ weights).argmax(1) == labels[~fit_on]).mean())
 
 
 def attributes(rows: np.ndarray, labels: dict[str, np.ndarray], warm: np.ndarray,

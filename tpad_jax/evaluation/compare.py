@@ -236,8 +236,7 @@ def main(args) -> None:
     refuse_if(len(args.compare) > 2 or (len(args.compare) == 1 and not args.models), '--compare '
               f'names {len(args.compare)} side(s). Expected two, or one and two --models of it')
     sides = [[read(path) for path in side.split(',')] for side in args.compare]
-    models = tuple(args.models or (args.model, args.model))
-    result = compare(sides[0], sides[-1], models)
+    result = compare(sides[0], sides[-1], tuple(args.models or (args.model, args.model)))
     if args.json is not None:
         files.write_json(args.json, result)
     show(result, Console(width=None if Console().is_terminal else WIDTH))

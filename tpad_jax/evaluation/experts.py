@@ -233,5 +233,4 @@ def _loss(values, table, items, target, counts, scores, ids, shares):
     logits = weights['model'] * scores + sides @ columns.T
     logits = logits.at[row[:, None], ids].add(experts.shift(weights, shares))
     logits = logits.at[:, 0].set(-jnp.inf)
-    gain = logits[row, target] - jax.nn.logsumexp(logits, axis=1)
-    return -jnp.where(counts, gain, 0).sum()
+    return -jnp.where(counts, logits[row, target] - jax.nn.logsumexp(logits, axis=1), 0).sum()

@@ -50,7 +50,7 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
         return Calibration(*map(float, np.exp(np.clip(np.atleast_1d(x), -25, 25))))
 
     def objective(x):
-        return _nll(scores, rows.target, known(x)).mean()
+        return _predicted(scores, rows.target, known(x))[0].mean()
 
     if not rule:  # convex in the power
         return known(scipy.optimize.minimize_scalar(
@@ -110,10 +110,6 @@ def _shares(scores, rule):
         return scores
     scores = np.maximum(scores, 0)
     return scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-30)
-
-
-def _nll(scores, target, calibration):
-    return _predicted(scores, target, calibration)[0]
 
 
 def _predicted(scores, target, calibration):

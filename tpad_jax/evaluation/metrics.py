@@ -90,9 +90,7 @@ def gain_table(gain: Gain, k: int) -> np.ndarray:
 
 def dense(scores: Scores) -> np.ndarray:
     """Convert scores to one table [R, V + 1], `Sparse` ones to their float32 sum."""
-    if isinstance(scores, Sparse):
-        return scores.found.toarray() + scores.background
-    return scores
+    return scores.found.toarray() + scores.background if isinstance(scores, Sparse) else scores
 
 
 def scored(scorer: Scorer, items: np.ndarray, num_items: int, *, chunk: int | None = None,
@@ -251,8 +249,7 @@ hit, mrr, ndcg = (functools.partial(mean_gain, GAINS[name]) for name in ('hit', 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
     """Select the item ids int32 [B, k] of the highest scores [B, V+1], best first, not padding."""
-    order = np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k]
-    return (order + 1).astype(np.int32)
+    return 1 + np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k].astype(np.int32)
 
 
 def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndarray:

@@ -142,8 +142,7 @@ def scorer(specs: tpad.TPAD | tuple[tpad.TPAD, ...], devices: Devices) -> Callab
       and `bound`, a `Bound`.
     """
     several = isinstance(specs, tuple)
-    if not several:
-        specs = (specs,)
+    specs = specs if several else (specs,)
 
     @partial(compiled, precision=devices.precision)
     def table(params, catalogues):

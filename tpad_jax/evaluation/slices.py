@@ -53,9 +53,9 @@ def features(rows: Rows, warm: np.ndarray, counts: np.ndarray | None = None
 def chosen(known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Select the rows of every slice that the known `features` define: {slice: bool [R]}."""
     out = {}
-    for name, (inside, outside) in {'warm': ('warm', 'cold'), 'repeat': ('repeat', 'new')}.items():
-        if name in known:
-            out |= {inside: known[name], outside: ~known[name]}
+    for inside, outside in ('warm', 'cold'), ('repeat', 'new'):
+        if inside in known:
+            out |= {inside: known[inside], outside: ~known[inside]}
     if 'length' in known:
         out |= {label: (known['length'] >= low) & (known['length'] <= high)
                 for label, (low, high) in LENGTHS.items()}

@@ -63,9 +63,8 @@ def _examples(data: catalogue.Data) -> list[str]:
     items = range(1, min(EXAMPLES, data.num_items) + 1)
     out = [f'item {data.asins[item]!r}: {data.texts[item][:WIDTH]!r}, side features '
            f'{data.side[item].tolist()}' for item in items]
-    parts = np.split(data.train.items, data.train.offsets[1:-1])
     return out + ['session: ' + ', '.join(data.asins[item] for item in part)[:WIDTH]
-                  for part in parts[:EXAMPLES]]
+                  for part in np.split(data.train.items, data.train.offsets[1:-1])[:EXAMPLES]]
 
 
 def _times(subject: memory_plan.Subject, stages: tuple[str, ...]) -> list[str]:

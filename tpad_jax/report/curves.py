@@ -271,8 +271,7 @@ def clouds(run: Run) -> dict | None:
         for number, name in enumerate(names):
             # the same rows of two clouds of the same size
             drawn = np.sort(np.random.default_rng(0).permutation(len(cloud[name]))[:DOTS])
-            items = cloud[FEATURES[name]][drawn]
-            colour = np.array([category.get(int(item), 7) for item in items])
+            colour = np.array([category.get(int(x), 7) for x in cloud[FEATURES[name]][drawn]])
             part = inner[title, name][drawn]
             panels.append((name.replace('_', ' '), scatter(
                 {int(n): part[colour == n] for n in np.unique(colour)[::-1]}, _farthest(inner))))

@@ -208,9 +208,8 @@ def _decided(scores, items, explained):
 
     widest = max(map(len, explained))
     terms = experts.terms(bound, items, np.stack([np.resize(row, widest) for row in explained]))
-    most = np.argmax(list(terms.values()), axis=0)
     return [[{'expert': list(terms)[n]} for n in line[:len(row)]]
-            for line, row in zip(most, explained, strict=True)]
+            for line, row in zip(np.argmax(list(terms.values()), axis=0), explained, strict=True)]
 
 
 def _nearest(x, items):
@@ -281,6 +280,5 @@ def _tile(sheet, pen, corner, item, framed):
     # Pillow's own font has no accented letters, and would draw a square in their place
     bare = ''.join(letter for letter in unicodedata.normalize('NFKD', item['title'])
                    if not unicodedata.combining(letter))
-    title = textwrap.wrap(bare, LETTERS, max_lines=2, placeholder='\u2026')
-    for line, text in enumerate(title):
+    for line, text in enumerate(textwrap.wrap(bare, LETTERS, max_lines=2, placeholder='\u2026')):
         pen.text((x, y + TILE + 5 + 13 * line), text, INK, ImageFont.load_default(11))

@@ -34,7 +34,7 @@ from tpad_jax.baselines import content_lasso
 from tpad_jax.config import names
 from tpad_jax.core import files
 from tpad_jax.data import sessions
-from tpad_jax.errors import InputError, refuse_if, refusing
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.features import encoder
 from tpad_jax.models import tpad
 from tpad_jax.training import handover
@@ -229,8 +229,8 @@ def read(workdir, directory: Path | None = None) -> Served:
               f'of an earlier version. {again}')
     with refusing(UNREADABLE, f'{file} or a file next to it is missing or damaged', again):
         about = json.loads(file.read_text())
-        if about['version'] != VERSION:
-            raise InputError(f'{file} has version {about["version"]}. Expected {VERSION}. {again}')
+        refuse_if(about['version'] != VERSION,
+                  f'{file} has version {about["version"]}. Expected {VERSION}. {again}')
         for name, digest in about['digests'].items():
             refuse_if(files.sha256(directory / name) != digest, f'{directory / name} is damaged: '
                       f'its bytes differ from those the run wrote. {again}')
@@ -273,9 +273,8 @@ def _read(directory, about):
     if z.shape != (about['items'] + 1, width) or len(ids) != len(z):
         raise ValueError(f'there are {list(z.shape)} item vectors and {len(ids) - 1} ids for '
                          f'{about["items"]} items')
-    attributes = table.select(name for name in ATTRIBUTES if name in table.columns)
     return Served(directory, about, specs, weights, rules, z, events, ids, ['', *table['title']],
-                  attributes)
+                  table.select(name for name in ATTRIBUTES if name in table.columns))
 
 
 def _reader(job, bound) -> dict:
@@ -284,8 +283,7 @@ def _reader(job, bound) -> dict:
         return {}
     roots = set().union(*encoder.reads(bound.specs[0]).values(), ['codes'])
     train = [job.config.stage[stage].train for stage in job.config.stage]
-    flat = flatten_dict(bound.params[0], sep='/')
-    return {path: x for path, x in flat.items()
+    return {path: x for path, x in flatten_dict(bound.params[0], sep='/').items()
             if any(path.startswith(f'{root}/') for root in roots)
             and (not path.startswith('base/') or 'base' not in job.base.given
                  or job.config.mllm.prune

@@ -56,8 +56,7 @@ def with_events(shop, rows: np.ndarray, sessions, events=None) -> np.ndarray:
         place = place[len(place) - np.count_nonzero(prefix):]
         times, named, earlier = (event.get(key) or [] for key in ('times', 'kinds', 'earlier'))
         if 'gap' in where and times:
-            known = np.array([*(times[i] for i in place), event.get('now')], float)
-            gap = np.diff(known)
+            gap = np.diff(np.array([*(times[i] for i in place), event.get('now')], float))
             row[where['gap']][:len(place)] = np.where(
                 np.isnan(gap), 0, events_lib.gap(np.nan_to_num(gap)))
         if 'kind' in where and named:

@@ -321,8 +321,7 @@ def _bits(shop, table, conditions):
 def _codes(shop, table, field):
     """Number the brands or categories: int [V + 1], 0 where an item has none."""
     def make():
-        values = _column(table, CAPS[field], field)
-        codes = values.replace('', None).rank('dense').fill_null(0)
+        codes = _column(table, CAPS[field], field).replace('', None).rank('dense').fill_null(0)
         return np.append(0, codes.to_numpy()).astype(np.int64)
 
     return _kept(shop, (field, table.count), make)

@@ -49,10 +49,9 @@ class Reader:
         refuse_if(about['mllm'] is None, f'{served.directory}: the run has item ids only, so it '
                   'cannot read pictures or texts of a new item')
         self._rows = {name for spec in served.specs for name in spec.recommend}
-        if not self._rows <= {'k', 'r', 'codes'}:
-            rows = ', '.join(sorted(self._rows))
-            raise InputError(f'{served.directory}: the recommender reads {rows}. '
-                             'Expected k, r or codes, which the MLLM computes for a new item')
+        refuse_if(not self._rows <= {'k', 'r', 'codes'}, f'{served.directory}: the recommender '
+                  f'reads {", ".join(sorted(self._rows))}. Expected k, r or codes, which the MLLM '
+                  'computes for a new item')
         mllm = dict(about['mllm'])
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
@@ -137,8 +136,9 @@ class Reader:
         rows = {name: reads[name](self._specs[0], params, image=image, has_image=seen,
                                   tokens=tokens).astype(jnp.float32)
                 for name in sorted(self._rows - {'codes'} | ({'k'} if mixed or coded else set()))}
-        more = {'codes': codes.rows(rows['k'], params['codes']['centres'])} if coded else {}
-        return rows | more
+        if coded:
+            rows['codes'] = codes.rows(rows['k'], params['codes']['centres'])
+        return rows
 
     def _vectors(self, params, image, seen, tokens, side, recommenders):
         (recommenders, rules), rows = recommenders, self._rows_of(params, image, seen, tokens)

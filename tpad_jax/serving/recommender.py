@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from tpad_jax.core import files
 from tpad_jax.distributed.devices import compiled
-from tpad_jax.errors import InputError, refuse_if, refusing
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.evaluation.scorers import session_encoder, session_shifts
 from tpad_jax.serving import artifact, calls, topk
 from tpad_jax.serving.artifact import Table
@@ -132,9 +132,9 @@ class Recommender:
         table = table or self.table
         rows, unknown = [], []
         for place, session in enumerate(sessions):
-            if not isinstance(session, list | tuple) or not all(
-                    isinstance(name, str) for name in session):
-                raise InputError(f'session {place} is not a list of item ids (texts)')
+            refuse_if(not isinstance(session, list | tuple) or not all(
+                isinstance(name, str) for name in session),
+                f'session {place} is not a list of item ids (texts)')
             numbers = [table.number.get(name, table.count) for name in session]
             known = [number for number in numbers if number < table.count][-self.max_length:]
             rows.append(known + [0] * (self.max_length - len(known)))
@@ -177,9 +177,9 @@ class Recommender:
         """
         table = table or self.table
         most = min(calls.MAX_K, table.count - 1)
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most:
-            raise InputError(f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}, '
-                             f'{calls.MAX_K} or the {table.count - 1} items of the catalogue')
+        refuse_if(isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= most,
+                  f'k={k!r} is out of bounds. Expected a whole number from 1 to {most}, '
+                  f'{calls.MAX_K} or the {table.count - 1} items of the catalogue')
         for part in calls.parts(np.arange(len(rows))):
             if asked:
                 yield begin(self, rows[part], k, table, [asked[row] for row in part])
@@ -235,9 +235,8 @@ class Recommender:
         if ids is None:
             return np.asarray(z)[1:table.count]
         absent = [name for name in ids if table.number.get(name, table.count) >= table.count]
-        if absent:
-            raise InputError(f'{len(absent)} of {len(ids)} ids are not in the catalogue, '
-                             f'{absent[0]!r} among them')
+        refuse_if(absent, f'{len(absent)} of {len(ids)} ids are not in the catalogue, '
+                  f'{next(iter(absent), "")!r} among them')
         return np.asarray(z)[[table.number[name] for name in ids]]
 
     def embed_sessions(self, sessions: Sequence[Sequence[str]]) -> np.ndarray:
@@ -376,8 +375,8 @@ class Recommender:
         refuse_if(about['model'] != self.served.about['digests'][artifact.MODEL], f'{file} holds '
                   'items of another run or update. Fix: name a file of this one')
         with self._adding:
-            if not self.table.number.keys().isdisjoint(ids):
-                raise InputError(f'{file} names items that exist. Fix: restore it only once')
+            refuse_if(not self.table.number.keys().isdisjoint(ids),
+                      f'{file} names items that exist. Fix: restore it only once')
             if ids:
                 self._append(vectors, ids, titles, attributes)
 

@@ -70,8 +70,7 @@ class Source(Lines):
                   'file of sessions, or - for standard input')
 
     def __iter__(self) -> Iterator[Asked]:
-        packed = self.path.suffix == '.parquet'
-        for record in self._rows() if packed else super().__iter__():
+        for record in self._rows() if self.path.suffix == '.parquet' else super().__iter__():
             session, seen = record.get('session'), record.get('seen') or []
             events = {key: record[key] for key in KEYS if key in record}
             if isinstance(earlier := events.get('earlier'), list):  # ids may be numbers, as above

@@ -265,8 +265,7 @@ def seconds(retry_after: str) -> float:
     if (number := _whole_number(retry_after)) is not None:
         return number
     try:
-        then = parsedate_to_datetime(retry_after)
-        return max((then - datetime.now(UTC)).total_seconds(), 0)
+        return max((parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds(), 0)
     except (TypeError, ValueError, OverflowError):  # not a date, or one without time zone
         return 0
 

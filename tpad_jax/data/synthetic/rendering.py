@@ -100,8 +100,7 @@ def _drawn(shapes):
         elif kind.endswith('oval'):
             canvas.ellipse(scaled, fill)
         else:
-            radius = sum(numbers[4:]) / (1 + 2 * MARGIN) * side
-            canvas.rounded_rectangle(scaled[:4], radius, fill)
+            canvas.rounded_rectangle(scaled[:4], sum(numbers[4:]) / (1 + 2 * MARGIN) * side, fill)
     return np.asarray(image, bool)
 
 
