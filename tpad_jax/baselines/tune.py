@@ -57,8 +57,7 @@ def search(objective: Objective, space: Space, defaults: dict, *, trials: int, s
       FloatingPointError: every trial failed.
     """
     check_space(space, defaults, name)
-    refuse_if(trials < 1,
-              f'{name}: trials={trials}: too few. Expected 1 or more. Fix: raise it.')
+    refuse_if(trials < 1, f'{name}: trials={trials}: too few. Expected 1 or more. Fix: raise it.')
     import optuna  # imported where it is first needed: it is slow, and logs every trial by default
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(storage, name, {'space': space, 'defaults': defaults, 'seed': seed,

@@ -134,8 +134,7 @@ def restrict(data: Data, choice: str) -> Data:
     pictures = data.image_bytes and _Chosen(data.image_bytes, index)
     identity = hashlib.sha256(f'{data.fingerprint} {choice}'.encode()).hexdigest()
     return replace(data, **lists, **arrays, image_bytes=pictures, train=train, valid=valid,
-                   test=test, fingerprint=identity, reviewed=reviewed[index],
-                   attributes=chosen)
+                   test=test, fingerprint=identity, reviewed=reviewed[index], attributes=chosen)
 
 
 def windowed(data: Data, options, timed: bool) -> Data:

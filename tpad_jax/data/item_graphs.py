@@ -51,8 +51,7 @@ def decayed(items: np.ndarray, decay: float, num_items: int) -> sp.csr_array:
     row, position = np.nonzero(items)
     weight = float(decay) ** (np.count_nonzero(items, axis=1)[row] - 1 - position)
     row, position, weight = (array[weight > 0] for array in (row, position, weight))
-    shape = len(items), num_items + 1
-    return sp.csr_array((weight, (row, items[row, position])), shape=shape)
+    return sp.csr_array((weight, (row, items[row, position])), shape=(len(items), num_items + 1))
 
 
 def membership(sessions: Sessions, num_items: int, latest: int = 0) -> sp.csr_array:
@@ -190,5 +189,4 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
     scale = np.append(0, 1 / np.sqrt(held.sum(axis=1)[session])).astype(np.float32)
     return {'near': near, 'weight': weight.astype(np.float32), 'sessions': events, 'scale': scale,
             'holders': np.searchsorted(used, by_item).astype(np.int32),
-            'events': np.bincount(train.items, share[train.owner], num_items + 1
-                                  ).astype(np.float32)}
+            'events': np.bincount(train.items, share[train.owner], num_items + 1).astype('f')}

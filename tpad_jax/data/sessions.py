@@ -329,12 +329,9 @@ def join(first: Sessions, second: Sessions) -> Sessions:
 
 def _picked(sessions: Sessions, events, index, offsets: np.ndarray) -> Sessions:
     """Sessions of chosen events and chosen sessions, cut again by `offsets`."""
-    def of(array, chosen):
-        return None if array is None else array[chosen]
-
-    return Sessions(sessions.items[events], offsets, sessions.start[index],
-                    of(sessions.time, events), of(sessions.kind, events),
-                    of(sessions.visitor, index))
+    time, kind, visitor = (None if array is None else array[chosen] for array, chosen in (
+        (sessions.time, events), (sessions.kind, events), (sessions.visitor, index)))
+    return Sessions(sessions.items[events], offsets, sessions.start[index], time, kind, visitor)
 
 
 def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,

@@ -63,8 +63,7 @@ def validated(scorer, job, name: str) -> dict[str, float]:
     power = likelihood.calibrate(scorer, rows, job.data.num_items, rule=False,
                                  seed=job.config.seed).power
     if hasattr(scorer, 'ranks') and len(rows.target) * job.data.num_items > metrics.HELD:
-        above, equal, nll = scorer.ranks(rows.read_by(scorer), rows.target, name=name,
-                                         power=power)
+        above, equal, nll = scorer.ranks(rows.read_by(scorer), rows.target, name=name, power=power)
     else:
         scored = metrics.scored(scorer, rows.read_by(scorer), job.data.num_items, name=name)
         parts = [(*metrics.counts(scores, target), metrics.nll(power * scores, target))

@@ -156,16 +156,13 @@ class Recommenders:
         if joint is not None:
             served = max((served, 'tpad_joint'), key=lambda name: chosen[name]['hit@20'])
         # name of a mixture: its recommender, and the experts that it does without
-        mixtures = {name: (groups[model], [n for n in names(c.experts) if n not in without])
-                    for name, model, without in (('tpad', served, ()),
-                                                 ('experts_only', served, ('model',)),
-                                                 ('id_only_experts', 'id_only',
-                                                  ('content', 'lasso')))
+        lasso = background.results([self._lasso])[0] if self._lasso else None
+        known = [name for name in names(c.experts) if lasso or name != 'lasso']
+        mixtures = {name: (groups[model], [n for n in known if n not in without])
+                    for name, model, without in (
+                        ('tpad', served, ()), ('experts_only', served, ('model',)),
+                        ('id_only_experts', 'id_only', ('content', 'lasso')))
                     if c.experts and model in groups}
-        lasso = background.results([self._lasso])[0] if mixtures and self._lasso else None
-        if lasso is None:
-            mixtures = {name: (members, [n for n in used if n != 'lasso'])
-                        for name, (members, used) in mixtures.items()}
         table = tables(groups[served][0], lasso) if mixtures else None
         fits = {name: experts.fit(scorer_of(members), table, job.valid, used, seed=c.seed)
                 for name, (members, used) in mixtures.items()}
@@ -279,8 +276,7 @@ def clusters(job):
         other.config.rivals = {'clusters': dict(recommend='', use_side=False, use_id=True)}
         other = _train_rival(_rival_job(other, 'clusters'), 'clusters')
         z = tpad.z_table(other.spec, other.nested(), other.catalogue)
-    return handover.clustered(job.catalogue['k'], c.clusters, job.config.seed, z,
-                              job.final.warm)
+    return handover.clustered(job.catalogue['k'], c.clusters, job.config.seed, z, job.final.warm)
 
 
 def begun(job, name: str) -> dict:

@@ -63,7 +63,10 @@ def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
     within = 'report', 'diagnostics'
     job.seconds['total'] = here + sum(s for name, s in job.seconds.items() if name not in within)
     out = {'data': data_facts(job), 'audit': job.data.audit, 'models': models,
-           'losses': final_losses(job), 'provenance': {**provenance(job), 'stages': stages},
+           # what training logged last
+           'losses': {line['stage']: {name: x for name, x in line.items() if name != 'stage'}
+                      for line in log_lib.read_log(job.workdir / 'log.jsonl') if 'loss' in line},
+           'provenance': {**provenance(job), 'stages': stages},
            'seconds': job.seconds, 'spent': job.spent}
     if truth is not None:
         out['oracle'] = truth
@@ -246,8 +249,7 @@ def data_facts(job) -> dict:
     data, content = job.data, {}
     if job.content is not None:
         content = {'items_without_image': int((~job.content.has_image[1:]).sum()),
-                   'images': job.content.pictures, 'texts': job.texts,
-                   'missing': job.missing}
+                   'images': job.content.pictures, 'texts': job.texts, 'missing': job.missing}
     lengths = {split: len(getattr(data, split).start) for split in ('train', 'valid', 'test')}
     if job.config.data.window:
         days = (data.test.start[[0, -1]] // sessions.DAY).astype('datetime64[D]')
@@ -314,12 +316,6 @@ def _texts(facts):
 def _line_counts(counts):
     reasons = ', '.join(f'{n} {reason}' for reason, n in counts['rejected'].items()) or 'none'
     return f'{counts["read"]} read, {counts["kept"]} kept, rejected: {reasons}'
-
-
-def final_losses(job) -> dict:
-    """Read what training logged last: {run of steps: {'step': n, loss or metric: value}}."""
-    return {line['stage']: {name: x for name, x in line.items() if name != 'stage'}
-            for line in log_lib.read_log(job.workdir / 'log.jsonl') if 'loss' in line}
 
 
 def provenance(job) -> dict:

@@ -174,8 +174,7 @@ def _known(run, config, before):
     if folder != run:
         with refusing(artifact.UNREADABLE, f'{folder}: damaged', 'Fix: python -m tpad_jax.update '
                       f'{run} --rollback'):
-            return (additions.restore(folder / 'data'),
-                    json.loads((folder / ABOUT).read_text()))
+            return (additions.restore(folder / 'data'), json.loads((folder / ABOUT).read_text()))
     sources.chosen(config).check(config)
     data = sources.load(config, run)
     refuse_if(data.fingerprint != before.about['data'], f'{sources.origin(config)}: not the data '

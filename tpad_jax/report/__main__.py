@@ -26,8 +26,7 @@ def main(args) -> None:
     if len(runs) == 1:
         print(page.save(args.out or runs[0].path / page.FILE, 'run.html', page.context(runs[0])))
     else:
-        print(page.save(args.out or Path('comparison.html'), 'compare.html',
-                        page.compared(runs)))
+        print(page.save(args.out or Path('comparison.html'), 'compare.html', page.compared(runs)))
 
 
 if __name__ == '__main__':

@@ -276,8 +276,7 @@ def clouds(run: Run) -> dict | None:
             panels.append((name.replace('_', ' '), scatter(
                 {int(n): part[colour == n] for n in np.unique(colour)[::-1]}, _farthest(inner))))
             dots[number] = whole[title, name][drawn]
-        moments.append({'title': title, 'panels': panels,
-                        'whole': scatter(dots, _farthest(whole))})
+        moments.append({'title': title, 'panels': panels, 'whole': scatter(dots, _farthest(whole))})
     return {'moments': moments, 'share': share, 'inside': inside, 'coloured': bool(category),
             'names': [name.replace('_', ' ') for name in names]}
 

@@ -65,11 +65,10 @@ def write(job, scorers: dict, ranks: dict, best: str) -> Path | None:
     if job.content is None or not shown:
         return None
     rows, drawn = job.test, drawn_rows(job)
-    lists = {name: np.concatenate([metrics.top(metrics.dense(scores), FIRST) for _, scores in
-                                   metrics.scored(scorers[name],
-                                                  rows.read_by(scorers[name])[drawn],
-                                                  job.data.num_items, name=name)])
-             for name in shown}
+    lists = {name: np.concatenate([
+        metrics.top(metrics.dense(scores), FIRST) for _, scores in metrics.scored(
+            scorers[name], rows.read_by(scorers[name])[drawn], job.data.num_items, name=name)])
+        for name in shown}
     clouds = {name: unit(x - x.mean(0)) for name, x in _rows(job, best).items()}
     truth = None if job.probabilities is None else job.probabilities(
         rows.read_by(job.probabilities)[drawn])

@@ -234,8 +234,7 @@ def differences(runs: list[stored.Run], names: list[str], trained: list[str],
             common = first.ranks.keys() & run.ranks.ranks.keys()
             shared = [n for n in trained if n in common] or [n for n in searched if n in common]
             try:
-                rows = [(model, in_points(run.ranks, first, (model, model)))
-                        for model in shared]
+                rows = [(model, in_points(run.ranks, first, (model, model))) for model in shared]
                 why = '' if rows else 'they have no model in common.'
             except InputError as error:
                 why = str(error)

@@ -108,8 +108,7 @@ def padded(z, weights, count: int) -> tuple:
     models = tuple((jax.device_put(params), {name: fill(x) for name, x in near.items()})
                    for params, near in models)
     if experts is not None:
-        tables = {name: fill(x) if name in BY_ITEM else x
-                  for name, x in experts['tables'].items()}
+        tables = {name: fill(x) if name in BY_ITEM else x for name, x in experts['tables'].items()}
         experts = jax.device_put({'weights': experts['weights'], 'tables': tables})
     return fill(z), (models, experts)
 
