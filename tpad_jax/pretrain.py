@@ -9,7 +9,6 @@ features alone. The questions of an item come in random order. Every eighth step
 item's text instead. Words and whole modalities are withheld from the reader.
 """
 
-import io
 import re
 import sys
 import time
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from PIL import Image
 
 from tpad_jax.core import cli, startup
 from tpad_jax.data import images, text
@@ -53,9 +51,7 @@ def make_items(count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     pictures = np.empty((count, IMAGE, IMAGE, 3), np.uint8)
     for start in range(0, count, 1024):
         for i, picture in enumerate(rendering.render(attributes[start:start + 1024], rng), start):
-            buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, 'JPEG', quality=90)
-            pictures[i] = np.asarray(images.decode(buffer.getvalue(), IMAGE))
+            pictures[i] = images.decode(images.encode(picture, 'JPEG', quality=90), IMAGE)
     return attributes, pictures, texts
 
 

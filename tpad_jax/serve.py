@@ -63,10 +63,10 @@ async def serve(args: argparse.Namespace, stopping: Callable[[], bool] = lambda:
     with refusing(ImportError, 'a package is missing', 'Fix: pip install "tpad_jax[serve]"'):
         import uvicorn  # here: of an extra, and --help needs none
 
-        from tpad_jax.serving import http, recommender
+        from tpad_jax.serving import calls, http, recommender
 
     shop = recommender.load(args.run, base=args.base, added=args.added)
-    most = min(recommender.MAX_K, shop.trained)
+    most = min(calls.MAX_K, shop.trained)
     refuse_if(args.k and args.k > most, f'--k={args.k}: the longest list of this run has {most} '
               'items. Fix: lower it')
     count, about = http.Count(), f'{shop.model} of {len(shop.ids) - 1} items'

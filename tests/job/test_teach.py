@@ -124,7 +124,7 @@ def test_soft_targets_against_torch():
 def test_the_gate_closes_on_a_teacher_below_a_rule(monkeypatch, rule, is_open):
     rng = np.random.default_rng(0)
     rows = Rows(*np.ones((2, 50, 1), np.int32), rng.integers(1, 21, 50), np.arange(50))
-    monkeypatch.setitem(gate.ENTRIES, 'teach', SimpleNamespace(
+    monkeypatch.setitem(gate.stages.ENTRIES, 'teach', SimpleNamespace(
         scorer=lambda *_: lambda *_: lambda items: rng.normal(size=(len(items), 21))))
     of = SimpleNamespace(config=base.get_config(), data=SimpleNamespace(num_items=20), valid=rows,
                          spec=None, devices=WAY, nested=dict, catalogue={},

@@ -84,7 +84,7 @@ def brute(shop, scores, prefix, conditions, seen, k):
 
 def test_lists_are_those_of_brute_force_and_one_program_makes_them(made, monkeypatch):
     shop, scores, _ = made
-    monkeypatch.setattr(recommender, 'LENGTHS', (6, V, 100))  # "at most n" searches again
+    monkeypatch.setattr(recommender.calls, 'LENGTHS', (6, V, 100))  # "at most n" searches again
     rng, lengths, programs = np.random.default_rng(0), Counter(), shop._search._cache_size()
     for number in range(60):
         rows = tiny_served.prefixes(4, seed=number)

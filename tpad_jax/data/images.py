@@ -83,6 +83,13 @@ def read(data: bytes, size: int) -> np.ndarray | Reason:
         return DAMAGED
 
 
+def encode(pixels: np.ndarray, form: str, **options) -> bytes:
+    """Encode pixels uint8 [H, W, 3] as a file of a format of Pillow, with its options."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence Pillow's warnings about a file's metadata; the pixels may be undamaged.

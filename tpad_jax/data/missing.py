@@ -38,7 +38,9 @@ def hide(data: Data, missing, seed: int) -> tuple[Data, dict]:
               '1. Fix: lower one of them.')
     if not (missing.image or missing.text):
         return data, {}
-    drawn = np.array([1.0, *(_uniform(f'{seed} {asin}') for asin in data.asins[1:])])
+    digests = (hashlib.blake2b(f'{seed} {asin}'.encode(), digest_size=7).digest()
+               for asin in data.asins[1:])
+    drawn = np.array([1.0, *(int.from_bytes(digest) / 2**56 for digest in digests)])
     eligible = data.has_image & {'all': True, 'warm': data.warm, 'cold': ~data.warm}[missing.of]
     refuse_if(not eligible.any(), f'config.data.missing: none of the items ({missing.of}) has a '
               'picture, so that none can lose one of two modalities. Expected pictures. Fix: leave '
@@ -49,7 +51,3 @@ def hide(data: Data, missing, seed: int) -> tuple[Data, dict]:
     mark = hashlib.sha256(f'{data.fingerprint} {missing.to_dict()} {seed}'.encode()).hexdigest()
     return (replace(data, texts=texts, has_image=data.has_image & ~blind, fingerprint=mark),
             {'image': int(blind.sum()), 'text': int(mute.sum())})
-
-
-def _uniform(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest()) / 2**56

@@ -247,9 +247,8 @@ def _picture(encoded):
         pixels = images.decode(encoded, PICTURE)
     if pixels is None:  # it is damaged, and no stage has decoded it
         return ''
-    packed = io.BytesIO()
-    Image.fromarray(pixels).save(packed, 'WEBP', quality=QUALITY)
-    return 'data:image/webp;base64,' + base64.b64encode(packed.getvalue()).decode()
+    packed = images.encode(pixels, 'WEBP', quality=QUALITY)
+    return 'data:image/webp;base64,' + base64.b64encode(packed).decode()
 
 
 def _colours(job):

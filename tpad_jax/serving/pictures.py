@@ -1,15 +1,12 @@
 """Pictures of a run's items for the demo page: their files, else the pixels the MLLM read."""
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from tpad_jax.data import images
+from tpad_jax.data import catalogue, images
 
-DECODED = 1  # an outcome of data/catalogue.py
 ENDINGS = {'.jpg': 'image/jpeg', '.png': 'image/png'}
 SIDE = 128  # pixels, both sides of the stored picture of an added item
 
@@ -22,15 +19,14 @@ class Pictures:
     """
 
     def __init__(self, workdir: Path):
-        self._folder, self._pixels, self._outcome, self._added = None, None, None, {}
+        self._added, self._stored = {}, None
         try:
             raw = json.loads((workdir / 'config.json').read_text())['config']['data']['raw_dir']
         except (OSError, ValueError, KeyError, TypeError):
             raw = ''
         folder = Path(raw or workdir / 'raw') / 'images'
         self._folder = folder if folder.is_dir() else None
-        outcomes = sorted((workdir / 'data').glob('pixels-*.outcome.npy'))
-        self._files = [(p.with_name(p.name.replace('.outcome', '')), p) for p in outcomes][:1]
+        self._outcomes = sorted((workdir / 'data').glob('pixels-*.outcome.npy'))[:1]
 
     def add(self, name: str, data: bytes) -> None:
         """Store a small picture of an added item.
@@ -42,7 +38,7 @@ class Pictures:
         with images.quiet():
             pixels = images.decode(data, SIDE)
         if pixels is not None:
-            self._added[name] = _png(pixels)
+            self._added[name] = images.encode(pixels, 'PNG')
 
     def get(self, name: str, number: int) -> tuple[bytes, str] | None:
         """Return (bytes, media type) of an item's picture, or None.
@@ -57,17 +53,10 @@ class Pictures:
             file = self._folder / f'{name}{ending}'
             if file.parent == self._folder and images.unusable(file, self._folder) is None:
                 return file.read_bytes(), media
-        if not self._files:
-            return None
-        if self._pixels is None:
-            self._pixels, self._outcome = (np.load(file, mmap_mode='r', allow_pickle=False)
-                                         for file in self._files[0])
-        if number >= len(self._pixels) or self._outcome[number] != DECODED:
-            return None
-        return _png(self._pixels[number]), 'image/png'
-
-
-def _png(pixels) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.asarray(pixels)).save(out, 'PNG')
-    return out.getvalue()
+        for file in self._outcomes:
+            self._stored = self._stored or [np.load(x, mmap_mode='r', allow_pickle=False) for x in (
+                file.with_name(file.name.replace('.outcome', '')), file)]
+            pixels, outcome = self._stored
+            if number < len(pixels) and outcome[number] == catalogue.DECODED:
+                return images.encode(np.asarray(pixels[number]), 'PNG'), 'image/png'
+        return None

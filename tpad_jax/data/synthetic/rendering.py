@@ -7,6 +7,7 @@ A shape is stored as a signed distance field. It gives sharp, antialiased edges,
 shadows at any size and position, so that thousands of jittered pictograms are drawn at once.
 """
 
+import re
 from functools import lru_cache
 
 import numpy as np
@@ -29,40 +30,25 @@ _CHUNK = 256
 
 MARGIN = 0.2  # width of the field around the unit square of the silhouettes
 GRID, _OVERSAMPLING = 140, 4  # samples per side of the stored field, and pixels per sample
-# Filled shapes in the unit square, y down, drawn in this order; 'cut' makes a hole. A box may have
-# a radius of its corners after them; a dome is the upper half of an oval.
+# Filled shapes in the unit square, in hundredths, y down, drawn in this order; 'cut' makes a hole.
+# A box may have a radius of its corners after them; a dome is the upper half of an oval.
 _SILHOUETTES = {
-    'mug': (('oval', 0.52, 0.28, 0.98, 0.74), ('cut oval', 0.62, 0.38, 0.88, 0.64),
-            ('box', 0.08, 0.14, 0.70, 0.88, 0.10)),
-    'bottle': (('box', 0.39, 0.01, 0.61, 0.34, 0.03), ('box', 0.22, 0.40, 0.78, 0.99, 0.08),
-               ('polygon', 0.39, 0.24, 0.61, 0.24, 0.78, 0.44, 0.22, 0.44)),
-    'shirt': (('polygon', 0.34, 0.10, 0.66, 0.10, 0.98, 0.34, 0.86, 0.54, 0.73, 0.45, 0.73, 0.92,
-               0.27, 0.92, 0.27, 0.45, 0.14, 0.54, 0.02, 0.34),
-              ('cut oval', 0.38, -0.02, 0.62, 0.22)),
-    'trousers': (('polygon', 0.24, 0.04, 0.76, 0.04, 0.88, 0.96, 0.60, 0.96, 0.50, 0.38,
-                  0.40, 0.96, 0.12, 0.96),),
-    'boot': (('box', 0.16, 0.04, 0.56, 0.80, 0.05), ('box', 0.16, 0.48, 0.94, 0.86, 0.16),
-             ('box', 0.16, 0.66, 0.48, 0.96, 0.02), ('box', 0.58, 0.78, 0.96, 0.92, 0.05)),
-    'hat': (('polygon', 0.28, 0.16, 0.72, 0.16, 0.78, 0.74, 0.22, 0.74),
-            ('oval', 0.28, 0.08, 0.72, 0.24), ('oval', 0.00, 0.62, 1.00, 0.90)),
-    'chair': (('box', 0.10, 0.02, 0.40, 0.60, 0.06), ('box', 0.10, 0.40, 0.92, 0.74, 0.06),
-              ('box', 0.12, 0.60, 0.26, 0.98, 0.02), ('box', 0.76, 0.60, 0.90, 0.98, 0.02)),
-    'lamp': (('polygon', 0.34, 0.04, 0.66, 0.04, 0.94, 0.54, 0.06, 0.54),
-             ('box', 0.44, 0.50, 0.56, 0.92), ('box', 0.26, 0.86, 0.74, 0.97, 0.05)),
-    'umbrella': (('dome', 0.00, 0.06, 1.00, 1.06),
-                 *(('cut oval', left + 0.02, 0.49, left + 1 / 3 - 0.02, 0.65)
-                   for left in (0.0, 1 / 3, 2 / 3)),
-                 ('box', 0.46, 0.50, 0.54, 0.90), ('oval', 0.46, 0.78, 0.72, 1.00),
-                 ('cut oval', 0.54, 0.80, 0.64, 0.92), ('cut box', 0.54, 0.76, 0.74, 0.86)),
-    'bag': (('oval', 0.26, 0.04, 0.74, 0.64), ('cut oval', 0.35, 0.13, 0.65, 0.60),
-            ('polygon', 0.12, 0.36, 0.88, 0.36, 0.98, 0.94, 0.02, 0.94)),
-    'clock': (('oval', 0.02, 0.02, 0.44, 0.44), ('oval', 0.56, 0.02, 0.98, 0.44),
-              ('cut oval', 0.08, 0.08, 0.92, 0.92),
-              ('polygon', 0.10, 0.99, 0.24, 0.99, 0.40, 0.78, 0.24, 0.74),
-              ('polygon', 0.90, 0.99, 0.76, 0.99, 0.60, 0.78, 0.76, 0.74),
-              ('oval', 0.14, 0.14, 0.86, 0.86), ('box', 0.46, 0.02, 0.54, 0.18)),
-    'kite': (('polygon', 0.50, 0.00, 0.96, 0.36, 0.50, 0.86, 0.04, 0.36),
-             ('polygon', 0.50, 0.84, 0.70, 0.84, 0.70, 1.00, 0.50, 0.92, 0.30, 1.00, 0.30, 0.84)),
+    'mug': 'oval 52 28 98 74, cut oval 62 38 88 64, box 8 14 70 88 10',
+    'bottle': 'box 39 1 61 34 3, box 22 40 78 99 8, polygon 39 24 61 24 78 44 22 44',
+    'shirt': 'polygon 34 10 66 10 98 34 86 54 73 45 73 92 27 92 27 45 14 54 2 34, '
+             'cut oval 38 -2 62 22',
+    'trousers': 'polygon 24 4 76 4 88 96 60 96 50 38 40 96 12 96',
+    'boot': 'box 16 4 56 80 5, box 16 48 94 86 16, box 16 66 48 96 2, box 58 78 96 92 5',
+    'hat': 'polygon 28 16 72 16 78 74 22 74, oval 28 8 72 24, oval 0 62 100 90',
+    'chair': 'box 10 2 40 60 6, box 10 40 92 74 6, box 12 60 26 98 2, box 76 60 90 98 2',
+    'lamp': 'polygon 34 4 66 4 94 54 6 54, box 44 50 56 92, box 26 86 74 97 5',
+    'umbrella': 'dome 0 6 100 106, cut oval 2 49 31.3333 65, cut oval 35.3333 49 64.6667 65, '
+                'cut oval 68.6667 49 98 65, box 46 50 54 90, oval 46 78 72 100, '
+                'cut oval 54 80 64 92, cut box 54 76 74 86',
+    'bag': 'oval 26 4 74 64, cut oval 35 13 65 60, polygon 12 36 88 36 98 94 2 94',
+    'clock': 'oval 2 2 44 44, oval 56 2 98 44, cut oval 8 8 92 92, oval 14 14 86 86, '
+             'box 46 2 54 18, polygon 10 99 24 99 40 78 24 74, polygon 90 99 76 99 60 78 76 74',
+    'kite': 'polygon 50 0 96 36 50 86 4 36, polygon 50 84 70 84 70 100 50 92 30 100 30 84',
 }
 
 
@@ -86,12 +72,13 @@ def distance_fields():
 
 
 def _drawn(shapes):
-    """Draw a silhouette -> bool [side, side], True inside."""
+    """Draw a silhouette of _SILHOUETTES -> bool [side, side], True inside."""
     side = GRID * _OVERSAMPLING
     image = Image.new('L', (side, side), 0)
     canvas = ImageDraw.Draw(image)
-    for kind, *numbers in shapes:
-        fill = 0 if kind.startswith('cut') else 1
+    for shape in shapes.split(', '):
+        kind, numbers = re.fullmatch(r'(\D+) (.+)', shape).groups()
+        fill, numbers = int('cut' not in kind), [float(x) / 100 for x in numbers.split()]
         scaled = [(number + MARGIN) / (1 + 2 * MARGIN) * side for number in numbers]
         if kind == 'polygon':
             canvas.polygon(scaled, fill)
