@@ -51,7 +51,8 @@ def make_items(count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     pictures = np.empty((count, IMAGE, IMAGE, 3), np.uint8)
     for start in range(0, count, 1024):
         for i, picture in enumerate(rendering.render(attributes[start:start + 1024], rng), start):
-            pictures[i] = images.decode(images.encode(picture, 'JPEG', quality=90), IMAGE)
+            encoded = images.encode(picture, 'JPEG', quality=90)
+            pictures[i] = np.asarray(images.decode(encoded, IMAGE))
     return attributes, pictures, texts
 
 

@@ -62,7 +62,7 @@ def search(objective: Objective, space: Space, defaults: dict, *, trials: int, s
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = _study(storage, name, {'space': space, 'defaults': defaults, 'seed': seed,
                                    'version': VERSION})
-    _queue_next(study, space, defaults)
+    _queue_first(study, defaults)
     kinds = {'choice': optuna.distributions.CategoricalDistribution,
              'int': optuna.distributions.IntDistribution,
              'float': optuna.distributions.FloatDistribution,
@@ -145,22 +145,13 @@ def _counted(study):
             if trial.state.is_finished() and trial.user_attrs]
 
 
-def _queue_next(study, space, defaults):
-    """Queue the first trial of a new search, or the trial that a stop or a kill interrupted."""
+def _queue_first(study, defaults):
+    """End a trial that a stop or a kill interrupted, and queue the first trial of a search."""
     import optuna
-    trials = study.get_trials(deepcopy=False)
-    if not trials:
+    states = optuna.trial.TrialState
+    for trial in study.get_trials(deepcopy=False, states=(states.RUNNING,)):
+        value = next(iter(trial.user_attrs.get('values', {}).values()), None)
+        study.tell(trial.number, value, state=states.FAIL if value is None else None)
+    # the sampler proposes the trial again, except for the defaults
+    if not _counted(study) and not study.get_trials(deepcopy=False, states=(states.WAITING,)):
         study.enqueue_trial(defaults)
-        return
-    last = trials[-1]
-    if last.state == optuna.trial.TrialState.RUNNING:  # the sampler would count it as well
-        value = next(iter(last.user_attrs.get('values', {}).values()), None)
-        study.tell(last.number, value,
-                   state=optuna.trial.TrialState.FAIL if value is None else None)
-    if last.user_attrs or last.state == optuna.trial.TrialState.WAITING:
-        return
-    # the sampler proposes a trial without all its parameters again, except for the defaults
-    if not _counted(study):
-        study.enqueue_trial(defaults)
-    elif last.params.keys() == space.keys():
-        study.enqueue_trial(last.params)
