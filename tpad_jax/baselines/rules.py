@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from tpad_jax.baselines import content_lasso, neighbours
 from tpad_jax.baselines.tune import search
 from tpad_jax.data.item_graphs import decayed, followers, membership
-from tpad_jax.data.sessions import Rows, Sessions, counts
+from tpad_jax.data.sessions import Rows, Sessions, counts, sample
 from tpad_jax.errors import refuse_if
 from tpad_jax.evaluation import likelihood, metrics
 
@@ -110,8 +110,7 @@ def fit_content_knn(train: Sessions, num_items: int, features: np.ndarray, decay
     """
     # Scores are rounded: items with equal features then tie although BLAS may add in another order,
     # and a row's scores do not depend on the other rows.
-    unit = np.array(features, np.float64)
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    unit = metrics.unit(np.array(features, np.float64))
     square = (unit * unit).sum(axis=1)
 
     def scorer(items):
@@ -144,7 +143,7 @@ def similar(features: np.ndarray) -> sp.csr_array:
     unit = np.array(features, np.float64)
     known = unit.any(axis=1)
     unit[known] -= unit[known].mean(axis=0)
-    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    unit = metrics.unit(unit)
     size, most = max(1, CELLS // len(unit)), min(ALIKE, len(unit))
     cells = []
     for begin in range(0, len(unit), size):
@@ -257,9 +256,7 @@ def tune(name: str, train: Sessions, valid: Rows, num_items: int, *, seed: int =
         features = similar(features)  # once for all trials
     fixed = {key: value for key, value in (('features', features), ('ordered', ordered))
              if key in keywords}
-    if len(valid.target) > TUNED_ROWS:
-        rng = np.random.default_rng(seed)
-        valid = valid.take(np.sort(rng.choice(len(valid.target), TUNED_ROWS, replace=False)))
+    valid = sample(valid, TUNED_ROWS, seed)
 
     def measured(params, _):
         above, equal = metrics.ranks(fit(train, num_items, **fixed, **params), valid.items,

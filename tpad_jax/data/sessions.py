@@ -82,6 +82,13 @@ def ranked(rows: Rows) -> Rows:
     return rows.take(rows.target > 0)
 
 
+def sample(rows: Rows, most: int, seed: int) -> Rows:
+    """Draw `most` rows, in their order; all, if there are no more."""
+    total = len(rows.target)
+    return rows if total <= most else rows.take(np.sort(
+        np.random.default_rng(seed).choice(total, most, replace=False)))
+
+
 def check(sessions: Sessions, name: str, num_items: int) -> None:
     """Refuse sessions that nothing can be trained or tested on.
 

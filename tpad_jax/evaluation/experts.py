@@ -127,12 +127,11 @@ def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[st
       names: of NAMES, those that count.
       seed: of the sample of rows.
     """
-    valid = sessions.ranked(valid)
-    total, most = len(valid.target), max(LEAST, CELLS // len(table['events']) // ROWS * ROWS)
-    rows = np.arange(total) if total <= most else np.sort(
-        np.random.default_rng(seed).choice(total, most, replace=False))
-    filled = np.resize(rows, -(-len(rows) // ROWS) * ROWS)  # the last part is filled up
-    counts = np.arange(len(filled)) < len(rows)
+    most = max(LEAST, CELLS // len(table['events']) // ROWS * ROWS)
+    valid = sessions.sample(sessions.ranked(valid), most, seed)
+    total = len(valid.target)
+    filled = np.resize(np.arange(total), -(-total // ROWS) * ROWS)  # the last part is filled up
+    counts = np.arange(len(filled)) < total
     (evidence, loss), found, widest = _programs(), [], 0
     # in the parts that the scorer is compiled for
     every = np.concatenate([scores for _, scores in metrics.scored(
@@ -172,7 +171,7 @@ def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[st
     best = min(range(len(tables)), key=lambda place: found[place].fun)
     away = np.where(off, 0, (found[best].x - mean) / spread)
     return Fit(dict(zip(WEIGHTS, found[best].x.tolist(), strict=True)),
-               float((found[best].fun - 0.5 * (away ** 2).sum()) / len(rows)), len(rows),
+               float((found[best].fun - 0.5 * (away ** 2).sum()) / total), total,
                experts.DECAYS[best])
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 
-from tpad_jax.data.sessions import Rows, ranked
+from tpad_jax.data.sessions import Rows, ranked, sample
 from tpad_jax.evaluation import metrics
 
 CELLS = 2**25  # scores that a likelihood is computed from: of more rows it draws a sample
@@ -40,7 +40,7 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
       rule: whether the scores are shares instead of logits.
       seed: of the sample of rows.
     """
-    rows = _drawn(ranked(valid), max(64, FEW // num_items), seed)
+    rows = sample(ranked(valid), max(64, FEW // num_items), seed)
     if not len(rows.target):
         return Calibration(floor=0.1 / num_items if rule else None)
     scores = np.concatenate([_shares(metrics.dense(part), rule) for _, part in
@@ -87,20 +87,13 @@ def predicted(scorer: metrics.Scorer, rows: Rows, num_items: int, calibration: C
       Float [R] each: the negative log-likelihood of the target, the probability of the first item,
       and whether that is the target, with ties its share of them. Or None, if no target is ranked.
     """
-    rows = _drawn(ranked(rows), max(64, CELLS // num_items), seed)
+    rows = sample(ranked(rows), max(64, CELLS // num_items), seed)
     if not len(rows.target):
         return None
     parts = [_predicted(_shares(metrics.dense(scores), calibration.floor is not None),
                         rows.target[part], calibration)
              for part, scores in metrics.scored(scorer, rows.read_by(scorer), num_items)]
     return [np.concatenate(x) for x in zip(*parts, strict=True)]
-
-
-def _drawn(rows, most, seed):
-    if len(rows.target) <= most:
-        return rows
-    drawn = np.random.default_rng(seed).choice(len(rows.target), most, replace=False)
-    return rows.take(np.sort(drawn))
 
 
 def _shares(scores, rule):

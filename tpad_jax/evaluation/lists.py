@@ -62,8 +62,7 @@ def measured(lists: np.ndarray, target: np.ndarray, counts: np.ndarray, warm: np
     followed = counts[target[target > 0]]
     diversity = None
     if content is not None and k > 1:
-        z = np.asarray(content, np.float64).reshape(total + 1, -1)
-        z = z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-30)
+        z = metrics.unit(np.asarray(content, np.float64).reshape(total + 1, -1))
         # the squared norm of a list's sum holds the cosines of all of its pairs, twice
         cosines = [(z[part].sum(axis=1) ** 2).sum(axis=1) - (z[part] ** 2).sum(axis=(1, 2))
                    for part in np.split(lists, range(metrics.CHUNK, len(lists), metrics.CHUNK))]

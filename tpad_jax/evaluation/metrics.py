@@ -247,6 +247,11 @@ def mean_gain(gain: Gain, above: np.ndarray, equal: np.ndarray, k) -> np.ndarray
 hit, mrr, ndcg = (functools.partial(mean_gain, GAINS[name]) for name in ('hit', 'mrr', 'ndcg'))
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """Scale the vectors x [..., D] to length one; zero stays zero."""
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
 def top(scores: np.ndarray, k: int) -> np.ndarray:
     """Select the item ids int32 [B, k] of the highest scores [B, V+1], best first, not padding."""
     return 1 + np.argsort(-scores[:, 1:], axis=1, kind='stable')[:, :k].astype(np.int32)

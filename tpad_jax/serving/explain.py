@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tpad_jax.evaluation import experts, scorers
+from tpad_jax.evaluation import experts, metrics, scorers
 from tpad_jax.serving.conditions import CAPS, Wanted, allowed
 
 NEAREST = 3  # items of the session that are named
@@ -32,11 +32,11 @@ def explain(shop, rows: np.ndarray, lists: np.ndarray, table,
     names, out = shop.ids, []
     plain = shop.first(rows, lists.shape[1], table)[0] if asked else lists
     prefixes = rows[:, :shop.max_length]
-    near = _unit(shop.vectors(prefixes))  # [S, N, D]
+    near = metrics.unit(shop.vectors(prefixes))  # [S, N, D]
     decided = _decided(shop, rows, lists, table)
     for n, row in enumerate(prefixes):
         best, prefix = lists[n][lists[n] > 0], row[row > 0]
-        cosines = _unit(shop.vectors(best)) @ near[n, :len(prefix)].T
+        cosines = metrics.unit(shop.vectors(best)) @ near[n, :len(prefix)].T
         order = np.argsort(-cosines, axis=1, kind='stable')[:, :NEAREST]
         items = [{'near': [[names[prefix[p]], round(float(line[p]), 4)] for p in nearest],
                   'expert': expert}
@@ -72,7 +72,3 @@ def _decided(shop, rows, lists, table):
                               shop.encode(rows[part]))
         out += np.array(list(terms))[np.argmax(list(terms.values()), axis=0)].tolist()
     return out
-
-
-def _unit(x):
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tpad_jax.evaluation import metrics
+
 FIRST = 100  # items of a list that a reranker reads
 
 
@@ -54,8 +56,7 @@ def mmr(items: np.ndarray, scores: np.ndarray, context: Context, *, diversity: f
     low = np.where(real, scores, np.inf).min(axis=1, keepdims=True)
     above = np.where(real, scores.astype(np.float64) - low, 0)
     relevance = above / np.maximum(above.max(axis=1, keepdims=True), 1e-30)
-    z = context.vectors(items).astype(np.float64)
-    z /= np.maximum(np.linalg.norm(z, axis=2, keepdims=True), 1e-30)
+    z = metrics.unit(context.vectors(items).astype(np.float64))
     like, likeness = z @ z.transpose(0, 2, 1), np.zeros(items.shape)
     new, left = np.full(items.shape, -np.inf), real.copy()
     for _ in range(items.shape[1]):
