@@ -304,7 +304,8 @@ def _read_items(lines: Lines, form: str, parse: Callable, unused: Counter, asins
                 new[row] = asin
         lines.rejected.update(['duplicate_item'] * (len(columns[0]) - len(new)))
         unused.update(what for row, what in missing if row in new)
-        yield [[column[row] for row in new] for column in columns]
+        yield columns if len(new) == len(columns[0]) else [
+            [column[row] for row in new] for column in columns]
     check(lines, 'items', form, bad_share)
 
 
@@ -347,8 +348,8 @@ def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float) -
     codes = pl.Series('name', np.arange(1 + table['user'].max(), dtype=np.uint32))
     names = pl.DataFrame(codes.cat.to(user)).select(amazon_blocks.genuine(name))
     ranks = pl.Series(np.argsort(names.to_series().arg_sort().to_numpy()))
-    return table.with_columns(user=ranks.gather(table['user'])).unique().sort(
-        'user', 'time', 'item')
+    table = table.with_columns(user=ranks.gather(table['user'])).sort('user', 'time', 'item')
+    return table.filter(pl.any_horizontal(pl.all() != pl.all().shift()).fill_null(True))
 
 
 def counts(items: Lines, events: Lines, unused: Counter) -> dict:
