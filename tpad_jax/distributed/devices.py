@@ -31,8 +31,7 @@ RULES = (
     (ITEMS, PartitionSpec(None, MODEL)),
     (LAYERS + r'(attention/[qkv]|gate|up)/kernel$', PartitionSpec(None, None, MODEL)),
     (LAYERS + r'(attention/o|down)/kernel$', PartitionSpec(None, MODEL, None)),
-    (rf'^(?!.*{ITEMS})', PartitionSpec()),
-)
+    (rf'^(?!.*{ITEMS})', PartitionSpec()))
 
 
 # of the compiler on CPU, for a program that runs a few times; configs set the same by `xla_flags`

@@ -320,8 +320,7 @@ def _reader(spec, names, precision):
     def read(params, image, has_image, tokens):
         makers = {'k': partial(readers.read_items, spec, params, 'knowledge'),
                   'r': partial(readers.distil_items, spec, params)}
-        return {name: makers[name](image, has_image, tokens).astype(jnp.float32)
-                for name in names}
+        return {name: makers[name](image, has_image, tokens).astype(jnp.float32) for name in names}
 
     return compiled(read, precision=precision)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tpad_jax.config import get_config
+from tpad_jax.config import flat, get_config
 from tpad_jax.data import text
 from tpad_jax.errors import refuse_if
 
@@ -51,7 +51,7 @@ def fitted(config, texts: list[str], shipped: Path, own: Path, reads: bool = Tru
       The config with a mllm.tokenizer of '' or 'own', the directory of the tokenizer, and
       {'tokenizer', 'tokens_per_word', 'share_that_fit', 'text_length', 'different'} for results.
     """
-    config, defaults = copy.deepcopy(config), get_config()
+    config = copy.deepcopy(config)
     c, some = config.mllm, [words for words in texts if words]
     some = some[::max(1, len(some) // SAMPLE)] or ['']
     auto = reads and c.tokenizer == 'auto' and not (c.base or c.checkpoint or c.teacher)
@@ -67,21 +67,15 @@ def fitted(config, texts: list[str], shipped: Path, own: Path, reads: bool = Tru
                    'stage.knowledge.learning_rate': c.own.learning_rate,
                    'losses.words.weight': 1.0, 'losses.gen_knowledge.weight': 0.0,
                    'losses.gen_transfer.weight': 0.0}
+        before, now = dict(flat(get_config())), dict(flat(config))
         config.update_from_flattened_dict({
-            key: value for key, value in changes.items()
-            if _value(config, key) == _value(defaults, key)})
+            key: value for key, value in changes.items() if now[key] == before[key]})
     c.tokenizer = 'own' if where is own else ''
     return config, where, {
         'tokenizer': c.tokenizer or ('checkpoint' if c.checkpoint else 'base'),
         'tokens_per_word': float(tokens.sum() / max(1, words.sum())),
         'share_that_fit': float((tokens <= c.text_length).mean()),
         'text_length': c.text_length, 'different': len(set(texts[1:]))}
-
-
-def _value(config, key):
-    for name in key.split('.'):
-        config = config[name]
-    return config
 
 
 def check_different(texts: list[str], tokens: np.ndarray, has_image: np.ndarray,

@@ -51,9 +51,8 @@ def asking(checkpoint: str, *, question: str = QUESTION, batch: int = 16, dtype:
     refuse_if(not all(answers), f'{directory}: yes and no begin with the same token, so the model '
               'cannot answer by one. Expected another tokenizer. Fix: choose another checkpoint.')
     params = load.load(directory, description, dtype=dtype)
-    refuse_if(not description.decoder.tied and 'head' not in params, f'{directory}: the checkpoint '
-              'has no output embedding (lm_head) and writes no text. Expected one. Fix: choose a '
-              'checkpoint with it.')
+    refuse_if(not description.decoder.tied and 'head' not in params, f'{directory}: has no output '
+              'embedding (lm_head). Expected one, to write text. Fix: choose another checkpoint.')
     model = vlm.VLM(description, description.unit)
     ask = jax.jit(partial(_chance, model, answers=tuple(answers)))
 

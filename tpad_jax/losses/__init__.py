@@ -10,18 +10,8 @@ by the loss's name) and `head` (its module, parameters bound, if the config name
 
 from tpad_jax.losses.combine import bound, combine, first_parameters, first_states
 from tpad_jax.losses.contract import LossSpec, Out, from_entry, resolve
-from tpad_jax.losses.discrepancy import alignment_uniformity, intents, mmd
-from tpad_jax.losses.information import (
-    bottleneck,
-    club_fit,
-    infonce,
-    jsd,
-    l1out,
-    mine,
-    nwj,
-    smile,
-    vclub,
-)
+from tpad_jax.losses.discrepancy import alignment_uniformity, bottleneck, intents, mmd
+from tpad_jax.losses.information import club_fit, infonce, jsd, l1out, mine, nwj, smile, vclub
 from tpad_jax.losses.recommendation import clusters, next_item, sampled_next_item, soft_next_item
 from tpad_jax.losses.tokens import bag_of_words, generation, mdist, rdist
 

@@ -1,4 +1,4 @@
-"""Losses on the distance of two clouds of features, other than mutual information."""
+"""Losses on the distance of clouds and distributions of features, without a critic of pairs."""
 
 from types import SimpleNamespace
 
@@ -65,7 +65,7 @@ def alignment_uniformity(out, batch, *, axis=None, x: Out = Out('r_next'), y: Ou
     aligned = bounds.alignment(*(flat(unit_out[n]) for n in (x, y)), power)
     spread = 0.0
     for name in (x, y):
-        pairs = score_pairs(unit_out, batch, axis, name, name, ids, _cosine, chunk)
+        pairs = score_pairs(unit_out, batch, axis, name, name, ids, lambda a, b: a @ b.T, chunk)
         spread += bounds.uniformity(*pairs.differ, axis=axis, sharpness=sharpness) / 2
     weight = pairs.at.weight
     parts = {'aligned': aligned, 'uniform': jnp.full_like(aligned, spread)}
@@ -116,5 +116,21 @@ def intents(out, batch, *, axis=None, h: Out = Out('h'), z: Out = Out('z'),
     return total
 
 
-def _cosine(x, y):
-    return x @ y.T
+def bottleneck(out, batch, *, mean: Out = Out('p.mean'), log_variance: Out = Out('p.log_variance')):
+    """Return KL(N(mean, variance) || N(0, 1)), nats, an upper bound of what p knows of its session.
+
+    The rate of the variational information bottleneck (Alemi et al. 2017, arXiv 1612.00410); a loss
+    by which p predicts what follows is the other part. [ours] in place of `vclub`: c and p are
+    functions of one t, so I(c; p) has no finite value to bound, and this has.
+
+    Args:
+      out: {name: output}.
+      batch: types.Batch.
+      mean: float32 [B, N, D]. Output with the means.
+      log_variance: float32 [B, N, D]. Output with the logs of the variances.
+
+    Returns:
+      Loss [B, N].
+    """
+    value = 0.5 * (out[mean]**2 + jnp.exp(out[log_variance]) - 1 - out[log_variance]).sum(-1)
+    return Loss(value, batch.mask.astype(jnp.float32))

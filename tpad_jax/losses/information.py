@@ -264,27 +264,6 @@ def club_fit(out, batch, *, axis=None, x: Out = Out('c'), y: Out = Out('p'),
     return Loss(value, weight, metrics={'log_q': marginal.reshape(weight.shape) - value})
 
 
-def bottleneck(out, batch, *, mean: Out = Out('p.mean'),
-               log_variance: Out = Out('p.log_variance')):
-    """Return KL(N(mean, variance) || N(0, 1)), nats, an upper bound of what p knows of its session.
-
-    The rate of the variational information bottleneck (Alemi et al. 2017, arXiv 1612.00410); a loss
-    by which p predicts what follows is the other part. [ours] in place of `vclub`: c and p are
-    functions of one t, so I(c; p) has no finite value to bound, and this has.
-
-    Args:
-      out: {name: output}.
-      batch: types.Batch.
-      mean: float32 [B, N, D]. Output with the means.
-      log_variance: float32 [B, N, D]. Output with the logs of the variances.
-
-    Returns:
-      Loss [B, N].
-    """
-    value = 0.5 * (out[mean]**2 + jnp.exp(out[log_variance]) - 1 - out[log_variance]).sum(-1)
-    return Loss(value, batch.mask.astype(jnp.float32))
-
-
 def _lower(bound, weight, estimate, state=None, **metrics):
     """Make a loss of a lower bound [A]: minus the bound; the estimate is logged."""
     metrics = {name: jax.lax.stop_gradient(value).reshape(weight.shape)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 
 from tpad_jax.losses.contract import Out
 from tpad_jax.losses.tokens import divergence
-from tpad_jax.models.sessions import repeats
 from tpad_jax.nn import softmax
-from tpad_jax.nn.gather import take
+from tpad_jax.nn.gather import at_last, take
 from tpad_jax.types import Loss
 
 
@@ -49,7 +48,7 @@ def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
     if repeat is not None:
         z, rows = take(z, batch.items)
         scores = pick(jnp.einsum('b...d,bjd->b...j', _rounded(every, dtype), _rounded(rows, dtype)))
-        shift = pick(repeats.last(repeat, batch.items) if every.ndim == 2 else repeat)
+        shift = pick(at_last(repeat, batch.items) if every.ndim == 2 else repeat)
         items = pick(jnp.broadcast_to(
             batch.items if every.ndim == 2 else batch.items[:, None], repeat.shape[:every.ndim]))
         own += jnp.where(items == target[:, None], shift, 0).sum(axis=1)

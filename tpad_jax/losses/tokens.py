@@ -49,9 +49,8 @@ def generation(out, batch, *, x: Out = Out('describe'),
         own = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - own
 
-    value = row_by_row(surprise, hidden, tokens) if by_row else surprise(hidden, tokens)
     weight = ((tokens >= 0) & batch.valid[:, None]).astype(jnp.float32)
-    return Loss(value, weight)
+    return Loss(_rows(surprise, by_row, hidden, tokens), weight)
 
 
 def bag_of_words(out, batch, *, x: Out = Out('mention'), tokens: Out = Out('describe.tokens'),
@@ -117,9 +116,8 @@ def mdist(out, batch, *, x: Out = Out('r.text'), teacher: Out = Out('k.text'),
         known = jax.lax.stop_gradient(log_share(taught, out[teacher_table]))
         return temperature**2 * divergence(known, log_share(student, out[table]), kind, skew)
 
-    states = out[x], out[teacher]
-    result = row_by_row(value, *states) if by_row else value(*states)
-    return Loss(result, (out[there] & batch.valid[:, None]).astype(jnp.float32))
+    return Loss(_rows(value, by_row, out[x], out[teacher]),
+                (out[there] & batch.valid[:, None]).astype(jnp.float32))
 
 
 def divergence(p, q, kind, skew=0.1):
@@ -190,7 +188,7 @@ def rdist(out, batch, *, x: Out = Out('r.image'), teacher: Out = Out('k.image'),
     return Loss(value, seen.any(axis=1).astype(jnp.float32))
 
 
-def row_by_row(function, *arrays):
-    """Apply a function to one row of the arrays [B, ...] at a time, in both passes."""
+def _rows(function, by_row, *arrays):
+    """Apply a function to arrays [B, ...]; by_row: one row at a time, in both passes."""
     again = jax.checkpoint(function)
-    return jax.lax.map(lambda row: again(*row), arrays)
+    return jax.lax.map(lambda row: again(*row), arrays) if by_row else function(*arrays)

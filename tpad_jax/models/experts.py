@@ -25,7 +25,7 @@ and content are further columns of the item vectors, the rules shift single scor
 import jax.numpy as jnp
 from jax import lax
 
-from tpad_jax.nn.gather import totals
+from tpad_jax.nn.gather import at_last, totals
 from tpad_jax.nn.linear import unit
 
 # tables with a row per item; the last two are of expert 'lasso' alone
@@ -153,11 +153,9 @@ def session_columns(mixture, h, columns, items):
                       for x in (unit(columns[..., 1:1 + tables['next'].shape[1]]),
                                 tables['next'][items]))
     cold = jnp.where(items > 0, columns[..., 0], 0).sum(axis=1, keepdims=True)
-    asked = []
-    if 'asked_last' in tables:
-        last = jnp.take_along_axis(items, jnp.maximum(length - 1, 0), axis=1)[:, 0]
-        asked = [weights['lasso'] * (tables['asked_first'][items[:, 0]]
-                                     + tables['asked_last'][last])]
+    asked = [weights['lasso'] * (tables['asked_first'][items[:, 0]]
+                                 + tables['asked_last'][at_last(items, items)])
+             ] if 'asked_last' in tables else []
     return jnp.concatenate([
         weights['model'] * h, jnp.ones((len(h), 1)),
         weights['cold_prefix'] * cold / jnp.maximum(length, 1),

@@ -26,7 +26,6 @@ from tpad_jax.models import stream as streams
 from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
-from tpad_jax.models.stream import Stream
 from tpad_jax.nn.attention import RMSNorm, Transformer
 from tpad_jax.nn.linear import TEXT, Linear, uniform, unit
 
@@ -278,7 +277,7 @@ class TransferMLLM(nn.Module):
             self.from_codes = Linear(width)
             self.to_codes = Linear(self.codes, kernel=nn.initializers.zeros)
 
-    def compress(self, k, codes=None) -> Stream:
+    def compress(self, k, codes=None) -> streams.Stream:
         """Turn knowledge features k [..., M, D] into item tokens, [..., M or 1, width].
 
         Args:
@@ -290,14 +289,14 @@ class TransferMLLM(nn.Module):
             x += self.from_codes(codes)[..., None, :]
         return streams.plain(x.sum(-2, keepdims=True) + self.summary if self.whole else x)
 
-    def unfold(self, image, has_image, tokens) -> Stream:
+    def unfold(self, image, has_image, tokens) -> streams.Stream:
         """Turn content into an item's image and text tokens, [U, P + T, width]."""
         parts = [self.base.frame(image, has_image), self.base.say(tokens)]
         if self.base.between:
             parts.append(streams.fixed(self.base, self.base.between, len(tokens)))
         return streams.join(*parts)
 
-    def __call__(self, items: Stream, mask):
+    def __call__(self, items: streams.Stream, mask):
         """Read sessions.
 
         Args:

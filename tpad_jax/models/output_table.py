@@ -78,8 +78,7 @@ class Inputs:
           InputError: there are none.
         """
         refuse_if(name not in self.catalogue, f'output {name}: the catalogue has no rows of it. '
-                  'Expected rows of an earlier stage, or a fresh feature. Fix: run that stage, or '
-                  f'add {name!r} to config.stage.*.fresh')
+                  f'Fix: run the stage that makes them, or add {name!r} to config.stage.*.fresh')
         return self.catalogue[name]
 
 
@@ -164,7 +163,6 @@ def split_tables(out: dict, rows: int) -> tuple[dict, dict]:
     of_rows = {n: x for n, x in out.items() if n not in tables}
     for name, x in of_rows.items():
         if x is not None and x.shape[:1] != (rows,):
-            raise ValueError(f'output {name}: its shape is {list(x.shape)}. Expected one row for '
-                             f'each of the {rows} of the batch. Fix: if it is the same for every '
-                             'batch, add is_table=True to its entry.')
+            raise ValueError(f'output {name}: {list(x.shape)}. Expected {rows} rows, as the batch '
+                             'has. Fix: if every batch has the same, give its entry is_table=True.')
     return of_rows, tables

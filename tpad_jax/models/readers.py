@@ -4,9 +4,9 @@
 """
 
 import jax
-import jax.numpy as jnp
 
 from tpad_jax.nn import linear
+from tpad_jax.nn.gather import by_chunk
 
 ADAPTERS = {'k': 'knowledge', 'r': 'distil'}  # under which K reads an item for a feature
 
@@ -27,8 +27,8 @@ def vocabulary(params):
 def read_items(spec, params, adapter, image, has_image, tokens, keep=None):
     """Read the content of U items -> k [U, M, D] under a LoRA tree ('knowledge' or 'distil')."""
     own = variables(spec, params, adapter)
-    return _by_chunk(lambda part: spec.knowledge.apply(own, *part), spec.chunk,
-                     (image, has_image, tokens, tokens >= 0 if keep is None else keep))
+    return _in_chunks(lambda part: spec.knowledge.apply(own, *part), spec.chunk,
+                      (image, has_image, tokens, keep))
 
 
 def distil_items(spec, params, image, has_image, tokens, keep=None):
@@ -70,8 +70,8 @@ def item_states(spec, params, who, image, has_image, tokens):
         weights = {'params': {**teacher.get('knowledge', {}), 'base': teacher['base']}}
     else:
         reader, weights = spec.knowledge, variables(spec, params, ADAPTERS[who])
-    cells, words = _by_chunk(lambda part: reader.apply(weights, *part, method='states'), spec.chunk,
-                             (image, has_image, tokens))
+    cells, words = _in_chunks(lambda part: reader.apply(weights, *part, method='states'),
+                              spec.chunk, (image, has_image, tokens))
     grid, native = (r.base.grid(image.shape[1])[1:] for r in (spec.knowledge, reader))
     if grid != native:
         cells = cells.reshape(len(cells), *native, -1)
@@ -80,14 +80,6 @@ def item_states(spec, params, who, image, has_image, tokens):
     return cells, words
 
 
-def _by_chunk(read, chunk, arrays):
-    """Return read(arrays), in chunks if there are more items; a backward pass reads them again."""
-    total = len(arrays[-1])
-    if not chunk or total <= chunk:
-        return read(arrays)
-    parts = -(-total // chunk)
-    arrays = jax.tree.map(lambda x: jnp.pad(
-        x, ((0, parts * chunk - total), *((0, 0),) * (x.ndim - 1))
-    ).reshape(parts, chunk, *x.shape[1:]), arrays)
-    out = jax.lax.map(jax.checkpoint(read), arrays)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], out)
+def _in_chunks(read, chunk, arrays):
+    """Return read(arrays), in chunks if there are more items."""
+    return by_chunk(read, arrays, chunk) if 0 < chunk < len(arrays[0]) else read(arrays)

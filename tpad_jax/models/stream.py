@@ -10,7 +10,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
-from tpad_jax.nn.linear import IMAGE, OTHER
+from tpad_jax.nn.linear import IMAGE, OTHER, TEXT
 
 
 @flax.struct.dataclass
@@ -34,6 +34,12 @@ def plain(x, mask=True, kind=OTHER):
     mask = jnp.broadcast_to(mask, x.shape[:-1])
     return Stream(x, mask, jnp.ones(mask.shape, jnp.int32), jnp.zeros((*mask.shape, 3), jnp.int32),
                   jnp.full(mask.shape, kind, jnp.int32))
+
+
+def say(base, tokens, mask=None) -> Stream:
+    """Make a stream of an MLLM's token ids int32 [..., T] and mask bool; None: ids >= 0."""
+    mask = tokens >= 0 if mask is None else mask
+    return plain(base.words(jnp.maximum(tokens, 0)), mask, TEXT)
 
 
 def fixed(base, ids, *lead: int, mask=None):

@@ -26,11 +26,11 @@ from tpad_jax.models.heads import Adapter, Disentangle
 from tpad_jax.models.hf.bert import Bert
 from tpad_jax.models.hf.vlm import VLM
 from tpad_jax.models.mllms import KnowledgeMLLM, TextReader, TransferMLLM
-from tpad_jax.models.sessions import companions
+from tpad_jax.models.sessions import companions, repeats
 from tpad_jax.models.sessions.events import Events, codes
-from tpad_jax.models.sessions.repeats import last, shifts
 from tpad_jax.mutual_information.critics import Critic, GaussianQ
 from tpad_jax.nn import linear
+from tpad_jax.nn.gather import at_last
 from tpad_jax.nn.linear import unit
 
 # Catalogue rows of the two graphs over items, see data/item_graphs.py
@@ -195,14 +195,12 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
     else:
         del lora['transfer']
     return {
-        'base': base, 'knowledge': knowledge, 'transfer': transfer,
-        'lora': lora,
+        'base': base, 'knowledge': knowledge, 'transfer': transfer, 'lora': lora,
         'disentangle': heads(spec.disentangle, one), 'adapter': heads(spec.adapter, k[0]),
         'club': heads(spec.club, one, one),
         'critic': {name: heads(critic, one, one) for name, critic in spec.critics},
         'recommender': recommender_init(next(keys), spec, catalogue),
-        **({'codes': {'centres': jnp.zeros((*spec.codes, one.shape[-1]))}} if spec.codes else {}),
-    }
+        **({'codes': {'centres': jnp.zeros((*spec.codes, one.shape[-1]))}} if spec.codes else {})}
 
 
 def recommender_init(key, spec: TPAD, catalogue: dict) -> dict:
@@ -286,15 +284,13 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
         if each:
             h = read(h, z, known, past, method='leave')
         else:
-            last = jnp.maximum((items > 0).sum(axis=1) - 1, 0)[:, None, None]
-            z = jnp.take_along_axis(z, last, axis=1)
-            h = read(h[:, None], z, known, past, method='leave')[:, 0]
+            h = read(h[:, None], at_last(z, items)[:, None], known, past, method='leave')[:, 0]
     return unit(h) * jnp.exp(-params['recommender']['log_temperature']) if spec.normalise else h
 
 
 def repeat_shift(spec, params, items):
     """Compute the shift of the scores of a prefix's items int32 [B, N]: float32 [B, N]."""
-    return last(shifts(params['recommender']['repeat'], items), items)
+    return at_last(repeats.shifts(params['recommender']['repeat'], items), items)
 
 
 def company_shift(spec, catalogue, items):

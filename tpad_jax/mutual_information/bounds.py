@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from tpad_jax.core.precision import exact_products
 from tpad_jax.distributed import collectives
+from tpad_jax.nn.gather import by_chunk
 
 
 class Blocks(NamedTuple):
@@ -32,8 +33,7 @@ class Blocks(NamedTuple):
 
     Attributes:
       make: rows of a block -> (scores [C, G], own [C], negative [C, G]).
-      rows: the input of `make` for all rows, a tree of arrays [A, ...]. The last block is padded
-        with zeros, and their results are dropped.
+      rows: the input of `make` for all rows, a tree of arrays [A, ...].
       chunk: C, rows of a block.
     """
 
@@ -43,14 +43,8 @@ class Blocks(NamedTuple):
 
     def each(self, reduce):
         """Apply reduce(scores, own, negative) -> tree of [C] to all blocks: tree of [A]."""
-        total = len(jax.tree.leaves(self.rows)[0])
-        chunk = min(self.chunk, total)
-        count = -(-total // chunk)
-        rows = jax.tree.map(lambda x: jnp.pad(
-            x, ((0, count * chunk - total), *((0, 0),) * (x.ndim - 1))
-        ).reshape(count, chunk, *x.shape[1:]), self.rows)
-        reduced = jax.lax.map(jax.checkpoint(lambda part: reduce(*self.make(part))), rows)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], reduced)
+        chunk = min(self.chunk, len(jax.tree.leaves(self.rows)[0]))
+        return by_chunk(lambda part: reduce(*self.make(part)), self.rows, chunk)
 
 
 class Rows(NamedTuple):

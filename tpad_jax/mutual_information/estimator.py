@@ -255,8 +255,7 @@ def _checked(x, y, groups, bound, s):
               f'Expected at most an eighth of batch={s.batch}. Fix: raise batch, or split it')
     least = int(np.ceil((2 * s.batch + largest - 1) / min(s.held_out, 0.9 * (1 - s.held_out)))) + 1
     refuse_if(not 0 < s.held_out < 1 or len(x) < least, f'x, y: {len(x)} pairs are too few for '
-              f'held_out={s.held_out}, batch={s.batch}. Expected at least {least}. Fix: add pairs, '
-              'or lower batch')
+              f'held_out={s.held_out}. Expected at least {least}. Fix: add pairs or lower batch')
     return x, y, group
 
 

@@ -1,4 +1,4 @@
-"""Gather rows of a table that a softmax also reads completely, and sum values by id."""
+"""Rows: gathered from a table, computed in chunks, summed by id, the last one of a prefix."""
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,32 @@ def _backward(ids, slopes):
 
 
 take.defvjp(_forward, _backward)
+
+
+def by_chunk(function, rows, chunk):
+    """Apply a function to a chunk of rows at a time; a backward pass computes each chunk again.
+
+    Args:
+      function: tree of [C, ...] -> tree of [C, ...].
+      rows: tree of arrays [A, ...]. The last chunk is padded with zeros, whose results are dropped.
+      chunk: C.
+
+    Returns:
+      Tree of [A, ...].
+    """
+    total = len(jax.tree.leaves(rows)[0])
+    count = -(-total // chunk)
+    rows = jax.tree.map(lambda x: jnp.pad(
+        x, ((0, count * chunk - total), *((0, 0),) * (x.ndim - 1))
+    ).reshape(count, chunk, *x.shape[1:]), rows)
+    out = jax.lax.map(jax.checkpoint(function), rows)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:total], out)
+
+
+def at_last(x, items):
+    """Select of x [B, N, ...] what is at the last item of each prefix int32 [B, N]: [B, ...]."""
+    at = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
+    return jnp.take_along_axis(x, at.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)[:, 0]
 
 
 def totals(ids, values):

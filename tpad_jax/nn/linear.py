@@ -75,9 +75,8 @@ def routed(*kinds):
 def _by_kind(x, a, b, lead):
     """The effect of an adapter by kind on tokens x [R, I], whose leading axes are `lead`."""
     kind = next((kind for kind in _ROUTES.get() if kind.shape == lead), None)
-    refuse_if(kind is None, 'config.model.lora_by_kind: an adapter of a layer whose input has no '
-              'kinds of tokens. Expected layers of the decoder. Fix: narrow '
-              'config.model.lora_targets.')
+    refuse_if(kind is None, 'config.model.lora_by_kind: the input of a layer has no kinds of '
+              'tokens. Expected layers of the decoder. Fix: narrow config.model.lora_targets.')
     chosen = jax.nn.one_hot(kind.reshape(-1), len(KINDS), dtype=x.dtype)
     return jnp.einsum('nkr,kro->no', jnp.einsum('ni,kir->nkr', x, a) * chosen[..., None], b)
 

@@ -34,12 +34,10 @@ def check(config) -> None:
       InputError: as above.
     """
     refuse_if(config.begin_from and not Path(config.begin_from, 'results.json').is_file(),
-              f'config.begin_from={config.begin_from!r}: not a finished run, as it has no '
-              'results.json. Expected the workdir of one. Fix: finish that run, or correct the '
-              'path')
+              f'config.begin_from={config.begin_from!r}: not a finished run. Expected the '
+              'workdir of one, with results.json. Fix: finish that run, or correct the path')
     refuse_if(config.begin_from and config.model.words, 'config.model.words=True: words are rows '
-              'of one catalogue, and config.begin_from names a run on another. Expected one of the '
-              'two. Fix: leave one out')
+              'of one catalogue. Expected no config.begin_from with it. Fix: leave one out')
 
 
 def fingerprint(run: str) -> str:
@@ -91,8 +89,7 @@ def parameters(config, shapes: dict, base: str) -> dict:
             out |= checkpoint.chosen_parameters(run / 'stages' / stage)
     out = {path: x for path, x in out.items() if not path.startswith(('recommender/', 'loss/'))}
     refuse_if(any(path.startswith('base/') for path in out), f'{option}: it trained its base '
-              '(config.stage.*.train). Expected a base as its files hold it. Fix: choose another '
-              'run')
+              '(config.stage.*.train). Expected the base of its files. Fix: choose another run')
     if config.model.codes:  # of that run's items, which are read here alike
         k = store.read(run / 'features' / 'knowledge', 'k')
         out.setdefault(codes.PATH, codes.centres(k, *config.model.codes, theirs.seed))

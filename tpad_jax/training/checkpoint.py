@@ -127,7 +127,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, ascending."""
         self._finish()
-        return self._steps()
+        return sorted(_folders(self.directory))
 
     def close(self):
         """Wait for the save in progress and end the thread; raise the error of that save."""
@@ -146,10 +146,9 @@ class Checkpoints:
         complete = folder.with_suffix('')
         retired = [_retire(complete)] if complete.exists() else []
         folder.rename(complete)
-        records = {step: self._record(step) for step in self._steps()}
-        kept = {*sorted(records)[-LATEST:], _best(records)}
-        retired += [_retire(self.directory / str(step)) for step in records.keys() - kept]
-        for old in retired:
+        folders = _folders(self.directory)
+        kept = {*sorted(folders)[-LATEST:], _best(_records(folders))}
+        for old in (*retired, *(_retire(folders[step]) for step in folders.keys() - kept)):
             shutil.rmtree(old)
 
     def _finish(self):
@@ -161,58 +160,46 @@ class Checkpoints:
                 pending.result()
 
     def _undamaged(self):
-        """The records {step: {'metric', 'meta'}} of all checkpoints, once the damaged are moved."""
+        """The folders {step: path} of all checkpoints, once the damaged are moved."""
         self._finish()
-        damage = {step: _damage(self.directory / str(step)) for step in self._steps()}
-        damaged = {step: reason for step, reason in damage.items() if reason}
-        used = max(damage.keys() - damaged.keys(), default=None)
-        folders = ([self.directory / str(step) for step in damaged]
-                   or sorted(self.directory.glob(f'{DAMAGED}*')))
-        if used is None and folders:
+        folders = _folders(self.directory)
+        damaged = {step: reason for step, folder in folders.items() if (reason := _damage(folder))}
+        used = max(folders.keys() - damaged.keys(), default=None)
+        bad = [folders[step] for step in damaged] or sorted(self.directory.glob(f'{DAMAGED}*'))
+        if used is None and bad:
             reason = damaged[max(damaged)] if damaged else 'moved there by an earlier start'
             raise InputError(f'{self.directory}: every checkpoint is damaged '
-                             f'({", ".join(map(str, folders))}: {reason}). Fix: restore the folder '
+                             f'({", ".join(map(str, bad))}: {reason}). Fix: restore the folder '
                              'from a copy, or delete it to start this stage again.')
         if damaged:  # no process may still read a checkpoint that process 0 moves
             hosts.wait('damaged checkpoints found')
-            if jax.process_index() == 0:
-                for step, reason in damaged.items():
-                    self._move(step, reason, used)
+            for step, reason in damaged.items() if jax.process_index() == 0 else ():
+                target = self.directory / f'{DAMAGED}{step}'
+                shutil.rmtree(target, ignore_errors=True)
+                folders[step].rename(target)
+                print(f'{self.directory}: checkpoint {step} is damaged ({reason}) and was moved to '
+                      f'{target.name}; step {used} is used instead', file=sys.stderr)
             hosts.wait('damaged checkpoints moved')
-        return {step: self._record(step) for step in damage if step not in damaged}
-
-    def _move(self, step, reason, used):
-        target = self.directory / f'{DAMAGED}{step}'
-        if target.exists():
-            shutil.rmtree(target)
-        (self.directory / str(step)).rename(target)
-        print(f'{self.directory}: checkpoint {step} is damaged ({reason}) and was moved to '
-              f'{target.name}; step {used} is used instead', file=sys.stderr)
+        return {step: folder for step, folder in folders.items() if step not in damaged}
 
     def _load(self, choose, abstract_state):
-        records = self._undamaged()
+        folders = self._undamaged()
+        records = _records(folders)
         step = choose(records)
         if step is None:
             return None
-        folder, like = self.directory / str(step), _by_path(abstract_state)
-        metadata = _with_options(ocp.checkpointables_metadata, folder).metadata[STATE]
+        folder, like = folders[step], _by_path(abstract_state)
         saved, wanted = ({path: f'{jnp.dtype(leaf.dtype).name} {list(leaf.shape)}'
-                          for path, leaf in leaves.items()} for leaves in (metadata, like))
+                          for path, leaf in leaves.items()} for leaves in (_saved(folder), like))
         differing = [path for path in wanted | saved if saved.get(path) != wanted.get(path)]
         for path in differing[:1]:
             raise InputError(f'{folder} holds the state of another model ({len(differing)} arrays '
                              f'differ): {path} is {saved.get(path, "absent")} there and '
                              f'{wanted.get(path, "absent")} here. Fix: use its config or workdir')
-        arrays = _with_options(ocp.load_checkpointables, folder, {STATE: like})[STATE]
+        arrays = _arrays(folder, like)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state),
                                    [arrays[path] for path in like])
         return step, state, records[step]['meta']
-
-    def _record(self, step):
-        return json.loads((self.directory / str(step) / META).read_text())
-
-    def _steps(self):
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
 
 def chosen_parameters(directory) -> dict:
@@ -227,22 +214,18 @@ def chosen_parameters(directory) -> dict:
     Raises:
       InputError: the checkpoint is damaged.
     """
-    folders = {int(path.name): path for path in Path(directory).absolute().iterdir()
-               if path.name.isdigit()}
+    folders = _folders(Path(directory).absolute())
     if not folders:
         return {}
-    damage = {step: _damage(folder) for step, folder in folders.items()}
-    refuse_if(any(damage.values()), f'{directory}: a checkpoint is damaged ('
-              f'{next(filter(None, damage.values()), "")}). Fix: restore it from a copy')
-    records = {step: json.loads((folder / META).read_text()) for step, folder in folders.items()}
-    step = _best(records)
+    damage = '; '.join(filter(None, map(_damage, folders.values())))
+    refuse_if(damage, f'{directory}: damaged ({damage}). Fix: restore the checkpoint from a copy')
+    step = _best(_records(folders))
     folder = folders[max(folders) if step is None else step]
-    saved = _with_options(ocp.checkpointables_metadata, folder).metadata[STATE]
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-            for path, leaf in saved.items()}
-    arrays = _with_options(ocp.load_checkpointables, folder, {STATE: like})[STATE]
-    return {path.removeprefix(PARAMS): x for path, x in arrays.items() if path.startswith(PARAMS)}
+            for path, leaf in _saved(folder).items()}
+    return {path.removeprefix(PARAMS): x for path, x in _arrays(folder, like).items()
+            if path.startswith(PARAMS)}
 
 
 def abstract(state):
@@ -279,10 +262,30 @@ def _with_options(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
+def _saved(folder):
+    """{path: leaf with shape and dtype} of a checkpoint's state."""
+    return _with_options(ocp.checkpointables_metadata, folder).metadata[STATE]
+
+
+def _arrays(folder, like):
+    """{path: array} of a checkpoint's state, placed as `like`."""
+    return _with_options(ocp.load_checkpointables, folder, {STATE: like})[STATE]
+
+
 def _by_path(tree):
     """{path: leaf}, in the order of jax.tree.leaves."""
     return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf
             for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _folders(directory):
+    """{step: folder} of all complete checkpoints."""
+    return {int(path.name): path for path in directory.iterdir() if path.name.isdigit()}
+
+
+def _records(folders):
+    """{step: {'metric', 'meta'}} of checkpoints {step: folder}."""
+    return {step: json.loads((folder / META).read_text()) for step, folder in folders.items()}
 
 
 def _best(records):

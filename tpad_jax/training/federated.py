@@ -63,18 +63,6 @@ class Server(NamedTuple):
     own: Any = None
 
 
-class Client(NamedTuple):
-    """The terms that a client adds to its gradients.
-
-    Attributes:
-      anchor: the parameters at the start of its round.
-      shift: a constant.
-    """
-
-    anchor: Any
-    shift: Any
-
-
 def applies(config, stage: str) -> bool:
     """Whether the stage is trained by rounds."""
     return stage in names(config.federated.stages)
@@ -93,8 +81,7 @@ def check(config, devices: int) -> None:
     f = config.federated
     absent = [stage for stage in names(f.stages) if stage not in names(config.stages)]
     refuse_if(absent, f'config.federated.stages={f.stages!r}: {", ".join(absent)} is not among '
-              f'config.stages={config.stages!r}. Expected stages that run. Fix: leave it out, or '
-              'add it there.')
+              f'config.stages={config.stages!r}. Fix: leave it out, or add it there.')
     for stage in names(f.stages):
         c = config.stage[stage]
         for wrong, option, rule in (
@@ -107,8 +94,7 @@ def check(config, devices: int) -> None:
             refuse_if(wrong, f'config.{option}: not with config.federated.stages={f.stages!r}. '
                       f'Expected {rule}. Fix: set it, or leave the stage out.')
     refuse_if(any(int(n) >= f.clients for n in names(f.only)), f'config.federated.only={f.only!r}: '
-              f'a client that does not exist. Expected numbers below clients={f.clients}. Fix: '
-              'name others.')
+              f'no such client. Expected numbers below clients={f.clients}. Fix: name others.')
 
 
 def owners(data: Data, config, *, items: bool) -> np.ndarray:
@@ -175,7 +161,10 @@ def with_rounds(spec, config, stage: str, data: Data):
 
 @lru_cache  # a spec of the same options has the same objects, so that it is equal
 def _client(stage, proximal):
-    """A client's optimiser: the stage's, at a rate that is constant within a round."""
+    """A client's optimiser: the stage's, at a rate that is constant within a round.
+
+    Its state begins with the parameters at the start of a round and a constant of the gradients.
+    """
     def update(grads, state, params):
         return jax.tree.map(lambda g, x, anchor, shift: g + proximal * (x - anchor) + shift,
                             grads, params, *state), state
@@ -183,8 +172,7 @@ def _client(stage, proximal):
     steady = ConfigDict(stage)
     steady.schedule, steady.warmup = 'constant', 0.0
     return optax.chain(
-        optax.GradientTransformation(lambda params: Client(params, optax.tree.zeros_like(params)),
-                                     update),
+        optax.GradientTransformation(lambda x: (x, optax.tree.zeros_like(x)), update),
         optimizer.optimizer(steady),
         optax.GradientTransformation(lambda params: jnp.float32(1), lambda updates, factor, _: (
             jax.tree.map(lambda x: factor * x, updates), factor)))
@@ -209,11 +197,8 @@ def server(rule: str, rate: float, momentum: float, clients: int) -> optax.Gradi
     Returns:
       The optimiser. Its state is a `Server`.
     """
-    inner = {'avgm': lambda: optax.sgd(rate, momentum=momentum),
-             'adam': lambda: _adaptive(rate, lambda v, square: BETAS[1] * v
-                                       + (1 - BETAS[1]) * square),
-             'yogi': lambda: _adaptive(rate, lambda v, square: v - (1 - BETAS[1]) * square
-                                       * jnp.sign(v - square))}.get(rule, lambda: optax.sgd(rate))()
+    inner = (_adaptive(rate, rule) if rule in ('adam', 'yogi') else
+             optax.sgd(rate, momentum=momentum if rule == 'avgm' else None))
 
     def init(params):
         if rule != 'scaffold':
@@ -228,8 +213,13 @@ def server(rule: str, rate: float, momentum: float, clients: int) -> optax.Gradi
     return optax.GradientTransformation(init, update)
 
 
-def _adaptive(rate, second):
+def _adaptive(rate, rule):
     """Reddi et al. 2021, algorithm 2, which corrects no bias."""
+    def second(v, square):
+        if rule == 'yogi':
+            return v - (1 - BETAS[1]) * square * jnp.sign(v - square)
+        return BETAS[1] * v + (1 - BETAS[1]) * square
+
     def init(params):
         return (optax.tree.zeros_like(params),
                 jax.tree.map(lambda x: jnp.full_like(x, TAU**2), params))
@@ -270,7 +260,7 @@ def run(rounds: Rounds, tx: optax.GradientTransformation, one: Callable, state, 
         _, own, _ = rounds.tx.init(state.params)
         begun = state.replace(
             step=state.step * local,
-            opt_state=(Client(state.params, zeros if shift is None else shift), own, factor))
+            opt_state=((state.params, zeros if shift is None else shift), own, factor))
         end, logged = jax.lax.scan(one, begun, batches)
         moved = optax.tree.sub(state.params, end.params)
         total = jax.tree.map(lambda t, x: t + weight * x, total, moved)

@@ -18,7 +18,6 @@ from tpad_jax.distributed.devices import Devices
 from tpad_jax.errors import InputError, Stopped
 from tpad_jax.training import profiling, step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints, abstract
-from tpad_jax.training.step import StepSpec
 from tpad_jax.types import Batch, State
 
 # The validation metric that chooses a step; the lowest is the best. Ranks of the first twenty are a
@@ -29,7 +28,7 @@ SELECT = 'nll'
 SPENT = 'compile', 'input', 'save', 'log', 'between'
 
 
-def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | None):
+def lean_step(state: State, batch, shared: dict, *, spec: step_lib.StepSpec, axis: str | None):
     """`step.train_step` with the frozen parameters outside the state.
 
     The state is donated. The base of a large model stays where it is and is never copied.
@@ -50,12 +49,12 @@ def lean_step(state: State, batch, shared: dict, *, spec: StepSpec, axis: str | 
 
 
 @lru_cache(maxsize=16)  # every recommender of a run and every stage
-def lifted(devices: Devices, spec: StepSpec) -> Callable:
+def lifted(devices: Devices, spec: step_lib.StepSpec) -> Callable:
     """The step on the devices: a stage that is resumed, or a refit, finds it compiled."""
     return devices.lift(partial(lean_step, spec=spec), spec.seldom)
 
 
-def compile_step(devices: Devices, spec: StepSpec, state: State, batch: Batch,
+def compile_step(devices: Devices, spec: step_lib.StepSpec, state: State, batch: Batch,
                  catalogue: dict) -> jax.stages.Compiled:
     """Compile a stage's step from shapes; the first step of the stage then finds it compiled.
 
@@ -130,7 +129,7 @@ class Loop:
     profile: profiling.Profile = field(default_factory=profiling.Profile)
 
 
-def fit(loop: Loop, spec: StepSpec, state: State, catalogue: dict):
+def fit(loop: Loop, spec: step_lib.StepSpec, state: State, catalogue: dict):
     """Run a stage from its latest checkpoint, or from `state`, to its end.
 
     Several processes run it together, with the same state and catalogue. The metrics of a step are

@@ -37,5 +37,4 @@ ENTRIES = {
                    scorer=partial(transfer_scorer, fresh=frozenset({'r'}))),
     'transfer': Entry(reads=('k',), scorer=transfer_scorer, validates_rows=True),
     'recommend': Entry(recommends=True, content=False),
-    'joint': Entry(reads=('k', 'r')),
-}
+    'joint': Entry(reads=('k', 'r'))}

@@ -227,14 +227,13 @@ def reads_raw(config) -> bool:
 
 def initialiser(config, model: tpad.TPAD, image_shape: tuple[int, int, int]):
     """Return (key, catalogue=rows) -> the first parameters of a model with content, nested."""
-    return _initialiser(model, config.model.lora_rank, config.model.lora_targets, image_shape,
-                        config.mllm.text_length)
+    return _initialiser(spec=model, rank=config.model.lora_rank, targets=config.model.lora_targets,
+                        image_shape=image_shape, text_length=config.mllm.text_length)
 
 
 @lru_cache(maxsize=16)  # what is traced serves shapes and values, and all jobs of a process
-def _initialiser(model, rank, targets, image_shape, text_length):
-    return jax.jit(partial(tpad.init, spec=model, rank=rank, targets=targets,
-                           image_shape=image_shape, text_length=text_length))
+def _initialiser(**settings):
+    return jax.jit(partial(tpad.init, **settings))
 
 
 @lru_cache(maxsize=16)

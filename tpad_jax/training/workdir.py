@@ -164,9 +164,8 @@ def _read(path):
         _flat(record['config'])
         record.setdefault('fingerprint')
     version = record.get('format', 1)
-    refuse_if(version != FORMAT, f'{path}: this workdir has format {version}, written by another '
-              f'version of tpad_jax, and this version reads format {FORMAT}. Fix: choose another '
-              'workdir, or finish the run with the version that began it.')
+    refuse_if(version != FORMAT, f'{path}: has format {version}, and this version reads format '
+              f'{FORMAT}. Fix: choose another workdir, or finish with the version that began it.')
     return record
 
 

@@ -10,6 +10,7 @@ from tpad_jax import losses
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.evaluation import metrics, scorers
 from tpad_jax.models.sessions import repeats
+from tpad_jax.nn.gather import at_last
 from tpad_jax.types import Batch
 
 TABLE = np.array([-1.5, 0.5, 2.0, -0.25, 1.0], np.float32)
@@ -33,7 +34,7 @@ def test_shifts_by_plain_loops():
     found = np.asarray(repeats.shifts(TABLE, ITEMS))
     real = ITEMS > 0  # a prefix that ends in padding is none
     np.testing.assert_array_equal(found[real], looped(ITEMS)[real])
-    np.testing.assert_array_equal(repeats.last(found, ITEMS),
+    np.testing.assert_array_equal(at_last(found, ITEMS),
                                   looped(ITEMS)[np.arange(4), real.sum(axis=1) - 1])
 
 
@@ -49,7 +50,7 @@ def shifted(scores, items, shift):
 
 def shift_of(weights, z, items):
     """Items and shifts in whole numbers, so that ties are many."""
-    return items, jnp.round(4 * repeats.last(repeats.shifts(jnp.asarray(TABLE), items), items))
+    return items, jnp.round(4 * at_last(repeats.shifts(jnp.asarray(TABLE), items), items))
 
 
 @pytest.mark.parametrize(('way', 'chunk', 'rows'), [('jit', 0, 512), ('jit', 64, 16),

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 
 from tpad_jax.core.precision import mllm_precision
 from tpad_jax.models import stream as streams
-from tpad_jax.models.stream import Stream
 from tpad_jax.nn.attention import Transformer
-from tpad_jax.nn.linear import IMAGE, TEXT, Linear, routed
+from tpad_jax.nn.linear import IMAGE, Linear, routed
 
 
 class VisionTower(nn.Module):
@@ -77,7 +76,7 @@ class MLLM(nn.Module):
         self.decoder = Transformer(self.layers, self.heads, self.hidden)
 
     @mllm_precision
-    def frame(self, image, there) -> Stream:
+    def frame(self, image, there) -> streams.Stream:
         """Encode images as tokens [B, P, D].
 
         Args:
@@ -100,13 +99,10 @@ class MLLM(nn.Module):
         """Embed token ids int32 [...] -> [..., D]."""
         return self.embed(tokens)
 
-    def say(self, tokens, mask=None) -> Stream:
-        """Make a part of a stream from token ids int32 [..., T] and mask bool; None: ids >= 0."""
-        return streams.plain(self.words(jnp.maximum(tokens, 0)),
-                             tokens >= 0 if mask is None else mask, TEXT)
+    say = streams.say
 
     @mllm_precision
-    def __call__(self, stream: Stream, at=None):
+    def __call__(self, stream: streams.Stream, at=None):
         """Read a stream [B, L].
 
         Args:

@@ -89,9 +89,8 @@ class Attention(nn.Module):
         q, k = rotate(q, tokens_at(cos, at), tokens_at(sin, at)), rotate(k, cos, sin)
         allowed = tokens_at(allowed, at, axis=2)
         if cache is not None:
-            cache = tuple(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype),
-                                             (number, 0, index, 0, 0))
+            cache = tuple(jax.lax.dynamic_update_slice(
+                old, new[None].astype(old.dtype), (number, 0, index, 0, 0))
                 for old, new in zip(cache, (k, v), strict=True))
             k, v = (jax.lax.dynamic_index_in_dim(c, number, keepdims=False) for c in cache)
         if self.is_mutable_collection('intermediates') and cache is None and at is None:

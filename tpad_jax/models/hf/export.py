@@ -108,9 +108,8 @@ def merge(params, lora, scale: float) -> dict:
         kernel, a, b = flat.get((*path, 'kernel')), pairs[*path, 'a'], pairs[*path, 'b']
         shape = 'missing' if kernel is None else list(kernel.shape)
         refuse_if([*a.shape[:-1], b.shape[-1]] != shape or a.shape[-1] != b.shape[-2],
-                  f'{"/".join(path)}: an adapter {list(a.shape)} by {list(b.shape)} does not fit '
-                  f'the kernel ({shape}). Expected an adapter of this model. Fix: merge it into '
-                  'the model it was made for')
+                  f'{"/".join(path)}: {list(a.shape)} by {list(b.shape)} does not fit the kernel '
+                  f'({shape}). Expected its adapter. Fix: merge it into the model it was made for')
         out[*path, 'kernel'] = _merged(kernel, a, b, scale)
     return unflatten_dict(out)
 

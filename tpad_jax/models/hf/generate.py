@@ -80,8 +80,7 @@ def _check(model, variables, prompt, steps, stop, sampling, allowed):
         raise InputError(f'tokens: prompt {row} has {counts[row]} image placeholders. Expected '
                          f'{each} per image, at most {most} images. Fix: call data.prompts.expand')
     refuse_if(not decoder.tied and 'head' not in variables['params'],
-              'params: the checkpoint has no output embedding (lm_head), so it can encode but not '
-              'generate. Expected one. Fix: choose a checkpoint with it')
+              'params: no output embedding (lm_head). Expected one. Fix: choose another checkpoint')
     temperature, top_k, top_p = dataclasses.astuple(sampling)
     least = allowed.depth if allowed else 1
     for name, value, usable, rule in (

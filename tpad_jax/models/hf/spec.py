@@ -152,15 +152,15 @@ class Spec:
 
     family: str
     decoder: Decoder
-    vision: Tower | Grid | None
-    projector: str
-    projector_bias: bool
-    newline: bool
-    image_id: int
-    start_ids: tuple[int, ...]
-    end_ids: tuple[int, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    vision: Tower | Grid | None = None
+    projector: str = ''
+    projector_bias: bool = False
+    newline: bool = False
+    image_id: int = -1
+    start_ids: tuple[int, ...] = ()
+    end_ids: tuple[int, ...] = ()
+    mean: tuple[float, float, float] = HALF
+    std: tuple[float, float, float] = HALF
 
     def without_vision(self) -> 'Spec':
         """The same decoder without its vision transformer."""
@@ -198,8 +198,12 @@ class Spec:
         Args:
           side: height and width of the image in pixels.
         """
-        class_token = isinstance(self.vision, Tower) and self.vision.keep_class
-        return math.prod(self.cells(side)) + int(self.newline) + int(class_token)
+        return math.prod(self.cells(side)) + self.newline + self.class_tokens
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before those of an image's cells: 1 where a tower's class token is kept."""
+        return int(isinstance(self.vision, Tower) and self.vision.keep_class)
 
 
 def read(directory) -> Spec | sentence.TextEncoder:
@@ -224,46 +228,45 @@ def read(directory) -> Spec | sentence.TextEncoder:
 
 def _llava(file, config):
     only = partial(_only, file, config)
-    v, depth = config.vision_config, config.vision_config.num_hidden_layers
+    depth = config.vision_config.num_hidden_layers
     onevision = config.model_type == 'llava_onevision'
-    tower = only('vision_config.model_type', ('siglip_vision_model',) if onevision else
-                 ('siglip_vision_model', 'clip_vision_model'))
-    clip = tower == 'clip_vision_model'
+    clip = only('vision_config.model_type', ('siglip_vision_model',) if onevision else
+                ('siglip_vision_model', 'clip_vision_model')).startswith('clip')
     # a list joins the states of several layers
     layer = only('vision_feature_layer', (*range(-depth, 0), *range(1, depth + 1)))
     # 'default' drops the first token, which is a patch with SigLIP. OneVision keeps all tokens of
     # its SigLIP tower with either strategy.
     strategy = only('vision_feature_select_strategy',
                     ('default', 'full') if clip or onevision else ('full',))
-    tower = Tower(
-        kind='clip' if clip else 'siglip', width=v.hidden_size,
-        layers=depth + 1 + layer if layer < 0 else layer, stored=depth,
-        heads=v.num_attention_heads, hidden=v.intermediate_size, image=v.image_size,
-        patch=v.patch_size, activation=only('vision_config.hidden_act', ACTIVATIONS),
-        eps=v.layer_norm_eps, keep_class=clip and strategy == 'full')
-    text = only('text_config.model_type', DECODERS)
-    return Spec(config.model_type, _decoder(file, config, text), tower,
-                only('projector_hidden_act', ACTIVATIONS), config.multimodal_projector_bias,
-                onevision, config.image_token_id, (), (), CLIP_MEAN if clip else HALF,
-                CLIP_STD if clip else HALF)
+    spec = _with_tower(file, config, kind='clip' if clip else 'siglip',
+                       layers=depth + 1 + layer if layer < 0 else layer,
+                       keep_class=clip and strategy == 'full')
+    spec = replace(spec, projector=only('projector_hidden_act', ACTIVATIONS), newline=onevision,
+                   projector_bias=config.multimodal_projector_bias)
+    return replace(spec, mean=CLIP_MEAN, std=CLIP_STD) if clip else spec
 
 
 def _idefics(file, config):
-    only = partial(_only, file, config)
-    v, merge, depth = (config.vision_config, config.scale_factor,
-                       config.vision_config.num_hidden_layers)
+    side, merge = (config.vision_config.image_size // config.vision_config.patch_size,
+                   config.scale_factor)
     for option in ('qk_layer_norms', 'use_resampler'):
-        only(f'text_config.{option}', (None, False))
-    _require(file, 'scale_factor', merge, v.image_size // v.patch_size % merge == 0,
-             f'a divisor of the {v.image_size // v.patch_size} patches of a side')
-    tower = Tower(
-        kind='idefics3', width=v.hidden_size, layers=depth, stored=depth,
-        heads=v.num_attention_heads, hidden=v.intermediate_size, image=v.image_size,
-        patch=v.patch_size, activation=only('vision_config.hidden_act', ACTIVATIONS),
-        eps=v.layer_norm_eps, keep_class=False, merge=merge)
+        _only(file, config, f'text_config.{option}', (None, False))
+    _require(file, 'scale_factor', merge, side % merge == 0,
+             f'a divisor of the {side} patches of a side')
+    return _with_tower(file, config, kind='idefics3', merge=merge, keep_class=False,
+                       layers=config.vision_config.num_hidden_layers)
+
+
+def _with_tower(file, config, **fields):
+    """Return the Spec of a decoder with a Tower, some of whose fields are given."""
+    only, v = partial(_only, file, config), config.vision_config
+    tower = Tower(width=v.hidden_size, stored=v.num_hidden_layers, heads=v.num_attention_heads,
+                  hidden=v.intermediate_size, image=v.image_size, patch=v.patch_size,
+                  activation=only('vision_config.hidden_act', ACTIVATIONS), eps=v.layer_norm_eps,
+                  **fields)
     text = only('text_config.model_type', DECODERS)
-    return Spec(config.model_type, _decoder(file, config, text), tower, '', False, False,
-                config.image_token_id, (), (), HALF, HALF)
+    return Spec(config.model_type, _decoder(file, config, text), tower,
+                image_id=config.image_token_id)
 
 
 def _qwen(file, config):
@@ -289,14 +292,14 @@ def _qwen(file, config):
              not windowed or grid.window >= grid.patch * grid.merge,
              f'at least {grid.patch * grid.merge} pixels, a merged token')
     return Spec(
-        config.model_type, _decoder(file, config, kind, mrope=True), grid, '', True, False,
-        config.image_token_id, (config.vision_start_token_id,), (config.vision_end_token_id,),
-        HALF if third else CLIP_MEAN, HALF if third else CLIP_STD)
+        config.model_type, _decoder(file, config, kind, mrope=True), grid,
+        image_id=config.image_token_id, start_ids=(config.vision_start_token_id,),
+        end_ids=(config.vision_end_token_id,), mean=HALF if third else CLIP_MEAN,
+        std=HALF if third else CLIP_STD)
 
 
 def _text(file, config):
-    return Spec(config.model_type, _decoder(file, config, config.model_type), None, '', False,
-                False, -1, (), (), HALF, HALF)
+    return Spec(config.model_type, _decoder(file, config, config.model_type))
 
 
 def _text_encoder(file, config):

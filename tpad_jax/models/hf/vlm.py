@@ -15,8 +15,7 @@ from tpad_jax.models import stream as streams
 from tpad_jax.models.hf import spec as specs, vit
 from tpad_jax.models.hf.decoder import Decoder
 from tpad_jax.models.hf.layers import perceptron
-from tpad_jax.models.stream import Stream
-from tpad_jax.nn.linear import IMAGE, TEXT, Linear, routed
+from tpad_jax.nn.linear import IMAGE, Linear, routed
 
 
 class Projector(nn.Module):
@@ -80,7 +79,7 @@ class VLM(nn.Module):
         return self.spec.decoder.width
 
     @mllm_precision
-    def see(self, image, there) -> Stream:
+    def see(self, image, there) -> streams.Stream:
         """Encode images as tokens [..., P, D].
 
         Args:
@@ -104,12 +103,9 @@ class VLM(nn.Module):
         """Embed token ids int32 [...] -> [..., D]."""
         return self.embed.embedding[tokens].astype(self.dtype)
 
-    def say(self, tokens, mask=None) -> Stream:
-        """Make a part of a stream from token ids int32 [..., T] and mask bool; None: ids >= 0."""
-        return streams.plain(self.words(jnp.maximum(tokens, 0)),
-                             tokens >= 0 if mask is None else mask, TEXT)
+    say = streams.say
 
-    def frame(self, image, there) -> Stream:
+    def frame(self, image, there) -> streams.Stream:
         """Call `see`, and add the tokens that the family puts before and after an image.
 
         Images of side 0 are none: the result has no tokens.
@@ -122,11 +118,9 @@ class VLM(nn.Module):
 
     def grid(self, side: int) -> tuple[int, int, int]:
         """Return the index of an image's first cell in `frame`, and the rows and columns."""
-        v = self.spec.vision
-        lead = isinstance(v, specs.Tower) and v.keep_class  # the class token comes first
-        return len(self.spec.start_ids) + int(lead), *self.spec.cells(side)
+        return len(self.spec.start_ids) + self.spec.class_tokens, *self.spec.cells(side)
 
-    def prompt(self, tokens, mask, image) -> Stream:
+    def prompt(self, tokens, mask, image) -> streams.Stream:
         """Combine tokens and the images that their placeholders represent.
 
         Args:
@@ -149,7 +143,7 @@ class VLM(nn.Module):
         return out.replace(mask=mask)
 
     @mllm_precision
-    def __call__(self, stream: Stream, at=None):
+    def __call__(self, stream: streams.Stream, at=None):
         """Read a stream [B, L].
 
         Args:
@@ -168,7 +162,7 @@ class VLM(nn.Module):
                                 stream.deep, at=at)[0]
 
     @mllm_precision
-    def decode(self, stream: Stream, cache: dict, index):
+    def decode(self, stream: streams.Stream, cache: dict, index):
         """Read more tokens after those in a cache.
 
         Args:

@@ -13,8 +13,7 @@ ENCODERS = {
     'attention': lambda model, **shared: SessionAttention(model.layers, model.heads, **shared),
     'sr_gnn': lambda model, **shared: SessionGNN(model.gnn_steps, positions=model.positions,
                                                  **shared),
-    'gce_gnn': lambda model, **shared: GlobalGraphGNN(**shared),
-}
+    'gce_gnn': lambda model, **shared: GlobalGraphGNN(**shared)}
 
 
 def build(model, max_length: int):
@@ -29,8 +28,7 @@ def build(model, max_length: int):
     """
     # a run of an encoder from outside the package is loaded
     refuse_if(model.encoder not in ENCODERS, f'config.model.encoder={model.encoder!r}: it is not '
-              f'registered. Expected one of {", ".join(ENCODERS)}. Fix: import the module that '
-              'adds it to tpad_jax.models.sessions.ENCODERS first.')
+              f'registered. Expected {", ".join(ENCODERS)}. Fix: import the module that adds it.')
     return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
                                    item_rate=model.item_dropout)
 

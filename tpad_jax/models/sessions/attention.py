@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from tpad_jax.nn.attention import dropout
+from tpad_jax.nn.gather import at_last
 from tpad_jax.nn.linear import Linear
 
 NEVER = -1e9  # score of a hidden position; finite, so that padded rows stay finite
@@ -80,5 +81,4 @@ class SessionAttention(nn.Module):
 
     def __call__(self, z, items, keys=None):
         """Encode sessions: z [B, N, D], items int32 [B, N], keys [B] or None -> h [B, D]."""
-        last = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
-        return jnp.take_along_axis(self.positions(z, items, keys), last[:, None, None], 1)[:, 0]
+        return at_last(self.positions(z, items, keys), items)

@@ -25,9 +25,3 @@ def shifts(table, items):
     steps = place[:, None] - place
     latest = (items > 0)[:, None] & (steps >= 0) & (place[:, None] < until[:, None])
     return jnp.where(latest, table[jnp.maximum(steps, 0)], 0)
-
-
-def last(shift, items):
-    """Select of [B, N, N] the row of each prefix's last position, [B, N]."""
-    at = jnp.maximum((items > 0).sum(axis=1) - 1, 0)
-    return jnp.take_along_axis(shift, at[:, None, None], axis=1)[:, 0]
