@@ -129,8 +129,8 @@ class Devices:
         if self.how == 'jit':
             return lifted(partial(step, axis=None))
         if self.how == 'pmap':
-            return jax.pmap(at_precision(partial(step, axis=AXIS), self.precision), axis_name=AXIS,
-                            in_axes=(None, 0, None), out_axes=None, donate_argnums=0,
+            step = at_precision(partial(step, axis=AXIS), self.precision)
+            return jax.pmap(step, AXIS, in_axes=(None, 0, None), out_axes=None, donate_argnums=0,
                             devices=self.devices)
         if self.shards == 1:  # the batch stays in one part
             step = partial(step, axis=None)

@@ -182,9 +182,8 @@ def measured(spec, by, begin, params, image, has_image, tokens):
     out = seen['out']
     pictured = out.shape[2] - begin - tokens.shape[1]
     kind = np.repeat([0, 1, 2], [begin, pictured, tokens.shape[1]])
-    there = jnp.concatenate([
-        jnp.ones((len(tokens), begin), bool),
-        jnp.broadcast_to(has_image[:, None], (len(tokens), pictured)), tokens >= 0], axis=1)
+    there = jnp.concatenate([jnp.ones((len(tokens), begin), bool), jnp.repeat(
+        has_image[:, None], pictured, axis=1), tokens >= 0], axis=1)
     counts = jnp.broadcast_to(there, out.shape[:3])
     if by == 'tamp':
         counts = jax.vmap(jax.vmap(representative), (0, 0, None))(

@@ -149,9 +149,8 @@ def session_columns(mixture, h, columns, items):
     length = (items > 0).sum(axis=1, keepdims=True)
     steps = length - 1 - jnp.arange(items.shape[1])
     share = jnp.where(items > 0, tables['decay'] ** jnp.maximum(steps, 0), 0)[..., None]
-    own, following = (unit((share * x).sum(axis=1))
-                      for x in (unit(columns[..., 1:1 + tables['next'].shape[1]]),
-                                tables['next'][items]))
+    own, following = (unit((share * x).sum(axis=1)) for x in (
+        unit(columns[..., 1:1 + tables['next'].shape[1]]), tables['next'][items]))
     cold = jnp.where(items > 0, columns[..., 0], 0).sum(axis=1, keepdims=True)
     asked = [weights['lasso'] * (tables['asked_first'][items[:, 0]]
                                  + tables['asked_last'][at_last(items, items)])

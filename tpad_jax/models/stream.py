@@ -63,9 +63,9 @@ def grid(x, mask, rows: int, columns: int, deep=None):
     place = jnp.arange(rows * columns)
     advance = jnp.where(place == rows * columns - 1, max(rows, columns), 0)
     offset = jnp.stack([place * 0, place // columns, place % columns], axis=-1)
-    return Stream(x, mask, jnp.broadcast_to(advance, mask.shape),
-                  jnp.broadcast_to(offset, (*mask.shape, 3)),
-                  jnp.full(mask.shape, IMAGE, jnp.int32), deep)
+    return plain(x, mask, IMAGE).replace(
+        advance=jnp.broadcast_to(advance, mask.shape),
+        offset=jnp.broadcast_to(offset, (*mask.shape, 3)), deep=deep)
 
 
 def join(*parts: Stream) -> Stream:

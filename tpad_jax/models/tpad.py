@@ -187,9 +187,8 @@ def init(key, spec: TPAD, catalogue: dict, *, rank: int, targets: str, image_sha
     knowledge = heads(spec.knowledge, *content, method='everything')
     transfer = heads(spec.transfer, k, jnp.ones((1, 1), bool), content[-1], method='everything')
     base, shared = knowledge.pop('base'), not isinstance(spec.knowledge, TextReader)
-    lora = {n: linear.init(next(keys), base, rank=rank, targets=targets,
-                           by_kind=spec.lora_by_kind)
-            for n in ('knowledge', 'transfer', 'distil')}
+    new = partial(linear.init, rank=rank, targets=targets, by_kind=spec.lora_by_kind)
+    lora = {n: new(next(keys), base) for n in ('knowledge', 'transfer', 'distil')}
     if shared:
         del transfer['base']
     else:
@@ -273,9 +272,9 @@ def encode_sessions(spec, params, items, z_table, catalogue, keys=None, z=None, 
         read = partial(spec.events.apply, {'params': params['recommender']['events']})
         known = codes(spec.events.reads, items, context, keys)
         z = read(z, known, method='enter')
-    h = spec.encoder.apply({'params': params['recommender']['encoder']}, z, items, keys,
-                           **_near(spec, catalogue, items, z_table),
-                           method='positions' if each else None)
+    h = spec.encoder.apply(
+        {'params': params['recommender']['encoder']}, z, items, keys,
+        method='positions' if each else None, **_near(spec, catalogue, items, z_table))
     if spec.events is not None:
         past = None
         if 'past' in known:

@@ -258,9 +258,8 @@ def run(rounds: Rounds, tx: optax.GradientTransformation, one: Callable, state, 
     def client(total, inputs):
         weight, batches, shift = inputs
         _, own, _ = rounds.tx.init(state.params)
-        begun = state.replace(
-            step=state.step * local,
-            opt_state=((state.params, zeros if shift is None else shift), own, factor))
+        opt_state = (state.params, zeros if shift is None else shift), own, factor
+        begun = state.replace(step=state.step * local, opt_state=opt_state)
         end, logged = jax.lax.scan(one, begun, batches)
         moved = optax.tree.sub(state.params, end.params)
         total = jax.tree.map(lambda t, x: t + weight * x, total, moved)

@@ -52,8 +52,9 @@ def blend(adapters: list[dict], *, kind: str, weights: tuple[float, ...] = (), k
                   for tree, w in zip(flat, weights, strict=True)]
         pairs = {k: _exact(delta) for k, delta in ties(deltas, keep).items()}
     else:
-        sees = int(np.argmax(weights))
-        factors = [_factors(kind, w, number == sees) for number, w in enumerate(weights)]
+        pictures = (np.arange(len(linear.KINDS)) == linear.IMAGE)[:, None, None]
+        factors = [np.where(pictures, float(number == np.argmax(weights)), w) if kind == 'damc'
+                   else w for number, w in enumerate(weights)]
         pairs = {k: (np.concatenate([tree[*k, 'a'] for tree in flat], axis=-1),
                      np.concatenate([w * tree[*k, 'b'] for tree, w in
                                      zip(flat, factors, strict=True)], axis=-2)) for k in kernels}
@@ -86,14 +87,6 @@ def ties(deltas: list[dict], keep: float) -> dict:
         agree = (np.sign(stack) == np.sign(stack.sum(axis=0))) & (stack != 0)
         out[k] = np.where(agree, stack, 0).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
     return out
-
-
-def _factors(kind, weight, sees):
-    """Factor of an adapter's b, or [KINDS, 1, 1] of them."""
-    if kind != 'damc':
-        return weight
-    pictures = np.arange(len(linear.KINDS)) == linear.IMAGE
-    return np.where(pictures, float(sees), weight)[:, None, None]
 
 
 def _exact(delta):

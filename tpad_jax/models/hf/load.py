@@ -77,9 +77,8 @@ def load(directory, spec: Spec | TextEncoder, *, dtype, sharding=None) -> dict:
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         sharding = {entry.path: sharding for entry in keys.table(spec)}
     sharding = flatten_dict(sharding, sep='/')
-    return unflatten_dict({
-        entry.path: _placed(entry, tensors, np.dtype(dtype), sharding[entry.path])
-        for entry in keys.table(spec) if entry.names[0] in tensors}, sep='/')
+    return unflatten_dict({e.path: _placed(e, tensors, np.dtype(dtype), sharding[e.path])
+                           for e in keys.table(spec) if e.names[0] in tensors}, sep='/')
 
 
 def _placed(entry, tensors, dtype, sharding):
@@ -192,8 +191,7 @@ def bind(directory, spec: Spec | TextEncoder) -> dict[str, Tensor]:
 def _equal(first, second):
     """Whether two tensors have the same bytes; a complete comparison would take their memory."""
     return (first.dtype, first.shape) == (second.dtype, second.shape) and all(
-        row.tobytes() == other.tobytes()
-        for row, other in zip(mapped(first), mapped(second), strict=True))
+        a.tobytes() == b.tobytes() for a, b in zip(mapped(first), mapped(second), strict=True))
 
 
 def _bare(directory, tensors):

@@ -238,9 +238,8 @@ def _llava(file, config):
     # its SigLIP tower with either strategy.
     strategy = only('vision_feature_select_strategy',
                     ('default', 'full') if clip or onevision else ('full',))
-    spec = _with_tower(file, config, kind='clip' if clip else 'siglip',
-                       layers=depth + 1 + layer if layer < 0 else layer,
-                       keep_class=clip and strategy == 'full')
+    spec = _with_tower(file, config, kind='clip' if clip else 'siglip', keep_class=clip and
+                       strategy == 'full', layers=depth + 1 + layer if layer < 0 else layer)
     spec = replace(spec, projector=only('projector_hidden_act', ACTIVATIONS), newline=onevision,
                    projector_bias=config.multimodal_projector_bias)
     return replace(spec, mean=CLIP_MEAN, std=CLIP_STD) if clip else spec
@@ -288,14 +287,13 @@ def _qwen(file, config):
     _require(file, 'vision_config.deepstack_visual_indexes', list(grid.deep),
              list(grid.deep) == sorted({i for i in grid.deep if i < v.depth}),
              f'rising numbers below the depth, {v.depth}')
-    _require(file, 'vision_config.window_size', grid.window,
-             not windowed or grid.window >= grid.patch * grid.merge,
-             f'at least {grid.patch * grid.merge} pixels, a merged token')
-    return Spec(
-        config.model_type, _decoder(file, config, kind, mrope=True), grid,
-        image_id=config.image_token_id, start_ids=(config.vision_start_token_id,),
-        end_ids=(config.vision_end_token_id,), mean=HALF if third else CLIP_MEAN,
-        std=HALF if third else CLIP_STD)
+    side = grid.patch * grid.merge
+    _require(file, 'vision_config.window_size', grid.window, not windowed or grid.window >= side,
+             f'at least {side} pixels, a merged token')
+    mean, std = (HALF, HALF) if third else (CLIP_MEAN, CLIP_STD)
+    return Spec(config.model_type, _decoder(file, config, kind, mrope=True), grid,
+                image_id=config.image_token_id, start_ids=(config.vision_start_token_id,),
+                end_ids=(config.vision_end_token_id,), mean=mean, std=std)
 
 
 def _text(file, config):
