@@ -138,7 +138,7 @@ def teacher(config, student: Base) -> Teacher | None:
             reader = KnowledgeMLLM(base.module, features)
             shapes = shapes_of(reader, base.image_size)
             refuse_if(base.image_size != student.image_size, f'reads images of {base.image_size} '
-                      f'pixels. Expected {student.image_size} pixels. Fix: choose another')
+                      f"pixels. Expected the student's {student.image_size} pixels. Fix: change it")
             refuse_if(dtype != 'float32', f'config.mllm.teacher_dtype={dtype!r}: a small base is '
                       "float32. Expected 'float32'. Fix: set it so")
     except (ValueError, TypeError, InputError) as error:
