@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
 from tpad_jax.data.sources import amazon, amazon_blocks, amazon_fields
 from tpad_jax.data.sources.amazon import CATALOGUE, Raw
@@ -315,12 +314,8 @@ def _catalogue(raw_dir: Path, urls: list[str], unused: Counter, store: Path) -> 
     """Join tables of items, one in memory at a time, in a file that is mapped."""
     asins = {asin for url in urls for asin in _table(url)['asin']}
     images = amazon.find_images(raw_dir, asins, unused)
-    schema = amazon.with_images(pl.DataFrame(schema=CATALOGUE), {}).to_arrow().schema
-    store.parent.mkdir(parents=True, exist_ok=True)
-    with pa.ipc.new_file(str(store), schema) as out:
-        for url in urls:
-            out.write_table(amazon.with_images(_table(url), images).to_arrow())
-    return amazon.mapped(store)
+    return amazon.joined((amazon.with_images(_table(url), images) for url in urls),
+                         amazon.WITH_IMAGES, store)
 
 
 def _interactions(counts: dict[str, list[dict]], place: str) -> pl.DataFrame:

@@ -9,7 +9,7 @@ Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.0395
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +30,8 @@ _REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
 _OF_2014 = re.compile(r'reviews_.+\.json(\.gz)?')
 CATALOGUE = pl.Schema({'asin': pl.String, 'title': pl.String, 'brand': pl.String,
                        'category': pl.String, 'description': pl.String, 'price': pl.Float32})
+WITH_IMAGES = pl.Schema(CATALOGUE | {'image': pl.String})
+ROWS = 16_384  # items in memory at once while they are sorted in a file
 NEEDED = {'items': '{asin}', 'events': '{asin}, {user} and {time}'}  # in each line
 # what to do about lines that most of a file is rejected for
 HINTS = {
@@ -167,19 +169,20 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
         line, or with more damaged ones than `bad_share`.
     """
     paths, unused = find_files(raw_dir), Counter()
-    item_lines, asins, tables = Lines(paths.metadata), set(), []
-    for columns in _read_items(item_lines, paths.form, amazon_fields.describe, unused, asins,
-                               bad_share):
-        tables.append(pl.DataFrame(columns, schema=CATALOGUE))
+    item_lines, asins = Lines(paths.metadata), set()
+    texts = joined((pl.DataFrame(columns, CATALOGUE) for columns in _read_items(
+        item_lines, paths.form, amazon_fields.describe, unused, asins, bad_share)),
+        CATALOGUE, store and store.with_suffix('.unsorted'))
     images = find_images(Path(raw_dir), asins, unused)
+    del asins
     before = pl.Series('asin', list(known), pl.String)
-    catalogue = with_images(pl.concat(tables).filter(~pl.col('asin').is_in(before.implode())).sort(
-        'asin'), images)
+    order = texts.select(row=pl.arg_sort_by('asin')).filter(
+        ~texts['asin'].sort().is_in(before.implode()))
+    catalogue = joined((with_images(texts[rows['row']], images)
+                        for rows in order.iter_slices(ROWS)), WITH_IMAGES, store)
     if store:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        catalogue.write_ipc(store)
-        catalogue = mapped(store)
-    del tables, asins
+        del texts
+        store.with_suffix('.unsorted').unlink()
     events = Lines(paths.reviews)
     interactions = _interactions(events, paths.form, pl.concat([before, catalogue['asin']]),
                                  bad_share)
@@ -191,13 +194,26 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
 
 def with_images(items: pl.DataFrame, images: dict[str, Path]) -> pl.DataFrame:
     """Add the column image to a table of CATALOGUE: the path that `find_images` found, or null."""
-    paths = {asin: str(path) for asin, path in images.items()}
-    return items.with_columns(image=pl.col('asin').replace_strict(paths, default=None,
-                                                                  return_dtype=pl.String))
+    paths = [str(images[asin]) if asin in images else None for asin in items['asin']]
+    return items.with_columns(image=pl.Series(paths, dtype=pl.String))
 
 
-def mapped(store: Path) -> pl.DataFrame:
-    """Open a table in a file of Arrow's; what is read of it comes into memory."""
+def joined(tables: Iterable[pl.DataFrame], schema: pl.Schema, store: Path | None) -> pl.DataFrame:
+    """Concatenate tables.
+
+    Args:
+      tables: of the schema.
+      schema: columns and types.
+      store: a file to write them to, one by one, and to map; None: they stay in memory.
+    """
+    if store is None:
+        return pl.concat([pl.DataFrame(schema=schema), *tables])
+    store.parent.mkdir(parents=True, exist_ok=True)
+    oldest = pl.CompatLevel.oldest()  # newer types hold the texts of other rows, too
+    with pa.ipc.new_file(str(store), pl.DataFrame(schema=schema).to_arrow(
+            compat_level=oldest).schema) as out:
+        for table in tables:
+            out.write_table(table.to_arrow(compat_level=oldest))
     return pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(store))).read_all())
 
 
