@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from tpad_jax.core import cli, files, startup
-from tpad_jax.errors import InputError, refuse_if
+from tpad_jax.errors import refuse_if
 
 K = 20  # items per list, or all items of a smaller catalogue
 PLATFORMS, MAX_ROWS = ('cpu', 'cuda', 'tpu'), 4096
@@ -64,8 +64,8 @@ def export(run: str | Path, directory: Path, k: int | None = None, rows: int = 6
     """
     from tpad_jax.serving import artifact, recommender  # here: --help does not wait for jax
 
-    if ann and sessions is None:
-        raise InputError('--ann needs sessions to measure its recall. Fix: give --sessions=FILE')
+    refuse_if(ann and sessions is None,
+              '--ann needs sessions to measure its recall. Fix: give --sessions=FILE')
     served = artifact.read(run)
     shop = recommender.Recommender(served)
     total = len(served.ids) - 1
@@ -179,8 +179,7 @@ def _write_sessions(shop, file, bad_share, directory):
                 for session, vector in zip(sessions, h, strict=True)], schema))
             first = first or (h, shop.rows([session.session for session in sessions])[0])
         source.check(bad_share, '--bad_share')
-    if first is None:
-        raise InputError(f'{file} has no session. Fix: give a file with sessions')
+    refuse_if(first is None, f'{file} has no session. Fix: give a file with sessions')
     return first
 
 

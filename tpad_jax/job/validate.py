@@ -167,9 +167,8 @@ def check_workdir(workdir: Path) -> None:
       InputError: naming the character.
     """
     path = str(workdir.absolute())
-    special = re.search(r'[*?\\\[]', path)
-    if special:
-        raise InputError(f'--workdir={str(workdir)!r}: {path} has the character {special[0]}, by '
+    for special in re.findall(r'[*?\\\[]', path):
+        raise InputError(f'--workdir={str(workdir)!r}: {path} has the character {special}, by '
                          'which checkpoints are not found again. Fix: choose a path without it')
 
 

@@ -8,10 +8,12 @@ tests/report/test_report.py compares every number of a page with results.json by
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +57,9 @@ class Values:
 
     def get(self, *path: Any) -> Any:
         """Look up a path of keys and places in the results; None where it is missing."""
-        value = self.results
-        for key in path:
-            try:
-                value = value[key]
-            except (KeyError, IndexError, TypeError):
-                return None
-        return value
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            return functools.reduce(operator.getitem, path, self.results)
+        return None
 
     def test(self, model: str, *path: Any) -> tuple:
         """Return the path to a model's test metrics; 'oracle' is a model, too."""

@@ -183,9 +183,8 @@ class Reader:
             unused[pixels] += 1
         elif pixels is not None:
             return words, pixels, True
-        if unused is None and not words.strip():
-            kinds = 'neither a text nor a picture' if self._side else 'no text'
-            raise InputError(f'{option} has {kinds}. Fix: give one')
+        kinds = 'neither a text nor a picture' if self._side else 'no text'
+        refuse_if(unused is None and not words.strip(), f'{option} has {kinds}. Fix: give one')
         return words, np.zeros((self._side, self._side, 3), np.uint8), False
 
     def _sides(self, items):
@@ -214,9 +213,8 @@ def checked(items: Sequence[dict], words: Sequence[str]) -> None:
         name = item.get('id') if isinstance(item, dict) else None
         if not isinstance(name, str) or not name or len(name) > MAX_TEXT:
             raise InputError(f'new item {number} has no id. Expected a dict with a text "id"')
-        unknown = sorted(map(str, item.keys() - fields))
-        if unknown:
-            raise InputError(f'item {name} has the field {unknown[0]!r}. Expected {sorted(fields)}')
+        for field in sorted(map(str, item.keys() - fields)):
+            raise InputError(f'item {name} has the field {field!r}. Expected {sorted(fields)}')
         option, price = f'item {name}: its', item.get('price')
         long = sorted(field for field in item.keys() - {'image', 'price'}
                       if isinstance(item[field], str) and len(item[field]) > MAX_TEXT)

@@ -255,12 +255,10 @@ class Recommender:
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
         """Return h float32 [S, D] of rows int32 [S, N], see `embed_sessions`."""
-        parts = []
-        for part in calls.parts(rows):
-            with self._dispatching:
-                h = self._encode(self._weights, self._z, calls.filled(part))
-            parts.append(np.asarray(h)[:len(part)])
-        vectors = np.concatenate(parts)
+        with self._dispatching:
+            parts = [self._encode(self._weights, self._z, calls.filled(part))
+                     for part in calls.parts(rows)]
+        vectors = np.concatenate(parts)[:len(rows)]
         vectors[rows[:, 0] == 0] = np.nan
         return vectors
 

@@ -21,6 +21,7 @@ from tpad_jax.data.download.hosts import OPTIONS, Limits
 from tpad_jax.errors import Stopped, refuse_if
 
 NAME = 'tpad_jax.data.download'
+SHARE = 0.05, 0, 1, 'share of damaged lines that refuses a raw file'
 SWITCHES = {
     'allow_private': 'also ask addresses of private networks and of this machine',
     'again': 'ask again for pictures that failed for good',
@@ -61,17 +62,14 @@ def table(report: dict) -> Table:
     return out
 
 
-@cli.command(NAME)
-def main(argv: list[str]) -> int:
+@cli.command(NAME, 'Downloads the pictures of the items of a raw Amazon category.', {
+    'folder': dict(metavar='RAW_DIR', help='folder of raw files, or a file of items'),
+    **{f'--{name}': dict(type=cli.number(type(default), *limits) if limits else str,
+                         default=default, help=f'{text}, default %(default)s')
+       for name, (default, *limits, text) in {**OPTIONS, 'bad_share': SHARE}.items()},
+    **{f'--{name}': dict(action='store_true', help=text) for name, text in SWITCHES.items()}})
+def main(args) -> int:
     """Download, print the counts and return the exit status."""
-    share = 0.05, 0, 1, 'share of damaged lines that refuses a raw file'
-    args = cli.Parser(NAME, 'Downloads the pictures of the items of a raw Amazon category.', {
-        'folder': dict(metavar='RAW_DIR', help='folder of raw files, or a file of items'),
-        **{f'--{name}': dict(type=cli.number(type(default), *limits) if limits else str,
-                             default=default, help=f'{text}, default %(default)s')
-           for name, (default, *limits, text) in {**OPTIONS, 'bad_share': share}.items()},
-        **{f'--{name}': dict(action='store_true', help=text) for name, text in SWITCHES.items()},
-    }).parse_args(argv)
     refuse_if(not args.user_agent.isprintable() or not args.user_agent.isascii(),
               '--user_agent holds characters that a request cannot carry. Expected printable ASCII')
     stopping = startup.begin()

@@ -171,8 +171,7 @@ def follow(options: dict, asins: list[str], tested: np.ndarray) -> Callable:
 
     def probabilities(inputs):
         if inputs.shape[1] < LONGEST:
-            out = planted_lib.probabilities(world.planted, ids[inputs])
-            return np.pad(out[:, ids[1:] - 1], ((0, 0), (1, 0)))
+            return planted_lib.catalogue_probabilities(world.planted, asins)(inputs)
         number, length = tested[inputs[:, -1]], (inputs[:, :-1] > 0).sum(axis=1)
         out = np.zeros((len(inputs), len(ids)))
         for place in np.unique(length):
