@@ -94,15 +94,10 @@ def test_hidden_states_and_logits_are_torchs(name, left):
     np.testing.assert_allclose(np.asarray(logits)[mask], expected['logits'], rtol=0, atol=BAR)
 
 
-MOST = [pytest.param(name, marks=() if name in ('llava', 'qwen3_vl') else pytest.mark.slow)
-        for name in NAMES]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['llava', 'qwen2_vl', 'qwen3_vl'])  # others have their decoders
-def test_some_tokens_alone(name):
+def test_some_tokens_alone():
     """Logits of two tokens a row are torch's; the gradients are those of reading all tokens."""
-    spec, params, expected = case(name)
+    spec, params, expected = case('qwen3_vl')
     tokens, mask, image = padded(expected, False)
     last = mask.sum(1) - 1
     at = np.stack([last, last // 2], axis=1)
@@ -135,7 +130,8 @@ def test_some_tokens_alone(name):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4 * np.abs(two).max())
 
 
-@pytest.mark.parametrize('name', MOST)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['llama', 'qwen2_vl'])  # for others, test_hf_generate.py
 def test_greedy_tokens_are_torchs(name):
     spec, params, expected = case(name)
     given = padded(expected, True)
@@ -163,22 +159,14 @@ WRONG = {
     'no qk-norm': ('qwen3_vl', text(qk_norm=False)),
     'theta of the class': ('qwen3_vl', text(theta=5e5)),
     'text eps': ('qwen3_vl', text(eps=1e-5)),
-    'interleaved for blocks': ('qwen2_vl', text(interleaved=True)),
     'no qkv bias': ('qwen2_vl', text(qkv_bias=False)),
-    'gelu in the grid': ('qwen2_vl', vision(activation='gelu')),
     'no windows': ('qwen2_5_vl', vision(window=0)),
-    'all windows': ('qwen2_5_vl', vision(full=())),
-    'other windows': ('qwen2_5_vl', vision(window=48)),
     'the last layer': ('llava', vision(layers=3)),
     'gelu in the tower': ('llava', vision(activation='gelu')),
-    'tower eps': ('llava', vision(eps=1e-6)),
     'tanh in the projector': ('llava', whole(projector='gelu_pytorch_tanh')),
-    'other pixels': ('llava', whole(mean=(0.48, 0.46, 0.41))),
-    'erf in the tower': ('llava_onevision', vision(activation='gelu')),
     'siglip eps': ('llava_onevision', vision(eps=1e-5)),
 }
-SLOW = ('interleaved for blocks', 'no qkv bias', 'gelu in the grid', 'all windows', 'other windows',
-        'tanh in the projector', 'other pixels', 'erf in the tower', 'siglip eps')
+SLOW = 'no qkv bias', 'tanh in the projector', 'siglip eps'
 
 
 @pytest.mark.parametrize('what', [
