@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 
 import psutil
 import pytest
@@ -12,6 +13,30 @@ os.environ.update(environment())
 # Tracing makes millions of objects that live; not to look through them time and again.
 gc.set_threshold(100_000, 50, 100)
 ENOUGH = 5 * 2**30  # bytes of a worker
+
+
+@pytest.fixture(scope='session')
+def base_dir(tmp_path_factory):
+    """The smallest base; nobody writes there."""
+    from tests import tiny_base
+
+    return tiny_base.write(tmp_path_factory.mktemp('base'))
+
+
+@pytest.fixture(scope='session')
+def served_run(base_dir, tmp_path_factory):
+    """The default run of tiny_served; nobody writes there."""
+    from tests import tiny_served
+
+    workdir = tmp_path_factory.mktemp('served') / 'run'
+    tiny_served.write(workdir, base_dir)
+    return workdir
+
+
+def pytest_collection_modifyitems(items):
+    """Files with most slow tests first, so that no worker is left with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker('slow'))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope='module', autouse=True)

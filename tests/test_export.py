@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import tpad_jax
-from tests import tiny_base, tiny_served
+from tests import tiny_served
 from tests.tiny_served import V
 from tpad_jax import export
 from tpad_jax.core import startup
@@ -36,15 +36,8 @@ sys.meta_path.insert(0, Alone())
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory):
-    return tiny_base.write(tmp_path_factory.mktemp('base'))
-
-
-@pytest.fixture(scope='module')
-def run(base, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('served') / 'run'
-    tiny_served.write(workdir, base)
-    return workdir
+def run(served_run):
+    return served_run
 
 
 def sessions_of(rows):
@@ -63,11 +56,11 @@ def written(run, tmp_path, monkeypatch, *argv):
     None, dict(encoder='gce_gnn', together=3, mixed=True, partner=dict(model=dict(
         encoder='attention', width=24, repeats=True)))],
     ids=['default', 'graph, companions, partner, repeats, experts'])
-def test_the_readme_alone_gives_the_same_lists(base, run, tmp_path, monkeypatch, model):
+def test_the_readme_alone_gives_the_same_lists(base_dir, run, tmp_path, monkeypatch, model):
     """Its code, where nothing but jax can be imported."""
     if model:
         run = tmp_path / 'run'
-        tiny_served.write(run, base, **model)
+        tiny_served.write(run, base_dir, **model)
     shop, out = written(run, tmp_path, monkeypatch)
     artefact = bytearray((out / 'recommender.jax').read_bytes())
     program = jax.export.deserialize(artefact).mlir_module()
@@ -103,9 +96,9 @@ def test_tables_and_vectors(run, tmp_path, monkeypatch):
                                   shop.embed_sessions([*asked, []]))
 
 
-def test_a_scalar_parameter_stays_a_scalar(base, tmp_path, monkeypatch):
+def test_a_scalar_parameter_stays_a_scalar(base_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(ENCODERS, 'decay', lambda model, **shared: tiny_served.Decay(**shared))
-    tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='', encoder='decay')
+    tiny_served.write(tmp_path / 'run', base_dir, mllm=False, recommend='', encoder='decay')
     shop, out = written(tmp_path / 'run', tmp_path, monkeypatch)
     weights = load_file(out / 'weights.safetensors')
     program = jax.export.deserialize(bytearray((out / 'recommender.jax').read_bytes()))
@@ -113,8 +106,8 @@ def test_a_scalar_parameter_stays_a_scalar(base, tmp_path, monkeypatch):
     np.testing.assert_array_equal(program.call(weights, rows)[1], shop.first(rows, 7)[0])
 
 
-def test_approximate_lists(base, tmp_path, monkeypatch, capsys):
-    tiny_served.write(run := tmp_path / 'run', base, mixed=True)
+def test_approximate_lists(base_dir, tmp_path, monkeypatch, capsys):
+    tiny_served.write(run := tmp_path / 'run', base_dir, mixed=True)
     faiss = pytest.importorskip('faiss')
     file = tmp_path / 'sessions.jsonl'
     asked = sessions_of(tiny_served.prefixes(40))

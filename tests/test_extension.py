@@ -27,7 +27,7 @@ from tpad_jax.training.stages import ENTRIES, Entry
 from tpad_jax.types import Batch, Loss
 
 HERE = __name__
-base_dir, small = test_job.base_dir, test_job.config
+small = test_job.config
 B, N, D = 8, 2, 4
 
 

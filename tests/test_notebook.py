@@ -6,17 +6,12 @@ import nbclient
 import nbformat
 import pytest
 
-from tests import tiny_base, tiny_served
-
 NOTEBOOK = Path(__file__).parents[1] / 'docs' / 'use_from_python.ipynb'
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
-    base = tmp_path / 'base'
-    base.mkdir()
-    tiny_served.write(tmp_path / 'run', tiny_base.write(base))
-    monkeypatch.setenv('RUN', str(tmp_path / 'run'))
+def test_the_notebook_runs(served_run, monkeypatch):
+    monkeypatch.setenv('RUN', str(served_run))
     monkeypatch.setenv('PYTHONPATH', str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, 4)
     shown = [printed(cell) for cell in notebook.cells if cell.cell_type == 'code']

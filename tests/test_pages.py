@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import eight_devices, tiny_base
+from tests import eight_devices
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,22 +42,17 @@ config.tiny = tiny
 '''
 
 
-@pytest.fixture(scope='module')
-def tiny_base_dir(tmp_path_factory):
-    return tiny_base.write(tmp_path_factory.mktemp('base'))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('page', ['a_loss', 'an_output', 'an_encoder', 'a_dataset', 'a_metric',
                                   'a_stage'])
-def test_a_page_followed_to_the_letter(page, tmp_path, tiny_base_dir):
+def test_a_page_followed_to_the_letter(page, tmp_path, base_dir):
     """A block that begins with '# name.py' is that file; bash is run, sh has its config checked."""
     file = ROOT / 'docs' / f'add_{page}.md'
     (tmp_path / 'start').mkdir()
     (tmp_path / 'start' / 'sitecustomize.py').write_text(TINIER)
     env = {'PATH': f'{Path(sys.executable).parent}:/usr/bin:/bin', 'HOME': str(tmp_path),
            'PYTHONPATH': f'{ROOT}:{tmp_path / "start"}', 'XLA_FLAGS': ' '.join(eight_devices.QUICK),
-           'TINY_BASE': str(tiny_base_dir),
+           'TINY_BASE': str(base_dir),
            **{n: x for n, x in os.environ.items() if 'CACHE' in n}}
 
     def run(text):

@@ -10,17 +10,15 @@ import polars as pl
 import pytest
 
 import tpad_jax
-from tests import tiny_base, tiny_served
+from tests import tiny_served
 from tpad_jax import recommend
 from tpad_jax.core import startup
 from tpad_jax.serving import calls
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('served') / 'run'
-    tiny_served.write(workdir, tiny_base.write(tmp_path_factory.mktemp('base')))
-    return workdir
+def run(served_run):
+    return served_run
 
 
 @pytest.fixture

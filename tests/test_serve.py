@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from benchmarks import service as load
-from tests import tiny_base, tiny_served
+from tests import tiny_served
 from tpad_jax import serve
 from tpad_jax.core import startup
 
@@ -18,10 +18,8 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('served') / 'run'
-    tiny_served.write(workdir, tiny_base.write(tmp_path_factory.mktemp('base')))
-    return workdir
+def run(served_run):
+    return served_run
 
 
 @pytest.mark.slow

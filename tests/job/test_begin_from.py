@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pytest
 
-from tests import tiny_base
 from tests.job.test_job import Killed, Recorded, changed, make_config, stops
 from tpad_jax.errors import InputError
 from tpad_jax.features import store
@@ -16,10 +15,10 @@ AS_IT_IS = {f'stage.{stage}.steps': 0 for stage in ('knowledge', 'teach', 'trans
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory):
+def base(base_dir):
     fewer = {f'losses__{name}__weight': 0.0  # parameters that nothing moves are taken over, too
              for name in ('gen_transfer', 'disentangle', 'club_fit', 'discrepancy')}
-    return changed(make_config(tiny_base.write(tmp_path_factory.mktemp('base'))), **fewer)
+    return changed(make_config(base_dir), **fewer)
 
 
 @pytest.fixture(scope='module')

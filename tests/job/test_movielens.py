@@ -119,13 +119,11 @@ def test_unknown_fields_and_two_sources_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_job_refits_all_and_tests_all(tmp_path):
+def test_the_job_refits_all_and_tests_all(base_dir, tmp_path):
     from tpad_jax.job import job
     c = movielens.get_config()
     c.data.ready = str(write(tmp_path))
-    (tmp_path / 'base').mkdir()
-    c.mllm.update(base=str(tiny_base.write(tmp_path / 'base')), image_size=tiny_base.SIDE,
-                  text_length=8)
+    c.mllm.update(base=str(base_dir), image_size=tiny_base.SIDE, text_length=8)
     c.mllm.own.vocab = 400
     c.model.features = tiny_base.WIDTH
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'

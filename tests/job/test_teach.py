@@ -26,7 +26,6 @@ from tpad_jax.mutual_information.critics import Critic
 from tpad_jax.training import step as step_lib
 from tpad_jax.types import Batch
 
-base_dir = test_job.base_dir
 WAY = devices.choose('jit', 1, 1).own
 
 

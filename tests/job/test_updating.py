@@ -10,7 +10,6 @@ import polars as pl
 import pytest
 
 from benchmarks.update import World
-from tests import tiny_base
 from tests.job.test_job import changed, make_config
 from tpad_jax import export, load
 from tpad_jax.core import files
@@ -28,13 +27,13 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
+def made(base_dir, tmp_path_factory):
     """A finished run on raw files, and folders of two later weeks with two new items each."""
     folder = tmp_path_factory.mktemp('made')
     world = World(0, 40, 4, 2)
     for name, weeks, count in (('old', (0, 1), 60), ('2', [2], 40), ('3', [3], 40)):
         world.write(folder / name, weeks, count)
-    config = changed(make_config(tiny_base.write(tmp_path_factory.mktemp('base'))), rivals={},
+    config = changed(make_config(base_dir), rivals={},
                      baselines='', diagnostics=0, stages='knowledge,transfer,recommend',
                      stage__transfer__eval_every=0, data__raw_dir=str(folder / 'old'),
                      data__core=1, data__valid=20, data__test=20)

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import tpad_jax
-from tests import tiny_base, tiny_served
+from tests import tiny_served
 from tests.tiny_served import V
 from tpad_jax.errors import InputError
 from tpad_jax.serving import ann, recommender, rerank, topk
@@ -16,11 +16,10 @@ CAPS = {'most_per_brand': 'brand', 'most_per_category': 'category'}
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
+def made(base_dir, tmp_path_factory):
     """Recommender and scorer of a run with experts; its prices are 0 to 6 and its brands three."""
     workdir = tmp_path_factory.mktemp('served') / 'run'
-    _, scores = tiny_served.write(workdir, tiny_base.write(tmp_path_factory.mktemp('base')),
-                                  mixed=True, mllm=False, recommend='')
+    _, scores = tiny_served.write(workdir, base_dir, mixed=True, mllm=False, recommend='')
     shop = tpad_jax.load(workdir)
     # categories of two levels, and items without a brand or price
     names = pl.Series('category', [f'{"xy"[n % 2]} > {n % 5}' for n in range(1, V + 1)])

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests import tiny_base, tiny_served
+from tests import tiny_served
 from tests.tiny_served import V
 from tpad_jax.errors import InputError
 from tpad_jax.serving import batching, calls, http, recommender
@@ -22,10 +22,8 @@ pytestmark = pytest.mark.slow  # what it answers with is in test_serving.py, in 
 
 
 @pytest.fixture(scope='module')
-def run(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('served') / 'run'
-    tiny_served.write(workdir, tiny_base.write(tmp_path_factory.mktemp('base')))
-    return workdir
+def run(served_run):
+    return served_run
 
 
 def driven(app, work):
@@ -267,12 +265,12 @@ def test_overload_and_a_request_that_takes_too_long(run):
 
 
 def test_a_switch_under_load_loses_no_request_and_a_damaged_artefact_is_not_served(
-        run, tmp_path, monkeypatch, capsys):
+        run, base_dir, tmp_path, monkeypatch, capsys):
     """Requests are answered by the old or the new artefact, each as a whole."""
     monkeypatch.setattr(batching, 'POLL', 0.05)
     workdir, other = tmp_path / 'run', tmp_path / 'other'
     shutil.copytree(run, workdir)
-    tiny_served.write(other, tiny_base.write(tmp_path), mllm=False, encoder='attention')
+    tiny_served.write(other, base_dir, mllm=False, encoder='attention')
     for number in '0001', '0002':
         shutil.copytree(other / 'served', workdir / 'updates' / number / 'served')
     damaged = workdir / 'updates' / '0001' / 'served' / 'items.parquet'

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tpad_jax
-from tests import tiny_base, tiny_served
+from tests import tiny_served
 from tests.tiny_served import N, V
 from tpad_jax.data.events import NOW, columns
 from tpad_jax.errors import InputError
@@ -19,15 +19,10 @@ from tpad_jax.serving import artifact, calls, recommender, session_files, topk
 
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory):
-    return tiny_base.write(tmp_path_factory.mktemp('base'))
-
-
-@pytest.fixture(scope='module')
-def made(base, tmp_path_factory):
+def made(base_dir, tmp_path_factory):
     """A run's workdir, its job, scorer, and the recommender."""
     workdir = tmp_path_factory.mktemp('served') / 'run'
-    job, scores = tiny_served.write(workdir, base, reads=True)
+    job, scores = tiny_served.write(workdir, base_dir, reads=True)
     return workdir, job, scores, tpad_jax.load(workdir)
 
 
@@ -46,8 +41,8 @@ def copy(made, tmp_path):
     dict(encoder='gce_gnn', id_dropout=0.0, use_side=False, mixed=True),
     dict(partner=dict(model=dict(encoder='attention', width=24, repeats=True)))],
     ids=['ids', 'graph', 'partner'])
-def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
-    _, scores = tiny_served.write(tmp_path / 'run', base, **model)
+def test_lists_are_those_evaluation_ranks(base_dir, tmp_path, model):
+    _, scores = tiny_served.write(tmp_path / 'run', base_dir, **model)
     shop = tpad_jax.load(tmp_path / 'run')
     rows = tiny_served.prefixes(calls.SIZES[1] + 5)
     items, found = shop.first(rows, 7)
@@ -57,10 +52,10 @@ def test_lists_are_those_evaluation_ranks(base, tmp_path, model):
 
 
 def test_an_encoder_from_outside_with_a_scalar_is_served_once_it_is_registered(
-        base, tmp_path, monkeypatch):
+        base_dir, tmp_path, monkeypatch):
     with monkeypatch.context() as registered:
         registered.setitem(ENCODERS, 'decay', lambda model, **shared: tiny_served.Decay(**shared))
-        _, scores = tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='',
+        _, scores = tiny_served.write(tmp_path / 'run', base_dir, mllm=False, recommend='',
                                       encoder='decay')
         rows = tiny_served.prefixes(3)
         items, _ = tpad_jax.load(tmp_path / 'run').first(rows, 7)
@@ -107,8 +102,8 @@ def test_sessions_of_ids(made):
     assert shop.recommend([], k=5).items == []
 
 
-def test_times_kinds_and_earlier_items_are_read_and_may_be_missing(base, made, tmp_path):
-    _, scores = tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='',
+def test_times_kinds_and_earlier_items_are_read_and_may_be_missing(base_dir, made, tmp_path):
+    _, scores = tiny_served.write(tmp_path / 'run', base_dir, mllm=False, recommend='',
                                   event_time=True, event_kind=True, history=True)
     about = tmp_path / 'run' / artifact.FOLDER / artifact.ABOUT
     about.write_text(json.dumps(json.loads(about.read_text()) | {'kinds': ['view', 'buy']}))
@@ -200,9 +195,9 @@ def test_what_is_no_session(made, session):
 @pytest.mark.parametrize('model', [
     dict(reread=False, partner=dict(model=dict(encoder='attention', width=24))),
     dict(recommend='k,r', id_dropout=0.0, mixed='lasso')], ids=['adapter, partner', 'k and r'])
-def test_a_new_item_is_read_as_the_catalogue_was(base, tmp_path, model):
+def test_a_new_item_is_read_as_the_catalogue_was(base_dir, tmp_path, model):
     """The cold items once more under other names: with pictures and without."""
-    tiny_served.write(tmp_path / 'run', base, reads=True, **model)
+    tiny_served.write(tmp_path / 'run', base_dir, reads=True, **model)
     shop = tpad_jax.load(tmp_path / 'run')
     cold = range(V - 4, V + 1)
     assert shop._reader is None, 'an MLLM was loaded before there was a new item'
@@ -264,14 +259,14 @@ def test_unusable_new_items(made, change, said):
     assert len(shop.ids) == V + 1, 'a part of the items was added'
 
 
-def test_a_run_of_ids_alone_reads_no_items(base, tmp_path):
-    tiny_served.write(tmp_path / 'run', base, mllm=False, recommend='')
+def test_a_run_of_ids_alone_reads_no_items(base_dir, tmp_path):
+    tiny_served.write(tmp_path / 'run', base_dir, mllm=False, recommend='')
     with pytest.raises(InputError, match='the run has item ids only'):
         tpad_jax.load(tmp_path / 'run').add_items([{'id': 'new', 'text': 'a thing'}])
 
 
-def test_a_base_that_moved(made, copy, base, tmp_path):
-    moved = shutil.copytree(base, tmp_path / 'moved')
+def test_a_base_that_moved(made, copy, base_dir, tmp_path):
+    moved = shutil.copytree(base_dir, tmp_path / 'moved')
     about = json.loads((copy / 'served/served.json').read_text())
     about['mllm']['base'] = str(tmp_path / 'gone')
     for name in ('memory', 'lora_by_kind', 'modality_dropout'):  # an artefact older than these
