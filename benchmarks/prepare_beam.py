@@ -28,6 +28,23 @@ from tpad_jax.core import files
 from tpad_jax.data.sources import amazon_tables
 
 FLAGS = flags.FLAGS
+EVENTS = 5_000_000  # of the last step alone
+# the last step of either side, on integers: its peak of memory, in bytes per event above none
+CUT = """
+import resource, sys
+import numpy as np
+import polars as pl
+from tpad_jax.data import sessions
+begun, count = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, int(sys.argv[1])
+rng = np.random.default_rng(0)
+events = pl.DataFrame({'user': np.sort(rng.integers(0, count // 5, count)),
+                       'item': rng.integers(1, count // 10, count, np.int32),
+                       'time': rng.integers(1_600_000_000, 1_600_500_000, count)})
+train, _, _ = sessions.split(sessions.cut(events, gap_seconds=86400, seed=0), 0.1, 0.1)
+sessions.k_core(train, 5)
+sessions.time_ties(events, gap_seconds=86400)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun) / count)
+"""
 BEAM = ('--runner=DirectRunner', '--beam_option=direct_running_mode=multi_processing')
 
 flags.DEFINE_integer('workers', 2, 'processes of Beam', lower_bound=1)
@@ -79,10 +96,12 @@ def measure(folder: Path) -> dict:
             if path.suffix != '.arrow'}
     sides[f'DirectRunner, {FLAGS.workers} processes'] = prepare(
         folder / 'raw', folder / 'beam', *beam)
+    cut = subprocess.run([sys.executable, '-c', CUT, str(EVENTS)], cwd=ROOT, check=True,
+                         env={**os.environ, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE)
     alone, beamed = (tree(folder / name) for name in ('alone', 'beam'))
     return {'commit': commit(), 'reviews': FLAGS.reviews, 'items': FLAGS.items, 'bytes': size,
             'packed': FLAGS.gz, 'cores': len(os.sched_getaffinity(0)), 'sides': sides,
-            'files': len(alone), 'equal': alone == beamed,
+            'cut_bytes_per_event': float(cut.stdout), 'files': len(alone), 'equal': alone == beamed,
             'killed': killed['status'] == -signal.SIGKILL,
             'table_after_kill': any('.array_record' in name or name == amazon_tables.FINISHED
                                     for name in left)}
@@ -101,6 +120,7 @@ def main(_) -> None:
     Console().print(table)
     print(f'{record["files"]} files equal: {record["equal"]}; killed midway: {record["killed"]}, '
           f'table there after it: {record["table_after_kill"]}')
+    print(f'bytes of memory per event when sessions are cut: {record["cut_bytes_per_event"]:.0f}')
     if FLAGS.out:
         files.write_json(FLAGS.out, record)
 
