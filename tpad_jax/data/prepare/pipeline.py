@@ -134,7 +134,7 @@ def read_part(part: Part, form: str) -> Iterator[tuple[str, Any]]:
     if held:
         yield part.kind, pl.concat(held)
     yield 'counts', dict(kind=part.kind, order=part.begin, number=lines.number,
-                       rejected=lines.rejected, damaged=lines.damaged, unread=lines.unread)
+                         rejected=lines.rejected, damaged=lines.damaged, unread=lines.unread)
 
 
 def sampled(table: pl.DataFrame, column: str) -> list:
@@ -186,9 +186,9 @@ def join(group: tuple[int, dict[str, Iterable[pl.DataFrame]]], place: str
     unused = Counter(items['unused'].explode().drop_nulls())
     yield 'events', known
     yield 'counts', dict(kind='catalogue', order=number, size=len(items), unused=unused,
-                       file=_written(items.select(CATALOGUE.names()), place),
-                       duplicate_item=len(lines) - len(items),
-                       item_without_metadata=len(events) - len(known))
+                         file=_written(items.select(CATALOGUE.names()), place),
+                         duplicate_item=len(lines) - len(items),
+                         item_without_metadata=len(events) - len(known))
 
 
 def number_users(group: tuple[int, Iterable[pl.DataFrame]], place: str) -> dict:
@@ -288,7 +288,8 @@ def read(raw_dir: Path, store: Path, bad_share: float, flags: list[str], raw_url
     events = lines['events']
     events.rejected['duplicate_review'] = (
         events.number - events.rejected.total() - len(interactions))
-    beam.io.filesystems.FileSystems.delete([place])
+    # a bucket's folder is one by its last character
+    beam.io.filesystems.FileSystems.delete([place + '/' * ('://' in place)])
     return Raw(catalogue, interactions, amazon.counts(lines['items'], events, unused), paths.form,
                {'by_day': paths.form == '2018'})
 
