@@ -31,11 +31,13 @@ FLAGS = flags.FLAGS
 EVENTS = 5_000_000  # of the last step alone
 # the last step of either side, on integers: its peak of memory, in bytes per event above none
 CUT = """
-import resource, sys
+import re, sys
 import numpy as np
 import polars as pl
 from tpad_jax.data import sessions
-begun, count = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, int(sys.argv[1])
+def peak():  # of getrusage it would be that of the process before it became this one
+    return int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024
+begun, count = peak(), int(sys.argv[1])
 rng = np.random.default_rng(0)
 events = pl.DataFrame({'user': np.sort(rng.integers(0, count // 5, count)),
                        'item': rng.integers(1, count // 10, count, np.int32),
@@ -43,7 +45,7 @@ events = pl.DataFrame({'user': np.sort(rng.integers(0, count // 5, count)),
 train, _, _ = sessions.split(sessions.cut(events, gap_seconds=86400, seed=0), 0.1, 0.1)
 sessions.k_core(train, 5)
 sessions.time_ties(events, gap_seconds=86400)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - begun) / count)
+print((peak() - begun) / count)
 """
 BEAM = ('--runner=DirectRunner', '--beam_option=direct_running_mode=multi_processing')
 
