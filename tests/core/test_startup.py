@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +26,25 @@ for _ in range(6):
     touch()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+HUGE = """
+from pathlib import Path
+from tpad_jax.core import startup
+
+startup.keep_memory()
+block = b'x' * (80 << 20)
+heaps = Path('/proc/self/smaps').read_text().split('[heap]')[1:]
+print(sum(int(x.split('AnonHugePages:')[1].split()[0]) for x in heaps))
+"""
+THP = Path('/sys/kernel/mm/transparent_hugepage/enabled')
+
+
+@pytest.mark.skipif(not THP.is_file() or '[madvise]' not in THP.read_text(),
+                    reason='pages are huge everywhere or nowhere')
+def test_large_blocks_have_huge_pages():
+    done = subprocess.run([sys.executable, '-c', HUGE], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 40 << 10  # kB of 80 MB: the kernel may lack whole ones
 
 
 def faults(how, **environment):
