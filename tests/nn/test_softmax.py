@@ -63,18 +63,21 @@ def test_bfloat16_operands_are_summed_in_float32(chunk):
         assert 1e-5 < np.abs(got - want).max() / np.abs(want).max() < 1e-2
 
 
-def test_a_cold_item_may_score_anything():
+@pytest.mark.parametrize('chunk', [0, 8])
+def test_a_cold_item_may_score_anything(chunk):
     """Not even an overflow of it shows."""
     h, z, warm = make(20)
     z[5], warm[5] = 1e6 * np.sign(h[0]), False
-    found = value_and_pull(h, z, warm, np.ones(B, np.float32), chunk=8)
+    found = value_and_pull(h, z, warm, np.ones(B, np.float32), chunk=chunk)
     assert all(np.isfinite(x).all() for x in found)
     np.testing.assert_allclose(found[0], reference(h, z, warm, np.ones(B))[0], rtol=2e-6)
 
 
-def test_nothing_warm_is_minus_infinity_and_pulls_nowhere():
+@pytest.mark.parametrize('chunk', [0, 8])
+def test_nothing_warm_is_minus_infinity_and_pulls_nowhere(chunk):
     h, z, _ = make(20)
-    value, to_h, to_z = value_and_pull(h, z, np.zeros(21, bool), np.ones(B, np.float32), chunk=8)
+    value, to_h, to_z = value_and_pull(h, z, np.zeros(21, bool), np.ones(B, np.float32),
+                                       chunk=chunk)
     assert (np.asarray(value) == -np.inf).all()
     assert (np.asarray(to_h) == 0).all()
     assert (np.asarray(to_z) == 0).all()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 TOTAL = 2**31  # a proposal's integer weights sum to this
+SOME, FAR = 1024, 60.0  # a share of exp(-60) is far from underflow
 
 
 def log_partition(h, z, warm, *, chunk=0, dtype='float32'):
@@ -43,16 +44,25 @@ def _whole(h, z, warm, dtype):
 
 def _whole_forward(h, z, warm, dtype):
     h, z = h.astype(dtype), z.astype(dtype)
-    scores = jnp.where(warm[:, None], _product(z, _transpose(h)), -jnp.inf)
-    largest = jnp.maximum(scores.max(axis=0), jnp.finfo(jnp.float32).min)
-    share = jnp.exp(scores - largest)
+    scores = _product(z, _transpose(h))
+
+    def masked(count=None):
+        return jnp.where(warm[:count, None], scores[:count], -jnp.inf).max(axis=0)
+
+    # A mask before the maximum takes one more pass over the scores. Without it no share overflows,
+    # and all of them vanish only where a cold item is far above every warm one.
+    largest = scores.max(axis=0)
+    near = (largest <= masked(SOME) + FAR).all()
+    largest = jax.lax.cond(near, lambda: largest, masked)
+    largest = jnp.maximum(largest, jnp.finfo(jnp.float32).min)
+    share = jnp.where(warm[:, None], jnp.exp(scores - largest), 0)
     total = share.sum(axis=0)
     return largest + jnp.log(total), (h, z, share, total)
 
 
 def _whole_backward(dtype, saved, slope):
     h, z, share, total = saved
-    share, slope = share.astype(dtype), (slope / total)[:, None]
+    share, slope = share.astype(dtype), jnp.where(total > 0, slope / total, 0)[:, None]
     to_z = _product(share, (h * slope).astype(dtype))
     to_h = jax.lax.dot_general(share, z, (((0,), (0,)), ((), ())),
                                preferred_element_type=jnp.float32)
