@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -60,23 +61,29 @@ def test_a_page_followed_to_the_letter(page, tmp_path, base_dir):
                               capture_output=True, check=False, env=env)
         assert done.returncode == 0, f'{text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}'
 
-    modules = []
+    modules, checks = [], []
     for language, text in blocks(file):
         if language == 'python':
             (tmp_path / re.match(r'# (\w+\.py)\n', text)[1]).write_text(text)
+        elif text.startswith('python -m tpad_jax.losses check '):
+            checks.append(shlex.split(text)[3:])
         elif language == 'bash':
             run(text)
         elif language == 'sh':
             script = re.match(r'python (\w+)\.py', text)  # registers what the config names
             modules += [script[1]] if script else []
             modules.append(re.search(r'--config=(\w+)\.py', text)[1])
-    if modules:  # in one process, since each imports jax
-        run(f"""python -c '
+    if modules:  # and what checks losses, in one process, since each imports jax
+        run(f"""python - <<'END'
 import {", ".join(modules)}
 from tpad_jax.job.validate import check
+from tpad_jax.losses.__main__ import main
 for module in {", ".join(modules)},:
     if hasattr(module, "get_config"):
-        check(module.get_config())'""")
+        check(module.get_config())
+for argv in {checks}:
+    assert main(argv) == 0
+END""")
     if page == 'a_loss':
         found = json.loads((tmp_path / 'runs/mine/results.json').read_text())['losses']
         assert np.isfinite(found['transfer']['pull'])

@@ -48,8 +48,7 @@ def test_every_data_file_of_the_package_is_in_the_wheel(installed):
 
 
 @pytest.mark.parametrize(('config', 'text'), [
-    ('amazon', "no such key: nam. Did you mean name"), ('amazon:tiny', 'no such key: nam'),
-    ('amazon:huge', "no variant 'huge'"), ('movielens', 'no such key: nam'),
+    ('amazon', "no such key: nam. Did you mean name"), ('movielens', 'no such key: nam'),
     ('sessions:grocery', 'no such key: nam'), ('ablations:full', 'no such key: nam'),
     ('amazn', "--config='amazn': there is no such config. Expected a file, or one of ablations, "
               'amazon, movielens, sessions')])

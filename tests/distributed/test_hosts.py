@@ -138,40 +138,42 @@ import sys
 from tpad_jax.distributed import hosts
 from tpad_jax.errors import InputError, Stopped
 
-coordinator, process, failing, meeting = sys.argv[1:]
+coordinator, process, cases = sys.argv[1:]
 hosts.join(coordinator, 2, int(process))
-done = []
-try:
-    with getattr(hosts, meeting)('data'):
-        if process == failing:
-            raise InputError('config.json: damaged')
-        done.append('block')
-except InputError as error:
-    done.append(str(error))
-try:
-    with hosts.one_first('images'):
-        if process == failing:
-            raise Stopped('at step 3')
-except Stopped as error:
-    done.append(str(error))
-print(json.dumps(done))
+for meeting, failing in json.loads(cases):
+    done = []
+    try:
+        with getattr(hosts, meeting)('data'):
+            if int(process) == failing:
+                raise InputError('config.json: damaged')
+            done.append('block')
+    except InputError as error:
+        done.append(str(error))
+    try:
+        with hosts.one_first('images'):
+            if int(process) == failing:
+                raise Stopped('at step 3')
+    except Stopped as error:
+        done.append(str(error))
+    print(json.dumps(done))
 """
 
 
-@pytest.mark.parametrize(('meeting', 'failing', 'before', 'where'), [
-    ('one_first', '0', [], 'data'),  # the other process has not entered the block
-    pytest.param('one_first', '1', ['block'], 'data, other processes', marks=pytest.mark.slow),
-    pytest.param('joined', '1', ['block'], 'data', marks=pytest.mark.slow)])
-def test_an_error_in_one_process_ends_all(meeting, failing, before, where):
+def test_an_error_in_one_process_ends_all():
+    cases = {('one_first', 0): ([], 'data'),  # the other process has not entered the block
+             ('one_first', 1): (['block'], 'data, other processes'),
+             ('joined', 1): (['block'], 'data')}
     codes, output, errors = two(lambda coordinator, i: (
-        '-c', FAILING, coordinator, i, failing, meeting), seconds=60)
+        '-c', FAILING, coordinator, i, json.dumps([*cases])), seconds=120)
     assert codes == [0, 0], errors
-    found = {str(i): json.loads(lines.splitlines()[-1]) for i, lines in enumerate(output)}
-    assert found.pop(failing) == ['config.json: damaged', 'at step 3']
-    *done, failed, stopped = next(iter(found.values()))
-    assert done == before
-    assert failed.startswith(f"process {failing} failed in '{where}': InputError: config.json: ")
-    assert re.fullmatch(f"process {failing} stopped in 'images.*': at step 3", stopped)
+    told = ([json.loads(line) for line in x.splitlines()[-len(cases):]] for x in output)
+    for found, ((_, failing), (before, where)) in zip(zip(*told, strict=True), cases.items(),
+                                                      strict=True):
+        assert found[failing] == ['config.json: damaged', 'at step 3']
+        *done, failed, stopped = found[1 - failing]
+        assert done == before
+        assert failed.startswith(f"process {failing} failed in '{where}': InputError: config.json")
+        assert re.fullmatch(f"process {failing} stopped in 'images.*': at step 3", stopped)
 
 
 @pytest.mark.parametrize(('how', 'says'), [

@@ -54,7 +54,7 @@ def test_stages_start_from_the_other_run_and_resume(first, tmp_path):
     config, origin, trained = first
     config = changed(config, begin_from=str(origin), stages='knowledge,transfer,recommend',
                      stage__knowledge__steps=0, stage__transfer__steps=4, rivals={}, diagnostics=0,
-                     stage__transfer__learning_rate=0.0, model__lessons=100,
+                     experts='', stage__transfer__learning_rate=0.0, model__lessons=100,
                      model__event_time=True)
     config.data.planted.update(seed=1, law_seed=0)
     with Recorded() as whole:

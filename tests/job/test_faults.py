@@ -30,7 +30,7 @@ from tpad_jax.job import job
 from tpad_jax.training.checkpoint import abstract
 from tpad_jax.training.workdir import claim, enter, locked
 
-base_dir, config = test_job.base_dir, test_job.config  # fixtures
+config = test_job.config  # a fixture
 WIDTH = 60_000  # of a state: 480 kB
 
 

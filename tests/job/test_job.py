@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import amazon
-from tests import tiny_base, tiny_report
+from tests import tiny_report
 from tests.tiny_base import SIDE, WIDTH
 from tpad_jax import config as base, encode, load
 from tpad_jax.core import console as console_lib, log as log_lib
@@ -27,11 +27,6 @@ MIXED = 'tpad_model', 'experts_only'
 RIVALS = ('true_attributes',)  # `finished` trains the others, and recommends by the features k
 BASELINES = ('content_knn', 'content_rules', 'pop', 'repeat_last', 'markov', 'sr', 'ar', 'item_knn',
              'vsknn', 'stan', 'vstan')
-
-
-@pytest.fixture(scope='module')
-def base_dir(tmp_path_factory):
-    return tiny_base.write(tmp_path_factory.mktemp('base'))
 
 
 def make_config(base_dir):
@@ -57,7 +52,8 @@ def make_config(base_dir):
 
 @pytest.fixture(scope='module')
 def config(base_dir):
-    return make_config(base_dir)
+    """With experts that are quickly fitted; `finished` has all."""
+    return changed(make_config(base_dir), experts='model,cold,transitions,content')
 
 
 def changed(config, **changes):
@@ -142,19 +138,21 @@ def whole(config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(config, tmp_path_factory):
-    """A shorter run, on raw files without images: its config, workdir and results."""
+    """A shorter run, on raw files without images: its config, workdir, results and parameters."""
     root = tmp_path_factory.mktemp('finished')
     planted.write(root / 'raw', **config.data.planted)
     shutil.rmtree(root / 'raw' / 'images')
     before = times(root / 'raw')
     c = changed(config, data__raw_dir=str(root / 'raw'), data__core=1, data__valid=20,
                 data__test=30, data__gap_hours=0.1, data__max_length=7, workers=0,
-                stages='knowledge,recommend', model__recommend='k', diagnostics=0)
+                stages='knowledge,recommend', model__recommend='k', diagnostics=0,
+                experts=base.get_config().experts)
     c.rivals = {name: entry.to_dict() for name, entry in amazon.get_config().rivals.items()
                 if name != 'knowledge_only'}
-    results = job.run(c, root / 'run')
+    with Recorded() as params:
+        results = job.run(c, root / 'run')
     assert times(root / 'raw') == before
-    return c, root / 'run', results
+    return c, root / 'run', results, params
 
 
 def times(directory):
@@ -252,7 +250,7 @@ def test_files_of_a_run(whole):
 
 @pytest.mark.slow
 def test_a_finished_run_returns_at_once(finished, monkeypatch):
-    config, workdir, results = finished
+    config, workdir, results, _ = finished
     monkeypatch.setattr(job.Job, 'build', lambda self: pytest.fail('built a model'))
     before = (workdir / 'results.json').read_bytes()
     assert job.run(config, workdir)['models'].keys() == results['models'].keys()
@@ -266,7 +264,7 @@ def test_a_finished_run_returns_at_once(finished, monkeypatch):
     ('seed', 1), ('data__planted__seed', 1), ('stage__joint__steps', 6),
     ('losses__align__stages', 'joint'), ('losses__align__weight', 0.2)])
 def test_another_config_is_refused_by_the_keys_that_differ(finished, key, value):
-    config, workdir, _ = finished
+    config, workdir, *_ = finished
     before = times(workdir)
     with pytest.raises(InputError, match=key.replace('__', r'\.') + r' was .* and is now') as told:
         job.run(changed(config, **{key: value}), workdir)
@@ -276,7 +274,7 @@ def test_another_config_is_refused_by_the_keys_that_differ(finished, key, value)
 
 @pytest.mark.slow
 def test_other_data_are_refused(finished, tmp_path):
-    config, workdir, _ = finished
+    config, workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / 'run')
     raw = shutil.copytree(config.data.raw_dir, tmp_path / 'raw')
     with open(raw / 'meta_Planted.jsonl', 'a', encoding='utf-8') as file:
@@ -363,26 +361,26 @@ def test_another_process_makes_the_rows_of_a_run(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_trainings_that_run_at_once_stop_and_resume_together(whole, config, tmp_path):
-    """In threads, which `whole` has none of; the trained baseline is stopped."""
-    workdir = tmp_path / 'run'
+def test_trainings_that_run_at_once_stop_and_resume_together(finished, tmp_path):
+    """In threads, which `finished` has none of; a trained baseline is stopped."""
+    config, single, expected, trained = finished
+    config, workdir = changed(config, workers=2), tmp_path / 'run'
     with pytest.raises(Stopped):
-        job.run(config, workdir, (workdir / 'stages' / 'true_attributes' / '2').is_dir)
-    assert not (workdir / 'stages' / 'joint').exists()
+        job.run(config, workdir, (workdir / 'stages' / 'id_only' / '2').is_dir)
     with Recorded() as params:
         found = job.run(config, workdir)
-    for run, final in whole[2].items():
+    for run, final in trained.items():
         for path, x in final.items():
             np.testing.assert_array_equal(params[run][path], x, err_msg=f'{run}: {path}')
-    assert log_of(workdir) == log_of(whole[0])
+    assert log_of(workdir) == log_of(single)
     assert json.loads((workdir / 'results.json').read_text())['models'] == json.loads(
-        (whole[0] / 'results.json').read_text())['models']
-    assert found['seconds'].keys() == whole[1]['seconds'].keys()
+        (single / 'results.json').read_text())['models']
+    assert found['seconds'].keys() == expected['seconds'].keys()
 
 
 @pytest.mark.slow
 def test_results_without_a_provenance_are_refused(finished, tmp_path):
-    config, workdir, _ = finished
+    config, workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / 'run')
     (tmp_path / 'run' / 'results.json').write_text('{"models": {}}')
     with pytest.raises(InputError, match=r"results.json is damaged \(KeyError: 'provenance'\)"):
@@ -457,7 +455,7 @@ def test_the_seed_draws_parameters_and_order_but_not_the_catalogue(whole, config
 
 @pytest.mark.slow
 def test_raw_files_without_images_are_read_where_they_lie(finished):
-    _, workdir, results = finished
+    _, workdir, results, _ = finished
     assert 'oracle' not in results
     assert set(results['models']) == {'tpad', 'tpad_recommend', 'id_only', 'lexical_only',
                                       'id_only_experts', *BASELINES, *MIXED}

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests import tiny_base, tiny_bert, tiny_hf
+from tests import tiny_bert, tiny_hf
 from tests.job import test_job
 from tpad_jax import merge
 from tpad_jax.data import sources
@@ -63,10 +63,8 @@ def test_a_text_encoder_reads_items_and_a_small_base_sessions(tmp_path):
 
 
 @pytest.mark.slow
-def test_encoded_rows_after_a_kill(tmp_path, monkeypatch):
+def test_encoded_rows_after_a_kill(base_dir, tmp_path, monkeypatch):
     """A kill leaves what is on the disk once two of five parts of the rows are there."""
-    (tmp_path / 'base').mkdir()
-    directory = tiny_base.write(tmp_path / 'base')
     whole, killed, save, saved = tmp_path / 'whole', tmp_path / 'killed', store._save, []
 
     def copying(file, rows):
@@ -76,11 +74,11 @@ def test_encoded_rows_after_a_kill(tmp_path, monkeypatch):
             shutil.copytree(whole, killed)
 
     monkeypatch.setattr(store, '_save', copying)
-    job.run(small(directory), whole)
+    job.run(small(base_dir), whole)
     parts = sorted(p.name for p in (killed / 'features/knowledge').iterdir())
     assert 'k.npy' not in parts
     assert sum(name.startswith('k.0') for name in parts) == 2
-    job.run(small(directory), killed)
+    job.run(small(base_dir), killed)
     again = [name for name in saved if name.startswith('killed')]
     assert len([name for name in saved if name.startswith('whole')]) == len(again) + 2
     stored = sorted(p.name for p in (killed / 'features/knowledge').iterdir())

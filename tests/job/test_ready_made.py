@@ -92,10 +92,10 @@ def test_until_validation_never_looks_at_test(tmp_path, file, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_published_protocol_may_score_last_items_only(tmp_path, file):
-    changes = {'data.published_last_only': True, 'refit': False, 'experts': ''}
-    ours = job.run(config(file, **changes), tmp_path / 'ours')
-    theirs = job.run(config(file, **changes, **{'data.protocol': 'published'}), tmp_path / 'theirs')
+def test_the_published_protocol_may_score_last_items_only(tmp_path, runs, file):
+    _, ours = runs('attention')
+    theirs = job.run(config(file, **{'data.published_last_only': True, 'refit': False,
+                                     'experts': '', 'data.protocol': 'published'}), tmp_path)
     assert theirs['models']['pop']['test']['rows'] == 40
     assert ours['models']['pop']['test']['rows'] > 100
     assert theirs['data']['protocol'] == 'published'

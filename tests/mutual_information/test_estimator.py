@@ -32,13 +32,11 @@ def by_numpy(bound, table, shift, group):
             'vclub': lambda: own.mean() - off.mean()}[bound]()
 
 
-@pytest.mark.parametrize(('kind', 'group', 'other_group'), [
-    ('bilinear', np.arange(17), np.arange(11)),
-    ('bilinear', np.arange(17) ** 2 % 7, np.arange(11) // 2),
-    pytest.param('concatenated', np.arange(17), np.arange(11), marks=pytest.mark.slow)])
-def test_figures_and_errors_against_numpy(kind, group, other_group):
+@pytest.mark.parametrize(('group', 'other_group'), [
+    (np.arange(17), np.arange(11)), (np.arange(17) ** 2 % 7, np.arange(11) // 2)])
+def test_figures_and_errors_against_numpy(group, other_group):
     """Values over all pairs of two groups, errors by leaving out one group after the other."""
-    critic = Critic(kind, 4)
+    critic = Critic('bilinear', 4)
     params = critic.init(jax.random.key(1), jnp.ones((1, 2)), jnp.ones((1, 2)))['params']
     score = Score(critic, jax.tree.map(lambda x: 1.5 * x, params))
     x, y = pairs(0, 17, 0.6)
@@ -107,8 +105,7 @@ def test_errors_are_honest():
         assert covered > 0.88
 
 
-@pytest.mark.parametrize('bound', [
-    'mine', *(pytest.param(n, marks=pytest.mark.slow) for n in ('nwj', 'infonce', 'vclub'))])
+@pytest.mark.parametrize('bound', ['mine', pytest.param('vclub', marks=pytest.mark.slow)])
 def test_estimate_finds_what_is_known(bound):
     x, y = pairs(0, 6000, 0.8)
     found = mi.estimate(jax.random.key(0), x, y, bound=bound, **SMALL)

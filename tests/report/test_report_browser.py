@@ -1,6 +1,5 @@
 """The page in a real browser: whole, quiet, alone, readable on a phone, paged by keyboard."""
 
-import itertools
 import shutil
 
 import pytest
@@ -14,7 +13,6 @@ CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     CHROMIUM is None, reason='no Chromium is on the path (Debian: apt install chromium)')]
-WIDTHS, SCHEMES = (1280, 390), ('light', 'dark')
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +59,8 @@ def opened(browser, runs):
 
 
 @pytest.mark.parametrize(('kind', 'width', 'scheme'),
-                         list(itertools.product(('planted', 'ids', 'both'), WIDTHS, SCHEMES)))
+                         [(kind, *how) for kind in ('planted', 'ids', 'both')
+                          for how in ((1280, 'light'), (390, 'dark'))])
 def test_whole_quiet_and_as_wide_as_the_window(opened, kind, width, scheme):
     shown, told = opened(kind, width, scheme)
     for summary in shown.locator('summary').all():

@@ -17,7 +17,6 @@ from tests.tiny_stages import (
     ROWS,
     STAGES,
     STEPS,
-    WAYS,
     N,
     Run,
     V,
@@ -39,13 +38,12 @@ from tpad_jax.types import Batch, State
 
 # each compiles for a quarter of a minute or more
 QUICK = {('knowledge', 'jit'), ('recommend', 'jit')}
-# `python -m benchmarks.replicas` runs these, too
-LONGEST = {('knowledge', '4x2'), ('knowledge', 'shard_map'), ('recommend', '2x4'),
-           *(('transfer', way) for way in ('shard_map', 'pmap', '4x2', '2x4', 'parts')),
-           *(('joint', way) for way in ('shard_map', 'pmap', '2x4', 'parts'))}
+# Every way by the stage that compiles quickest (two processes: test_hosts.py), a decoder in parts,
+# and all losses on a mesh. `python -m benchmarks.replicas` runs every stage every way.
+TRIED = {'knowledge': ('jit', '2x4'), 'transfer': ('jit',),
+         'recommend': ('jit', 'pmap', '4x2', 'parts'), 'joint': ('jit', '4x2')}
 CASES = [pytest.param(stage, way, marks=() if (stage, way) in QUICK else pytest.mark.slow)
-         for stage in STAGES for way in WAYS if way != 'processes'  # see test_hosts.py
-         and (stage, way) not in LONGEST]
+         for stage in STAGES for way in TRIED[stage]]
 
 
 @pytest.fixture(scope='module')
@@ -370,16 +368,12 @@ def test_metrics_that_are_not_finite_end_the_run(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('loss', 'way'), [
-    ('next_item', 'pmap'), ('sampled_next_item', 'shard_map')], ids=['next_item', 'sampled'])
-def test_predictions_after_every_position_are_the_same_on_eight_devices(loss, way):
+def test_predictions_after_every_position_are_the_same_on_eight_devices():
     """Attention's h_each, read at the batch's places: what fills up has no part in it."""
     config = make_config().copy_and_resolve_references()
     config.model.update(encoder='attention', normalise=True, layers=1, heads=2, recommend='',
                         use_side=False, repeats=True)
-    config.losses.next_item.update(weight=0.0, h='h_each', chunk=4)
-    config.losses.sampled_next_item.update(weight=0.0, h='h_each', samples=64)
-    config.losses[loss].weight = 1.0
+    config.losses.next_item.update(h='h_each', chunk=4)
     spec = tpad.build(None, config.model, recommend=(), items=V, max_length=N, side_sizes=())
     count = np.bincount(DATA.train.items, minlength=V + 1).astype(np.float32)
     catalogue = {'warm': jnp.asarray(DATA.warm), 'side': jnp.zeros((V + 1, 0), jnp.int32),
@@ -389,7 +383,7 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss, wa
     params = flatten_dict({'recommender': params}, sep='/')
     step = step_lib.make_spec(config, 'recommend', spec, seed=5)
     found = {}
-    for how, shards in (('jit', 1), (way, 8)):
+    for how, shards in (('jit', 1), ('pmap', 8)):
         devices = devices_lib.choose(how, shards)
         batch = next(with_fillers(batches.session_batches(
             DATA, max_length=N, every_prefix=False, batch_size=ROWS, seed=3, shards=shards)))
@@ -399,6 +393,6 @@ def test_predictions_after_every_position_are_the_same_on_eight_devices(loss, wa
                                devices.place(batch), devices.share(catalogue))
         found[how] = jax.device_get((state.params, logged))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found['jit'],
-                 found[way])
+                 found['pmap'])
     after, _ = found['jit']
     assert max(np.abs(after[path] - params[path]).max() for path in params) > 1e-3
