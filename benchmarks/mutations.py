@@ -128,6 +128,12 @@ FAULTS = (
     Fault('features_of_another_model', 'tpad_jax/features/store.py',
           "**about['fingerprint']}", '}',
           'tests/features/test_store.py::test_other_features_are_refused_by_the_keys_that_differ'),
+    Fault('damaged_parts_are_joined', 'tpad_jax/features/store.py',
+          'return rows if fits and end == _mark(rows, about) else None', 'return rows',
+          'tests/features/test_store.py::test_a_damaged_part_is_made_again_and_reported'),
+    Fault('parts_of_a_lost_host_stay', 'tpad_jax/features/leases.py',
+          'if idle <= self._seconds and not self._has_ended(holder):', 'if True:',
+          'tests/features/test_store.py::test_a_process_that_was_taken_for_lost_ends_as_well[makes]'),
     # data
     Fault('target_in_the_prefix', 'tpad_jax/data/sessions.py',
           'valid = where < stop[:, None]', 'valid = where <= stop[:, None]',

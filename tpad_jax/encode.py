@@ -44,11 +44,12 @@ def main(args) -> None:
     for stage in [stage for stage in stages if stage in MAKES]:
         folder = args.run / 'features' / stage
         print(f'{NAME}: waits for the rows of stage {stage}', flush=True)
-        while not _is_begun(folder, MAKES[stage]) and not (args.run / 'results.json').exists():
+        while not (begun := _is_begun(folder, MAKES[stage])) and not (
+                args.run / 'results.json').exists():
             if stopping():
                 raise Stopped('stopped while the run trains')
             time.sleep(LOOK)
-        if not folder.is_dir() or all((folder / f'{name}.npy').exists() for name in MAKES[stage]):
+        if not begun or all((folder / f'{name}.npy').exists() for name in MAKES[stage]):
             continue
         if job is None:
             job = Job(config, args.run, stopping)
@@ -61,10 +62,11 @@ def main(args) -> None:
 
 def _is_begun(folder, names) -> bool:
     """Whether a run has begun to fill a store in parts, or has finished it."""
-    files = [folder / f'{name}.npy' for name in names]
-    about = [folder / f'{name}.manifest.json' for name in names]
-    return all(x.exists() for x in files) or all(
-        x.exists() and json.loads(x.read_text())['parts'] for x in about)
+    from tpad_jax.features import store
+
+    return all((folder / f'{name}.npy').exists() or (
+        (folder / f'{name}.manifest.json').exists() and store.manifest(folder, name)['parts'])
+               for name in names)
 
 
 if __name__ == '__main__':

@@ -256,18 +256,26 @@ def test_processes_share_the_parts_and_one_takes_over_from_a_lost_one(whole, tmp
     assert contents(store_) == contents(whole)
 
 
-def test_a_process_that_was_taken_for_lost_ends_as_well(whole, tmp_path, capsys):
-    """Its lease ran out while it made a part, and another process has finished the store since."""
+@pytest.mark.parametrize('while_it', ['makes', 'writes'])
+def test_a_process_that_was_taken_for_lost_ends_as_well(whole, tmp_path, capsys, monkeypatch,
+                                                        while_it):
+    """Its lease ran out, and another process has finished the store and tidied up since."""
+    fsync = os.fsync
+
+    def another(*_):
+        monkeypatch.setattr(os, 'fsync', fsync)
+        time.sleep(0.02)
+        filled(tmp_path, lease=0.01)
+        assert contents(tmp_path) == contents(whole)
+
     def slow(numbers, missing):
         for number in numbers:
             if number == 1:
-                time.sleep(0.02)
-                filled(tmp_path, lease=0.01)
-                assert contents(tmp_path) == contents(whole)
+                another() if while_it == 'makes' else monkeypatch.setattr(os, 'fsync', another)
             yield number, rows_of(PARTS[number])
 
     filled(tmp_path, slow, lease=0.01)
-    assert 'lease 1 was taken over' in capsys.readouterr().err
+    assert 'lease 1 is taken over' in capsys.readouterr().err
     assert contents(tmp_path) == contents(whole)
 
 
