@@ -18,7 +18,7 @@ from tpad_jax.data.sessions import Rows, Sessions, rows
 AT = 20  # K of the metrics
 # gain for the target at place 1, 2, .. AT
 GAINS = {'hit@20': np.ones(AT), 'mrr@20': 1 / np.arange(1, AT + 1)}
-SAMPLE, CHUNK = 5_000, 128  # test rows at most, and rows that are scored at once
+SAMPLE, CHUNK = 5_000, 32  # test rows at most, and rows that are scored at once
 LONGEST, DECAY = 10, 0.6  # steps between the items of a rule; weight per step from the prefix's end
 PREFIX = 20  # items of a prefix that rules look at
 # rule: steps of its pairs, weight per step from the prefix's end, counted in both directions

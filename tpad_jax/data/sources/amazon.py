@@ -7,6 +7,7 @@ A folder holds one category: reviews, metadata and, optionally, pictures as `ima
 Sources: Ni, Li and McAuley, EMNLP 2019 (2018 form); Hou et al., arXiv 2403.03952 (2023 form).
 """
 
+import mmap
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -214,7 +215,11 @@ def joined(tables: Iterable[pl.DataFrame], schema: pl.Schema, store: Path | None
             compat_level=oldest).schema) as out:
         for table in tables:
             out.write_table(table.to_arrow(compat_level=oldest))
-    return pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(store))).read_all())
+    with store.open('rb') as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    table = pl.from_arrow(pa.ipc.open_file(pa.py_buffer(pages)).read_all())
+    pages.madvise(mmap.MADV_DONTNEED)  # all was read to check the encoding
+    return table
 
 
 def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
