@@ -154,15 +154,16 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
                                               store=data_dir / Amazon.name / TEXTS)
     pauses = {'gap_seconds': round(options['gap_hours'] * 3600), **raw.cutting}
     shortest = options['min_length']
-    parts = sessions_lib.split(
-        sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'], min_length=shortest),
-        options['valid'], options['test'])
+    sessions = sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'],
+                                min_length=shortest)
+    parts = sessions_lib.split(sessions, options['valid'], options['test'])
     splits = dict(zip(('train', 'valid', 'test'), parts, strict=True))
     splits['train'] = sessions_lib.k_core(splits['train'], options['core'], shortest)
     warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
     ties = sessions_lib.time_ties(raw.interactions, **pauses)
     items = raw.catalogue.with_columns(reviewed=_reviewed(raw, int(splits['valid'].start.min())))
     raw = raw._replace(catalogue=None, interactions=None)  # the audit needs the memory
+    del sessions
     with ThreadPoolExecutor(1) as pool:  # the audit hardly needs the interpreter's lock
         report = pool.submit(audit.audit, *splits.values(), warm, form=raw.form, ties=ties)
         write_table(data_dir, 'items', {'items': _item_records(items)})
