@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks import session_gnn_ours, session_gnn_peer
 from benchmarks.checkout import commit
-from tpad_jax.core import files, startup
+from tpad_jax.core import files
 
 FLAGS = flags.FLAGS
 BARS = {'train': 3.5, 'score': 4.5}  # times the peer's pairs/s
@@ -35,16 +35,12 @@ CHECKED = 500  # rows whose scores are compared
 class Side:
     """A process that holds one contestant; asked by name, it answers by what its method returns."""
 
-    def __init__(self, make, *args, environment=None):
-        """Start it; `make` is called there with `args`, and there alone `environment` is set."""
+    def __init__(self, make, *args):
+        """Start it; `make` is called there with `args`."""
         context = multiprocessing.get_context('spawn')
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve, args=(other, make, args), daemon=True)
-        before = dict(os.environ)
-        os.environ.update(environment or {})
         self.process.start()
-        os.environ.clear()
-        os.environ.update(before)
         other.close()
 
     def __call__(self, name, *args):
@@ -93,9 +89,8 @@ def main(argv):
     shared = FLAGS.data, FLAGS.max_length, FLAGS.threads
     peer = Side(session_gnn_peer.Peer, FLAGS.peer, *shared, session_gnn_ours.BATCH,
                 session_gnn_ours.WIDTH)
-    # what launch.py does for itself
-    ours = Side(session_gnn_ours.Ours, *shared, environment=startup.ENVIRONMENT)
-    cells = ['peer', *session_gnn_ours.CELLS]
+    ours = Side(session_gnn_ours.Ours, *shared, FLAGS.cell)
+    cells = ['peer', *FLAGS.cell]
     facts = {'peer': peer('facts'), **ours('facts')}
     parity = check_parity(peer, ours)
     print(f'parity: scores of {CHECKED} rows differ by at most {parity["scores"]} (the largest '
@@ -171,6 +166,7 @@ if __name__ == '__main__':
     flags.DEFINE_float('seconds', 15.0, 'of a turn')
     flags.DEFINE_integer('repeats', 5, 'turns of each')
     flags.DEFINE_integer('max_length', 20, 'items of the longest prefix')
+    flags.DEFINE_multi_string('cell', list(session_gnn_ours.CELLS), 'ours, SR-GNN first')
     flags.DEFINE_integer('threads', 2, 'cores of either')
     flags.DEFINE_string('out', str(Path(__file__).with_suffix('.json')), 'where the figures go')
     app.run(main)

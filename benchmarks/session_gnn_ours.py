@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from benchmarks.session_gnn_work import fastest, training_bytes, training_operations
+from tpad_jax.core import startup
 from tpad_jax.data import sessions
 from tpad_jax.data.sources import ids
 
@@ -47,8 +48,9 @@ CELLS = {
 class Ours:
     """Our side with its data read, ready to be asked."""
 
-    def __init__(self, path, max_length, threads):
+    def __init__(self, path, max_length, threads, cells):
         """Read, build and start every cell; jax is imported in this process only."""
+        startup.keep_memory()  # what launch.py does for itself
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         from configs import sessions as configs
 
@@ -65,7 +67,7 @@ class Ours:
         counts = sessions.counts(train, self.num_items).astype(np.float32)
         self.catalogue = {'warm': jnp.asarray(self.data.warm), 'side': jnp.asarray(self.data.side),
                           'popularity': jnp.asarray(counts)}
-        self.cells = {name: self._build(*cell) for name, cell in CELLS.items()}
+        self.cells = {name: self._build(*CELLS[name]) for name in cells}
 
     def _build(self, change, batch, ranked):
         import jax
