@@ -140,7 +140,7 @@ def show(out):
             rate = cell[work]['pairs_per_s']
             row += [f'{rate:,.0f}', f'{rate / cells["peer"][work]["pairs_per_s"]:.2f}']
         if 'operations' in cell:
-            speed = cell['train']['pairs_per_s'] * cell['operations'] / 1e9
+            speed = out['threads'] * cell['train']['pairs_per_cpu_s'] * cell['operations'] / 1e9
             share = f'{100 * speed / peak:.0f} %'
             row += [f'{cell["operations"] / 1e6:.0f}', f'{speed:.0f}', share,
                     f'{cell["bytes"] / 1e6:.1f}']
@@ -153,7 +153,8 @@ def show(out):
           f'prefixes of at most {out["max_length"]} items. Scoring ranks the whole catalogue for '
           'every row (the peer: its first 20 items).\n'
           'MF and MB per pair are operations and memory traffic of training by a formula (see '
-          'benchmarks/session_gnn_ours.py), GF/s what follows for the rate beside; a plain float32 '
+          'benchmarks/session_gnn_work.py), GF/s what follows for the rate per CPU second on these '
+          'cores; a plain float32 '
           f'matrix product reaches {peak:.0f} GF/s here (PyTorch: '
           f'{out["products_gflops"]["peer"]:.0f}), which is what "of peak" refers to. The last two '
           'columns divide by processor seconds: what other processes take does not count.')

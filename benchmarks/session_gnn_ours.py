@@ -58,7 +58,7 @@ class Ours:
         import jax
         import jax.numpy as jnp
 
-        self.jax, self.max_length = jax, max_length
+        self.jax, self.max_length, self.threads = jax, max_length, threads
         train, test, *_ = ids.read(path)
         self.data = ids.data(train, test, test)
         self.num_items = self.data.num_items
@@ -186,7 +186,7 @@ class Ours:
         """GF/s of a plain float32 matrix product."""
         x = self.jax.numpy.ones((2048, 2048))
         product = self.jax.jit(lambda x: x @ x)
-        return fastest(lambda: product(x).block_until_ready())
+        return fastest(lambda: product(x).block_until_ready(), self.threads)
 
     def _next(self, cell):
         """The next batch, placed, and its pairs: one per row, or one per item of a session."""

@@ -78,7 +78,7 @@ class Peer:
     def product(self) -> float:
         """GF/s of a plain float32 matrix product."""
         x = self.torch.ones(2048, 2048)
-        return fastest(lambda: x @ x)
+        return fastest(lambda: x @ x, self.torch.get_num_threads())
 
     def _turn(self, data, work, seconds):
         parts = data.generate_batch(self.batch)
