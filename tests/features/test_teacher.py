@@ -82,7 +82,7 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
         'teach_text', 'teach_image', 'teach_relations', 'mdist_text', 'mdist_image', 'rdist',
         'clusters')} | {f'losses__{n}__weight': 0.0 for n in (
             'gen_knowledge', 'gen_transfer', 'align', 'disentangle', 'club_fit', 'discrepancy')}
-    c = changed(config, stages='knowledge,transfer', mllm__teacher=str(teacher),
+    c = changed(config, save_every=100, stages='knowledge,transfer', mllm__teacher=str(teacher),
                 stage__transfer__rates=(), model__clusters=4, model__clusters_of='z',
                 stage__knowledge__steps=30,
                 stage__knowledge__learning_rate=0.02, stage__transfer__learning_rate=0.02,
@@ -109,7 +109,7 @@ def test_a_run_that_blends_adapters(config, tmp_path):
     """r has a feature per modality."""
     off = {f'losses__{n}__weight': 0.0 for n in (
         'distil', 'discrepancy', 'align', 'disentangle', 'club_fit')}
-    c = changed(config, stages='knowledge,transfer', model__blend__kind='ties',
+    c = changed(config, save_every=100, stages='knowledge,transfer', model__blend__kind='ties',
                 stage__transfer__eval_every=0, diagnostics=0, baselines='pop', **off)
     c.rivals, c.experts = {}, ''
     ranks = []

@@ -18,7 +18,7 @@ AS_IT_IS = {f'stage.{stage}.steps': 0 for stage in ('knowledge', 'teach', 'trans
 def base(base_dir):
     fewer = {f'losses__{name}__weight': 0.0  # parameters that nothing moves are taken over, too
              for name in ('gen_transfer', 'disentangle', 'club_fit', 'discrepancy')}
-    return changed(make_config(base_dir), **fewer)
+    return changed(make_config(base_dir), save_every=100, **fewer)
 
 
 @pytest.fixture(scope='module')
@@ -54,8 +54,8 @@ def test_stages_start_from_the_other_run_and_resume(first, tmp_path):
     config, origin, trained = first
     config = changed(config, begin_from=str(origin), stages='knowledge,transfer,recommend',
                      stage__knowledge__steps=0, stage__transfer__steps=4, rivals={}, diagnostics=0,
-                     experts='', stage__transfer__learning_rate=0.0, model__lessons=100,
-                     model__event_time=True)
+                     save_every=4, experts='', stage__transfer__learning_rate=0.0,
+                     model__lessons=100, model__event_time=True)
     config.data.planted.update(seed=1, law_seed=0)
     with Recorded() as whole:
         job.run(config, tmp_path / 'whole')

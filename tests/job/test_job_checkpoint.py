@@ -14,7 +14,7 @@ from tpad_jax.job import job
 from tpad_jax.models.hf import export, load, spec
 
 STEPS = dict(knowledge=3, transfer=3, recommend=6, joint=2)
-PARTS = {'mllm__encode_rows': 4, 'mllm__encode_part': 8}
+PARTS = {'mllm__encode_rows': 4, 'mllm__encode_part': 8, 'save_every': 100}
 
 
 def config(directory, side, stages, losses=('gen_knowledge', 'distil', 'next_item')):
