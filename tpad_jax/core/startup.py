@@ -16,8 +16,6 @@ from tpad_jax.errors import InputError
 # parameters of mallopt in glibc's <malloc.h>
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux's <sys/mman.h>
-# the same settings as environment variables, for a process that is not started yet
-ENVIRONMENT = {'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**63 - 1)}
 OFF = ('', '0', 'false', 'f', 'no', 'n', 'off')
 # Variables of jax that change the types of results or forbid what every run does, and their only
 # usable values in lower case. All parameters, features and checkpoints are 32 bits wide; libraries
