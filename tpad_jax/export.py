@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from tpad_jax.core import cli, files, startup
-from tpad_jax.errors import refuse_if
+from tpad_jax.errors import InputError, refuse_if
 
 K = 20  # items per list, or all items of a smaller catalogue
 PLATFORMS, MAX_ROWS = ('cpu', 'cuda', 'tpu'), 4096
@@ -179,7 +179,8 @@ def _write_sessions(shop, file, bad_share, directory):
                 for session, vector in zip(sessions, h, strict=True)], schema))
             first = first or (h, shop.rows([session.session for session in sessions])[0])
         source.check(bad_share, '--bad_share')
-    refuse_if(first is None, f'{file} has no session. Fix: give a file with sessions')
+    if first is None:
+        raise InputError(f'{file} has no session. Fix: give a file with sessions')
     return first
 
 
