@@ -67,8 +67,8 @@ def test_encoded_rows_after_a_kill(base_dir, tmp_path, monkeypatch):
     """A kill leaves what is on the disk once two of five parts of the rows are there."""
     whole, killed, save, saved = tmp_path / 'whole', tmp_path / 'killed', store._save, []
 
-    def copying(file, rows):
-        save(file, rows)
+    def copying(file, *rows_and_marks):
+        save(file, *rows_and_marks)
         saved.append(file.relative_to(tmp_path).as_posix())
         if file == whole / 'features/knowledge/k.00001.npy':
             shutil.copytree(whole, killed)
