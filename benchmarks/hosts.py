@@ -11,6 +11,7 @@ Leases are timed with one process and no model, against the store of an earlier 
 processor time of 200 parts of 1,920 rows of 2 x 64 numbers.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +122,10 @@ def main(argv):
         directory = Path(directory)
         code = subprocess.run(['git', 'show', f'{FLAGS.before}:tpad_jax/features/store.py'],
                               cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        before = types.ModuleType('before')
-        exec(compile(code, 'store_before.py', 'exec'), before.__dict__)
+        (directory / 'store_before.py').write_text(code)
+        spec = importlib.util.spec_from_file_location('before', directory / 'store_before.py')
+        before = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(before)
         seconds = {'before': [], 'leases': []}
         for _ in range(FLAGS.turns):
             seconds['before'].append(timed(before, directory / 'before'))

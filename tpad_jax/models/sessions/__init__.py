@@ -28,7 +28,8 @@ def build(model, max_length: int):
     """
     # a run of an encoder from outside the package is loaded
     refuse_if(model.encoder not in ENCODERS, f'config.model.encoder={model.encoder!r}: it is not '
-              f'registered. Expected {", ".join(ENCODERS)}. Fix: import the module that adds it.')
+              f'registered. Expected one of {", ".join(ENCODERS)}. Fix: import the module that '
+              'adds it to tpad_jax.models.sessions.ENCODERS first.')
     return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
                                    item_rate=model.item_dropout)
 
