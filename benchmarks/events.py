@@ -29,9 +29,10 @@ FILE = Path(__file__).with_suffix('.json')
 BAR = 0.5
 # variant: its options, and the options of the model that reads it
 # the test of a drift is short, as the date is read as a part of the training period
-VARIANTS = {'drift': ({'drift': 2.5, 'valid': 200, 'test': 600}, {'event_time': True}),
+VARIANTS = {'drift': ({'drift': 2.5, 'train': 12000, 'valid': 200, 'test': 600},
+                      {'event_time': True}),
             'kinds': ({'kinds': 2}, {'event_kind': True}),
-            'visitors': ({'visitors': 900}, {'history': True})}
+            'visitors': ({'visitors': 900, 'train': 24000}, {'history': True})}
 
 
 def films() -> Path:
