@@ -6,26 +6,32 @@
 Brands, categories and prices are drawn. Each request has its own random conditions, session and
 seen items. Its list is compared with one that numpy sorts and filters from the complete,
 unconditioned list of the same session. Then a catalogue of `--items` items answers batches of
-sessions in turn with and without conditions, all but "at most n per brand". Times are of the
-process's CPU and of the wall; read those of a quiet machine.
+sessions in turn with and without conditions, all but "at most n per brand", and a service of it
+answers requests with and without any of them. Times are of the process's CPU and of the wall; read
+those of a quiet machine.
 """
 
 import argparse
 import datetime
+import http.client
+import itertools
 import json
 import os
 import platform
+import signal
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import service
 from benchmarks.checkout import commit
 from benchmarks.serving import enlarged
 
-K, CLOSE = 20, 1e-5
+K, CLOSE, CLIENTS = 20, 1e-5, 8
 CAPS = {'most_per_brand': 'brand', 'most_per_category': 'category'}
 
 
@@ -81,19 +87,25 @@ def brute(items, scores, facts, conditions, hidden):
     return items[out], total[out]
 
 
-def attributed(shop):
-    """Give the items random brands, categories of two levels and prices; a twentieth has none."""
+def attributed(directory):
+    """Give a copy's items random brands, categories of two levels and prices, a twentieth none."""
     import polars as pl
 
-    rng, total = np.random.default_rng(2), shop.trained
+    from tpad_jax.core import files
+    from tpad_jax.serving import artifact
+
+    folder = directory / artifact.FOLDER
+    table = pl.read_parquet(folder / artifact.ITEMS).select('item_id', 'title')
+    rng, total = np.random.default_rng(2), len(table)
     columns = {'brand': [f'brand {n}' for n in rng.zipf(1.5, total) % 300],
                'category': [f'{n % 5} > {n}' for n in rng.integers(0, 40, total)],
                'price': np.round(rng.lognormal(3, 1, total), 2)}
-    table = pl.DataFrame(columns).with_columns(pl.col('price').cast(pl.Float32))
-    table = table.with_columns(pl.when(pl.Series(rng.random(total) > 0.05)).then(pl.col(name))
-                               .alias(name) for name in columns)
-    shop.table = shop.table._replace(attributes=table)
-    return shop
+    drawn_columns = pl.DataFrame(columns).with_columns(pl.col('price').cast(pl.Float32))
+    table.with_columns(pl.when(pl.Series(rng.random(total) > 0.05)).then(column).alias(column.name)
+                       for column in drawn_columns).write_parquet(folder / artifact.ITEMS)
+    about = json.loads((folder / artifact.ABOUT).read_text())
+    about['digests'][artifact.ITEMS] = files.sha256(folder / artifact.ITEMS)
+    (folder / artifact.ABOUT).write_text(json.dumps(about))
 
 
 def asked_of(shop, rng, rows, conditions):
@@ -167,6 +179,53 @@ def throughput(shop, calls):
                for kind, x in (('wall', wall), ('CPU', cpu)) for name in ('with', 'resolved')}}
 
 
+def over_http(directory, seconds):
+    """Milliseconds of a request of one session, by turns without and with conditions.
+
+    CLIENTS clients of this process ask a service without a pause.
+    """
+    import tpad_jax
+
+    shop, rng = tpad_jax.load(directory), np.random.default_rng(3)
+    sessions = [[shop.ids[n] for n in row if n] for row in prefixes(shop, rng, 100)]
+    pool = {'without': [{} for _ in sessions],
+            'with': [{'conditions': drawn(rng, shop.ids[1:], shop.table.attributes)}
+                     for _ in sessions]}
+    bodies = {name: [json.dumps({'sessions': [session], **more}) for session, more in zip(
+        sessions, extra, strict=True)] for name, extra in pool.items()}
+    process, port = service.started(directory)
+    times = {name: [] for name in bodies}
+
+    def ask(name, first, end, counts):
+        link = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+        for number in itertools.count(first):
+            begun = time.perf_counter()
+            if begun > end:
+                return link.close()
+            link.request('POST', '/recommend', bodies[name][number % len(bodies[name])],
+                         {'Content-Type': 'application/json'})
+            answer = link.getresponse()
+            text = answer.read()
+            if answer.status != 200 and counts:
+                raise OSError(f'{answer.status}: {text!r:.300}')
+            times[name].append(1e3 * (time.perf_counter() - begun))
+
+    try:
+        with ThreadPoolExecutor(CLIENTS) as threads:
+            for number, name in itertools.product(range(5), bodies):
+                end = time.perf_counter() + seconds / 4
+                for done in [threads.submit(ask, name, 13 * n, end, number > 0)
+                             for n in range(CLIENTS)]:
+                    done.result()
+                if not number:  # the first ones compile, and may be told to come again
+                    times[name].clear()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        service.ended(process)
+    return {name: {'requests': len(x), **{f'p{p} ms': round(float(np.percentile(x, p)), 2)
+                                          for p in (50, 99)}} for name, x in times.items()}
+
+
 def main():
     """Measure, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -174,17 +233,24 @@ def main():
     parser.add_argument('--requests', type=int, default=10_000)
     parser.add_argument('--items', type=int, default=100_000)
     parser.add_argument('--calls', type=int, default=20)
+    parser.add_argument('--seconds', type=float, default=20, help='of HTTP requests of each kind')
     parser.add_argument('--json', type=Path)
     given = parser.parse_args()
     import tpad_jax
 
     out = {'commit': commit('tpad_jax'), 'date': datetime.date.today().isoformat(),
            'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-           'load average': round(os.getloadavg()[0], 1),
-           'exact': exact(attributed(tpad_jax.load(given.run)), given.requests)}
+           'load average': round(os.getloadavg()[0], 1)}
+    own = len(tpad_jax.load(given.run).ids) - 1
     with tempfile.TemporaryDirectory() as scratch:
-        enlarged(given.run, Path(scratch), given.items)
-        out |= {'items': given.items, **throughput(attributed(tpad_jax.load(scratch)), given.calls)}
+        small, large = Path(scratch) / 'small', Path(scratch) / 'large'
+        for directory, items in ((small, own), (large, given.items)):
+            directory.mkdir()
+            enlarged(given.run, directory, items)
+            attributed(directory)
+        out |= {'exact': exact(tpad_jax.load(small), given.requests), 'items': given.items,
+                **throughput(tpad_jax.load(large), given.calls),
+                f'HTTP, {CLIENTS} clients': over_http(large, given.seconds)}
     for name, value in out.items():
         print(f'{name:<26} {value}')
     if given.json is not None:

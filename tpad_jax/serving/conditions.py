@@ -5,6 +5,7 @@ list holds the best allowed items exactly: the search skips the others, it does 
 afterwards. The compiled search is the same for all conditions, which are bits of a table's rows.
 """
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from tpad_jax.data.untrusted import shown
@@ -101,9 +103,9 @@ def read(given) -> Conditions:
         elif name == 'diversity':
             rule, right = 'a number from 0 to 1', _number(value, 0, 1)
         else:
-            rule = 'a list of texts'
-            right = isinstance(value, list | tuple) and set(map(type, value)) <= {str}
-            value = tuple(value) if right else value
+            rule, right = 'a list of texts', False
+            with contextlib.suppress(msgspec.ValidationError):  # thousands of ids are common
+                value, right = msgspec.convert(value, tuple[str, ...]), True
         if not right:  # the text of a long list is not made for nothing
             raise InputError(f'conditions.{name}={given[name]!r:.60}: it cannot be used. Expected '
                              f'{rule}. Fix: correct it')
