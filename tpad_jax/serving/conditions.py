@@ -76,8 +76,9 @@ def read(given) -> Conditions:
       InputError: it is not such a dict.
     """
     known = [field.name for field in fields(Conditions)]
-    refuse_if(not isinstance(given, dict), f'conditions={given!r:.60}: not a dict. Expected some '
-              f'of {", ".join(known)}. Fix: correct it')
+    if not isinstance(given, dict):  # the text of thousands of ids is not made for nothing
+        raise InputError(f'conditions={given!r:.60}: not a dict. Expected some of '
+                         f'{", ".join(known)}. Fix: correct it')
     out = {}
     for name, value in given.items():
         refuse_if(name not in known, f'conditions.{name!s:.60}: unknown. Expected some of '
@@ -106,7 +107,7 @@ def read(given) -> Conditions:
             rule, right = 'a list of texts', False
             with contextlib.suppress(msgspec.ValidationError):  # thousands of ids are common
                 value, right = msgspec.convert(value, tuple[str, ...]), True
-        if not right:  # the text of a long list is not made for nothing
+        if not right:
             raise InputError(f'conditions.{name}={given[name]!r:.60}: it cannot be used. Expected '
                              f'{rule}. Fix: correct it')
         out[name] = value
@@ -161,9 +162,9 @@ def wanted(shop, rows: np.ndarray, table, conditions: dict | None,
     order = diverse(asked.diversity) if asked.diversity else rerank
     out = []
     for row, names in zip(rows, seen or [()] * len(rows), strict=True):
-        refuse_if(not isinstance(names, list | tuple) or not all(
-            isinstance(name, str) for name in names), f'seen={names!r:.60}: not a list of item ids '
-            '(texts). Expected one for each session. Fix: correct it')
+        if not isinstance(names, list | tuple) or not all(isinstance(x, str) for x in names):
+            raise InputError(f'seen={names!r:.60}: not a list of item ids (texts). Expected one '
+                             'for each session. Fix: correct it')
         known = [n for name in names if (n := table.number.get(name, table.count)) < table.count]
         known += row[row > 0].tolist() * asked.unseen
         out.append(Wanted(asked, np.array(known, int), order, bits))
