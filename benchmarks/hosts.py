@@ -1,14 +1,13 @@
 """Hosts that encode one catalogue together: `python -m benchmarks.hosts [--out FILE.json]`.
 
-Real processes on this machine stand for hosts; they share a directory and nothing else. The job is
+Each host is a process on this machine, and the processes share only a directory. The job is
 configs/amazon.py:tiny with short stages and small parts, started by launch.py, and
-`python -m tpad_jax.encode` helps. In turn the run and the helper are killed by SIGKILL when a few
-parts of stage knowledge exist. What has to hold: the other one finishes both stores, every
-file of them has the bytes of an uninterrupted run of one process, and nothing else is left there.
+`python -m tpad_jax.encode` helps it. First the run and then the helper is killed with SIGKILL once
+a few parts of stage knowledge exist. The other process must finish both stores. The stores must
+hold the same files, byte for byte, as those of one uninterrupted process.
 
-Leases are timed with one process and no model, against the store of an earlier commit
-(`--before`), in turns in one run: the
-processor time of 200 parts of 1,920 rows of 2 x 64 numbers.
+The cost of leases is measured without a model in one process: the processor time of 200 parts of
+1,920 rows of 2 x 64 numbers, in turns with the store of an earlier commit (`--before`).
 """
 
 import importlib.util

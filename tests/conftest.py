@@ -17,7 +17,7 @@ ENOUGH = 5 * 2**30  # bytes of a worker
 
 @pytest.fixture(scope='session')
 def base_dir(tmp_path_factory):
-    """The smallest base; nobody writes there."""
+    """Directory of the smallest base. Tests only read it."""
     from tests import tiny_base
 
     return tiny_base.write(tmp_path_factory.mktemp('base'))
@@ -25,7 +25,7 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def served_run(base_dir, tmp_path_factory):
-    """The default run of tiny_served; nobody writes there."""
+    """Workdir of the default run of tiny_served. Tests only read it."""
     from tests import tiny_served
 
     workdir = tmp_path_factory.mktemp('served') / 'run'

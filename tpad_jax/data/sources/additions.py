@@ -56,7 +56,7 @@ def read(config, directory: Path, known: Data) -> New:
       known: the data of the run.
 
     Raises:
-      InputError: there is no such directory, it holds no files of this source, they belong to
+      InputError: the directory does not exist, it holds no files of this source, they belong to
         another catalogue or were added before, or the source has no form for new files.
     """
     name, option = sources.selected(config), f'--new={directory}'

@@ -57,7 +57,7 @@ def parse_all(parse: Callable[[bytes | Reason], Parsed], blocks: Iterable[bytes 
     Yields:
       What became of each block.
     """
-    waiting = deque()
+    waiting, collects = deque(), gc.isenabled()
     gc.disable()  # it would look at the records of a block again and again, which have no circles
     try:
         with ThreadPoolExecutor(THREADS) as pool:
@@ -67,14 +67,15 @@ def parse_all(parse: Callable[[bytes | Reason], Parsed], blocks: Iterable[bytes 
                     yield waiting.popleft().result()
             yield from (parsed.result() for parsed in waiting)
     finally:
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 def events(block: bytes | Reason, form: str) -> Parsed:
     """Read users, asins and times (seconds) of lines of reviews.
 
     Args:
-      block: whole lines, or the reason why there is no such line.
+      block: whole lines, or the reason why a line could not be read.
       form: '2018' or '2023'.
     """
     fields, decoder = FIELDS[form], _event_decoder(form)
@@ -94,7 +95,7 @@ def items(block: bytes | Reason, form: str, parse: Callable) -> Parsed:
     """Read the asins of lines of metadata, and what `parse` makes of the lines.
 
     Args:
-      block: whole lines, or the reason why there is no such line.
+      block: whole lines, or the reason why a line could not be read.
       form: '2018' or '2023'.
       parse: `amazon_fields.describe` or `amazon_fields.urls`.
 
