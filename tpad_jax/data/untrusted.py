@@ -1,5 +1,6 @@
 """Files of unknown origin: lines of JSON, bounded and counted, and links out of a folder."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -125,6 +126,11 @@ class Lines:
         raise InputError(f'{self.path}: {wrong} ({facts or "no line"}). Expected {expected}. '
                          f'Fix: {fix}.')
 
+    def refusing(self) -> contextlib.AbstractContextManager:
+        """Turn an OSError of a block into an InputError that names the file."""
+        return refusing(OSError, f'{self.path} cannot be read',
+                        'Expected a readable file. Fix: check its owner and its disk.')
+
     def blocks(self) -> Iterator[bytes | Reason]:
         """Yield the file as blocks of whole lines; a Reason replaces a line that cannot be read.
 
@@ -161,9 +167,7 @@ class Lines:
 
     def _pieces(self) -> Iterator[bytes | Reason]:
         """The unpacked bytes of the file, MAX_LINE or less at once."""
-        with (refusing(OSError, f'{self.path} cannot be read',
-                       'Expected a readable file. Fix: check its owner and its disk.'),
-              open(0 if str(self.path) == '-' else self.path, 'rb') as file):
+        with self.refusing(), open(0 if str(self.path) == '-' else self.path, 'rb') as file:
             if self.path.suffix != '.gz':
                 yield from iter(lambda: file.read1(MAX_LINE), b'')
                 return

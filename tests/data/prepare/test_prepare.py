@@ -14,7 +14,7 @@ from tests.data.sources.test_amazon_blocks import ODD, TIME
 from tpad_jax.core import cli
 from tpad_jax.data import untrusted
 from tpad_jax.data.prepare import __main__ as prepare, pipeline
-from tpad_jax.data.sources import amazon_tables
+from tpad_jax.data.sources import amazon_parts, amazon_tables
 
 BOM = b'\xef\xbb\xbf'
 OPTIONS = '--core=2', '--valid=20', '--test=20', '--gap_hours=12', '--bad_share=0.5'
@@ -72,24 +72,23 @@ def test_without_beam_a_runner_is_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_lines_of_the_parts_of_a_file_are_those_of_the_file(tmp_path, monkeypatch):
-    pytest.importorskip('apache_beam')
     monkeypatch.setattr(untrusted, 'MAX_LINE', 64)
-    monkeypatch.setattr(pipeline, 'MAX_LINE', 64)
+    monkeypatch.setattr(amazon_parts, 'MAX_LINE', 64)
     rng, path = np.random.default_rng(2), tmp_path / 'lines'
     for _ in range(300):
         words = b'\n', BOM, b'x', b'y' * int(rng.integers(1, 200))
         path.write_bytes(b''.join(words[k] for k in rng.integers(4, size=rng.integers(1, 60))))
-        monkeypatch.setattr(pipeline, 'PART', int(rng.integers(1, 150)))
+        step = int(rng.integers(1, 150))
         whole = list(untrusted.Lines(path)._lines())
-        assert [line for part in pipeline.parts('items', path, str(path))
-                for line in pipeline.PartLines(part)._lines()] == whole
+        assert [line for part in amazon_parts.parts('items', path, str(path), step)
+                for line in amazon_parts.PartLines(part)._lines()] == whole
 
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_tables_of_beam_are_those_without_it(tmp_path, monkeypatch, capsys, packed):
     pytest.importorskip('apache_beam')
     monkeypatch.setattr(untrusted, 'MAX_LINE', 50_000)
-    monkeypatch.setattr(pipeline, 'MAX_LINE', 50_000)
+    monkeypatch.setattr(amazon_parts, 'MAX_LINE', 50_000)
     monkeypatch.setattr(pipeline, 'PART', 7000)
     monkeypatch.setattr(pipeline, 'ROWS', 100)
     raw, told = write(tmp_path / 'raw', packed), []

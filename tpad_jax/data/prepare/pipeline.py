@@ -11,7 +11,6 @@ times, the boundaries of the split and each pass of the k-core depend on all eve
 Beam each would be one more shuffle of all events, for a fraction of the time that reading takes.
 """
 
-import gzip
 import io
 import json
 import uuid
@@ -19,14 +18,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from tpad_jax.data.sources import amazon, amazon_blocks, amazon_fields
 from tpad_jax.data.sources.amazon import CATALOGUE, Raw
-from tpad_jax.data.untrusted import MAX_LINE, SHOWN, Lines, Reason
+from tpad_jax.data.sources.amazon_parts import Part, PartLines, parts
+from tpad_jax.data.untrusted import SHOWN, Lines
 
 PART = 64 * 2**20  # bytes of a plain file that one worker reads
 ROWS = 2**18  # lines in a table; of a packed file one worker reads them all
@@ -39,70 +39,6 @@ _EVENTS = amazon_blocks.EVENTS | {'user': pl.Binary}
 COUNTS = 'counts.json'
 
 
-class Part(NamedTuple):
-    """The lines of a file that begin in a range of its bytes.
-
-    Attributes:
-      kind: 'items' or 'events'.
-      url: of the file, for workers.
-      begin: number of the first byte.
-      end: and after the last one. A packed file has one part.
-    """
-
-    kind: str
-    url: str
-    begin: int
-    end: int
-
-
-class PartLines(Lines):
-    """The lines of a part, numbered from its beginning."""
-
-    def __init__(self, part: Part):
-        """Prepare to read a part."""
-        super().__init__(Path(part.url))
-        self._part = part
-        self.BOM = b'' if part.begin else Lines.BOM
-
-    def _pieces(self) -> Iterator[bytes | Reason]:
-        with _opened(self._part.url) as file:
-            if self.path.suffix == '.gz':
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    yield from self._unpacked(unpacked, file)
-                return
-            _, _, begin, end = self._part
-            position = max(begin - 1, 0)  # a line begins at `begin` if another ends before it
-            file.seek(position)
-            inside = not begin
-            while piece := file.read(MAX_LINE // 4):
-                if not inside:
-                    skipped = piece.find(b'\n') + 1
-                    position += skipped or len(piece)
-                    if position >= end:  # no line begins in the part
-                        return
-                    if not skipped:
-                        continue
-                    inside, piece = True, piece[skipped:]
-                stop = piece.find(b'\n', max(end - 1 - position, 0)) + 1
-                yield piece[:stop or len(piece)]
-                if stop:
-                    return
-                position += len(piece)
-
-
-def parts(kind: str, path: Path, url: str) -> list[Part]:
-    """Divide a file.
-
-    Args:
-      kind: 'items' or 'events'.
-      path: of the file, here.
-      url: of the same file, for workers.
-    """
-    size = path.stat().st_size
-    step = max(size, 1) if path.suffix == '.gz' else PART
-    return [Part(kind, url, begin, begin + step) for begin in range(0, size, step)]
-
-
 def read_part(part: Part, form: str) -> Iterator[tuple[str, Any]]:
     """Parse the lines of a part.
 
@@ -113,7 +49,7 @@ def read_part(part: Part, form: str) -> Iterator[tuple[str, Any]]:
     Yields:
       ('items' or 'events', a table), and ('counts', of the part's lines).
     """
-    lines, held = PartLines(part), []
+    lines, held = PartLines(part, _opened), []
     parse = (amazon_blocks.events if part.kind == 'events'
              else partial(amazon_blocks.items, parse=amazon_fields.describe))
     for block in lines.blocks():
@@ -268,7 +204,7 @@ def read(raw_dir: Path, store: Path, bad_share: float, flags: list[str], raw_url
         next(Lines(path).blocks(), None)
     with beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
         build(pipeline, [part for kind, path in files.items()
-                         for part in parts(kind, path, f'{raw_url}/{path.name}')],
+                         for part in parts(kind, path, f'{raw_url}/{path.name}', PART)],
               paths.form, place)
     counts = {kind: [] for kind in (*files, 'catalogue', 'interactions')}
     with _opened(f'{place}/{COUNTS}') as file:
