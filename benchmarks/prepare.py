@@ -3,12 +3,14 @@
 Files of the form of 2023 are generated: seeded, of Zipf popularity, with long texts, and one line
 in a thousand odd: cut, of another encoding, repeated, or with a value that no reader expects. Each
 side prepares them in a separate process, in turn; what they prepared is then compared record by
-record. Bytes of the files per second, processor seconds and the peak of memory are printed.
+record. Bytes of the files per second, processor seconds and the peak of memory are printed, of all
+processes of a side together.
 
     --reviews=5000000 --items=500000 --gz   the size that is aimed at, packed
     --against=c18c7c2                       the commit to compare with; empty: none
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -16,9 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +33,7 @@ from tpad_jax.core import files
 FLAGS = flags.FLAGS
 OPTIONS = dict(gap_hours=24.0, core=1, min_length=2, valid=0.1, test=0.1, seed=0)
 ODD = 1000  # lines to one odd one
+SAMPLE = 0.1  # seconds between two looks at memory
 WORDS = ('cotton steel wireless compact portable premium black white kids outdoor kitchen set pack '
          'with for case cover stand cable usb holder light adjustable waterproof').split()
 TEXT = 'I bought this for my kitchen and it works as described. ' * 4
@@ -45,9 +50,9 @@ if work == 'prepare':
     begun = time.perf_counter()
     tables.prepare(raw, data, **json.loads(options))
     seconds = time.perf_counter() - begun
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    print(json.dumps({'seconds': seconds, 'peak': usage.ru_maxrss * 1024,
-                      'cpu': usage.ru_utime + usage.ru_stime,
+    own, ended = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(json.dumps({'seconds': seconds, 'peak': own.ru_maxrss * 1024,
+                      'cpu': sum(usage.ru_utime + usage.ru_stime for usage in (own, ended)),
                       'lines': tables.read_finished(data)['lines']}))
 else:
     finished = tables.read_finished(data)
@@ -141,10 +146,28 @@ def generate(folder: Path, reviews: int, items: int, packed: bool) -> int:
 
 def run(code: Path, *arguments: str) -> dict:
     """Run PROGRAM with the package in a directory."""
-    done = subprocess.run([sys.executable, '-c', PROGRAM, *arguments], cwd=code, check=True,
-                          env={**os.environ, 'PYTHONPATH': str(code)}, stdout=subprocess.PIPE,
-                          text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen([sys.executable, '-c', PROGRAM, *arguments], cwd=code,
+                               env={**os.environ, 'PYTHONPATH': str(code)}, stdout=subprocess.PIPE,
+                               text=True)
+    peak = 0
+    while process.poll() is None:  # what it prints fits into the pipe
+        peak = max(peak, memory(psutil.Process(process.pid)))
+        time.sleep(SAMPLE)
+    told, _ = process.communicate()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
+    result = json.loads(told.splitlines()[-1])
+    # a process that is alone has its exact peak from the system
+    return result | ({'peak': max(peak, result['peak'])} if 'peak' in result else {})
+
+
+def memory(process: psutil.Process) -> int:
+    """Sum up the resident bytes of a process and of those it started."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in (process, *process.children(recursive=True)):
+            total += each.memory_info().rss
+    return total
 
 
 def measure(folder: Path, sides: dict[str, Path]) -> dict:

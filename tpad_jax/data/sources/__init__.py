@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from tpad_jax.data import sessions as sessions_lib
-from tpad_jax.data.audit import audit
 from tpad_jax.data.catalogue import Data, restrict, windowed
 from tpad_jax.data.events import attached
 from tpad_jax.errors import refuse_if, refusing
@@ -175,6 +174,8 @@ def load(config, workdir: Path) -> Data:
         data = windowed(data, config.data, source.timed)
     _check(data, origin(config))
     if not data.audit:
+        # here: processes that read lines import this package, and need no scipy
+        from tpad_jax.data.audit import audit
         report = audit(data.train, data.valid, data.test, data.warm, form=data.form,
                        ties=float('nan'), every_prefix=every_prefix(config))
         data = replace(data, audit=report)

@@ -21,16 +21,16 @@ import pyarrow as pa
 
 from tpad_jax.core.files import PARTIAL
 from tpad_jax.data import images as images_lib
-from tpad_jax.data.sources import amazon_blocks, amazon_fields
+from tpad_jax.data.sources import amazon_blocks, amazon_fields, amazon_processes
+from tpad_jax.data.sources.amazon_blocks import CATALOGUE, THREADS
 from tpad_jax.data.sources.amazon_fields import FIELDS
+from tpad_jax.data.sources.amazon_processes import Processes
 from tpad_jax.data.untrusted import Lines, stay_inside
 from tpad_jax.errors import Stopped, refuse_if
 
 _METADATA = re.compile(r'meta_(.+)\.(jsonl?)(\.gz)?')
 _REVIEWS = re.compile(r'(?!meta_)(.+?)(?:_5\.json|\.jsonl)(\.gz)?')
 _OF_2014 = re.compile(r'reviews_.+\.json(\.gz)?')
-CATALOGUE = pl.Schema({'asin': pl.String, 'title': pl.String, 'brand': pl.String,
-                       'category': pl.String, 'description': pl.String, 'price': pl.Float32})
 WITH_IMAGES = pl.Schema(CATALOGUE | {'image': pl.String})
 ROWS = 16_384  # items in memory at once while they are sorted in a file
 NEEDED = {'items': '{asin}', 'events': '{asin}, {user} and {time}'}  # in each line
@@ -169,24 +169,23 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
       InputError: as `find_files`; a file whose content does not fit its name, without a usable
         line, or with more damaged ones than `bad_share`.
     """
-    paths, unused = find_files(raw_dir), Counter()
-    item_lines, asins = Lines(paths.metadata), set()
-    texts = joined((pl.DataFrame(columns, CATALOGUE) for columns in _read_items(
-        item_lines, paths.form, amazon_fields.describe, unused, asins, bad_share)),
-        CATALOGUE, store and store.with_suffix('.unsorted'))
-    images = find_images(Path(raw_dir), asins, unused)
-    del asins
-    before = pl.Series('asin', list(known), pl.String)
-    order = texts.select(row=pl.arg_sort_by('asin')).filter(
-        ~texts['asin'].sort().is_in(before.implode()))
-    catalogue = joined((with_images(texts[rows['row']], images)
-                        for rows in order.iter_slices(ROWS)), WITH_IMAGES, store)
-    if store:
-        del texts
-        store.with_suffix('.unsorted').unlink()
-    events = Lines(paths.reviews)
-    interactions = _interactions(events, paths.form, pl.concat([before, catalogue['asin']]),
-                                 bad_share)
+    paths, unused, asins = find_files(raw_dir), Counter(), set()
+    item_lines, events = Lines(paths.metadata), Lines(paths.reviews)
+    with amazon_processes.started(paths[:2]) as processes:
+        texts = joined(_read_texts(item_lines, paths.form, unused, asins, bad_share, processes),
+                       CATALOGUE, store and store.with_suffix('.unsorted'))
+        images = find_images(Path(raw_dir), asins, unused)
+        del asins
+        before = pl.Series('asin', list(known), pl.String)
+        order = texts.select(row=pl.arg_sort_by('asin')).filter(
+            ~texts['asin'].sort().is_in(before.implode()))
+        catalogue = joined((with_images(texts[rows['row']], images)
+                            for rows in order.iter_slices(ROWS)), WITH_IMAGES, store)
+        if store:
+            del texts
+            store.with_suffix('.unsorted').unlink()
+        interactions = _interactions(events, paths.form, pl.concat([before, catalogue['asin']]),
+                                     bad_share, processes)
     events.rejected['duplicate_review'] = (
         events.number - events.rejected.total() - len(interactions))
     return Raw(catalogue, interactions, counts(item_lines, events, unused), paths.form,
@@ -239,19 +238,30 @@ def read_urls(raw_dir: str | Path, bad_share: float = 1.0,
       Stopped: `stopping` returned True.
     """
     paths, unused, urls = find_files(raw_dir), Counter(), {}
-    item_lines, events, reviewed = Lines(paths.metadata), Lines(paths.reviews), set()
-    for asins, addresses in _read_items(item_lines, paths.form, amazon_fields.urls, unused, set(),
-                                        bad_share, stopping):
-        urls.update(zip(asins, addresses, strict=True))
+    item_lines, events = Lines(paths.metadata), Lines(paths.reviews)
+    seen, reviewed = set(), set()
+
+    def parsed(lines, parse):
+        for block in amazon_blocks.parse_all(partial(parse, form=paths.form), lines.blocks()):
+            if stopping():
+                raise Stopped(f'line {lines.number + 1} of {lines.path} was being read')
+            yield amazon_blocks.counted(lines, block)
+
+    for (asins, addresses), missing in parsed(item_lines, partial(
+            amazon_blocks.items, parse=amazon_fields.urls)):
+        urls.update((asins[row], addresses[row])
+                    for row in _new_rows(item_lines, asins, seen, missing, unused))
+    check(item_lines, 'items', paths.form, bad_share)
     unknown, fields = unused['images_of_unknown_form'], FIELDS[paths.form]
     refuse_if(unknown and not any(urls.values()),
               f'{paths.metadata}: `{fields.pictures or fields.urls[0]}` of {unknown} items has an '
               f'unknown form. Expected {"objects with " * bool(fields.pictures)}'
               f'{" or ".join(fields.urls)}. Fix: write the addresses so.')
-    for table in _read_events(events, paths.form, bad_share, stopping):
+    for table in parsed(events, amazon_blocks.events):
         known = [asin for asin in table['asin'] if asin in urls]
         events.rejected['item_without_metadata'] += len(table) - len(known)
         reviewed.update(known)
+    check(events, 'events', paths.form, bad_share)
     return PictureUrls(urls, reviewed, counts(item_lines, events, unused))
 
 
@@ -304,37 +314,37 @@ def find_images(raw_dir: Path, items, unused: Counter) -> dict[str, Path]:
     return usable
 
 
-def _blocks(lines: Lines, parse: Callable, stopping: Callable[[], bool]) -> Iterator:
-    """Yield what `parse` makes of each block."""
-    for parsed in amazon_blocks.parse_all(parse, lines.blocks()):
-        if stopping():
-            raise Stopped(f'line {lines.number + 1} of {lines.path} was being read')
+def _read(lines: Lines, kind: str, form: str, bad_share: float, processes: Processes | None
+          ) -> Iterator:
+    """Yield what `amazon_blocks.parse` makes of a file, by processes if there are any."""
+    parse, work, threads = ((processes.parse, processes.work(kind, lines), processes.count)
+                            if processes else (amazon_blocks.parse, lines.blocks(), THREADS))
+    for parsed in amazon_blocks.parse_all(partial(parse, kind=kind, form=form), work, threads):
         yield amazon_blocks.counted(lines, parsed)
+    check(lines, kind, form, bad_share)
 
 
-def _read_items(lines: Lines, form: str, parse: Callable, unused: Counter, asins: set[str],
-                bad_share: float, stopping: Callable[[], bool] = lambda: False
-                ) -> Iterator[list[list]]:
-    """Yield the columns of lines whose asin is not in `asins`, which they are added to."""
-    for columns, missing in _blocks(lines, partial(amazon_blocks.items, form=form, parse=parse),
-                                    stopping):
-        new = {}
-        for row, asin in enumerate(columns[0]):
-            if asin not in asins:
-                asins.add(asin)
-                new[row] = asin
-        lines.rejected.update(['duplicate_item'] * (len(columns[0]) - len(new)))
+def _read_texts(lines: Lines, form: str, unused: Counter, asins: set[str], bad_share: float,
+                processes: Processes | None) -> Iterator[pl.DataFrame]:
+    """Yield tables of items whose asin is not in `asins`, which they are added to."""
+    for table, missing in _read(lines, 'items', form, bad_share, processes):
+        rows = _new_rows(lines, table['asin'], asins, missing, unused)
+        yield table if len(rows) == len(table) else table[rows]
+
+
+def _new_rows(lines: Lines, names: Iterable[str], asins: set[str], missing: list[tuple[int, str]],
+              unused: Counter) -> list[int]:
+    """The rows whose name is not in `asins`, which they are added to, and count what they lack."""
+    rows, number = [], -1
+    for number, name in enumerate(names):
+        if name not in asins:
+            asins.add(name)
+            rows.append(number)
+    lines.rejected.update(['duplicate_item'] * (number + 1 - len(rows)))
+    if missing:
+        new = set(rows)
         unused.update(what for row, what in missing if row in new)
-        yield columns if len(new) == len(columns[0]) else [
-            [column[row] for row in new] for column in columns]
-    check(lines, 'items', form, bad_share)
-
-
-def _read_events(lines: Lines, form: str, bad_share: float,
-                 stopping: Callable[[], bool] = lambda: False) -> Iterator[pl.DataFrame]:
-    """Yield users, asins and times (seconds) of reviews, of items without metadata too."""
-    yield from _blocks(lines, partial(amazon_blocks.events, form=form), stopping)
-    check(lines, 'events', form, bad_share)
+    return rows
 
 
 def check(lines: Lines, kind: str, form: str, bad_share: float) -> None:
@@ -352,13 +362,14 @@ def check(lines: Lines, kind: str, form: str, bad_share: float) -> None:
     lines.check(bad_share, fields=NEEDED[kind].format(**vars(FIELDS[form])), hints=HINTS)
 
 
-def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float) -> pl.DataFrame:
+def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float,
+                  processes: Processes | None) -> pl.DataFrame:
     """Events as a sorted table, none of them twice, of the items with these asins."""
     # a category is a text's number in the order of first occurrence: of an item its id less 1.
     # polars forgets the texts once no column of the type is left, therefore `_held`.
     item, user = (pl.Categorical(pl.Categories.random()) for _ in range(2))
     _held, tables = (asins.cast(item), pl.Series(dtype=user)), []
-    for table in _read_events(lines, form, bad_share):
+    for table in _read(lines, 'events', form, bad_share, processes):
         known = table.with_columns(pl.col('asin').cast(item).to_physical().cast(pl.Int32) + 1
                                    ).filter(pl.col('asin') <= len(asins))
         lines.rejected['item_without_metadata'] += len(table) - len(known)

@@ -29,6 +29,8 @@ NESTED, DIGITS = 700, 4300
 LONGEST = 4 * amazon_fields.USER_LENGTH  # bytes of a user in UTF-8
 _SURROGATE = re.compile('[\ud800-\udfff]')
 EVENTS = pl.Schema({'user': pl.String, 'asin': pl.String, 'time': pl.Int64})
+CATALOGUE = pl.Schema({'asin': pl.String, 'title': pl.String, 'brand': pl.String,
+                       'category': pl.String, 'description': pl.String, 'price': pl.Float32})
 _ASINS = re.compile('[A-Za-z0-9_-]*')
 
 
@@ -46,13 +48,14 @@ class Parsed(NamedTuple):
     rejected: list[tuple[int, Reason]]
 
 
-def parse_all(parse: Callable[[bytes | Reason], Parsed], blocks: Iterable[bytes | Reason]
+def parse_all(parse: Callable[[Any], Parsed], blocks: Iterable, threads: int = THREADS
               ) -> Iterator[Parsed]:
     """Parse blocks in threads, in their order.
 
     Args:
       parse: such as `events`.
-      blocks: of `untrusted.Lines.blocks`.
+      blocks: of `untrusted.Lines.blocks`, or what else `parse` takes.
+      threads: how many.
 
     Yields:
       What became of each block.
@@ -60,10 +63,10 @@ def parse_all(parse: Callable[[bytes | Reason], Parsed], blocks: Iterable[bytes 
     waiting, collects = deque(), gc.isenabled()
     gc.disable()  # it would look at the records of a block again and again, which have no circles
     try:
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             for block in blocks:
                 waiting.append(pool.submit(parse, block))
-                if len(waiting) > THREADS:
+                if len(waiting) > threads:
                     yield waiting.popleft().result()
             yield from (parsed.result() for parsed in waiting)
     finally:
@@ -112,6 +115,23 @@ def items(block: bytes | Reason, form: str, parse: Callable) -> Parsed:
     columns, unused = parse(parsed.values, fields)
     asins = [record[fields.asin] for record in parsed.values]
     return parsed._replace(values=([asins, *columns], unused))
+
+
+def described(block: bytes | Reason, form: str) -> Parsed:
+    """Read lines of metadata; values are a table of CATALOGUE, and (row, unused field).
+
+    Args:
+      block: whole lines, or the reason why a line could not be read.
+      form: '2018' or '2023'.
+    """
+    parsed = items(block, form, amazon_fields.describe)
+    columns, unused = parsed.values
+    return parsed._replace(values=(pl.DataFrame(columns, CATALOGUE), unused))
+
+
+def parse(block: bytes | Reason, kind: str, form: str) -> Parsed:
+    """Read lines of a kind of file: 'events' by `events`, 'items' by `described`."""
+    return (events if kind == 'events' else described)(block, form)
 
 
 def counted(lines: Lines, parsed: Parsed) -> Any:
