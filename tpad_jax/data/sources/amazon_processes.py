@@ -2,8 +2,8 @@
 
 msgspec and Python's own code hold the interpreter's lock, so that threads parse on one core. A
 process reads a range of a file's bytes, or gets unpacked lines, and returns a table in Arrow's
-format. It is started anew and not forked, imports neither jax nor tensorflow_datasets, and ends
-when its standard input does.
+format. It is not forked, imports neither jax nor tensorflow_datasets, and ends when its standard
+input does.
 """
 
 import contextlib
