@@ -274,7 +274,7 @@ def _fixed_order(first: np.ndarray, second: np.ndarray, size: int) -> np.ndarray
     seen = np.bincount(first, minlength=size) + np.bincount(second, minlength=size)
     rate = ORDER_RATE / np.maximum(seen, 1)  # a count over 4 bounds the curvature
     for _ in range(ORDER_STEPS):
-        surprise = expit(place[first] - place[second])
+        surprise = expit(place.take(first) - place.take(second))
         place += rate * (np.bincount(second, surprise, size) - np.bincount(first, surprise, size))
     return place
 

@@ -5,6 +5,7 @@ are stored as compressed rows (CSR), so that a million of them are two flat arra
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -197,11 +198,11 @@ def split(sessions: Sessions, valid: float, test: float) -> tuple[Sessions, Sess
               'number of sessions. Fix: raise them.')
     last = _boundary(sessions.start, total - round(sizes[1]))
     middle = _boundary(sessions.start, last - round(sizes[0]))
-    refuse_if(not 0 < middle < last < total, f'{options}: {total} sessions with '
-              f'{len(np.unique(sessions.start))} different start times cannot be split by time. '
-              'Expected sessions in every part. Fix: give more sessions or other sizes.')
-    parts = np.split(np.arange(total), [middle, last])
-    return tuple(take(sessions, part) for part in parts)
+    if not 0 < middle < last < total:  # counting the start times takes long
+        raise InputError(f'{options}: {total} sessions with {len(np.unique(sessions.start))} '
+                         'different start times cannot be split by time. Expected sessions in '
+                         'every part. Fix: give more sessions or other sizes.')
+    return tuple(_between(sessions, *pair) for pair in pairwise((0, middle, last, total)))
 
 
 def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
@@ -334,6 +335,15 @@ def join(first: Sessions, second: Sessions) -> Sessions:
     return Sessions(*parts)._replace(offsets=offsets)
 
 
+def _between(sessions: Sessions, begin: int, end: int) -> Sessions:
+    """Sessions begin .. end - 1, whose arrays are not copied."""
+    offsets = sessions.offsets[begin:end + 1]
+    items, time, kind = (None if array is None else array[offsets[0]:offsets[-1]]
+                         for array in (sessions.items, sessions.time, sessions.kind))
+    return Sessions(items, offsets - offsets[0], sessions.start[begin:end], time, kind,
+                    None if sessions.visitor is None else sessions.visitor[begin:end])
+
+
 def _picked(sessions: Sessions, events, index, offsets: np.ndarray) -> Sessions:
     """Sessions of chosen events and chosen sessions, cut again by `offsets`."""
     time, kind, visitor = (None if array is None else array[chosen] for array, chosen in (
@@ -357,9 +367,9 @@ def _grouped(interactions: pl.DataFrame, by_day: bool, gap_seconds: int,
         later = (np.diff(events['user']) != 0) | (np.diff(events['time']) != 0)
         tied = np.flatnonzero(~(np.append(True, later) & np.append(later, True)))
         lots = np.lexsort((rng.random(columns.height)[tied], np.append(0, np.cumsum(later))[tied]))
-        order = np.arange(columns.height)
-        order[tied] = tied[lots]
-        events = {name: column[order] for name, column in events.items()}
+        events = {name: column.copy() for name, column in events.items()}
+        for column in events.values():
+            column[tied] = column[tied[lots]]
     user, time = events['user'], events['time']
     first = np.ones(len(user), bool)
     apart = (np.diff(time // (DAY * per_second)) != 0 if by_day

@@ -18,7 +18,7 @@ from tpad_jax.data.sessions import Rows, Sessions, rows
 AT = 20  # K of the metrics
 # gain for the target at place 1, 2, .. AT
 GAINS = {'hit@20': np.ones(AT), 'mrr@20': 1 / np.arange(1, AT + 1)}
-SAMPLE, CHUNK = 5_000, 64  # test rows at most, and rows that are scored at once
+SAMPLE, CHUNK = 5_000, 128  # test rows at most, and rows that are scored at once
 LONGEST, DECAY = 10, 0.6  # steps between the items of a rule; weight per step from the prefix's end
 PREFIX = 20  # items of a prefix that rules look at
 # rule: steps of its pairs, weight per step from the prefix's end, counted in both directions
@@ -58,7 +58,8 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0,
         for name, (steps, decay, both) in RULES.items():
             table = tables[steps]
             table = sp.csr_array(table + table.T) if both else table
-            # few rows at a time stay in the processor's caches; scipy releases the lock
+            # rows at a time share a pass over all items; their scores take memory. scipy releases
+            # the lock
             chunks = [picked[begin:begin + CHUNK] for begin in range(0, len(picked), CHUNK)]
             with ThreadPoolExecutor(4) as pool:
                 parts = list(pool.map(partial(_places, table, scored, decay=decay), chunks))
