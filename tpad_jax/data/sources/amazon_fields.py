@@ -102,28 +102,35 @@ def describe(records: list[dict], fields: Fields) -> tuple[list[list], list[tupl
       Titles, brands, categories, descriptions (str, '' if none) and prices (dollars, None if none);
       and (row, field) of every value that cannot be used.
     """
-    raw_titles, raw_brands, raw_prices = (
-        [record.get(name) for record in records] for name in ('title', fields.brand, 'price'))
+    raw_titles, raw_brands, raw_prices, categories, category, main_category, descriptions = (
+        [record.get(name) for record in records] for name in (
+            'title', fields.brand, 'price', 'categories', fields.category, fields.main_category,
+            'description'))
     raw_brands = [_BYLINE.sub('', brand.lstrip()) if isinstance(brand, str) else brand
                   for brand in raw_brands]
-    titles, prices = _words(raw_titles), list(map(amount, raw_prices))
+    titles = _words(raw_titles)
     brands = ['' if brand in ABSENT else _name(brand) for brand in raw_brands]
+    # most prices are numbers that need no further look
+    prices = [price if type(price) is float and 0 <= price < MAX_PRICE else amount(price)
+              for price in raw_prices]
     unused = [(row, f'{name}_page_code' if isinstance(raw, str) else name)
               for name, raws, values in (('title', raw_titles, titles),
-                                         ('brand', raw_brands, brands))
+                                         ('brand', raw_brands, brands)) if '' in values
               for row, (raw, value) in enumerate(zip(raws, values, strict=True))
               if raw and not value and raw not in ABSENT]
-    unused += [(row, 'price') for row, price in enumerate(prices)
-               if price is None and raw_prices[row] not in ABSENT]
+    if None in prices:
+        unused += [(row, 'price') for row, price in enumerate(prices)
+                   if price is None and raw_prices[row] not in ABSENT]
     # 2014's path is called as 2023's
-    categories = [_category(record.get(fields.category) or record.get('categories'))
-                  or _name(record.get(fields.main_category)) for record in records]
+    categories = [_category(own or other) or _name(main) for own, other, main in zip(
+        category, categories, main_category, strict=True)]
     # many 2023 items have an empty description and put everything into their list of features
-    descriptions = _words([record.get('description') for record in records])
-    empty = [row for row, description in enumerate(descriptions) if not description]
-    for row, words in zip(empty, _words([records[row].get(fields.features) for row in empty]),
-                          strict=True):
-        descriptions[row] = words
+    descriptions = _words(descriptions)
+    if '' in descriptions:
+        empty = [row for row, description in enumerate(descriptions) if not description]
+        for row, words in zip(empty, _words([records[row].get(fields.features) for row in empty]),
+                              strict=True):
+            descriptions[row] = words
     return [titles, brands, categories, descriptions, prices], unused
 
 
@@ -174,8 +181,6 @@ def _texts(value: object) -> list[str]:
     """The texts in a field; a number is its digits."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and {*map(type, value)} <= {str}:  # most lists
-        return value
     return [str(leaf) for leaf in _strings(value) if isinstance(leaf, str) or _is_number(leaf)]
 
 
@@ -185,10 +190,17 @@ def _is_number(value: object) -> bool:
 
 def _words(values: list) -> list[str]:
     """Plain text of a field of every record."""
-    texts = list(map(_texts, values))
-    cleaned = iter(clean_all([*chain.from_iterable(texts)]))
-    return [next(cleaned) if len(parts) == 1 else ' '.join(filter(None, islice(
-        cleaned, len(parts)))) for parts in texts]
+    # most are a text, or a list of one
+    texts = [value if isinstance(value, str) else value[0] if isinstance(value, list)
+             and len(value) == 1 and isinstance(value[0], str) else None for value in values]
+    if None not in texts:
+        return clean_all(texts)
+    others = {row: _texts(values[row]) for row, text in enumerate(texts) if text is None}
+    cleaned = clean_all([text or '' for text in texts])
+    parts = iter(clean_all([*chain.from_iterable(others.values())]))
+    for row, several in others.items():
+        cleaned[row] = ' '.join(filter(None, islice(parts, len(several))))
+    return cleaned
 
 
 def _name(value: object) -> str:
@@ -199,7 +211,9 @@ def _name(value: object) -> str:
 
 def _category(value: object) -> str:
     """The category path "a > b > c", up to the first level that cannot be a category's name."""
-    levels = tuple(_texts(value)[:CATEGORY_LEVELS])
+    levels = tuple(value[:CATEGORY_LEVELS]) if isinstance(value, list) else ()
+    if {*map(type, levels)} != {str}:
+        levels = tuple(_texts(value)[:CATEGORY_LEVELS])
     return (_path if sum(map(len, levels)) <= CATEGORY_LEVELS * CATEGORY_LENGTH
             else _path.__wrapped__)(levels)
 
