@@ -375,6 +375,8 @@ def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float,
         lines.rejected['item_without_metadata'] += len(table) - len(known)
         tables.append(known.select(pl.col('user').cast(user).to_physical(), item='asin',
                                    time='time'))
+    if processes:  # sorting needs their memory
+        processes.end()
     # users are numbered by their sorted names, so that no number depends on the order of lines
     table, name = pl.concat(tables), pl.col('name').cast(pl.String)
     codes = pl.Series('name', np.arange(1 + table['user'].max(), dtype=np.uint32))

@@ -61,6 +61,10 @@ class Processes:
         return self
 
     def __exit__(self, *_) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End them; they are not used any more."""
         for process in self._all:
             process.kill()
             with contextlib.suppress(OSError, ValueError):  # a pipe is broken or closed

@@ -154,20 +154,24 @@ def prepare(raw_dir, data_dir, *, bad_share: float = 1.0, read: Callable[[], Raw
                                               store=data_dir / Amazon.name / TEXTS)
     pauses = {'gap_seconds': round(options['gap_hours'] * 3600), **raw.cutting}
     shortest = options['min_length']
-    sessions = sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'],
-                                min_length=shortest)
-    parts = sessions_lib.split(sessions, options['valid'], options['test'])
-    splits = dict(zip(('train', 'valid', 'test'), parts, strict=True))
-    splits['train'] = sessions_lib.k_core(splits['train'], options['core'], shortest)
-    warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
-    ties = sessions_lib.time_ties(raw.interactions, **pauses)
-    items = raw.catalogue.with_columns(reviewed=_reviewed(raw, int(splits['valid'].start.min())))
+    with ThreadPoolExecutor(1) as pool:  # a table without sessions is written while they are cut
+        pictures = pool.submit(write_table, data_dir, 'images',
+                               {'images': _image_records(raw.catalogue['image'])})
+        sessions = sessions_lib.cut(raw.interactions, **pauses, seed=options['seed'],
+                                    min_length=shortest)
+        parts = sessions_lib.split(sessions, options['valid'], options['test'])
+        splits = dict(zip(('train', 'valid', 'test'), parts, strict=True))
+        splits['train'] = sessions_lib.k_core(splits['train'], options['core'], shortest)
+        warm = sessions_lib.warm_items(splits['train'], raw.catalogue.height)
+        ties = sessions_lib.time_ties(raw.interactions, **pauses)
+        items = raw.catalogue.with_columns(reviewed=_reviewed(raw,
+                                                              int(splits['valid'].start.min())))
+        pictures.result()
     raw = raw._replace(catalogue=None, interactions=None)  # the audit needs the memory
-    del sessions
+    del sessions, parts
     with ThreadPoolExecutor(1) as pool:  # the audit hardly needs the interpreter's lock
         report = pool.submit(audit.audit, *splits.values(), warm, form=raw.form, ties=ties)
         write_table(data_dir, 'items', {'items': _item_records(items)})
-        write_table(data_dir, 'images', {'images': _image_records(items['image'])})
         del items
         write_table(data_dir, 'sessions', {split: _session_records(part)
                                            for split, part in splits.items()})
