@@ -64,6 +64,8 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
       are whole, 'moment' for a single one, None where events have no times.
     """
     seen = set(_keys(train))
+    different, overlap = len(seen), _mean([key in seen for key in _keys(test)])
+    del seen  # the shuffle test needs the memory
     first = np.searchsorted(train.offsets, train.offsets[-1] - RECENT, 'right') - 1
     recent = take(train, np.arange(first, len(train.start))) if first > 0 else train
     starts = np.concatenate([train.start, valid.start, test.start])
@@ -76,19 +78,21 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
             equal = [(np.diff(part.time) == 0)[np.diff(part.owner) == 0]
                      for part in splits.values()]
             ties = np.concatenate(equal).mean()
+    days = bool((starts % DAY == 0).all()) if (starts != starts[:1]).any() else None
+    unit = _unit(np.concatenate(times)) if known else None
+    del starts
     report = {
         'form': form, 'items': len(warm) - 1, 'warm_items': int(warm.sum()),
         'sessions': {name: len(part.start) for name, part in splits.items()},
         'events': sum(len(part.items) for part in splits.values()),
         'lengths': length_histogram(train), **order_artefact(recent, test, every_prefix),
         'repeat_share': repeat_share(test, every_prefix),
-        'overlap_share': _mean([key in seen for key in _keys(test)]),
-        'duplicate_share': 1 - len(seen) / len(train.start) if len(train.start) else None,
+        'overlap_share': overlap,
+        'duplicate_share': 1 - different / len(train.start) if len(train.start) else None,
         'history_share': history_share(train, test),
         'cold_target_share': _mean(~warm[_steps(test, every=every_prefix)[1]]),
         'tie_share': None if np.isnan(ties) else float(ties),
-        'time_unit': _unit(np.concatenate(times)) if known else None,
-        'day_granular': bool((starts % DAY == 0).all()) if (starts != starts[:1]).any() else None,
+        'time_unit': unit, 'day_granular': days,
         'shuffle': shuffle_test(recent, test, every_prefix=every_prefix)}
     return {**report, 'warnings': _warnings(report), 'verdict': verdict(report)}
 

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from tpad_jax.core import ties
 from tpad_jax.data.item_graphs import decayed, followers
-from tpad_jax.data.sessions import Rows, Sessions, rows
+from tpad_jax.data.sessions import Rows, Sessions, rows, take
 
 AT = 20  # K of the metrics
 # gain for the target at place 1, 2, .. AT
@@ -49,10 +49,15 @@ def shuffle_test(train: Sessions, test: Sessions, *, seed: int = 0,
     size = 1 + max((int(part.items.max()) for part in (train, test) if len(part.items)), default=0)
     places = {name: [] for name in RULES}
     pairs = (train, test), (shuffled(train, rng), shuffled(test, rng, every_prefix))
-    total = int(np.maximum(test.lengths - 1, 0).clip(max=None if every_prefix else 1).sum())
+    ends = np.maximum(test.lengths - 1, 0).clip(max=None if every_prefix else 1).cumsum()
+    total = int(ends[-1]) if len(ends) else 0
     picked = np.sort(rng.choice(total, min(total, SAMPLE), replace=False))
+    # rows of the sessions that have picked ones: those of all take a hundred times the memory
+    owners, owner = np.unique(np.searchsorted(ends, picked, 'right'), return_inverse=True)
+    sizes = np.diff(ends, prepend=0)[owners]
+    picked = picked - (ends[owners] - sizes.cumsum())[owner]
     for counted, tested in pairs:
-        scored = rows(tested, PREFIX, every_prefix)
+        scored = rows(take(tested, owners), PREFIX, every_prefix)
         tables = {steps: followers(counted, size - 1, steps, lag_power=1)
                   for steps in {steps for steps, *_ in RULES.values()}}
         for name, (steps, decay, both) in RULES.items():
