@@ -20,7 +20,7 @@ TABLE = 'recommender/fusion/id'
 ROWS = {'rows': 24, 'columns': 23}
 FORMS = {'whole': partial(losses.next_item, smoothing=0.1),
          'chunked': partial(losses.next_item, chunk=7),
-         'sampled': partial(losses.sampled_next_item, samples=50)}
+         'sampled': partial(losses.sampled_next_item, samples=50, z='z')}
 MESHES = {'4x2': (8, 2), '2x4': (8, 4), '1x8': (8, 8)}
 
 

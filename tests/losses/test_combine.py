@@ -133,7 +133,7 @@ def test_every_position_predicts_as_a_row_of_its_own(name, room):
                   valid=jnp.asarray(valid), row=None,
                   places=None if room is None else jnp.asarray(places))
     fn, key = getattr(losses, name), jax.random.key(0)
-    keywords = {'key': key, 'samples': 16} if 'sampled' in name else {}
+    keywords = {'key': key, 'samples': 16, 'z': 'z'} if 'sampled' in name else {}
     found = fn({**shared, 'h': jnp.asarray(h)}, batch, **keywords)
     rows = batch.replace(target=jnp.asarray(following.ravel()[at]))
     expected = fn({**shared, 'h': jnp.asarray(h.reshape(-1, 5)[at])}, rows, **keywords)

@@ -413,7 +413,7 @@ def test_many_samples_are_the_whole_softmax(power, counts):
     out = {**jit(named)(make_params(1), raw, batch), 'popularity': counts, 'repeat': None}
     out['h'] = out['h'] / 4  # or few items have all of the probability
     out['z'] = out['z'].at[V].set(out['h'][0])  # a cold target that scores high
-    sampled = partial(losses.sampled_next_item, power=power, samples=300_000,
+    sampled = partial(losses.sampled_next_item, power=power, samples=300_000, z='z',
                       key=jax.random.key(1), temperature=1.5)
     expected = gradients(partial(losses.next_item, temperature=1.5), out, batch)
     close(gradients(sampled, out, batch), expected, 0.05)
@@ -425,7 +425,7 @@ def test_without_its_correction_a_skewed_proposal_is_wrong(monkeypatch):
     expected = jit(losses.next_item)(out, batch)
 
     def sampled():
-        return jit(partial(losses.sampled_next_item, key=jax.random.key(1), samples=100_000,
+        return jit(partial(losses.sampled_next_item, key=jax.random.key(1), samples=100_000, z='z',
                            power=1.0))(out, batch)
 
     assert np.abs(sampled() - expected).max() < 0.05
@@ -443,7 +443,7 @@ def test_the_sampled_partition_is_unbiased():
     exact = np.exp(jit(losses.next_item)(out, batch) + own)
 
     def partition(key):
-        value = losses.sampled_next_item(out, batch, key=key, samples=2, power=1.0)
+        value = losses.sampled_next_item(out, batch, key=key, samples=2, power=1.0, z='z')
         return jnp.exp(value + own)
 
     found = np.asarray(jit(jax.vmap(partition))(jax.random.split(jax.random.key(0), 20_000)))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tpad_jax import losses
 from tpad_jax.distributed import devices
 from tpad_jax.errors import InputError
 from tpad_jax.evaluation import scorers
@@ -407,6 +408,29 @@ def test_every_stage_gets_what_it_needs(params, stage, form):
     assert needs <= out.keys()
     for name in needs & SHAPES.keys():
         assert out[name].shape == SHAPES[name], name
+
+
+@pytest.mark.parametrize('encoder', ['sr_gnn', 'gce_gnn'])
+def test_items_that_are_read_alone_are_those_of_the_whole_table(params, encoder):
+    """Values and gradients of the sampled softmax, under dropout; the global graph reads more."""
+    model = SimpleNamespace(**vars(MODEL) | {'encoder': encoder, 'near': 4, 'near_window': 2})
+    spec = tpad.build(MLLM(**BASE), model, recommend=('k', 'r'), items=V, max_length=N,
+                      side_sizes=(3, 4))
+    batch, catalogue, key = make_batch(), make_catalogue(), jax.random.key(0)
+    catalogue['popularity'] = jnp.arange(V + 1.0)
+    if encoder == 'gce_gnn':
+        near = jnp.asarray(np.random.default_rng(0).integers(0, V + 1, (V + 1, 4)))
+        catalogue |= dict(zip(tpad.GRAPH, (near, jnp.ones(near.shape)), strict=True))
+    own = filled(jax.eval_shape(lambda: tpad.recommender_init(key, spec, catalogue)), 2)
+
+    def loss(own, z):
+        out = outputs.forward(spec, params | {'recommender': own}, batch, catalogue,
+                              frozenset({'h', z, 'warm', 'popularity'}), frozenset(), key)
+        assert isinstance(out[z], outputs.ItemVectors) == (z == 'z.read')
+        return losses.sampled_next_item(out, batch, key=key, z=z, samples=5).sum()
+
+    one, other = (jit(jax.value_and_grad(partial(loss, z=z)))(own) for z in ('z', 'z.read'))
+    jax.tree.map(same, one, other)
 
 
 @pytest.mark.parametrize('recommend', [('k',), ('k', 'r'), ()])

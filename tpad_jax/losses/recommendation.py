@@ -64,7 +64,7 @@ def next_item(out, batch, *, h: Out = Out('h'), z: Out = Out('z'),
     return back(whole - own)
 
 
-def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('z'),
+def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('z.read'),
                       warm: Out = Out('warm'), popularity: Out = Out('popularity'), samples=8192,
                       power=0.75, temperature=1.0):
     """Return `next_item` with its partition estimated from drawn items.
@@ -80,7 +80,7 @@ def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('
       batch: types.Batch.
       key: the step's.
       h: float32 [B, D] or [B, N, D]. Output with the sessions.
-      z: float32 [V+1, D]. Output with the items.
+      z: float32 [V+1, D], read by item. Output with the items.
       warm: bool [V+1]. Output with the items that training sessions contain.
       popularity: float32 [V+1]. Output with how often they do.
       samples: how many items are drawn.
@@ -90,13 +90,15 @@ def sampled_next_item(out, batch, *, key=None, h: Out = Out('h'), z: Out = Out('
     Returns:
       [B], or Loss [B, N].
     """
-    z, warm = out[z], out[warm]
+    warm = out[warm]
     h, target, _, back = _predictions(out[h], batch)
-    h, own = _own(h / temperature, z[target])
     weight = softmax.weights(warm, out[popularity], power)
     drawn = softmax.draw(key, weight, samples)
+    # in one read, whose gradient is one array of V rows
+    own, others = jnp.split(out[z][jnp.concatenate([target, drawn])], [len(target)])
+    h, own = _own(h / temperature, own)
     expected = softmax.log_probability(weight, drawn) + math.log(samples)
-    logits = h @ z[drawn].T - expected
+    logits = h @ others.T - expected
     counts = (drawn[None] != target[:, None]) & (drawn[None] > 0)
     logits = jnp.where(counts, logits, -jnp.inf)
     # a cold target is not in the partition

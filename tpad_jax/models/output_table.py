@@ -52,6 +52,7 @@ class Inputs:
       catalogue: rows per item.
       fresh: features ('k', 'r') computed from content.
       keys: {purpose: key}, None in evaluation: then nothing is dropped or withheld.
+      table: whether the recommender's vectors of the whole catalogue are needed, or only some.
     """
 
     spec: TPAD
@@ -60,6 +61,7 @@ class Inputs:
     catalogue: dict
     fresh: frozenset
     keys: dict
+    table: bool = True
 
     @property
     def rows(self):

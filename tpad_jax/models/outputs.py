@@ -6,11 +6,13 @@ catalogue's rows; its name is the same.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from tpad_jax.models import readers, stream as streams
+from tpad_jax.models import output_table, readers, stream as streams
 from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Plan, output, split
 from tpad_jax.models.sessions.repeats import shifts
 from tpad_jax.models.tpad import TPAD, encode_sessions, flat, item_vectors, z_table
@@ -292,9 +294,28 @@ def _foretell_tokens(at, position):
 # --- the recommender ------------------------------------------------------------------------------
 
 
+@struct.dataclass
+class ItemVectors:
+    """The recommender's items, each computed where it is read, x[ids] -> [..., D]."""
+
+    spec: TPAD = struct.field(pytree_node=False)
+    params: dict
+    catalogue: dict
+    key: Any
+
+    def __getitem__(self, ids):
+        rows = [self.catalogue[name][ids].reshape(*ids.shape, -1) for name in self.spec.recommend]
+        return item_vectors(self.spec, self.params, ids, rows, self.catalogue, self.key)
+
+
 @output('_z', needs=('features',))
 def _z_pair(at):
     """Vectors of the catalogue, and those of the prefix's items in it."""
+    if not at.table:
+        rows = {name: at.catalogue[name] for name in ('warm', 'side', *at.spec.recommend)}
+        fusion = {'recommender': {'fusion': at.params['recommender']['fusion']}}
+        some = ItemVectors(at.spec, fusion, rows, at.keys['fusion'])
+        return some, some[at.batch.items]
     table = z_table(at.spec, at.params, at.catalogue, at.keys['fusion'])
     return take(table, at.batch.items)
 
@@ -303,6 +324,10 @@ def _z_pair(at):
 def _z(at, pair):
     """The recommender's items; products with `h` are logits."""
     return pair[0]
+
+
+output('z.read', 'V+1, D', ('_z',), is_table=True, doc='As `z`, to be read by item alone, x[ids]: '
+       'where no loss reads `z`, only these items are computed.')(lambda at, pair: pair[0])
 
 
 def _fresh(recommend, fresh):
@@ -322,16 +347,16 @@ def _prefix(at, pair, *features):
     return item_vectors(at.spec, at.params, at.batch.items, rows, at.catalogue, at.keys['fusion'])
 
 
-def _encode(each, at, z, prefix):
+def _encode(each, at, pair, prefix):
     key = at.keys['encoder']
     items, context = at.batch.items, at.batch.context
     items = items if context is None else jnp.concatenate([items, context], axis=1)
-    return encode_sessions(at.spec, at.params, items, z, at.catalogue,
+    return encode_sessions(at.spec, at.params, items, pair[0], at.catalogue,
                            None if key is None else row_keys(key, at.batch.row), prefix, each=each)
 
 
-output('h', 'B, D', ('z', '_prefix'), doc="The recommender's session.")(partial(_encode, False))
-output('h_each', 'B, N, D', ('z', '_prefix', 'prefixes'),
+output('h', 'B, D', ('_z', '_prefix'), doc="The recommender's session.")(partial(_encode, False))
+output('h_each', 'B, N, D', ('_z', '_prefix', 'prefixes'),
        doc="The recommender's session after every position.")(partial(_encode, True))
 
 
@@ -377,8 +402,9 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     """
     keys = dict.fromkeys(PURPOSES) if key is None else dict(
         zip(PURPOSES, jax.random.split(key, len(PURPOSES)), strict=True))
-    inputs = Inputs(spec, params, batch, catalogue, fresh, keys)
     plan = Plan(spec.form, spec.recommend, spec.reread, fresh)
+    inputs = Inputs(spec, params, batch, catalogue, fresh, keys,
+                    'z' in output_table.required(needs, plan))
     values = {}
 
     def value(name):
