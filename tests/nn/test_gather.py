@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tpad_jax.models.fusion import Fusion, blank
-from tpad_jax.nn.gather import take
+from tpad_jax.nn.gather import take, totals
 
 
 def test_take_is_indexing():
@@ -49,3 +50,25 @@ def test_without_id_dropout_cold_items_have_no_vector_of_their_own():
     z = fusion.apply({'params': blank(params, warm)}, None, warm, [], side)
     np.testing.assert_array_equal(np.abs(z).max(axis=1) > 0, warm)
     assert 'shared' not in params
+
+
+@pytest.mark.parametrize('length', [1, 2, 7, 64, 65])
+@pytest.mark.parametrize('more', [(), (3,)])
+def test_totals_are_the_sums_of_each_id(length, more):
+    rng = np.random.default_rng(length)
+    ids = rng.integers(0, 5, (4, length)).astype(np.int32)
+    values = rng.normal(size=(4, length, *more)).astype(np.float32)
+    found, sums, last = map(np.asarray, jax.jit(totals)(ids, values))
+    for row in range(4):
+        np.testing.assert_array_equal(found[row], np.sort(ids[row]))
+        assert set(found[row][last[row]]) == set(ids[row])
+        assert last[row].sum() == len(set(ids[row]))
+        for item, total in zip(found[row][last[row]], sums[row][last[row]], strict=True):
+            np.testing.assert_allclose(total, values[row][ids[row] == item].sum(axis=0), atol=1e-5)
+
+
+def test_totals_have_gradients_of_sums():
+    ids = jnp.array([[2, 1, 2, 2]])
+    pull = jax.grad(lambda x: jnp.where(totals(ids, x)[2], totals(ids, x)[1], 0)[0]
+                    @ jnp.arange(4.0))(jnp.ones((1, 4)))
+    np.testing.assert_allclose(pull, [[3, 0, 3, 3]])
