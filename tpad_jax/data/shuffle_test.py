@@ -18,7 +18,7 @@ from tpad_jax.data.sessions import Rows, Sessions, rows, take
 AT = 20  # K of the metrics
 # gain for the target at place 1, 2, .. AT
 GAINS = {'hit@20': np.ones(AT), 'mrr@20': 1 / np.arange(1, AT + 1)}
-SAMPLE, CHUNK = 5_000, 128  # test rows at most, and rows that are scored at once
+SAMPLE, CHUNK = 5_000, 64  # test rows at most, and rows that are scored at once
 LONGEST, DECAY = 10, 0.6  # steps between the items of a rule; weight per step from the prefix's end
 PREFIX = 20  # items of a prefix that rules look at
 # rule: steps of its pairs, weight per step from the prefix's end, counted in both directions
@@ -92,7 +92,7 @@ def _places(table: sp.csr_array, scored: Rows, picked: np.ndarray, decay: float
     target_score = scores[np.arange(len(items)), target]
     listed = np.diff(scores.indptr)
     limit = np.repeat(target_score, listed)
-    above, equal = (np.diff(np.append(0, mask.cumsum())[scores.indptr])
+    above, equal = (np.diff(np.searchsorted(np.flatnonzero(mask), scores.indptr))
                     for mask in (scores.data > limit, scores.data == limit))
     # at score 0 no rule leads to the target, which ties with all items that no rule leads to
     return above, np.where(target_score == 0, table.shape[0] - 1 - listed, equal)

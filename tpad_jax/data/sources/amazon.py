@@ -194,7 +194,7 @@ def read(raw_dir: str | Path, bad_share: float = 1.0, known: Sequence[str] = (),
 
 def with_images(items: pl.DataFrame, images: dict[str, Path]) -> pl.DataFrame:
     """Add the column image to a table of CATALOGUE: the path that `find_images` found, or null."""
-    paths = [str(images[asin]) if asin in images else None for asin in items['asin']]
+    paths = [str(images[asin]) if asin in images else None for asin in items['asin'].to_list()]
     return items.with_columns(image=pl.Series(paths, dtype=pl.String))
 
 
@@ -328,19 +328,19 @@ def _read_texts(lines: Lines, form: str, unused: Counter, asins: set[str], bad_s
                 processes: Processes | None) -> Iterator[pl.DataFrame]:
     """Yield tables of items whose asin is not in `asins`, which they are added to."""
     for table, missing in _read(lines, 'items', form, bad_share, processes):
-        rows = _new_rows(lines, table['asin'], asins, missing, unused)
+        rows = _new_rows(lines, table['asin'].to_list(), asins, missing, unused)
         yield table if len(rows) == len(table) else table[rows]
 
 
-def _new_rows(lines: Lines, names: Iterable[str], asins: set[str], missing: list[tuple[int, str]],
-              unused: Counter) -> list[int]:
+def _new_rows(lines: Lines, names: list[str], asins: set[str], missing: list[tuple[int, str]],
+              unused: Counter) -> Sequence[int]:
     """The rows whose name is not in `asins`, which they are added to, and count what they lack."""
-    rows, number = [], -1
-    for number, name in enumerate(names):
-        if name not in asins:
-            asins.add(name)
-            rows.append(number)
-    lines.rejected.update(['duplicate_item'] * (number + 1 - len(rows)))
+    if asins.isdisjoint(names) and len({*names}) == len(names):  # most blocks
+        rows = range(len(names))
+        asins.update(names)
+    else:
+        rows = [row for row, name in enumerate(names) if not (name in asins or asins.add(name))]
+    lines.rejected.update(['duplicate_item'] * (len(names) - len(rows)))
     if missing:
         new = set(rows)
         unused.update(what for row, what in missing if row in new)
@@ -375,8 +375,8 @@ def _interactions(lines: Lines, form: str, asins: pl.Series, bad_share: float,
         lines.rejected['item_without_metadata'] += len(table) - len(known)
         tables.append(known.select(pl.col('user').cast(user).to_physical(), item='asin',
                                    time='time'))
-    if processes:  # sorting needs their memory
-        processes.end()
+    if processes:
+        processes.end()  # sorting needs their memory
     # users are numbered by their sorted names, so that no number depends on the order of lines
     table, name = pl.concat(tables), pl.col('name').cast(pl.String)
     codes = pl.Series('name', np.arange(1 + table['user'].max(), dtype=np.uint32))

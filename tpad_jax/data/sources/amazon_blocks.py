@@ -186,7 +186,8 @@ def _parse(block: bytes | Reason, decoder, asin: Callable, careful: Callable) ->
 def _decoded(chunk: bytes, lines: int, decoder, asin: Callable) -> list | None:
     """The objects of a chunk if each of its lines is one, and in order."""
     try:
-        chunk.decode()  # what is skipped is not checked otherwise
+        if not chunk.isascii():
+            chunk.decode()  # what is skipped is not checked otherwise
         records = decoder.decode_lines(chunk)
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
         return None
