@@ -1,18 +1,21 @@
 """Processes give what one process reads; what becomes of a killed one; when none is started."""
 
 import gzip
+import io
 import os
 import signal
 import subprocess
 import sys
 
+import polars as pl
 import pytest
 
 from tests.data.prepare.test_prepare import BOM, OPTIONS, tree, write
 from tests.data.sources.test_amazon_blocks import ODD
 from tpad_jax.data.prepare import __main__ as prepare
-from tpad_jax.data.sources import amazon, amazon_processes
+from tpad_jax.data.sources import amazon, amazon_blocks, amazon_processes
 from tpad_jax.data.sources.amazon_parts import Part
+from tpad_jax.data.untrusted import Reason
 from tpad_jax.errors import InputError
 
 
@@ -54,6 +57,23 @@ def test_a_part_is_read_as_a_block(tmp_path):
         with pytest.raises(InputError, match=r'Y\.jsonl cannot be read'):
             processes.parse(Part('items', path.replace('X', 'Y'), 0, 9), 'items', '2023')
         assert processes.parse(data, 'events', '2023').number == whole.number  # it still lives
+
+
+@pytest.mark.parametrize('kind', ['events', 'items'])
+def test_blocks_of_a_part_are_joined(kind):
+    blocks = [b'\n'.join(ODD[:9]), Reason('line_too_long'), b'\n'.join(ODD[9:])]
+    parsed, file = [amazon_blocks.parse(block, kind, '2023') for block in blocks], io.BytesIO()
+    told = amazon_processes._parsed(blocks, kind, '2023', file)
+    assert told['number'] == len(ODD) + 1
+    assert told['rejected'] == [(begin + position, reason)
+                                for begin, part in zip((0, 9, 10), parsed, strict=True)
+                                for position, reason in part.rejected]
+    tables = [part.values if kind == 'events' else part.values[0] for part in parsed]
+    if kind == 'items':
+        assert told['unused'] == [(len(tables[0]) + row, what) for row, what in parsed[2].values[1]]
+        assert told['unused']
+        assert not parsed[0].values[1]
+    assert pl.read_ipc(file.getvalue()).equals(pl.concat(tables))
 
 
 @pytest.mark.usefixtures('large')
