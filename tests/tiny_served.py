@@ -30,6 +30,7 @@ from tpad_jax.serving import artifact
 from tpad_jax.training import handover
 
 V, N, T = 30, 6, 8  # the last five items are in no session
+GIVEN = np.random.default_rng(5).normal(size=(V + 1, 12)).astype(np.float32)  # rows 'given'
 # of experts: every one counts
 WEIGHTS = {name: mean + 0.1 for name, (mean, *_) in experts.WEIGHTS.items()}
 
@@ -89,7 +90,7 @@ def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, *
                                                 *companions(data.train, V, most=3)), strict=True))
     rows = {'warm': data.warm, 'side': data.side, **near,
             'k': rng.normal(size=(V + 1, 2, tiny_base.WIDTH)).astype(np.float32),
-            'r': rng.normal(size=(V + 1, 2 * tiny_base.WIDTH)).astype(np.float32)}
+            'r': rng.normal(size=(V + 1, 2 * tiny_base.WIDTH)).astype(np.float32), 'given': GIVEN}
     rows = jax.tree.map(jnp.asarray, rows)
     for config in [c, handover.partnered(c)][:1 + bool(partner)]:
         spec = tpad.build(job.base.module, config.model, recommend=names(config.model.recommend),
@@ -105,7 +106,8 @@ def write(workdir, base, *, mllm=True, reads=False, mixed=False, partner=None, *
     several = len(specs) > 1
     mixture = None
     if mixed:
-        table = experts.tables(data.train, V, rows['k'] if mllm else None, ordered=True)
+        table = experts.tables(data.train, V, GIVEN if model.get('recommend') == 'given' else
+                               rows['k'] if mllm else None, ordered=True)
         if mixed == 'lasso':
             known = content_lasso.wanted(c, data)
             table |= content_lasso.factors(known, rng.normal(size=(2, *(len(known.names),) * 2)))

@@ -107,6 +107,11 @@ def test_a_new_item(run, tmp_path):
             'image': ('x.png', b'no picture', 'image/png')})
         image = await client.get('/items/image', params={'id': 'new'})
         none = await client.get('/items/image', params={'id': 'I3'})
+        # this run computes the features of an item; and a list is JSON
+        for features, said in ('[1.0]', 'brings features'), ('[1.0', 'features: Invalid JSON'):
+            refused = await client.post('/items', data={
+                'id': 'z', 'title': 'z', 'features': features})
+            assert (refused.status_code, said in refused.json()['detail']) == (422, True)
         items = await client.get('/items', params={'offset': V - 1})
         found = await client.post('/recommend', json={'sessions': [['new']]})
         return added, again, broken, image, none, items, found

@@ -194,14 +194,18 @@ def test_what_is_no_session(made, session):
 @pytest.mark.slow
 @pytest.mark.parametrize('model', [
     dict(reread=False, partner=dict(model=dict(encoder='attention', width=24))),
-    dict(recommend='k,r', id_dropout=0.0, mixed='lasso')], ids=['adapter, partner', 'k and r'])
+    dict(recommend='k,r', id_dropout=0.0, mixed='lasso'), dict(recommend='given', mixed='lasso')],
+    ids=['adapter, partner', 'k and r', 'given'])
 def test_a_new_item_is_read_as_the_catalogue_was(base_dir, tmp_path, model):
     """The cold items once more under other names: with pictures and without."""
     tiny_served.write(tmp_path / 'run', base_dir, reads=True, **model)
     shop = tpad_jax.load(tmp_path / 'run')
     cold = range(V - 4, V + 1)
     assert shop._reader is None, 'an MLLM was loaded before there was a new item'
-    vectors = shop.add_items([{'id': f'new {n}', **tiny_served.fields(n)} for n in cold])
+    given = model.get('recommend') == 'given'
+    brought = {n: {'features': tiny_served.GIVEN[n].tolist()} if given else {} for n in cold}
+    vectors = shop.add_items([{'id': f'new {n}', **tiny_served.fields(n), **brought[n]}
+                              for n in cold])
     like = shop.embed_items([f'I{n}' for n in cold])
     assert np.abs(like).max() > 0.01
     np.testing.assert_allclose(vectors, like, rtol=1e-4, atol=1e-5)
@@ -249,6 +253,7 @@ def test_a_new_item_is_recommended_and_clicked(made, copy):
     (dict(image=b'', title='', brand='', category='', description=''), 'neither a text nor a pict'),
     (dict(price='cheap'), "its price 'cheap' is not a number"),
     (dict(image=3), 'its image is neither bytes nor a path'),
+    (dict(features=[1.0]), 'brings features, but the run computes those of an item'),
     (dict(brand='x' * 70_000), 'its brand has more than 65536 characters'),
     (dict(text=3), 'its text is not a text')])
 def test_unusable_new_items(made, change, said):
@@ -263,6 +268,21 @@ def test_a_run_of_ids_alone_reads_no_items(base_dir, tmp_path):
     tiny_served.write(tmp_path / 'run', base_dir, mllm=False, recommend='')
     with pytest.raises(InputError, match='the run has item ids only'):
         tpad_jax.load(tmp_path / 'run').add_items([{'id': 'new', 'text': 'a thing'}])
+
+
+@pytest.mark.parametrize('features', [None, [1.0], ['x'] * 12, [[1.0] * 12], [float('inf')] * 12,
+                                      [1e39] * 12, 'x', {}])
+def test_unusable_features_of_a_new_item(given_run, features):
+    with pytest.raises(InputError, match='item new has no usable features'):
+        given_run.add_items([{'id': 'new', 'title': 'x', 'features': features}])
+
+
+@pytest.fixture(scope='module')
+def given_run(base_dir, tmp_path_factory):
+    """A run that recommends from features computed elsewhere."""
+    workdir = tmp_path_factory.mktemp('given') / 'run'
+    tiny_served.write(workdir, base_dir, recommend='given')
+    return tpad_jax.load(workdir)
 
 
 def test_a_base_that_moved(made, copy, base_dir, tmp_path):

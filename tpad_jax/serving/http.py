@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import prometheus_client as prometheus
-from fastapi import File, Form, HTTPException, Query, UploadFile
+from fastapi import Form, HTTPException, Query, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi_offline import FastAPIOffline
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, Json, StringConstraints
 
 from tpad_jax.errors import InputError
 from tpad_jax.serving import artifact, recommender
@@ -41,6 +41,7 @@ MOST_NEW = 10_000  # items that a service adds
 EMPTY = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
 MOST_FIELDS = 100  # categories that the demo page offers
 Id = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Words = Annotated[str, StringConstraints(max_length=2**14)]
 
 
 @dataclass(frozen=True)
@@ -162,15 +163,15 @@ def app(shop: Recommender, workdir: Path, *, limits: Limits = Limits(), new_item
     if new_items:
         @made.post('/items', status_code=201, response_model=Item, responses={
             409: {'model': Refusal, 'description': 'The item exists.'}, **REFUSED})
-        async def add(
-                item_id: Annotated[Id, Form(alias='id')], title: Words = '', brand: Words = '',
-                category: Words = '', description: Words = '', text: Words = '',
-                price: Annotated[float | None, Form(ge=0, lt=1e12, allow_inf_nan=False)] = None,
-                image: Annotated[UploadFile | None, File()] = None):
-            """Add an item by its picture, its words, or both; the first one loads the MLLM."""
-            item = {'id': item_id, 'title': title, 'brand': brand, 'category': category,
-                    'description': description, 'price': price,
-                    'text': text or None, 'image': await image.read() if image else None}
+        async def add(sent: Annotated[NewItem, Form()]):
+            """Add an item by its picture, its words, or both; the first one loads the MLLM.
+
+            Where the run recommends from features computed elsewhere, the item brings `features`,
+            a JSON list of numbers.
+            """
+            image, item_id = sent.image, sent.id
+            item = sent.model_dump() | {'text': sent.text or None,
+                                        'image': await image.read() if image else None}
             async with adding:
                 shop = batcher.shop
                 if item_id in shop.table.number:
@@ -261,6 +262,20 @@ class Refusal(BaseModel):
     detail: str
 
 
+class NewItem(BaseModel):
+    """An item to add."""
+
+    id: Id
+    title: Words = ''
+    brand: Words = ''
+    category: Words = ''
+    description: Words = ''
+    text: Words = ''
+    price: Annotated[float | None, Field(ge=0, lt=1e12, allow_inf_nan=False)] = None
+    features: Json | None = None  # a list of numbers
+    image: UploadFile | None = None
+
+
 class Answer(BaseModel):
     """The list of one session."""
 
@@ -299,7 +314,6 @@ class Items(BaseModel):
     items: list[Item]
 
 
-Words = Annotated[str, Form(max_length=2**14)]
 REFUSED = {status: {'model': Refusal, 'description': reason} for status, reason in {
     422: 'Invalid request.', 400: 'The body cannot be read, or a condition is unusable.',
     413: 'The body is too large.',

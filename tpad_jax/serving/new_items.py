@@ -1,7 +1,8 @@
 """New items of a finished run, read as the items of its catalogue were.
 
 The run's base and adapters read picture and text, the distilled reader computes r, and the
-recommender's fusion computes z as for a cold item. No other serving module loads an MLLM.
+recommender's fusion computes z as for a cold item. Where the run recommends from features computed
+elsewhere, a new item brings its own and no MLLM is needed. No other serving module loads one.
 """
 
 from collections import Counter
@@ -27,13 +28,13 @@ from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.serving import artifact
 
 ROWS = 8  # items of a compiled call
-FIELDS = {'id', 'text', 'image', 'title', 'brand', 'category', 'description', 'price'}
+FIELDS = {'id', 'text', 'image', 'title', 'brand', 'category', 'description', 'price', 'features'}
 MAX_TEXT = 2**16  # characters of a field
 _PICTURE = 'Fix: give a complete JPEG, PNG, WebP or GIF file'
 
 
 class Reader:
-    """Computes the vectors of new items. The constructor loads the MLLM.
+    """Computes the vectors of new items. The constructor loads the MLLM, if the run needs it.
 
     Args:
       served: the artefact of the run.
@@ -41,17 +42,25 @@ class Reader:
 
     Raises:
       InputError: the run has no MLLM, its base is missing or differs, or its recommender reads
-        features that an MLLM does not compute.
+        features that neither an MLLM computes nor an item brings.
     """
 
     def __init__(self, served: artifact.Served, base: str = ''):
         about, self._served = served.about, served
+        recommenders = tuple(params for params, _ in served.weights)
+        self._recommenders = jax.device_put((recommenders, served.experts))
+        self._rows = {name for spec in served.specs for name in spec.recommend}
+        self._given = 0  # numbers of an item's own features
+        if self._rows == {'given'}:
+            norm = recommenders[0]['recommender']['fusion']['feature_norm_0']
+            self._specs, self._given = served.specs, len(norm['scale'])
+            self._read = compiled(lambda given, *more: self._vectors({'given': given}, *more))
+            return
         refuse_if(about['mllm'] is None, f'{served.directory}: the run has item ids only, so it '
                   'cannot read pictures or texts of a new item')
-        self._rows = {name for spec in served.specs for name in spec.recommend}
         refuse_if(not self._rows <= {'k', 'r', 'codes'}, f'{served.directory}: the recommender '
                   f'reads {", ".join(sorted(self._rows))}. Expected k, r or codes, which the MLLM '
-                  'computes for a new item')
+                  'computes for a new item, or given alone')
         mllm = dict(about['mllm'])
         if base:
             mllm['checkpoint' if mllm['checkpoint'] else 'base'] = str(base)
@@ -76,9 +85,8 @@ class Reader:
                 loaded.module, MLLM) else {}
             params = flatten_dict({'base': loaded.load(shapes)['base']}, sep='/') | params
         self._params = jax.device_put(unflatten_dict(params, sep='/'))
-        recommenders = tuple(params for params, _ in served.weights)
-        self._recommenders = jax.device_put((recommenders, served.experts))
-        self._read, self._features = compiled(self._vectors), compiled(self._rows_of)
+        self._features = compiled(self._rows_of)
+        self._read = compiled(lambda read, *more: self._vectors(self._rows_of(*read), *more))
 
     def __call__(self, items: Sequence[dict]) -> np.ndarray:
         """Return vectors float32 [n, D] of new items.
@@ -88,16 +96,20 @@ class Reader:
 
         Raises:
           InputError: an item has neither text nor picture, an unknown field, or a picture that
-            cannot be read.
+            cannot be read; or its features do not have the run's form.
         """
-        content = [self._content(item) for item in items]
         side = self._sides(items)
-        z = np.concatenate([
-            np.asarray(self._read(self._params, *read, side[rows], self._recommenders))[:count]
-            for rows, count, read in self._parts(content)])
+        if self._given:
+            given, words = self._features_of(items), [self._words(item) for item in items]
+            parts = ((rows, count, given[rows]) for rows, count in _calls(len(items)))
+        else:
+            content = [self._content(item) for item in items]
+            parts, words = self._parts(content), [words for words, _, _ in content]
+        z = np.concatenate([np.asarray(self._read(read, side[rows], self._recommenders))[:count]
+                            for rows, count, read in parts])
         if self._served.experts and 'basis' in self._served.experts['tables']:  # of expert 'lasso'
             known = content_lasso.held(content_lasso.named(
-                (words for words, _, _ in content), side, self._served.about['vocabulary']),
+                words, side, self._served.about['vocabulary']),
                 self._served.about['attributes'])
             basis = self._served.experts['tables']['basis']
             z = np.concatenate([z, (known @ basis).astype(np.float32)], axis=1)
@@ -115,7 +127,7 @@ class Reader:
         """
         content, parts = [self._content(item, unused) for item in items], []
         for _, count, read in self._parts(content):
-            rows = jax.device_get(self._features(self._params, *read))
+            rows = jax.device_get(self._features(*read))
             parts.append({name: x[:count] for name, x in rows.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -124,9 +136,8 @@ class Reader:
         tokens = text.tokenize([words for words, _, _ in content], self._tokenizer, self._length)
         image = np.stack([pixels for _, pixels, _ in content])
         seen = np.array([there for _, _, there in content])
-        for part in np.split(np.arange(len(content)), range(ROWS, len(content), ROWS)):
-            rows = np.pad(part, (0, ROWS - len(part)), mode='edge')
-            yield rows, len(part), (image[rows], seen[rows], tokens[rows])
+        for rows, count in _calls(len(content)):
+            yield rows, count, (self._params, image[rows], seen[rows], tokens[rows])
 
     def _rows_of(self, params, image, seen, tokens):
         reads = {'k': partial(readers.read_items, adapter='knowledge'), 'r': readers.distil_items}
@@ -140,9 +151,9 @@ class Reader:
             rows['codes'] = codes.rows(rows['k'], params['codes']['centres'])
         return rows
 
-    def _vectors(self, params, image, seen, tokens, side, recommenders):
-        (recommenders, rules), rows = recommenders, self._rows_of(params, image, seen, tokens)
-        ids = jnp.zeros(len(image), jnp.int32)  # the cold items' shared embedding
+    def _vectors(self, rows, side, recommenders):
+        recommenders, rules = recommenders
+        ids = jnp.zeros(len(side), jnp.int32)  # the cold items' shared embedding
         parts = []
         for spec, params in zip(self._specs, recommenders, strict=True):
             features = [tpad.flat(rows[name][None])[0] for name in spec.recommend]
@@ -151,8 +162,8 @@ class Reader:
             parts.append(tpad.unit(z) if spec.normalise else z)
         if rules is not None:  # an item without training events
             content = experts.projected(
-                rows['k'].reshape(len(ids), -1) if len(rules['tables']['axes']) > 1 else
-                jnp.zeros((len(ids), 1)), rules['tables'])
+                rows['given' if self._given else 'k'].reshape(len(ids), -1)
+                if len(rules['tables']['axes']) > 1 else jnp.zeros((len(ids), 1)), rules['tables'])
             parts.append(experts.item_columns(rules['weights'], content, jnp.zeros(len(ids))))
         return jnp.concatenate(parts, axis=1)
 
@@ -161,11 +172,9 @@ class Reader:
 
         With `unused`, a picture that cannot be read is counted there and not refused.
         """
-        option = f'item {item["id"]}'
-        words = item.get('text')
-        if words is None:
-            words = text.joined(item.get(name) for name in self._served.about['words'])
-        data = item.get('image')
+        option, words, data = f'item {item["id"]}', self._words(item), item.get('image')
+        refuse_if(item.get('features') is not None, f'{option} brings features, but the run '
+                  'computes those of an item. Fix: leave them out')
         if isinstance(data, str | Path):
             reason = images.unusable(Path(data), Path(data).parent)
             if reason is not None and unused is None:
@@ -187,6 +196,27 @@ class Reader:
         refuse_if(unused is None and not words.strip(), f'{option} has {kinds}. Fix: give one')
         return words, np.zeros((self._side, self._side, 3), np.uint8), False
 
+    def _words(self, item):
+        words = item.get('text')
+        return words if words is not None else text.joined(
+            item.get(name) for name in self._served.about['words'])
+
+    def _features_of(self, items):
+        """Return the features float32 [n, F] that the items bring."""
+        out = np.zeros((len(items), self._given), np.float32)
+        for row, item in zip(out, items, strict=True):
+            given = item.get('features')
+            try:
+                with np.errstate(over='ignore'):  # too large for float32: named below
+                    given = np.asarray([] if given is None else given).astype(np.float32)
+            except (TypeError, ValueError):
+                given = np.zeros(0)
+            refuse_if(given.shape != row.shape or not np.isfinite(given).all(),
+                      f'item {item["id"]} has no usable features. Expected {self._given} finite '
+                      'numbers, computed as those of the run\'s items. Fix: give them')
+            row[:] = given
+        return out
+
     def _sides(self, items):
         vocabulary, width = self._served.about['vocabulary'], len(self._served.about['side_sizes'])
         if not vocabulary:
@@ -196,6 +226,12 @@ class Reader:
             'category': [text.words_of(item.get('category')) for item in items],
             'price': pl.Series([item.get('price') for item in items], dtype=pl.Float64)})
         return text.side_ids(table, vocabulary)
+
+
+def _calls(count):
+    """Yield the rows of each compiled call, and how many are not its filling."""
+    for part in np.split(np.arange(count), range(ROWS, count, ROWS)):
+        yield np.pad(part, (0, ROWS - len(part)), mode='edge'), len(part)
 
 
 def checked(items: Sequence[dict], words: Sequence[str]) -> None:

@@ -283,13 +283,15 @@ class Recommender:
         """Add new items to the catalogue without training; they are recommended from then on.
 
         New items are cold: picture and text are read as the catalogue's were, and there is no id
-        embedding. The first call loads the MLLM. Either all items are added or none.
+        embedding. The first call loads the MLLM. Either all items are added or none. Where the run
+        recommends from features computed elsewhere, an item brings its own, and no MLLM is loaded.
 
         Args:
           items: dicts with 'id', with 'image' (the bytes of a JPEG, PNG, WebP or GIF file, or its
             path), and with 'text' or the fields of the run's texts (title, brand, category and
             description for Amazon files). Picture or words may be missing, not both. Brand,
-            category and price (a number) are also side features if the run has them.
+            category and price (a number) are also side features if the run has them. 'features',
+            F numbers, of a run that recommends from `given` rows.
 
         Returns:
           Their vectors, float32 [n, D].

@@ -1,0 +1,201 @@
+"""A million items, to the end of a run: `python -m benchmarks.million --json=FILE`.
+
+    python -m benchmarks.million --items=20000 --sessions=6000 --steps=20    to try it out
+
+Sessions of random lengths over items of Zipf popularity, in which an item is often followed by one
+of its few successors, and 128 random features per item: seeded. The default config trains its
+recommender and the rivals on them by sampled softmax, tunes the baselines, fits the experts and
+writes the report; then `python -m tpad_jax.recommend` reads a file of sessions, and a service that
+answers requests is sent new items with their features. Every part is a separate process. Seconds
+and the peak of memory (of the kernel's account) are printed. A finished part is not repeated.
+"""
+
+import argparse
+import datetime
+import http.client
+import itertools
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import service
+from benchmarks.checkout import ROOT, commit
+from tpad_jax.core import files
+
+WIDTH, LENGTH, HELD = 128, 6, 0.02  # of features, of the longest session, share of test sessions
+SUCCESSORS, FOLLOWS = 3, 0.6
+CLIENTS, NEW, ASKED = 4, 300, 20_000
+
+
+def drawn(items: int, sessions: int):
+    """Sessions: items int32 [N] one after the other, from 1 on, and offsets int64 [sessions + 1].
+
+    A session begins with an item of Zipf popularity. The next one is a successor of it with
+    probability FOLLOWS, and of Zipf popularity otherwise.
+    """
+    rng = np.random.default_rng(0)
+    zipf = np.cumsum(1 / np.arange(1, items + 1))
+    name = rng.permutation(items)
+    popular = name[np.searchsorted(zipf, zipf[-1] * rng.random((sessions, LENGTH)))]
+    after = rng.integers(0, items, (items, SUCCESSORS))
+    rows = popular.copy()
+    for place in range(1, LENGTH):
+        follows = rng.random(sessions) < FOLLOWS
+        chosen = after[rows[:, place - 1], rng.integers(0, SUCCESSORS, sessions)]
+        rows[:, place] = np.where(follows, chosen, popular[:, place])
+    lengths = rng.integers(2, LENGTH + 1, sessions)
+    kept = np.arange(LENGTH) < lengths[:, None]
+    return (1 + rows[kept]).astype(np.int32), np.append(0, np.cumsum(lengths))
+
+
+def write(directory: Path, items: int, sessions: int) -> None:
+    """Write sessions and items for config.data.ready, and rows for config.data.features."""
+    directory.mkdir(parents=True)
+    clicks, offsets = drawn(items, sessions)
+    train = sessions - max(100, round(HELD * sessions))
+    cut = offsets[train]
+    np.savez(directory / 'sessions.npz', catalog_item=np.arange(items + 1),
+             train_items=clicks[:cut], train_offsets=offsets[:train + 1],
+             test_items=clicks[cut:], test_offsets=offsets[train:] - cut)
+    rng = np.random.default_rng(1)
+    np.save(directory / 'rows.npy', rng.standard_normal((items, WIDTH), np.float32))
+    (directory / 'rows.npy.ids').write_text('\n'.join(map(str, range(1, items + 1))) + '\n')
+    with open(directory / 'items.jsonl', 'w') as out:
+        for item in range(1, items + 1):
+            out.write(json.dumps({'item': item, 'title': f'thing {item % 997} number {item}',
+                                  'brand': f'maker {item % 5000}', 'price': item % 300}) + '\n')
+
+
+def spent(command: list, output: Path) -> dict:
+    """Run a command in a separate process; its seconds, processor seconds and peak of memory."""
+    begun = time.perf_counter()
+    with output.open('w') as said:
+        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=said,
+                                   stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f'{" ".join(map(str, command))} failed: see {output}')
+    return {'seconds': round(time.perf_counter() - begun, 1),
+            'cpu': round(usage.ru_utime + usage.ru_stime, 1),
+            'GiB': round(usage.ru_maxrss / 2**20, 2)}
+
+
+def trained(workdir: Path, given) -> dict:
+    """The whole job, and the seconds of its parts."""
+    data, run = workdir / 'data', workdir / 'run'
+    out = spent(['launch.py', '--config=configs/amazon.py', f'--config.data.ready={data}',
+                 '--config.data.words=title', '--config.data.sides=brand',
+                 f'--config.data.features={data}/rows.npy', '--config.model.recommend=given',
+                 '--config.stages=recommend', '--config.losses.next_item.weight=0',
+                 '--config.losses.sampled_next_item.weight=1',
+                 f'--config.stage.recommend.steps={given.steps}',
+                 '--config.stage.recommend.epochs=0',
+                 f'--config.stage.recommend.eval_every={given.steps // 2}', *given.more,
+                 f'--workdir={run}'], workdir / 'run.out')
+    results = json.loads((run / 'results.json').read_text())
+    return {**out, 'parts': results['seconds'], 'models': {
+        name: model['test']['hit@20'] for name, model in results['models'].items()}}
+
+
+def recommended(workdir: Path, given) -> dict:
+    """Lists of a file of sessions."""
+    clicks, offsets = drawn(given.items, given.sessions)
+    file = workdir / 'sessions.jsonl'
+    with file.open('w') as out:
+        for begin, end in itertools.pairwise(offsets[:ASKED + 1]):
+            out.write(json.dumps({'session': list(map(str, clicks[begin:end]))}) + '\n')
+    return {'sessions': min(ASKED, given.sessions), **spent(
+        ['-m', 'tpad_jax.recommend', workdir / 'run', '--sessions', file, '--out',
+         workdir / 'lists.jsonl'], workdir / 'recommend.out')}
+
+
+def served(workdir: Path, given) -> dict:
+    """Milliseconds of requests for lists, and of new items sent among them."""
+    begun = time.perf_counter()
+    process, port = service.started(workdir / 'run')
+    started = time.perf_counter() - begun
+    rng, stop, times = np.random.default_rng(2), threading.Event(), {'lists': [], 'new items': []}
+
+    def post(link, path, body, kind):
+        begun = time.perf_counter()
+        link.request('POST', path, body, {'Content-Type': kind})
+        answer = link.getresponse()
+        text = answer.read()
+        return answer.status, text, 1e3 * (time.perf_counter() - begun)
+
+    def ask(client):
+        link = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+        own = np.random.default_rng(10 + client)
+        while not stop.is_set():
+            session = [str(x) for x in own.integers(1, given.items + 1, 4)]
+            status, _, taken = post(link, '/recommend', json.dumps({'sessions': [session]}),
+                                    'application/json')
+            if status == 200:
+                times['lists'].append(taken)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    link = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+    statuses = set()
+    for number in range(NEW + 20):
+        features = json.dumps(rng.standard_normal(WIDTH).round(4).tolist())
+        fields = {'id': f'new{number}', 'title': f'new thing {number}', 'features': features}
+        body = ''.join(f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
+                       for name, value in fields.items()) + '--x--\r\n'
+        status, text, taken = post(link, '/items', body, 'multipart/form-data; boundary=x')
+        statuses.add(status)
+        if status != 201:
+            sys.exit(f'POST /items answered {status}: {text!r:.300}')
+        if number == 20:  # the first ones compile
+            times['lists'].clear()
+        if number >= 20:
+            times['new items'].append(taken)
+        time.sleep(0.02)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    return {'seconds until it is ready': round(started, 1), 'clients': CLIENTS,
+            **{name: {'requests': len(x), **{f'p{p} ms': round(float(np.percentile(x, p)), 1)
+                                             for p in (50, 99)}} for name, x in times.items()}}
+
+
+def main():
+    """Measure what is missing, print and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument('--items', type=int, default=1_000_000)
+    parser.add_argument('--sessions', type=int, default=300_000)
+    parser.add_argument('--steps', type=int, default=200, help='of each recommender')
+    parser.add_argument('--workdir', type=Path, default=Path('runs/million'))
+    parser.add_argument('--json', type=Path)
+    parser.add_argument('more', nargs='*', help='further options of the training, after --')
+    given = parser.parse_args()
+    workdir = given.workdir.resolve()
+    if not (workdir / 'data' / 'items.jsonl').is_file():
+        write(workdir / 'data', given.items, given.sessions)
+    done = workdir / 'parts.json'
+    parts = json.loads(done.read_text()) if done.is_file() else {}
+    for name, make in (('job', trained), ('recommend', recommended), ('serve', served)):
+        if name not in parts:
+            parts[name] = make(workdir, given)
+            files.write_json(done, parts)
+        print(name, json.dumps(parts[name], indent=1), flush=True)
+    if given.json is not None:
+        files.write_json(given.json, {
+            'commit': commit('tpad_jax'), 'date': datetime.date.today().isoformat(),
+            'machine': f'{platform.machine()}, {os.cpu_count()} cores', 'items': given.items,
+            'sessions': given.sessions, 'steps': given.steps, **parts})
+
+
+if __name__ == '__main__':
+    main()
