@@ -7,7 +7,9 @@ of its few successors, and 128 random features per item: seeded. The default con
 recommender and the rivals on them by sampled softmax, tunes the baselines, fits the experts and
 writes the report; then `python -m tpad_jax.recommend` reads a file of sessions, and a service that
 answers requests is sent new items with their features. Every part is a separate process. Seconds
-and the peak of memory (of the kernel's account) are printed. A finished part is not repeated.
+and the peak of memory (of the kernel's account) are printed. Then the search of the served
+catalogue takes turns with faiss on the same vectors: exactly, with and without the experts, and by
+a graph (`--no-graph` leaves it out: it is built for minutes). A finished part is not repeated.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,7 @@ from tpad_jax.core import files
 WIDTH, LENGTH, HELD = 128, 6, 0.02  # of features, of the longest session, share of test sessions
 SUCCESSORS, FOLLOWS = 3, 0.6
 CLIENTS, NEW, ASKED = 4, 300, 20_000
+BATCH, TURNS = 256, 5
 
 
 def drawn(items: int, sessions: int):
@@ -170,6 +174,62 @@ def served(workdir: Path, given) -> dict:
                                              for p in (50, 99)}} for name, x in times.items()}}
 
 
+def searched(workdir: Path, given) -> dict:
+    """Sessions per second of the search and of faiss, in turns, and the recall of a graph.
+
+    The search alone reads vectors of sessions. With experts, their columns of the item vectors are
+    searched too and single scores are moved by the rules, which faiss cannot do: it searches the
+    same columns. `whole` also encodes the sessions and computes the rules.
+    """
+    import faiss
+    import jax
+
+    import tpad_jax
+    from tpad_jax.evaluation.metrics import TOP
+    from tpad_jax.serving import ann, topk
+
+    shop = tpad_jax.load(workdir / 'run')
+    clicks, offsets = drawn(given.items, given.sessions)
+    rows, _ = shop.rows([list(map(str, clicks[begin:end]))
+                         for begin, end in itertools.pairwise(offsets[:1 + BATCH])])
+    z, h, moved = shop.embed_items(), shop.encode(rows), shop.shifts(rows)
+    own = sum(spec.fusion.width for spec in shop.served.specs)
+    top = jax.jit(topk.top_k, static_argnames='k')
+    out = {'width': own, 'with experts': z.shape[1], 'batch': len(rows), 'threads': os.cpu_count()}
+
+    def rates(**calls):
+        """Run each in turns -> median sessions per second."""
+        taken = {name: [] for name in calls}
+        for turn in range(1 + TURNS):
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                jax.block_until_ready(call())
+                if turn:
+                    taken[name].append(time.perf_counter() - begun)
+        return {name: round(len(rows) / float(np.median(x)), 1) for name, x in taken.items()}
+
+    for name, width, shifts in (('search alone', own, None), ('with experts', z.shape[1], moved)):
+        part, session = np.ascontiguousarray(z[:, :width]), np.ascontiguousarray(h[:, :width])
+        padded = np.zeros((topk.rounded(len(z) + 1), width), np.float32)
+        padded[1:len(z) + 1] = part
+        padded = jax.device_put(padded)
+        flat = faiss.IndexFlatIP(width)
+        flat.add(part)
+        search = partial(top, session, padded, np.int32(1 + len(z)), TOP, moved=shifts)
+        out[name] = rates(ours=search, faiss=partial(flat.search, session, TOP))
+        out[name]['time, that of faiss being 1'] = round(out[name]['faiss'] / out[name]['ours'], 3)
+    out |= rates(whole=lambda: shop.first(rows, TOP)[1])
+    if given.graph:
+        begun = time.perf_counter()
+        index = ann.build(z)
+        out['graph'] = {'seconds to build': round(time.perf_counter() - begun, 1), **rates(
+            ours=lambda: ann.search(index, h, TOP, moved)[1],
+            faiss=lambda: index.search(h, TOP)[0])}
+        out['graph']['recall@20'] = ann.recall(ann.search(index, h, TOP, moved)[0],
+                                               shop.first(rows, TOP)[0])
+    return out
+
+
 def main():
     """Measure what is missing, print and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -177,6 +237,7 @@ def main():
     parser.add_argument('--sessions', type=int, default=300_000)
     parser.add_argument('--steps', type=int, default=200, help='of each recommender')
     parser.add_argument('--workdir', type=Path, default=Path('runs/million'))
+    parser.add_argument('--graph', action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument('--json', type=Path)
     parser.add_argument('more', nargs='*', help='further options of the training, after --')
     given = parser.parse_args()
@@ -185,7 +246,8 @@ def main():
         write(workdir / 'data', given.items, given.sessions)
     done = workdir / 'parts.json'
     parts = json.loads(done.read_text()) if done.is_file() else {}
-    for name, make in (('job', trained), ('recommend', recommended), ('serve', served)):
+    for name, make in (('job', trained), ('recommend', recommended), ('serve', served),
+                       ('search', searched)):
         if name not in parts:
             parts[name] = make(workdir, given)
             files.write_json(done, parts)

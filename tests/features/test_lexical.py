@@ -20,5 +20,15 @@ def test_products_of_rows_are_those_of_tf_idf():
     assert not found[[0, 5]].any()
 
 
+def test_a_sample_of_many_texts_gives_the_same_products(monkeypatch):
+    """Forty texts of four kinds: a sample of ten has the words of them all."""
+    many = ['', *TEXTS[1:5] * 10]
+    whole = lexical.rows(many, seed=0)
+    monkeypatch.setattr(lexical, 'SAMPLE', 10)
+    found = lexical.rows(many, seed=0)
+    assert not found[:, 10:].any()
+    np.testing.assert_allclose(found @ found.T, whole @ whole.T, atol=1e-6)
+
+
 def test_texts_without_words_have_rows_of_zeros():
     assert not lexical.rows(['', ' ', '!'], seed=0).any()

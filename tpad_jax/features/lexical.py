@@ -11,6 +11,7 @@ from tpad_jax.config import names
 
 WIDTH = 256  # of a row; longer ones predicted no better on real titles
 MAX_WORDS = 50_000  # the most frequent words that count, for a catalogue of millions
+SAMPLE = 100_000  # texts that the SVD is computed of; of more it is a sample, drawn by the seed
 
 
 def wanted(config, planted: bool) -> bool:
@@ -29,7 +30,7 @@ def rows(texts: Sequence[str], seed: int) -> np.ndarray:
 
     Args:
       texts: of the items by id, [0] being ''.
-      seed: of the SVD's random projection.
+      seed: of the SVD's random projection, and of its sample.
 
     Returns:
       float32 [V + 1, WIDTH]. A text without words has zeros, and so have columns beyond the rank.
@@ -41,7 +42,12 @@ def rows(texts: Sequence[str], seed: int) -> np.ndarray:
     words = TfidfVectorizer(sublinear_tf=True, max_features=MAX_WORDS, dtype=np.float32)
     if any(map(words.build_analyzer(), texts)):
         table = words.fit_transform(texts)
-        found = table.toarray() if table.shape[1] < 2 else TruncatedSVD(
-            min(WIDTH, *table.shape), random_state=seed).fit_transform(table)
-        out[:, :found.shape[1]] = found
+        if table.shape[1] > 1:
+            part = table if len(texts) <= SAMPLE else table[np.sort(
+                np.random.default_rng(seed).choice(len(texts), SAMPLE, replace=False))]
+            svd = TruncatedSVD(min(WIDTH, *part.shape), random_state=seed).fit(part)
+            table = table @ svd.components_.T
+        else:
+            table = table.toarray()
+        out[:, :table.shape[1]] = table
     return out

@@ -54,7 +54,11 @@ class Batcher:
         self._starting, self._task = asyncio.Lock(), None
 
     async def start(self) -> None:
-        """Compile the search for every number of rows, then start to answer; once."""
+        """Compile the search for every number of rows, then start to answer; once.
+
+        The search under conditions is compiled as well, or the first such request would wait for
+        it, and all others behind that.
+        """
         loop = asyncio.get_running_loop()
         async with self._starting:
             if self._task is None:
@@ -65,7 +69,8 @@ class Batcher:
     def _compile(self, shop):
         for size in SIZES:
             rows = with_events(shop, np.ones((size, shop.max_length), np.int32), [[]] * size)
-            shop.first(rows, self._most_k)
+            for asked in None, [Wanted()] * size:
+                shop.first(rows, self._most_k, None, asked)
 
     async def _follow(self):
         """Switch to newer recommenders; the one before answers while they are compiled."""
