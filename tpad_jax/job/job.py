@@ -336,6 +336,7 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
         # a trace of the device shows one stage at a time
         job.background = Background(0 if profile else workers(config.workers, job.devices))
         job.build(stages, console)
+        job.seconds['read'] = time.perf_counter() - begun
         results.introduce(job, console)
         recorded = _run_stages(job, stages, until, console)
         if until == 'validation':

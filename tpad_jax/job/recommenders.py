@@ -13,6 +13,7 @@ as soon as the rows it reads exist.
 
 import copy
 import math
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -163,9 +164,11 @@ class Recommenders:
                         ('tpad', served, ()), ('experts_only', served, ('model',)),
                         ('id_only_experts', 'id_only', ('content', 'lasso')))
                     if c.experts and model in groups}
+        begun = time.perf_counter()
         table = tables(groups[served][0], lasso) if mixtures else None
         fits = {name: experts.fit(scorer_of(members), table, job.valid, used, seed=c.seed)
                 for name, (members, used) in mixtures.items()}
+        job.seconds['experts'] = time.perf_counter() - begun
         facts = {name: {'calibration': likelihood.calibrate(
             scorer_of(members), job.valid, job.data.num_items, rule=False, seed=c.seed)._asdict()}
             for name, members in groups.items()}

@@ -60,7 +60,7 @@ def report(job, stages, scorers, chosen, facts, tuning, begun, console) -> dict:
     # Stages count all their sittings, the rest this one. Those of earlier sittings may have run at
     # the same time, so that the total of a resumed run is an upper limit.
     here = time.perf_counter() - begun - sum(job.sitting.values())
-    within = 'report', 'diagnostics'
+    within = 'read', 'baselines', 'experts', 'report', 'diagnostics'
     job.seconds['total'] = here + sum(s for name, s in job.seconds.items() if name not in within)
     out = {'data': data_facts(job), 'audit': job.data.audit, 'models': models,
            # what training logged last
@@ -224,7 +224,7 @@ def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:
     Returns:
       {name: rules.Tuned}.
     """
-    data, out = job.config.data, {}
+    data, out, begun = job.config.data, {}, time.perf_counter()
     if features is not None:
         features = np.asarray(features).reshape(len(features), -1)
     ordered = None if job.source.timed else data.ordered
@@ -241,6 +241,7 @@ def tune_baselines(job, features: np.ndarray | None, refit: bool) -> dict:
             name, train, job.valid, job.data.num_items, trials=job.config.search.trials,
             seed=job.config.seed, storage=job.workdir / 'search.journal', final=final,
             features=rows, ordered=ordered)
+    job.seconds['baselines'] = time.perf_counter() - begun
     return out
 
 
