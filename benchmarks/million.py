@@ -33,7 +33,7 @@ from benchmarks import service
 from benchmarks.checkout import ROOT, commit
 from tpad_jax.core import files
 
-WIDTH, LENGTH, HELD = 128, 6, 0.02  # of features, of the longest session, share of test sessions
+WIDTH, LENGTH, HELD = 128, 6, 0.01  # of features, of the longest session, share held out
 SUCCESSORS, FOLLOWS = 3, 0.6
 CLIENTS, NEW, ASKED = 4, 300, 20_000
 BATCH, TURNS = 256, 5
@@ -64,7 +64,7 @@ def write(directory: Path, items: int, sessions: int) -> None:
     """Write sessions and items for config.data.ready, and rows for config.data.features."""
     directory.mkdir(parents=True)
     clicks, offsets = drawn(items, sessions)
-    train = sessions - max(100, round(HELD * sessions))
+    train = sessions - max(100, round(HELD * sessions))  # the last ones are the test
     cut = offsets[train]
     np.savez(directory / 'sessions.npz', catalog_item=np.arange(items + 1),
              train_items=clicks[:cut], train_offsets=offsets[:train + 1],
@@ -96,7 +96,7 @@ def trained(workdir: Path, given) -> dict:
     """The whole job, and the seconds of its parts."""
     data, run = workdir / 'data', workdir / 'run'
     out = spent(['launch.py', '--config=configs/amazon.py', f'--config.data.ready={data}',
-                 '--config.data.words=title', '--config.data.sides=brand',
+                 f'--config.data.valid={HELD}', '--config.data.words=title', '--config.data.sides=brand',
                  f'--config.data.features={data}/rows.npy', '--config.model.recommend=given',
                  '--config.stages=recommend', '--config.losses.next_item.weight=0',
                  '--config.losses.sampled_next_item.weight=1',
