@@ -96,9 +96,9 @@ def trained(workdir: Path, given) -> dict:
     """The whole job, and the seconds of its parts."""
     data, run = workdir / 'data', workdir / 'run'
     out = spent(['launch.py', '--config=configs/amazon.py', f'--config.data.ready={data}',
-                 f'--config.data.valid={HELD}', '--config.data.words=title', '--config.data.sides=brand',
-                 f'--config.data.features={data}/rows.npy', '--config.model.recommend=given',
-                 '--config.stages=recommend', '--config.losses.next_item.weight=0',
+                 f'--config.data.valid={HELD}', '--config.data.words=title',
+                 '--config.data.sides=brand', f'--config.data.features={data}/rows.npy',
+                 '--config.model.recommend=given', '--config.stages=recommend', '--config.losses.next_item.weight=0',
                  '--config.losses.sampled_next_item.weight=1',
                  f'--config.stage.recommend.steps={given.steps}',
                  '--config.stage.recommend.epochs=0',

@@ -7,7 +7,7 @@ and trust the rules more than the recommender, so rules decide where validation 
 
 from collections.abc import Callable, Collection
 from functools import cache
-from itertools import product
+from itertools import chain, islice, product
 from typing import NamedTuple
 
 import jax
@@ -133,9 +133,9 @@ def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[st
     filled = np.resize(np.arange(total), -(-total // ROWS) * ROWS)  # the last part is filled up
     counts = np.arange(len(filled)) < total
     (evidence, loss), found, widest = _programs(), [], 0
-    # in the parts that the scorer is compiled for
-    every = np.concatenate([scores for _, scores in metrics.scored(
-        model, valid.read_by(model)[filled], len(table['events']) - 1)])
+    # row by row, of the parts that the scorer is compiled for: those of a million items are large
+    scores = chain.from_iterable(scores for _, scores in metrics.scored(
+        model, valid.read_by(model)[filled], len(table['events']) - 1))
     each = np.split(np.arange(len(filled)), len(filled) // ROWS)
     tables = [table | {'decay': jnp.float32(decay)} for decay in experts.DECAYS]
     known = []  # the evidence of every part under every decay
@@ -148,9 +148,8 @@ def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[st
                       np.take_along_axis(shares, order[..., None], axis=1)])
     widest = -(-widest // 128) * 128  # the same shape for several fits
     known = jax.device_put([[x[:, :widest] for x in pair] for pair in known])
-    parts = jax.device_put([[valid.items[filled[part]], valid.target[filled[part]], counts[part],
-                             every[part] - every[part][:, 1:].mean(axis=1, keepdims=True)]
-                            for part in each])
+    parts = [jax.device_put([valid.items[filled[part]], valid.target[filled[part]], counts[part],
+                             _centred(islice(scores, ROWS))]) for part in each]
     mean, spread, low = (np.array([x[i] for x in WEIGHTS.values()]) for i in range(3))
     off = np.array([x[3] not in names for x in WEIGHTS.values()])
 
@@ -173,6 +172,13 @@ def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[st
     return Fit(dict(zip(WEIGHTS, found[best].x.tolist(), strict=True)),
                float((found[best].fun - 0.5 * (away ** 2).sum()) / total), total,
                experts.DECAYS[best])
+
+
+def _centred(rows):
+    """Stack rows of scores and subtract the mean of each over the items."""
+    scores = np.stack(list(rows))
+    scores -= scores[:, 1:].mean(axis=1, keepdims=True)
+    return scores
 
 
 def terms(bound, items: np.ndarray, chosen: np.ndarray, h: np.ndarray | None = None
