@@ -95,15 +95,14 @@ def spent(command: list, output: Path) -> dict:
 def trained(workdir: Path, given) -> dict:
     """The whole job, and the seconds of its parts."""
     data, run = workdir / 'data', workdir / 'run'
-    out = spent(['launch.py', '--config=configs/amazon.py', f'--config.data.ready={data}',
-                 f'--config.data.valid={HELD}', '--config.data.words=title',
-                 '--config.data.sides=brand', f'--config.data.features={data}/rows.npy',
-                 '--config.model.recommend=given', '--config.stages=recommend', '--config.losses.next_item.weight=0',
-                 '--config.losses.sampled_next_item.weight=1',
-                 f'--config.stage.recommend.steps={given.steps}',
-                 '--config.stage.recommend.epochs=0',
-                 f'--config.stage.recommend.eval_every={given.steps // 2}', *given.more,
-                 f'--workdir={run}'], workdir / 'run.out')
+    options = {
+        'data.ready': data, 'data.valid': HELD, 'data.words': 'title', 'data.sides': 'brand',
+        'data.features': data / 'rows.npy', 'model.recommend': 'given', 'stages': 'recommend',
+        'losses.next_item.weight': 0, 'losses.sampled_next_item.weight': 1,
+        'stage.recommend.steps': given.steps, 'stage.recommend.epochs': 0,
+        'stage.recommend.eval_every': given.steps // 2}
+    out = spent(['launch.py', '--config=configs/amazon.py', f'--workdir={run}', *given.more,
+                 *(f'--config.{name}={x}' for name, x in options.items())], workdir / 'run.out')
     results = json.loads((run / 'results.json').read_text())
     return {**out, 'parts': results['seconds'], 'models': {
         name: model['test']['hit@20'] for name, model in results['models'].items()}}
