@@ -10,6 +10,7 @@ Exit status: 0 stopped by a signal with every accepted request answered, 1 some 
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -39,6 +40,8 @@ NAME = 'tpad_jax.serve'
 def main(args) -> int:
     """Serve a run until a signal; return the exit status."""
     stopping = startup.begin()
+    # programs of one device wait for each other: new items are read on the second one
+    os.environ.setdefault('JAX_NUM_CPU_DEVICES', '2')
     loop = None
     with contextlib.suppress(ImportError):  # a faster event loop, which Windows lacks
         import uvloop

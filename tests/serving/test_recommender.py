@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -206,6 +207,8 @@ def test_a_new_item_is_read_as_the_catalogue_was(base_dir, tmp_path, model):
     brought = {n: {'features': tiny_served.GIVEN[n].tolist()} if given else {} for n in cold}
     vectors = shop.add_items([{'id': f'new {n}', **tiny_served.fields(n), **brought[n]}
                               for n in cold])
+    read_on = {x.device for x in jax.tree.leaves(shop._reader._recommenders)}
+    assert shop._z.device not in read_on, 'a list waits while an item is read'
     like = shop.embed_items([f'I{n}' for n in cold])
     assert np.abs(like).max() > 0.01
     np.testing.assert_allclose(vectors, like, rtol=1e-4, atol=1e-5)

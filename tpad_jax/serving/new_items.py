@@ -47,8 +47,13 @@ class Reader:
 
     def __init__(self, served: artifact.Served, base: str = ''):
         about, self._served = served.about, served
-        recommenders = tuple(params for params, _ in served.weights)
-        self._recommenders = jax.device_put((recommenders, served.experts))
+        # where the host has another device, as the service has: lists are computed meanwhile
+        self._device = jax.local_devices()[-1]
+        recommenders, rules = tuple(params for params, _ in served.weights), served.experts
+        if rules is not None:  # of the tables those without a row per item
+            rules = {'weights': rules['weights'],
+                     'tables': {name: rules['tables'][name] for name in ('centre', 'axes')}}
+        self._recommenders = jax.device_put((recommenders, rules), self._device)
         self._rows = {name for spec in served.specs for name in spec.recommend}
         self._given = 0  # numbers of an item's own features
         if self._rows == {'given'}:
@@ -84,7 +89,7 @@ class Reader:
             shapes = bases.shapes_of(knowledge, loaded.image_size) if isinstance(
                 loaded.module, MLLM) else {}
             params = flatten_dict({'base': loaded.load(shapes)['base']}, sep='/') | params
-        self._params = jax.device_put(unflatten_dict(params, sep='/'))
+        self._params = jax.device_put(unflatten_dict(params, sep='/'), self._device)
         self._features = compiled(self._rows_of)
         self._read = compiled(lambda read, *more: self._vectors(self._rows_of(*read), *more))
 
