@@ -57,7 +57,7 @@ class Batcher:
         """Compile the search for every number of rows, then start to answer; once.
 
         The search under conditions is compiled as well, or the first such request would wait for
-        it, and all others behind that.
+        it, and so would all others after it.
         """
         loop = asyncio.get_running_loop()
         async with self._starting:
