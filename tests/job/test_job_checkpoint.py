@@ -34,7 +34,7 @@ def config(directory, side, stages, losses=('gen_knowledge', 'distil', 'next_ite
 
 def small(directory):
     return test_job.changed(test_job.make_config(directory), stages='knowledge', baselines='pop',
-                            diagnostics=0, **PARTS)
+                            diagnostics=0, stage__knowledge__steps=0, **PARTS)
 
 
 @pytest.mark.slow

@@ -155,7 +155,8 @@ def test_runs_behind_an_open_and_a_closed_gate(base_dir, tmp_path, monkeypatch):
     c = test_job.changed(test_job.make_config(base_dir), **base.TAUGHT)
     c = test_job.changed(
         c, baselines='markov', experts='', diagnostics=0, losses__soft__weight=0.5,
-        stages='knowledge,teach,transfer,recommend', stage__transfer__steps=2,
+        stages='knowledge,teach,transfer,recommend', stage__knowledge__steps=0,
+        stage__transfer__steps=2,
         stage__transfer__eval_every=0, stage__teach__batch_size=16, stage__teach__steps=8,
         stage__teach__eval_every=4, model__codes=(2, 4), model__words=True,
         model__recommend='k,r,codes')

@@ -33,10 +33,13 @@ def made(base_dir, tmp_path_factory):
     world = World(0, 40, 4, 2)
     for name, weeks, count in (('old', (0, 1), 60), ('2', [2], 40), ('3', [3], 40)):
         world.write(folder / name, weeks, count)
+    untrained = {f'losses__{name}__weight': 0.0  # no update reads what these losses train
+                 for name in ('gen_transfer', 'align', 'disentangle', 'club_fit', 'discrepancy')}
     config = changed(make_config(base_dir), rivals={},
                      baselines='', diagnostics=0, stages='knowledge,transfer,recommend',
-                     stage__transfer__eval_every=0, data__raw_dir=str(folder / 'old'),
-                     data__core=1, data__valid=20, data__test=20)
+                     stage__knowledge__steps=0, stage__transfer__eval_every=0,
+                     data__raw_dir=str(folder / 'old'), data__core=1, data__valid=20,
+                     data__test=20, **untrained)
     job.run(config, folder / 'run')
     return folder
 
