@@ -15,6 +15,17 @@ gc.set_threshold(100_000, 50, 100)
 ENOUGH = 5 * 2**30  # bytes of a worker
 
 
+@pytest.fixture(scope='session', autouse=True)
+def _few_rows_at_a_time():
+    """A scorer gets 512 rows and a fit of experts 256, however few there are. Here there are tens,
+    and code that is compiled quickly is slow: filled up, they would take half of the time of a job
+    that finds its programs.
+    """
+    from tpad_jax.evaluation import experts, metrics
+
+    metrics.CHUNK = experts.ROWS = 64
+
+
 @pytest.fixture(scope='session')
 def base_dir(tmp_path_factory):
     """Directory of the smallest base. Tests only read it."""

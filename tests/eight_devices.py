@@ -9,6 +9,8 @@ QUICK = ('--xla_backend_optimization_level=0', '--xla_cpu_use_fusion_emitters=fa
 FLAGS = ('--xla_force_host_platform_device_count=8', *QUICK)
 DEFAULTS = {
     'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '2',
+    # a worker is on each core, and threads that wait for work do so in a loop
+    'OPENBLAS_NUM_THREADS': '1', 'OMP_NUM_THREADS': '1',
     # what is compiled is kept, here and for what is started from here: runs are many and alike
     'JAX_COMPILATION_CACHE_DIR': str(Path(__file__).parent.parent / '.pytest_cache' / 'compiled'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}

@@ -128,7 +128,8 @@ def test_every_part_has_one_shape_and_every_row_comes_once():
     (24, 1_000_000, {24}),  # 512 rows would be 2 GB
     (100, 1_000_000, {67}),
 ])
-def test_few_rows_of_a_large_catalogue_are_not_filled_up(rows, items, expected):
+def test_few_rows_of_a_large_catalogue_are_not_filled_up(rows, items, expected, monkeypatch):
+    monkeypatch.setattr(metrics, 'CHUNK', 512)
     shapes = set()
 
     def scorer(part):
