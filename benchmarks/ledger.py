@@ -163,7 +163,7 @@ def information(mi):
                   f'{mi["cpus"]} CPUs', ', '.join(commits))
 
 
-SR_GNN = 'session_gnn', 'session_gnn_xeon'  # the same work on two machines
+SR_GNN = 'session_gnn', 'session_gnn_epyc', 'session_gnn_xeon'  # the same work on three machines
 KINDS = {  # heading: the JSON files, and what makes rows of them
     'Reading': (('prepare', 'load'), reading),
     'Encoding': (('encode', 'encode_text'), encoding),
