@@ -273,8 +273,9 @@ def test_a_run_of_ids_alone_reads_no_items(base_dir, tmp_path):
         tpad_jax.load(tmp_path / 'run').add_items([{'id': 'new', 'text': 'a thing'}])
 
 
-@pytest.mark.parametrize('features', [None, [1.0], ['x'] * 12, [[1.0] * 12], [float('inf')] * 12,
-                                      [1e39] * 12, 'x', {}])
+@pytest.mark.parametrize('features', [
+    None, [1.0], ['x'] * 12, ['1'] * 12, [True] * 12, [[1.0] * 12], [float('inf')] * 12,
+    [1e39] * 12, 'x', {}])
 def test_unusable_features_of_a_new_item(given_run, features):
     with pytest.raises(InputError, match='item new has no usable features'):
         given_run.add_items([{'id': 'new', 'title': 'x', 'features': features}])

@@ -212,11 +212,14 @@ class Reader:
         for row, item in zip(out, items, strict=True):
             given = item.get('features')
             try:
-                with np.errstate(over='ignore'):  # too large for float32: named below
-                    given = np.asarray([] if given is None else given).astype(np.float32)
-            except (TypeError, ValueError):
+                given = np.asarray([] if given is None else given)
+            except ValueError:  # rows of several lengths
                 given = np.zeros(0)
-            refuse_if(given.shape != row.shape or not np.isfinite(given).all(),
+            if given.dtype.kind in 'fiu':  # else it holds texts or anything
+                with np.errstate(over='ignore'):  # too large for float32: named below
+                    given = given.astype(np.float32)
+            refuse_if(given.shape != row.shape or given.dtype != row.dtype
+                      or not np.isfinite(given).all(),
                       f'item {item["id"]} has no usable features. Expected {self._given} finite '
                       'numbers, computed as those of the run\'s items. Fix: give them')
             row[:] = given
