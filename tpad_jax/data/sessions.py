@@ -202,7 +202,7 @@ def split(sessions: Sessions, valid: float, test: float) -> tuple[Sessions, Sess
         raise InputError(f'{options}: {total} sessions with {len(np.unique(sessions.start))} '
                          'different start times cannot be split by time. Expected sessions in '
                          'every part. Fix: give more sessions or other sizes.')
-    return tuple(_between(sessions, *pair) for pair in pairwise((0, middle, last, total)))
+    return tuple(between(sessions, *pair) for pair in pairwise((0, middle, last, total)))
 
 
 def k_core(train: Sessions, core: int, min_length: int = 2) -> Sessions:
@@ -293,6 +293,15 @@ def take(sessions: Sessions, index: np.ndarray) -> Sessions:
     return _picked(sessions, np.arange(offsets[-1]) + np.repeat(shift, lengths), index, offsets)
 
 
+def between(sessions: Sessions, begin: int, end: int) -> Sessions:
+    """Return the sessions with the numbers begin .. end - 1, whose arrays are not copied."""
+    offsets = sessions.offsets[begin:end + 1]
+    items, time, kind = (None if array is None else array[offsets[0]:offsets[-1]]
+                         for array in (sessions.items, sessions.time, sessions.kind))
+    return Sessions(items, offsets - offsets[0], sessions.start[begin:end], time, kind,
+                    None if sessions.visitor is None else sessions.visitor[begin:end])
+
+
 def drawn(score: Callable, lengths: np.ndarray, events: np.ndarray, seed: int) -> Sessions:
     """Draw sessions item by item from a model of what follows.
 
@@ -333,15 +342,6 @@ def join(first: Sessions, second: Sessions) -> Sessions:
     parts = [None if one is None or other is None else np.append(one, other)
              for one, other in zip(first, second, strict=True)]
     return Sessions(*parts)._replace(offsets=offsets)
-
-
-def _between(sessions: Sessions, begin: int, end: int) -> Sessions:
-    """Sessions begin .. end - 1, whose arrays are not copied."""
-    offsets = sessions.offsets[begin:end + 1]
-    items, time, kind = (None if array is None else array[offsets[0]:offsets[-1]]
-                         for array in (sessions.items, sessions.time, sessions.kind))
-    return Sessions(items, offsets - offsets[0], sessions.start[begin:end], time, kind,
-                    None if sessions.visitor is None else sessions.visitor[begin:end])
 
 
 def _picked(sessions: Sessions, events, index, offsets: np.ndarray) -> Sessions:

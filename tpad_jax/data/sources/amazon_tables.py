@@ -337,9 +337,9 @@ def _image_records(paths: Iterable[str | None]) -> Iterator[bytes]:
 
 
 def _session_records(sessions: Sessions) -> Iterator[bytes]:
-    numbers = np.arange(len(sessions.start))
-    for block in np.split(numbers, numbers[SESSIONS_PER_RECORD::SESSIONS_PER_RECORD]):
-        part = sessions_lib.take(sessions, block)
+    total = len(sessions.start)
+    for begin in range(0, max(total, 1), SESSIONS_PER_RECORD):
+        part = sessions_lib.between(sessions, begin, min(begin + SESSIONS_PER_RECORD, total))
         arrays = {**part._asdict(), 'lengths': part.lengths}
         yield tf_examples.of_integers({name: arrays[name] for name in SESSIONS})
 
