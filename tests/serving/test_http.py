@@ -395,7 +395,7 @@ def test_a_prefix_is_a_whole_part_of_a_path():
             await send({'type': 'http.response.start', 'status': 204, 'headers': []})
             await send({'type': 'http.response.body'})
 
-    metrics = http.Metrics()
+    metrics = batching.Metrics()
     guard = http.Guard(Inner(), http.Limits(), metrics, http.Count())
     asyncio.run(httpx.AsyncClient(transport=httpx.ASGITransport(guard, root_path='/item'),
                                   base_url='http://host').get('/items'))

@@ -6,16 +6,14 @@ catalogue's rows; its name is the same.
 """
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from tpad_jax.models import output_table, readers, stream as streams
 from tpad_jax.models.output_table import OUTPUTS, PURPOSES, SOURCES, Inputs, Plan, output, split
 from tpad_jax.models.sessions.repeats import shifts
-from tpad_jax.models.tpad import TPAD, encode_sessions, flat, item_vectors, z_table
+from tpad_jax.models.tpad import TPAD, ItemVectors, encode_sessions, flat, item_vectors, z_table
 from tpad_jax.mutual_information.critics import Score
 from tpad_jax.nn.attention import dropout, kept, row_keys
 from tpad_jax.nn.gather import take
@@ -81,12 +79,8 @@ def _r_pair(at, seen=None):
     return adapt(at.stored('k')[b.items]), adapt(at.stored('k')[b.next])
 
 
-@output('k', 'B, N, M D', ('_k',))
-def _k(at, k):
-    """Knowledge of the items, the features of the modalities side by side."""
-    return flat(k)
-
-
+output('k', 'B, N, M D', ('_k',), doc='Knowledge of the items, the features of the modalities '
+       'side by side.')(lambda at, k: flat(k))
 split('_r', 'B, N, D', ('trained r',), r='Distilled representations of `items`.',
       r_next='Distilled representations of `next`.')
 
@@ -294,20 +288,6 @@ def _foretell_tokens(at, position):
 # --- the recommender ------------------------------------------------------------------------------
 
 
-@struct.dataclass
-class ItemVectors:
-    """The recommender's items, each computed where it is read, x[ids] -> [..., D]."""
-
-    spec: TPAD = struct.field(pytree_node=False)
-    params: dict
-    catalogue: dict
-    key: Any
-
-    def __getitem__(self, ids):
-        rows = [self.catalogue[name][ids].reshape(*ids.shape, -1) for name in self.spec.recommend]
-        return item_vectors(self.spec, self.params, ids, rows, self.catalogue, self.key)
-
-
 @output('_z', needs=('features',))
 def _z_pair(at):
     """Vectors of the catalogue, and those of the prefix's items in it."""
@@ -320,12 +300,8 @@ def _z_pair(at):
     return take(table, at.batch.items)
 
 
-@output('z', 'V+1, D', ('_z',), is_table=True)
-def _z(at, pair):
-    """The recommender's items; products with `h` are logits."""
-    return pair[0]
-
-
+output('z', 'V+1, D', ('_z',), is_table=True, doc="The recommender's items; products with `h` are "
+       'logits.')(lambda at, pair: pair[0])
 output('z.read', 'V+1, D', ('_z',), is_table=True, doc='As `z`, to be read by item alone, x[ids]: '
        'where no loss reads `z`, only these items are computed.')(lambda at, pair: pair[0])
 

@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from tpad_jax.data import events
 from tpad_jax.models import sessions
@@ -243,6 +244,20 @@ def item_vectors(spec, params, ids, rows, catalogue, key=None):
     warm, side = (catalogue[n] if ids is None else catalogue[n][ids] for n in ('warm', 'side'))
     z = spec.fusion.apply({'params': params['recommender']['fusion']}, ids, warm, rows, side, key)
     return unit(z) if spec.normalise else z
+
+
+@struct.dataclass
+class ItemVectors:
+    """The recommender's items, each computed where it is read, x[ids] -> [..., D]."""
+
+    spec: TPAD = struct.field(pytree_node=False)
+    params: dict
+    catalogue: dict
+    key: Any
+
+    def __getitem__(self, ids):
+        rows = [self.catalogue[name][ids].reshape(*ids.shape, -1) for name in self.spec.recommend]
+        return item_vectors(self.spec, self.params, ids, rows, self.catalogue, self.key)
 
 
 def z_table(spec, params, catalogue, key=None):

@@ -1,4 +1,4 @@
-"""A bounded queue that answers concurrent requests with one device call, on one thread.
+"""A bounded queue that answers concurrent requests with one device call, on one thread; metrics.
 
 There is no waiting time: requests that arrive while the device is busy share the next call.
 """
@@ -8,8 +8,10 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
+import prometheus_client as prometheus
 from fastapi import HTTPException
 
 from tpad_jax.serving.calls import SIZES, with_events
@@ -153,3 +155,22 @@ class Batcher:
                     part, *(np.split(x, cuts) for x in answers), strict=True):
                 if not answer.done():
                     answer.set_result((items[:, :k], scores[:, :k]))
+
+
+class Metrics:
+    """The metrics of the service."""
+
+    def __init__(self):
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        counter = partial(prometheus.Counter, registry=registry)
+        histogram = partial(prometheus.Histogram, registry=registry)
+        self.requests = counter('tpad_requests', 'Requests answered.', ('path', 'status'))
+        self.seconds = histogram('tpad_request_seconds', 'From a request to its answer.', ('path',),
+                                 buckets=(.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10))
+        self.rows = histogram('tpad_call_sessions', 'Sessions of a device call.', buckets=SIZES)
+        self.waiting = prometheus.Gauge(
+            'tpad_waiting_sessions', 'Sessions that wait for the device.', registry=registry)
+        self.sessions = counter('tpad_sessions', 'Sessions asked for.')
+        self.added = counter('tpad_added_items', 'Items added.')
+        self.overloaded = counter('tpad_overloaded', 'Requests refused by 503.')

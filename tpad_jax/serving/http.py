@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, Json, StringConstraints
 
 from tpad_jax.errors import InputError
 from tpad_jax.serving import artifact, recommender
-from tpad_jax.serving.batching import RETRY, Batcher
-from tpad_jax.serving.calls import MAX_K, SIZES, with_events
+from tpad_jax.serving.batching import RETRY, Batcher, Metrics
+from tpad_jax.serving.calls import MAX_K, with_events
 from tpad_jax.serving.conditions import wanted
 from tpad_jax.serving.explain import explain
 from tpad_jax.serving.pictures import Pictures
@@ -318,25 +317,6 @@ REFUSED = {status: {'model': Refusal, 'description': reason} for status, reason 
     422: 'Invalid request.', 400: 'The body cannot be read, or a condition is unusable.',
     413: 'The body is too large.',
     503: 'Overloaded; see Retry-After.'}.items()}
-
-
-class Metrics:
-    """The metrics of the service."""
-
-    def __init__(self):
-        self.registry = registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=registry)
-        counter = partial(prometheus.Counter, registry=registry)
-        histogram = partial(prometheus.Histogram, registry=registry)
-        self.requests = counter('tpad_requests', 'Requests answered.', ('path', 'status'))
-        self.seconds = histogram('tpad_request_seconds', 'From a request to its answer.', ('path',),
-                                 buckets=(.001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10))
-        self.rows = histogram('tpad_call_sessions', 'Sessions of a device call.', buckets=SIZES)
-        self.waiting = prometheus.Gauge(
-            'tpad_waiting_sessions', 'Sessions that wait for the device.', registry=registry)
-        self.sessions = counter('tpad_sessions', 'Sessions asked for.')
-        self.added = counter('tpad_added_items', 'Items added.')
-        self.overloaded = counter('tpad_overloaded', 'Requests refused by 503.')
 
 
 class Guard:
