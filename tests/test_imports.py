@@ -6,6 +6,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ def imported(nodes):
             assert node.level == 0, f'line {node.lineno} imports relatively'
             found |= {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
     return found
+
+
+def test_modules_and_packages_are_small():
+    package = [file for file in FILES if file.parts[0] == 'tpad_jax']
+    assert {file for file in package if len((ROOT / file).read_text().splitlines()) > 400} == set()
+    modules = Counter(file.parent for file in package if file.name != '__init__.py')
+    assert max(modules.values()) <= 14, modules
 
 
 def roots(file):
