@@ -102,7 +102,7 @@ class Ours:
 
     def facts(self) -> dict:
         """Per cell: what it is; for the published network operations and bytes per pair."""
-        from tpad_jax.models.sessions.sr_gnn import packed
+        from tpad_jax.models.sessions.sr_gnn import rooms
 
         out = {}
         for name, cell in self.cells.items():
@@ -110,18 +110,17 @@ class Ours:
             if CELLS[name][0] is not published:
                 continue
             size, batch = (self.num_items + 1, cell['width']), cell['batch']
-            padded = batch * self.max_length
-            few = packed(batch, self.max_length)
+            positions = rooms(batch, self.max_length)
             compiled = cell['step'].lower(cell['state'], self._next(cell)[0],
                                           self.catalogue).compile()
             cost = compiled.cost_analysis()
             out[name] |= {
-                'operations': training_operations(*size, batch, few, again=1),
+                'operations': training_operations(*size, batch, positions[0], again=1),
                 'bytes': training_bytes(*size, batch),
-                # the compiler counts both branches, the packed rows and the padded ones, and every
-                # operand of every operation, in a cache or not
-                'operations_of_both_branches': training_operations(
-                    *size, batch, few + padded, again=1),
+                # the compiler counts all branches, packed rows and padded ones, and every operand
+                # of every operation, in a cache or not
+                'operations_of_all_branches': training_operations(
+                    *size, batch, sum(positions), again=1),
                 'compiler_operations': cost['flops'] / batch,
                 'compiler_bytes': cost['bytes accessed'] / batch}
         return out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tpad_jax.models.sessions.sr_gnn import SessionGNN, packed, session_graph
+from tpad_jax.models.sessions.sr_gnn import SessionGNN, rooms, session_graph
 from tpad_jax.nn.attention import row_keys
 
 V, N, D = 6, 7, 5  # few items: sessions return to them
@@ -105,15 +105,15 @@ def sr_gnn(p, session, table, steps):
     return dense('w3', torch.cat([whole, last]))  # eq 7
 
 
-@pytest.mark.parametrize(('steps', 'positions', 'width'),
-                         [(1, False, N), (1, False, WIDE), (2, True, WIDE)])
-def test_network_against_the_equations(network, steps, positions, width):
-    """h, and the gradients of a function of h by every parameter and item vector."""
+@pytest.mark.parametrize(('steps', 'positions', 'width', 'least', 'room'),
+                         [(1, False, N, 4, 2), (1, False, WIDE, 1, 0), (2, True, WIDE, 2, 1)])
+def test_network_against_the_equations(network, steps, positions, width, least, room):
+    """h, and the gradients of a function of h by every parameter and item vector, at each size."""
     _, params, _, table = network
     inner = {n: x for n, x in params['params'].items() if positions or not n.startswith('from_')}
     gnn = SessionGNN(steps=steps, max_length=WIDE, positions=positions)
-    sessions, items = draw_sessions(24, steps, width, least=1 if width == WIDE else 4)
-    assert ((items > 0).sum() <= packed(*items.shape)) == (width == WIDE)
+    sessions, items = draw_sessions(24, steps, width, least)
+    assert np.searchsorted(rooms(*items.shape), (items > 0).sum()) == room
     turn = np.random.default_rng(2).normal(size=(24, D)).astype(np.float32)
 
     def ours(p, table):
