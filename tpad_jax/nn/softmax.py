@@ -77,7 +77,7 @@ def _whole_backward(dtype, saved, slope):
 
 
 def _halves(a, b):
-    """Contract in two parts where the rows are even: XLA's CPU product of one leaves cores idle."""
+    """Contract in two parts where the rows are even: on CPU, XLA's product of one takes longer."""
     if len(a) % 2:
         return _contracted(a, b)
     return jax.vmap(_contracted)(*(x.reshape(2, -1, x.shape[1]) for x in (a, b))).sum(axis=0)
