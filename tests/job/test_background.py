@@ -93,10 +93,12 @@ def test_an_end_drops_what_waits_and_waits_for_what_runs():
     assert ran == ['saved']
 
 
-@pytest.mark.parametrize(('how', 'backend', 'wanted', 'number'), [
-    ('jit', 'cpu', 3, 3), ('jit', 'cpu', 0, 0), ('jit', 'cpu', -1, 1), ('pmap', 'cpu', 3, 0),
-    ('shard_map', 'cpu', -1, 0), ('jit', 'gpu', 3, 0), ('jit', 'tpu', -1, 0)])
-def test_only_a_cpu_has_room_for_more_than_one_stage(monkeypatch, how, backend, wanted, number):
+@pytest.mark.parametrize(('how', 'backend', 'wanted', 'items', 'number'), [
+    ('jit', 'cpu', 3, 600, 3), ('jit', 'cpu', 0, 600, 0), ('jit', 'cpu', -1, 600, 1),
+    ('pmap', 'cpu', 3, 600, 0), ('shard_map', 'cpu', -1, 600, 0), ('jit', 'gpu', 3, 600, 0),
+    ('jit', 'tpu', -1, 600, 0), ('jit', 'cpu', -1, 10**6, 0), ('jit', 'cpu', 1, 10**6, 1)])
+def test_only_a_cpu_has_room_for_more_than_one_stage(monkeypatch, how, backend, wanted, items,
+                                                     number):
     monkeypatch.setattr('jax.default_backend', lambda: backend)
     monkeypatch.setattr('os.sched_getaffinity', lambda _: {0, 1})
-    assert workers(wanted, SimpleNamespace(how=how)) == number
+    assert workers(wanted, SimpleNamespace(how=how), items * 64) == number

@@ -23,24 +23,29 @@ from tpad_jax.errors import Stopped
 # Priorities: what the main thread waits for first comes first.
 COMPILE, LOOK, TRAIN, TUNE = 0, 10, 20, 30
 MOST = 4  # threads at most: each may hold the activations of a training
+# numbers in a table of item vectors, a million items in 32 columns: of larger ones a step waits for
+# memory, so that a training beside it saves no time, and takes some gigabytes of tables of its own
+LARGE = 2**25
 
 
-def workers(wanted: int, devices: Devices) -> int:
+def workers(wanted: int, devices: Devices, table: int) -> int:
     """Count the threads to use next to the main one.
 
     An accelerator is not shared: its memory is planned for one stage. Neither are several devices
     or processes, whose collective operations have to meet in one order.
 
     Args:
-      wanted: config.workers. -1: one thread per further core, at most MOST.
+      wanted: config.workers. -1: one thread per further core, at most MOST, and none if the
+        table is LARGE.
       devices: those that run the steps.
+      table: numbers in a table of item vectors.
     """
     if devices.how != 'jit' or jax.default_backend() != 'cpu' or jax.process_count() > 1:
         return 0
     if wanted >= 0:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return min(cores - 1, MOST)
+    return 0 if table > LARGE else min(cores - 1, MOST)
 
 
 class Task:

@@ -334,7 +334,8 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
     job.writer = log.Writer(workdir)
     try:
         # a trace of the device shows one stage at a time
-        job.background = Background(0 if profile else workers(config.workers, job.devices))
+        table = job.data.num_items * config.model.width
+        job.background = Background(0 if profile else workers(config.workers, job.devices, table))
         job.build(stages, console)
         job.seconds['read'] = time.perf_counter() - begun
         results.introduce(job, console)
