@@ -34,23 +34,26 @@ def test_the_page_lists_every_output_with_its_shape():
 
 
 @pytest.fixture
-def session():
-    """An output `session`, made of t, and one that reads content."""
+def added():
+    """`output`, whose entries are removed after the test."""
     before = dict(outputs.OUTPUTS)
+    yield outputs.output
+    outputs.OUTPUTS.clear()
+    outputs.OUTPUTS.update(before)
 
-    @outputs.output('session', 'B, D', needs=('t',))
+
+@pytest.fixture
+def session(added):
+    """An output `session`, made of t, and one that reads content."""
+    @added('session', 'B, D', needs=('t',))
     def _session(inputs, t):
         """The session at the prefix's last item."""
         return t[inputs.rows, inputs.batch.last]
 
-    @outputs.output('length', 'B', needs=('content',))
+    @added('length', 'B', needs=('content',))
     def _length(inputs):
         """Number of words."""
         return (inputs.batch.tokens >= 0).sum(axis=1)
-
-    yield
-    outputs.OUTPUTS.clear()
-    outputs.OUTPUTS.update(before)
 
 
 def small(out, batch, *, x: Out = Out('session')):
@@ -78,9 +81,76 @@ def test_one_entry_makes_an_output_that_stages_compute_and_losses_are_checked_on
         step_lib.stage_losses(c, 'recommend')
 
 
-def test_a_name_that_another_module_took_is_refused():
-    with pytest.raises(InputError, match=f"output 'r' of {__name__} is there already, in tpad_jax"):
-        outputs.output('r', 'B, D')(lambda inputs: None)
+@pytest.mark.parametrize('name', ['r', 'warm', 'h', 'z'])  # made by a tuple, partials, a lambda
+def test_a_name_that_another_module_took_is_refused(name):
+    with pytest.raises(InputError, match=(f"output '{name}' of {__name__} is there already, in "
+                                          r'tpad_jax\.models\.outputs\. Fix')):
+        outputs.output(name, 'B, D')(partial(lambda inputs: None))
+
+
+@pytest.mark.parametrize(('shape', 'dtype', 'returned', 'told'), [
+    ('B, D', 'float32', lambda t: jnp.zeros(len(t)),
+     r'float32 \[16\]. Expected float32 \[B, D\] as declared, B=16'),
+    ('B, N, D', 'float32', lambda t: t[:, 0], r'float32 \[16, 16\].*B=16, N=4'),
+    ('B, N, D', 'float32', lambda t: t[:, :2], r'float32 \[16, 2, 16\]'),
+    ('B, D, D', 'float32', lambda t: t, r'float32 \[16, 4, 16\]'),
+    ('B', 'bool', lambda t: jnp.ones(len(t)), r'float32 \[16\]. Expected bool \[B\]'),
+    ('B', 'float32', lambda t: jnp.arange(len(t)), r'int32 \[16\]. Expected float32 \[B\]'),
+    ('V+1', 'float32', lambda t: jnp.ones(3), r'float32 \[3\]. Expected float32 \[V\+1\]'),
+    ('B, D', 'float32', lambda t: None, 'NoneType. Expected'),
+    ('B, D', 'float32', lambda t: t[:, 0].astype(jnp.bfloat16), '')])
+def test_a_maker_that_returns_another_shape_than_declared_is_refused(added, shape, dtype, returned,
+                                                                     told):
+    added('mine', shape, ('t',), dtype=dtype, is_table=shape[0] != 'B')(
+        lambda inputs, t: returned(t))
+    model, params, catalogue = tiny_stages.model()
+    batch = Batch.of(next(tiny_stages.draw('recommend')))
+    run = partial(jax.eval_shape, lambda p: outputs.forward(
+        model, p, batch, catalogue, frozenset({'mine'}), frozenset()),
+        tiny_stages.unflatten_dict(params, sep='/'))
+    if not told:
+        run()
+        return
+    with pytest.raises(InputError, match=f"output 'mine' of {__name__} is .*{told}"):
+        run()
+
+
+@pytest.mark.parametrize(('shape', 'options', 'told'), [
+    ('B, Q', {}, "shape='B, Q'. Expected some of B, N, V.1, D"),
+    ('V+1, D', {}, 'is_table=True for what is the same'),
+    ('B, D', dict(is_table=True), 'is_table=True. Expected B'),
+    ('', {}, 'Expected B, the rows, first'), ('B', dict(dtype='float64'), "dtype='float64'")])
+def test_what_no_output_can_be_is_refused_when_it_is_added(added, shape, options, told):
+    with pytest.raises(InputError, match=f"output 'mine': .*{told}"):
+        added('mine', shape, **options)
+
+
+def test_an_unknown_need_is_refused_by_name_in_a_run_and_by_the_check(added):
+    """Not when it is added: the output that it needs may come later."""
+    added('session', 'B, D', needs=('hh',))(lambda inputs, hh: hh)
+    told = r"output 'session': its needs name hh\. Expected outputs, "
+    with pytest.raises(InputError, match=told):
+        step_lib.stage_losses(tiny_stages.make_config(), 'recommend')
+    assert [re.match(told, text) for ok, _, text in check.check(small) if ok is False] != [None]
+    added('hh', 'B, D')(lambda inputs: inputs.batch.items)
+    step_lib.stage_losses(tiny_stages.make_config(), 'recommend')
+
+
+@pytest.mark.parametrize('fresh', [frozenset(), frozenset('kr')])
+def test_every_output_has_the_shape_that_it_declares(fresh):
+    """`forward` refuses others; only what the tiny model lacks is left out."""
+    model, params, catalogue = tiny_stages.model()
+    catalogue = catalogue | {'popularity': jnp.ones(V + 1)}
+    batch = jax.tree.map(jnp.asarray, Batch.of(next(tiny_stages.draw('joint'))))
+    lacks = {'teacher', 'clusters', 'prefixes', 'bottleneck'}
+    plan = outputs.Plan(model.form, model.recommend, model.reread, fresh)
+    names = frozenset(name for name in outputs.names()
+                      if not output_table.required([name], plan) & lacks)
+    out = jax.eval_shape(lambda p: {
+        n: x for n, x in outputs.forward(model, p, batch, catalogue, names, fresh,
+                                         jax.random.key(0)).items() if n != 'club'},
+        tiny_stages.unflatten_dict(params, sep='/'))
+    assert len(out) > 25
 
 
 def test_only_what_is_needed_is_computed():

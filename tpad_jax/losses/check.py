@@ -15,10 +15,12 @@ from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.losses import example
 from tpad_jax.losses.combine import bound, call, combine, first_parameters, first_states
 from tpad_jax.losses.contract import LossSpec, label
+from tpad_jax.models import output_table
 
 NAME = 'it'  # what the loss is called here
 WEIGHT = 0.7
 AXIS = 'data'
+PLAN = output_table.Plan('compressed', ('r',), True, frozenset())  # of the default config
 CLOSE = 2e-5  # relative and absolute
 
 # Programs of this size run in no time: compiling them is what takes it.
@@ -126,6 +128,7 @@ class Trial:
         if absent:
             return False, (f'reads {", ".join(absent)}, which no stage computes; expected '
                            f'{", ".join(sorted(self.outputs))}')
+        output_table.required(self.spec.needs, PLAN)
         return True, f'reads {", ".join(sorted(self.spec.needs)) or "the batch alone"}'
 
     def shape(self):

@@ -5,6 +5,7 @@ begin with '_'), and `SOURCES`, which a stage may lack. All else is derived from
 stage can compute, what a loss may name, what `tpad_jax.losses check` tries a loss on.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from tpad_jax.errors import refuse_if
-from tpad_jax.models.tpad import TPAD
+from tpad_jax.models.tpad import TPAD, ItemVectors
 
 # Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
 # run.
@@ -23,6 +24,11 @@ PURPOSES = ('withhold', 'describe_words', 'foretell_words', 'pick', 'fusion', 'e
 # the features that config.model.recommend names; an encoder that reads all prefixes at once; the
 # distribution of config.model.bottleneck.
 SOURCES = ('content', 'clusters', 'trained r', 'teacher', 'features', 'prefixes', 'bottleneck')
+
+# Letters of a shape: those of types.py; W words, C clusters, and width of the MLLM's states.
+SIZES = ('B', 'N', 'V+1', 'D', 'M D', 'T', 'P', 'W', 'C', 'width')
+KINDS = {'float32': jnp.floating, 'int32': jnp.integer, 'bool': jnp.bool_}  # of a declared dtype
+OPTIONAL = ('repeat',)  # outputs that may be None
 
 
 class Plan(NamedTuple):
@@ -69,6 +75,13 @@ class Inputs:
         return jnp.arange(self.batch.items.shape[0])
 
     @property
+    def sizes(self):
+        """Sizes of a shape that are known before anything is computed: {letter: size}."""
+        rows, positions = self.batch.items.shape
+        return {'B': rows, 'N': positions, **(
+            {'V+1': len(self.catalogue['warm'])} if 'warm' in self.catalogue else {})}
+
+    @property
     def content(self):
         """(image, has_image, tokens) of the batch's items."""
         return self.batch.image, self.batch.has_image, self.batch.tokens
@@ -95,6 +108,7 @@ class Output:
       dtype: of its values.
       doc: one line.
       is_table: it depends on the parameters and the catalogue alone, not on a batch's rows.
+      module: that adds it.
     """
 
     make: Callable
@@ -103,6 +117,12 @@ class Output:
     dtype: str
     doc: str
     is_table: bool
+    module: str
+
+    @property
+    def form(self):
+        """Dtype and shape in words."""
+        return f'{self.dtype} [{self.shape}]'
 
 
 OUTPUTS: dict[str, Output] = {}  # in the order in which a step computes them
@@ -120,15 +140,28 @@ def output(name, shape='', needs=(), *, dtype='float32', is_table=False, doc=Non
       doc: in place of the docstring.
 
     Raises:
-      InputError: another module has an output of this name.
+      InputError: another module has an output of this name, or it cannot have this shape or dtype.
     """
+    frame = sys._getframe(1)
+    while frame.f_globals is globals():  # `split`
+        frame = frame.f_back
+    module, sizes = frame.f_globals['__name__'], shape.split(', ')
+    earlier = OUTPUTS[name].module if name in OUTPUTS else module
+    refuse_if(earlier != module, f'output {name!r} of {module} is there already, in {earlier}. '
+              'Fix: give it another name')
+    if name[0] != '_':
+        refuse_if(shape and not {*sizes} <= {*SIZES}, f'output {name!r}: shape={shape!r}. Expected '
+                  f"some of {', '.join(SIZES)}, as in 'B, N, D'. Fix: D is any number of features")
+        refuse_if((sizes[0] == 'B') == is_table, f'output {name!r}: shape={shape!r} with is_table='
+                  f'{is_table}. Expected B, the rows, first, or is_table=True for what is the same '
+                  'for every batch. Fix: change one of the two')
+        refuse_if(dtype not in KINDS, f'output {name!r}: dtype={dtype!r}. Expected one of '
+                  f'{", ".join(KINDS)}. Fix: change it')
+
     def add(make):
-        earlier = OUTPUTS[name].make if name in OUTPUTS else make
-        refuse_if(earlier.__module__ != make.__module__, f'output {name!r} of {make.__module__} '
-                  f'is there already, in {earlier.__module__}. Fix: give it another name')
         text = (doc or make.__doc__ or '').splitlines() or ['']
         OUTPUTS[name] = Output(make, needs if callable(needs) else lambda _: needs, shape, dtype,
-                               text[0], is_table)
+                               text[0], is_table, module)
         return make
 
     return add
@@ -141,30 +174,58 @@ def split(name, shape, needs=(), **docs):
 
 
 def required(wanted, plan: Plan) -> set[str]:
-    """Collect all that outputs need, directly or not, `SOURCES` and themselves included."""
+    """Collect all that outputs need, directly or not, `SOURCES` and themselves included.
+
+    Raises:
+      InputError: an output needs a name that does not exist. It is looked up here as an output may
+        be added before the one that it needs.
+    """
     todo, result = list(wanted), set()
     while todo:
         name = todo.pop()
         if name not in result:
             result.add(name)
-            todo += OUTPUTS[name].needs(plan) if name in OUTPUTS else ()
+            needs = OUTPUTS[name].needs(plan) if name in OUTPUTS else ()
+            unknown = [n for n in needs if n not in OUTPUTS and n not in SOURCES]
+            refuse_if(unknown, f'output {name!r}: its needs name {", ".join(unknown)}. Expected '
+                      f'outputs, values of makers or {", ".join(map(repr, SOURCES))}. Fix: correct '
+                      'the name, or import the module that adds it')
+            todo += needs
     return result
 
 
-def split_tables(out: dict, rows: int) -> tuple[dict, dict]:
+def checked(name: str, value, inputs: Inputs):
+    """Return what a maker returned, if its entry declares it so: known while a step is traced.
+
+    Args:
+      name: of the output; those of makers only declare nothing.
+      value: of the maker.
+      inputs: of the maker, for the sizes.
+
+    Raises:
+      InputError: it has another shape or kind of dtype.
+    """
+    entry, sizes = OUTPUTS[name], inputs.sizes
+    if not entry.shape or isinstance(value, ItemVectors) or (value is None and name in OPTIONAL):
+        return value
+    letters, shape = entry.shape.split(', '), getattr(value, 'shape', None)
+    came = type(value).__name__ if shape is None else f'{value.dtype} {list(shape)}'
+    # a letter that is not known is the first size that it stands for
+    right = shape is not None and len(shape) == len(letters) and jnp.issubdtype(
+        value.dtype, KINDS[entry.dtype]) and all(
+            sizes.setdefault(n, size) == size for n, size in zip(letters, shape, strict=True))
+    known = ', '.join(f'{n}={sizes[n]}' for n in dict.fromkeys(letters) if n in inputs.sizes)
+    refuse_if(not right, f'output {name!r} of {entry.module} is {came}. Expected {entry.form} as '
+              f'declared{f", {known}" * bool(known)}. Fix: change what the maker returns, or its '
+              'declared shape or dtype')
+    return value
+
+
+def split_tables(out: dict) -> tuple[dict, dict]:
     """Split outputs into those of the batch's rows and those that are the same for every batch.
 
     Args:
       out: from `outputs.forward`.
-      rows: of the batch.
-
-    Raises:
-      ValueError: an output that is not a table has another first axis.
     """
     tables = {n: x for n, x in out.items() if n.startswith('critic.') or OUTPUTS[n].is_table}
-    of_rows = {n: x for n, x in out.items() if n not in tables}
-    for name, x in of_rows.items():
-        if x is not None and x.shape[:1] != (rows,):
-            raise ValueError(f'output {name}: {list(x.shape)}. Expected {rows} rows, as the batch '
-                             'has. Fix: if every batch has the same, give its entry is_table=True.')
-    return of_rows, tables
+    return {n: x for n, x in out.items() if n not in tables}, tables

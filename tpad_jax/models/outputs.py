@@ -374,7 +374,7 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
       key: the step's key, or None for evaluation: then nothing is dropped or withheld.
 
     Returns:
-      {name: output} of the needed outputs; `outputs.py` has their shapes.
+      {name: output} of the needed outputs, of the shapes that they declare.
     """
     keys = dict.fromkeys(PURPOSES) if key is None else dict(
         zip(PURPOSES, jax.random.split(key, len(PURPOSES)), strict=True))
@@ -386,8 +386,8 @@ def forward(spec: TPAD, params: dict, batch, catalogue: dict, needs: frozenset, 
     def value(name):
         if name not in values:
             entry = OUTPUTS[name]
-            values[name] = entry.make(inputs, *(
-                value(n) for n in entry.needs(plan) if n not in SOURCES))
+            values[name] = output_table.checked(name, entry.make(inputs, *(
+                value(n) for n in entry.needs(plan) if n not in SOURCES)), inputs)
         return values[name]
 
     out = {name: value(name) for name in OUTPUTS if name in needs}

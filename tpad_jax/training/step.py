@@ -90,7 +90,7 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     def read(params, batch):
         tree = unflatten_dict({**state.frozen, **params}, sep='/')
         out = outputs.forward(spec.model, tree, batch, catalogue, spec.needs, spec.fresh, key)
-        rows, tables = output_table.split_tables(out, len(batch.valid))
+        rows, tables = output_table.split_tables(out)
         return rows, (tables, losses.bound(spec.losses, tree))
 
     def objective(rows, rest, batch):
