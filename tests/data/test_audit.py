@@ -22,9 +22,8 @@ def drawn(seed, count, items=40, order=None):
     return csr(parts if order is None else [part[np.argsort(order[part])] for part in parts])
 
 
-def report(train, test, *, ties=0.0, form='2023', items=40, every_prefix=True):
-    return lib.audit(train, test, test, warm_items(train, items), form=form, ties=ties,
-                     every_prefix=every_prefix)
+def report(train, test, *, ties=0.0, form='2023', items=40, **options):
+    return lib.audit(train, test, test, warm_items(train, items), form=form, ties=ties, **options)
 
 
 def test_one_way_share_by_hand():
@@ -94,6 +93,10 @@ def test_only_what_is_scored_is_counted_and_histories_are_warned_of():
     every = report(train, test, items=7)
     assert every['repeat_share'] == pytest.approx(3 / 10)
     assert every['shuffle']['rows'] == 10
+    # the advice is given where the protocol is accepted, and not followed yet
+    advised = [any('data.published_last_only=True' in text for text in some['warnings'])
+               for some in (found, every, report(train, test, items=7, timed=False))]
+    assert advised == [False, False, True]
 
 
 def test_order_is_tested_on_the_latest_events(monkeypatch):

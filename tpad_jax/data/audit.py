@@ -29,19 +29,21 @@ WARNED_SHARES = {
     # 3 to 23 % on public sessions, 67 % on the histories of users
     'history_share': (0.3, 'the test prefixes of three items or more begin with three neighbours '
                            'of a training session, as the histories of users do. Only the last '
-                           'item is new then: score it alone by config.data.protocol=published '
-                           'and config.data.published_last_only=True.'),
+                           'item is new then'),
     'repeat_share': (0.3, 'the test targets are already in their session: compare with '
                           'repeat-last, and read the slice "new".'),
     'cold_target_share': (0.3, 'the test targets occur in no training session; models of item ids '
                                'cannot predict them.')}
+# how the last item is scored alone, where there are no times (validate.check)
+LAST_ALONE = (': score it alone by config.data.protocol=published and config.data.'
+              'published_last_only=True')
 MOST_TIES = 0.5  # above it the order inside sessions counts as unknown
 UNITS = {'day': 1000 * DAY, 'hour': 3_600_000, 'minute': 60_000, 'second': 1000, 'millisecond': 1}
 SURE = 3  # standard errors that a loss by shuffling has to exceed
 
 
 def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *, form: str,
-          ties: float, every_prefix: bool = True) -> dict:
+          ties: float, every_prefix: bool = True, timed: bool = True) -> dict:
     """Examine the three splits.
 
     Args:
@@ -54,6 +56,7 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         nan if the data have no times.
       every_prefix: whether every item of a test session but the first is a target; False: the last
         one alone. The shares of test targets are of these.
+      timed: see `sources.Source`: only sessions without times can be scored by their last item.
 
     Returns:
       A JSON-able dict of numbers (shares in 0..1, None where nothing could be counted) with
@@ -94,7 +97,8 @@ def audit(train: Sessions, valid: Sessions, test: Sessions, warm: np.ndarray, *,
         'tie_share': None if np.isnan(ties) else float(ties),
         'time_unit': unit, 'day_granular': days,
         'shuffle': shuffle_test(recent, test, every_prefix=every_prefix)}
-    return {**report, 'warnings': _warnings(report), 'verdict': verdict(report)}
+    return {**report, 'warnings': _warnings(report, every_prefix and not timed),
+            'verdict': verdict(report)}
 
 
 def order_artefact(train: Sessions, test: Sessions, every_prefix: bool = True) -> dict:
@@ -251,10 +255,12 @@ def _doubts(report: dict) -> list[tuple[bool, str]]:
          'the times are real before you claim anything about transitions')) if holds]
 
 
-def _warnings(report: dict) -> list[str]:
+def _warnings(report: dict, can_score_last: bool) -> list[str]:
     share = _percents(report)
     doubts = [f'{sentence[0].upper()}{sentence[1:]}.' for _, sentence in _doubts(report)]
-    return doubts + [f'{share[name]} of {text}' for name, (limit, text) in WARNED_SHARES.items()
+    advice = {'history_share': f'{LAST_ALONE * can_score_last}.'}
+    return doubts + [f'{share[name]} of {text}{advice.get(name, "")}'
+                     for name, (limit, text) in WARNED_SHARES.items()
                      if (report[name] or 0) > limit]
 
 

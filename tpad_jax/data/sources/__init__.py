@@ -177,7 +177,7 @@ def load(config, workdir: Path) -> Data:
         # here: processes that read lines import this package, and need no scipy
         from tpad_jax.data.audit import audit
         report = audit(data.train, data.valid, data.test, data.warm, form=data.form,
-                       ties=float('nan'), every_prefix=every_prefix(config))
+                       ties=float('nan'), every_prefix=every_prefix(config), timed=source.timed)
         data = replace(data, audit=report)
     data = data if data.fingerprint else replace(data, fingerprint=_fingerprint(data))
     return attached(restrict(data, config.data.catalogue), config)
