@@ -50,6 +50,19 @@ class Decay(nn.Module):
         return (weight[..., None] * z).sum(1)
 
 
+class Other(Decay):
+    """The same with another parameter, as after a change of its code."""
+
+    @nn.compact
+    def __call__(self, z, items, keys=None):
+        return z.sum(1) * self.param('scale', nn.initializers.ones, ())
+
+
+def decay(model, **shared):
+    """The entry of `Decay`, as a config names it."""
+    return Decay(**shared)
+
+
 def picture(item):
     """A PNG of SIDE pixels, another one for every item."""
     pixels = np.random.default_rng(item).integers(0, 256, (tiny_base.SIDE,) * 2 + (3,))

@@ -66,6 +66,23 @@ def test_an_encoder_from_outside_with_a_scalar_is_served_once_it_is_registered(
         tpad_jax.load(tmp_path / 'run')
 
 
+def test_an_encoder_that_a_config_names_by_its_module_is_served_while_its_code_fits(
+        base_dir, tmp_path, monkeypatch):
+    name = 'tests.tiny_served:decay'
+    _, scores = tiny_served.write(tmp_path / 'run', base_dir, mllm=False, recommend='',
+                                  encoder=name)
+    rows = tiny_served.prefixes(3)
+    items, _ = tpad_jax.load(tmp_path / 'run').first(rows, 7)
+    np.testing.assert_array_equal(items, top(scores(rows), 7))
+    monkeypatch.setattr(tiny_served, 'Decay', tiny_served.Other)
+    with pytest.raises(InputError, match=f"config.model.encoder='{name}' does not take the "
+                       'parameters of the run .ScopeParamNotFoundError'):
+        tpad_jax.load(tmp_path / 'run')
+    monkeypatch.delattr(tiny_served, 'decay')
+    with pytest.raises(InputError, match=f"encoder='{name}': it cannot be built .AttributeError"):
+        tpad_jax.load(tmp_path / 'run')
+
+
 @pytest.mark.parametrize(('total', 'chunk', 'k'), [(700, 64, 5), (700, 64, 50), (64, 64, 60),
                                                    (1000, 1024, 10), (5000, 1024, 1)])
 def test_top_k_is_exact_and_ties_go_by_item(total, chunk, k):

@@ -104,6 +104,8 @@ def _are_codes(value):
         and number(2, LONG, whole=True).holds(value[1])))
 
 
+ENCODER = Rule(f'one of {", ".join(ENCODERS)}, or package.module:function', lambda value: (
+    isinstance(value, str) and (value in ENCODERS or ':' in value)), ENCODERS)
 PATTERN = Rule('a valid regular expression', _compiles)
 COUNT, COUNT_OR_NONE = number(1, INT32, whole=True), number(0, INT32, whole=True)
 # {key: rule}; a star matches any name
@@ -155,7 +157,7 @@ RULES = {key: rule for rule, keys in (
     (choices_of(tuple(rules.BASELINES)), 'baselines'), (choices_of(experts.NAMES), 'experts'),
     (choice(('auto', 'jit', 'pmap', 'shard_map')), 'parallel'),
     (choice(PRECISIONS), 'precision'),
-    (choice(ENCODERS), 'model.encoder'),
+    (ENCODER, 'model.encoder'),
     (choice(('item', 'compressed', 'recurrent', 'full')), 'model.form'),
     (choice(('k', 'z')), 'model.clusters_of'),
     (choice(critics.KINDS), 'model.critics.*'),

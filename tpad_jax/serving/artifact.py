@@ -19,9 +19,11 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import polars as pl
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -265,6 +267,7 @@ def _read(directory, about):
                     for i in models)
     table = pl.read_parquet(directory / ITEMS)
     specs = tuple(spec_of(about, i) for i in models)
+    _check_encoders(directory / ABOUT, about, specs, weights)
     ids = ['', *table['item_id']]
     rules = nested.get('experts')
     wide = 2 + sum(rules['tables'][name].shape[1] for name in ('next', 'basis')
@@ -276,6 +279,18 @@ def _read(directory, about):
     return Served(directory, about, specs, weights, rules, z, events, ids, ['', *table['title']],
                   table.select(name for name in ATTRIBUTES if name in table.columns))
 
+
+def _check_encoders(file, about, specs, weights):
+    """Refuse parameters that the code of an encoder from outside the package does not take."""
+    for model, spec, (params, near) in zip(about['models'], specs, weights, strict=True):
+        if type(spec.encoder).__module__.startswith('tpad_jax.'):
+            continue
+        z = np.zeros((2, spec.fusion.width), np.float32)
+        items = np.zeros((1, about['max_length']), np.int32)
+        with refusing(Exception, f'{file}: config.model.encoder={model["encoder"]!r} does not take '
+                      'the parameters of the run', 'Expected the code that was trained. Fix: '
+                      'restore it, or train again in another --workdir'):
+            jax.eval_shape(partial(tpad.encode_sessions, spec), params, items, z, near)
 
 def _reader(job, bound) -> dict:
     """Return {path: array} of the modules that read an item; without the base if it is frozen."""

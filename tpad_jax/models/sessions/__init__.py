@@ -1,14 +1,15 @@
 """Session encoders: item vectors of a prefix to one vector, h."""
 
 import inspect
+import pkgutil
 
-from tpad_jax.errors import refuse_if
+from tpad_jax.errors import refuse_if, refusing
 from tpad_jax.models.sessions.attention import SessionAttention
 from tpad_jax.models.sessions.gce_gnn import GlobalGraphGNN
 from tpad_jax.models.sessions.sr_gnn import SessionGNN
 
 # Values of config.model.encoder: (config.model, fields that all encoders have) -> flax module. All
-# else about an encoder is derived from the module.
+# else about an encoder is derived from the module. Another value is 'package.module:function'.
 ENCODERS = {
     'attention': lambda model, **shared: SessionAttention(model.layers, model.heads, **shared),
     'sr_gnn': lambda model, **shared: SessionGNN(model.gnn_steps, positions=model.positions,
@@ -24,14 +25,19 @@ def build(model, max_length: int):
       max_length: longest prefix.
 
     Raises:
-      InputError: no encoder has this name.
+      InputError: no encoder has this name, or it cannot be built.
     """
-    # a run of an encoder from outside the package is loaded
-    refuse_if(model.encoder not in ENCODERS, f'config.model.encoder={model.encoder!r}: it is not '
-              f'registered. Expected one of {", ".join(ENCODERS)}. Fix: import the module that '
-              'adds it to tpad_jax.models.sessions.ENCODERS first.')
-    return ENCODERS[model.encoder](model, max_length=max_length, rate=model.dropout,
-                                   item_rate=model.item_dropout)
+    option, make = f'config.model.encoder={model.encoder!r}', ENCODERS.get(model.encoder)
+    # a run of an encoder that a launcher registered is loaded
+    refuse_if(not make and ':' not in model.encoder, f'{option}: it is not registered. Expected '
+              f'one of {", ".join(ENCODERS)} or package.module:function. Fix: import the module '
+              'that adds it to tpad_jax.models.sessions.ENCODERS first.')
+    with refusing(Exception, f'{option}: it cannot be built', 'Expected a function (model, '
+                  '**shared) -> flax module, and the options that it reads in config.model. Fix: '
+                  'correct one, or run in the directory of the module.'):
+        make = make or pkgutil.resolve_name(model.encoder)
+        return make(model, max_length=max_length, rate=model.dropout,
+                    item_rate=model.item_dropout)
 
 
 def reads_graph(encoder) -> bool:
