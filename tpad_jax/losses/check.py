@@ -1,15 +1,14 @@
 """Whether a loss keeps its contract, tried on random outputs (`example.py`), in seconds."""
 
 import inspect
-import traceback
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from tpad_jax.core.findings import Finding, raised
 from tpad_jax.distributed import collectives
 from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.losses import example
@@ -25,20 +24,6 @@ CLOSE = 2e-5  # relative and absolute
 
 # Programs of this size run in no time: compiling them is what takes it.
 jit = partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
-class Finding(NamedTuple):
-    """One line.
-
-    Attributes:
-      ok: False for a breach of the contract, None for a remark.
-      what: the check.
-      text: what it found.
-    """
-
-    ok: bool | None
-    what: str
-    text: str
 
 
 def check(fn, keywords=(), module=None) -> Iterator[Finding]:
@@ -66,10 +51,7 @@ def check(fn, keywords=(), module=None) -> Iterator[Finding]:
         text = str(error).replace(f'config.losses.{NAME}: ', '')
         yield Finding(False, 'contract', text.replace(f'config.losses.{NAME}', 'it'))
     except Exception as error:  # raised by the loss's function
-        file, frames = inspect.getsourcefile(fn), traceback.extract_tb(error.__traceback__)
-        lines = [f'{file}, line {frame.lineno}: ' for frame in frames if frame.filename == file]
-        first, *_ = traceback.format_exception_only(error)[0].splitlines()
-        yield Finding(False, 'runs', ''.join(lines[-1:]) + first)
+        yield raised(error, fn)
 
 
 class Trial:

@@ -1,16 +1,20 @@
-"""Every session encoder by one interface, attention's prefixes, and GCE-GNN against plain loops."""
+"""The check of session encoders, on those of the package and on faulty ones; GCE-GNN by loops."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tpad_jax.models import tpad
-from tpad_jax.models.sessions import ENCODERS
+from tpad_jax.models.sessions import ENCODERS, check
+from tpad_jax.models.sessions.__main__ import main
 from tpad_jax.models.sessions.gce_gnn import NEVER, relations
+from tpad_jax.nn.attention import dropout
 
 V, D, N = 9, 8, 5
 ITEMS = np.array([[3, 0, 0, 0, 0], [2, 5, 2, 0, 0], [1, 2, 3, 4, 5], [7, 7, 8, 7, 0],
@@ -62,37 +66,79 @@ def encode(parts, items, keys=None, each=False):
     return np.asarray(run(params, items))
 
 
+OPTIONS = dict(gnn_steps=1, positions=False, layers=2, heads=2)
+
+
 @pytest.mark.parametrize('encoder', [
     'attention', *(pytest.param(name, marks=pytest.mark.slow)
                    for name in ENCODERS if name != 'attention')])
-def test_one_row_is_encoded_alike_alone_in_company_and_with_more_padding(encoder):
-    parts = built(encoder)
-    together = encode(parts, ITEMS)
-    assert together.shape == (5, D)
-    for row, items in enumerate(ITEMS):
-        np.testing.assert_allclose(encode(parts, items[None])[0], together[row], atol=1e-5)
-        short = items[None, :max(1, np.count_nonzero(items))]
-        np.testing.assert_allclose(encode(parts, short)[0], together[row], atol=1e-5)
-    gaps = np.abs(together[:, None] - together[None]).max(axis=2) + np.eye(5)
-    assert gaps.min() > 1e-2  # and different sessions do not look the same
+def test_the_check_of_encoders_finds_nothing(encoder):
+    found = list(check.check(encoder, **OPTIONS))
+    assert [finding for finding in found if not finding.ok] == []
+    assert [x.what for x in found] == [
+        'parameters', 'shape', 'finite', 'padding', 'rows', 'sessions', 'dropout',
+        *['prefixes'] * (encoder == 'attention')]
 
 
-@pytest.mark.parametrize('encoder', ENCODERS)
-def test_what_stands_in_the_vector_of_padding_changes_nothing(encoder):
-    spec, params, rows = built(encoder)
-    z = jnp.asarray(np.random.default_rng(2).normal(size=(V + 1, D)), jnp.float32)
-    run = jit(lambda z: tpad.encode_sessions(spec, params, ITEMS, z, rows))
-    np.testing.assert_allclose(run(z), run(z.at[0].set(1e3)), atol=1e-5)
+class Faulty(nn.Module):
+    """A mean of the prefix with one fault."""
+
+    fault: str
+    max_length: int = 20
+    rate: float = 0.0
+    item_rate: float = 0.0
+
+    @nn.compact
+    def positions(self, z, items, keys=None):
+        real = (items > 0)[..., None]
+        kind = jnp.float32(1) if self.fault != 'parameters' else jnp.full((), 1.0)
+        scale = self.param('scale', lambda key: kind)
+        if self.fault == 'rows':
+            z -= z.mean(0)
+        if self.fault == 'dropout' and keys is not None:
+            z *= jax.random.bernoulli(keys[0], 0.5, z.shape)
+        if self.fault not in ('dropout', 'no dropout'):
+            z = dropout(z, self.rate, keys)
+        if self.fault == 'sessions':
+            z = jnp.ones_like(z)
+        if self.fault != 'padding':
+            z = jnp.where(real, z, 0)
+        total, count = jnp.cumsum(z, 1), jnp.cumsum(real, 1)
+        if self.fault == 'prefixes':
+            total = total[:, ::-1]
+        mean = total / (count if self.fault == 'finite' else jnp.maximum(count, 1))
+        return mean[..., :4] if self.fault == 'shape' else scale * mean
+
+    def __call__(self, z, items, keys=None):
+        if self.fault == 'runs':
+            raise TypeError('of the encoder')
+        each = self.positions(z, items, keys)
+        return each[:, 0 if self.fault == 'prefixes' else -1]
 
 
-@pytest.mark.parametrize('encoder', ENCODERS)
-def test_dropout_acts_with_keys_alone_and_by_row(encoder):
-    parts = built(encoder)
-    keys = jax.random.split(jax.random.key(3), len(ITEMS))
-    np.testing.assert_array_equal(encode(parts, ITEMS), encode(parts, ITEMS))
-    dropped = encode(parts, ITEMS, keys)
-    assert (np.abs(dropped - encode(parts, ITEMS)).max(axis=1) > 1e-3).all()
-    np.testing.assert_allclose(encode(parts, ITEMS[2:3], keys[2:3])[0], dropped[2], atol=1e-5)
+def faulty(model, **shared):
+    return Faulty(model.fault, **shared)
+
+
+@pytest.mark.parametrize(('fault', 'ok', 'text'), [
+    ('', True, ''), ('parameters', False, 'scale has a weak type'), ('shape', False, 'expected'),
+    ('finite', False, 'not finite'), ('padding', False, 'mask by items > 0'),
+    ('rows', False, 'other rows'), ('sessions', False, 'the same h'),
+    ('dropout', False, 'other rows change the draws'), ('no dropout', None, 'keys change nothing'),
+    ('prefixes', False, 'differs from h'), ('runs', False, 'line [0-9]+: TypeError: of the enc')])
+def test_the_check_of_encoders_finds_a_fault(fault, ok, text, capsys):
+    found = {x.what: x for x in check.check(f'{__name__}:faulty', fault=fault) if not x.ok}
+    if not fault:
+        assert found == {}
+        return
+    breach = found[fault.split()[-1]]  # others may follow from it
+    assert breach.ok is ok
+    assert re.search(text, breach.text)
+    if fault == 'shape':  # the command
+        assert main(['check', f'{__name__}:faulty', f'--fault={fault}']) == 2
+        assert 'NO  shape ' in capsys.readouterr().out
+        assert main(['check', f'{__name__}:faulty']) == 2
+        assert "it cannot be built (AttributeError: 'types.SimpleN" in capsys.readouterr().out
 
 
 def test_normalised_scores_are_cosines_over_the_temperature():
@@ -102,16 +148,6 @@ def test_normalised_scores_are_cosines_over_the_temperature():
     h = encode((spec, params, rows), ITEMS)
     heat = np.exp(params['recommender']['log_temperature'])
     np.testing.assert_allclose(np.linalg.norm(h, axis=1), 1 / heat, rtol=1e-5)
-
-
-def test_attention_reads_every_prefix_at_once():
-    parts = built('attention')
-    each = encode(parts, ITEMS, each=True)
-    for j in range(N):
-        cut = np.where(np.arange(N) <= j, ITEMS, 0)
-        there = ITEMS[:, j] > 0
-        np.testing.assert_allclose(each[there, j], encode(parts, cut)[there], atol=1e-5)
-    assert np.isfinite(each).all()
 
 
 def test_attention_answers_in_the_space_of_the_items():
