@@ -23,8 +23,8 @@ from tpad_jax.errors import Stopped
 # Priorities: what the main thread waits for first comes first.
 COMPILE, LOOK, TRAIN, TUNE = 0, 10, 20, 30
 MOST = 4  # threads at most: each may hold the activations of a training
-# numbers in a table of item vectors, a million items in 32 columns: of larger ones a step waits for
-# memory, so that a training beside it saves no time, and takes some gigabytes of tables of its own
+# numbers in a table of item vectors, a million items in 32 columns: with larger ones a step waits
+# for memory, so that a second training at the same time is no gain, and costs gigabytes
 LARGE = 2**25
 
 
