@@ -14,12 +14,13 @@ import pytest
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+from configs import amazon
 from tests import tiny_stages
 from tests.job import test_job
 from tpad_jax import config, losses
 from tpad_jax.diagnostics import snapshots
 from tpad_jax.errors import InputError, Stopped
-from tpad_jax.job import job, validate
+from tpad_jax.job import job, memory_plan, validate
 from tpad_jax.losses import LossSpec, Out, __main__ as command, check
 from tpad_jax.models import outputs, sessions
 from tpad_jax.training import loop as loop_lib, step as step_lib
@@ -232,6 +233,45 @@ def test_a_row_of_a_stage_that_does_not_run_is_refused():
     c.losses.mine = entry('pull', x='k')
     with pytest.raises(InputError, match="stage recommend reads the rows 'k', which stage know"):
         validate.check_inputs(c, ('recommend',), set())
+
+
+@pytest.mark.parametrize(('makes', 'stages', 'reader'), [
+    ((), 'knowledge,refine,recommend', 'recommend'), ((), 'knowledge,refine,transfer', 'transfer'),
+    (('k',), 'knowledge,refine,recommend', ''), ((), 'knowledge,refine', '')])
+def test_a_stage_whose_rows_no_later_stage_reads_is_remarked(makes, stages, reader, monkeypatch):
+    monkeypatch.setitem(ENTRIES, 'refine', Entry(batches='items'))
+    config.STAGES.insert(config.STAGES.index('transfer'), 'refine')
+    config.MAKES.update({'refine': makes} if makes else {})
+    c = config.get_config()
+    c.model.recommend = 'k'
+    c.stage.refine = config.stage(train='^lora/knowledge/', fresh='k')
+    c.losses.gen_knowledge.stages = 'knowledge,refine'
+    c.stages = stages
+    try:
+        found = validate.remarks(c, validate.check(c))
+        plan = memory_plan.lines(c, 'runs/none', 'v5e-1', 10) if reader == 'recommend' else found
+    finally:
+        config.STAGES.remove('refine')
+        config.MAKES.pop('refine', None)
+    assert [line[:len('stage refine computes')] for line in found] == [
+        'stage refine computes'] * bool(reader)
+    assert all(f"stage {reader} reads the rows from before. To write it: config.MAKES['refine'] = "
+               "('k',)" in line for line in found)
+    assert not found or plan[-1].endswith(found[0])
+
+
+def test_no_built_in_stage_is_remarked():
+    for make in (config.get_config, amazon.get_config):
+        c = make()
+        assert validate.remarks(c, validate.check(c)) == []
+
+
+@pytest.mark.parametrize('key', ['stages', 'losses.align.stages'])
+def test_a_stage_that_is_not_registered_is_explained(key):
+    c = config.get_config()
+    c.update_from_flattened_dict({key: 'warmup'})
+    with pytest.raises(InputError, match=f'{key}=.warmup.*; another stage is registered first'):
+        validate.check(c)
 
 
 @pytest.mark.parametrize(('train', 'stages', 'refused'), [

@@ -339,6 +339,8 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
         job.build(stages, console)
         job.seconds['read'] = time.perf_counter() - begun
         results.introduce(job, console)
+        for line in validate.remarks(config, tuple(stages)):
+            say(console, f'Warning: {line}')
         recorded = _run_stages(job, stages, until, console)
         if until == 'validation':
             return {'valid': job.record['valid']}

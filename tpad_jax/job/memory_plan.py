@@ -30,7 +30,7 @@ from tpad_jax.data.synthetic import wording
 from tpad_jax.distributed import devices as devices_lib
 from tpad_jax.errors import refuse_if
 from tpad_jax.features import bases, lexical
-from tpad_jax.job.validate import check
+from tpad_jax.job.validate import check, remarks
 from tpad_jax.models import sessions, tpad
 from tpad_jax.training import loop, profiling, step as step_lib
 from tpad_jax.training.stages import ENTRIES
@@ -345,7 +345,8 @@ def lines(config, workdir, value: str, items: int | None = None) -> list[str]:
     way = 'estimated' if room else 'compiled'
     return [f'Planned for: {sizes[0]} items ({origin}), prefixes of {subject.positions}, '
             f'{len(subject.devices.devices)} device(s) of {size}; {way} from shapes alone',
-            *of_run(subject, stages, available, compile_step=not room)]
+            *of_run(subject, stages, available, compile_step=not room),
+            *(f'Warning: {line}' for line in remarks(config, stages))]
 
 
 def subject_of(config, total: int, sizes: tuple[int, ...], positions: int, among=None) -> Subject:

@@ -72,10 +72,11 @@ def choice(choices: Collection[str]) -> Rule:
                 lambda value: isinstance(value, str) and value in choices, choices)
 
 
-def choices_of(choices: Collection[str]) -> Rule:
+def choices_of(choices: Collection[str], hint: str = '') -> Rule:
     """Make the rule of any number of texts, separated by commas."""
-    return Rule(f'some of {", ".join(choices)}, separated by commas', lambda value: isinstance(
-        value, str) and set(names(value)) <= set(choices), choices)
+    text = f'some of {", ".join(choices)}, separated by commas{hint}'
+    return Rule(text, lambda value: isinstance(value, str) and set(names(value)) <= set(choices),
+                choices)
 
 
 def pairs(first: Rule, second: Rule) -> Rule:
@@ -149,7 +150,8 @@ RULES = {key: rule for rule, keys in (
     (Rule('() or (levels, size), whole numbers from 1 and from 2', _are_codes), 'model.codes'),
     (Rule('a share of the sessions above 0 and below 1, or a whole number of sessions',
           _is_share_or_count), 'data.valid data.test'),
-    (choices_of(STAGES), 'stages federated.stages losses.*.stages'),
+    (choices_of(STAGES, '; another stage is registered first (docs/add_a_stage.md)'),
+     'stages federated.stages losses.*.stages'),
     (choice(federated.RULES), 'federated.rule'),
     (choices_of(ROWS), 'model.recommend'),
     (choices_of((*ROWS, 'lexical')), 'rivals.*.recommend'),

@@ -157,6 +157,29 @@ def check_inputs(config, stages: tuple[str, ...], finished: set[str]) -> None:
         available |= {*MAKES.get(stage, ())}
 
 
+def remarks(config, stages: tuple[str, ...]) -> list[str]:
+    """List what is permitted and seldom meant: rows that a stage computes and does not write.
+
+    Args:
+      config: of the run.
+      stages: those that are trained.
+    """
+    out = []
+    for place, stage in enumerate(stages):
+        for row in set(names(config.stage[stage].fresh)) - {*MAKES.get(stage, ())}:
+            for later in stages[place + 1:]:
+                reads = {*ENTRIES[later].reads, *step.stored_rows(config, later)} if config.stage[
+                    later].steps else {*ENTRIES[later].reads}
+                if row in reads.union(names(config.model.recommend) * ENTRIES[later].recommends):
+                    out.append(f'stage {stage} computes {row!r} (config.stage.{stage}.fresh) and '
+                               f'does not write it: stage {later} reads the rows from before. To '
+                               f'write it: config.MAKES[{stage!r}] = ({row!r},)')
+                    break
+                if row in MAKES.get(later, ()):
+                    break
+    return out
+
+
 def check_workdir(workdir: Path) -> None:
     """Refuse a path that orbax would read as a pattern of paths: it lists checkpoints by a glob.
 

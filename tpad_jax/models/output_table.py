@@ -210,7 +210,7 @@ def checked(name: str, value, inputs: Inputs):
         return value
     letters, shape = entry.shape.split(', '), getattr(value, 'shape', None)
     came = type(value).__name__ if shape is None else f'{value.dtype} {list(shape)}'
-    # a letter that is not known is the first size that it stands for
+    # an unknown letter takes its first size
     right = shape is not None and len(shape) == len(letters) and jnp.issubdtype(
         value.dtype, KINDS[entry.dtype]) and all(
             sizes.setdefault(n, size) == size for n, size in zip(letters, shape, strict=True))

@@ -125,7 +125,7 @@ class Trial:
                     'finite; a row without items must be too: divide by jnp.maximum(count, 1)')
 
     def padding(self):
-        """What is in padded positions, and their number, changes nothing."""
+        """The content of padded positions, and their number, change nothing."""
         z = np.where((ITEMS > 0)[..., None], self.table[ITEMS], 100)
         ok = _close(self.encode(ITEMS, z=z)[REAL], self.h[REAL]) and _close(
             self.encode(ITEMS[SHORT, :3]), self.h[SHORT])
