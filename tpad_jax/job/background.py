@@ -24,7 +24,7 @@ from tpad_jax.errors import Stopped
 COMPILE, LOOK, TRAIN, TUNE = 0, 10, 20, 30
 MOST = 4  # threads at most: each may hold the activations of a training
 # numbers in a table of item vectors, a million items in 32 columns: with larger ones a step waits
-# for memory, so that a second training at the same time is no gain, and costs gigabytes
+# for memory: a second training at the same time makes nothing faster and costs gigabytes
 LARGE = 2**25
 
 
