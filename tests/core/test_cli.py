@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import tpad_jax
@@ -43,6 +44,18 @@ def test_an_error_is_a_sentence_and_a_status(capsys, error, status, text):
     message = capsys.readouterr().err
     assert message.startswith(text)
     assert message.count('\n') == 1
+
+
+def test_a_refusal_in_a_traced_function_is_a_sentence_too(capsys):
+    def refused(x):
+        raise InputError('a: b')
+
+    @cli.command('name')
+    def main(argv):
+        jax.jit(refused)(1.0)
+
+    assert main([]) == 2
+    assert capsys.readouterr().err == 'name: a: b\n'
 
 
 def test_a_defect_keeps_its_traceback():

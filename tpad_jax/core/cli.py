@@ -15,6 +15,7 @@ from tpad_jax.errors import UNWRITABLE, InputError, Stopped
 BROKEN, UNUSABLE, STOPPED = 1, 2, 75  # exit statuses
 # how jax begins to complain of its environment variables
 ENVIRONMENT = ('Unable to initialize backend', 'Invalid value', 'invalid truth value')
+RULE = '-' * 20  # begins the note by which jax explains the traceback of what is raised in a trace
 # error numbers of a path that the user must change: UNWRITABLE, or another file is in the way
 BLOCKED = (*UNWRITABLE, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
@@ -129,6 +130,7 @@ def say(name: str, text: object, status: int = 0) -> int:
     Returns:
       `status`.
     """
-    text = '; '.join([str(text), *getattr(text, '__notes__', [])])
+    notes = [note for note in getattr(text, '__notes__', []) if RULE not in note]
+    text = '; '.join([str(text), *notes])
     print(f'{name}: ' + ' '.join(text.split()), file=sys.stderr, flush=True)
     return status
