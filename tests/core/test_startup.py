@@ -60,6 +60,35 @@ def test_blocks_are_not_mapped_anew():
     assert faults('keep') < 0.1 * usual
 
 
+RETURNED = """
+from tpad_jax.core import startup
+
+def held():
+    return int(open('/proc/self/statm').read().split()[1])
+
+startup.keep_memory()
+before = held()
+block = b'x' * (80 << 20)
+del block
+kept = held() - before
+assert startup.return_memory()
+returned = held() - before
+block = b'x' * (80 << 20)
+del block
+print(kept, returned, held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').is_file() or platform.libc_ver()[0] != 'glibc',
+                    reason='tunes glibc')
+def test_what_is_freed_is_returned_once_tables_are_large():
+    done = subprocess.run([sys.executable, '-c', RETURNED], capture_output=True, text=True,
+                          check=True)
+    kept, now, later = (int(pages) / (80 << 8) for pages in done.stdout.split())
+    assert kept > 0.9
+    assert max(now, later) < 0.1
+
+
 def test_compiled_programs_are_kept_where_the_user_keeps_caches(monkeypatch, tmp_path):
     monkeypatch.delenv(startup.CACHE)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))

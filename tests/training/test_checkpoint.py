@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpad_jax.errors import InputError
+from tpad_jax.training import checkpoint
 from tpad_jax.training.checkpoint import Checkpoints, abstract
 
 
@@ -103,7 +104,10 @@ def test_keeps_the_latest_two_and_the_best(tmp_path):
         assert checkpoints.best(like)[0] == 7  # the later one of equals
 
 
-def test_a_donated_state_is_saved_as_it_was(tmp_path):
+@pytest.mark.parametrize('large', [2**30, 0])
+def test_a_donated_state_is_saved_as_it_was(tmp_path, monkeypatch, large):
+    """A state of more bytes is not copied, but on the disk before `save` returns."""
+    monkeypatch.setattr(checkpoint, 'LARGE', large)
     change = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
     with opened(tmp_path) as checkpoints:
         for state in ({'w': jnp.arange(4.0)}, {'w': jnp.ones(4), 'v': jnp.zeros((2, 2))}):

@@ -14,7 +14,8 @@ from absl import logging
 from tpad_jax.errors import InputError
 
 # parameters of mallopt in glibc's <malloc.h>
-TRIM_THRESHOLD, MMAP_MAX = -1, -4
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+LARGE_BLOCK, MAPPINGS = 2**25, 2**16  # bytes of a block that is mapped by itself, and how many are
 HUGE_PAGES = 14  # MADV_HUGEPAGE of Linux's <sys/mman.h>
 OFF = ('', '0', 'false', 'f', 'no', 'n', 'off')
 # Variables of jax that change the types of results or forbid what every run does, and their only
@@ -136,4 +137,22 @@ def keep_memory() -> bool:
         libc.madvise(ctypes.c_void_p(-(-room // page) * page), ctypes.c_size_t((size - 1) * page),
                      HUGE_PAGES)
         libc.free(ctypes.c_void_p(room))
+    return done
+
+
+def return_memory() -> bool:
+    """Let the C library return what was freed, and large blocks as soon as they are freed.
+
+    It ends what `keep_memory` began, for tables of a gigabyte: of these the heap would keep several
+    that are not used any more, and mapping them takes little time next to filling them.
+
+    Returns:
+      Whether the C library was set, as in `keep_memory`.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return False
+    libc = ctypes.CDLL(None)
+    done = all([libc.mallopt(MMAP_MAX, MAPPINGS), libc.mallopt(MMAP_THRESHOLD, LARGE_BLOCK),
+                libc.mallopt(TRIM_THRESHOLD, LARGE_BLOCK)])
+    libc.malloc_trim(0)
     return done

@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 
 from tpad_jax.config import MAKES, STAGES
-from tpad_jax.core import log, precision
+from tpad_jax.core import log, precision, startup
 from tpad_jax.core.console import say
 from tpad_jax.data import catalogue, item_graphs, missing, sessions, sources
 from tpad_jax.data.sources import external_features
@@ -34,7 +34,7 @@ from tpad_jax.evaluation import tables
 from tpad_jax.features import bases, lexical, tokenizers
 from tpad_jax.features.encoder import Encoder
 from tpad_jax.job import fitting, gate, memory_plan, recommenders, results, validate
-from tpad_jax.job.background import LOOK, TUNE, Background, workers
+from tpad_jax.job.background import LARGE, LOOK, TUNE, Background, workers
 from tpad_jax.models import readers, sessions as encoders
 from tpad_jax.training import begin_from, federated, handover, length, step
 from tpad_jax.training.stages import ENTRIES
@@ -221,7 +221,8 @@ class Job:
         self.params = handover.copied(self.params, stage, c.copy, self.taken)
         if spec and 'cluster' in spec.needs:
             self.catalogue = {**self.catalogue, 'cluster': recommenders.clusters(self)}
-        self.first = self.params = recommenders.begun(self, name)
+        self.params = recommenders.begun(self, name)
+        self.first = recommenders.others(self.params)  # a refit draws a recommender's again
         folder = self.workdir / 'stages' / name
         folder.mkdir(parents=True, exist_ok=True)
         trained, rows, self.record = {}, {}, {'seconds': 0.0}
@@ -333,8 +334,9 @@ def _run(config, workdir, stopping, until, profile, stages, finished, console) -
         stages = stages[:stages.index('recommend') + 1]  # later ones are not compiled either
     job.writer = log.Writer(workdir)
     try:
+        if (table := job.data.num_items * config.model.width) > LARGE:
+            startup.return_memory()
         # a trace of the device shows one stage at a time
-        table = job.data.num_items * config.model.width
         job.background = Background(0 if profile else workers(config.workers, job.devices, table))
         job.build(stages, console)
         job.seconds['read'] = time.perf_counter() - begun

@@ -52,7 +52,7 @@ def check(job) -> None:
         for member in (owner, *(_rival_job(owner, name) for name in _rivals(job))):
             make, rows = partial(tpad.recommender_init, spec=member.spec), owner.catalogue
             shapes = jax.eval_shape(make, jax.random.key(0), catalogue=rows | owner.blank)
-            params = _others(job.params) | flatten_dict({'recommender': shapes}, sep='/')
+            params = others(job.params) | flatten_dict({'recommender': shapes}, sep='/')
             handover.check_stage(member.config, 'recommend', member.stage_spec('recommend'), params,
                                  job.data.num_items)
 
@@ -232,7 +232,7 @@ def partner_job(job):
     made = job.modules(None, other.config)
     other.spec = replace(job.spec, **{part: getattr(made, part) for part in PARTS})
     other.count()
-    other.params = _others(job.params)
+    other.params = others(job.params)
     return other
 
 
@@ -329,7 +329,7 @@ def _train_rival(job, folder):
     """
     job.pause()
     spec = job.stage_spec('recommend')
-    job.first = _others(job.params, *(f'loss/{loss.name}/' for loss in spec.losses))
+    job.first = others(job.params, *(f'loss/{loss.name}/' for loss in spec.losses))
     job.params = job.first | job.fresh(job.spec)
     trained, _, job.record = fit(job, folder, 'recommend', spec)
     job.seconds[folder] = job.record['seconds']
@@ -354,8 +354,13 @@ def _refit(job, folder):
     job.params = {**job.params, **trained}
 
 
-def _others(params, *own):
-    """Return all parameters but a recommender's and those of its losses, which are drawn again."""
+def others(params: dict, *own: str) -> dict:
+    """Return all parameters but a recommender's and those of its losses, which are drawn again.
+
+    Args:
+      params: {path: array}.
+      *own: prefixes of paths that are left out, too.
+    """
     return {path: x for path, x in params.items() if not path.startswith(('recommender/', *own))}
 
 

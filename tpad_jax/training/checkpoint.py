@@ -32,6 +32,7 @@ from tpad_jax.errors import UNWRITABLE, InputError, refuse_if
 META, CHECKSUMS, STATE = 'meta.json', 'checksums.json', 'state'
 PARAMS = 'state.params.'  # of the paths in a state, that of the trained parameters
 DAMAGED = 'damaged-'  # and the step: a damaged checkpoint, kept for inspection and never read again
+LARGE = 2**30  # bytes
 LATEST = 2  # how many of the newest checkpoints are kept, next to the best one
 
 
@@ -67,7 +68,8 @@ class Checkpoints:
         Args:
           step: int. A checkpoint with this number is replaced.
           state: pytree of jax.Array (raw, no typed PRNG keys). It is copied on the device, which
-            holds it twice until the copy is written.
+            holds it twice until the copy is written; in one process a state of more than LARGE
+            bytes is not, and written before `save` returns.
           meta: dict that JSON can hold. Tuples come back as lists.
           metric: float, higher is better. A checkpoint without one is never the best.
           wait: whether to return only when the checkpoint is on disk.
@@ -80,7 +82,9 @@ class Checkpoints:
         if metric is not None and not math.isfinite(metric):
             raise ValueError(f'step {step} cannot be ranked by the metric {metric}')
         record = json.dumps({'metric': None if metric is None else float(metric), 'meta': meta})
-        arrays = _copy(_by_path(state))
+        arrays = _by_path(state)
+        large = sum(x.nbytes for x in arrays.values()) > LARGE and jax.process_count() == 1
+        arrays = arrays if large else _copy(arrays)
         self._finish()
         partial_folder = self.directory / f'{step}{PARTIAL}'
         save = {'checkpointables': {STATE: arrays}, 'overwrite': True}
@@ -90,7 +94,7 @@ class Checkpoints:
             write = _with_options(ocp.save_checkpointables_async, partial_folder, **save).result
         self._saving = int(step)
         self._pending = self._thread.submit(self._write, write, partial_folder, record)
-        if wait:
+        if wait or large:
             self._finish()
 
     def latest(self, abstract_state):
