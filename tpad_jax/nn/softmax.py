@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 TOTAL = 2**31  # a proposal's integer weights sum to this
-SOME, FAR = 1024, 60.0  # a share of exp(60) is far from overflow
+SOME, FAR = 1024, 60.0  # a share of exp(-60) is far from underflow
 
 
 def log_partition(h, z, warm, *, chunk=0, dtype='float32'):
@@ -44,48 +44,29 @@ def _whole(h, z, warm, dtype):
 
 def _whole_forward(h, z, warm, dtype):
     h, z = h.astype(dtype), z.astype(dtype)
+    scores = _product(z, _transpose(h))
 
-    def shares(scores, count=None):
-        """Shares of the warm items relative to exp(shift), the largest score of the first `count`.
+    def masked(count=None):
+        return jnp.where(warm[:count, None], scores[:count], -jnp.inf).max(axis=0)
 
-        Of none: the smallest float32, so that any score overflows.
-        """
-        shift = jnp.where(warm[:count, None], scores[:count], -jnp.inf).max(axis=0)
-        shift = jnp.maximum(shift, jnp.finfo(jnp.float32).min)
-        share = jnp.where(warm[:, None], jnp.exp(scores - shift), 0)
-        return shift, share, share.sum(axis=0)
-
-    def scored():
-        return _product(z, _transpose(h))
-
-    # A shift by some scores, not all, saves a pass over them. It can only be too small; where the
-    # sum is then near an overflow, everything is computed again, since shares overwrite scores. The
-    # loop runs once at most; a condition would copy the shares.
-    first = shares(scored(), SOME)
-    fine = (first[2] <= math.exp(FAR)).all()
-    _, (shift, share, total) = jax.lax.while_loop(
-        lambda carry: ~carry[0], lambda _: (jnp.bool_(True), shares(scored())), (fine, first))
-    return shift + jnp.log(total), (h, z, share, total)
+    # A mask before the maximum takes one more pass over the scores. Without it no share overflows,
+    # and all of them vanish only where a cold item is far above every warm one.
+    largest = scores.max(axis=0)
+    near = (largest <= masked(SOME) + FAR).all()
+    largest = jax.lax.cond(near, lambda: largest, masked)
+    largest = jnp.maximum(largest, jnp.finfo(jnp.float32).min)
+    share = jnp.where(warm[:, None], jnp.exp(scores - largest), 0)
+    total = share.sum(axis=0)
+    return largest + jnp.log(total), (h, z, share, total)
 
 
 def _whole_backward(dtype, saved, slope):
     h, z, share, total = saved
     share, slope = share.astype(dtype), jnp.where(total > 0, slope / total, 0)[:, None]
     to_z = _product(share, (h * slope).astype(dtype))
-    to_h = jax.lax.platform_dependent(share, z, cpu=_halves, default=_contracted)
+    to_h = jax.lax.dot_general(share, z, (((0,), (0,)), ((), ())),
+                               preferred_element_type=jnp.float32)
     return to_h * slope, to_z, None
-
-
-def _halves(a, b):
-    """Contract in two parts where the rows are even: on CPU, XLA's product of one takes longer."""
-    if len(a) % 2:
-        return _contracted(a, b)
-    return jax.vmap(_contracted)(*(x.reshape(2, -1, x.shape[1]) for x in (a, b))).sum(axis=0)
-
-
-def _contracted(a, b):
-    """Contract the first axis of both."""
-    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
