@@ -292,6 +292,7 @@ def _check_encoders(file, about, specs, weights):
                       'restore it, or train again in another --workdir'):
             jax.eval_shape(partial(tpad.encode_sessions, spec), params, items, z, near)
 
+
 def _reader(job, bound) -> dict:
     """Return {path: array} of the modules that read an item; without the base if it is frozen."""
     if job.content is None:
