@@ -22,6 +22,7 @@ from tpad_jax.models import experts
 
 CELLS = 2**27  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
 ROWS, LEAST = 256, 512  # rows at a time
+PART_CELLS = 2**26  # scores at a time, 256 MB of float32: of more than 2**18 items fewer rows
 PART = 2**14  # items at a time
 WIDTH = 64  # of an item's content; wider content is projected on its first principal components
 # Weight: its mean and standard deviation under the prior, its lowest value, and the expert or
@@ -128,15 +129,16 @@ def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[st
       seed: of the sample of rows.
     """
     most = max(LEAST, CELLS // len(table['events']) // ROWS * ROWS)
+    rows = min(ROWS, max(1, PART_CELLS // len(table['events'])))
     valid = sessions.sample(sessions.ranked(valid), most, seed)
     total = len(valid.target)
-    filled = np.resize(np.arange(total), -(-total // ROWS) * ROWS)  # the last part is filled up
+    filled = np.resize(np.arange(total), -(-total // rows) * rows)  # the last part is filled up
     counts = np.arange(len(filled)) < total
     (evidence, loss), found, widest = _programs(), [], 0
     # row by row, of the parts that the scorer is compiled for: those of a million items are large
     scores = chain.from_iterable(scores for _, scores in metrics.scored(
         model, valid.read_by(model)[filled], len(table['events']) - 1))
-    each = np.split(np.arange(len(filled)), len(filled) // ROWS)
+    each = np.split(np.arange(len(filled)), len(filled) // rows)
     tables = [table | {'decay': jnp.float32(decay)} for decay in experts.DECAYS]
     known = []  # the evidence of every part under every decay
     for place, part in product(range(len(tables)), each):
@@ -149,7 +151,7 @@ def fit(model: Callable, table: dict, valid: sessions.Rows, names: Collection[st
     widest = -(-widest // 128) * 128  # the same shape for several fits
     known = jax.device_put([[x[:, :widest] for x in pair] for pair in known])
     parts = [jax.device_put([valid.items[filled[part]], valid.target[filled[part]], counts[part],
-                             _centred(islice(scores, ROWS))]) for part in each]
+                             _centred(islice(scores, rows))]) for part in each]
     mean, spread, low = (np.array([x[i] for x in WEIGHTS.values()]) for i in range(3))
     off = np.array([x[3] not in names for x in WEIGHTS.values()])
 
