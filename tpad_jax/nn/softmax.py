@@ -11,6 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.nn import branches
+
 TOTAL = 2**31  # a proposal's integer weights sum to this
 SOME, FAR = 1024, 60.0  # a share of exp(-60) is far from underflow
 
@@ -53,7 +55,10 @@ def _whole_forward(h, z, warm, dtype):
     # and all of them vanish only where a cold item is far above every warm one.
     largest = scores.max(axis=0)
     near = (largest <= masked(SOME) + FAR).all()
-    largest = jax.lax.cond(near, lambda: largest, masked)
+    if branches.may_differ():
+        largest = jax.lax.cond(near, lambda: largest, masked)
+    else:
+        largest = jnp.where(near, largest, masked())
     largest = jnp.maximum(largest, jnp.finfo(jnp.float32).min)
     share = jnp.where(warm[:, None], jnp.exp(scores - largest), 0)
     total = share.sum(axis=0)

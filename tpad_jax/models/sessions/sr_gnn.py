@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from tpad_jax.nn import branches
 from tpad_jax.nn.attention import dropout
 from tpad_jax.nn.linear import uniform
 
@@ -111,7 +112,7 @@ class SessionGNN(nn.Module):
                 params[name] = self.param(name, uniform(0.03), (self.max_length, width))
         z = dropout(z, self.item_rate, keys, 0)
         graph = session_graph(items)
-        sizes = rooms(size, length)
+        sizes = rooms(size, length) if branches.may_differ() else (size * length,)
 
         def encode(room):
             # computed again in the backward pass: cheaper than room for every branch's values
