@@ -118,7 +118,7 @@ def with_fillers(found, process=0, processes=1):
 
 
 class Run:
-    """One stage by `fitting.fit` as a job runs it: all metrics, traces of the step, parameters.
+    """One stage by `fitting.fit` as a job runs it: metrics, traces, parameters, state of losses.
 
     stopping: step -> whether to stop behind it.
     """
@@ -129,6 +129,7 @@ class Run:
         *shape, parts = WAYS[way]
         self.spec = replace(step_lib.make_spec(config, stage, spec, seed=5), parts=parts)
         self.first = step_lib.start(self.spec, params, config.stage[stage].train)
+        self.loss_states = [jax.device_get(self.first.loss_state)]  # and of every save
         self.metrics, self.traces, count = {}, [], 0
         devices = devices_lib.choose(*shape)
         step = step_lib.train_step
@@ -148,6 +149,13 @@ class Run:
         encoder = encoder_lib.Encoder(spec, CONTENT, ('k', 'r'))
         writer = SimpleNamespace(rewind=lambda *_: None, scalars=self.log)
         checkpoints = Checkpoints(directory)
+        save = checkpoints.save
+
+        def saved(step, tree, *args, **kwargs):
+            self.loss_states.append(jax.device_get(tree['state'].loss_state))
+            save(step, tree, *args, **kwargs)
+
+        checkpoints.save = saved
         loop = loop_lib.Loop(
             name=stage, total=STEPS, devices=devices, batches=drawn, checkpoints=checkpoints,
             writer=writer, progress=lambda *_: nullcontext(lambda *_: None), log_every=1,

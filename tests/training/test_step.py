@@ -100,6 +100,10 @@ def test_every_loss_of_the_stage_is_logged_and_every_part_learns(runs, stage):
     still = {path for path, x in run.params.items() if np.array_equal(x, model()[1][path])}
     # the writers learn in the other stages
     assert not {path for path in still if stage != 'joint' or '/writer/' not in path}
+    # so do the losses that keep a state
+    first, *_, last = run.loss_states
+    for name, before in first.items():
+        assert any(map(np.not_equal, *map(jax.tree.leaves, (before, last[name])))), name
 
 
 @pytest.mark.parametrize('stage', [
