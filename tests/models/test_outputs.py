@@ -136,6 +136,15 @@ def test_an_unknown_need_is_refused_by_name_in_a_run_and_by_the_check(added):
     step_lib.stage_losses(tiny_stages.make_config(), 'recommend')
 
 
+def test_outputs_that_need_one_another_are_refused(added):
+    added('mine', 'B, D', needs=('h', 'yours'))(lambda inputs, h, yours: yours)
+    added('yours', 'B, D', needs=('mine',))(lambda inputs, mine: mine)
+    plan = outputs.Plan('full', ('k',), False, frozenset())
+    assert 'mine' not in output_table.required(['h'], plan)
+    with pytest.raises(InputError, match=r'(mine|yours) needs (mine|yours) needs'):
+        output_table.required(['yours'], plan)
+
+
 @pytest.mark.parametrize('fresh', [frozenset(), frozenset('kr')])
 def test_every_output_has_the_shape_that_it_declares(fresh):
     """`forward` refuses others; only what the tiny model lacks is left out."""

@@ -5,6 +5,7 @@ begin with '_'), and `SOURCES`, which a stage may lack. All else is derived from
 stage can compute, what a loss may name, what `tpad_jax.losses check` tries a loss on.
 """
 
+import graphlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from tpad_jax.errors import refuse_if
+from tpad_jax.errors import InputError, refuse_if
 from tpad_jax.models.tpad import TPAD, ItemVectors
 
 # Every draw of a step is keyed by (step key, purpose, row or item): the order below is part of a
@@ -177,21 +178,26 @@ def required(wanted, plan: Plan) -> set[str]:
     """Collect all that outputs need, directly or not, `SOURCES` and themselves included.
 
     Raises:
-      InputError: an output needs a name that does not exist. It is looked up here as an output may
-        be added before the one that it needs.
+      InputError: an output needs a name that does not exist, or itself. This is looked up here as
+        an output may be added before the one that it needs.
     """
-    todo, result = list(wanted), set()
+    todo, result = list(wanted), {}
     while todo:
         name = todo.pop()
         if name not in result:
-            result.add(name)
-            needs = OUTPUTS[name].needs(plan) if name in OUTPUTS else ()
+            needs = result[name] = OUTPUTS[name].needs(plan) if name in OUTPUTS else ()
             unknown = [n for n in needs if n not in OUTPUTS and n not in SOURCES]
             refuse_if(unknown, f'output {name!r}: its needs name {", ".join(unknown)}. Expected '
                       f'outputs, values of makers or {", ".join(map(repr, SOURCES))}. Fix: correct '
                       'the name, or import the module that adds it')
             todo += needs
-    return result
+    try:
+        graphlib.TopologicalSorter(result).prepare()
+    except graphlib.CycleError as error:
+        circle = ' needs '.join(error.args[1][::-1])
+        raise InputError(f'outputs need one another: {circle}. Expected no circle. Fix: take one '
+                         'of these needs away') from None
+    return set(result)
 
 
 def checked(name: str, value, inputs: Inputs):
