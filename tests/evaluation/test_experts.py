@@ -65,7 +65,8 @@ def shares_of(train, prefix, decay):
     return out
 
 
-def test_evidence_equals_brute_force():
+def test_evidence_equals_brute_force(monkeypatch):
+    monkeypatch.setattr(item_graphs, 'PART', 7)  # tables are filled in several parts
     train, rows, decay = drawn(), prefixes(drawn(1, 12)), experts.DECAYS[1]
     table = item_graphs.rules(train, V, holders=S) | {'decay': np.float32(decay)}
     moved = rows.items[:, :2], np.full((12, 2), 0.5, np.float32)

@@ -8,6 +8,8 @@ import scipy.sparse as sp
 
 from tpad_jax.data.sessions import Sessions
 
+PART = 2**14  # items whose table is filled at a time
+
 
 def followers(sessions: Sessions, num_items: int, longest: int, lag_power: float = 0.0,
               share: np.ndarray | None = None) -> sp.csr_array:
@@ -166,9 +168,13 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
     tables = [*after, sp.csr_array(_without_loops(cosine))]
     scaled = [sp.diags_array(1 / np.maximum(x.sum(axis=1), 1e-9)) @ x for x in tables]
     near, _ = _heaviest(sp.coo_array(sum(scaled)), most)
-    row = np.repeat(np.arange(num_items + 1), most)
-    weight = np.stack([sp.csr_array(x)[row, near.reshape(-1)].reshape(near.shape)
-                       for x in tables], axis=-1)
+    weight = np.empty((*near.shape, len(tables)), np.float32)
+    tables = [sp.csr_array(x) for x in tables]
+    for begin in range(0, num_items + 1, PART):  # of all at once, float64 would be gigabytes
+        item = near[begin:begin + PART]
+        row = np.repeat(np.arange(begin, begin + len(item)), most)
+        for rule, x in enumerate(tables):
+            weight[begin:begin + PART, :, rule] = x[row, item.reshape(-1)].reshape(item.shape)
     weight[near == 0] = 0
     count = len(train.lengths)
     # session 1 is the most recent one
@@ -187,6 +193,6 @@ def rules(train: Sessions, num_items: int, *, ordered: bool = True, most: int = 
                       train.items[np.minimum(at, len(train.items) - 1)], 0)
     events = np.pad(events, ((1, 0), (0, 0))).astype(np.int32)
     scale = np.append(0, 1 / np.sqrt(held.sum(axis=1)[session])).astype(np.float32)
-    return {'near': near, 'weight': weight.astype(np.float32), 'sessions': events, 'scale': scale,
+    return {'near': near, 'weight': weight, 'sessions': events, 'scale': scale,
             'holders': np.searchsorted(used, by_item).astype(np.int32),
             'events': np.bincount(train.items, share[train.owner], num_items + 1).astype('f')}
