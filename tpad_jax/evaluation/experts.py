@@ -21,7 +21,8 @@ from tpad_jax.evaluation import metrics, scorers
 from tpad_jax.models import experts
 
 CELLS = 2**27  # scores that a fit reads, or those of LEAST rows: of more it draws a sample
-ROWS, LEAST = 256, 256  # rows at a time
+LEAST = 256
+ROWS = 256  # rows at a time
 PART_CELLS = 2**25  # scores at a time, 128 MB of float32: of more than 2**17 items fewer rows
 PART = 2**14  # items at a time
 WIDTH = 64  # of an item's content; wider content is projected on its first principal components
