@@ -32,10 +32,10 @@ def tiny(c, tiny=config.tiny):
     c.data.planted.update(items=48, train=160, valid=24, test=24)
     c.diagnostics, c.baselines, c.experts, c.mllm.text_length = 0, 'pop', '', 8
     c.mllm.base, c.model.features = os.environ['TINY_BASE'], 16
-    c.rivals, c.workers = {}, 0
+    c.rivals, c.workers, c.skip_not_finite = {}, 0, 0
     c.stage.recommend.eval_every = c.stage.joint.eval_every = 0
     for stage in c.stage.values():
-        stage.update(steps=2, batch_size=16)
+        stage.update(steps=2, batch_size=16, optimiser='sgd')
     for name in {*c.losses} - {'gen_knowledge', 'distil', 'next_item'}:
         c.losses[name].weight = 0.0
 

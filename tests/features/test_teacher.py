@@ -18,7 +18,7 @@ from tpad_jax.models.builtin.mllm import MLLM
 from tpad_jax.models.mllms import KnowledgeMLLM
 
 SIDE, WIDTH, changed = test_job.SIDE, test_job.WIDTH, test_job.changed
-config = test_job.config
+config = test_job.config  # its optimiser learns in few steps
 
 
 def make_base(directory, tokenizer, side=SIDE, features=WIDTH, **sizes):
@@ -83,6 +83,7 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
         'clusters')} | {f'losses__{n}__weight': 0.0 for n in (
             'gen_knowledge', 'gen_transfer', 'align', 'disentangle', 'club_fit', 'discrepancy')}
     c = changed(config, save_every=100, stages='knowledge,transfer', mllm__teacher=str(teacher),
+                skip_not_finite=0,
                 stage__transfer__rates=(), model__clusters=4, model__clusters_of='z',
                 stage__knowledge__steps=30,
                 stage__knowledge__learning_rate=0.02, stage__transfer__learning_rate=0.02,
@@ -105,12 +106,13 @@ def test_a_run_with_a_teacher_and_clusters(config, base_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_blends_adapters(config, tmp_path):
+def test_a_run_that_blends_adapters(base_dir, tmp_path):
     """r has a feature per modality."""
     off = {f'losses__{n}__weight': 0.0 for n in (
         'distil', 'discrepancy', 'align', 'disentangle', 'club_fit')}
-    c = changed(config, save_every=100, stages='knowledge,transfer', model__blend__kind='ties',
-                stage__transfer__eval_every=0, diagnostics=0, baselines='pop', **off)
+    c = changed(test_job.make_config(base_dir), save_every=100, stages='knowledge,transfer',
+                model__blend__kind='ties', stage__transfer__eval_every=0, diagnostics=0,
+                baselines='pop', **off)
     c.rivals, c.experts = {}, ''
     ranks = []
     leave = encoder.Encoder.leave

@@ -34,6 +34,7 @@ def make_config(base_dir):
     c = base.get_config()
     base.tiny(c)
     c.parallel, c.save_every, c.log_every = 'jit', 2, 1
+    c.skip_not_finite = 0  # as plain steps, for these programs are compiled more than they run
     c.workers = 2
     c.rivals = {name: amazon.get_config().rivals[name].to_dict()
                 for name in (*RIVALS, 'lexical_only')}
@@ -44,7 +45,7 @@ def make_config(base_dir):
     c.model.update(features=WIDTH, width=WIDTH, lora_rank=2)
     c.data.planted.update(items=40, train=120, valid=20, test=30)
     for name, steps in dict(knowledge=5, transfer=5, recommend=8, joint=5).items():
-        c.stage[name].update(steps=steps, batch_size=16)
+        c.stage[name].update(steps=steps, batch_size=16, optimiser='sgd')
     c.stage.transfer.eval_every = c.stage.recommend.eval_every = 3
     c.stage.joint.update(eval_every=2, refresh_every=3)
     return c.lock()
@@ -52,8 +53,10 @@ def make_config(base_dir):
 
 @pytest.fixture(scope='module')
 def config(base_dir):
-    """With experts that are quickly fitted; `finished` has all."""
-    return changed(make_config(base_dir), experts='model,cold,transitions,content')
+    """With experts that are quickly fitted; `finished` has all. What it resumes has moments."""
+    moments = {f'stage__{name}__optimiser': 'adamw' for name in STAGES}
+    return changed(make_config(base_dir), experts='model,cold,transitions,content',
+                   skip_not_finite=base.get_config().skip_not_finite, **moments)
 
 
 def changed(config, **changes):
@@ -146,7 +149,8 @@ def finished(config, tmp_path_factory):
     c = changed(config, data__raw_dir=str(root / 'raw'), data__core=1, data__valid=20,
                 data__test=30, data__gap_hours=0.1, data__max_length=7, workers=0,
                 stages='knowledge,recommend', model__recommend='k', diagnostics=0,
-                experts=base.get_config().experts)
+                experts=base.get_config().experts, skip_not_finite=0,
+                stage__knowledge__optimiser='sgd', stage__recommend__optimiser='sgd')
     c.rivals = {name: entry.to_dict() for name, entry in amazon.get_config().rivals.items()
                 if name != 'knowledge_only'}
     with Recorded() as params:

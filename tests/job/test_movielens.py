@@ -128,11 +128,12 @@ def test_the_job_refits_all_and_tests_all(base_dir, tmp_path):
     c.model.features = tiny_base.WIDTH
     c.parallel, c.search.trials, c.data.words = 'jit', 1, 'genres,year,title'
     c.stages, c.model.recommend = 'knowledge,recommend', 'k'
-    c.refit, c.diagnostics, c.baselines, c.experts = True, 0, 'vstan,content_knn', ''
+    c.refit, c.skip_not_finite = True, 0
+    c.diagnostics, c.baselines, c.experts = 0, 'vstan,content_knn', ''
     c.rivals = dict(id_only=c.rivals.id_only)
     c.xla_flags = '--xla_backend_optimization_level=0'
     for name in ('knowledge', 'recommend'):
-        c.stage[name].update(steps=1, batch_size=4)
+        c.stage[name].update(steps=1, batch_size=4, optimiser='sgd')
     c.stage.recommend.eval_every = 1
     c.partner = dict(model=dict(encoder='sr_gnn', width=12, recommend='k'),
                      losses=dict(next_item=dict(h='h')))

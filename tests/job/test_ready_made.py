@@ -38,8 +38,9 @@ def config(file, encoder='attention', **changes):
     c.parallel, c.data.npz, c.search.trials = 'jit', str(file), 1
     c.model.update(width=8, features=8)
     c.losses.next_item.chunk = 8
-    c.stage.recommend.update(steps=12, eval_every=4, batch_size=16, learning_rate=1e-2)
-    c.save_every, c.log_every = 5, 1
+    c.stage.recommend.update(steps=12, eval_every=4, batch_size=16, learning_rate=1e-2,
+                             optimiser='sgd')
+    c.save_every, c.log_every, c.skip_not_finite = 5, 1, 0
     if c.partner:
         c.partner.model.update(width=6, features=8)
         c.partner.stage.recommend.update(steps=8, eval_every=4, batch_size=16)

@@ -108,7 +108,8 @@ def train_step(state: State, batch, catalogue: dict, *, spec: StepSpec, axis: st
     logged['optim/grad_norm'] = optax.tree.norm(grads)
     if spec.skip:  # a loss that is not finite, or whose gradient is not, changes nothing
         fine = jnp.isfinite(logged['loss'])
-        grads = jax.tree.map(lambda x: jnp.where(fine, x, jnp.nan), grads)
+        first = min(grads)  # one is enough for `apply_if_finite`
+        grads = {**grads, first: jnp.where(fine, grads[first], jnp.nan)}
         fine &= jnp.isfinite(logged['optim/grad_norm'])
         loss_state = jax.tree.map(partial(jnp.where, fine), loss_state, state.loss_state)
     updates, opt_state = spec.tx.update(grads, state.opt_state, state.params)
@@ -240,13 +241,13 @@ def _initialiser(**settings):
 def without(make, given: tuple[str, ...]):
     """Compile an initialiser without the top-level parameters that are given."""
     return compiled(lambda key, catalogue: {
-        n: p for n, p in make(key=key, catalogue=catalogue).items() if n not in given})
+        n: p for n, p in make(key=key, catalogue=catalogue).items() if n not in given}, seldom=True)
 
 
 @lru_cache(maxsize=16)  # a refit, and other jobs of a process, find it compiled
 def recommender_initialiser(model: tpad.TPAD):
     """Compile (key, catalogue=rows) -> the first parameters of a recommender alone."""
-    return compiled(partial(tpad.recommender_init, spec=model))
+    return compiled(partial(tpad.recommender_init, spec=model), seldom=True)
 
 
 def make_spec(config, stage: str, model: tpad.TPAD, seed: int) -> StepSpec:

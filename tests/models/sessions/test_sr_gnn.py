@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tpad_jax.models.sessions import sr_gnn as module
 from tpad_jax.models.sessions.sr_gnn import SessionGNN, rooms, session_graph
 from tpad_jax.nn.attention import row_keys
 
@@ -29,6 +30,14 @@ def shares(session):
     edges = set(pairwise(session))
     return ({(i, j): 1 / sum(a == i for a, _ in edges) for i, j in edges},
             {(i, j): 1 / sum(b == j for _, b in edges) for i, j in edges})
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few():
+    """Batches as small as these have all the sizes of a large one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, 'FEW', 0)
+        yield
 
 
 @pytest.fixture(scope='module')

@@ -23,13 +23,16 @@ from tpad_jax.nn.linear import uniform
 # public click data; where sessions end at seven, the mean prefix holds three). Most batches of a
 # hundred rows fit three quarters of it.
 PACKED, PACKED_ROW, MOST = 0.3, 3.5, 0.75
+FEW = 512  # positions: compiling more than one size would take longer than it ever saves
 
 
 def rooms(size: int, length: int) -> tuple[int, ...]:
     """Return the numbers of positions at which a batch [size, length] may be computed, ascending.
 
-    A batch is computed at the first that holds its items.
+    A batch is computed at the first that holds its items. Small batches have one.
     """
+    if size * length <= FEW:
+        return (size * length,)
     packed = size * min(length, max(PACKED * length, PACKED_ROW))
     return tuple(sorted({max(1, int(MOST * packed)), max(1, int(packed)), size * length}))
 
