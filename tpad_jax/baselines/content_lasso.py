@@ -256,20 +256,28 @@ def weights_of(train: Sessions, num_items: int, known: Attributes, strength: flo
         penalty /= penalty[known.importance > LEAST].mean()
     if not len(end):
         return np.zeros(penalty.shape)
-    rows, target = known.rows.astype(np.float32), column[train.items[end]]
-    prefix = sp.csr_array(sp.hstack([rows[train.items[begin[end]]], rows[train.items[end - 1]]]))
-    later = rows[items].toarray()
-    actual, row = later[target], np.arange(len(target))
+    target = column[train.items[end]]
+    row, places = np.arange(len(target)), []
+    # a prefix asks for what its first and its last item ask for, which are computed once per item
+    for at in begin[end], end - 1:
+        asking, which = np.unique(train.items[at], return_inverse=True)
+        places.append((known.rows[asking].astype(np.float32), which,
+                       sp.csr_array((np.ones(len(row), np.float32), (which, row)))))
+    later = known.rows[items].toarray().astype(np.float32)
+    actual = later[target]
     bias = log_popularity(train, num_items)[items].astype(np.float32)
     scores = np.empty((len(target), len(items)), np.float32)
 
     def smooth(x):
-        np.matmul(prefix @ x.reshape(2 * size, size).astype(np.float32), later.T, out=scores)
+        asked = sum((attributes @ part)[which] for (attributes, which, _), part in zip(
+            places, x.reshape(2, size, size).astype(np.float32), strict=True))
+        np.matmul(asked, later.T, out=scores)
         np.add(scores, bias, out=scores)
         np.subtract(scores, scores.max(axis=1, keepdims=True), out=scores)
         gained = scores[row, target].sum(dtype=float)
         total = np.exp(scores, out=scores).sum(axis=1, keepdims=True)
-        slope = prefix.T @ (scores @ later / total - actual)
+        excess = scores @ later / total - actual
+        slope = np.stack([attributes.T @ (held @ excess) for attributes, _, held in places])
         return ((np.log(total).sum(dtype=float) - gained) / len(target),
                 slope.ravel().astype(float) / len(target))
 

@@ -30,6 +30,7 @@ REQUIRED = {
     **{f'JAX_ERROR_CHECKING_BEHAVIOR_{what}': ('', 'ignore') for what in ('NAN', 'DIVIDE', 'OOB')}}
 
 CACHE = 'JAX_COMPILATION_CACHE_DIR'
+THREADS = 5  # of a run that compute: the main one and those of job/background.py
 
 
 def begin(xla_flags: str = '') -> Callable[[], bool]:
@@ -71,10 +72,22 @@ def prepare(xla_flags: str = '') -> None:
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # XLA logs from C++
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {xla_flags}'.strip()
+    share_cores()
     cache_compilations()
     # tracing makes millions of objects that live on: do not look through them again and again
     gc.set_threshold(100_000, 50, 100)
     keep_memory()
+
+
+def share_cores() -> None:
+    """Let numpy's products use a part of the cores, unless OPENBLAS_NUM_THREADS is set.
+
+    A run computes in up to THREADS threads at once, and those of OpenBLAS wait for one another by
+    spinning: on two cores that doubles the processor time of the baselines that compute in numpy.
+    """
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+             else os.cpu_count() or 1)
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', str(max(1, cores // THREADS)))
 
 
 def cache_compilations() -> None:

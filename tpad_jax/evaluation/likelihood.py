@@ -50,7 +50,7 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
         return Calibration(*map(float, np.exp(np.clip(np.atleast_1d(x), -25, 25))))
 
     def objective(x):
-        return _predicted(scores, rows.target, known(x))[0].mean()
+        return np.subtract(*_sums(scores, rows.target, known(x))[1:3]).mean()
 
     if not rule:  # convex in the power
         return known(scipy.optimize.minimize_scalar(
@@ -105,11 +105,16 @@ def _shares(scores, rule):
     return scores / np.maximum(scores.sum(axis=1, keepdims=True), 1e-30)
 
 
-def _predicted(scores, target, calibration):
+def _sums(scores, target, calibration):
+    """Logits [R, V]; of each row log sum exp, the target's and the highest one: [R]."""
     power, floor = calibration
     logits = power * (scores if floor is None else np.log(scores + floor))
     highest = logits.max(axis=1)
     total = np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest
-    own = logits[np.arange(len(target)), target - 1]
+    return logits, total, logits[np.arange(len(target)), target - 1], highest
+
+
+def _predicted(scores, target, calibration):
+    logits, total, own, highest = _sums(scores, target, calibration)
     right = (own == highest) / (logits == highest[:, None]).sum(axis=1)
     return total - own, np.exp(highest - total), right

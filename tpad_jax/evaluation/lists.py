@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import numpy as np
+import scipy.sparse as sp
 
 from tpad_jax.evaluation import metrics
 
@@ -64,8 +65,11 @@ def measured(lists: np.ndarray, target: np.ndarray, counts: np.ndarray, warm: np
     if content is not None and k > 1:
         z = metrics.unit(np.asarray(content, np.float64).reshape(total + 1, -1))
         # the squared norm of a list's sum holds the cosines of all of its pairs, twice
-        cosines = [(z[part].sum(axis=1) ** 2).sum(axis=1) - (z[part] ** 2).sum(axis=(1, 2))
-                   for part in np.split(lists, range(metrics.CHUNK, len(lists), metrics.CHUNK))]
+        norms, cosines = (z ** 2).sum(axis=1), []
+        for part in np.split(lists, range(metrics.CHUNK, len(lists), metrics.CHUNK)):
+            held = sp.csr_array((np.ones(part.size), part.ravel(), np.arange(0, part.size + 1, k)),
+                                shape=(len(part), total + 1))
+            cosines.append(((held @ z) ** 2).sum(axis=1) - norms[part].sum(axis=1))
         diversity = float(1 - np.concatenate(cosines).mean() / (k * (k - 1)))
     return {'coverage': float((exposure > 0).mean()),
             'gini': float(weights @ exposure / (total * exposure.sum())),

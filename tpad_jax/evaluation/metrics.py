@@ -275,18 +275,23 @@ def places(scores: Scores, weights: Iterable[np.ndarray], depth: int) -> np.ndar
     value = np.take_along_axis(scores, top, axis=1)
     order = np.argsort(-value, axis=1)
     top, value = (np.take_along_axis(table, order, axis=1) for table in (top, value))
-    alike = (value[:, :, None] == value[:, None, :]).astype(np.float64)
+    # most rows have no ties and are read as they are
+    within = np.flatnonzero((value[:, 1:] == value[:, :-1]).any(axis=1))
+    alike = (value[within, :, None] == value[within, None, :]).astype(np.float64)
     alike /= alike.sum(axis=2, keepdims=True)
     # items beyond `first` can tie with the last value, so its mean is taken over the whole row
-    lowest = value[:, -1:]
-    tied = (scores == lowest).astype(np.float64)
+    lowest = value == value[:, -1:]
+    beyond = np.flatnonzero((scores == value[:, -1:]).sum(axis=1) > lowest.sum(axis=1))
+    lowest, tied = lowest[beyond], (scores[beyond] == value[beyond, -1:]).astype(np.float64)
     tied /= tied.sum(axis=1, keepdims=True)
     out = []
     for weight in weights:
         weight = weight[:, 1:]
-        inside = np.einsum('rpq,rq->rp', alike, np.take_along_axis(weight, top, axis=1))
-        edge = np.einsum('rv,rv->r', tied, weight)[:, None]
-        out.append(np.where(value == lowest, edge, inside))
+        placed = np.take_along_axis(weight, top, axis=1).astype(np.float64)
+        placed[within] = np.einsum('rpq,rq->rp', alike, placed[within])
+        edge = np.einsum('rv,rv->r', tied, weight[beyond])[:, None]
+        placed[beyond] = np.where(lowest, edge, placed[beyond])
+        out.append(placed)
     return np.pad(np.stack(out), ((0, 0), (0, 0), (0, depth - first)))
 
 

@@ -133,18 +133,21 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
     """
     seen, warm, gains = training_counts(job), job.final.warm, metrics.registry(job.config.metrics)
     values = {metric: metrics.gain_table(gain, compare.AT) for metric, gain in gains.items()}
+    few, truth = len(job.test.target) * len(warm) <= metrics.HELD, job.probabilities
+    if few and truth is not None:
+        truth = remembering(truth)
 
     def score(name):
         job.pause()
         scorer = scorers[name]
-        if len(job.test.target) * len(warm) <= metrics.HELD:
+        if few:
             scorer = remembering(scorer)
         if job.final is job.data:
             valid, _ = evaluate(scorer, job.valid, warm, counts=seen, gains=gains, name=name)
         else:
             valid = chosen[name]
         test, rank = evaluate(scorer, job.test, warm, counts=seen, name=name, gains=gains,
-                              probabilities=job.probabilities)
+                              probabilities=truth)
         add_intervals(test, job.test, warm, rank, values)
         if (calibration := facts.get(name, {}).get('calibration')) is not None:
             known = likelihood.Calibration(**calibration)
