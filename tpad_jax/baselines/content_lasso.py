@@ -207,7 +207,7 @@ def lasso(smooth: Callable, penalty: np.ndarray, start: np.ndarray | None = None
 
         def objective(parts, where=where, own=own):
             more, less = np.split(parts, 2)
-            value, slope = smooth(_spread(more - less, where, len(penalty)))
+            value, slope = smooth(np.bincount(where, more - less, len(penalty)))
             return (value + own @ (more + less),
                     np.concatenate([own + slope[where], own - slope[where]]))
 
@@ -215,7 +215,7 @@ def lasso(smooth: Callable, penalty: np.ndarray, start: np.ndarray | None = None
             objective, np.maximum(0, np.concatenate([x[active], -x[active]])), jac=True,
             method='L-BFGS-B', bounds=scipy.optimize.Bounds(0, np.inf),
             options={'maxiter': rounds, 'maxfun': 2 * rounds, 'ftol': tolerance, 'gtol': 1e-9})
-        x = _spread(np.subtract(*np.split(ended.x, 2)), where, len(penalty))
+        x = np.bincount(where, np.subtract(*np.split(ended.x, 2)), len(penalty))
 
 
 def log_popularity(train: Sessions, num_items: int) -> np.ndarray:
@@ -257,32 +257,29 @@ def weights_of(train: Sessions, num_items: int, known: Attributes, strength: flo
     if not len(end):
         return np.zeros(penalty.shape)
     target = column[train.items[end]]
-    row, places = np.arange(len(target)), []
-    # a prefix asks for what its first and its last item ask for, which are computed once per item
+    row, places = np.arange(len(target)), []  # what an item asks for is computed once
     for at in begin[end], end - 1:
         asking, which = np.unique(train.items[at], return_inverse=True)
         places.append((known.rows[asking].astype(np.float32), which,
                        sp.csr_array((np.ones(len(row), np.float32), (which, row)))))
     later = known.rows[items].toarray().astype(np.float32)
-    actual = later[target]
-    bias = log_popularity(train, num_items)[items].astype(np.float32)
+    actual, bias = later[target], log_popularity(train, num_items)[items].astype(np.float32)
     scores = np.empty((len(target), len(items)), np.float32)
 
     def smooth(x):
         asked = sum((attributes @ part)[which] for (attributes, which, _), part in zip(
             places, x.reshape(2, size, size).astype(np.float32), strict=True))
-        np.matmul(asked, later.T, out=scores)
-        np.add(scores, bias, out=scores)
+        np.add(np.matmul(asked, later.T, out=scores), bias, out=scores)
         np.subtract(scores, scores.max(axis=1, keepdims=True), out=scores)
         gained = scores[row, target].sum(dtype=float)
         total = np.exp(scores, out=scores).sum(axis=1, keepdims=True)
         excess = scores @ later / total - actual
         slope = np.stack([attributes.T @ (held @ excess) for attributes, _, held in places])
-        return ((np.log(total).sum(dtype=float) - gained) / len(target),
-                slope.ravel().astype(float) / len(target))
+        return ((np.log(total).sum(dtype=float) - gained) / len(row),
+                slope.ravel().astype(float) / len(row))
 
-    return lasso(smooth, strength * penalty.ravel(),
-                 None if start is None else start.ravel()).reshape(2, size, size)
+    begin = None if start is None else start.ravel()
+    return lasso(smooth, strength * penalty.ravel(), begin).reshape(2, size, size)
 
 
 def fit_content_lasso(train: Sessions, num_items: int, features: np.ndarray | Attributes,
@@ -396,11 +393,5 @@ def _nll(known, weights, bias, valid):
         part = slice(begin, begin + PART)
         logits = asked @ known.rows[part].toarray().T + bias[part]
         total = np.logaddexp(total, scipy.special.logsumexp(logits, axis=1))
-    own = np.einsum('ra,ra->r', asked, known.rows[valid.target].toarray()) + bias[valid.target]
-    return float((total - own).mean())
-
-
-def _spread(values, where, size):
-    out = np.zeros(size)
-    out[where] = values
-    return out
+    own = np.einsum('ra,ra->r', asked, known.rows[valid.target].toarray())
+    return float((total - own - bias[valid.target]).mean())
