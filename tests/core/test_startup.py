@@ -106,3 +106,14 @@ def test_a_cache_directory_that_cannot_be_made_turns_the_cache_off(monkeypatch, 
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
     startup.cache_compilations()
     assert startup.CACHE not in os.environ
+
+
+@pytest.mark.parametrize(('cores', 'given', 'threads'), [
+    (2, None, '1'), (16, None, '3'), (2, '7', '7')])
+def test_products_of_numpy_have_a_part_of_the_cores(monkeypatch, cores, given, threads):
+    monkeypatch.delenv('OPENBLAS_NUM_THREADS', raising=False)
+    if given:
+        monkeypatch.setenv('OPENBLAS_NUM_THREADS', given)
+    monkeypatch.setattr('os.sched_getaffinity', lambda _: set(range(cores)), raising=False)
+    startup.share_cores()
+    assert os.environ['OPENBLAS_NUM_THREADS'] == threads

@@ -140,17 +140,15 @@ def whole(config, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def finished(config, tmp_path_factory):
+def finished(base_dir, tmp_path_factory):
     """A shorter run, on raw files without images: its config, workdir, results and parameters."""
-    root = tmp_path_factory.mktemp('finished')
+    root, config = tmp_path_factory.mktemp('finished'), make_config(base_dir)
     planted.write(root / 'raw', **config.data.planted)
     shutil.rmtree(root / 'raw' / 'images')
     before = times(root / 'raw')
     c = changed(config, data__raw_dir=str(root / 'raw'), data__core=1, data__valid=20,
                 data__test=30, data__gap_hours=0.1, data__max_length=7, workers=0,
-                stages='knowledge,recommend', model__recommend='k', diagnostics=0,
-                experts=base.get_config().experts, skip_not_finite=0,
-                stage__knowledge__optimiser='sgd', stage__recommend__optimiser='sgd')
+                stages='knowledge,recommend', model__recommend='k', diagnostics=0)
     c.rivals = {name: entry.to_dict() for name, entry in amazon.get_config().rivals.items()
                 if name != 'knowledge_only'}
     with Recorded() as params:

@@ -17,7 +17,8 @@ from tpad_jax.training import loop as loop_lib, step as step_lib
 from tpad_jax.training.checkpoint import Checkpoints
 
 STEPS, BAD = 6, 3  # the step whose batch holds the row that spoils it
-MARKS = {'value': 10**6, 'slope': 10**6 + 1, 'always': 10**6}  # numbers of rows that spoil it
+# numbers of rows that spoil it
+MARKS = {'value': 10**6, 'slope': 10**6 + 1, 'sum': 10**6 + 2, 'always': 10**6}
 
 
 @lru_cache
@@ -35,10 +36,11 @@ def bad_row():
 
 
 def spoiled(out, batch, *, axis=None, x='h'):
-    """A loss that a marked row spoils: its value and so its gradient, or its gradient alone."""
-    value, slope = ((batch.row == MARKS[how]).astype(jnp.float32) for how in ('value', 'slope'))
+    """A loss that a marked row spoils: its value and so its gradient, or one of them alone."""
+    value, slope, added = ((batch.row == MARKS[how]).astype(jnp.float32)
+                           for how in ('value', 'slope', 'sum'))
     # the root of 0 is 0, with an endless slope
-    return jnp.sqrt((out[x] ** 2).mean(-1) * (1 - slope)) / (1 - value)
+    return jnp.sqrt((out[x] ** 2).mean(-1) * (1 - slope)) / (1 - value) + 1 / (1 - added) - 1
 
 
 def marked(how, start=0):
@@ -94,7 +96,7 @@ def test_the_run_ends_and_keeps_the_batch(tmp_path, how, told):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('how', ['value', 'slope'])
+@pytest.mark.parametrize('how', ['value', 'slope', 'sum'])
 def test_an_update_is_left_out_and_the_rest_is_as_if_it_had_not_been(tmp_path, how, capsys):
     (params, _, _), logged, step = run(tmp_path, how, skip=2)
     assert [logged[n]['optim/skipped'] for n in (2, 4, 6)] == [0, 1, 1]

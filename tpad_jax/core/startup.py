@@ -30,7 +30,7 @@ REQUIRED = {
     **{f'JAX_ERROR_CHECKING_BEHAVIOR_{what}': ('', 'ignore') for what in ('NAN', 'DIVIDE', 'OOB')}}
 
 CACHE = 'JAX_COMPILATION_CACHE_DIR'
-THREADS = 5  # of a run that compute: the main one and those of job/background.py
+THREADS = 4  # threads at most next to a run's main one: each may hold a training's activations
 
 
 def begin(xla_flags: str = '') -> Callable[[], bool]:
@@ -79,15 +79,19 @@ def prepare(xla_flags: str = '') -> None:
     keep_memory()
 
 
+def cores() -> int:
+    """Count the processor cores that this process may use."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+            else os.cpu_count() or 1)
+
+
 def share_cores() -> None:
     """Let numpy's products use a part of the cores, unless OPENBLAS_NUM_THREADS is set.
 
-    A run computes in up to THREADS threads at once, and those of OpenBLAS wait for one another by
-    spinning: on two cores that doubles the processor time of the baselines that compute in numpy.
+    A run computes in up to 1 + THREADS threads at once, and those of OpenBLAS wait for one another
+    by spinning: on two cores that doubles the processor time of baselines that compute in numpy.
     """
-    cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
-             else os.cpu_count() or 1)
-    os.environ.setdefault('OPENBLAS_NUM_THREADS', str(max(1, cores // THREADS)))
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', str(max(1, cores() // (1 + THREADS))))
 
 
 def cache_compilations() -> None:

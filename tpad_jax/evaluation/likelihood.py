@@ -50,7 +50,8 @@ def calibrate(scorer: metrics.Scorer, valid: Rows, num_items: int, *, rule: bool
         return Calibration(*map(float, np.exp(np.clip(np.atleast_1d(x), -25, 25))))
 
     def objective(x):
-        return np.subtract(*_sums(scores, rows.target, known(x))[1:3]).mean()
+        _, total, own, _ = _sums(scores, rows.target, known(x))
+        return (total - own).mean()
 
     if not rule:  # convex in the power
         return known(scipy.optimize.minimize_scalar(

@@ -9,7 +9,6 @@ and writes separate files.
 """
 
 import bisect
-import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -17,12 +16,12 @@ from typing import Any
 
 import jax
 
+from tpad_jax.core import startup
 from tpad_jax.distributed.devices import Devices
 from tpad_jax.errors import Stopped
 
 # Priorities: what the main thread waits for first comes first.
 COMPILE, LOOK, TRAIN, TUNE = 0, 10, 20, 30
-MOST = 4  # threads at most: each may hold the activations of a training
 # numbers in a table of item vectors, a million items in 32 columns: with larger ones a step waits
 # for memory: a second training at the same time makes nothing faster and costs gigabytes
 LARGE = 2**25
@@ -35,8 +34,8 @@ def workers(wanted: int, devices: Devices, table: int) -> int:
     or processes, whose collective operations have to meet in one order.
 
     Args:
-      wanted: config.workers. -1: one thread per further core, at most MOST, and none if the
-        table is LARGE.
+      wanted: config.workers. -1: one thread per further core, at most THREADS of startup.py, and
+        none if the table is LARGE.
       devices: those that run the steps.
       table: numbers in a table of item vectors.
     """
@@ -44,8 +43,7 @@ def workers(wanted: int, devices: Devices, table: int) -> int:
         return 0
     if wanted >= 0:
         return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return 0 if table > LARGE else min(cores - 1, MOST)
+    return 0 if table > LARGE else min(startup.cores() - 1, startup.THREADS)
 
 
 class Task:

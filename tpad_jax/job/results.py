@@ -133,15 +133,11 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
     """
     seen, warm, gains = training_counts(job), job.final.warm, metrics.registry(job.config.metrics)
     values = {metric: metrics.gain_table(gain, compare.AT) for metric, gain in gains.items()}
-    few, truth = len(job.test.target) * len(warm) <= metrics.HELD, job.probabilities
-    if few and truth is not None:
-        truth = remembering(truth)
+    truth = None if job.probabilities is None else remembering(job, job.probabilities)
 
     def score(name):
         job.pause()
-        scorer = scorers[name]
-        if few:
-            scorer = remembering(scorer)
+        scorer = remembering(job, scorers[name])
         if job.final is job.data:
             valid, _ = evaluate(scorer, job.valid, warm, counts=seen, gains=gains, name=name)
         else:
@@ -170,11 +166,13 @@ def score_models(job, scorers: dict, chosen: dict, facts: dict) -> tuple[dict, d
             {name: x for name, (_, x) in scored.items()})
 
 
-def remembering(scorer: metrics.Scorer) -> metrics.Scorer:
-    """Keep the scores of all rows, which ranks and likelihoods both read.
+def remembering(job, scorer: metrics.Scorer) -> metrics.Scorer:
+    """Keep the scores of all rows, which several measures read, if those of the test rows are few.
 
     It has no `ranks`: few scores are ranked on the host, which compiles nothing more.
     """
+    if len(job.test.target) * (job.data.num_items + 1) > metrics.HELD:
+        return scorer
     kept = {}
 
     def scores(items):
@@ -339,7 +337,8 @@ def oracle_scores(job) -> tuple[dict | None, dict | None]:
     """Measure the oracle on test: metrics and ranks, or (None, None) without a known truth."""
     if job.probabilities is None:
         return None, None
-    return evaluate(job.probabilities, job.test, job.final.warm, probabilities=job.probabilities,
+    truth = remembering(job, job.probabilities)
+    return evaluate(truth, job.test, job.final.warm, probabilities=truth,
                     counts=training_counts(job), gains=metrics.registry(job.config.metrics),
                     name='oracle')
 

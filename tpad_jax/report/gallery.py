@@ -247,7 +247,7 @@ def _picture(encoded):
         pixels = images.decode(encoded, PICTURE)
     if pixels is None:  # it is damaged, and no stage has decoded it
         return ''
-    packed = images.encode(pixels, 'WEBP', quality=QUALITY, method=1)  # of 0 fast .. 6 small
+    packed = images.encode(pixels, 'WEBP', quality=QUALITY)
     return 'data:image/webp;base64,' + base64.b64encode(packed).decode()
 
 

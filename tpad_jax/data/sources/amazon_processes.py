@@ -24,6 +24,7 @@ from pathlib import Path
 
 import polars as pl
 
+from tpad_jax.core import startup
 from tpad_jax.data.sources import amazon_blocks
 from tpad_jax.data.sources.amazon_blocks import Parsed
 from tpad_jax.data.sources.amazon_parts import Part, PartLines, parts
@@ -135,7 +136,7 @@ def started(paths: Iterable[Path]) -> contextlib.AbstractContextManager[Processe
     """
     large = sum(path.stat().st_size / (LARGE_PACKED if path.suffix == '.gz' else LARGE)
                 for path in paths) >= 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = startup.cores()
     return Processes(min(cores, MOST)) if large and cores > 1 else contextlib.nullcontext()
 
 
